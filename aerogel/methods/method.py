@@ -1,0 +1,81 @@
+"""What a method is: a frozen dataclass of knobs with exactly one verb."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+
+from aerogel.model.calls import Call
+from aerogel.model.match import matches
+from aerogel.model.network import Network
+from aerogel.model.walk import Block
+from aerogel.numerics.scheme import Scheme
+
+
+class BlockMethod(ABC):
+    """Changes one block for good, seeing that block and its calls only."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"calls"})
+    """What the method reads: calls, edges, gradients."""
+
+    @abstractmethod
+    def compress(self, block: Block) -> None:
+        """Change the block's weights or modules in place."""
+
+
+class Method(ABC):
+    """Changes a whole network for good."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def apply(self, network: Network, calls: Sequence[Call]) -> None:
+        """Change the network in place."""
+
+
+class RuntimePolicy(ABC):
+    """Acts while the network runs: measured once, then put on and taken off."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"calls"})
+
+    @abstractmethod
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+        """Measure what the policy needs: small tensors and numbers."""
+
+    @abstractmethod
+    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[None]:
+        """Put the policy on; after the context the network is bit for bit what it was."""
+
+
+@dataclass(frozen=True)
+class WeightMethod(BlockMethod):
+    """A block method that gives linears a scheme."""
+
+    scheme: Scheme | str = "W4A16"
+    """Preset name of the number format and granularity, for example W4A16_G64."""
+    targets: tuple[str, ...] = ("Linear",)
+    """Which linears: globs on full dotted names, `re:` patterns or class names."""
+    ignore: tuple[str, ...] = ("lm_head",)
+    """Which of them to leave alone; wins over targets."""
+    overrides: Mapping[str, Scheme | str] = field(default_factory=dict)
+    """Other schemes for some linears, by pattern; the first match wins."""
+
+    def scheme_of(self, name: str) -> Scheme:
+        """The scheme of the linear with this full dotted name."""
+        for pattern, scheme in self.overrides.items():
+            if matches(name, (pattern,)):
+                return Scheme.parse(scheme)
+        return Scheme.parse(self.scheme)
+
+    def assign(self, block: Block) -> dict[str, tuple[nn.Linear, Scheme]]:
+        """The block's float linears that this method quantizes: name relative to the block -> (linear, scheme)."""
+        return {
+            name: (linear, self.scheme_of(block.full_name(name)))
+            for name, linear in block.linears(self.targets, self.ignore).items()
+            if isinstance(linear, nn.Linear)
+        }

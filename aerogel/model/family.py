@@ -1,0 +1,75 @@
+"""What an architecture family is: the names of its parts, as data that methods and the walk read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Modality = Literal["text", "image-text", "image", "video"]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A submodule that has blocks: a language model, a vision encoder, a denoiser."""
+
+    name: str
+    blocks: str
+    """Glob of the blocks' dotted names, for example `model.layers.*` (here `*` is one path part)."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Whose output channels feed whose input channels, with names relative to a block.
+
+    A `*` stands for the same path part in source and sinks when the source has one (`mlp.experts.*.up_proj` feeds
+    `mlp.experts.*.down_proj` of the same expert) and for every match when only the sink has one.
+    """
+
+    source: str
+    """A norm or a linear."""
+    sinks: tuple[str, ...]
+    """Linears that read the source's channels and nothing else does; routers are named too."""
+    heads: bool = False
+    """Value-to-output edge: with grouped heads a source channel feeds the same channel of several query heads."""
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The stream that blocks read from and add to, for methods that rotate it."""
+
+    embeddings: tuple[str, ...]
+    """Modules whose rows enter the stream, by full name."""
+    writers: tuple[str, ...]
+    """Linears of a block whose outputs are added to the stream, relative to the block."""
+    final_norm: str
+    head: str
+    """The linear that reads the stream after the final norm, by full name."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Where a block keeps its experts as fused 3-D parameters, and what they are called one by one on disk."""
+
+    module: str
+    """Fused module relative to a block, for example `mlp.experts`."""
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture family."""
+
+    name: str
+    matches: tuple[str, ...]
+    """Values of `config.model_type`, or diffusers class names, that belong to the family."""
+    towers: tuple[Tower, ...]
+    edges: tuple[Edge, ...] = ()
+    keep: tuple[str, ...] = ()
+    """Globs of linears that no method quantizes unless asked by name, such as router gates."""
+    norm_offset: float = 0.0
+    """What a norm adds to its weight before it multiplies (1.0 in Gemma)."""
+    experts: Experts | None = None
+    residual: Residual | None = None
+    modality: Modality = "text"
