@@ -1,0 +1,195 @@
+"""Every supported family, tiny, on CPU: built offline from config classes, with seeded weights that hide no mistake.
+
+Norm weights and biases are random, so that a fold that forgets one of them shows; gates that start at zero are not zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import Tensor, nn
+
+from aerogel.model.calls import Call
+
+WIDTH, INNER, HEADS, KV_HEADS, VOCABULARY = 64, 128, 4, 2, 128
+IMAGE_TOKEN, VISION_START = 120, 121
+
+Inputs = Callable[[int, torch.Generator], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """One small network and real inputs for it."""
+
+    family: str
+    """File name of the family in aerogel/families that describes it."""
+    make: Callable[[], nn.Module]
+    inputs: Inputs
+    """(number of the call, generator) -> keyword arguments of one forward."""
+    norm_offset: float = 0.0
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """The network in evaluation mode, float32, the same for the same seed."""
+        torch.manual_seed(seed)
+        network = self.make().float().eval()
+        fill(network, torch.Generator().manual_seed(seed), self.norm_offset)
+        return network.requires_grad_(False)
+
+    def calls(self, count: int = 2, seed: int = 0) -> list[Call]:
+        """`count` forwards of different shape or content."""
+        generator = torch.Generator().manual_seed(seed)
+        return [Call((), self.inputs(number, generator)) for number in range(count)]
+
+
+def fill(network: nn.Module, generator: torch.Generator, norm_offset: float = 0.0) -> None:
+    """Give every parameter ordinary random values: unit gain for matrices, norms around one, biases that matter."""
+    for name, parameter in network.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1 and name.endswith("weight"):
+            parameter.data = 1.0 - norm_offset + 0.2 * noise
+        elif parameter.ndim == 1:
+            parameter.data = 0.1 * noise
+        else:
+            fan_in = parameter.shape[-1] if "experts" in name else parameter[0].numel()
+            parameter.data = noise / fan_in**0.5
+
+
+def output(network: nn.Module, call: Call) -> Tensor:
+    """What the network answers to a call: logits or the denoiser's prediction."""
+    with torch.no_grad():
+        answer = network(*call.args, **call.kwargs)
+    return answer.logits if hasattr(answer, "logits") else answer.sample
+
+
+def text(number: int, generator: torch.Generator, *, length: int = 12) -> dict[str, Any]:
+    """Two sequences; in every second call the shorter one is padded on the left."""
+    ids = torch.randint(0, 112, (2, length + 2 * number), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, : 3 * (number % 2)] = 0
+    return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+
+
+def _image_text(number: int, generator: torch.Generator, *, images: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Text around one image in each row; every third call has text only."""
+    inputs = text(number, generator)
+    if number % 3 == 2:
+        return inputs
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    picture = torch.full((2, tokens + 1), IMAGE_TOKEN)
+    picture[:, 0] = VISION_START
+    inputs["input_ids"] = torch.cat([ids[:, :4], picture, ids[:, 4:]], dim=1)
+    inputs["attention_mask"] = torch.cat([mask, torch.ones_like(picture)], dim=1)
+    for name, value in images.items():
+        inputs[name] = torch.randn(value, generator=generator) if isinstance(value, tuple) else value.clone()
+    return inputs
+
+
+def _image_grid(number: int, generator: torch.Generator) -> dict[str, Any]:
+    """Two images of 4 x 8 patches; 2 x 2 patches become one token."""
+    images = {"pixel_values": (64, 3 * 2 * 4 * 4), "image_grid_thw": torch.tensor([[1, 4, 8]] * 2)}
+    inputs = _image_text(number, generator, images=images, tokens=8)
+    if "pixel_values" in inputs:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE_TOKEN).int()
+    return inputs
+
+
+def _latent_image(number: int, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(2, 4, 8, 8, generator=generator),
+        "timestep": torch.tensor([900 - 300 * (number % 3), 40]),
+        "class_labels": torch.randint(0, 10, (2,), generator=generator),
+    }
+
+
+def _latent_video(number: int, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(1, 4, 3, 8, 8, generator=generator),
+        "timestep": torch.tensor([900 - 300 * (number % 3)]),
+        "encoder_hidden_states": torch.randn(1, 7, 32, generator=generator),
+    }
+
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": 2,
+    "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "max_position_embeddings": 128,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def _language(kind: str, config: str = "", **knobs: Any) -> nn.Module:
+    """A causal language model of two layers; `kind` is the prefix of its classes in transformers."""
+    knobs = _SHAPE | knobs
+    return getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{config or kind}Config")(**knobs))
+
+
+def _opt() -> nn.Module:
+    config = transformers.OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=INNER, num_hidden_layers=2,
+        num_attention_heads=HEADS, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.OPTForCausalLM(config)
+
+
+def _qwen2_5_vl() -> nn.Module:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**_SHAPE, "rope_parameters": rope},
+        vision_config={
+            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": WIDTH, "patch_size": 4,
+            "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 16, "fullatt_block_indexes": [1],
+        },
+        image_token_id=IMAGE_TOKEN, video_token_id=122, vision_start_token_id=VISION_START, vision_end_token_id=123,
+    )  # fmt: skip
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _llava() -> nn.Module:
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8, projection_dim=32
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=transformers.LlamaConfig(**_SHAPE), image_token_index=IMAGE_TOKEN
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def _dit() -> nn.Module:
+    return diffusers.DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=16, in_channels=4, num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=10,
+        norm_num_groups=4,
+    )  # fmt: skip
+
+
+def _wan() -> nn.Module:
+    return diffusers.WanTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=32, freq_dim=32, ffn_dim=INNER,
+        num_layers=2, rope_max_seq_len=32,
+    )  # fmt: skip
+
+
+_EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "norm_topk_prob": True}
+_SOFT_CAPS = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
+
+FAMILIES: dict[str, Tiny] = {
+    "llama": Tiny("llama", partial(_language, "Llama"), text),
+    "mistral": Tiny("llama", partial(_language, "Mistral", sliding_window=8), text),
+    "qwen2": Tiny("llama", partial(_language, "Qwen2", tie_word_embeddings=True), text),
+    "smollm3": Tiny("llama", partial(_language, "SmolLM3", no_rope_layers=[1, 0]), text),
+    "qwen3": Tiny("qwen3", partial(_language, "Qwen3", head_dim=32), text),
+    "opt": Tiny("opt", _opt, text),
+    "gemma2": Tiny("gemma2", partial(_language, "Gemma2", **_SOFT_CAPS), text, 1.0),
+    "gemma3": Tiny("gemma3", partial(_language, "Gemma3", "Gemma3Text", **_SOFT_CAPS), text, 1.0),
+    "phi3": Tiny("phi3", partial(_language, "Phi3"), text),
+    "qwen3_moe": Tiny("qwen3_moe", partial(_language, "Qwen3Moe", head_dim=16, **_EXPERTS), text),
+    "mixtral": Tiny("mixtral", partial(_language, "Mixtral", num_local_experts=4, num_experts_per_tok=2), text),
+    "qwen2_5_vl": Tiny("qwen2_5_vl", _qwen2_5_vl, _image_grid),
+    "llava": Tiny("llava", _llava, partial(_image_text, images={"pixel_values": (2, 3, 16, 16)}, tokens=4)),
+    "dit": Tiny("dit", _dit, _latent_image),
+    "wan": Tiny("wan", _wan, _latent_video),
+}
