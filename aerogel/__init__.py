@@ -1,0 +1,39 @@
+"""Aerogel makes generative models small and fast without losing what they can do."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aerogel.engine import Result, compress
+    from aerogel.errors import AerogelError
+    from aerogel.model.load import load
+    from aerogel.planning import Plan, plan
+    from aerogel.recipe import Recipe
+    from aerogel.scores import measure
+
+__version__ = "0.1.0"
+__all__ = ["AerogelError", "Plan", "Recipe", "Result", "__version__", "compress", "load", "measure", "plan"]
+
+# Where each name lives; imported when first asked for, because torch alone takes longer to import than `aerogel --help` may take.
+_HOMES = {
+    "AerogelError": "aerogel.errors",
+    "Plan": "aerogel.planning",
+    "Recipe": "aerogel.recipe",
+    "Result": "aerogel.engine",
+    "compress": "aerogel.engine",
+    "load": "aerogel.model.load",
+    "measure": "aerogel.scores",
+    "plan": "aerogel.planning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'aerogel' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Architecture families, one a file: the names of their parts, as data."""

@@ -1,0 +1,1 @@
+"""Fast twins of numerics, chosen by device, dtype and row count."""

@@ -1,0 +1,1 @@
+"""Methods that store numbers in fewer bits."""

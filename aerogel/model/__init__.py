@@ -1,0 +1,1 @@
+"""How to look into a network; knows no method and no family by name."""

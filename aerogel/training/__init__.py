@@ -1,0 +1,1 @@
+"""Fitting a block or a network to its teacher."""
