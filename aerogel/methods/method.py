@@ -13,7 +13,7 @@ from torch import nn
 from aerogel.model.calls import Call
 from aerogel.model.match import matches
 from aerogel.model.network import Network
-from aerogel.model.walk import Block
+from aerogel.model.block import Block
 from aerogel.numerics.scheme import Scheme
 
 

@@ -1,0 +1,111 @@
+"""What finished blocks gave, call by call: in memory, or in a folder as memory-mapped safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from aerogel.model.calls import map_tensors, tensors_in
+
+
+class Activations:
+    """Outputs by block and call; with a folder they live on disk and outlast the process.
+
+    A faded output has only its shape left: it answers with zeros, for glue that computes what nobody reads.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._held: dict[tuple[str, int], Any] = {}
+
+    def put(self, block: str, call: int, output: Any) -> None:
+        """Keep what a block gave for a call."""
+        if self._folder is None:
+            self._held[block, call] = output
+        else:
+            _write(self._path(block, call), output)
+
+    def get(self, block: str, call: int) -> Any:
+        """A copy of what a block gave for a call; raises KeyError when the call did not reach the block."""
+        return map_tensors(_zeros_for_meta, self._look(block, call))
+
+    def fade(self, block: str, calls: int) -> None:
+        """Forget what a block gave for calls 0 to `calls`, except its shapes."""
+        for call in range(calls):
+            try:
+                output = self._look(block, call)
+            except KeyError:
+                continue
+            if not all(tensor.is_meta for tensor in tensors_in(output)):
+                self.put(block, call, map_tensors(lambda tensor: tensor.to("meta"), output))
+
+    def _look(self, block: str, call: int) -> Any:
+        if self._folder is None:
+            return self._held[block, call]
+        path = self._path(block, call)
+        if not path.exists():
+            raise KeyError((block, call))
+        return _read(path)
+
+    def _path(self, block: str, call: int) -> Path:
+        assert self._folder is not None
+        return self._folder / block / f"{call}.safetensors"
+
+
+def _zeros_for_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.clone()
+
+
+def _write(path: Path, output: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, torch.Tensor] = {}
+    structure = _take_apart(output, tensors)
+    beside = path.with_suffix(".new")
+    save_file(tensors, beside, metadata={"structure": json.dumps(structure)})
+    with beside.open("rb") as written:
+        os.fsync(written.fileno())
+    beside.replace(path)
+
+
+def _read(path: Path) -> Any:
+    with safe_open(path, framework="pt") as file:
+        structure = json.loads(file.metadata()["structure"])
+        return _put_together(structure, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
+def _take_apart(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The structure of an output as JSON; its tensors are put into `tensors` under the numbers that the structure names."""
+    if isinstance(tree, torch.Tensor) and tree.is_meta:
+        return {"shape": [list(tree.shape), str(tree.dtype).removeprefix("torch.")]}
+    if isinstance(tree, torch.Tensor):
+        key = str(len(tensors))
+        # Separate storage: safetensors refuses tensors that share memory.
+        tensors[key] = tree.detach().clone(memory_format=torch.contiguous_format)
+        return {"tensor": key}
+    if isinstance(tree, dict):
+        return {"dict": {key: _take_apart(value, tensors) for key, value in tree.items()}}
+    if isinstance(tree, tuple | list):
+        return {type(tree).__name__ if type(tree) in (tuple, list) else "tuple": [_take_apart(value, tensors) for value in tree]}
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return {"value": tree}
+    raise TypeError(f"a block gave a {type(tree).__name__}, which cannot be kept on disk")
+
+
+def _put_together(structure: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    ((kind, content),) = structure.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "shape":
+        return torch.empty(content[0], dtype=getattr(torch, content[1]), device="meta")
+    if kind == "value":
+        return content
+    if kind == "dict":
+        return {key: _put_together(value, tensors) for key, value in content.items()}
+    values = [_put_together(value, tensors) for value in content]
+    return tuple(values) if kind == "tuple" else values

@@ -1,0 +1,119 @@
+"""A block on its visit: the module, what goes into it, and what a method may ask and change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from aerogel.model.calls import Call
+from aerogel.model.family import Edge
+from aerogel.model.match import matches, names_exactly
+from aerogel.model.modules import QuantLinear
+from aerogel.model.network import Network
+
+
+class Inputs(Protocol):
+    """Calls that can be gone through again and again; each pass computes them anew from what the blocks before gave."""
+
+    def __iter__(self) -> Iterator[Call]: ...
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class BoundEdge:
+    """An edge of the family with its wildcards filled in; names are relative to the block."""
+
+    source: str
+    sinks: tuple[str, ...]
+    heads: bool
+
+
+@dataclass(eq=False)
+class Block:
+    """One block of a network during a walk; the last one of a walk may be the network around its blocks, named ''."""
+
+    name: str
+    module: nn.Module
+    position: int
+    total: int
+    calls: Inputs
+    network: Network
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    """What methods wrote down for the report."""
+
+    def full_name(self, name: str) -> str:
+        """The dotted name in the network of a part of the block."""
+        return f"{self.name}.{name}" if self.name else name
+
+    @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """The dtype that scales and float weights will have on disk; None means that of the weight at hand."""
+        return self.network.stored_dtype
+
+    def run(self, call: Call) -> Any:
+        """One forward of the block, without gradients."""
+        with torch.no_grad():
+            return self.module(*call.args, **call.kwargs)
+
+    def linears(self, targets: Iterable[str] = ("Linear",), ignore: Iterable[str] = ()) -> dict[str, nn.Linear | QuantLinear]:
+        """The block's linears, float or quantized, that the patterns mean, by name relative to the block.
+
+        Patterns are held against full dotted names. What the family keeps is left out unless a target spells its name.
+        """
+        targets, ignore = tuple(targets), tuple(ignore)
+        found = {}
+        for name, linear in self._all_linears().items():
+            full = self.full_name(name)
+            kept = matches(full, self.network.family.keep) and not any(names_exactly(full, target) for target in targets)
+            if not kept and _means(full, linear, targets) and not matches(full, ignore, linear):
+                found[name] = linear
+        return found
+
+    def edges(self) -> list[BoundEdge]:
+        """The family's edges as they stand in this block; edges whose source or sinks are not here are left out."""
+        names = [name for name, _ in self.module.named_modules()]
+        return [bound for edge in self.network.family.edges for bound in _bind(edge, names)] if self.name else []
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put another module in the place of a part of the block."""
+        self.module.set_submodule(name, module)
+
+    def note(self, name: str, **facts: Any) -> None:
+        """Write down facts about a part of the block for the report: numbers and short texts."""
+        self.notes.append({"name": self.full_name(name), **facts})
+
+    def _all_linears(self) -> dict[str, nn.Linear | QuantLinear]:
+        inside = tuple(f"{name}." for name in self.network.blocks()) if not self.name else ()
+        return {
+            name: module
+            for name, module in self.module.named_modules()
+            if isinstance(module, nn.Linear | QuantLinear) and not name.startswith(inside)
+        }
+
+
+def _means(name: str, linear: nn.Module, targets: tuple[str, ...]) -> bool:
+    # A quantized linear still answers to the class name of what it replaced.
+    return matches(name, targets, linear) or (isinstance(linear, QuantLinear) and "Linear" in targets)
+
+
+def _bind(edge: Edge, names: list[str]) -> list[BoundEdge]:
+    pattern = re.compile(re.escape(edge.source).replace(r"\*", r"([^.]+)"))
+    bound = []
+    for source in filter(pattern.fullmatch, names):
+        parts = pattern.fullmatch(source).groups()  # type: ignore[union-attr]
+        sinks = [name for sink in edge.sinks for name in names if re.fullmatch(_fill(sink, parts), name)]
+        if sinks:
+            bound.append(BoundEdge(source, tuple(sinks), edge.heads))
+    return bound
+
+
+def _fill(sink: str, parts: tuple[str, ...]) -> str:
+    """The sink as a regular expression: wildcards that the source has too take its parts, others match any one part."""
+    pieces = [re.escape(piece) for piece in sink.split("*")]
+    wild = [re.escape(parts[i]) if i < len(parts) else r"[^.]+" for i in range(len(pieces) - 1)]
+    return "".join(piece + gap for piece, gap in zip(pieces, [*wild, ""], strict=True))

@@ -1,0 +1,56 @@
+"""A call is one forward of a network as (args, kwargs); below this line nobody knows the modality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one forward."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Call:
+        """The same call with every tensor changed."""
+        args, kwargs = map_tensors(change, (self.args, self.kwargs))
+        return Call(args, kwargs)
+
+    @property
+    def shape(self) -> str:
+        """The call's structure, with its switches but without its tensors: calls of one shape take one route through a network."""
+        leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
+        return f"{[leaf if isinstance(leaf, bool | str) else type(leaf).__name__ for leaf in leaves]}{spec}"
+
+
+def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
+    """Apply `change` to every tensor in nested tuples, lists, dicts and model outputs."""
+    return pytree.tree_map(lambda leaf: change(leaf) if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """Every tensor in nested tuples, lists, dicts and model outputs."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def record(module: nn.Module, runs: Iterable[Callable[[], object]]) -> list[Call]:
+    """Watch real generations and keep every call that `module` gets, with its tensors copied."""
+    calls: list[Call] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(Call(args, kwargs).map(lambda tensor: tensor.detach().clone()))
+
+    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        for run in runs:
+            run()
+    finally:
+        handle.remove()
+    return calls

@@ -1,0 +1,34 @@
+"""Which modules a pattern means: globs, `re:` patterns, names and class names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+
+def matches(name: str, patterns: Iterable[str], module: nn.Module | None = None) -> bool:
+    """Whether one of the patterns means this module.
+
+    A pattern is `re:` and a regular expression that matches from the start of the dotted name, or a glob on the whole dotted
+    name (`*` spans dots), or a plain name (the whole dotted name or its last parts, never a part of a word), or the
+    module's class name.
+    """
+    return any(_match(name, pattern, module) for pattern in patterns)
+
+
+def _match(name: str, pattern: str, module: nn.Module | None) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    if any(sign in pattern for sign in "*?["):
+        return fnmatchcase(name, pattern)
+    if module is not None and type(module).__name__ == pattern:
+        return True
+    return names_exactly(name, pattern)
+
+
+def names_exactly(name: str, pattern: str) -> bool:
+    """Whether the pattern spells this name, whole or its last parts, without any wildcard."""
+    return name == pattern or name.endswith("." + pattern)

@@ -1,0 +1,59 @@
+"""A network: a module together with its family, where it came from and what prepares its inputs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from aerogel.model.calls import Call
+from aerogel.model.family import Family
+
+if TYPE_CHECKING:
+    from aerogel.model.checkpoint import Checkpoint
+
+
+@dataclass(eq=False)
+class Network:
+    """What every method works on."""
+
+    module: nn.Module
+    family: Family
+    origin: Path | None = None
+    """The folder it was opened from, or None for a live module."""
+    processor: Any = None
+    """Tokenizer or processor, when it has one."""
+    checkpoint: Checkpoint | None = None
+    """Where weights that are not resident are read from; None when all are resident."""
+    stored_dtype: torch.dtype | None = None
+    """The dtype that float weights have on disk; None means that of the module."""
+
+    @property
+    def config(self) -> Any:
+        """The module's own configuration, or None."""
+        return getattr(self.module, "config", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the resident weights are."""
+        return next((p.device for p in self.module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """The blocks of every tower by full dotted name, in list order."""
+        patterns = [re.compile(_one_part(tower.blocks)) for tower in self.family.towers]
+        modules = dict(self.module.named_modules())
+        return {name: module for pattern in patterns for name, module in modules.items() if pattern.fullmatch(name)}
+
+    def run(self, call: Call) -> Any:
+        """One forward of the whole network, without gradients."""
+        with torch.no_grad():
+            return self.module(*call.args, **call.kwargs)
+
+
+def _one_part(glob: str) -> str:
+    """A glob in which `*` stands for one part of a dotted name, as a regular expression."""
+    return r"[^.]+".join(re.escape(part) for part in glob.split("*"))
