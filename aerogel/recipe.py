@@ -1,0 +1,230 @@
+"""Recipes: YAML in, checked steps out. A step's key is a method's file name, its values are the fields of that method's dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, TypeAdapter, ValidationError
+
+from aerogel import catalog
+from aerogel.errors import AerogelError
+from aerogel.methods.method import BlockMethod, Method, RuntimePolicy
+from aerogel.numerics.scheme import Scheme
+
+AnyMethod = BlockMethod | Method | RuntimePolicy
+
+
+@dataclass(frozen=True)
+class Step:
+    """One method with its knobs."""
+
+    name: str
+    """File name of the method."""
+    method: AnyMethod
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """The step as a recipe writes it, every knob spelled out."""
+        return {self.name: {field.name: _plain(getattr(self.method, field.name)) for field in dataclasses.fields(self.method)}}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done to a network, step after step."""
+
+    name: str
+    steps: tuple[Step, ...]
+
+    @classmethod
+    def parse(cls, source: Recipe | str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
+        """Read a recipe from a shipped name, a YAML file, a mapping, or another recipe; `overrides` are `method.knob=value`.
+
+        Raises AerogelError for an unknown recipe, method or knob (with the nearest known one) and for a value of the wrong type.
+        """
+        document = _read(source)
+        for override in overrides:
+            _override(document, override)
+        return cls(document.name, tuple(_step(document.name, number, step) for number, step in enumerate(document.steps, 1)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe with every knob spelled out; `Recipe.parse` reads it back to an equal recipe."""
+        return {"name": self.name, "steps": [step.as_dict() for step in self.steps]}
+
+
+class _Document(BaseModel):
+    """What a recipe file may hold, before methods are looked up."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str
+    steps: Annotated[list[dict[str, dict[str, Any] | None]], Field(min_length=1)]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-3 as a number, as YAML 1.2 does, and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def _read(source: Recipe | str | Path | Mapping[str, Any]) -> _Document:
+    if isinstance(source, Recipe):
+        return _document(source.as_dict(), f"recipe {source.name!r}")
+    if isinstance(source, Mapping):
+        return _document({"name": "custom", **source}, "recipe")
+    path = _path_of(source)
+    try:
+        content = _yaml(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise AerogelError(f"recipe {path} is not YAML: {_one_line(error)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise AerogelError(f"recipe {path} cannot be read: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise AerogelError(f"recipe {path} must be a mapping with the keys name and steps")
+    return _document({"name": path.stem, **content}, f"recipe {path}")
+
+
+def _path_of(source: str | Path) -> Path:
+    path = Path(source)
+    if isinstance(source, str) and source in catalog.names("recipes"):
+        return catalog.card("recipes", source).path
+    if path.is_file():
+        return path
+    if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
+        raise AerogelError(f"recipe file {path} does not exist")
+    return catalog.card("recipes", str(source)).path
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader
+
+
+def _document(content: Mapping[str, Any], where: str) -> _Document:
+    for key in content:
+        if key not in _Document.model_fields:
+            raise AerogelError(f"{where}: unknown key {key!r}{catalog.nearest(str(key), _Document.model_fields)}")
+    try:
+        return _Document.model_validate(dict(content))
+    except ValidationError as error:
+        raise AerogelError(f"{where}: {_reason(error)}; expected `steps` to be a list of `- method: {{knob: value}}`") from error
+
+
+def _override(document: _Document, override: str) -> None:
+    """Set one knob of every step of that method."""
+    target, equals, text = override.partition("=")
+    name, dot, knob = target.strip().partition(".")
+    if not (equals and dot and knob):
+        raise AerogelError(f"cannot read override {override!r}; expected method.knob=value, for example gptq.scheme=W3A16")
+    steps = [step for step in document.steps if name in step]
+    if not steps:
+        raise AerogelError(f"override {override!r}: recipe {document.name!r} has no step {name!r}{_nearest_step(document, name)}")
+    try:
+        value = _yaml(text)
+    except yaml.YAMLError as error:
+        raise AerogelError(f"override {override!r}: the value is not YAML: {_one_line(error)}") from error
+    for step in steps:
+        step[name] = {**(step[name] or {}), knob: value}
+
+
+def _nearest_step(document: _Document, name: str) -> str:
+    return catalog.nearest(name, {key for step in document.steps for key in step})
+
+
+def _step(recipe: str, number: int, step: Mapping[str, Mapping[str, Any] | None]) -> Step:
+    if len(step) != 1:
+        raise AerogelError(f"recipe {recipe!r}, step {number}: a step has one key, the method; got {sorted(step)}")
+    ((name, knobs),) = step.items()
+    where = f"recipe {recipe!r}, step {number} ({name})"
+    if name not in catalog.names("methods"):
+        raise AerogelError(f"recipe {recipe!r}, step {number}: unknown method {name!r}{catalog.nearest(name, catalog.names('methods'))}")
+    return Step(name, _build(catalog.find("methods", name), knobs or {}, where))
+
+
+def _build(cls: type[AnyMethod], knobs: Mapping[str, Any], where: str) -> AnyMethod:
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for knob in knobs:
+        if knob not in fields:
+            raise AerogelError(f"{where}: unknown knob {knob!r}{catalog.nearest(str(knob), fields)}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in knobs and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise AerogelError(f"{where}: the recipe must give {', '.join(missing)}")
+    values = {knob: _value(hints[knob], value, f"{where}: knob {knob!r}") for knob, value in knobs.items()}
+    try:
+        return cls(**values)
+    except AerogelError as error:
+        raise AerogelError(f"{where}: {error}") from error
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    adapter: TypeAdapter[Any] = TypeAdapter(_border_type(hint), config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        raise AerogelError(f"{where}: {_reason(error)}") from error
+
+
+def _border_type(hint: Any) -> Any:
+    """A knob's type as recipes may write it: lists stand for tuples and sets, names and mappings for schemes."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Scheme or Scheme in args:
+        return Annotated[Any, PlainValidator(_scheme)]
+    if not args or origin in (Literal, Annotated):
+        return hint
+    inner = tuple(arg if arg is Ellipsis else _border_type(arg) for arg in args)
+    if origin in (typing.Union, types.UnionType):
+        return functools.reduce(operator.or_, inner)
+    rebuilt = origin[inner]
+    return Annotated[rebuilt, Strict(False)] if origin in (tuple, set, frozenset) else rebuilt
+
+
+def _scheme(value: Any) -> Scheme:
+    if not isinstance(value, Scheme | str | Mapping):
+        raise AerogelError("a scheme is a name such as W4A16_G64 or a mapping {preset, group, symmetric}")
+    return Scheme.parse(value)
+
+
+def _plain(value: Any) -> Any:
+    """A knob's value as YAML and JSON write it."""
+    if isinstance(value, Scheme | Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, frozenset | set):
+        return sorted(_plain(inner) for inner in value)
+    if isinstance(value, tuple | list):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+def _reason(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
+    return f"{place}: {message}{got}" if place else f"{message}{got}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
