@@ -105,7 +105,8 @@ def test_only_outputs_that_are_read_later_are_needed(network: Network, calls: li
 def test_the_network_around_its_blocks_comes_last(network: Network, calls: list[Call]) -> None:
     head_inputs = record(network.module.head, [lambda call=call: network.run(call) for call in calls])
     *_, around = Walk(network, calls, around=True)
-    assert around.name == "" and set(around.linears()) == {"stem", "head"}
+    assert around.name == ""
+    assert set(around.linears()) == {"stem", "head"}
     seen: list[Call] = []
     handle = network.module.head.register_forward_pre_hook(lambda _, args: seen.append(Call(args)))
     for call in around.calls:
@@ -177,7 +178,8 @@ def test_weights_are_resident_only_during_a_visit(network: Network, calls: list[
 
     for block in Walk(network, calls, residency=Counting()):
         assert inside == [block.name]
-    assert most == 1 and not inside
+    assert most == 1
+    assert not inside
 
 
 def test_a_block_that_runs_twice_is_refused(network: Network, calls: list[Call]) -> None:

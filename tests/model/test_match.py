@@ -1,0 +1,39 @@
+"""Patterns mean what their docstring says, and never a part of a word."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from aerogel.model.match import matches
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "expected"),
+    [
+        ("lm_head", "lm_head", True),
+        ("model.layers.0.mlp.down_proj", "down_proj", True),
+        ("model.layers.0.mlp.down_proj", "mlp.down_proj", True),
+        ("model.layers.0.mlp.down_proj", "proj", False),
+        ("model.layers.0.block_sparse_moe.experts.1.w1", "experts", False),
+        ("model.layers.0.block_sparse_moe.experts.1.w1", "moe.experts.1.w1", False),
+        ("model.layers.0.mlp.gate_proj", "*.mlp.gate", False),
+        ("model.layers.0.mlp.gate", "*.mlp.gate", True),
+        ("model.layers.10.mlp.up_proj", "model.layers.1.*", False),
+        ("model.layers.1.mlp.up_proj", "model.layers.[0-3].*", True),
+        ("model.layers.3.self_attn.q_proj", r"re:.*\.(q|k)_proj$", True),
+        ("model.layers.3.self_attn.v_proj", r"re:.*\.(q|k)_proj$", False),
+    ],
+)
+def test_names(name: str, pattern: str, expected: bool) -> None:
+    assert matches(name, (pattern,)) is expected
+
+
+def test_class_names_need_the_module() -> None:
+    assert matches("anything", ("Linear",), nn.Linear(1, 1))
+    assert not matches("anything", ("Linear",), nn.Conv2d(1, 1, 1))
+    assert not matches("anything", ("Linear",))
+
+
+def test_no_pattern_means_nothing() -> None:
+    assert not matches("lm_head", ())
