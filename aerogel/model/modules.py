@@ -38,6 +38,7 @@ class QuantLinear(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
         self.register_parameter("bias", bias)
+        self.bias: nn.Parameter | None
         self.cache: dict[Any, Any] = {}
         """What kernels packed for themselves; never saved, emptied when the tensors change."""
         self._held: dict[torch.dtype, Tensor] | None = None
@@ -111,19 +112,19 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize the input if the scheme says so, and multiply."""
-        held = self._held
-        if held is None:
-            weight = self.dequantized(x.dtype)
-        else:
-            weight = held.get(x.dtype)
-            if weight is None:
-                weight = held[x.dtype] = self.dequantized(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(self.quantized_input(x), weight, bias)
+        return nn.functional.linear(self.quantized_input(x), self._float_weight(x.dtype), bias)
 
     def extra_repr(self) -> str:
         """Shape and scheme, for print(module)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, scheme={self.scheme}"
+
+    def _float_weight(self, dtype: torch.dtype) -> Tensor:
+        if self._held is None:
+            return self.dequantized(dtype)
+        if dtype not in self._held:
+            self._held[dtype] = self.dequantized(dtype)
+        return self._held[dtype]
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
