@@ -20,6 +20,7 @@ from aerogel.model.activations import Activations
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.hooks import Stop, answering
+from aerogel.model.modules import held
 from aerogel.model.network import Network
 from aerogel.model.trace import AROUND, trace
 
@@ -87,8 +88,9 @@ class Walk:
             with self._visiting(name):
                 block = self._block(name, position)
                 yield block
-                for index, call in self._inputs(name):
-                    self._outputs.put(name, index, block.run(call))
+                with held(block.module):
+                    for index, call in self._inputs(name):
+                        self._outputs.put(name, index, block.run(call))
                 self._finished(block)
             self._advance(position)
         if self._around:
