@@ -30,7 +30,8 @@ class BoundEdge:
 
     source: str
     sinks: tuple[str, ...]
-    heads: bool
+    heads: bool = False
+    tail: bool = False
 
 
 @dataclass(eq=False)
@@ -77,7 +78,8 @@ class Block:
     def edges(self) -> list[BoundEdge]:
         """The family's edges as they stand in this block; edges whose source or sinks are not here are left out."""
         names = [name for name, _ in self.module.named_modules()]
-        return [bound for edge in self.network.family.edges for bound in _bind(edge, names)] if self.name else []
+        edges = [edge for edge in self.network.family.edges if edge.holds(self.network.config)]
+        return [bound for edge in edges for bound in _bind(edge, names)] if self.name else []
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put another module in the place of a part of the block."""
@@ -108,7 +110,7 @@ def _bind(edge: Edge, names: list[str]) -> list[BoundEdge]:
         parts = pattern.fullmatch(source).groups()  # type: ignore[union-attr]
         sinks = [name for sink in edge.sinks for name in names if re.fullmatch(_fill(sink, parts), name)]
         if sinks:
-            bound.append(BoundEdge(source, tuple(sinks), edge.heads))
+            bound.append(BoundEdge(source, tuple(sinks), edge.heads, edge.tail))
     return bound
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Modality = Literal["text", "image-text", "image", "video"]
 
@@ -31,6 +31,14 @@ class Edge:
     """Linears that read the source's channels and nothing else does; routers are named too."""
     heads: bool = False
     """Value-to-output edge: with grouped heads a source channel feeds the same channel of several query heads."""
+    tail: bool = False
+    """The channels are the last outputs of a fused linear, such as value in qkv or up in gate_up."""
+    when: tuple[tuple[str, Any], ...] = ()
+    """Values in the network's config without which the edge does not hold, such as an activation that keeps scales."""
+
+    def holds(self, config: Any) -> bool:
+        """Whether a network with this config has the edge."""
+        return all(getattr(config, key, None) == value for key, value in self.when)
 
 
 @dataclass(frozen=True)
@@ -73,3 +81,28 @@ class Family:
     experts: Experts | None = None
     residual: Residual | None = None
     modality: Modality = "text"
+    renames: tuple[tuple[str, str], ...] = ()
+    """Where transformers calls tensors otherwise than their checkpoint does: (beginning or `.part.` in memory, on disk)."""
+
+    def on_disk(self, name: str) -> str:
+        """The name that a checkpoint of this family has for the tensor called `name` in memory."""
+        return _renamed(name, self.renames)
+
+    def in_memory(self, name: str) -> str:
+        """The name in memory of the tensor that a checkpoint calls `name`; names that are those of memory stay."""
+        if any(_place(name, ours) >= 0 for ours, _ in self.renames):
+            return name
+        longest_first = sorted(self.renames, key=lambda pair: -len(pair[1]))
+        return _renamed(name, tuple((theirs, ours) for ours, theirs in longest_first))
+
+
+def _place(name: str, text: str) -> int:
+    """Where a name has this text: anywhere when it begins with a dot, else only at the beginning; -1 when nowhere."""
+    return name.find(text) if text.startswith(".") else (0 if name.startswith(text) else -1)
+
+
+def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    for old, new in pairs:
+        if (place := _place(name, old)) >= 0:
+            return name[:place] + new + name[place + len(old) :]
+    return name

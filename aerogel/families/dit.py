@@ -1,0 +1,13 @@
+"""DiT, the class-conditional image denoiser of diffusers; its norms take their scale from the time step, so they absorb none."""
+
+from __future__ import annotations
+
+from aerogel.model.family import Edge, Family, Tower
+
+FAMILY = Family(
+    name="dit",
+    matches=("DiTTransformer2DModel",),
+    towers=(Tower("", "transformer_blocks.*"),),
+    edges=(Edge("attn1.to_v", ("attn1.to_out.0",), heads=True),),
+    modality="image",
+)

@@ -1,0 +1,18 @@
+"""Wan, the text-to-video and image-to-video denoiser of diffusers."""
+
+from __future__ import annotations
+
+from aerogel.model.family import Edge, Family, Tower
+
+FAMILY = Family(
+    name="wan",
+    matches=("WanTransformer3DModel",),
+    towers=(Tower("", "blocks.*"),),
+    edges=(
+        Edge("attn1.to_v", ("attn1.to_out.0",), heads=True),
+        Edge("norm2", ("attn2.to_q",), when=(("cross_attn_norm", True),)),
+        # Image-to-video adds a second value projection to what to_out reads.
+        Edge("attn2.to_v", ("attn2.to_out.0",), heads=True, when=(("added_kv_proj_dim", None),)),
+    ),
+    modality="video",
+)
