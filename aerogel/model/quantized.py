@@ -1,0 +1,201 @@
+"""What `quantization_config` in a config.json says, and the quantized linears it means: written, read, put in place."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from aerogel.errors import AerogelError
+from aerogel.model.layout import format_of, refuse
+from aerogel.model.modules import QuantLinear, ScaledInput
+from aerogel.numerics.formats import FORMATS
+from aerogel.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Scheme, TensorScheme
+
+_PRESETS = ("FP8_DYNAMIC", "FP8_STATIC", "FP8_BLOCK", "NVFP4A16", "MXFP4A16")
+_SCALE_DTYPES = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
+# The library that reads plain folders also counts these classes as linears, though they keep their weight themselves.
+_ROUTERS = ("Router", "Gate", "Gating")
+
+
+class Assigned(NamedTuple):
+    """How one linear is stored."""
+
+    scheme: Scheme
+    act_order: bool = False
+
+
+def describe(module: nn.Module) -> dict[str, Any] | None:
+    """Return the quantization_config of a module with quantized linears, or None when it has none.
+
+    `ignore` names every linear left in float. Several schemes become several groups that name their linears one by one. A module
+    with scaled inputs, which compressed-tensors cannot express, gets the method name "aerogel": other readers then refuse it
+    instead of reading it wrongly. Raises AerogelError when a linear does not fit its scheme's layout.
+    """
+    quantized = {name: part for name, part in module.named_modules() if isinstance(part, QuantLinear)}
+    if not quantized:
+        return None
+    groups: dict[tuple[TensorScheme, TensorScheme | None, bool], list[str]] = {}
+    for name, linear in quantized.items():
+        if reason := refuse(linear.scheme, linear.in_features, linear.out_features):
+            raise AerogelError(f"{name} in {linear.scheme}: {reason}")
+        groups.setdefault((linear.scheme.weights, linear.scheme.inputs, linear.g_idx is not None), []).append(name)
+    config_groups = {}
+    for number, ((weights, inputs, act_order), names) in enumerate(groups.items()):
+        config_groups[f"group_{number}"] = {
+            "targets": ["Linear"] if len(groups) == 1 else names,
+            "weights": _write(weights) | ({"actorder": "group"} if act_order else {}),
+            "input_activations": None if inputs is None else _write(inputs),
+            "output_activations": None,
+            "format": format_of(Scheme("", weights, inputs)),
+        }
+    formats = {group["format"] for group in config_groups.values()}
+    plain = not any(isinstance(part, ScaledInput) for part in module.modules())
+    return {
+        "quant_method": "compressed-tensors" if plain else "aerogel",
+        "quantization_status": "compressed",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "config_groups": config_groups,
+        "ignore": [name for name, part in module.named_modules() if _left_in_float(part)],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def attach(module: nn.Module, config: Mapping[str, Any]) -> None:
+    """Put empty quantized linears where a quantization_config says, ready for the checkpoint's tensors.
+
+    Raises AerogelError on a config that is not compressed-tensors or that says something this package cannot run.
+    """
+    for name, assigned in assignments(config, linears(module)).items():
+        linear = module.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        weight = linear.weight
+        quantized = QuantLinear.empty(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            assigned.scheme,
+            weight.dtype,
+            weight.device,
+            assigned.act_order,
+        )
+        module.set_submodule(name, quantized)
+
+
+def linears(module: nn.Module) -> list[str]:
+    """Full dotted names of the float linears."""
+    return [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+
+
+def assignments(config: Mapping[str, Any], names: list[str]) -> dict[str, Assigned]:
+    """Return which of the linears called `names` are quantized, and how; raises AerogelError like `attach`."""
+    if config.get("quant_method") not in ("compressed-tensors", "aerogel"):
+        raise AerogelError(
+            f"quantization_config says quant_method={config.get('quant_method')!r}; only compressed-tensors folders are opened"
+        )
+    if config.get("kv_cache_scheme"):
+        warnings.warn("the folder's scales for a quantized KV cache are not used: keys and values stay in float", stacklevel=3)
+    ignore = config.get("ignore") or []
+    targets = [(target, _read_group(name, group)) for name, group in config["config_groups"].items() for target in group["targets"]]
+    # A name is more particular than a pattern, a pattern than a class.
+    targets.sort(key=lambda pair: 2 if pair[0] == "Linear" else 1 if pair[0].startswith("re:") else 0)
+    exact = {target: assigned for target, assigned in reversed(targets) if not target.startswith("re:")}
+    patterns = [(target, assigned) for target, assigned in targets if target.startswith("re:")]
+    found = {}
+    for name in names:
+        if name in ignore or any(_means(pattern, name) for pattern in ignore):
+            continue
+        assigned = exact.get(name) or next((chosen for pattern, chosen in patterns if _means(pattern, name)), exact.get("Linear"))
+        if assigned is not None:
+            found[name] = assigned
+    return found
+
+
+def _means(pattern: str, name: str) -> bool:
+    return pattern == "Linear" or (pattern.startswith("re:") and re.match(pattern[3:], name) is not None)
+
+
+def _left_in_float(part: nn.Module) -> bool:
+    return isinstance(part, nn.Linear) or (
+        any(word in type(part).__name__ for word in _ROUTERS) and isinstance(getattr(part, "weight", None), nn.Parameter)
+    )
+
+
+def _write(tensor: TensorScheme) -> dict[str, Any]:
+    args: dict[str, Any] = {
+        "num_bits": tensor.format.bits,
+        "type": tensor.format.kind,
+        "symmetric": tensor.symmetric,
+        "dynamic": tensor.dynamic,
+    }
+    match tensor.granularity:
+        case PerGroup(size):
+            args |= {"strategy": "tensor_group" if tensor.scale_format == "e4m3" else "group", "group_size": size}
+        case PerBlock(rows, columns):
+            args |= {"strategy": "block", "block_structure": [rows, columns]}
+        case granularity:
+            args["strategy"] = {PerTensor: "tensor", PerChannel: "channel", PerToken: "token"}[type(granularity)]
+    if tensor.scale_format != "float":
+        args["scale_dtype"] = _SCALE_DTYPES[tensor.scale_format]
+    return args
+
+
+def _read_group(name: str, group: Mapping[str, Any]) -> Assigned:
+    if not isinstance(group, Mapping) or not group.get("weights") or group.get("output_activations"):
+        raise AerogelError(
+            f"quantization_config: {name} is not a group of linears with quantized weights and float outputs; it cannot be run"
+        )
+    weights = _read(name, group["weights"])
+    inputs = _read(name, group["input_activations"]) if group.get("input_activations") else None
+    scheme = Scheme(_name(weights, inputs), weights, inputs)
+    stored = group.get("format")
+    if stored not in (None, "naive-quantized", format_of(scheme)):
+        raise AerogelError(f"quantization_config: {name} is stored as {stored}; {scheme} is read from {format_of(scheme)} only")
+    return Assigned(scheme, act_order=group["weights"].get("actorder") in ("group", "dynamic", True))
+
+
+def _read(name: str, args: Mapping[str, Any]) -> TensorScheme:
+    bits, kind = args.get("num_bits", 8), str(args.get("type", "int"))
+    label = f"int{bits}" if kind == "int" else {8: "fp8_e4m3", 4: "fp4_e2m1"}.get(bits, f"fp{bits}")
+    dynamic = args.get("dynamic", False)
+    if label not in FORMATS or dynamic == "local":
+        raise AerogelError(
+            f"quantization_config: {name} uses {label} with dynamic={dynamic!r}, which cannot be run; known formats: {', '.join(FORMATS)}"
+        )
+    scale_format: Literal["float", "e8m0", "e4m3"] = "float"
+    if label == "fp4_e2m1":
+        scale_format = "e8m0" if args.get("group_size") == 32 else "e4m3"
+    return TensorScheme(FORMATS[label], _granularity(name, args), bool(args.get("symmetric", True)), bool(dynamic), scale_format)
+
+
+def _granularity(name: str, args: Mapping[str, Any]) -> Granularity:
+    size = args.get("group_size")
+    match args.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group"):
+        case "tensor":
+            return PerTensor()
+        case "channel":
+            return PerChannel()
+        case "token":
+            return PerToken()
+        case "group" | "tensor_group":
+            return PerGroup(int(size))  # type: ignore[arg-type]
+        case "block":
+            return PerBlock(*args["block_structure"])
+        case other:
+            raise AerogelError(f"quantization_config: {name} has the strategy {other!r}, which cannot be run")
+
+
+def _name(weights: TensorScheme, inputs: TensorScheme | None) -> str:
+    """The preset name of a scheme, or a description when none fits."""
+    group = f"_G{weights.granularity.size}" if isinstance(weights.granularity, PerGroup) else "_CHANNEL"
+    options = ("" if weights.symmetric else "_ASYM") + ("_STATIC" if inputs is not None and not inputs.dynamic else "")
+    integer = f"W{weights.format.bits}A{16 if inputs is None else 8}{group}{options}"
+    for name in (integer.replace("A8_CHANNEL", "A8"), *_PRESETS):
+        scheme = Scheme.parse(name)
+        if (scheme.weights, scheme.inputs) == (weights, inputs):
+            return name
+    return f"{weights.format} weights, {'float' if inputs is None else inputs.format} inputs"
