@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,22 +54,24 @@ class Entry:
 class Checkpoint:
     """Named tensors in the safetensors files of one folder; nothing is read before it is asked for."""
 
-    def __init__(self, folder: Path, files: dict[str, str]) -> None:
+    def __init__(self, folder: Path, files: dict[str, str], rename: Callable[[str], str] = str) -> None:
+        """`files` says which file of the folder holds each tensor by its name on disk; `rename` gives the name it answers to."""
         self.folder = folder
+        self._on_disk = {rename(name): name for name in files}
         self._files = files
         self._headers: dict[str, dict[str, Entry]] = {}
 
     @classmethod
-    def open(cls, folder: str | Path) -> Checkpoint:
+    def open(cls, folder: str | Path, rename: Callable[[str], str] = str) -> Checkpoint:
         """Open the checkpoint in `folder`; raises AerogelError when there is none, or only one in pickle format."""
         folder = Path(folder)
         for stem in _STEMS:
             if (folder / f"{stem}.safetensors").is_file():
                 file = f"{stem}.safetensors"
-                return cls(folder, dict.fromkeys(_read_header(folder / file), file))
+                return cls(folder, dict.fromkeys(_read_header(folder / file), file), rename)
             index = folder / f"{stem}.safetensors.index.json"
             if index.is_file():
-                return cls(folder, _read_index(index))
+                return cls(folder, _read_index(index), rename)
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         if pickled:
             raise AerogelError(
@@ -82,7 +84,7 @@ class Checkpoint:
         """Check every file against its header and the index; raises AerogelError that names the bad file."""
         for file in dict.fromkeys(self._files.values()):
             self._header(file)
-        for name in self._files:
+        for name in self.names():
             self._entry(name)
 
     def nonfinite(self, names: Iterable[str] | None = None) -> list[str]:
@@ -91,17 +93,21 @@ class Checkpoint:
         return [name for name, tensor in self._read(wanted) if not _finite(tensor)]
 
     def names(self) -> list[str]:
-        """Names of all tensors, in the order of the files."""
-        return list(self._files)
+        """Names of all tensors, file by file."""
+        return list(self._on_disk)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return name in self._on_disk
+
+    def on_disk(self, name: str) -> str:
+        """The name that a tensor has on disk; raises AerogelError on a name that is not in the checkpoint."""
+        if name not in self._on_disk:
+            raise AerogelError(f"{self.folder}: the checkpoint has no tensor {name!r}; it may belong to another model")
+        return self._on_disk[name]
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor; raises AerogelError on a name that is not in the checkpoint."""
-        if name not in self._files:
-            raise AerogelError(f"{self.folder}: the checkpoint has no tensor {name!r}; it may belong to another model")
-        return self.folder / self._files[name]
+        return self.folder / self._files[self.on_disk(name)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
@@ -113,12 +119,12 @@ class Checkpoint:
 
     def bytes(self, names: Iterable[str] | None = None) -> int:
         """Bytes on disk of some tensors, by default of all."""
-        return sum(self._entry(name).bytes for name in (self._files if names is None else names))
+        return sum(self._entry(name).bytes for name in (self.names() if names is None else names))
 
     def main_dtype(self) -> torch.dtype:
         """The float dtype of 16 bits or more that most elements are stored in; float32 when there is none."""
         counts: Counter[torch.dtype] = Counter()
-        for entry in map(self._entry, self._files):
+        for entry in map(self._entry, self.names()):
             if entry.dtype.is_floating_point and entry.dtype.itemsize >= 2:
                 counts[entry.dtype] += entry.bytes // entry.dtype.itemsize
         return counts.most_common(1)[0][0] if counts else torch.float32
@@ -127,11 +133,19 @@ class Checkpoint:
         """Read one tensor into memory of its own."""
         return next(self._read([name]))[1].clone()
 
-    def materialise(self, module: nn.Module, prefix: str = "", dtype: torch.dtype | None = None, skip: Collection[nn.Module] = ()) -> None:
+    def materialise(
+        self,
+        module: nn.Module,
+        prefix: str = "",
+        dtype: torch.dtype | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        skip: Collection[nn.Module] = (),
+    ) -> None:
         """Fill the meta parameters and persistent meta buffers of a module whose full dotted name is `prefix`.
 
-        Floats take `dtype`, by default the dtype each meta tensor declares. Submodules in `skip` stay on meta. Tensors
-        that several places share are read once and stay shared. Raises AerogelError on a name the checkpoint lacks, a
+        Floats of 16 bits or more take `dtype`, by default what each meta tensor declares. Submodules in `skip` stay on meta.
+        Tensors that several places share are read once and stay shared. Raises AerogelError on a name the checkpoint lacks, a
         wrong shape, or integers where floats belong.
         """
         wanted: dict[str, list[Slot]] = {}
@@ -147,7 +161,7 @@ class Checkpoint:
             self._check_fits(name, first.tensor)
             floats = first.tensor.is_floating_point() and first.tensor.element_size() >= 2
             target = dtype if dtype is not None and floats else first.tensor.dtype
-            filled = first.like(tensor.to(target, copy=True))
+            filled = first.like(tensor.to(device, target, copy=True))
             for slot in stored[name]:
                 slot.put(filled)
 
@@ -175,7 +189,7 @@ class Checkpoint:
             for batch in self._batches(members):
                 with safe_open(file, framework="pt") as handle:
                     for name in batch:
-                        yield name, handle.get_tensor(name)
+                        yield name, handle.get_tensor(self.on_disk(name))
 
     def _batches(self, names: list[str]) -> Iterator[list[str]]:
         batch: list[str] = []
@@ -191,10 +205,10 @@ class Checkpoint:
 
     def _entry(self, name: str) -> Entry:
         file = self.file(name)
-        header = self._header(file.name)
-        if name not in header:
-            raise AerogelError(f"{file}: the index says that {name!r} is in this file, and it is not; {_REPAIR}, or the index")
-        return header[name]
+        header, on_disk = self._header(file.name), self.on_disk(name)
+        if on_disk not in header:
+            raise AerogelError(f"{file}: the index says that {on_disk!r} is in this file, and it is not; {_REPAIR}, or the index")
+        return header[on_disk]
 
     def _header(self, file: str) -> dict[str, Entry]:
         if file not in self._headers:
