@@ -18,7 +18,7 @@ from aerogel.model.slots import Slot, release, slots
 
 # In the order transformers and diffusers look for them: one file wins over an index.
 _STEMS = ("model", "diffusion_pytorch_model")
-_DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "U16": torch.uint16,
@@ -256,4 +256,4 @@ def _read_header(file: Path) -> dict[str, Entry]:
 
 def _entry(item: dict[str, Any]) -> Entry:
     start, end = item["data_offsets"]
-    return Entry(_DTYPES[item["dtype"]], tuple(item["shape"]), end - start)
+    return Entry(DTYPES[item["dtype"]], tuple(item["shape"]), end - start)
