@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from aerogel.model.layout import Stored, blank, decode, decode_input, encode
 from aerogel.numerics.quantize import Grid, dequantize, dynamic_grid, fake_quantize
@@ -39,8 +40,7 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.register_parameter("bias", bias)
         self.bias: nn.Parameter | None
-        self.cache: dict[Any, Any] = {}
-        """What kernels packed for themselves; never saved, emptied when the tensors change."""
+        self._packed = WeakTensorKeyDictionary()
         self._held: dict[torch.dtype, Tensor] | None = None
 
     @classmethod
@@ -76,6 +76,12 @@ class QuantLinear(nn.Module):
         """Return one with nothing in it, for load_state_dict; `dtype` is that of scales and bias."""
         vector = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         return cls(in_features, out_features, scheme, blank(in_features, out_features, scheme, dtype, device, act_order), vector)
+
+    @property
+    def cache(self) -> dict[Any, Any]:
+        """What kernels packed for themselves: never saved, and gone as soon as the tensor it was packed from is."""
+        kept: dict[Any, Any] = self._packed.setdefault(next(iter(self._tensors().values())), {})
+        return kept
 
     @property
     def g_idx(self) -> Tensor | None:
@@ -137,11 +143,10 @@ class QuantLinear(nn.Module):
             now = self._buffers[name]
             if now is not None and now.dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(now.device)
-        self.cache.clear()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.cache.clear()
+        self._packed.clear()
         super()._load_from_state_dict(*args, **kwargs)
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import nn
 
 from aerogel.errors import AerogelError
@@ -29,14 +30,15 @@ class Assigned(NamedTuple):
 
 
 def describe(module: nn.Module) -> dict[str, Any] | None:
-    """Return the quantization_config of a module with quantized linears, or None when it has none.
+    """Return the quantization_config of a module (a network or a block), or None when no linear in it is quantized.
 
     `ignore` names every linear left in float. Several schemes become several groups that name their linears one by one. A module
-    with scaled inputs, which compressed-tensors cannot express, gets the method name "aerogel": other readers then refuse it
-    instead of reading it wrongly. Raises AerogelError when a linear does not fit its scheme's layout.
+    with scaled inputs, which compressed-tensors cannot express, gets the method name "aerogel" and the list `scaled_inputs`: other
+    readers then refuse it instead of reading it wrongly. Raises AerogelError when a linear does not fit its scheme's layout.
     """
     quantized = {name: part for name, part in module.named_modules() if isinstance(part, QuantLinear)}
-    if not quantized:
+    scaled = [name for name, part in module.named_modules() if isinstance(part, ScaledInput)]
+    if not quantized and not scaled:
         return None
     groups: dict[tuple[TensorScheme, TensorScheme | None, bool], list[str]] = {}
     for name, linear in quantized.items():
@@ -52,10 +54,9 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
             "output_activations": None,
             "format": format_of(Scheme("", weights, inputs)),
         }
-    formats = {group["format"] for group in config_groups.values()}
-    plain = not any(isinstance(part, ScaledInput) for part in module.modules())
-    return {
-        "quant_method": "compressed-tensors" if plain else "aerogel",
+    formats = {group["format"] for group in config_groups.values()} or {"dense"}
+    config = {
+        "quant_method": "aerogel" if scaled else "compressed-tensors",
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "config_groups": config_groups,
@@ -63,6 +64,7 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+    return config | ({"scaled_inputs": scaled} if scaled else {})
 
 
 def attach(module: nn.Module, config: Mapping[str, Any]) -> None:
@@ -70,6 +72,10 @@ def attach(module: nn.Module, config: Mapping[str, Any]) -> None:
 
     Raises AerogelError on a config that is not compressed-tensors or that says something this package cannot run.
     """
+    for name in config.get("scaled_inputs", ()):
+        inner = module.get_submodule(name)
+        assert isinstance(inner, nn.Linear)
+        module.set_submodule(name, ScaledInput(inner, torch.ones(inner.in_features, dtype=inner.weight.dtype, device=inner.weight.device)))
     for name, assigned in assignments(config, linears(module)).items():
         linear = module.get_submodule(name)
         assert isinstance(linear, nn.Linear)
