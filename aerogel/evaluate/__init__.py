@@ -1,1 +1,1 @@
-"""Measures of quality and cost, one a file."""
+"""What a network can still do and what it costs, one measure a file."""

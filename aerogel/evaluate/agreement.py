@@ -1,0 +1,48 @@
+"""Agreement with the original, token by token, on held-out text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from aerogel.data import text
+from aerogel.errors import AerogelError
+from aerogel.evaluate.measure import TextMeasure, original_of, predictions
+from aerogel.model.network import Network
+from aerogel.numerics.metrics import kl_divergence, top1_agreement
+
+ROWS = 256
+"""Rows of logits compared at once."""
+
+
+@dataclass(frozen=True)
+class Agreement(TextMeasure):
+    """How far the network's next-token distribution has moved from the original's: KL lower, top-1 higher is better.
+
+    KL(original || network) = sum over the vocabulary of p (log p - log q), in nats, and the share of tokens for which both rank the
+    same token first; means over the scored tokens of the same sliding windows that perplexity reads.
+    """
+
+    compares: ClassVar[bool] = True
+
+    def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
+        """Return kl (nats per token), top1 (share), the scored tokens and what was read."""
+        original = original_of(self, against)
+        stream_T, total, same, count = self.stream(network), 0.0, 0.0, 0
+        for window in self.windows(network, stream_T):
+            theirs_RV, ours_RV = predictions(original, window), predictions(network, window)
+            if theirs_RV.shape != ours_RV.shape:
+                raise AerogelError(
+                    f"the original has {theirs_RV.shape[1]} tokens and the network {ours_RV.shape[1]}; compare equal vocabularies"
+                )
+            for p_RV, q_RV in zip(theirs_RV.split(ROWS), ours_RV.split(ROWS), strict=True):
+                total += kl_divergence(p_RV, q_RV) * len(q_RV)
+                same += top1_agreement(p_RV, q_RV) * len(q_RV)
+            count += len(ours_RV)
+        return {
+            "kl": total / count,
+            "top1": same / count,
+            "tokens": count,
+            "source": str(self.source),
+            "fingerprint": text.fingerprint(stream_T),
+        }

@@ -1,0 +1,80 @@
+"""What the network writes, side by side with what the original writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from aerogel.evaluate.measure import Measure, tokenizer_of
+from aerogel.model.network import Network
+
+PROMPTS = (
+    "Explain in two sentences why the sky is blue.",
+    "Write the first line of a novel that is set on a lighthouse.",
+    "What is 17 plus 26? Show the steps.",
+    "Name three uses of aerogel.",
+)
+
+
+@dataclass(frozen=True)
+class Generation(Measure):
+    """Greedy continuations of a few prompts: shows what a number hides, proves nothing.
+
+    Greedy decoding parts for good at the first token that differs, so `same` is how long the two stay together, not how good either is.
+    """
+
+    modalities: ClassVar[frozenset[str]] = frozenset({"text", "image-text"})
+
+    prompts: tuple[str, ...] = PROMPTS
+    """What is continued."""
+    new_tokens: int = 48
+    """Tokens written after each prompt at most."""
+    chat: bool | None = None
+    """Whether a prompt goes through the tokenizer's chat template as the user's turn; None: when it has one."""
+
+    def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
+        """Return samples (prompt, compressed; with an original also original, same, tokens) and same_share, its mean share."""
+        tokenizer, samples = tokenizer_of(network), []
+        for prompt in self.prompts:
+            ours_T = self._continue(network, prompt)
+            sample: dict[str, Any] = {"prompt": prompt, "compressed": tokenizer.decode(ours_T, skip_special_tokens=True)}
+            if against is not None:
+                theirs_T = self._continue(against, prompt)
+                sample["original"] = tokenizer.decode(theirs_T, skip_special_tokens=True)
+                sample["same"], sample["tokens"] = together(ours_T, theirs_T), max(len(ours_T), len(theirs_T))
+            samples.append(sample)
+        if against is None:
+            return {"samples": samples}
+        return {"samples": samples, "same_share": sum(s["same"] / max(s["tokens"], 1) for s in samples) / max(len(samples), 1)}
+
+    def _continue(self, network: Network, prompt: str) -> Tensor:
+        """The new tokens, new_T."""
+        tokenizer = tokenizer_of(network)
+        chat = bool(tokenizer.chat_template) if self.chat is None else self.chat
+        turn = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) if chat else prompt
+        ids_L = tokenizer(text, add_special_tokens=not chat, return_tensors="pt")["input_ids"].to(network.device)
+        module: Any = network.module
+        with torch.no_grad():
+            written_L: Tensor = module.generate(
+                ids_L,
+                attention_mask=torch.ones_like(ids_L),
+                max_new_tokens=self.new_tokens,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            )[0]
+        return written_L[ids_L.shape[1] :]
+
+
+def together(ours_T: Tensor, theirs_T: Tensor) -> int:
+    """Return how many tokens two continuations share before they part."""
+    shared = min(len(ours_T), len(theirs_T))
+    differ_T = (ours_T[:shared] != theirs_T[:shared]).nonzero()
+    return int(differ_T[0]) if len(differ_T) else shared

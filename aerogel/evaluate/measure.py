@@ -1,0 +1,135 @@
+"""What a measure is: a frozen dataclass of knobs that looks at a network, and at its original where it compares.
+
+B windows in a batch, L tokens of a window, R scored tokens of a batch, V vocabulary, T tokens of the text.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from aerogel.data import text
+from aerogel.errors import AerogelError
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
+
+
+@dataclass(frozen=True)
+class Measure(ABC):
+    """Says one thing about a network in facts that fit into JSON."""
+
+    compares: ClassVar[bool] = False
+    """Whether it needs the original beside the network."""
+    asked: ClassVar[bool] = False
+    """Whether it runs only when asked for by name."""
+    modalities: ClassVar[frozenset[str]] = frozenset({"text", "image-text", "image", "video"})
+    """The kinds of network it can look at."""
+
+    @abstractmethod
+    def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
+        """Return the facts by name; raises AerogelError when the network is not of a kind it can look at."""
+
+
+class Window(NamedTuple):
+    """Equally long pieces of text of which the last tokens are scored."""
+
+    input_ids: Tensor
+    """Token ids (B, L)."""
+    scored: int
+    """How many tokens at the end of each piece are predicted from what stands before them."""
+
+    @property
+    def labels(self) -> Tensor:
+        """The scored tokens, piece after piece (R)."""
+        return self.input_ids[:, -self.scored :].flatten()
+
+
+@dataclass(frozen=True)
+class TextMeasure(Measure):
+    """A measure that reads text through a sliding window and scores every token once, except the very first."""
+
+    modalities: ClassVar[frozenset[str]] = frozenset({"text", "image-text"})
+
+    source: str = "sotu-held-out"
+    """Name of shipped text, or a .txt, .jsonl or datasets folder."""
+    tokens: int = 16384
+    """Tokens read from the start of the source; 0 reads all."""
+    length: int = 1024
+    """Tokens the network sees at once; one with fewer positions sees as many as it has."""
+    stride: int = 512
+    """Tokens by which the window moves; after the first window every scored token has at least `length - stride` before it."""
+    batch: int = 1
+    """Windows in one forward; the memory that logits take grows with it."""
+
+    def stream(self, network: Network) -> Tensor:
+        """Return the text that is read, tokens_T; raises AerogelError when it has fewer than two tokens."""
+        stream_T = text.tokens(tokenizer_of(network), self.source)[: self.tokens or None]
+        if len(stream_T) < 2:
+            raise AerogelError(f"text source {self.source!r} has {len(stream_T)} tokens and a measure needs at least 2; give more text")
+        return stream_T
+
+    def windows(self, network: Network, stream_T: Tensor) -> Iterator[Window]:
+        """Yield what the network reads; raises AerogelError when a knob is out of range."""
+        if self.length < 2 or self.stride < 1 or self.batch < 1 or self.tokens < 0:
+            raise AerogelError(
+                f"length {self.length}, stride {self.stride}, batch {self.batch}, tokens {self.tokens}: at least 2, 1, 1 and 0 are expected"
+            )
+        length = min(self.length, positions(network) or self.length)
+        pieces = slide(stream_T, length, min(self.stride, length - 1), text.opening(tokenizer_of(network)))
+        for (_, scored), group in groupby(pieces, key=lambda piece: (len(piece[0]), piece[1])):
+            ids = [ids_L for ids_L, _ in group]
+            for start in range(0, len(ids), self.batch):
+                yield Window(torch.stack(ids[start : start + self.batch]).to(network.device), scored)
+
+
+def slide(stream_T: Tensor, length: int, stride: int, opening: list[int]) -> Iterator[tuple[Tensor, int]]:
+    """Yield (ids_L, how many of its last tokens are scored); the pieces score tokens 1 to T - 1 once each, in order.
+
+    Every piece begins with the tokens that the tokenizer puts before a text; `stride` is less than `length`.
+    """
+    prefix = torch.tensor(opening, dtype=torch.int64)
+    body, done = length - len(prefix), 1
+    for start in range(0, len(stream_T), stride):
+        end = min(start + body, len(stream_T))
+        yield torch.cat([prefix, stream_T[start:end]]), end - done
+        done = end
+        if end == len(stream_T):
+            return
+
+
+def predictions(network: Network, window: Window) -> Tensor:
+    """Return logits_RV that predict the window's labels, in the network's dtype."""
+    inputs: dict[str, Any] = {"input_ids": window.input_ids, "use_cache": False}
+    if "logits_to_keep" in inspect.signature(network.module.forward).parameters:
+        inputs["logits_to_keep"] = window.scored + 1  # the head's output is the largest tensor of the run
+    logits_BLV = network.run(Call((), inputs)).logits
+    return logits_BLV[:, -window.scored - 1 : -1].flatten(0, 1)
+
+
+def positions(network: Network) -> int | None:
+    """Return how many tokens the network can tell apart by place, or None when it does not say."""
+    config = network.config
+    return getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "max_position_embeddings", None)
+
+
+def tokenizer_of(network: Network) -> PreTrainedTokenizerBase:
+    """Return the network's tokenizer; raises AerogelError when it has none."""
+    tokenizer = getattr(network.processor, "tokenizer", network.processor)
+    if tokenizer is None:
+        raise AerogelError(f"this {network.family.name} network has no tokenizer, which reading text needs; load it from a folder with one")
+    return tokenizer
+
+
+def original_of(measure: Measure, against: Network | None) -> Network:
+    """Return the network to compare with; raises AerogelError when none was given."""
+    if against is None:
+        raise AerogelError(f"{type(measure).__name__.lower()} compares with the original; give it (--against MODEL)")
+    return against

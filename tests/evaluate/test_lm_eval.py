@@ -1,0 +1,58 @@
+"""lm-eval is an extra: its absence and its misuse are named; a local task gives the score a literal computation gives."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from aerogel.errors import AerogelError
+from aerogel.evaluate.lm_eval import LmEval
+from aerogel.families.llama import FAMILY
+from aerogel.model.network import Network
+from tests.tiny import FAMILIES
+from tests.words import tokenizer
+
+QUESTIONS = [
+    {"question": "the people of the", "choices": ["world", "war", "peace"], "answer": 0},
+    {"question": "we in", "choices": ["congress", "a", "that"], "answer": 1},
+    {"question": "our", "choices": ["people", "world", "war"], "answer": 2},
+]
+
+
+def tiny() -> Network:
+    return Network(FAMILIES["llama"].build(), FAMILY, processor=tokenizer())
+
+
+def test_absent_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(AerogelError, match=r"pip install 'aerogel\[tasks\]'"):
+        LmEval(tasks=("arc_easy",)).measure(tiny())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_local_task_is_scored(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="the extra aerogel[tasks] is not installed")
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    (tmp_path / "union.yaml").write_text(
+        f"task: union\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/questions.jsonl\n"
+        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\n"
+        "doc_to_target: answer\nmetric_list:\n  - metric: acc\n"
+    )
+    net, right = tiny(), 0
+    for question in QUESTIONS:
+        ids = net.processor(question["question"], return_tensors="pt")["input_ids"]
+        scores = net.module(ids).logits[0, -1]
+        choices = torch.tensor([net.processor(choice)["input_ids"][0] for choice in question["choices"]])
+        right += int(scores[choices].argmax() == question["answer"])
+    found = LmEval(tasks=("union",), folder=str(tmp_path)).measure(net)
+    assert found["union"]["acc"] == pytest.approx(right / 3)
+    with pytest.raises(AerogelError, match="knows no task onion"):
+        LmEval(tasks=("onion",), folder=str(tmp_path)).measure(net)
+    with pytest.raises(AerogelError, match="has no tasks to run"):
+        LmEval().measure(net)
+    with pytest.raises(AerogelError, match="is no folder"):
+        LmEval(tasks=("union",), folder=str(tmp_path / "absent")).measure(net)

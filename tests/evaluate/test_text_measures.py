@@ -1,0 +1,119 @@
+"""Perplexity and agreement against a slow, literal computation: one forward for every scored token."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from aerogel.errors import AerogelError
+from aerogel.evaluate.agreement import Agreement
+from aerogel.evaluate.measure import slide
+from aerogel.evaluate.perplexity import Perplexity
+from aerogel.families.llama import FAMILY
+from aerogel.model.network import Network
+from tests.tiny import FAMILIES, VOCABULARY
+from tests.words import WORDS, tokenizer
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> str:
+    generator = torch.Generator().manual_seed(7)
+    words = [WORDS[int(index)] for index in torch.randint(len(WORDS), (68,), generator=generator)]
+    path = tmp_path / "book.txt"
+    path.write_text(" ".join(words[:30]) + "\f" + " ".join(words[30:]))
+    return str(path)
+
+
+def network(kind: str = "llama", seed: int = 0, bos: bool = False) -> Network:
+    return Network(FAMILIES[kind].build(seed), FAMILY, processor=tokenizer(bos=bos))
+
+
+def literal(net: Network, ids: list[int], length: int, stride: int, prefix: list[int]) -> list[torch.Tensor]:
+    """Log-probabilities over the vocabulary for tokens 1..T-1, each from a forward of exactly the context it may see."""
+    body, answers = length - len(prefix), []
+    for place in range(1, len(ids)):
+        window = 0
+        while window + body <= place:
+            window += stride
+        context = prefix + ids[window:place]
+        with torch.no_grad():
+            answers.append(net.module(torch.tensor([context])).logits[0, -1].double().log_softmax(-1))
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("kind", "bos", "length", "stride", "batch"),
+    [
+        ("llama", False, 32, 16, 3),
+        ("llama", True, 32, 16, 2),
+        ("llama", False, 20, 7, 1),
+        ("opt", False, 512, 40, 1),
+        ("gemma2", True, 24, 24, 4),
+    ],
+)
+def test_perplexity_scores_every_token_once(book: str, kind: str, bos: bool, length: int, stride: int, batch: int) -> None:
+    net = network(kind, bos=bos)
+    found = Perplexity(source=book, length=length, stride=stride, batch=batch).measure(net)
+    ids = Perplexity(source=book).stream(net).tolist()
+    length = min(length, 128)  # the tiny networks have 128 positions
+    answers = literal(net, ids, length, min(stride, length - 1), [2] if bos else [])
+    nats = -sum(float(answer[label]) for answer, label in zip(answers, ids[1:], strict=True)) / len(answers)
+    assert found["tokens"] == len(ids) - 1 == 69
+    assert found["nats_per_token"] == pytest.approx(nats, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(nats), rel=1e-4)
+
+
+def test_agreement_is_the_mean_over_the_same_tokens(book: str) -> None:
+    ours, theirs = network(seed=0), network(seed=1)
+    found = Agreement(source=book, length=32, stride=16, batch=2).measure(ours, against=theirs)
+    ids = Agreement(source=book).stream(ours).tolist()
+    p, q = (literal(net, ids, 32, 16, []) for net in (theirs, ours))
+    kl = sum(float((a.exp() * (a - b)).sum()) for a, b in zip(p, q, strict=True)) / len(p)
+    same = sum(int(a.argmax() == b.argmax()) for a, b in zip(p, q, strict=True)) / len(p)
+    assert found["kl"] == pytest.approx(kl, rel=1e-4)
+    assert found["top1"] == pytest.approx(same)
+    assert kl > 0
+
+
+def test_a_network_agrees_with_itself(book: str) -> None:
+    net = network()
+    found = Agreement(source=book, length=32, stride=16).measure(net, against=net)
+    assert (found["kl"], found["top1"], found["tokens"]) == (0.0, 1.0, 69)
+
+
+def test_tokens_limits_what_is_read(book: str) -> None:
+    assert Perplexity(source=book, tokens=40, length=32, stride=16).measure(network())["tokens"] == 39
+
+
+@pytest.mark.parametrize("total", [2, 3, 16, 17, 31, 32, 33, 100])
+@pytest.mark.parametrize(("length", "stride"), [(16, 1), (16, 8), (16, 15), (32, 5)])
+@pytest.mark.parametrize("opening", [[], [99]])
+def test_windows_cover_every_token_but_the_first(total: int, length: int, stride: int, opening: list[int]) -> None:
+    pieces = list(slide(torch.arange(total), length, stride, opening))
+    scored = [int(token) for ids, count in pieces for token in ids[len(ids) - count :]]
+    assert scored == list(range(1, total))
+    assert all(len(ids) <= length and ids[: len(opening)].tolist() == opening for ids, _ in pieces)
+    assert all(count < len(ids) for ids, count in pieces), "a scored token has something before it"
+
+
+def test_logits_of_all_windows_are_never_held(book: str) -> None:
+    net, kept = network(), []
+    net.module.lm_head.register_forward_hook(lambda _module, _args, out: kept.append(out.numel()))
+    Perplexity(source=book, length=32, stride=16, batch=2).measure(net)
+    assert max(kept) <= 2 * 32 * VOCABULARY
+    assert kept[-1] < 32 * VOCABULARY, "only the scored end of a window reaches the head"
+
+
+def test_mistakes_are_named(book: str, tmp_path: Path) -> None:
+    with pytest.raises(AerogelError, match="has no tokenizer"):
+        Perplexity(source=book).measure(Network(FAMILIES["llama"].build(), FAMILY))
+    with pytest.raises(AerogelError, match="agreement compares with the original; give it"):
+        Agreement(source=book).measure(network())
+    with pytest.raises(AerogelError, match="stride 0"):
+        Perplexity(source=book, stride=0).measure(network())
+    (tmp_path / "one.txt").write_text("the")
+    with pytest.raises(AerogelError, match="has 1 tokens and a measure needs at least 2"):
+        Perplexity(source=str(tmp_path / "one.txt")).measure(Network(FAMILIES["llama"].build(), FAMILY, processor=tokenizer(eos=False)))
