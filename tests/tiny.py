@@ -153,9 +153,7 @@ def _llava() -> nn.Module:
     vision = transformers.CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8, projection_dim=32
     )
-    config = transformers.LlavaConfig(
-        vision_config=vision, text_config=transformers.LlamaConfig(**_SHAPE), image_token_index=IMAGE_TOKEN
-    )
+    config = transformers.LlavaConfig(vision_config=vision, text_config=transformers.LlamaConfig(**_SHAPE), image_token_index=IMAGE_TOKEN)
     return transformers.LlavaForConditionalGeneration(config)
 
 

@@ -19,7 +19,7 @@ class Channels(NamedTuple):
 
     first: int
     """Row of the source where they begin."""
-    count: int
+    width: int
     """How many they are: C."""
     repeats: int
     """How many query heads read each of them: I / C."""
@@ -40,15 +40,15 @@ def channels(block: Block, edge: BoundEdge) -> Channels:
     """Find the channels of an edge; raises AerogelError when the shapes of source and sinks do not fit the edge."""
     source, columns = block.module.get_submodule(edge.source), _columns(block, edge)
     rows = _weight(source, edge.source).shape[0]
-    count = rows
+    width = rows
     if edge.tail:
         # Fused query, key and value have I + 2 C rows; fused gate and up have 2 C.
-        count = (rows - columns) // 2 if edge.heads else columns
-    if columns % count or (columns != count and not edge.heads):
-        raise AerogelError(f"{block.full_name(edge.source)} has {count} channels, its sinks {edge.sinks} read {columns}; mend the family")
-    repeats = columns // count
-    head = count if repeats == 1 else int(block.module.get_submodule(edge.source.rpartition(".")[0]).head_dim)
-    return Channels(rows - count, count, repeats, head)
+        width = (rows - columns) // 2 if edge.heads else columns
+    if columns % width or (columns != width and not edge.heads):
+        raise AerogelError(f"{block.full_name(edge.source)} has {width} channels, its sinks {edge.sinks} read {columns}; mend the family")
+    repeats = columns // width
+    head = width if repeats == 1 else _head_width(block.module.get_submodule(edge.source.rpartition(".")[0]))
+    return Channels(rows - width, width, repeats, head)
 
 
 def fold(block: Block, edge: BoundEdge, scale_C: Tensor) -> None:
@@ -64,11 +64,18 @@ def fold(block: Block, edge: BoundEdge, scale_C: Tensor) -> None:
         if tensor is not None:
             shift = offset if tensor is source.weight else 0.0
             part = tensor.data[found.first :]
-            part.copy_(((part.float() + shift).T / scale_C).T - shift)
+            part.copy_((part.float() + shift) / scale_C.view(-1, *[1] * (part.ndim - 1)) - shift)
     scale_I = found.spread(scale_C)
     for name in edge.sinks:
         weight_OI = _weight(block.module.get_submodule(name), name)
         weight_OI.data.copy_(weight_OI.data.float() * scale_I)
+
+
+def _head_width(attention: nn.Module) -> int:
+    width = getattr(attention, "head_dim", None)
+    if not isinstance(width, int):
+        raise AerogelError(f"{type(attention).__name__} shares value heads but has no head_dim to tell them apart; drop the edge")
+    return width
 
 
 def _columns(block: Block, edge: BoundEdge) -> int:

@@ -1,0 +1,116 @@
+"""Unfused experts answer as the fused ones, bear the checkpoint's names, and go back bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from aerogel import catalog
+from aerogel.errors import AerogelError
+from aerogel.model.experts import ExpertList, fuse, unfuse
+from aerogel.model.family import Family
+from tests.tiny import FAMILIES, output
+
+MIXTURES = sorted(name for name, tiny in FAMILIES.items() if catalog.find("families", tiny.family).experts is not None)
+
+
+def opened(name: str) -> tuple[nn.Module, Family]:
+    return FAMILIES[name].build(), catalog.find("families", FAMILIES[name].family)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_outputs_are_those_of_the_fused_experts(name: str, implementation: str) -> None:
+    network, family = opened(name)
+    network.set_experts_implementation(implementation)
+    calls = FAMILIES[name].calls(3)
+    before = [output(network, call) for call in calls]
+    assert len(unfuse(network, family)) == 2
+    for call, expected in zip(calls, before, strict=True):
+        torch.testing.assert_close(output(network, call), expected, rtol=0, atol=0 if implementation == "eager" else 2e-6)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_way_back_is_exact(name: str) -> None:
+    network, family = opened(name)
+    original, call = FAMILIES[name].build(), FAMILIES[name].calls(1)[0]
+    unfused = unfuse(network, family)
+    assert fuse(network) == unfused
+    assert network.state_dict().keys() == original.state_dict().keys()
+    for key, tensor in original.state_dict().items():
+        assert torch.equal(network.state_dict()[key], tensor), key
+    assert torch.equal(output(network, call), output(original, call))
+    assert [type(part) for part in network.modules()] == [type(part) for part in original.modules()]
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_names_on_disk_are_those_of_save_pretrained(name: str, tmp_path: Path) -> None:
+    network, family = opened(name)
+    network.save_pretrained(tmp_path)
+    with safe_open(next(tmp_path.glob("*.safetensors")), "pt") as file:
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    unfuse(network, family)
+    ours = network.state_dict()
+    tied = {"lm_head.weight"} - {family.in_memory(key) for key in stored}
+    assert {family.on_disk(key) for key in ours.keys() - tied} == stored.keys()
+    for key, tensor in stored.items():
+        assert torch.equal(ours[family.in_memory(key)], tensor), key
+    assert all(family.in_memory(key) == key for key in ours)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_an_expert_runs_on_its_own_tokens_only(name: str) -> None:
+    network, family = opened(name)
+    (first, *_) = unfuse(network, family)
+    experts = network.get_submodule(first)
+    assert isinstance(experts, ExpertList)
+    seen: dict[int, torch.Tensor] = {}
+    for number, expert in enumerate(experts):
+        expert.linears[0].register_forward_pre_hook(lambda _, args, number=number: seen.update({number: args[0]}))
+    hidden = torch.randn(5, 64)
+    chosen = torch.tensor([[0, 2], [2, 0], [0, 4], [2, 4], [0, 2]])  # 1 and 3 get no token; 4 is nobody
+    result = experts(hidden, chosen, torch.full((5, 2), 0.5))
+    assert seen.keys() == {0, 2}
+    assert torch.equal(seen[0], hidden[[0, 1, 2, 4]])
+    assert torch.equal(seen[2], hidden[[0, 1, 3, 4]])
+    torch.testing.assert_close(result[2], 0.5 * experts[0](hidden[2:3])[0])
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_meta_weights_stay_on_meta(name: str) -> None:
+    network, family = opened(name)
+    unfuse(network.to("meta"), family)
+    assert all(tensor.is_meta for tensor in network.state_dict().values())
+    assert [*network.state_dict()] == [*_unfused(name).state_dict()]
+
+
+def test_experts_that_were_changed_stay_apart() -> None:
+    network = _unfused("mixtral")
+    network.get_submodule("model.layers.0.mlp.experts.1").w2 = nn.Sequential()
+    assert fuse(network) == ["model.layers.1.mlp.experts"]
+    assert isinstance(network.get_submodule("model.layers.0.mlp.experts"), ExpertList)
+
+
+def test_memory_of_the_fused_weights_is_let_go() -> None:
+    network = _unfused("mixtral")
+    storages = [linear.weight.untyped_storage().nbytes() for linear in network.modules() if isinstance(linear, nn.Linear)]
+    weights = [linear.weight.nbytes for linear in network.modules() if isinstance(linear, nn.Linear)]
+    assert storages == weights
+
+
+def test_other_experts_are_refused_by_name() -> None:
+    network, family = opened("mixtral")
+    experts = network.get_submodule("model.layers.1.mlp.experts")
+    experts.down_proj_bias = nn.Parameter(torch.zeros(4, 64))
+    with pytest.raises(AerogelError, match=r"model\.layers\.1\.mlp\.experts.*down_proj_bias.*expected gate_up_proj"):
+        unfuse(network, family)
+
+
+def _unfused(name: str) -> nn.Module:
+    network, family = opened(name)
+    unfuse(network, family)
+    return network
