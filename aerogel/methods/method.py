@@ -22,6 +22,8 @@ class BlockMethod(ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset({"calls"})
     """What the method reads: calls, edges, gradients."""
+    forwards: ClassVar[float] = 2.0
+    """About how many forwards of a block over its calls one visit takes, the one that propagates included; for the estimate of time."""
 
     @abstractmethod
     def compress(self, block: Block) -> None:
