@@ -58,4 +58,4 @@ def pack_e8m0(scale: Tensor) -> Tensor:
 
 def unpack_e8m0(exponent: Tensor) -> Tensor:
     """Return the float32 scales of `pack_e8m0`."""
-    return torch.exp2(exponent.float() - 127)
+    return torch.ldexp(torch.ones(exponent.shape, device=exponent.device), exponent.int() - 127)

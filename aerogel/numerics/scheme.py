@@ -27,6 +27,10 @@ class PerGroup:
 
     size: int
 
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise AerogelError(f"group size is {self.size}, expected at least 1")
+
 
 @dataclass(frozen=True)
 class PerBlock:
@@ -60,6 +64,10 @@ class TensorScheme:
     """Whether the scale is computed from the tensor at run time instead of being stored."""
     scale_format: Literal["float", "e8m0", "e4m3"] = "float"
     """The format that block scales are rounded to (mx: e8m0; nv: e4m3 under one float scale a tensor)."""
+
+    def __post_init__(self) -> None:
+        if not self.symmetric and self.format.kind == "float":
+            raise AerogelError(f"{self.format} codes have a sign of their own and no zero point: leave the scheme symmetric")
 
 
 _PRESET = re.compile(r"^W(?P<w>[2-8])A(?P<a>8|16)(?P<options>(_[A-Z0-9]+)*)$")
@@ -154,11 +162,13 @@ def _mapped(value: Mapping[str, Any]) -> Scheme:
     unknown = set(value) - known
     if unknown or "preset" not in value:
         raise AerogelError(f"a scheme mapping has the keys preset (required), group and symmetric; got {sorted(value)}")
-    scheme = _named(value["preset"])
+    scheme = _named(str(value["preset"]))
     weights = scheme.weights
     suffix = ""
     if "group" in value:
-        weights = replace(weights, granularity=PerGroup(int(value["group"])))
+        if not isinstance(value["group"], int):
+            raise AerogelError(f"group size is {value['group']!r}, expected a whole number")
+        weights = replace(weights, granularity=PerGroup(value["group"]))
         suffix += f"_G{value['group']}"
     if "symmetric" in value:
         weights = replace(weights, symmetric=bool(value["symmetric"]))
