@@ -15,7 +15,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from aerogel import catalog
 from aerogel.model.calls import Call
+from aerogel.model.experts import unfuse
+from aerogel.model.network import Network
 
 WIDTH, INNER, HEADS, KV_HEADS, VOCABULARY = 64, 128, 4, 2, 128
 IMAGE_TOKEN, VISION_START = 120, 121
@@ -191,3 +194,11 @@ FAMILIES: dict[str, Tiny] = {
     "dit": Tiny("dit", _dit, _latent_image),
     "wan": Tiny("wan", _wan, _latent_video),
 }
+
+
+def opened(name: str) -> Network:
+    """A tiny network with its family, its experts one by one, as `aerogel.load` opens it."""
+    tiny = FAMILIES[name]
+    network = Network(tiny.build(), catalog.find("families", tiny.family))
+    unfuse(network.module, network.family)
+    return network

@@ -1,0 +1,221 @@
+"""What every family promises: its blocks are walked as in a plain forward, its edges are edges, no linear is forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aerogel import catalog
+from aerogel.model.block import Block, BoundEdge
+from aerogel.model.calls import Call, record, tensors_in
+from aerogel.model.edges import channels, fold
+from aerogel.model.network import Network
+from aerogel.model.walk import Walk
+from tests.tiny import FAMILIES, opened, output
+
+EVERY = pytest.mark.parametrize("name", sorted(FAMILIES))
+
+# LLaVA reads the image features before the encoder's last block, so nothing that happens in that block is ever seen.
+UNREAD = {"model.vision_tower.encoder.layers.2"}
+
+# The share of the weights of linears in blocks, routers and experts included, that a method with default patterns reaches.
+SHARE = {"qwen3_moe": 0.995, "mixtral": 0.997}
+
+
+def blocks_of(network: Network) -> list[Block]:
+    blocks = network.blocks()
+    return [Block(name, module, place, len(blocks), (), network) for place, (name, module) in enumerate(blocks.items())]
+
+
+def plain_calls(network: Network, calls: list[Call]) -> dict[str, list[Call]]:
+    """What each block gets in plain forwards."""
+    with torch.no_grad():
+        runs: list[Callable[[], Any]] = [partial(network.module, *call.args, **call.kwargs) for call in calls]
+        return {name: record(module, runs) for name, module in network.blocks().items()}
+
+
+def execution_order(network: Network, call: Call) -> list[str]:
+    order: list[str] = []
+    with ExitStack() as stack:
+        for name, module in network.blocks().items():
+            stack.callback(module.register_forward_pre_hook(lambda *_, name=name: order.append(name)).remove)
+        output(network.module, call)
+    return order
+
+
+def hooks_of(network: nn.Module) -> dict[str, list[int]]:
+    """Numbers of all hooks by module; transformers puts some of its own on at the first forward."""
+    return {name: [*module._forward_hooks, *module._forward_pre_hooks] for name, module in network.named_modules()}
+
+
+def assert_same(ours: Call, theirs: Call) -> None:
+    left, right = tensors_in((ours.args, ours.kwargs)), tensors_in((theirs.args, theirs.kwargs))
+    assert len(left) == len(right) > 0
+    assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+    assert ours.kwargs.keys() == theirs.kwargs.keys()
+
+
+@EVERY
+@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
+def test_blocks_get_the_tensors_of_a_plain_forward(name: str, on_disk: bool, tmp_path: Path) -> None:
+    network, calls = opened(name), FAMILIES[name].calls(3)
+    expected = plain_calls(network, calls)
+    visited = []
+    for block in Walk(network, calls, folder=tmp_path if on_disk else None):
+        visited.append(block.name)
+        for ours, theirs in zip(block.calls, expected[block.name], strict=True):
+            assert_same(ours, theirs)
+    assert visited == execution_order(network, calls[0])
+    assert sorted(visited) == sorted(network.blocks())
+
+
+@EVERY
+def test_a_walk_leaves_nothing_behind(name: str) -> None:
+    network, calls = opened(name), FAMILIES[name].calls(2)
+    before = [output(network.module, call) for call in calls]
+    hooks = hooks_of(network.module)
+    for block in Walk(network, calls):
+        for call in block.calls:
+            block.run(call)
+    assert hooks_of(network.module) == hooks
+    assert not any("forward" in module.__dict__ for module in network.module.modules())
+    for call, expected in zip(calls, before, strict=True):
+        assert torch.equal(output(network.module, call), expected)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_text_alone_does_not_reach_the_vision_tower(name: str) -> None:
+    network, calls = opened(name), FAMILIES[name].calls(3)
+    assert ["pixel_values" in call.kwargs for call in calls] == [True, True, False]
+    vision = network.family.towers[0].name
+    counts = {block.name: len(list(block.calls)) for block in Walk(network, calls)}
+    assert counts == {block: 2 if block.startswith(vision) else 3 for block in network.blocks()}
+
+
+@EVERY
+def test_padded_rows_are_among_the_calls_of_language_models(name: str) -> None:
+    masks = [call.kwargs["attention_mask"] for call in FAMILIES[name].calls(2) if "attention_mask" in call.kwargs]
+    language = catalog.find("families", FAMILIES[name].family).modality in ("text", "image-text")
+    assert [bool((mask == 0).any()) for mask in masks] == ([False, True] if language else [])
+
+
+def scaled_by_hooks(block: Block, edge: BoundEdge, scale_C: Tensor, stack: ExitStack, *, sinks: bool = True) -> None:
+    """The definition of an edge: channels leave the source times s and enter the sinks divided by s, head by head."""
+    found = channels(block, edge)
+    wide = scale_C
+    if found.repeats > 1:
+        heads = [scale_C[start : start + found.head] for start in range(0, len(scale_C), found.head)]
+        wide = torch.cat([head for head in heads for _ in range(found.repeats)])
+
+    def multiply(_: nn.Module, __: Any, result: Tensor) -> Tensor:
+        result = result.clone()
+        result[..., found.first :] *= scale_C
+        return result
+
+    stack.callback(block.module.get_submodule(edge.source).register_forward_hook(multiply).remove)
+    for sink in edge.sinks if sinks else ():
+        divide = block.module.get_submodule(sink).register_forward_pre_hook(lambda _, args: (args[0] / wide, *args[1:]))
+        stack.callback(divide.remove)
+
+
+@EVERY
+def test_edges_are_edges(name: str) -> None:
+    network, calls = opened(name), FAMILIES[name].calls(2)
+    before = [output(network.module, call) for call in calls]
+    generator = torch.Generator().manual_seed(0)
+    for block in blocks_of(network):
+        for edge in block.edges():
+            scale_C = torch.exp(0.7 * torch.randn(channels(block, edge).width, generator=generator))
+            with ExitStack() as stack:
+                scaled_by_hooks(block, edge, scale_C, stack)
+                for call, expected in zip(calls, before, strict=True):
+                    torch.testing.assert_close(output(network.module, call), expected, rtol=0, atol=2e-5, msg=f"{block.name} {edge}")
+            with ExitStack() as stack:
+                scaled_by_hooks(block, edge, scale_C, stack, sinks=False)
+                moved = (output(network.module, calls[0]) - before[0]).abs().max()
+            assert (moved > 1e-3) == (block.name not in UNREAD), f"{block.name} {edge}"
+
+
+@EVERY
+def test_folding_keeps_the_function(name: str) -> None:
+    network, calls = opened(name), FAMILIES[name].calls(2)
+    before = [output(network.module, call) for call in calls]
+    weights = {key: tensor.clone() for key, tensor in network.module.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    for block in blocks_of(network):
+        for edge in block.edges():
+            fold(block, edge, torch.exp(0.7 * torch.randn(channels(block, edge).width, generator=generator)))
+            source = f"{block.name}.{edge.source}.weight"
+            assert not torch.equal(network.module.state_dict()[source], weights[source])
+    for call, expected in zip(calls, before, strict=True):
+        torch.testing.assert_close(output(network.module, call), expected, rtol=0, atol=5e-5)
+
+
+@EVERY
+def test_every_linear_is_reached_or_kept(name: str) -> None:
+    network = opened(name)
+    weights: dict[str, int] = {}
+    reached: dict[str, int] = {}
+    for block in blocks_of(network):
+        embeddings = {f"{part}.weight" for part, module in block.module.named_modules() if isinstance(module, nn.Embedding)}
+        for part, parameter in block.module.named_parameters():
+            if parameter.ndim > 1 and part not in embeddings and not part.endswith("scale_shift_table"):
+                weights[block.full_name(part)] = parameter.numel()
+        reached |= {block.full_name(f"{part}.weight"): linear.weight.numel() for part, linear in block.linears().items()}
+    missed = weights.keys() - reached.keys()
+    assert missed == {key for key in weights if key.endswith(".mlp.gate.weight")}
+    assert reached.keys() <= weights.keys()
+    assert sum(reached.values()) / sum(weights.values()) >= SHARE.get(name, 1.0)
+
+
+@EVERY
+def test_the_stream_is_written_and_read_where_the_family_says(name: str) -> None:
+    """Turning the stream at every writer and undoing it at every reader changes nothing: the definition of a residual stream."""
+    network, calls = opened(name), FAMILIES[name].calls(2)
+    residual = network.family.residual
+    if residual is None:
+        assert network.family.modality != "text" or network.family.norm_offset == 1.0
+        return
+    turn_HH = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
+    before = [output(network.module, call) for call in calls]
+    with ExitStack() as stack:
+        turned(network, turn_HH, stack)
+        for call, expected in zip(calls, before, strict=True):
+            torch.testing.assert_close(output(network.module, call), expected, rtol=0, atol=5e-5)
+
+
+def turned(network: Network, turn_HH: Tensor, stack: ExitStack) -> None:
+    """Turn what enters the stream; turn it back before every norm that reads it."""
+    residual = network.family.residual
+    assert residual is not None
+    modules = dict(network.module.named_modules())
+
+    def after(_: nn.Module, __: Any, result: Tensor) -> Tensor:
+        return result @ turn_HH
+
+    def back(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0] @ turn_HH.T, *args[1:])
+
+    writers = [modules[embedding] for embedding in residual.embeddings]
+    readers = [modules[residual.final_norm]]
+    for block in blocks_of(network):
+        parts = dict(block.module.named_modules())
+        writers += [parts[part] for part in parts if any(matches_part(part, writer) for writer in residual.writers)]
+        readers += [parts[edge.source] for edge in block.edges() if not isinstance(parts[edge.source], nn.Linear)]
+    for writer in writers:
+        stack.callback(writer.register_forward_hook(after).remove)
+    for reader in readers:
+        stack.callback(reader.register_forward_pre_hook(back).remove)
+
+
+def matches_part(name: str, glob: str) -> bool:
+    return len(name.split(".")) == len(glob.split(".")) and all(
+        theirs in ("*", ours) for ours, theirs in zip(name.split("."), glob.split("."), strict=True)
+    )
