@@ -25,5 +25,6 @@ FAMILY = Family(
         ("self_attn.out_proj", "fc2"),
         "model.decoder.final_layer_norm",
         "lm_head",
+        when=(("do_layer_norm_before", True),),
     ),
 )

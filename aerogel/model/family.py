@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Modality = Literal["text", "image-text", "image", "video"]
+When = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,12 @@ class Edge:
     """Value-to-output edge: with grouped heads a source channel feeds the same channel of several query heads."""
     tail: bool = False
     """The channels are the last outputs of a fused linear, such as value in qkv or up in gate_up."""
-    when: tuple[tuple[str, Any], ...] = ()
+    when: When = ()
     """Values in the network's config without which the edge does not hold, such as an activation that keeps scales."""
 
     def holds(self, config: Any) -> bool:
         """Whether a network with this config has the edge."""
-        return all(getattr(config, key, None) == value for key, value in self.when)
+        return _agrees(config, self.when)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ class Residual:
     final_norm: str
     head: str
     """The linear that reads the stream after the final norm, by full name."""
+    when: When = ()
+    """Values in the network's config without which there is no such stream."""
+
+    def holds(self, config: Any) -> bool:
+        """Whether a network with this config has the stream."""
+        return _agrees(config, self.when)
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,10 @@ class Family:
             return name
         longest_first = sorted(self.renames, key=lambda pair: -len(pair[1]))
         return _renamed(name, tuple((theirs, ours) for ours, theirs in longest_first))
+
+
+def _agrees(config: Any, when: When) -> bool:
+    return all(getattr(config, key, None) == value for key, value in when)
 
 
 def _place(name: str, text: str) -> int:
