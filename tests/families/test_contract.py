@@ -16,6 +16,7 @@ from aerogel import catalog
 from aerogel.model.block import Block, BoundEdge
 from aerogel.model.calls import Call, record, tensors_in
 from aerogel.model.edges import channels, fold
+from aerogel.model.load import load
 from aerogel.model.network import Network
 from aerogel.model.walk import Walk
 from tests.tiny import FAMILIES, VARIANTS, opened, output
@@ -78,6 +79,34 @@ def test_blocks_get_the_tensors_of_a_plain_forward(name: str, on_disk: bool, tmp
             assert_same(ours, theirs)
     assert visited == execution_order(network, calls[0])
     assert sorted(visited) == sorted(network.blocks())
+
+
+class OneAtATime:
+    """Holds the weights of the block in hand and no other."""
+
+    def __init__(self, network: Network) -> None:
+        self._blocks, self._checkpoint = network.blocks(), network.checkpoint
+
+    def enter(self, name: str) -> None:
+        assert self._checkpoint is not None
+        self._checkpoint.materialise(self._blocks[name], name)
+        resident = [other for other, block in self._blocks.items() if not any(p.is_meta for p in block.parameters())]
+        assert resident == [name]
+
+    def release(self, name: str) -> None:
+        assert self._checkpoint is not None
+        self._checkpoint.release(self._blocks[name])
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(TINY) if name not in {"dit", "wan", "wan_i2v"}])
+def test_one_block_in_memory_is_enough(name: str, tmp_path: Path) -> None:
+    calls = TINY[name].calls(2)
+    expected = plain_calls(opened(name), calls)
+    TINY[name].build().save_pretrained(tmp_path)
+    network = load(tmp_path)
+    for block in Walk(network, calls, residency=OneAtATime(network)):
+        for ours, theirs in zip(block.calls, expected[block.name], strict=True):
+            assert_same(ours, theirs)
 
 
 @EVERY
