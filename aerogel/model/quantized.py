@@ -106,7 +106,8 @@ def assignments(config: Mapping[str, Any], names: list[str]) -> dict[str, Assign
     if config.get("kv_cache_scheme"):
         warnings.warn("the folder's scales for a quantized KV cache are not used: keys and values stay in float", stacklevel=3)
     ignore = config.get("ignore") or []
-    targets = [(target, _read_group(name, group)) for name, group in config["config_groups"].items() for target in group["targets"]]
+    groups = [(_read_group(name, group), group["targets"]) for name, group in config["config_groups"].items()]
+    targets = [(target, assigned) for assigned, named in groups for target in named]
     # A name is more particular than a pattern, a pattern than a class.
     targets.sort(key=lambda pair: 2 if pair[0] == "Linear" else 1 if pair[0].startswith("re:") else 0)
     exact = {target: assigned for target, assigned in reversed(targets) if not target.startswith("re:")}
@@ -151,7 +152,7 @@ def _write(tensor: TensorScheme) -> dict[str, Any]:
 
 
 def _read_group(name: str, group: Mapping[str, Any]) -> Assigned:
-    if not isinstance(group, Mapping) or not group.get("weights") or group.get("output_activations"):
+    if not isinstance(group, Mapping) or "targets" not in group or not group.get("weights") or group.get("output_activations"):
         raise AerogelError(
             f"quantization_config: {name} is not a group of linears with quantized weights and float outputs; it cannot be run"
         )

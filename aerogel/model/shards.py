@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -38,18 +38,17 @@ def write_shards(
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[tuple[list[_Entry], str]] = []
     seen: set[str] = set()
-    spool = _Spool(folder / f"{stem}.spool")
-    for name, tensor in tensors:
-        if name in seen:
-            raise AerogelError(f"{folder}: the tensor {name!r} was given twice; every name is saved once")
-        seen.add(name)
-        if spool.entries and spool.size + tensor.nbytes > max_shard_size:
-            shards.append(spool.close(_shard(folder, stem, len(shards))))
-            spool = _Spool(spool.path)
-        spool.add(name, tensor)
-    shards.append(spool.close(_shard(folder, stem, len(shards))))
-    if not seen:
-        raise AerogelError(f"{folder}: there are no tensors to save")
+    with _Spool(folder / f"{stem}.spool") as spool:
+        for name, tensor in tensors:
+            if name in seen:
+                raise AerogelError(f"{folder}: the tensor {name!r} was given twice; every name is saved once")
+            seen.add(name)
+            if spool.entries and spool.size + tensor.nbytes > max_shard_size:
+                shards.append(spool.flush(_shard(folder, stem, len(shards))))
+            spool.add(name, tensor)
+        if not seen:
+            raise AerogelError(f"{folder}: there are no tensors to save")
+        shards.append(spool.flush(_shard(folder, stem, len(shards))))
     return _name_shards(folder, stem, shards)
 
 
@@ -57,10 +56,16 @@ class _Spool:
     """The data of one shard in order of arrival; its header can be written only when the last tensor is known."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self.entries: list[_Entry] = []
         self.size = 0
         self._file = path.open("w+b")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        Path(self._file.name).unlink()
 
     def add(self, name: str, tensor: Tensor) -> None:
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
@@ -68,8 +73,8 @@ class _Spool:
         self._file.write(flat.numpy().data)
         self.size += flat.numel()
 
-    def close(self, shard: Path) -> tuple[list[_Entry], str]:
-        """Write header and data into the shard file; returns its entries and its checksum."""
+    def flush(self, shard: Path) -> tuple[list[_Entry], str]:
+        """Write what there is into a shard file and start anew; returns the shard's entries and its checksum."""
         # Wide dtypes come first, so that every tensor lies aligned to its own size.
         ordered = sorted(self.entries, key=lambda entry: -entry.dtype.itemsize)
         digest = hashlib.sha256()
@@ -79,8 +84,9 @@ class _Spool:
                 out.write(chunk)
             out.flush()
             os.fsync(out.fileno())
-        self._file.close()
-        self.path.unlink()
+        self.entries, self.size = [], 0
+        self._file.seek(0)
+        self._file.truncate()
         return ordered, f"sha256:{digest.hexdigest()}"
 
     def _contents(self, ordered: list[_Entry]) -> Iterable[bytes]:
