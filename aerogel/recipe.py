@@ -34,7 +34,7 @@ class Step:
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """The step as a recipe writes it, every knob spelled out."""
-        return {self.name: {field.name: _plain(getattr(self.method, field.name)) for field in dataclasses.fields(self.method)}}
+        return {self.name: {field.name: _plain(getattr(self.method, field.name)) for field in dataclasses.fields(self.method)}}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,9 @@ class Recipe:
 
         Raises AerogelError for an unknown recipe, method or knob (with the nearest known one) and for a value of the wrong type.
         """
+        overrides = list(overrides)
+        if isinstance(source, Recipe) and not overrides:
+            return source
         document = _read(source)
         for override in overrides:
             _override(document, override)
@@ -73,7 +76,7 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 1e-3 as a number, as YAML 1.2 does, and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=node.start_mark)

@@ -1,0 +1,81 @@
+"""What a network is shown while it is compressed: calls, and the facts about them that go into the output."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aerogel.data import text
+from aerogel.errors import AerogelError
+from aerogel.model.calls import Call, tensors_in
+from aerogel.model.network import Network
+
+TOKENS_OF_A_CALL = 4096
+"""Sequences are batched up to this many tokens, so that activations stay small and matrix products stay efficient."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which text a language model is calibrated on."""
+
+    source: str | Path = "sotu"
+    """Name of shipped text, or a .txt, .jsonl or datasets folder."""
+    count: int = 128
+    """Sequences."""
+    length: int = 512
+    """Tokens of a sequence."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return self.count * self.length
+
+    @property
+    def batch(self) -> int:
+        """Sequences in one call."""
+        return min(self.count, max(1, TOKENS_OF_A_CALL // self.length))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calls of a run and where they come from."""
+
+    calls: Sequence[Call]
+    facts: dict[str, Any] = field(default_factory=dict)
+    """source, count and length when known, and the fingerprint."""
+
+
+def prepare(network: Network, samples: Samples | Sequence[Call], seed: int, head: bool) -> Calibration:
+    """The calls to calibrate with; with `head` every token passes the network's head, else only the last one where that can be said.
+
+    Raises AerogelError when the network does not read text and no calls are given, or when the text is too short.
+    """
+    if not isinstance(samples, Samples):
+        calls = list(samples)
+        return Calibration(calls, {"source": "given calls", "count": len(calls), "fingerprint": _fingerprint(calls)})
+    tokenizer = getattr(network.processor, "tokenizer", network.processor)
+    if tokenizer is None:
+        raise AerogelError(f"this {network.family.name} network has no tokenizer to calibrate it on text; give recorded calls as samples")
+    tokens_NL = text.samples(tokenizer, samples.source, samples.count, samples.length, seed)
+    facts = {"source": str(samples.source), "count": len(tokens_NL), "length": samples.length, "fingerprint": text.fingerprint(tokens_NL)}
+    calls = text.calls(tokens_NL.to(network.device), samples.batch)
+    # Logits of every token are the largest tensor of a forward, and nobody reads them.
+    if not head and "logits_to_keep" in inspect.signature(network.module.forward).parameters:
+        calls = [Call(call.args, {**call.kwargs, "logits_to_keep": 1}) for call in calls]
+    return Calibration(calls, facts)
+
+
+def _fingerprint(calls: Sequence[Call]) -> str:
+    digest = hashlib.sha256()
+    for call in calls:
+        digest.update(call.shape.encode())
+        for tensor in tensors_in((call.args, call.kwargs)):
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,303 @@
+"""The engine: `compress` checks, walks, saves and measures; `Run.go` is the only loop over the steps of a recipe.
+
+Neighbouring block methods share one walk. A network whose weights are not resident is compressed block by block through a progress
+folder beside the output: memory holds about two blocks, and a killed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from aerogel import policies, provenance
+from aerogel.calibration import Calibration, Samples, prepare
+from aerogel.errors import AerogelError
+from aerogel.evaluate.measure import Measure
+from aerogel.methods.method import BlockMethod, Method, WeightMethod
+from aerogel.model import save
+from aerogel.model.block import Block
+from aerogel.model.calls import Call
+from aerogel.model.load import load
+from aerogel.model.network import Network
+from aerogel.model.walk import Walk
+from aerogel.planning import Plan, blocks_of, needs_calls, plan_network
+from aerogel.preflight import check_output, check_plan, check_weights, partial_of
+from aerogel.progress import Event, Tell, Watch
+from aerogel.recipe import Recipe, Step
+from aerogel.result import Result, write
+from aerogel.resume import Progress, Stage, fingerprint_of
+from aerogel.scores import Scores, measure
+
+
+def compress(
+    model: Network | nn.Module | str | Path,
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    *,
+    output: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    samples: Samples | Sequence[Call] | None = None,
+    measures: Sequence[str | Measure] | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    tell: Tell = lambda event: None,
+) -> Result:
+    """Compress a model by a recipe; with `output` the result is saved there.
+
+    A live module is changed in place; a model opened from a folder is not held in memory, and its source is only read. `measures`
+    are names or Measure values (all that fit by default, none if empty). With `resume` an unfinished run for the same output goes on
+    and ends with the same bits. Raises AerogelError before any work when the run could not end well.
+    """
+    watch = Watch(tell)
+    checked = Recipe.parse(recipe, overrides)
+    with watch.stage("load", str(model) if isinstance(model, str | Path) else ""):
+        network = load(model)
+    job = _Job(network, checked, Path(output).absolute() if output is not None else None, seed)
+    with watch.stage("check"):
+        calibration = job.check(samples, resume)
+    tell(Event("check", 1, 1, expected=job.expected(measures)))
+    facts = job.facts(calibration, model)
+    origin = network.origin
+    before = _scores_of_live(network, measures) if origin is None else {}
+    run = Run(network, checked, calibration, seed, tell)
+    result = job.run(run, facts, watch, resume)
+    if measures is None or measures:
+        with watch.stage("evaluate"):
+            original = load(origin, lazy=False) if origin is not None else None
+            with policies.on(result.network, result.policies):
+                scores = measure(result.network, original, measures, tell)
+        result.add(metrics={**before, **scores})
+    result.add(timings=watch.seconds)
+    return result
+
+
+@dataclass
+class _Job:
+    """A run from its checks to its result."""
+
+    network: Network
+    recipe: Recipe
+    output: Path | None
+    seed: int
+    plan: Plan = field(init=False)
+
+    def check(self, samples: Samples | Sequence[Call] | None, resume: bool) -> Calibration:
+        """Look for everything that would make the run fail; the quick looks come first."""
+        network, shape = self.network, samples if isinstance(samples, Samples) else Samples()
+        if resume and (network.checkpoint is None or self.output is None):
+            raise AerogelError("only a model opened from a folder and saved to an output can be resumed")
+        self.plan = plan_network(network, self.recipe, shape)
+        check_plan(self.plan)
+        if self.output is not None:
+            check_output(self.output, 2 * self.plan.predicted_bytes + self.plan.activation_bytes, network.origin, resume)
+        steps = self.recipe.steps
+        calibration = Calibration(())
+        if needs_calls(self.recipe):
+            calibration = prepare(network, samples or shape, self.seed, head=reaches_around(network, steps))
+        check_weights(network)
+        return calibration
+
+    def expected(self, measures: Sequence[str | Measure] | None) -> dict[Any, float]:
+        """Seconds that the stages will take, as far as the plan can tell."""
+        unmeasured = measures is not None and not measures
+        return {**self.plan.seconds, **({"evaluate": 0.0} if unmeasured else {}), **({} if self.output else {"save": 0.0})}
+
+    def facts(self, calibration: Calibration, model: Any) -> dict[str, Any]:
+        """What aerogel.json says before metrics are known."""
+        name = model if isinstance(model, str) and not Path(model).exists() else None
+        plan = self.plan
+        return {
+            "schema": provenance.SCHEMA,
+            "model": provenance.model_facts(self.network, name),
+            "recipe": self.recipe.as_dict(),
+            "provenance": provenance.run_facts(self.network, self.seed, calibration.facts),
+            "metrics": {},
+            "journal": [],
+            "kept": [vars(kept) for kept in plan.kept],
+            "plan": {
+                "linears": len(plan.touched),
+                "share_reached": plan.share_reached,
+                "predicted_bytes": plan.predicted_bytes,
+                "peak_memory_bytes": plan.peak_memory_bytes,
+            },
+        }
+
+    def run(self, run: Run, facts: dict[str, Any], watch: Watch, resume: bool) -> Result:
+        """Do the steps and save what comes out."""
+        source = self.network.checkpoint
+        if source is None:
+            return self._run_live(run, facts, watch)
+        keep = TemporaryDirectory(prefix="aerogel-") if self.output is None else None
+        output = self.output or Path(keep.name) / "model"  # type: ignore[union-attr]
+        partial = partial_of(output)
+        made_of = {
+            "model": fingerprint_of(source),
+            "recipe": facts["recipe"],
+            "data": run.calibration.facts.get("fingerprint"),
+            "seed": self.seed,
+            "versions": provenance.versions(),
+            "threads": torch.get_num_threads(),
+        }
+        run.progress = Progress.open(partial, self.network, source, made_of)
+        with watch.stage("compress"):
+            run.go()
+        facts["journal"] = run.journal
+        with watch.stage("save"), save.new_folder(output) as folder:
+            write(folder, self.network, facts, run.policies, run.progress.tensors())
+        shutil.rmtree(partial)
+        return Result(self.recipe, facts, run.policies, folder=output, keep=keep)
+
+    def _run_live(self, run: Run, facts: dict[str, Any], watch: Watch) -> Result:
+        with watch.stage("compress"):
+            run.go()
+        facts["journal"] = run.journal
+        result = Result(self.recipe, facts, run.policies, network=self.network)
+        if self.output is not None:
+            with watch.stage("save"):
+                result.save(self.output)
+        return result
+
+
+def _scores_of_live(network: Network, measures: Sequence[str | Measure] | None) -> dict[str, Scores]:
+    """A module changed in place is measured before; afterwards there is no original to compare with."""
+    if measures is not None and not measures:
+        return {}
+    return {"original": measure(network, None, measures)["compressed"]}
+
+
+@dataclass
+class Run:
+    """A recipe on its way through a network."""
+
+    network: Network
+    recipe: Recipe
+    calibration: Calibration
+    seed: int
+    tell: Tell
+    progress: Progress | None = None
+    journal: list[dict[str, Any]] = field(default_factory=list)
+    policies: list[policies.Measured] = field(default_factory=list)
+
+    def go(self) -> None:
+        """Do every step; neighbouring block methods share one walk."""
+        stages = _stages(self.recipe)
+        for number, steps in enumerate(stages):
+            method = steps[0].method
+            if isinstance(method, BlockMethod):
+                self._visit_blocks(number, steps, len(stages))
+            elif isinstance(method, Method):
+                self.tell(Event("compress", number, len(stages), steps[0].name))
+                self._change_whole(number, method)
+            else:
+                self.tell(Event("compress", number, len(stages), steps[0].name))
+                with self._resident(), _seeded(self.seed, number):
+                    self.policies.append(policies.Measured(steps[0], method.calibrate(self.network, self.calibration.calls)))
+
+    def _visit_blocks(self, number: int, steps: Sequence[Step], stages: int) -> None:
+        stage = self.progress.stage(number) if self.progress else None
+        visits = self._walk(stage, steps) if any("calls" in step.method.needs for step in steps) else self._tour(stage)
+        for block in visits:
+            self.tell(Event("compress", number * block.total + block.position, stages * block.total, block.name or "around the blocks"))
+            with _seeded(self.seed, number, block.position):
+                for step in steps:
+                    _compress(block, step)
+
+    def _walk(self, stage: Stage | None, steps: Sequence[Step]) -> Iterator[Block]:
+        """The blocks with their calls, each put away when it is finished."""
+        walk = Walk(
+            self.network,
+            self.calibration.calls,
+            residency=self.progress,
+            folder=stage.folder if stage else None,
+            finished=self._finish(stage),
+            around=reaches_around(self.network, steps),
+        )
+        if stage:
+            self.journal += stage.restore(walk.order[: walk.position])
+        return iter(walk)
+
+    def _tour(self, stage: Stage | None) -> Iterator[Block]:
+        """The blocks without calls, for methods that look at weights only."""
+        finish = self._finish(stage)
+        done = stage.committed() if stage else set()
+        if stage:
+            self.journal += stage.restore(name for name in self.network.blocks() if name in done)
+        for block in blocks_of(self.network):
+            if block.name in done:
+                continue
+            if self.progress and block.name:
+                self.progress.enter(block.name)
+            yield block
+            finish(block)
+            if self.progress and block.name:
+                self.progress.release(block.name)
+
+    def _finish(self, stage: Stage | None) -> Callable[[Block], None]:
+        def finish(block: Block) -> None:
+            self.journal += block.notes
+            if stage and block.name:
+                stage.commit(block, block.notes)
+
+        return finish
+
+    def _change_whole(self, number: int, method: Method) -> None:
+        """Whole-network steps need the whole network in memory, and are done again when a run is resumed."""
+        with _seeded(self.seed, number), self._resident(self.progress.stage(number) if self.progress else None):
+            method.apply(self.network, self.calibration.calls)
+
+    @contextmanager
+    def _resident(self, stage: Stage | None = None) -> Iterator[None]:
+        """Hold the whole network in memory for a while; with a stage, blocks are put away as they are afterwards."""
+        if self.progress is None:
+            yield
+            return
+        for name in self.network.blocks():
+            self.progress.enter(name)
+        yield
+        for block in blocks_of(self.network):
+            if block.name:
+                if stage:
+                    stage.commit(block, [])
+                self.progress.release(block.name)
+
+
+def reaches_around(network: Network, steps: Iterable[Step]) -> bool:
+    """Whether block methods have linears to change outside the blocks."""
+    *_, around = blocks_of(network)
+    methods = [step.method for step in steps if isinstance(step.method, BlockMethod)]
+    return any(not isinstance(method, WeightMethod) or method.assign(around) for method in methods)
+
+
+def _stages(recipe: Recipe) -> list[list[Step]]:
+    """Steps in groups: neighbouring block methods together, every other step alone."""
+    stages: list[list[Step]] = []
+    for shared, group in groupby(recipe.steps, lambda step: isinstance(step.method, BlockMethod)):
+        steps = list(group)
+        stages += [steps] if shared else [[step] for step in steps]
+    return stages
+
+
+def _compress(block: Block, step: Step) -> None:
+    assert isinstance(step.method, BlockMethod)
+    before = len(block.notes)
+    step.method.compress(block)
+    block.notes[before:] = [{"block": block.name, "method": step.name, **note} for note in block.notes[before:]]
+
+
+@contextmanager
+def _seeded(*parts: int) -> Iterator[None]:
+    """Random numbers that depend on the run's seed and the place in it only, so that a resumed run draws the same."""
+    seed = 0
+    for part in parts:
+        seed = (seed * 1_000_003 + part + 1) % 2**63
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,265 @@
+"""The dry run: what a recipe will touch and leave, what it will weigh on disk and in memory, how long it takes; nothing is changed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from aerogel.calibration import Samples
+from aerogel.methods.method import BlockMethod, WeightMethod
+from aerogel.model import layout
+from aerogel.model.block import Block
+from aerogel.model.load import load
+from aerogel.model.match import matches
+from aerogel.model.modules import QuantLinear
+from aerogel.model.network import Network
+from aerogel.model.slots import Slot, slots
+from aerogel.model.trace import AROUND
+from aerogel.numerics.scheme import Scheme
+from aerogel.progress import StageName
+from aerogel.recipe import Recipe
+
+_GROUPS = (32, 48, 64, 96, 128, 192, 256)
+_BYTES_A_SECOND = 300e6
+_EVALUATED_TOKENS = 4 * 2 * 16384
+"""Perplexity and agreement read both networks through windows that overlap by half."""
+
+
+@dataclass(frozen=True)
+class Touched:
+    """A linear that the recipe stores in a scheme."""
+
+    name: str
+    method: str
+    scheme: str
+    inputs: int
+    outputs: int
+    bytes: int
+    """What its tensors take on disk."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A linear or an embedding that the recipe leaves in float, and why."""
+
+    name: str
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will do to a network."""
+
+    recipe: str
+    parameters: int
+    """Weights of the whole network; shared ones count once."""
+    source_bytes: int
+    predicted_bytes: int
+    """All tensors on disk after compression; exact, save for the headers of the files."""
+    peak_memory_bytes: int
+    """Over the interpreter's own: an estimate."""
+    activation_bytes: int
+    """What the outputs of two blocks take beside the output while the run lasts; an estimate."""
+    seconds: dict[StageName, float]
+    """By stage, from a matrix product timed on this machine: an estimate."""
+    touched: tuple[Touched, ...] = ()
+    kept: tuple[Kept, ...] = ()
+    problems: tuple[str, ...] = field(default=())
+    """Why the recipe cannot run on this network; empty when it can."""
+
+    @property
+    def share_reached(self) -> float:
+        """The part of all weights that the recipe stores in a scheme."""
+        return sum(linear.inputs * linear.outputs for linear in self.touched) / max(self.parameters, 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON holds it."""
+        return {**asdict(self), "share_reached": self.share_reached}
+
+
+def plan(
+    model: Network | nn.Module | str | Path,
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    *,
+    overrides: Iterable[str] = (),
+    samples: Samples | None = None,
+) -> Plan:
+    """Say what a recipe will do to a model without changing a weight; raises AerogelError when either cannot be read."""
+    return plan_network(load(model), Recipe.parse(recipe, overrides), samples or Samples())
+
+
+def plan_network(network: Network, recipe: Recipe, samples: Samples) -> Plan:
+    """The plan for a network that is open already."""
+    touched, problems = _touched(network, recipe)
+    sizes = _Sizes.of(network, {linear.name for linear in touched})
+    return Plan(
+        recipe=recipe.name,
+        parameters=sizes.parameters,
+        source_bytes=sizes.source,
+        predicted_bytes=sizes.untouched + sum(linear.bytes for linear in touched),
+        peak_memory_bytes=_peak_memory(network, recipe, touched, samples),
+        activation_bytes=_activations(network, samples) if needs_calls(recipe) else 0,
+        seconds=_seconds(recipe, sizes, touched, samples.tokens),
+        touched=tuple(touched),
+        kept=tuple(_kept(network, recipe, {linear.name for linear in touched})),
+        problems=tuple(problems),
+    )
+
+
+def blocks_of(network: Network) -> Iterator[Block]:
+    """Every block without calls, in list order; the network around its blocks, named '', comes last."""
+    modules = {**network.blocks(), AROUND: network.module}
+    for position, (name, module) in enumerate(modules.items()):
+        yield Block(name, module, position, len(modules), (), network)
+
+
+def _touched(network: Network, recipe: Recipe) -> tuple[list[Touched], list[str]]:
+    touched: dict[str, Touched] = {}
+    problems: list[str] = []
+    for step in recipe.steps:
+        if not isinstance(step.method, WeightMethod):
+            continue
+        found = {block.full_name(name): got for block in blocks_of(network) for name, got in step.method.assign(block).items()}
+        if not found:
+            problems.append(f"{step.name} reaches no linear of this network; check its targets and ignore")
+        for name, (linear, scheme) in found.items():
+            # The first step that stores a linear in codes leaves nothing for later ones.
+            if name in touched:
+                continue
+            if reason := layout.refuse(scheme, linear.in_features, linear.out_features):
+                problems.append(f"{name} cannot take {scheme}: {reason}{_fitting(scheme, linear.in_features)}")
+            else:
+                touched[name] = Touched(
+                    name, step.name, str(scheme), linear.in_features, linear.out_features, _bytes(network, name, linear, scheme)
+                )
+    return list(touched.values()), problems
+
+
+def _fitting(scheme: Scheme, columns: int) -> str:
+    fitting = [str(size) for size in _GROUPS if columns % size == 0]
+    return f" (groups that fit: {', '.join(fitting)})" if scheme.group and columns % scheme.group and fitting else ""
+
+
+def _bytes(network: Network, name: str, linear: nn.Linear, scheme: Scheme) -> int:
+    dtype = _stored_dtype(network, f"{name}.weight", linear.weight)
+    tensors = layout.blank(linear.in_features, linear.out_features, scheme, dtype, "meta")
+    bias = 0 if linear.bias is None else linear.bias.numel() * dtype.itemsize
+    return sum(tensor.nbytes for tensor in tensors.values()) + bias
+
+
+def _stored_dtype(network: Network, name: str, tensor: torch.Tensor) -> torch.dtype:
+    if network.checkpoint is not None and name in network.checkpoint:
+        return network.checkpoint.dtype(name)
+    wide = tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+    return network.stored_dtype if wide and network.stored_dtype else tensor.dtype
+
+
+def _unique_slots(network: Network) -> list[Slot]:
+    """Places of stored tensors, one for each tensor however many modules share it."""
+    return list({id(slot.tensor): slot for slot in reversed(list(slots(network.module)))}.values())
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    parameters: int
+    source: int
+    untouched: int
+    """Bytes on disk of the tensors that the recipe leaves."""
+
+    @classmethod
+    def of(cls, network: Network, touched: set[str]) -> _Sizes:
+        stored = [(slot, slot.tensor.numel() * _stored_dtype(network, slot.name, slot.tensor).itemsize) for slot in _unique_slots(network)]
+        left = sum(size for slot, size in stored if slot.name.rpartition(".")[0] not in touched)
+        source = network.checkpoint.bytes() if network.checkpoint is not None else sum(size for _, size in stored)
+        parameters = sum(slot.tensor.numel() for slot, _ in stored if isinstance(slot.tensor, nn.Parameter))
+        return cls(parameters + _coded_weights(network), source, left)
+
+
+def _coded_weights(network: Network) -> int:
+    return sum(part.in_features * part.out_features for part in network.module.modules() if isinstance(part, QuantLinear))
+
+
+def _kept(network: Network, recipe: Recipe, touched: set[str]) -> Iterator[Kept]:
+    methods = [step.method for step in recipe.steps if isinstance(step.method, WeightMethod)]
+    for name, module in network.module.named_modules():
+        if name in touched:
+            continue
+        if isinstance(module, QuantLinear):
+            yield Kept(name, module.in_features * module.out_features, "quantized already")
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            yield Kept(name, sum(parameter.numel() for parameter in module.parameters()), _reason(network, name, module, methods))
+
+
+def _reason(network: Network, name: str, module: nn.Module, methods: list[WeightMethod]) -> str:
+    if isinstance(module, nn.Embedding):
+        return "an embedding, not a linear"
+    if matches(name, network.family.keep):
+        return "kept by the family"
+    if any(matches(name, method.ignore, module) for method in methods):
+        return "ignored by the recipe"
+    return "not among the recipe's targets"
+
+
+def _peak_memory(network: Network, recipe: Recipe, touched: list[Touched], samples: Samples) -> int:
+    """What stays resident, two blocks, a batch of activations, and the second moments of a block's inputs."""
+    blocks = network.blocks()
+    sizes = {name: sum(p.numel() * p.element_size() for p in module.parameters()) for name, module in blocks.items()}
+    total = sum(slot.tensor.nbytes for slot in _unique_slots(network))
+    lazily = network.checkpoint is not None
+    resident = total - sum(sizes.values()) if lazily else total
+    largest = max(sizes.values(), default=0)
+    if not needs_calls(recipe):
+        return resident + 2 * largest
+    tokens = samples.batch * samples.length
+    widest = {name: _widths(module) for name, module in blocks.items()}
+    activations = 4 * tokens * max((sum(widths) for widths in widest.values()), default=0)
+    moments = max((sum(4 * 3 * width**2 for width in set(widths)) for widths in widest.values()), default=0)
+    return resident + 2 * largest + activations + moments
+
+
+def _activations(network: Network, samples: Samples) -> int:
+    narrowest = min((width for block in network.blocks().values() for width in _widths(block)), default=0)
+    return 2 * 4 * samples.tokens * narrowest
+
+
+def _widths(block: nn.Module) -> list[int]:
+    """Input widths of the distinct kinds of linears of a block; experts of one kind count once."""
+    shapes = {(part.in_features, part.out_features) for part in block.modules() if isinstance(part, nn.Linear)}
+    return [inputs for inputs, _ in shapes]
+
+
+def needs_calls(recipe: Recipe) -> bool:
+    """Whether a step of the recipe looks at what passes through the network."""
+    return any("calls" in step.method.needs for step in recipe.steps)
+
+
+def _seconds(recipe: Recipe, sizes: _Sizes, touched: list[Touched], tokens: int) -> dict[StageName, float]:
+    rate = _flops_a_second()
+    weights = sum(linear.inputs * linear.outputs for linear in touched)
+    forwards = sum(step.method.forwards for step in recipe.steps if isinstance(step.method, BlockMethod) and "calls" in step.method.needs)
+    moments = sum(linear.inputs**2 for linear in touched) if forwards else 0
+    return {
+        "load": sizes.source / _BYTES_A_SECOND,
+        "check": sizes.source / _BYTES_A_SECOND,
+        "compress": (2 * weights * tokens * forwards + moments * tokens) / rate + 20 * weights / rate + sizes.source / _BYTES_A_SECOND,
+        "save": sizes.source / _BYTES_A_SECOND,
+        "evaluate": 2 * sizes.parameters * _EVALUATED_TOKENS / rate,
+    }
+
+
+def _flops_a_second(size: int = 768, seconds: float = 0.05) -> float:
+    """Matrix-product rate of this machine in float32, timed for a moment."""
+    a, b = torch.ones(size, size), torch.ones(size, size)
+    a @ b
+    count, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        a @ b
+        count += 1
+    return 2 * size**3 * count / elapsed

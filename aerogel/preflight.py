@@ -1,0 +1,48 @@
+"""What is looked at before any work: everything that would make a run fail after hours is found in its first seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aerogel.errors import AerogelError
+from aerogel.model import save
+from aerogel.model.network import Network
+from aerogel.model.slots import slots
+from aerogel.planning import Plan
+from aerogel.resume import RUN
+
+
+def partial_of(output: Path) -> Path:
+    """The folder beside the output that holds a run's progress."""
+    return output.with_name(f"{output.name}.partial")
+
+
+def check_plan(plan: Plan) -> None:
+    """Refuse a recipe that cannot run on the network; raises AerogelError with the first reason."""
+    if plan.problems:
+        more = f" (and {len(plan.problems) - 1} more; `aerogel plan` lists them)" if len(plan.problems) > 1 else ""
+        raise AerogelError(f"recipe {plan.recipe!r}: {plan.problems[0]}{more}")
+
+
+def check_output(output: Path, needed_bytes: int, origin: Path | None, resume: bool) -> None:
+    """Make sure that the output can be written and that no unfinished run is in the way; raises AerogelError."""
+    partial = partial_of(output)
+    if partial.exists() and not (partial / RUN).exists():
+        raise AerogelError(f"{partial} is in the way and is no unfinished run; move it, or give another output")
+    if partial.exists() and not resume:
+        raise AerogelError(f"{partial} holds an unfinished run; add --resume to go on with it, or remove it to start anew")
+    save.preflight(output, needed_bytes, origin)
+
+
+def check_weights(network: Network) -> None:
+    """Make sure that every weight is a number; raises AerogelError that names the first tensor that has NaN or infinity."""
+    checkpoint = network.checkpoint
+    if checkpoint is not None:
+        bad = checkpoint.nonfinite()
+    else:
+        floats = (slot for slot in slots(network.module) if slot.tensor.is_floating_point() and slot.tensor.element_size() > 1)
+        bad = [slot.name for slot in floats if not bool(slot.tensor.isfinite().all())]
+    if bad:
+        more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+        where = f"{checkpoint.file(bad[0])}: " if checkpoint is not None else ""
+        raise AerogelError(f"{where}{bad[0]}{more} holds NaN or infinity; such weights cannot be compressed, get a sound copy of the model")

@@ -1,0 +1,65 @@
+"""Where a result comes from: versions, machine, data; and the facts about a run that aerogel.json holds."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import aerogel
+from aerogel.model.network import Network
+from aerogel.model.slots import slots
+
+FACTS = "aerogel.json"
+SCHEMA = 1
+
+
+def versions() -> dict[str, str]:
+    """Releases that a result depends on."""
+    return {"aerogel": aerogel.__version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")}}
+
+
+def run_facts(network: Network, seed: int, calibration: dict[str, Any]) -> dict[str, Any]:
+    """When, with what and on what a run was made."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+        "versions": versions(),
+        "machine": _machine(network),
+        "calibration": calibration,
+    }
+
+
+def _machine(network: Network) -> dict[str, Any]:
+    return {
+        "device": str(network.device),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+def model_facts(network: Network, name: str | None) -> dict[str, Any]:
+    """What was compressed."""
+    parameters = {id(slot.tensor): slot.tensor.numel() for slot in slots(network.module) if isinstance(slot.tensor, nn.Parameter)}
+    dtype = network.stored_dtype or next((p.dtype for p in network.module.parameters()), torch.float32)
+    return {
+        "name": name or (network.origin.name if network.origin else type(network.module).__name__),
+        "family": network.family.name,
+        "parameters": sum(parameters.values()),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine()
+    )

@@ -1,0 +1,160 @@
+"""The progress folder: what is finished lies on disk, so that memory holds one block and a killed run goes on where it stopped.
+
+out.partial/run.json                      what the run is made of; a run goes on only with the same
+out.partial/stage-0/walk.json, activations/      the walk's own state
+out.partial/stage-0/blocks/NAME/          model.safetensors (the finished block), block.json (its structure and journal)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from aerogel.errors import AerogelError
+from aerogel.model import quantized
+from aerogel.model.block import Block
+from aerogel.model.checkpoint import Checkpoint
+from aerogel.model.network import Network
+
+JOURNAL = "block.json"
+RUN = "run.json"
+
+
+def fingerprint_of(checkpoint: Checkpoint) -> str:
+    """What identifies a checkpoint: `sha256:` over its files and config.json."""
+    digest = hashlib.sha256()
+    config = checkpoint.folder / "config.json"
+    for path in sorted({checkpoint.file(name) for name in checkpoint.names()} | ({config} if config.exists() else set())):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+class Progress:
+    """One run's folder; brings blocks in for their visit and lets them go."""
+
+    def __init__(self, folder: Path, network: Network, source: Checkpoint) -> None:
+        self.folder = folder
+        self.network = network
+        self._source = source
+        self.homes: dict[str, Checkpoint] = {}
+        """Where the newest tensors of each finished block lie."""
+
+    @classmethod
+    def open(cls, folder: Path, network: Network, source: Checkpoint, fingerprint: Mapping[str, Any]) -> Progress:
+        """Begin a run, or go on with the one that lies there; raises AerogelError when that one is made of something else.
+
+        `source` has the network's weights; `fingerprint` is JSON that says part by part what the run is made of.
+        """
+        path = folder / RUN
+        if path.exists():
+            _require_same(folder, json.loads(path.read_text()), json.loads(json.dumps(fingerprint)))
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(path, json.dumps(fingerprint))
+        return cls(folder, network, source)
+
+    def stage(self, number: int) -> Stage:
+        """The part of the folder that belongs to one stage of the recipe."""
+        return Stage(self, self.folder / f"stage-{number}")
+
+    def enter(self, name: str) -> None:
+        """Make the newest weights of a block resident."""
+        home = self.homes.get(name, self._source)
+        home.materialise(self.network.module.get_submodule(name), name)
+
+    def release(self, name: str) -> None:
+        """Let the weights of a block go; they lie in this folder or in the source."""
+        self._source.release(self.network.module.get_submodule(name))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the network by name, one in memory at a time: from memory, finished blocks, or the source."""
+        seen: set[int] = set()
+        for name, tensor in self.network.module.state_dict(keep_vars=True).items():
+            if tensor.is_meta:
+                yield name, self._home_of(name).tensor(name)
+            elif id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield name, tensor.detach()
+
+    def _home_of(self, name: str) -> Checkpoint:
+        for block, home in self.homes.items():
+            if name.startswith(f"{block}."):
+                return home
+        return self._source
+
+
+class Stage:
+    """What one stage of a recipe has finished."""
+
+    def __init__(self, progress: Progress, folder: Path) -> None:
+        self.folder = folder
+        self._progress = progress
+
+    def commit(self, block: Block, notes: list[dict[str, Any]]) -> None:
+        """Put a finished block away, durably."""
+        folder = self._folder_of(block.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {block.full_name(name): tensor.contiguous() for name, tensor in block.module.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors.new")
+        _settle(folder / "model.safetensors.new", folder / "model.safetensors")
+        _write(folder / JOURNAL, json.dumps({"structure": quantized.describe(block.module), "notes": notes}))
+        self._progress.homes[block.name] = Checkpoint.open(folder)
+
+    def committed(self) -> set[str]:
+        """Names of the blocks that are put away."""
+        return {path.parent.name for path in self.folder.glob(f"blocks/*/{JOURNAL}")}
+
+    def restore(self, names: Iterable[str]) -> list[dict[str, Any]]:
+        """Give blocks that an earlier process finished their structure back, and return their journal."""
+        notes: list[dict[str, Any]] = []
+        for name in names:
+            folder = self._folder_of(name)
+            state = json.loads((folder / JOURNAL).read_text())
+            if state["structure"] is not None:
+                quantized.attach(self._progress.network.module.get_submodule(name), state["structure"])
+            self._progress.homes[name] = Checkpoint.open(folder)
+            notes += state["notes"]
+        return notes
+
+    def _folder_of(self, name: str) -> Path:
+        return self.folder / "blocks" / name
+
+
+def _require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for part in sorted({*before, *now}):
+        if before.get(part) != now.get(part):
+            raise AerogelError(
+                f"{folder} was begun with another {part} ({_brief(before.get(part))}, now {_brief(now.get(part))}); "
+                f"give the same {part} to resume, or remove the folder to start anew"
+            )
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(text)
+    _settle(beside, path)
+
+
+def _settle(beside: Path, path: Path) -> None:
+    """Make a written file durable under its final name."""
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+    beside.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

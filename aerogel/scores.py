@@ -1,0 +1,50 @@
+"""Measuring: every measure that fits, for a network and for its original beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from aerogel import catalog
+from aerogel.evaluate.measure import Measure, TextMeasure
+from aerogel.model.network import Network
+from aerogel.progress import Event, Tell
+
+Scores = dict[str, dict[str, Any]]
+
+
+def measure(
+    network: Network, against: Network | None = None, measures: Sequence[str | Measure] | None = None, tell: Tell = lambda event: None
+) -> dict[str, Scores]:
+    """Measure a network, and its original when given: {"compressed": {measure: facts}, "original": {...}}.
+
+    By default every measure that fits the network and need not be asked for. Raises AerogelError for an unknown measure.
+    """
+    chosen = {name: found for name, found in _chosen(network, measures) if against is not None or not found.compares or measures}
+    pairs: list[tuple[str, str, Network]] = []
+    for name, found in chosen.items():
+        if against is not None and not found.compares:
+            pairs.append(("original", name, against))
+        pairs.append(("compressed", name, network))
+    scores: dict[str, Scores] = {"original": {}, "compressed": {}} if against is not None else {"compressed": {}}
+    for done, (whose, name, subject) in enumerate(pairs):
+        tell(Event("evaluate", done, len(pairs), f"{name} of the {whose}"))
+        scores[whose][name] = chosen[name].measure(subject, against if whose == "compressed" else None)
+    tell(Event("evaluate", len(pairs), len(pairs)))
+    return scores
+
+
+def _chosen(network: Network, measures: Sequence[str | Measure] | None) -> Iterator[tuple[str, Measure]]:
+    if measures is not None:
+        for given in measures:
+            yield (given, catalog.find("measures", given)()) if isinstance(given, str) else (_name_of(given), given)
+        return
+    for name in catalog.names("measures"):
+        cls = catalog.find("measures", name)
+        readable = network.processor is not None or not issubclass(cls, TextMeasure)
+        if not cls.asked and network.family.modality in cls.modalities and readable:
+            yield name, cls()
+
+
+def _name_of(measure: Measure) -> str:
+    return type(measure).__module__.rpartition(".")[2]
