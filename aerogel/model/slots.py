@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from aerogel.model.modules import QuantLinear
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -51,6 +53,9 @@ def release(module: nn.Module) -> None:
     for slot in list(slots(module)):
         if not slot.tensor.is_meta:
             slot.put(emptied.setdefault(id(slot.tensor), slot.like(slot.tensor.detach().to("meta"))))
+    for part in module.modules():
+        if isinstance(part, QuantLinear):
+            part.cache.clear()
     trim()
 
 
