@@ -1,0 +1,229 @@
+"""GPTQ: rounds a weight column after column and lets the columns to come make up for the error (arXiv:2210.17323).
+
+Letters in names: B problems of one shape, O outputs, I inputs, G groups of a row. A problem is one second moment and the rows of all
+linears that read these inputs: query, key and value are one. Moments are summed in float32.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from aerogel.errors import AerogelError
+from aerogel.methods.method import WeightMethod
+from aerogel.model.block import Block
+from aerogel.model.modules import QuantLinear, stored_grid
+from aerogel.model.rounding import InputRange, has_static_inputs, output_error, static_inputs
+from aerogel.model.statistics import InputStatistics, collect, sharing
+from aerogel.numerics.feedback import feedback, round_columns
+from aerogel.numerics.quantize import Grid, dequantize, grouped
+from aerogel.numerics.scheme import PerBlock, PerChannel, PerGroup, Scheme, TensorScheme
+from aerogel.numerics.search import Observer, observe
+
+ActOrder = Literal["none", "static", "group"]
+
+_BATCH_NUMBERS = 1 << 26
+"""About how many numbers the problems that are solved together may hold."""
+
+
+@dataclass(frozen=True)
+class Gptq(WeightMethod):
+    """Second-order rounding of weights, column after column."""
+
+    damping: float = 0.01
+    """Share of the mean of the second moment's diagonal that is added to the diagonal; grows tenfold where that is too little."""
+    act_order: ActOrder = "static"
+    """Order of columns: as they are (none), or largest inputs first, with groups as they are (static) or in the new order (group)."""
+    observer: Observer = "mse"
+    """How ranges are found: minmax (cover every weight) or mse (least squared error)."""
+    true_sequential: bool = False
+    """Whether linears are quantized in the order in which they run, each seeing those before it quantized; costs more passes."""
+    input_range: InputRange = "absmax"
+    """Range of static inputs: absmax (extremes of all calls) or average (mean over the calls)."""
+
+    def compress(self, block: Block) -> None:
+        """Quantize the block's linears."""
+        jobs = self.assign(block)
+        for stage in _stages(block, jobs) if self.true_sequential else [tuple(jobs)]:
+            self._stage(block, {name: jobs[name] for name in stage})
+
+    def _stage(self, block: Block, jobs: dict[str, tuple[nn.Linear, Scheme]]) -> None:
+        """Quantize linears that all see the block as it is now."""
+        statistics = collect(block, jobs, moment=True, ranges=any(has_static_inputs(scheme) for _, scheme in jobs.values()))
+        problems: dict[tuple[object, ...], Problem] = {}
+        for name, (linear, scheme) in jobs.items():
+            dtype = block.stored_dtype or linear.weight.dtype
+            seen = statistics.get(name)
+            alone = name if seen is None or not _by_rows(scheme.weights) else ""
+            problem = problems.setdefault((seen, scheme, dtype, alone), Problem({}, seen, scheme, dtype))
+            problem.linears[name] = linear
+        for batch in _batches(problems.values()):
+            self._solve(block, batch)
+
+    def _solve(self, block: Block, problems: Sequence[Problem]) -> None:
+        """Solve problems of one shape and scheme together and put the quantized linears in place."""
+        scheme, dtype = problems[0].scheme.weights, problems[0].dtype
+        fit = partial(self._fit, scheme=scheme, dtype=dtype)
+        moves = self.act_order != "static" and isinstance(scheme.granularity, PerGroup) and scheme.scale_format == "float"
+        weight_BOI = torch.stack([problem.weight() for problem in problems])
+        moment_BII = torch.stack([problem.moment(block) for problem in problems])
+        solution = solve(weight_BOI, moment_BII, scheme, fit, moves, self.act_order, self.damping)
+        for index, problem in enumerate(problems):
+            self._store(block, problem, solution, index)
+
+    def _fit(self, weight: Tensor, scheme: TensorScheme, dtype: torch.dtype) -> Grid:
+        return stored_grid(observe(weight, scheme, self.observer), dtype)
+
+    def _store(self, block: Block, problem: Problem, solution: Solution, index: int) -> None:
+        """Put the quantized linears of a solved problem in place and write down how it went."""
+        scheme, seen = problem.scheme, problem.statistics
+        moment_II = seen.moment() if seen else None
+        g_idx = None if solution.g_idx_BI is None else solution.g_idx_BI[index]
+        fallback = None
+        if seen is None:
+            fallback = "rounded to nearest: no token reached it"
+        elif solution.failed_B[index]:
+            fallback = "rounded to nearest: the second moment has no factor"
+        first = 0
+        for name, linear in problem.linears.items():
+            rows = slice(first, first + linear.out_features)
+            first = rows.stop
+            grid = solution.grids[index]
+            if len(problem.linears) > 1:
+                grid = Grid(grid.scale[rows], None if grid.zero is None else grid.zero[rows])
+            codes_OI = solution.codes_BOI[index, rows]
+            inputs = static_inputs(scheme, seen, self.input_range, problem.dtype)
+            error_OI = linear.weight.float() - dequantize(codes_OI, grid, scheme.weights, g_idx=g_idx)
+            block.replace(name, QuantLinear.from_codes(linear, scheme, codes_OI, grid, g_idx, inputs, problem.dtype))
+            error = output_error(error_OI, linear.weight, moment_II)
+            block.note(name, error=error, damping=float(solution.damping_B[index]), **({"fallback": fallback} if fallback else {}))
+
+
+@dataclass(eq=False)
+class Problem:
+    """Linears that read the same inputs and can be rounded as one weight."""
+
+    linears: dict[str, nn.Linear]
+    statistics: InputStatistics | None
+    """What they read; None when no token reached them."""
+    scheme: Scheme
+    dtype: torch.dtype
+    """Of stored scales."""
+
+    def weight(self) -> Tensor:
+        """The rows of all linears, weight_OI in float32."""
+        return torch.cat([linear.weight.detach().float() for linear in self.linears.values()])
+
+    def moment(self, block: Block) -> Tensor:
+        """The inputs' moment_II; zeros when there were none."""
+        if self.statistics is None:
+            linear = next(iter(self.linears.values()))
+            return torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
+        try:
+            return self.statistics.moment()
+        except AerogelError as error:
+            raise AerogelError(f"{block.full_name(next(iter(self.linears)))}: {error}") from error
+
+
+class Solution(NamedTuple):
+    """What came of problems of one shape."""
+
+    codes_BOI: Tensor
+    grids: list[Grid]
+    g_idx_BI: Tensor | None
+    """Group of each column, where groups follow the new order."""
+    damping_B: Tensor
+    failed_B: Tensor
+
+
+@torch.no_grad()
+def solve(
+    weight_BOI: Tensor,
+    moment_BII: Tensor,
+    scheme: TensorScheme,
+    fit: Callable[[Tensor], Grid],
+    moves: bool = False,
+    act_order: ActOrder = "static",
+    damping: float = 0.01,
+) -> Solution:
+    """Round weights so that the outputs for inputs with these second moments change little.
+
+    `fit` makes a stored grid from weights laid out by `quantize.grouped`. With `moves` (groups only) the grid of a group is made when
+    its turn comes, from weights that have taken the errors before it; otherwise grids are made from the weights as they are.
+    """
+    columns = weight_BOI.shape[-1]
+    as_is_BI = torch.arange(columns, device=weight_BOI.device).expand(len(weight_BOI), -1)
+    width, size = _width(scheme, columns), -(-columns // _width(scheme, columns))
+    order_BI = as_is_BI
+    if act_order != "none":
+        order_BI = moment_BII.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+    place_BI = order_BI.argsort(dim=-1)
+    if moves:
+        blank = weight_BOI.new_zeros(*weight_BOI.shape[:2], size)
+        grid, group_BI = Grid(blank, None if scheme.symmetric else blank.to(scheme.format.storage)), as_is_BI // width
+    else:
+        grids = [fit(grouped(weight_OI, scheme.granularity)) for weight_OI in weight_BOI]
+        grid, group_BI = _rows_of(grids, scheme, weight_BOI.shape[1]), order_BI // width
+    ordered_BII = moment_BII.take_along_dim(order_BI[:, :, None], 1).take_along_dim(order_BI[:, None, :], 2)
+    found = feedback(ordered_BII, damping)
+    ordered_BOI = weight_BOI.take_along_dim(order_BI[:, None, :], 2)
+    codes_BOI = round_columns(ordered_BOI, found.weights_BII, scheme.format, grid, group_BI, fit if moves else None, width)
+    if moves:
+        grids = [Grid(grid.scale[b], None if grid.zero is None else grid.zero[b]) for b in range(len(weight_BOI))]
+    g_idx_BI = place_BI // width if moves and act_order == "group" else None
+    codes_BOI = codes_BOI.view(torch.uint8).take_along_dim(place_BI[:, None, :], 2).view(codes_BOI.dtype)  # fp8 cannot be gathered
+    return Solution(codes_BOI, grids, g_idx_BI, found.damping_B, found.failed_B)
+
+
+def _width(scheme: TensorScheme, columns: int) -> int:
+    """Columns that share a scale."""
+    match scheme.granularity:
+        case PerGroup(size):
+            return size
+        case PerBlock(_, width):
+            return width
+        case _:
+            return columns
+
+
+def _by_rows(scheme: TensorScheme) -> bool:
+    """Whether every row has scales of its own, so that rows of several linears can be stacked."""
+    return isinstance(scheme.granularity, PerGroup | PerChannel) and scheme.scale_format != "e4m3"
+
+
+def _rows_of(grids: Sequence[Grid], scheme: TensorScheme, rows: int) -> Grid:
+    """The grids of B weights as one, with a row of scales for each output: scale_BOG."""
+
+    def spread(grid_tensor: Tensor) -> Tensor:
+        if isinstance(scheme.granularity, PerBlock):
+            return grid_tensor.repeat_interleave(scheme.granularity.rows, dim=0)[:rows]
+        return grid_tensor.reshape(-1, grid_tensor.shape[-1] if grid_tensor.ndim else 1).expand(rows, -1)
+
+    zeros = [spread(grid.zero) for grid in grids if grid.zero is not None]
+    return Grid(torch.stack([spread(grid.step) for grid in grids]), torch.stack(zeros) if zeros else None)
+
+
+def _batches(problems: Iterable[Problem]) -> Iterator[list[Problem]]:
+    """Problems of one shape, scheme and dtype together, as many as memory allows."""
+    alike: dict[tuple[object, ...], list[Problem]] = {}
+    for problem in problems:
+        shape = sum(linear.out_features for linear in problem.linears.values()), next(iter(problem.linears.values())).in_features
+        alike.setdefault((shape, problem.scheme, problem.dtype), []).append(problem)
+    for (shape, *_), group in alike.items():
+        outputs, inputs = shape
+        most = max(1, _BATCH_NUMBERS // (inputs * (4 * inputs + 5 * outputs)))
+        yield from (group[first : first + most] for first in range(0, len(group), most))
+
+
+def _stages(block: Block, names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Linears that are quantized together, in the order in which they run; the like linears of all experts are one stage."""
+    stages: dict[tuple[str, ...], list[str]] = {}
+    for together in sharing(block, names):
+        stages.setdefault(tuple(re.sub(r"\d+", "*", name) for name in together), []).extend(together)
+    return [tuple(stage) for stage in stages.values()]

@@ -1,0 +1,42 @@
+"""Round to nearest: every weight to the nearest point of its grid; no calibration unless inputs have static ranges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from aerogel.methods.method import WeightMethod
+from aerogel.model.block import Block
+from aerogel.model.rounding import InputRange, has_static_inputs, output_error, round_to_nearest, static_inputs
+from aerogel.model.statistics import collect
+from aerogel.numerics.quantize import grouped
+from aerogel.numerics.search import Observer, observe
+
+
+@dataclass(frozen=True)
+class Rtn(WeightMethod):
+    """Rounds weights to the nearest code."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    observer: Observer = "minmax"
+    """How ranges are found: minmax (cover every weight) or mse (least squared error)."""
+    input_range: InputRange = "absmax"
+    """Range of static inputs: absmax (extremes of all calls) or average (mean over the calls)."""
+
+    def compress(self, block: Block) -> None:
+        """Quantize the block's linears."""
+        jobs = self.assign(block)
+        calibrated = [name for name, (_, scheme) in jobs.items() if has_static_inputs(scheme)]
+        statistics = collect(block, calibrated, ranges=True) if calibrated else {}
+        for name, (linear, scheme) in jobs.items():
+            dtype = block.stored_dtype or linear.weight.dtype
+            grid = observe(grouped(linear.weight, scheme.weights.granularity), scheme.weights, self.observer)
+            seen = statistics.get(name)
+            quantized = round_to_nearest(linear, scheme, grid, dtype, static_inputs(scheme, seen, self.input_range, dtype))
+            block.replace(name, quantized)
+            error = output_error(linear.weight.float() - quantized.dequantized(torch.float32), linear.weight, None)
+            unseen = {"fallback": "input range unknown: no token reached it"} if has_static_inputs(scheme) and seen is None else {}
+            block.note(name, error=error, **unseen)

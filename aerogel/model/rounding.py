@@ -1,0 +1,50 @@
+"""From a float linear and a grid to its quantized twin; what methods that end in rounding share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from aerogel.model.modules import QuantLinear, stored_grid
+from aerogel.model.statistics import InputStatistics
+from aerogel.numerics.quantize import Grid, grid_from_range, quantize
+from aerogel.numerics.scheme import Scheme
+
+InputRange = Literal["absmax", "average"]
+"""How the range of static inputs is found: the extremes of all calls, or their mean over the calls."""
+
+
+def round_to_nearest(linear: nn.Linear, scheme: Scheme, grid: Grid, dtype: torch.dtype, input_grid: Grid | None = None) -> QuantLinear:
+    """Return the quantized twin of `linear` on this grid, whose scales are stored in `dtype`."""
+    grid = stored_grid(grid, dtype)
+    return QuantLinear.from_codes(linear, scheme, quantize(linear.weight, grid, scheme.weights), grid, None, input_grid, dtype)
+
+
+def static_inputs(scheme: Scheme, statistics: InputStatistics | None, rule: InputRange, dtype: torch.dtype) -> Grid | None:
+    """Return the grid of a linear's static inputs, or None when its inputs are float or measured at run time.
+
+    A linear that no token reached gets the grid of an all-zero input: whatever comes later saturates.
+    """
+    if scheme.inputs is None or scheme.inputs.dynamic:
+        return None
+    low, high = torch.tensor(statistics.extremes if statistics and statistics.extremes else [(-1.0, 1.0)]).unbind(1)
+    low, high = (low.min(), high.max()) if rule == "absmax" else (low.mean(), high.mean())
+    return stored_grid(grid_from_range(low, high, scheme.inputs), dtype)
+
+
+def has_static_inputs(scheme: Scheme) -> bool:
+    """Whether the scheme's inputs are quantized with a range that calibration must find."""
+    return scheme.inputs is not None and not scheme.inputs.dynamic
+
+
+def output_error(error_OI: Tensor, weight_OI: Tensor, moment_II: Tensor | None) -> float:
+    """Relative squared error of a linear's output, tr(E M E^T) / tr(W M W^T); of its weight when no moment is known."""
+    size = float(_energy(weight_OI, moment_II))
+    return float(_energy(error_OI, moment_II)) / size if size > 0 else 0.0
+
+
+def _energy(weight_OI: Tensor, moment_II: Tensor | None) -> Tensor:
+    weight_OI = weight_OI.float()
+    return torch.vdot(weight_OI.flatten(), (weight_OI if moment_II is None else weight_OI @ moment_II).flatten())

@@ -1,0 +1,187 @@
+"""What goes into linears, reduced while the calls of a block pass: second moments, ranges, rows kept as a sample.
+
+T tokens (rows of an input, whatever its other dimensions), I input columns. Linears that are given the very same tensor share
+one set of statistics. Nothing is kept but the sums, so memory does not grow with the number of calls.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import AerogelError
+from aerogel.model.block import Block
+from aerogel.model.hooks import Stop, watching
+from aerogel.model.modules import held
+
+_PANEL = 256
+"""Columns of a second moment that are computed at once; its lower half is never computed."""
+
+
+class InputStatistics:
+    """Sums over every input that one or more linears were given."""
+
+    def __init__(self, columns: int, device: torch.device, moment: bool = False, ranges: bool = False, rows_per_call: int = 0) -> None:
+        self.tokens = 0
+        self._sum_II = torch.zeros(columns, columns, device=device) if moment else None
+        self._absolute_I = torch.zeros(columns, device=device) if ranges else None
+        self._absmax_I = torch.zeros(columns, device=device) if ranges else None
+        self.extremes: list[tuple[float, float]] = []
+        """Smallest and largest input of each call."""
+        self._rows_per_call = rows_per_call
+        self._rows: list[Tensor] = []
+
+    def update(self, x: Tensor) -> None:
+        """Take in one input (..., I)."""
+        x_TI = x.detach().reshape(-1, x.shape[-1])
+        if not len(x_TI):
+            return
+        self.tokens += len(x_TI)
+        if self._rows_per_call:
+            picked = torch.linspace(0, len(x_TI) - 1, min(self._rows_per_call, len(x_TI)), device=x.device).round().long()
+            self._rows.append(x_TI[picked])
+        x_TI = x_TI.to(torch.float32)
+        if self._sum_II is not None:
+            _add_gram(self._sum_II, x_TI)
+        if self._absolute_I is not None and self._absmax_I is not None:
+            magnitude_TI = x_TI.abs()
+            self._absolute_I += magnitude_TI.sum(0)
+            torch.maximum(self._absmax_I, magnitude_TI.amax(0), out=self._absmax_I)
+            low, high = torch.aminmax(x_TI)
+            self.extremes.append((low.item(), high.item()))
+
+    def merge(self, other: InputStatistics) -> None:
+        """Take in what another set has seen."""
+        self.tokens += other.tokens
+        for mine, theirs in ((self._sum_II, other._sum_II), (self._absolute_I, other._absolute_I)):
+            if mine is not None and theirs is not None:
+                mine += theirs
+        if self._absmax_I is not None and other._absmax_I is not None:
+            torch.maximum(self._absmax_I, other._absmax_I, out=self._absmax_I)
+        self.extremes += other.extremes
+        self._rows += other._rows
+
+    def moment(self) -> Tensor:
+        """Mean of x x^T over all tokens: moment_II in float32; raises AerogelError when it is not finite."""
+        assert self._sum_II is not None, "statistics were collected without the second moment"
+        upper_II = self._sum_II.triu() / max(self.tokens, 1)
+        if not bool(torch.isfinite(upper_II.diagonal().sum())):
+            raise AerogelError("the inputs hold NaN or infinity; check the weights and the calibration data")
+        return upper_II + upper_II.triu(1).T
+
+    def mean_magnitude(self) -> Tensor:
+        """Mean of |x| over all tokens, for each column."""
+        assert self._absolute_I is not None, "statistics were collected without ranges"
+        return self._absolute_I / max(self.tokens, 1)
+
+    def absmax(self) -> Tensor:
+        """Largest |x| over all tokens, for each column."""
+        assert self._absmax_I is not None, "statistics were collected without ranges"
+        return self._absmax_I
+
+    def sample(self) -> Tensor:
+        """The kept rows: some of every call, evenly spaced, x_TI in the inputs' dtype."""
+        return torch.cat(self._rows)
+
+
+def _add_gram(sum_II: Tensor, x_TI: Tensor) -> None:
+    """Add x^T x to the upper half of a sum; on a CPU the products below the diagonal's panels are not computed."""
+    columns = len(sum_II)
+    panel = _PANEL if sum_II.device.type == "cpu" else columns
+    for start in range(0, columns, panel):
+        sum_II[start : start + panel, start:].addmm_(x_TI[:, start : start + panel].T, x_TI[:, start:])
+
+
+def collect(
+    block: Block, names: Iterable[str], *, moment: bool = False, ranges: bool = False, rows: int = 0
+) -> dict[str, InputStatistics]:
+    """Run the block's calls once and return the statistics of these linears, in the order in which they ran.
+
+    Linears that were always given the same tensor get the same object. A linear that no call reached is left out. Every forward
+    stops at the last input that is needed. `rows` is how many rows a sample of one input should have, over all calls.
+    Raises AerogelError when an input is not finite.
+    """
+    linears = {name: block.module.get_submodule(name) for name in names}
+    rows_per_call = -(-rows // max(len(block.calls), 1))
+    parts: dict[tuple[str, ...], InputStatistics] = {}
+
+    def take(names: tuple[str, ...], x: Tensor) -> None:
+        if names not in parts:
+            parts[names] = InputStatistics(x.shape[-1], x.device, moment, ranges, rows_per_call)
+        parts[names].update(x)
+
+    visits: Counter[str] = Counter()
+    with held(block.module):
+        for call in block.calls:
+            seen = _Seen(take, visits)
+            try:
+                with watching(linears, seen.see):
+                    block.run(call)
+            except Stop as stop:
+                if stop is not seen.stop:
+                    raise
+            seen.flush()
+            visits |= seen.count | Counter(list(linears))
+    return _total(parts)
+
+
+def sharing(block: Block, names: Iterable[str]) -> list[tuple[str, ...]]:
+    """The linears that get the same tensor in the block's first call, in the order in which they run; those it misses come last."""
+    missed = {name: block.module.get_submodule(name) for name in names}
+    together: list[tuple[str, ...]] = []
+    for call in block.calls:
+        seen = _Seen(lambda names, _: together.append(names), Counter())
+        with watching(missed, seen.see):
+            block.run(call)
+        seen.flush()
+        break
+    reached = {name for names in together for name in names}
+    return [*dict.fromkeys(together), *((name,) for name in missed if name not in reached)]
+
+
+class _Seen:
+    """One call's inputs: hands each tensor on once, with the names of all linears that were given it in a row."""
+
+    def __init__(self, take: Callable[[tuple[str, ...], Tensor], None], visits: Counter[str]) -> None:
+        self._take = take
+        self._visits = visits
+        self._missing = visits.total()
+        self._names: list[str] = []
+        self._x: Tensor | None = None
+        self.count: Counter[str] = Counter()
+        self.stop = Stop()
+
+    def see(self, name: str, x: Tensor) -> None:
+        if x is not self._x:
+            self.flush()
+            self._x = x
+        self._names.append(name)
+        self.count[name] += 1
+        self._missing -= self.count[name] <= self._visits[name]
+        # The first call runs to its end, since nobody knows yet how often it visits each linear.
+        if self._visits and not self._missing:
+            raise self.stop
+
+    def flush(self) -> None:
+        if self._x is not None:
+            self._take(tuple(self._names), self._x)
+        self._names, self._x = [], None
+
+
+def _total(parts: dict[tuple[str, ...], InputStatistics]) -> dict[str, InputStatistics]:
+    """The statistics of each linear; names that met in some calls only are summed up apart."""
+    met: dict[str, list[tuple[str, ...]]] = {}
+    for names in parts:
+        for name in dict.fromkeys(names):
+            met.setdefault(name, []).append(names)
+    totals: dict[tuple[tuple[str, ...], ...], InputStatistics] = {}
+    for keys in dict.fromkeys(map(tuple, met.values())):
+        total = parts[keys[0]] if len(keys) == 1 else deepcopy(parts[keys[0]])
+        for key in keys[1:]:
+            total.merge(parts[key])
+        totals[keys] = total
+    return {name: totals[tuple(keys)] for name, keys in met.items()}

@@ -1,0 +1,159 @@
+"""Rounding column after column while the columns to come make up for the error: the core of GPTQ (arXiv:2210.17323).
+
+Letters in names: B independent problems of one shape, O outputs, I inputs, G groups of a row.
+
+GPTQ pushes errors through the Cholesky factor of the inverse second moment. The same numbers come from the factor of the moment
+itself, H = R R^T with R upper triangular (arXiv:2307.13304, theorem 6): column j is rounded at w_j + sum_{i<j} (w_i - q_i) R_ij / R_jj.
+That needs one factorisation and no inverse. Updates are lazy by halving: the first half of the columns is finished before the second
+half hears of it, in one matrix product, and so on down to a few columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aerogel.numerics.formats import Format
+from aerogel.numerics.quantize import Grid, to_codes, to_values
+
+_FEW = 16
+"""Columns that are updated one by one."""
+
+
+class Feedback(NamedTuple):
+    """How far the error of a column moves the columns behind it."""
+
+    weights_BII: Tensor
+    """Unit upper triangular: R_ij / R_jj; the identity where the factorisation failed, which is plain rounding."""
+    damping_B: Tensor
+    """Share of the mean diagonal that was added to the diagonal."""
+    failed_B: Tensor
+    """Where no damping up to the bound made the moment positive definite."""
+
+
+@torch.no_grad()
+def feedback(moment_BII: Tensor, damping: float = 0.01, bound: float = 1.0) -> Feedback:
+    """Factorise damped second moments; where that fails the damping grows tenfold, up to `bound`.
+
+    Columns that were always zero are cut loose: they neither hand on errors nor take any.
+    """
+    diagonal_BI = moment_BII.diagonal(dim1=-2, dim2=-1)
+    mean_B1 = diagonal_BI.mean(-1, keepdim=True)
+    dead_BI = diagonal_BI <= 0
+    identity_II = torch.eye(moment_BII.shape[-1], dtype=moment_BII.dtype, device=moment_BII.device)
+    weights_BII = identity_II.expand_as(moment_BII).clone()
+    damping_B = torch.full_like(mean_B1[:, 0], damping)
+    todo = (torch.isfinite(mean_B1[:, 0]) & (mean_B1[:, 0] > 0)).nonzero()[:, 0]
+    failed_B = torch.ones_like(damping_B, dtype=torch.bool)
+    while len(todo) and float(damping_B[todo[0]]) <= bound:
+        damped = moment_BII[todo].clone()
+        # Added where a column is dead, the mean keeps the factor well conditioned and changes nothing else.
+        damped.diagonal(dim1=-2, dim2=-1).add_(mean_B1[todo] * (damping_B[todo, None] + dead_BI[todo]))
+        root, info = torch.linalg.cholesky_ex(damped.flip(-1, -2))
+        root = root.flip(-1, -2)  # lower becomes upper: H = R R^T
+        good = (info == 0) & torch.isfinite(root.diagonal(dim1=-2, dim2=-1)).all(-1)
+        weights_BII[todo[good]] = (root / root.diagonal(dim1=-2, dim2=-1)[:, None, :])[good]
+        failed_B[todo[good]] = False
+        todo = todo[~good]
+        damping_B[todo] = 10 * damping_B[todo] if damping > 0 else torch.where(damping_B[todo] > 0, 10 * damping_B[todo], 1e-4)
+    return Feedback(weights_BII, damping_B, failed_B)
+
+
+@torch.no_grad()
+def round_columns(
+    weight_BOI: Tensor,
+    weights_BII: Tensor,
+    fmt: Format,
+    grid: Grid,
+    group_BI: Tensor,
+    fit: Callable[[Tensor], Grid] | None = None,
+    group: int = 0,
+) -> Tensor:
+    """Round the columns of `weight_BOI` in order, with error feedback; returns codes_BOI.
+
+    `grid` holds scale_BOG (and zero_BOG), `group_BI` the group of each column. With `fit`, columns are in groups of `group` one
+    after another, and the grid of a group is made from its weights as they stand when their turn comes: fit(weight_BOn) returns
+    scale_BO and zero_BO, which are written into `grid`.
+    """
+    loop = _Loop(weight_BOI, weights_BII, fmt, grid, group_BI)
+    if fit is None:
+        loop.span(0, weight_BOI.shape[-1], _FEW, loop.few)
+    else:
+        loop.span(0, weight_BOI.shape[-1], group, lambda low, high: loop.group(low, high, fit, low // group))
+    return loop.codes_IBO.permute(1, 2, 0).contiguous()
+
+
+class _Loop:
+    """The buffers of the column loop; a column of the weights is a run of memory here, for all rows and problems at once."""
+
+    def __init__(self, weight_BOI: Tensor, weights_BII: Tensor, fmt: Format, grid: Grid, group_BI: Tensor) -> None:
+        # A column's weights turn into its errors once it is rounded.
+        self.error_IBO = weight_BOI.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+        self.current_IBO = self.error_IBO.clone()
+        self.codes_IBO = torch.empty_like(self.error_IBO, dtype=fmt.storage)
+        self.values_NBO = torch.empty_like(self.error_IBO[:_FEW])
+        self.format, self.grid, self.weights_BII = fmt, grid, weights_BII
+        self.scale_GBO = grid.step.to(weight_BOI.dtype).permute(2, 0, 1).contiguous()
+        self.zero_GBO = None if grid.zero is None else grid.zero.to(weight_BOI.dtype).permute(2, 0, 1).contiguous()
+        # Views, made once: in the loop every microsecond counts.
+        self.scales = _rows(self.scale_GBO, group_BI)
+        self.zeros = None if self.zero_GBO is None else _rows(self.zero_GBO, group_BI)
+        self.errors, self.currents = self.error_IBO.unbind(0), self.current_IBO.unbind(0)
+
+    def span(self, low: int, high: int, unit: int, finish: Callable[[int, int], None]) -> None:
+        """Round columns that have heard of all errors before them; halves meet at multiples of `unit`."""
+        if high - low <= unit:
+            finish(low, high)
+            return
+        middle = low + (-(-(high - low) // unit) // 2) * unit
+        self.span(low, middle, unit, finish)
+        self._push(low, middle, high)
+        self.span(middle, high, unit, finish)
+
+    def group(self, low: int, high: int, fit: Callable[[Tensor], Grid], index: int) -> None:
+        """Make the grid of a group from its weights as they stand now, then round them."""
+        found = fit(self.current_IBO[low:high].permute(1, 2, 0))
+        self.scale_GBO[index] = self.grid.scale[..., index] = found.scale
+        if self.zero_GBO is not None and self.grid.zero is not None and found.zero is not None:
+            self.zero_GBO[index] = self.grid.zero[..., index] = found.zero
+        self.span(low, high, _FEW, self.few)
+
+    def few(self, low: int, high: int) -> None:
+        """Round a few columns one by one."""
+        push_NNB11 = self.weights_BII[:, low:high, low:high].permute(1, 2, 0)[..., None]
+        values = self.values_NBO.unbind(0)
+        for index, column in enumerate(range(low, high)):
+            value, scale, error = values[index], self.scales[column], self.errors[column]
+            torch.div(self.currents[column], scale, out=value)
+            if self.zeros is None:
+                torch.addcmul(error, _round(value, self.format), scale, value=-1, out=error)
+            else:
+                _round(value.add_(self.zeros[column]), self.format)
+                torch.addcmul(error, value - self.zeros[column], scale, value=-1, out=error)
+            self.current_IBO[column + 1 : high].addcmul_(push_NNB11[index, index + 1 :], error)
+        self.codes_IBO[low:high] = to_codes(self.values_NBO[: high - low], self.format)
+
+    def _push(self, low: int, middle: int, high: int) -> None:
+        """Tell the second half of a span about the errors of the first."""
+        if len(self.weights_BII) == 1:
+            self.current_IBO[middle:high, 0].addmm_(self.weights_BII[0, low:middle, middle:high].T, self.error_IBO[low:middle, 0])
+        else:
+            current_BIO, error_BIO = self.current_IBO.transpose(0, 1), self.error_IBO.transpose(0, 1)
+            current_BIO[:, middle:high].baddbmm_(self.weights_BII[:, low:middle, middle:high].mT, error_BIO[:, low:middle])
+
+
+def _round(scaled: Tensor, fmt: Format) -> Tensor:
+    """Round to the values of a format, in place."""
+    if fmt.kind == "int":
+        return scaled.round_().clamp_(fmt.low, fmt.high)
+    return scaled.copy_(to_values(to_codes(scaled, fmt), fmt))
+
+
+def _rows(grid_GBO: Tensor, group_BI: Tensor) -> list[Tensor]:
+    """The scales_BO of every column; views of `grid_GBO` where all problems have their groups in one order."""
+    if bool((group_BI == group_BI[:1]).all()):
+        return [grid_GBO[group] for group in group_BI[0].tolist()]
+    return list(torch.stack([grid_GBO[group_I, problem] for problem, group_I in enumerate(group_BI)], 1))

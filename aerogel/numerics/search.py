@@ -1,0 +1,74 @@
+"""The grid of a weight by least squared error, plain or as the layer's output feels it.
+
+Letters in names: O outputs, I inputs, G groups of a row, n numbers that share a scale.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from aerogel.numerics.observers import min_max
+from aerogel.numerics.quantize import Grid, grid_from_range, to_codes, to_values
+from aerogel.numerics.scheme import TensorScheme
+
+Observer = Literal["minmax", "mse"]
+"""How a weight's range is found: it covers every number, or it makes the squared error least."""
+
+FACTORS = tuple(factor / 100 for factor in range(104, 30, -2))
+"""Shares of the full range that are tried; a little more than all of it, since a symmetric grid reaches less far up than down."""
+
+_CHUNK = 1 << 17
+"""Numbers that are worked on at a time: a cache's worth."""
+
+
+def observe(weight: Tensor, scheme: TensorScheme, observer: Observer) -> Grid:
+    """Return the grid of a weight laid out by `quantize.grouped`: (..., n)."""
+    return min_max(weight, scheme) if observer == "minmax" else least_error(weight, scheme)
+
+
+@torch.no_grad()
+def least_error(
+    weight: Tensor, scheme: TensorScheme, moment: Tensor | None = None, factors: tuple[float, ...] = FACTORS
+) -> Grid:
+    """Return the grid with the least squared error for each scale, among ranges that are shrunk by a factor.
+
+    `weight` is laid out by `quantize.grouped`: (..., n). With `moment`, the second moment of the inputs in each group (G, n, n), the
+    error is that of the output, e^T M e, for weights of shape (O, G, n).
+    """
+    low, high = torch.aminmax(weight.float(), dim=-1)
+    outer = grid_from_range(low, high, scheme).outer  # block scales of every candidate share it
+    if weight.ndim == 1:
+        weight, low, high = weight[None], low[None], high[None]
+    best = torch.empty_like(low)
+    rows = max(1, _CHUNK // weight[0].numel())
+    for part in range(0, len(weight), rows):
+        here = slice(part, part + rows)
+        best[here] = _best_factor(weight[here].float(), low[here], high[here], scheme, outer, moment, factors)
+    return grid_from_range(low * best, high * best, scheme, outer)
+
+
+def _best_factor(
+    weight: Tensor, low: Tensor, high: Tensor, scheme: TensorScheme, outer: Tensor | None, moment: Tensor | None, factors: tuple[float, ...]
+) -> Tensor:
+    least, best = torch.full_like(low, torch.inf), torch.ones_like(low)
+    error = torch.empty_like(weight)
+    for factor in factors:
+        grid = grid_from_range(low * factor, high * factor, scheme, outer)
+        step = grid.step[..., None]
+        scaled = weight / step
+        if grid.zero is not None:
+            scaled += grid.zero[..., None]
+        if scheme.format.kind == "int":
+            torch.round(scaled, out=error).clamp_(scheme.format.low, scheme.format.high)
+        else:
+            error = to_values(to_codes(scaled, scheme.format), scheme.format)
+        error -= scaled
+        felt = error if moment is None else (error.transpose(0, 1) @ moment).transpose(0, 1)
+        size = torch.linalg.vecdot(error, felt) * grid.step.square()
+        better = size < least
+        least = torch.where(better, size, least)
+        best = torch.where(better, factor, best)
+    return best
