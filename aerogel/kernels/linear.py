@@ -1,0 +1,109 @@
+"""Fast twins of "quantize the input, dequantize the weight, F.linear", chosen by what was fastest when it was tried.
+
+Which kernel wins depends on the processor, the threads, the shape and the number of rows; nothing here assumes it. At the first call with a
+new combination all kernels that accept it are timed on that very call, and the winner is kept for the life of the process. Row counts
+that round up to the same power of two share a choice.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import AerogelError
+from aerogel.kernels.fp8 import Fp8
+from aerogel.kernels.int4 import Int4
+from aerogel.kernels.int8 import Int8
+from aerogel.kernels.kernel import Kernel, Weight
+from aerogel.kernels.reference import Reference, Wide, reference
+
+KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in (Int4, Int8, Fp8, Wide, Reference)}
+_PROBE_ROWS = 64
+"""Few-row kernels are tried with at most this many rows: beyond, a trial would cost seconds."""
+_TRIALS = 3
+
+_choices: dict[tuple[Any, ...], str] = {}
+
+
+def run(x: Tensor, weight: Weight, cache: dict[Any, Any]) -> Tensor:
+    """Return y (..., O) for the unquantized input x (..., I), in x's dtype.
+
+    `cache` belongs to the weight; packed copies live there and die with it. The reference runs where a gradient is needed, and while
+    torch.compile traces (which cannot trace a measurement).
+    """
+    if not x.numel() or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        return reference(x, weight)
+    with torch.no_grad():
+        x_TI = x.reshape(-1, weight.in_features)
+        kernel = _packed(choose(x_TI, weight, cache), weight, x_TI, cache)
+        return kernel(x_TI).view(*x.shape[:-1], weight.out_features)
+
+
+def candidates(weight: Weight, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Names of the kernels that can multiply inputs of `dtype` on `device` by `weight`; the reference is always the last."""
+    return [name for name, kernel in KERNELS.items() if kernel.accepts(weight, device, dtype)]
+
+
+def pack(name: str, weight: Weight, dtype: torch.dtype) -> Kernel:
+    """Return the kernel called `name` with `weight` packed in it; raises AerogelError when it does not accept that weight."""
+    device = weight.codes().device
+    able = candidates(weight, device, dtype)
+    if name not in able:
+        able_names = ", ".join(able)
+        raise AerogelError(f"kernel {name!r} cannot multiply {dtype} by {weight.scheme} weights on {device.type}; able: {able_names}")
+    return KERNELS[name](weight, dtype)
+
+
+def choose(x_TI: Tensor, weight: Weight, cache: dict[Any, Any]) -> str:
+    """Return the name of the fastest kernel for these rows, measured at the first use of this combination."""
+    able: list[str] | None = cache.get(("candidates", x_TI.device, x_TI.dtype))
+    if able is None:
+        able = cache[("candidates", x_TI.device, x_TI.dtype)] = candidates(weight, x_TI.device, x_TI.dtype)
+    if len(able) == 1:
+        return able[0]
+    shape = (weight.in_features, weight.out_features, str(weight.scheme), weight.bias is None, weight.g_idx is None)
+    key = (*shape, x_TI.device, x_TI.dtype, torch.get_num_threads(), (len(x_TI) - 1).bit_length())
+    if key not in _choices:
+        _choices[key] = _fastest(able, x_TI, weight, cache)
+    return _choices[key]
+
+
+def forget() -> None:
+    """Drop all choices, so that the next calls measure again."""
+    _choices.clear()
+
+
+def _fastest(able: list[str], x_TI: Tensor, weight: Weight, cache: dict[Any, Any]) -> str:
+    if len(x_TI) > _PROBE_ROWS:
+        best = choose(x_TI[:_PROBE_ROWS], weight, cache)
+        able = [name for name in able if name == best or not KERNELS[name].few_rows]
+    seconds = {name: _seconds(_packed(name, weight, x_TI, cache), x_TI) for name in able}
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _seconds(kernel: Kernel, x_TI: Tensor) -> float:
+    """The shortest of a few calls, the first of which does not count: it fills caches of primitives."""
+    taken = []
+    for _ in range(_TRIALS + 1):
+        _synchronize(x_TI.device)
+        start = time.perf_counter()
+        kernel(x_TI)
+        _synchronize(x_TI.device)
+        taken.append(time.perf_counter() - start)
+    return min(taken[1:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _packed(name: str, weight: Weight, x_TI: Tensor, cache: dict[Any, Any]) -> Kernel:
+    key = (name, x_TI.device, x_TI.dtype)
+    if key not in cache:
+        cache[key] = KERNELS[name](weight, x_TI.dtype)
+    kernel: Kernel = cache[key]
+    return kernel
