@@ -6,11 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aerogel.engine import Result, compress
+    from aerogel.engine import compress
     from aerogel.errors import AerogelError
     from aerogel.model.load import load
     from aerogel.planning import Plan, plan
     from aerogel.recipe import Recipe
+    from aerogel.result import Result
     from aerogel.scores import measure
 
 __version__ = "0.1.0"
@@ -21,7 +22,7 @@ _HOMES = {
     "AerogelError": "aerogel.errors",
     "Plan": "aerogel.planning",
     "Recipe": "aerogel.recipe",
-    "Result": "aerogel.engine",
+    "Result": "aerogel.result",
     "compress": "aerogel.engine",
     "load": "aerogel.model.load",
     "measure": "aerogel.scores",

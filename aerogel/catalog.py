@@ -86,7 +86,7 @@ def find(kind: str, name: str) -> Any:
     return getattr(importlib.import_module(found.module), found.member)
 
 
-def knobs(cls: type) -> list[Knob]:
+def knobs(cls: Any) -> list[Knob]:
     """The fields of a dataclass with the docstring under each, inherited ones included."""
     docs: dict[str, str] = {}
     annotations: dict[str, str] = {}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aerogel.methods.method import RuntimePolicy
 from aerogel.model.network import Network
+from aerogel.provenance import FACTS
 from aerogel.recipe import Recipe, Step
 
 STATES = "aerogel.safetensors"
@@ -54,9 +55,11 @@ def save(policies: Sequence[Measured], folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def load(folder: Path, facts: str = "aerogel.json") -> list[Measured]:
+def load(folder: Path | None) -> list[Measured]:
     """Read back what `save` wrote; empty when the folder has no policies."""
-    path = folder / facts
+    if folder is None:
+        return []
+    path = folder / FACTS
     lines: Sequence[Mapping[str, Any]] = json.loads(path.read_text()).get("policies", []) if path.exists() else []
     tensors = load_file(folder / STATES) if (folder / STATES).exists() else {}
     read = []

@@ -34,7 +34,7 @@ class Step:
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """The step as a recipe writes it, every knob spelled out."""
-        return {self.name: {field.name: _plain(getattr(self.method, field.name)) for field in dataclasses.fields(self.method)}}  # type: ignore[arg-type]
+        return {self.name: {field.name: plain(getattr(self.method, field.name)) for field in dataclasses.fields(self.method)}}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -207,16 +207,16 @@ def _scheme(value: Any) -> Scheme:
     return Scheme.parse(value)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A knob's value as YAML and JSON write it."""
     if isinstance(value, Scheme | Path):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, frozenset | set):
-        return sorted(_plain(inner) for inner in value)
+        return sorted(plain(inner) for inner in value)
     if isinstance(value, tuple | list):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     return value
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from aerogel import policies, report
+from aerogel import policies
+from aerogel.errors import AerogelError
 from aerogel.model import save
 from aerogel.model.load import load
 from aerogel.model.network import Network
 from aerogel.provenance import FACTS
 from aerogel.recipe import Recipe
+from aerogel.report import page, record
 
 
 class Result:
@@ -63,9 +65,7 @@ class Result:
         """Add to the facts, and to aerogel.json where the result is saved."""
         self.facts |= facts
         if self.folder is not None:
-            beside = self.folder / f".{FACTS}.new"
-            beside.write_text(as_json(self.facts))
-            beside.replace(self.folder / FACTS)
+            _rewrite(self.folder, self.facts)
 
     def save(self, output: str | Path) -> Path:
         """Save as a folder that the ecosystem opens; raises AerogelError when it cannot be written or is not empty."""
@@ -81,12 +81,16 @@ class Result:
         return output
 
     def report(self, path: str | Path | None = None) -> Path:
-        """Write the report as one self-contained HTML file, by default report.html in the result's folder."""
+        """Write the report as one self-contained HTML file, by default report.html in the result's folder.
+
+        Raises AerogelError when the result has no folder and no path is given.
+        """
+        if self.folder is not None:
+            return page.write(self.folder, path)
         if path is None:
-            return report.write(self.folder or Path())
-        path = Path(path)
-        path.write_text(report.render(self.facts), encoding="utf-8")
-        return path
+            raise AerogelError("this result lives in memory only; give the report a path, or save the result first")
+        Path(path).write_text(page.page(record.parse(self.facts)), encoding="utf-8")
+        return Path(path)
 
 
 def write(folder: Path, network: Network, facts: dict[str, Any], measured: Sequence[policies.Measured], tensors: Any = None) -> None:
@@ -94,9 +98,23 @@ def write(folder: Path, network: Network, facts: dict[str, Any], measured: Seque
     facts["checksums"] = save.write(network, folder, tensors)
     if measured:
         facts["policies"] = policies.save(measured, folder)
-    (folder / FACTS).write_text(as_json(facts))
+    (folder / FACTS).write_text(_as_json(facts))
 
 
-def as_json(facts: Mapping[str, Any]) -> str:
-    """Facts as a file holds them."""
+def add_metrics(folder: Path | None, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add measures to those that a saved result has; other folders are left alone."""
+    if folder is not None and (folder / FACTS).is_file():
+        facts = json.loads((folder / FACTS).read_text())
+        for whose, measured in metrics.items():
+            facts["metrics"].setdefault(whose, {}).update(measured)
+        _rewrite(folder, facts)
+
+
+def _rewrite(folder: Path, facts: Mapping[str, Any]) -> None:
+    beside = folder / f".{FACTS}.new"
+    beside.write_text(_as_json(facts))
+    beside.replace(folder / FACTS)
+
+
+def _as_json(facts: Mapping[str, Any]) -> str:
     return json.dumps(facts, indent=2, default=str) + "\n"

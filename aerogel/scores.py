@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from aerogel import catalog
+from aerogel import catalog, policies
 from aerogel.evaluate.measure import Measure, TextMeasure
+from aerogel.model.load import load
 from aerogel.model.network import Network
 from aerogel.progress import Event, Tell
+from aerogel.result import add_metrics
 
 Scores = dict[str, dict[str, Any]]
 
@@ -32,6 +34,16 @@ def measure(
         scores[whose][name] = chosen[name].measure(subject, against if whose == "compressed" else None)
     tell(Event("evaluate", len(pairs), len(pairs)))
     return scores
+
+
+def measure_models(model: str, against: str | None, measures: Sequence[str] | None, tell: Tell) -> dict[str, Scores]:
+    """Open models and measure them; the numbers are added to the record of a compressed folder."""
+    network = load(model, lazy=False)
+    original = load(against, lazy=False) if against is not None else None
+    with policies.on(network, policies.load(network.origin)):
+        metrics = measure(network, original, measures, tell)
+    add_metrics(network.origin, metrics)
+    return metrics
 
 
 def _chosen(network: Network, measures: Sequence[str | Measure] | None) -> Iterator[tuple[str, Measure]]:

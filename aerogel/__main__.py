@@ -1,0 +1,7 @@
+"""`python -m aerogel` is the command line."""
+
+from __future__ import annotations
+
+from aerogel.cli import main
+
+main()

@@ -1,0 +1,71 @@
+"""Cards: what `aerogel list` and `aerogel show` say about anything that has a name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
+
+from aerogel import catalog
+from aerogel.errors import AerogelError
+from aerogel.model.reference import REFERENCES
+from aerogel.recipe import Recipe, plain
+
+MODELS = "models"
+
+
+def summaries(kind: str) -> dict[str, str]:
+    """One line on each name of a kind; nothing of them is imported."""
+    if kind == MODELS:
+        return {name: f"{packaged.file.rpartition('/')[2]} ({packaged.licence})" for name, packaged in REFERENCES.items()}
+    return {name: catalog.card(kind, name).summary for name in catalog.names(kind)}
+
+
+def show(name: str) -> dict[str, Any]:
+    """The card of a name, whatever its kind; raises AerogelError with the nearest names when nothing bears it."""
+    for kind in catalog.KINDS:
+        if name in catalog.names(kind):
+            return _card(kind, name)
+    known = {known for kind in catalog.KINDS for known in catalog.names(kind)}
+    raise AerogelError(f"nothing is called {name!r}{catalog.nearest(name, known)}")
+
+
+def as_text(card: Mapping[str, Any]) -> str:
+    """A card for people."""
+    lines = [f"{card['name']} ({card['kind']})", "", card["about"]]
+    if card.get("needs"):
+        lines += ["", f"needs: {', '.join(card['needs'])}"]
+    for number, step in enumerate(card.get("steps", []), 1):
+        for method, knobs in step.items():
+            lines += ["", f"{number}. {method}", *(f"    {knob}: {value!r}" for knob, value in knobs.items())]
+    for knob in card.get("knobs", []):
+        lines += ["", f"{knob['name']}: {knob['type']}{_default(knob)}", f"    {knob['about']}"]
+    lines += ["", f"file: {card['file']}"]
+    return "\n".join(lines)
+
+
+def _default(knob: Mapping[str, Any]) -> str:
+    return f" = {knob['default']!r}" if "default" in knob else ", must be given"
+
+
+def _card(kind: str, name: str) -> dict[str, Any]:
+    found = catalog.card(kind, name)
+    card: dict[str, Any] = {"name": name, "kind": kind, "about": found.summary, "file": str(found.path)}
+    if kind == "recipes":
+        return card | {"steps": Recipe.parse(name).as_dict()["steps"]}
+    member = catalog.find(kind, name)
+    docs = [inspect.getdoc(inspect.getmodule(member)) if inspect.isclass(member) else found.summary, inspect.getdoc(member)]
+    if kind == "families":
+        return card | {field.name: plain(getattr(member, field.name)) for field in fields(member) if field.name != "name"}
+    card["about"] = "\n\n".join(doc for doc in docs if doc)
+    if hasattr(member, "needs"):
+        card["needs"] = sorted(member.needs)
+    if is_dataclass(member):
+        card["knobs"] = [_knob(knob) for knob in catalog.knobs(member)]
+    return card
+
+
+def _knob(knob: catalog.Knob) -> dict[str, Any]:
+    default = {} if knob.default is MISSING else {"default": plain(knob.default)}
+    return {"name": knob.name, "type": knob.type, "about": knob.doc, **default}

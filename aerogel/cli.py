@@ -1,0 +1,238 @@
+"""The command line: every command parses, calls one function and prints; heavy libraries are imported when a command runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import aerogel
+from aerogel.errors import AerogelError
+
+_FAILED = 2
+
+
+class _Group(TyperGroup):
+    """Turns what a user can mend into one line on standard error and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        # A thread that spins while it waits slows every other one on a busy machine; torch reads this when it is imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
+        except AerogelError as error:
+            _fail(str(error))
+        except OSError as error:
+            _fail(f"{error.filename or 'the operating system'}: {error.strerror or error}")
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing was changed")
+
+
+app = typer.Typer(cls=_Group, help=aerogel.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Model = Annotated[str, typer.Argument(help="Name of a reference model, folder, or hub id (owner/name).", show_default=False)]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="METHOD.KNOB=VALUE", help="Override a knob; may be repeated.")]
+Count = Annotated[int, typer.Option("--samples", min=1, help="Calibration sequences.")]
+Length = Annotated[int, typer.Option("--length", min=1, help="Tokens of a calibration sequence.")]
+Data = Annotated[str, typer.Option("--data", help="Calibration text: shipped name, .txt, .jsonl, or a datasets folder.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of torch; by default all cores.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")]
+Against = Annotated[str | None, typer.Option("--against", help="The original to compare with.")]
+
+
+class Kind(StrEnum):
+    """What can be listed."""
+
+    recipes = "recipes"
+    methods = "methods"
+    families = "families"
+    exporters = "exporters"
+    measures = "measures"
+    models = "models"
+
+
+@app.command()
+def compress(
+    model: Model,
+    recipe: RecipeName,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist or be empty.")],
+    overrides: Overrides = None,
+    samples: Count = 128,
+    length: Length = 512,
+    data: Data = "sotu",
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+    evaluate: Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="Measure quality, size and speed at the end.")] = True,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compress a model by a recipe, save it, and say what it cost and won."""
+    _start(threads)
+    from aerogel import engine, terminal
+    from aerogel.calibration import Samples
+    from aerogel.preflight import partial_of
+
+    try:
+        with terminal.progress(as_json) as tell:
+            result = engine.compress(
+                model,
+                recipe,
+                output=output,
+                overrides=overrides or (),
+                samples=Samples(data, samples, length),
+                measures=None if evaluate else (),
+                seed=seed,
+                resume=resume,
+                tell=tell,
+            )
+    except KeyboardInterrupt as error:
+        kept = (
+            f"{partial_of(output)} keeps what is finished: add --resume to go on" if partial_of(output).exists() else "nothing was changed"
+        )
+        raise AerogelError(f"interrupted; {kept}") from error
+    report = result.report()
+    if as_json:
+        _print_json({"folder": str(output), "report": str(report), **result.facts})
+        return
+    terminal.print_comparison(result.metrics)
+    typer.echo(f"folder  {output}\nreport  {report}")
+
+
+@app.command()
+def plan(
+    model: Model, recipe: RecipeName, overrides: Overrides = None, samples: Count = 128, length: Length = 512, as_json: AsJson = False
+) -> None:
+    """Say what a recipe will do to a model: layers, size, memory, time; no weight is changed."""
+    _start()
+    from aerogel import planning, terminal
+    from aerogel.calibration import Samples
+
+    made = planning.plan(model, recipe, overrides=overrides or (), samples=Samples(count=samples, length=length))
+    _print_json(made.as_dict()) if as_json else terminal.print_plan(made)
+    if made.problems:
+        raise typer.Exit(_FAILED)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    against: Against = None,
+    measures: Annotated[
+        list[str] | None, typer.Option("--measure", help="Measure to take; may be repeated. Default: all that fit.")
+    ] = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the quality of a model, beside its original when given; numbers are added to a compressed folder's record."""
+    _start(threads)
+    from aerogel import scores, terminal
+
+    with terminal.progress(as_json) as tell:
+        metrics = scores.measure_models(model, against, measures or None, tell)
+    _print_json(metrics) if as_json else terminal.print_comparison(metrics)
+
+
+@app.command()
+def bench(
+    model: Model,
+    against: Against = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at once.")] = 1,
+    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to generate.")] = 64,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time prefill and decoding, side by side with the original when given; numbers are added to a compressed folder's record."""
+    _start(threads)
+    from aerogel import scores, terminal
+
+    metrics = scores.time_models(model, against, batch=batch, prompt=prompt, new_tokens=new_tokens)
+    _print_json(metrics) if as_json else terminal.print_comparison(metrics)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A folder that `aerogel compress` wrote.", show_default=False)],
+    format: Annotated[str, typer.Option("--format", "-f", help="Name of an exporter; `aerogel list exporters` lists them.")],  # noqa: A002
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist or be empty.")],
+) -> None:
+    """Rewrite a compressed folder for another engine, without calibrating again."""
+    _start()
+    from aerogel import exporting
+
+    typer.echo(exporting.export(folder, format, output))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder that `aerogel compress` wrote.", show_default=False)],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file; by default report.html in the folder.")] = None,
+) -> None:
+    """Write the report of a compressed folder as one self-contained HTML file."""
+    from aerogel.report import page
+
+    typer.echo(page.write(folder, output))
+
+
+@app.command("list")
+def list_(kind: Annotated[Kind, typer.Argument(help="What to list.", show_default=False)], as_json: AsJson = False) -> None:
+    """List recipes, methods, families, exporters, measures or models, with one line on each."""
+    from aerogel import cards
+
+    lines = cards.summaries(kind)
+    if as_json:
+        _print_json(lines)
+        return
+    width = max(map(len, lines), default=0)
+    for name, summary in lines.items():
+        typer.echo(f"{name:<{width}}  {summary}".rstrip())
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="Name of anything that `aerogel list` lists.", show_default=False)], as_json: AsJson = False
+) -> None:
+    """Show a name's card: what it does, where it comes from, its knobs with their defaults, what it needs."""
+    from aerogel import cards
+
+    shown = cards.show(name)
+    _print_json(shown) if as_json else typer.echo(cards.as_text(shown))
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _start(threads: int | None = None) -> None:
+    """Set the libraries up for a command: threads, and no chatter of their own."""
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, indent=2, default=str))
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
+
+
+def _fail(reason: str) -> None:
+    typer.echo(f"error: {' '.join(reason.split())}", err=True)
+    raise typer.Exit(_FAILED)

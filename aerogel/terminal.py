@@ -1,0 +1,60 @@
+"""What the command line draws: the progress bar, the comparison of two networks, a plan."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from aerogel.planning import Kept, Plan
+from aerogel.progress import Clock, Tell, bar
+from aerogel.report import compare, phrases, record
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Tell]:
+    """One bar for the whole run on standard error, or nothing at all."""
+    if quiet:
+        yield lambda event: None
+        return
+    with bar(Console(stderr=True), Clock()) as tell:
+        yield tell
+
+
+def print_comparison(metrics: Mapping[str, Any]) -> None:
+    """Print the original beside the compressed network, one line a number."""
+    sides = record.Metrics.model_validate(metrics)
+    table = Table("", "original", "compressed", "", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in compare.rows(sides.original, sides.compressed):
+        table.add_row(*row)
+    if table.row_count:
+        Console().print(table)
+
+
+def print_plan(plan: Plan) -> None:
+    """Print what a recipe will do, and what stands in its way."""
+    console = Console(soft_wrap=True, highlight=False)
+    for (method, scheme), count in Counter((linear.method, linear.scheme) for linear in plan.touched).items():
+        console.print(f"{method} stores {count} linears in {scheme}")
+    for line in _grouped(plan.kept):
+        console.print(f"kept in float: {line}", markup=False)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("weights reached", f"{phrases.percent(plan.share_reached)} of {phrases.number(plan.parameters)}")
+    table.add_row("size on disk", f"{phrases.size(plan.source_bytes)} -> {phrases.size(plan.predicted_bytes)}")
+    table.add_row("peak memory", f"about {phrases.size(plan.peak_memory_bytes)} over the interpreter's own (an estimate)")
+    table.add_row("time", f"about {phrases.seconds(sum(plan.seconds.values()))} with evaluation (an estimate)")
+    console.print(table)
+    for problem in plan.problems:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {problem}", markup=False)
+
+
+def _grouped(kept: Sequence[Kept]) -> Iterator[str]:
+    """Kept modules by reason, with the same module of every block on one line."""
+    for (name, reason), count in Counter((record.pattern(module.name), module.reason) for module in kept).items():
+        yield f"{name}{f' ({count} of them)' if count > 1 else ''}: {reason}"
