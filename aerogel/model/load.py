@@ -134,25 +134,21 @@ def _open(folder: Path, dtype: torch.dtype | None, lazy: bool, trust_remote_code
     stored = checkpoint.main_dtype()
     dtype = dtype or computing_dtype(stored)
     if "_class_name" in settings:
-        module, processor = _diffusers_model(folder, settings["_class_name"], dtype), None
-        return Network(module, family, folder, processor, stored_dtype=stored)
+        return Network(_diffusers_model(folder, settings["_class_name"], dtype), family, folder, stored_dtype=stored)
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     module = _skeleton(config, family, dtype, trust_remote_code)
-    if _fits(module, checkpoint, dtype):
-        skip = list(Network(module, family).blocks().values()) if lazy else []
-        checkpoint.materialise(module, skip=skip)
-    elif hasattr(config, "quantization_config"):
-        raise AerogelError(f"{folder}: the names of its tensors are not those of {type(module).__name__}; open the original instead")
+    fits = _fits(module, checkpoint, dtype)
+    if fits:
+        checkpoint.materialise(module, skip=list(Network(module, family).blocks().values()) if lazy else [])
+    elif settings.get("quantization_config"):
+        raise AerogelError(f"{folder}: its quantized tensors are not those of {type(module).__name__}; compress the original again")
     else:
-        lazy = False
-        module = _auto_class(family).from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        module = _read_whole(folder, config, family, dtype, trust_remote_code)
         unfuse(module, family)
     with suppress(OSError):  # a folder may do without
         module.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     processor = _processor(folder, family, trust_remote_code)
-    return Network(module.eval(), family, folder, processor, checkpoint if lazy else None, stored)
+    return Network(module.eval(), family, folder, processor, checkpoint if lazy and fits else None, stored)
 
 
 def _skeleton(config: Any, family: Family, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
@@ -166,6 +162,25 @@ def _skeleton(config: Any, family: Family, dtype: torch.dtype, trust_remote_code
         attach(module, quantization)
     release(module)  # buffers that the checkpoint has
     return module
+
+
+def _read_whole(folder: Path, config: Any, family: Family, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    """The module as transformers reads it, which knows about names and layouts of other times."""
+    module, found = _auto_class(family).from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    if lacking := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
+        raise AerogelError(
+            f"{folder}: no weights for {lacking[0]} and {len(lacking) - 1} more; the checkpoint is not one of a {type(module).__name__}"
+        )
+    whole: nn.Module = module
+    return whole
 
 
 def _fits(module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
@@ -207,7 +222,7 @@ def _open_pipeline(folder: Path, dtype: torch.dtype | None) -> Network:
     checkpoint.verify()
     stored = checkpoint.main_dtype()
     pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        folder, torch_dtype=dtype or computing_dtype(stored), use_safetensors=True, local_files_only=True
+        folder, dtype=dtype or computing_dtype(stored), use_safetensors=True, local_files_only=True
     )
     module = _denoiser(pipeline)
     return Network(module.eval(), family_of(type(module).__name__), folder, pipeline, stored_dtype=stored)
@@ -215,7 +230,7 @@ def _open_pipeline(folder: Path, dtype: torch.dtype | None) -> Network:
 
 def _diffusers_model(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
     cls = getattr(_diffusers(folder), name)
-    module: nn.Module = cls.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+    module: nn.Module = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     return module.eval()
 
 
