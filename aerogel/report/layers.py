@@ -1,0 +1,118 @@
+"""Where the error sits: a map of blocks by linears, with the mean of each row as a bar."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from markupsafe import Markup
+
+from aerogel.report.phrases import percent
+from aerogel.report.record import Line
+from aerogel.report.svg import element, label, picture
+
+BAR = 96
+"""Longest bar."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All linears of one kind in one block: one, or its experts together."""
+
+    lines: tuple[Line, ...]
+
+    @property
+    def error(self) -> float:
+        """Mean relative error."""
+        return fmean(line.error for line in self.lines if line.error is not None)
+
+    @property
+    def fell(self) -> bool:
+        """Whether any of them was not compressed the way the recipe says."""
+        return any(line.fallback for line in self.lines)
+
+    @property
+    def words(self) -> str:
+        """What the pointer shows."""
+        name = self.lines[0].name if len(self.lines) == 1 else f"{self.lines[0].block}.{self.lines[0].kind} (mean of {len(self.lines)})"
+        return f"{name}: {percent(self.error)} {self.lines[0].scheme or ''}{' · fell back' if self.fell else ''}"
+
+
+Table = dict[tuple[str, str], Cell]
+
+
+def towers(journal: Sequence[Line]) -> dict[str, Table]:
+    """Journal lines that have an error, as one table (row kind, block) -> Cell for each list of blocks."""
+    found: dict[str, dict[tuple[str, str], list[Line]]] = defaultdict(lambda: defaultdict(list))
+    for entry in journal:
+        if entry.error is not None and entry.block:
+            prefix, _, index = entry.block.rpartition(".")
+            found[prefix][entry.kind, index].append(entry)
+    return {prefix: {place: Cell(tuple(lines)) for place, lines in table.items()} for prefix, table in found.items()}
+
+
+def error_map(table: Table, width: float = 960, tall: bool = False) -> Markup:
+    """Draw a table of cells: linears down and blocks across, or the other way round when `tall`."""
+    kinds = list(dict.fromkeys(kind for kind, _ in table))
+    blocks = sorted({block for _, block in table}, key=lambda block: (len(block), block))
+    rows, columns = (blocks, kinds) if tall else (kinds, blocks)
+    cells = {((block, kind) if tall else (kind, block)): cell for (kind, block), cell in table.items()}
+    top = max(cell.error for cell in cells.values()) or 1.0
+    left = 14 + (22 if tall else 6.6 * max(map(len, rows)))
+    head = 12 + (6.2 * max(map(len, columns)) * 0.72 if tall else 14)
+    step = min((width - left - BAR - 70) / len(columns), 44.0)
+    pitch = 20.0 if tall else 26.0
+    end, foot = left + step * len(columns), head + pitch * len(rows)
+    drawn = [_columns(columns, left, step, head, tall)]
+    for index, row in enumerate(rows):
+        drawn.append(_row(row, [cells.get((row, column)) for column in columns], left, head + index * pitch, step, pitch, top))
+        mean = fmean(cells[row, column].error for column in columns if (row, column) in cells)
+        drawn.append(_bar(mean, end + 12, head + index * pitch, pitch, top))
+    drawn.append(_legend(left, foot + 18, top))
+    return picture(width, foot + 24, "Relative error of every linear", *drawn)
+
+
+def _columns(columns: Sequence[str], left: float, step: float, head: float, tall: bool) -> Markup:
+    every = max(1, round(26 / step)) if not tall else 1
+    drawn = []
+    for index, column in enumerate(columns):
+        x = left + (index + 0.5) * step
+        if tall:
+            drawn.append(label(x, head - 8, column, "small", transform=f"rotate(-50 {x:.1f} {head - 8:.1f})"))
+        elif index % every == 0:
+            drawn.append(label(x, head - 8, column, "small", "middle"))
+    return element("g", *drawn)
+
+
+def _row(name: str, cells: Sequence[Cell | None], left: float, y: float, step: float, pitch: float, top: float) -> Markup:
+    drawn = [label(left - 10, y + pitch / 2 + 4, name, "small", "end")]
+    gap = 1.0 if step < 14 else 2.0
+    for index, cell in enumerate(cells):
+        box = {"x": left + index * step, "y": y + 1, "width": step - gap, "height": pitch - 2}
+        if cell is None:
+            drawn.append(element("rect", **box, rx=2, class_="void"))
+            continue
+        shade = f"{0.06 + 0.94 * cell.error / top:.3f}"
+        drawn.append(element("rect", element("title", cell.words), **box, rx=2, class_="heat", fill_opacity=shade))
+        if cell.fell:
+            drawn.append(element("rect", **box, rx=2, class_="fell"))
+    return element("g", *drawn)
+
+
+def _bar(mean: float, x: float, y: float, pitch: float, top: float) -> Markup:
+    length = max(1.0, BAR * mean / top)
+    return element(
+        "g",
+        element("rect", x=x, y=y + pitch / 2 - 4, width=length, height=8, rx=2, class_="bar"),
+        label(x + length + 7, y + pitch / 2 + 4, percent(mean, 2), "small"),
+    )
+
+
+def _legend(x: float, y: float, top: float) -> Markup:
+    steps = [
+        element("rect", x=x + 26 + 16 * n, y=y - 9, width=14, height=10, rx=2, class_="heat", fill_opacity=0.06 + 0.94 * n / 5)
+        for n in range(6)
+    ]
+    return element("g", label(x, y, "0", "small"), *steps, label(x + 130, y, percent(top, 2), "small"))

@@ -1,0 +1,232 @@
+"""The report: one self-contained HTML file from the record of a run, without the model and without torch."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import yaml
+from markupsafe import Markup, escape
+
+from aerogel.report import compare, phrases, record
+from aerogel.report.layers import error_map, towers
+from aerogel.report.parts import parts_bars
+from aerogel.report.record import Run, Sample, Side
+from aerogel.report.svg import PALETTE
+from aerogel.report.tradeoff import SIZE, SPEED, Axis, Point, Role, tradeoff
+
+HERE = Path(__file__).parent
+WIDE, NARROW = 956.0, 328.0
+"""Widths that figures are drawn for: a desktop's page and a phone's."""
+LISTED = 400
+"""Linears that are listed one by one at most."""
+
+GLOSSARY = (
+    ("Perplexity", "How many equally likely words the model hesitates between on held-out text, on average. Lower is better."),
+    (
+        "KL divergence",
+        "How far the compressed model's next-token probabilities are from the original's, in nats per token. Zero is identical.",
+    ),
+    ("Same next token", "Share of tokens for which both models would pick the same next one."),
+    ("Bits per weight", "Everything stored for the weights, scales and embeddings included, divided by the number of weights."),
+    ("Relative error", "Size of the error in a linear's output divided by the size of the output."),
+    ("Prefill, decode", "Reading a prompt, all tokens at once; writing an answer, one token after another."),
+    ("Fallback", "A linear that could not be compressed as the recipe says and was compressed in a simpler way."),
+)
+
+
+class Figure(NamedTuple):
+    """A figure for a desktop and for a phone."""
+
+    wide: Markup
+    narrow: Markup
+
+
+def write(folder: str | Path, path: str | Path | None = None) -> Path:
+    """Write the report on an output folder, to report.html in it unless told otherwise, and return its path.
+
+    Raises AerogelError when the folder holds no readable record.
+    """
+    target = Path(path) if path else Path(folder) / "report.html"
+    target.write_text(render(folder), "utf-8")
+    return target
+
+
+def render(folder: str | Path) -> str:
+    """Return the report on an output folder, with runs of the same model in sibling folders in its pictures."""
+    run = record.read(folder)
+    return page(run, record.beside(folder, run))
+
+
+def page(run: Run, others: Sequence[Run] = ()) -> str:
+    """Return the report on a run; `others` are shown beside it in the trade-off pictures."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"percent": phrases.percent, "dotted": dotted}
+    template = environment.from_string((HERE / "template.html").read_text("utf-8"))
+    css = PALETTE + (HERE / "style.css").read_text("utf-8")
+    return template.render(css=Markup(css), none=phrases.NONE, **_context(run, others))  # noqa: S704  # our own files
+
+
+def pictures(run: Run, others: Sequence[Run] = (), width: float = NARROW, alone: bool = False) -> list[Markup]:
+    """Return perplexity against size and against decoding speed, as far as they were measured."""
+    drawn = []
+    for axis in (SIZE, SPEED):
+        points = list(_points(run, others, axis))
+        if any(point.role == "this" for point in points):
+            drawn.append(tradeoff(points, axis, "Perplexity", width=width, alone=alone))
+    return drawn
+
+
+def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
+    before, after = run.metrics.original, run.metrics.compressed
+    half = (WIDE - 62) / 2 if after.speed and after.perplexity else WIDE
+    fallen = [entry for entry in run.journal if entry.fallback]
+    lines = sorted((entry for entry in run.journal if entry.error is not None), key=lambda entry: -(entry.error or 0))
+    return {
+        "run": run,
+        "date": str(run.provenance.get("date", ""))[:10],
+        "version": run.provenance.get("versions", {}).get("aerogel"),
+        "headline": phrases.headline(run),
+        "lead": _lead(run),
+        "pictures": [Figure(*both) for both in zip(pictures(run, others, half), pictures(run, others), strict=True)],
+        "picture_note": _picture_note(others),
+        "missing": list(_missing(run)),
+        "rows": list(compare.rows(before, after)),
+        "conditions": _conditions(after),
+        "bytes": _bytes(before, after),
+        "samples": [_sample(sample) for sample in (after.generation.samples if after.generation else [])],
+        "maps": {
+            tower: Figure(error_map(table, WIDE), error_map(table, NARROW, tall=True)) for tower, table in towers(run.journal).items()
+        },
+        "fallback_note": _fallback_note(run, len(fallen)),
+        "fallen": fallen,
+        "lines": lines[:LISTED],
+        "lines_title": f"All {len(lines):,} linears" if len(lines) <= LISTED else f"The {LISTED} largest errors of {len(lines):,}",
+        "kept": list(_kept(run)),
+        "kept_note": _kept_note(run),
+        "recipe": yaml.safe_dump({"steps": run.recipe.steps}, sort_keys=False, allow_unicode=True, width=60).rstrip(),
+        "provenance": list(_provenance(run)),
+        "glossary": GLOSSARY,
+    }
+
+
+def _lead(run: Run) -> str:
+    facts = [f"Recipe {run.label}"]
+    if run.model.parameters:
+        facts.append(f"{phrases.number(run.model.parameters)} parameters")
+    if run.plan.get("share_reached") is not None:
+        facts.append(f"{phrases.percent(run.plan['share_reached'])} of them reached")
+    if run.timings:
+        facts.append(f"made in {phrases.seconds(sum(run.timings.values()))}")
+    return ", ".join(facts) + "."
+
+
+def _picture_note(others: Sequence[Run]) -> str:
+    note = "Hollow: the original. Filled: this run. The perplexity axis does not start at zero."
+    return f"{note} Small: other runs of the same model found beside it, judged on the same text." if others else note
+
+
+def _missing(run: Run) -> Iterator[str]:
+    after = run.metrics.compressed
+    if not after.perplexity:
+        yield "Quality was not measured: run aerogel evaluate on the folder, --against the original."
+    if not after.speed:
+        yield "Speed was not measured: run aerogel bench on the folder, --against the original."
+
+
+def _points(run: Run, others: Sequence[Run], axis: Axis) -> Iterator[Point]:
+    sides: list[tuple[str, Role, Side]] = [("original", "original", run.metrics.original), (run.label, "this", run.metrics.compressed)]
+    sides += [(other.label, "other", other.metrics.compressed) for other in others]
+    for name, role, side in sides:
+        x, y = compare.value(side, axis.measure, axis.field), compare.value(side, "perplexity", "perplexity")
+        if x and y:
+            yield Point(name, x * axis.scale, y, role)
+
+
+def _conditions(after: Side) -> str:
+    said = []
+    if text := after.perplexity:
+        said.append(f"Perplexity on {text.tokens or 0:,} tokens of {text.source or 'held-out text'}")
+        if text.length and text.stride:
+            said[-1] += f", windows of {text.length:,} that move by {text.stride:,}"
+    if speed := after.speed:
+        known = (("batch", speed.batch), ("prompt", speed.prompt), ("new tokens", speed.new_tokens), ("threads", speed.threads))
+        said.append(", ".join([f"Speed on {speed.device or 'cpu'}", *(f"{name} {value}" for name, value in known if value)]))
+    return "".join(f"{sentence}. " for sentence in said).strip()
+
+
+def _bytes(before: Side, after: Side) -> Figure | None:
+    networks = {name: side.size.parts for name, side in (("Original", before), ("Compressed", after)) if side.size and side.size.parts}
+    return Figure(parts_bars(networks, WIDE), parts_bars(networks, NARROW)) if networks else None
+
+
+def _sample(sample: Sample) -> dict[str, Any]:
+    same = f"{sample.same} of {sample.tokens} tokens the same" if sample.same is not None and sample.tokens else ""
+    if sample.original is None:
+        return {"prompt": sample.prompt, "original": None, "compressed": sample.compressed, "same": ""}
+    if sample.original == sample.compressed:
+        same = "word for word the same"
+    marked = mark_difference(sample.original, sample.compressed)
+    return {"prompt": sample.prompt, "original": sample.original, "compressed": marked, "same": same}
+
+
+def mark_difference(original: str, changed: str) -> Markup:
+    """Return `changed`, escaped, with the words in <mark> that are not in `original` at their place."""
+    ours, theirs = (re.findall(r"\s+|\S+", text) for text in (changed, original))
+    pieces = []
+    for what, _, _, start, end in difflib.SequenceMatcher(None, theirs, ours, autojunk=False).get_opcodes():
+        words = escape("".join(ours[start:end]))
+        pieces.append(words if what == "equal" or not words.strip() else Markup("<mark>{}</mark>").format(words))
+    return Markup("").join(pieces)
+
+
+def dotted(name: str) -> Markup:
+    """Return a dotted name, escaped, that may break after its dots."""
+    return Markup(".<wbr>").join(name.split("."))
+
+
+def _kept(run: Run) -> Iterator[dict[str, Any]]:
+    """Modules left in float, those of the same kind and reason together, the heaviest first."""
+    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for entry in run.kept:
+        groups[record.pattern(entry.name), entry.reason].append(entry.parameters)
+    for (name, reason), counts in sorted(groups.items(), key=lambda item: -sum(item[1])):
+        yield {"name": name, "count": f"{len(counts):,}", "parameters": phrases.number(sum(counts)), "reason": reason}
+
+
+def _fallback_note(run: Run, fallen: int) -> str:
+    return f"{fallen or 'None'} of {len(run.journal):,} linears fell back to a simpler way{' (outlined)' if fallen else ''}."
+
+
+def _kept_note(run: Run) -> str:
+    reached = run.plan.get("share_reached")
+    return "Linears and embeddings that stayed as they were" + (
+        f": {phrases.percent(1 - reached)} of all weights." if reached is not None else "."
+    )
+
+
+def _provenance(run: Run) -> Iterator[tuple[str, str]]:
+    given = run.provenance
+    if "date" in given:
+        yield "Date", str(given["date"]).replace("T", " ").replace("+00:00", " UTC")
+    if "seed" in given:
+        yield "Seed", str(given["seed"])
+    if text := given.get("calibration"):
+        size = f", {text['count']} × {text['length']} tokens" if "count" in text and "length" in text else ""
+        yield "Calibration", f"{text.get('source', 'given by the caller')}{size}"
+        if "fingerprint" in text:
+            yield "Its fingerprint", str(text["fingerprint"])
+    yield from ((name, _joined(given[key])) for key, name in (("machine", "Machine"), ("versions", "Versions")) if given.get(key))
+    if run.timings:
+        yield "Time", ", ".join(f"{name} {phrases.seconds(value)}" for name, value in run.timings.items())
+
+
+def _joined(facts: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name.removesuffix('_bytes')} {phrases.size(value) if name.endswith('_bytes') else value}" for name, value in facts.items()
+    )

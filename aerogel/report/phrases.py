@@ -1,0 +1,110 @@
+"""Numbers and comparisons in words: the same value reads the same everywhere in a report."""
+
+from __future__ import annotations
+
+import math
+
+from aerogel.report.record import Run
+
+SPACE = "\u202f"
+"""Narrow space between a number and its unit; a line never breaks there."""
+NONE = "–"
+
+
+def size(count: float | None) -> str:
+    """Bytes with three digits and a decimal unit."""
+    if count is None:
+        return NONE
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 999.5 or unit == "TB":
+            return f"{digits(count)}{SPACE}{unit}"
+        count /= 1000
+    return NONE
+
+
+def number(count: float | None) -> str:
+    """A count with three digits and the suffix that readers of model cards expect."""
+    if count is None:
+        return NONE
+    for suffix in ("", "k", "M", "B"):
+        if abs(count) < 999.5 or suffix == "B":
+            return f"{digits(count)}{SPACE}{suffix}".strip()
+        count /= 1000
+    return NONE
+
+
+def digits(value: float | None, significant: int = 3) -> str:
+    """A number with so many significant digits and no exponent."""
+    if value is None:
+        return NONE
+    if not math.isfinite(value):
+        return "∞" if value > 0 else "not a number"
+    if value == 0:
+        return "0"
+    power = int(f"{value:.{significant - 1}e}".partition("e")[2])  # of the rounded value: 9.996 is 10.0
+    return f"{value:,.{max(0, significant - 1 - power)}f}"
+
+
+def percent(share: float | None, significant: int = 3) -> str:
+    """A share of one as per cent."""
+    return NONE if share is None else f"{digits(100 * share, significant)}{SPACE}%"
+
+
+def change(before: float | None, after: float | None) -> str:
+    """How much a value rose or fell, in per cent of what it was."""
+    if not before or after is None or not math.isfinite(before) or not math.isfinite(after):
+        return NONE
+    share = after / before - 1
+    return f"{'+' if share > 0 else '−' if share < 0 else ''}{percent(abs(share), 2)}"
+
+
+def times(larger: float | None, smaller: float | None) -> str:
+    """A ratio."""
+    return NONE if not larger or not smaller else f"{digits(larger / smaller, 2 if larger / smaller < 10 else 3)}×"
+
+
+def seconds(value: float) -> str:
+    """A duration in the unit that suits it."""
+    if value < 90:
+        return f"{digits(value, 2)}{SPACE}s"
+    return f"{value / 60:.0f}{SPACE}min" if value < 5400 else f"{value / 3600:.1f}{SPACE}h"
+
+
+def headline(run: Run) -> str:
+    """What became how much smaller and faster, at what cost, in one sentence."""
+    gains = _won(run)
+    won = f"{run.model.name} is {' and '.join(gains)}" if gains else f"{run.model.name} was compressed with {run.label}"
+    return f"{won}; {_cost(run)}."
+
+
+def versus(larger: float | None, smaller: float | None, yes: str, no: str) -> str:
+    """`2.0× yes` when the first value is the larger one, else how many times `no`; per cent where the two are close."""
+    if not larger or not smaller:
+        return NONE
+    word, (more, less) = (yes, (larger, smaller)) if larger >= smaller else (no, (smaller, larger))
+    if more / less < 1.005:
+        return "the same"
+    return f"{percent(more / less - 1, 2)} {word}" if more / less < 1.1 else f"{times(more, less)} {word}"
+
+
+def _won(run: Run) -> list[str]:
+    size_before, size_after = (side.size.bytes if side.size else None for side in (run.metrics.original, run.metrics.compressed))
+    speeds = (side.speed.decode_tokens_per_second if side.speed else None for side in (run.metrics.original, run.metrics.compressed))
+    speed_before, speed_after = speeds
+    clauses = [versus(size_before, size_after, "smaller", "larger"), versus(speed_after, speed_before, "faster", "slower")]
+    return [clause for clause in clauses if clause not in (NONE, "the same")]
+
+
+def _cost(run: Run) -> str:
+    before, after = run.metrics.original.perplexity, run.metrics.compressed.perplexity
+    if before and after:
+        verb = "rises" if after.perplexity > before.perplexity else "falls"
+        step = change(before.perplexity, after.perplexity).lstrip("+−")
+        ends = f"from {digits(before.perplexity)} to {digits(after.perplexity)}"
+        if step == NONE:
+            return f"its perplexity goes {ends}"
+        return f"its perplexity {verb} by {step}, {ends}" if after.perplexity != before.perplexity else "its perplexity stays the same"
+    agreement = run.metrics.compressed.agreement
+    if agreement:
+        return f"it agrees with the original on {percent(agreement.top1)} of the next tokens"
+    return "what it costs in quality was not measured"

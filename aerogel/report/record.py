@@ -1,0 +1,209 @@
+"""The record of a run, aerogel.json, as the report reads it: everything but the model's name is optional, unknown keys are ignored."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from aerogel.errors import AerogelError
+
+FILE = "aerogel.json"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+
+
+class Size(_Part):
+    """What the weights take."""
+
+    disk_bytes: int | None = None
+    stored_bytes: int | None = None
+    memory_bytes: int | None = None
+    bits_per_weight: float | None = None
+    parts: dict[str, int] = {}
+
+    @property
+    def bytes(self) -> int | None:
+        """Bytes on disk where they were counted, else the bytes that the tensors would take there."""
+        return self.disk_bytes or self.stored_bytes or self.memory_bytes
+
+
+class Perplexity(_Part):
+    """How surprised a network is by held-out text."""
+
+    perplexity: float
+    tokens: int | None = None
+    source: str | None = None
+    length: int | None = None
+    stride: int | None = None
+    fingerprint: str | None = None
+
+
+class Agreement(_Part):
+    """How close a network stays to its original."""
+
+    kl: float
+    top1: float
+    tokens: int | None = None
+    source: str | None = None
+
+
+class Sample(_Part):
+    """One prompt and what became of it."""
+
+    prompt: str
+    compressed: str
+    original: str | None = None
+    same: int | None = None
+    tokens: int | None = None
+
+
+class Generation(_Part):
+    """Continuations of a few prompts."""
+
+    samples: list[Sample] = []
+    same_share: float | None = None
+
+
+class Speed(_Part):
+    """What a benchmark timed."""
+
+    prefill_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    batch: int | None = None
+    prompt: int | None = None
+    new_tokens: int | None = None
+    threads: int | None = None
+    device: str | None = None
+
+
+class Side(_Part):
+    """All measures of one network."""
+
+    size: Size | None = None
+    perplexity: Perplexity | None = None
+    agreement: Agreement | None = None
+    generation: Generation | None = None
+    speed: Speed | None = None
+    lm_eval: dict[str, dict[str, float]] = {}
+
+
+class Metrics(_Part):
+    """The original and what became of it."""
+
+    original: Side = Side()
+    compressed: Side = Side()
+
+
+class Model(_Part):
+    """What was compressed."""
+
+    name: str
+    family: str | None = None
+    parameters: int | None = None
+    dtype: str | None = None
+
+
+class Recipe(_Part):
+    """How, with every knob resolved."""
+
+    name: str | None = None
+    steps: list[dict[str, Any]] = []
+
+
+class Line(_Part):
+    """What happened to one linear."""
+
+    name: str
+    block: str = ""
+    method: str | None = None
+    scheme: str | None = None
+    error: float | None = None
+    fallback: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """The linear's place in its block, the same in every block and for every expert."""
+        inside = self.name.removeprefix(f"{self.block}.") if self.block else self.name
+        return pattern(inside)
+
+
+class Kept(_Part):
+    """One module that was left in float."""
+
+    name: str
+    parameters: int = 0
+    reason: str = "no reason recorded"
+
+
+class Run(_Part):
+    """One run: the content of aerogel.json."""
+
+    model: Model
+    recipe: Recipe = Recipe()
+    provenance: dict[str, Any] = {}
+    metrics: Metrics = Metrics()
+    journal: list[Line] = []
+    kept: list[Kept] = []
+    plan: dict[str, Any] = {}
+    timings: dict[str, float] = {}
+    folder: str = Field(default="", exclude=True)
+    """Name of the folder it was read from."""
+
+    @property
+    def label(self) -> str:
+        """What to call the run in a picture."""
+        return self.recipe.name or self.folder or "this run"
+
+
+def pattern(name: str) -> str:
+    """A dotted name with its numbers replaced by `*`."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
+
+
+def read(folder: str | Path) -> Run:
+    """Read the record in an output folder; raises AerogelError that names the file and the field when it is absent or broken."""
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise AerogelError(f"{folder} has no {FILE}, so there is nothing to report; give a folder that `aerogel compress` wrote")
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise AerogelError(f"{path} is not JSON ({error}); it was changed after `aerogel compress` wrote it") from error
+    return parse(content, path).model_copy(update={"folder": Path(folder).resolve().name})
+
+
+def parse(content: dict[str, Any], path: str | Path = FILE) -> Run:
+    """Check a record that was read already; raises AerogelError that names the field."""
+    try:
+        return Run.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        raise AerogelError(f"{path}: {place}: {first['msg'].lower()}; it was changed after `aerogel compress` wrote it") from error
+
+
+def beside(folder: str | Path, run: Run) -> list[Run]:
+    """Other runs in sibling folders that compressed the same model and were judged on the same text; unreadable ones are passed over."""
+    found = []
+    for path in sorted(Path(folder).resolve().parent.glob(f"*/{FILE}")):
+        if path.parent == Path(folder).resolve():
+            continue
+        try:
+            other = read(path.parent)
+        except AerogelError:
+            continue
+        if other.model.name == run.model.name and _text(other) == _text(run):
+            found.append(other)
+    return found
+
+
+def _text(run: Run) -> tuple[str | None, int | None]:
+    measured = run.metrics.compressed.perplexity
+    return (measured.fingerprint, measured.length) if measured else (None, None)

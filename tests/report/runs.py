@@ -1,0 +1,117 @@
+"""Records of runs for the report's tests, the fullest and the least; `python tests/report/runs.py FOLDER` writes them."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+MINIMAL: dict[str, Any] = {"model": {"name": "my-model"}, "recipe": {"steps": []}, "metrics": {}}
+REST = {"embeddings": 56_623_104, "norms and the rest": 70_272}
+BENCH = {"batch": 1, "prompt": 512, "new_tokens": 64, "threads": 2, "device": "cpu"}
+TEXT = {"tokens": 16383, "source": "sotu-held-out", "length": 1024, "stride": 512, "fingerprint": "sha256:aa"}
+SAMPLES = [
+    {
+        "prompt": "Explain in two sentences why the sky is blue.",
+        "original": "The sky is blue because of scattering. Sunlight is scattered by the gases in the air, and blue light most.",
+        "compressed": "The sky is blue because of scattering. The light of the sun is scattered by the air, and blue most of all.",
+        "same": 14,
+        "tokens": 48,
+    },
+    {"prompt": "What is 17 plus 26?", "original": "17 + 26 = <b>43</b>", "compressed": "17 + 26 = <b>43</b>", "same": 12, "tokens": 12},
+    {
+        "prompt": "Write <script>alert(1)</script> backwards & forwards.",
+        "original": "I can't do that.",
+        "compressed": "<script>alert('no')</script> is what you asked for.",
+        "same": 0,
+        "tokens": 48,
+    },
+]
+
+
+def full(
+    recipe: str = "gptq-w4a16", scheme: str = "W4A16_G64", perplexity: float = 25.31, size: int = 87_412_336, speed: float = 58.4
+) -> dict[str, Any]:
+    """A record with every part; the numbers are made up."""
+    chance = random.Random(0)
+    journal = [
+        {
+            "name": f"model.layers.{block}.{linear}",
+            "block": f"model.layers.{block}",
+            "method": "gptq",
+            "scheme": scheme,
+            "error": 0.02 * (1 + 0.6 * math.sin(index) + block / 20) * chance.uniform(0.8, 1.25),
+            "fallback": "the Hessian could not be factorised at damping 0.1" if (block, index) == (1, 6) else None,
+            "damping": 0.01,
+        }
+        for block in range(30)
+        for index, linear in enumerate(LINEARS)
+    ]
+    return {
+        "schema": 1,
+        "model": {"name": "smollm2-135m", "family": "llama", "parameters": 134_515_008, "dtype": "bfloat16"},
+        "recipe": {"name": recipe, "steps": [{"gptq": {"scheme": scheme, "ignore": ["lm_head"], "damping": 0.01, "overrides": {}}}]},
+        "provenance": {
+            "date": "2026-11-23T06:12:00+00:00",
+            "seed": 0,
+            "versions": {"aerogel": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
+            "machine": {"device": "cpu", "processor": "x86_64", "threads": 2, "memory_bytes": 25_769_803_776},
+            "calibration": {"source": "sotu", "count": 128, "length": 512, "fingerprint": "sha256:" + "3b" * 32},
+        },
+        "metrics": {
+            "original": {
+                "size": {
+                    "disk_bytes": 269_060_552,
+                    "stored_bytes": 269_030_016,
+                    "bits_per_weight": 16.0,
+                    "parts": {"float linears": 212_336_640, **REST},
+                },
+                "perplexity": {"perplexity": 24.02, "nats_per_token": math.log(24.02), **TEXT},
+                "speed": {"prefill_tokens_per_second": 512.0, "decode_tokens_per_second": 37.2, "peak_memory_bytes": 721_000_000, **BENCH},
+            },
+            "compressed": {
+                "size": {
+                    "disk_bytes": size,
+                    "stored_bytes": size - 30_000,
+                    "bits_per_weight": 8 * size / 134_515_008,
+                    "parts": {"quantized linears": size - 56_723_376, **REST},
+                },
+                "perplexity": {"perplexity": perplexity, "nats_per_token": math.log(perplexity), **TEXT},
+                "agreement": {"kl": 0.0412, "top1": 0.9013, **TEXT},
+                "generation": {"samples": SAMPLES, "same_share": 0.43},
+                "speed": {"prefill_tokens_per_second": 498.0, "decode_tokens_per_second": speed, "peak_memory_bytes": 402_000_000, **BENCH},
+            },
+        },
+        "journal": journal,
+        "kept": [
+            {"name": "model.embed_tokens", "parameters": 28_311_552, "reason": "an embedding, not a linear"},
+            {"name": "lm_head", "parameters": 28_311_552, "reason": "ignored by the recipe"},
+            *({"name": f"model.layers.{block}.mlp.gate", "parameters": 576, "reason": "kept by the family"} for block in (0, 1, 2)),
+        ],
+        "plan": {"linears": 210, "share_reached": 0.789},
+        "timings": {"load": 3.1, "compress": 171.0, "save": 2.0, "evaluate": 88.0},
+    }
+
+
+def folders(root: Path) -> Path:
+    """Write the full run and its neighbours; return the full run's folder."""
+    neighbours = {
+        "rtn-w4a16": full("rtn-w4a16", perplexity=27.9, speed=58.1),
+        "gptq-w3a16": full("gptq-w3a16", "W3A16_G64", 31.7, 75_200_000, 50.2),
+        "awq-w4a16": full("awq-w4a16", perplexity=26.2, size=87_600_000, speed=57.0),
+        "rtn-w8a8": full("rtn-w8a8", "W8A8", 24.1, 163_900_000, 66.0),
+        "gptq-w4a16": full(),
+        "minimal": MINIMAL,
+    }
+    for name, content in neighbours.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name / "aerogel.json").write_text(json.dumps(content))
+    return root / "gptq-w4a16"
+
+
+if __name__ == "__main__":
+    folders(Path(sys.argv[1]))

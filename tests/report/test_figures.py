@@ -1,0 +1,134 @@
+"""Figures: what is drawn stands where its numbers say, nothing leaves the picture, a file of its own is valid XML."""
+
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree as Xml
+
+import pytest
+
+from aerogel.report import page, phrases, record
+from aerogel.report.layers import error_map, towers
+from aerogel.report.parts import parts_bars
+from aerogel.report.svg import Scale, element
+from aerogel.report.tradeoff import SIZE, Point, tradeoff
+from tests.report.runs import full
+
+
+def circles(svg: str) -> dict[str, tuple[float, float]]:
+    return {c.get("class", ""): (float(c.get("cx", "")), float(c.get("cy", ""))) for c in Xml.fromstring(svg).iter("circle")}
+
+
+def test_points_stand_where_their_numbers_say() -> None:
+    drawn = circles(tradeoff([Point("a", 200, 20, "original"), Point("b", 100, 22, "this"), Point("c", 50, 30)], SIZE, "Perplexity"))
+    (xa, ya), (xb, yb), (xc, yc) = drawn["original"], drawn["this"], drawn["other"]
+    assert (xa - xb) / (xb - xc) == pytest.approx(2.0, rel=0.01)
+    assert (ya - yb) / (yb - yc) == pytest.approx(2 / 8, rel=0.01)
+    assert yc < yb < ya, "worse is higher"
+
+
+def test_a_wide_range_is_drawn_by_ratio() -> None:
+    drawn = circles(tradeoff([Point("a", 200, 20, "original"), Point("b", 100, 200, "this"), Point("c", 50, 2000)], SIZE, "Perplexity"))
+    assert drawn["original"][1] - drawn["this"][1] == pytest.approx(drawn["this"][1] - drawn["other"][1], abs=0.02)
+
+
+def test_points_without_a_finite_quality_are_left_out() -> None:
+    assert set(circles(tradeoff([Point("a", 1, float("inf"), "original"), Point("b", 1, 2, "this")], SIZE, "Perplexity"))) == {"this"}
+
+
+@pytest.mark.parametrize("width", [328.0, 456.0, 956.0])
+def test_labels_stay_inside_and_apart(width: float) -> None:
+    points = [Point(f"recipe-number-{n}", 100 + n, 20 + n / 10) for n in range(6)] + [Point("original", 269, 20, "original")]
+    labels = [t for t in Xml.fromstring(tradeoff(points, SIZE, "Perplexity", width=width)).iter("text") if "halo" in (t.get("class") or "")]
+    spans = []
+    for text in labels:
+        reach, x = 7.2 * len(text.text or ""), float(text.get("x", ""))
+        spans.append((x - reach if text.get("text-anchor") == "end" else x, float(text.get("y", "")), reach))
+    assert all(left >= 0 and left + reach <= width + 1 for left, _, reach in spans)
+    for index, (left, y, reach) in enumerate(spans):
+        assert all(
+            abs(y - other) >= 12 or left > end or left + reach < end - length
+            for end, other, length in ((a + c, b, c) for a, b, c in spans[:index])
+        )
+
+
+def test_a_file_of_its_own_is_xml_with_its_colours() -> None:
+    for picture in page.pictures(record.parse(full()), alone=True):
+        root = Xml.fromstring(picture)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert "prefers-color-scheme: dark" in picture
+
+
+def test_error_map_has_a_cell_for_every_linear() -> None:
+    tables = towers(record.parse(full()).journal)
+    assert list(tables) == ["model.layers"]
+    for tall in (False, True):
+        rects = [r for r in Xml.fromstring(error_map(tables["model.layers"], 956, tall)).iter("rect") if r.get("class") == "heat"]
+        assert len(rects) == 210 + 6, "and six in the legend"
+    assert error_map(tables["model.layers"]).count('class="fell"') == 1
+
+
+def test_experts_share_a_cell() -> None:
+    lines = [
+        record.Line(name=f"model.layers.0.mlp.experts.{n}.up_proj", block="model.layers.0", error=error, fallback=None if n else "no token")
+        for n, error in enumerate((0.1, 0.3))
+    ]
+    ((place, cell),) = towers(lines)["model.layers"].items()
+    assert place == ("mlp.experts.*.up_proj", "0")
+    assert cell.error == pytest.approx(0.2)
+    assert cell.fell
+    assert "mean of 2" in cell.words
+
+
+def test_several_towers_have_their_own_maps() -> None:
+    lines = [record.Line(name=f"{tower}.0.fc", block=f"{tower}.0", error=0.1) for tower in ("model.visual.blocks", "model.layers")]
+    assert list(towers(lines)) == ["model.visual.blocks", "model.layers"]
+    assert towers([record.Line(name="lm_head", error=0.1)]) == {}
+
+
+def test_bars_are_as_long_as_their_bytes() -> None:
+    svg = Xml.fromstring(parts_bars({"Original": {"float linears": 300, "embeddings": 100}, "Compressed": {"quantized linears": 100}}))
+    bars = {r.findtext("title", ""): float(r.get("width", "")) for r in svg.iter("rect") if r.find("title") is not None}
+    widths = {name.partition(":")[0]: width + 1 for name, width in bars.items()}
+    assert widths["float linears"] == pytest.approx(3 * widths["embeddings"], rel=0.01)
+    assert widths["quantized linears"] == pytest.approx(widths["embeddings"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log", "ticks"),
+    [(0, 300, False, [0, 100, 200, 300]), (23, 26, False, [23, 24, 25, 26]), (20, 3000, True, [20, 50, 100, 200, 500, 1000, 2000])],
+)
+def test_ticks_are_round(low: float, high: float, log: bool, ticks: list[float]) -> None:
+    assert Scale(low, high, 0, 1, log).ticks(4) == pytest.approx(ticks)
+
+
+def test_attributes_and_text_are_escaped() -> None:
+    assert str(element("text", '<b>"', class_='a"b', x=1.50)) == '<text class="a&#34;b" x="1.5">&lt;b&gt;&#34;</text>'
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (phrases.size(0), "0 B"), (phrases.size(999), "999 B"), (phrases.size(999_999), "1.00 MB"), (phrases.size(87_412_336), "87.4 MB"),
+        (phrases.size(None), "–"), (phrases.number(134_515_008), "135 M"), (phrases.number(576), "576"), (phrases.digits(0.0412), "0.0412"),
+        (phrases.digits(1234.5), "1,234"), (phrases.digits(float("nan")), "not a number"), (phrases.change(24.0, 25.2), "+5.0 %"),
+        (phrases.change(24.0, 23.9), "−0.42 %"), (phrases.change(0, 1), "–"), (phrases.versus(3, 1, "up", "down"), "3.0× up"),
+        (phrases.versus(1, 3, "up", "down"), "3.0× down"), (phrases.versus(1.05, 1, "up", "down"), "5.0 % up"),
+        (phrases.versus(1, 1, "up", "down"), "the same"), (phrases.seconds(61), "61 s"), (phrases.seconds(264), "4 min"),
+        (phrases.seconds(7200), "2.0 h"),
+    ],
+)  # fmt: skip
+def test_numbers_in_words(found: str, said: str) -> None:
+    assert re.sub("\u202f", " ", found) == said
+
+
+@pytest.mark.parametrize(
+    ("size", "speed", "perplexity", "said"),
+    [
+        (87_412_336, 20.0, 24.02, "3.1× smaller and 1.9× slower; its perplexity stays the same."),
+        (300_000_000, 37.2, 23.0, "1.1× larger; its perplexity falls by 4.2 %, from 24.0 to 23.0."),
+    ],
+)
+def test_headline_is_honest(size: int, speed: float, perplexity: float, said: str) -> None:
+    sentence = phrases.headline(record.parse(full(size=size, speed=speed, perplexity=perplexity)))
+    assert sentence.replace("\u202f", " ") == f"smollm2-135m is {said}"

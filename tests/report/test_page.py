@@ -1,0 +1,162 @@
+"""The report: complete, self-contained, escaped, and honest about what is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from aerogel.errors import AerogelError
+from aerogel.report import page, record
+from tests.report.runs import MINIMAL, folders, full
+
+VOID = {"meta", "link", "br", "wbr", "img", "input", "hr"}
+
+
+class Reader(HTMLParser):
+    """Collects what a browser would see, and checks that elements close in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open and "title" not in self.open:
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.text).replace("\u202f", " "))
+
+
+def read(html: str) -> Reader:
+    reader = Reader()
+    reader.feed(html)
+    assert not reader.open
+    return reader
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return folders(tmp_path)
+
+
+def test_full_report_says_everything(folder: Path) -> None:
+    words = read(page.render(folder)).words
+    for said in (
+        "smollm2-135m is 3.1× smaller and 1.6× faster; its perplexity rises by 5.4 %, from 24.0 to 25.3.",
+        "Weights on disk 269 MB 87.4 MB 3.1× smaller",
+        "Perplexity 24.02 25.31 +5.4 %",
+        "Prefill, tokens per second 512 498 2.8 % slower",
+        "Perplexity on 16,383 tokens of sotu-held-out, windows of 1,024 that move by 512.",
+        "Speed on cpu, batch 1, prompt 512, new tokens 64, threads 2.",
+        "1 of 210 linears fell back to a simpler way (outlined).",
+        "the Hessian could not be factorised at damping 0.1",
+        "21.1 % of all weights",
+        "ignored by the recipe",
+        "scheme: W4A16_G64",
+        "2026-11-23 06:12:00 UTC",
+        "sotu, 128 × 512 tokens",
+        "made in 4 min",
+    ):
+        assert said in words, said
+
+
+def test_runs_of_the_same_model_stand_beside_it(folder: Path) -> None:
+    words = read(page.render(folder)).words
+    assert all(name in words for name in ("rtn-w4a16", "gptq-w3a16", "awq-w4a16", "rtn-w8a8"))
+    assert "my-model" not in words
+    (folder.parent / "rtn-w4a16" / "aerogel.json").write_text("{broken")
+    stranger = full("gptq-w3a16")
+    stranger["metrics"]["compressed"]["perplexity"]["fingerprint"] = "sha256:another text"
+    (folder.parent / "gptq-w3a16" / "aerogel.json").write_text(json.dumps(stranger))
+    words = read(page.render(folder)).words
+    assert "rtn-w4a16" not in words
+    assert "gptq-w3a16" not in words, "judged on another text"
+    assert "awq-w4a16" in words
+
+
+def test_minimal_report_says_what_is_missing() -> None:
+    words = read(page.page(record.parse(MINIMAL))).words
+    assert "my-model was compressed with this run; what it costs in quality was not measured." in words
+    assert "Quality was not measured: run aerogel evaluate" in words
+    assert "Speed was not measured: run aerogel bench" in words
+    assert "Before and after" not in words
+
+
+@pytest.mark.parametrize("missing", ["size", "perplexity", "agreement", "generation", "speed"])
+@pytest.mark.parametrize("side", ["original", "compressed"])
+def test_any_measure_may_be_missing(missing: str, side: str) -> None:
+    content = full()
+    content["metrics"][side].pop(missing, None)
+    read(page.page(record.parse(content)))
+
+
+def test_nothing_is_fetched(folder: Path) -> None:
+    html = page.render(folder)
+    reader = read(html)
+    assert not re.search(r"https?:|//\w|url\(|@import", html)
+    assert not {"script", "link", "iframe", "img", "object"} & set(reader.seen)
+    assert not {"src", "href", "srcset", "onload", "onclick"} & {name for name, _ in reader.attributes}
+
+
+def test_text_of_models_is_escaped_everywhere() -> None:
+    evil = '"><script>alert(1)</script>&{{ 7 * 7 }}'
+    content = full(recipe=evil)
+    content["model"]["name"] = evil
+    content["kept"] = [{"name": evil, "parameters": 1, "reason": evil}]
+    content["journal"][0] |= {"name": f"model.layers.0.{evil}", "scheme": evil, "fallback": evil}
+    content["provenance"]["machine"] = {evil: evil}
+    content["metrics"]["compressed"]["lm_eval"] = {evil: {evil: 0.5}}
+    content["metrics"]["compressed"]["generation"]["samples"][0] = {"prompt": evil, "original": "a", "compressed": evil}
+    html = page.page(record.parse(content), [record.parse(full(evil))])
+    reader = read(html)
+    assert "script" not in reader.seen
+    assert reader.words.count("<script>alert(1)</script>&{{ 7 * 7 }}") >= 10
+
+
+def test_differences_are_marked_word_by_word() -> None:
+    marked = page.mark_difference("the sky is blue <b>today</b>", "the sea is blue <i>today</i>")
+    assert marked == "the <mark>sea</mark> is blue <mark>&lt;i&gt;today&lt;/i&gt;</mark>"
+    assert page.mark_difference("same words", "same words") == "same words"
+
+
+def test_numbers_that_are_not_finite_are_shown() -> None:
+    content = full(perplexity=float("inf"))
+    words = read(page.page(record.parse(content))).words
+    assert "its perplexity goes from 24.0 to ∞" in words
+
+
+def test_a_changed_record_is_named(tmp_path: Path) -> None:
+    with pytest.raises(AerogelError, match=r"has no aerogel.json, so there is nothing to report"):
+        page.render(tmp_path)
+    (tmp_path / "aerogel.json").write_text('{"model": {"name": "a"}, "metrics": {"compressed": {"perplexity": {"perplexity": "low"}}}}')
+    with pytest.raises(AerogelError, match=r"metrics\.compressed\.perplexity\.perplexity: input should be a valid number"):
+        page.render(tmp_path)
+    (tmp_path / "aerogel.json").write_text("{")
+    with pytest.raises(AerogelError, match="is not JSON"):
+        page.render(tmp_path)
+
+
+def test_report_needs_no_torch(folder: Path) -> None:
+    code = f"import sys; from aerogel.report.page import write; print(write({str(folder)!r})); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()) == folder / "report.html"
+    assert "<!doctype html>" in (folder / "report.html").read_text("utf-8")
