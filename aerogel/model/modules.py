@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from aerogel.kernels.linear import run
 from aerogel.model.layout import Stored, blank, decode, decode_input, encode
 from aerogel.numerics.quantize import Grid, dequantize, dynamic_grid, fake_quantize
 from aerogel.numerics.scheme import Scheme
@@ -117,20 +118,17 @@ class QuantLinear(nn.Module):
         return fake_quantize(x, self.input_grid() or dynamic_grid(x, inputs), inputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantize the input if the scheme says so, and multiply."""
+        """Quantize the input if the scheme says so, and multiply: by the fastest kernel, or by the held float weight."""
+        if self._held is None:
+            return run(x, self, self.cache)
+        if x.dtype not in self._held:
+            self._held[x.dtype] = self.dequantized(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(self.quantized_input(x), self._float_weight(x.dtype), bias)
+        return nn.functional.linear(self.quantized_input(x), self._held[x.dtype], bias)
 
     def extra_repr(self) -> str:
         """Shape and scheme, for print(module)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, scheme={self.scheme}"
-
-    def _float_weight(self, dtype: torch.dtype) -> Tensor:
-        if self._held is None:
-            return self.dequantized(dtype)
-        if dtype not in self._held:
-            self._held[dtype] = self.dequantized(dtype)
-        return self._held[dtype]
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
@@ -169,7 +167,8 @@ class ScaledInput(nn.Module):
 def held(module: nn.Module) -> Iterator[None]:
     """Keep the float weights of all quantized linears in `module` from their first use to the end of the context.
 
-    For passes that run the same block over many calls; costs the float weights' memory while it lasts.
+    For passes that run the same block over many calls: exact in float arithmetic, differentiable in the input, no kernel is measured.
+    Costs the float weights' memory while it lasts.
     """
     linears = [part for part in module.modules() if isinstance(part, QuantLinear) and part._held is None]
     for linear in linears:

@@ -84,7 +84,7 @@ def write(
     if network.origin is None:
         _write_companions(network, folder)
     else:
-        _copy_companions(network.origin, folder, part)
+        copy_companions(network.origin, folder, part)
     _write_config(network, folder / part)
     stem = "diffusion_pytorch_model" if network.family.modality in ("image", "video") else "model"
     stream = _as_on_disk(network, resident(network.module) if tensors is None else tensors)
@@ -132,8 +132,8 @@ def _part(network: Network) -> str:
     return found[0]
 
 
-def _copy_companions(origin: Path, folder: Path, part: str) -> None:
-    """Copy everything but the network's own weights, what another run of this package left, and hidden files."""
+def copy_companions(origin: Path, folder: Path, part: str = "") -> None:
+    """Copy everything but weights (of a pipeline: of this part), what another run of this package left, and hidden files."""
     own = origin / part
     for path in sorted(origin.rglob("*") if part else origin.iterdir()):
         if not path.is_file() or any(name.startswith(".") for name in path.relative_to(origin).parts) or path.name in _OURS:

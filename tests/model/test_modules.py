@@ -105,7 +105,8 @@ def test_an_empty_one_takes_the_tensors_of_a_full_one(name: str) -> None:
     }
     empty.load_state_dict(full.state_dict(), assign=True)
     x = torch.randn(2, 3, INPUTS)
-    assert same(empty(x), full(x))
+    with held(empty), held(full):
+        assert same(empty(x), full(x))
 
 
 @pytest.mark.parametrize("name", ["W4A16_G32_ASYM", "W8A8", "FP8_STATIC"])
@@ -119,7 +120,9 @@ def test_forward_is_the_product_of_rounded_input_and_rounded_weight(name: str) -
     if name == "FP8_STATIC":
         rounded = (x / 0.03125).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.03125
     expected = rounded @ ours.dequantized(torch.float32).T + linear.bias
-    torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
+    assert (ours(x) - expected).norm() < 0.01 * expected.norm()  # by a kernel, which may multiply in bfloat16
+    with held(ours):
+        torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -152,7 +155,8 @@ def test_casting_a_model_rounds_neither_codes_nor_scales(name: str) -> None:
 def test_held_weights_answer_the_same_and_are_let_go() -> None:
     ours, _ = quantized("W4A16_G32")
     x = torch.randn(4, INPUTS)
-    expected = ours(x)
+    assert ours.bias is not None
+    expected = nn.functional.linear(x, ours.dequantized(torch.float32), ours.bias)
     with held(nn.Sequential(ours)):
         assert same(ours(x), expected)
         first = ours._held
@@ -181,4 +185,5 @@ def test_scaled_input_divides_before_the_linear() -> None:
     ours, _ = quantized("W8A8")
     scale_I = torch.rand(INPUTS) + 0.5
     x = torch.randn(3, INPUTS)
-    assert same(ScaledInput(ours, scale_I)(x), ours(x / scale_I))
+    with held(ours):
+        assert same(ScaledInput(ours, scale_I)(x), ours(x / scale_I))
