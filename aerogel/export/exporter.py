@@ -1,0 +1,105 @@
+"""What an exporter is: it rewrites a saved folder for another engine, tensor by tensor, and says beforehand what it cannot express."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import AerogelError
+from aerogel.model.checkpoint import Checkpoint
+from aerogel.model.family import Family
+from aerogel.model.layout import Stored, decode
+from aerogel.model.load import family_of
+from aerogel.model.quantized import Assigned, assignments
+from aerogel.numerics.quantize import dequantize
+
+# Every tensor that a quantized linear keeps, its bias apart.
+_PARTS = (
+    *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "weight_g_idx"),
+    *("input_scale", "input_zero_point"),
+)
+
+
+class Exporter(ABC):
+    """Writes a saved folder anew in another format, without calibration; its fields are its knobs."""
+
+    @abstractmethod
+    def refuse(self, folder: Path) -> list[str]:
+        """Return why the folder cannot be expressed in this format, reason by reason; empty when it can."""
+
+    @abstractmethod
+    def write(self, folder: Path, output: Path) -> None:
+        """Write the new folder; raises AerogelError with the first reason when the folder is refused, or when the disk fails."""
+
+    def accept(self, folder: Path) -> None:
+        """Raise AerogelError with the first reason when the folder is refused."""
+        if reasons := self.refuse(folder):
+            more = f" (and {len(reasons) - 1} more like this)" if len(reasons) > 1 else ""
+            raise AerogelError(f"{folder} cannot be written as {type(self).__name__}: {reasons[0]}{more}")
+
+
+@dataclass(frozen=True)
+class Master:
+    """A saved folder that is read one linear at a time."""
+
+    folder: Path
+    config: dict[str, Any]
+    family: Family
+    checkpoint: Checkpoint
+    """Its tensors by their names in memory."""
+
+    @classmethod
+    def open(cls, folder: Path) -> Master:
+        """Open a Hugging Face folder; raises AerogelError when it is damaged or of an unknown family."""
+        path = folder / "config.json"
+        if not path.is_file():
+            raise AerogelError(f"{path} is missing; give a folder that `aerogel compress` wrote")
+        config: dict[str, Any] = json.loads(path.read_text())
+        family = family_of(config.get("model_type"), config.get("_class_name"))
+        checkpoint = Checkpoint.open(folder, family.in_memory)
+        checkpoint.verify()
+        return cls(folder, config, family, checkpoint)
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """The quantization_config, empty when the folder has none."""
+        found: dict[str, Any] = self.config.get("quantization_config") or {}
+        return found
+
+    @cached_property
+    def linears(self) -> dict[str, Assigned]:
+        """The quantized linears by full name in memory."""
+        scales = [name.removesuffix(".weight_scale") for name in self.checkpoint.names() if name.endswith(".weight_scale")]
+        return assignments(self.quantization, scales) if scales else {}
+
+    @cached_property
+    def floats(self) -> list[str]:
+        """Names of the tensors that are no part of a quantized weight."""
+        taken = {f"{name}.{part}" for name in self.linears for part in _PARTS}
+        return [name for name in self.checkpoint.names() if name not in taken]
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(outputs, inputs) of a quantized linear."""
+        if f"{name}.weight_shape" in self.checkpoint:
+            rows, columns = self.checkpoint.tensor(f"{name}.weight_shape").tolist()
+            return rows, columns
+        packed = f"{name}.weight_packed"
+        rows, columns = self.checkpoint.shape(packed if packed in self.checkpoint else f"{name}.weight")
+        return rows, columns * (2 if packed in self.checkpoint else 1)
+
+    def stored(self, name: str) -> Stored:
+        """Read and unpack one quantized linear."""
+        tensors = {part: self.checkpoint.tensor(f"{name}.{part}") for part in _PARTS if f"{name}.{part}" in self.checkpoint}
+        return decode(tensors, self.linears[name].scheme, self.shape(name)[1])
+
+    def dequantized(self, name: str) -> Tensor:
+        """The float32 weight_OI of one quantized linear."""
+        codes, grid, g_idx, _ = self.stored(name)
+        return dequantize(codes, grid, self.linears[name].scheme.weights, torch.float32, g_idx)

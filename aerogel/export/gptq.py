@@ -1,0 +1,129 @@
+"""The GPTQ layout, for engines that read it (GPTQModel, vLLM, SGLang, ExLlama): qweight, qzeros, scales and g_idx.
+
+Codes are unsigned and lie in a stream of bits down each column of the transposed weight; zero points are stored minus one (version 1
+of the layout). O outputs, I inputs, G groups.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aerogel.export.exporter import Exporter, Master
+from aerogel.model.layout import Stored, format_of
+from aerogel.model.quantized import Assigned
+from aerogel.model.save import copy_companions, new_folder
+from aerogel.model.shards import write_shards
+from aerogel.numerics.scheme import PerTensor, Scheme
+
+_BITS = (2, 3, 4, 8)
+_LANES = 32
+"""Codes whose bits fill whole words whatever their width."""
+
+
+@dataclass(frozen=True)
+class GptqLayout(Exporter):
+    """GPTQ's layout, version 1: integer weights of 2, 3, 4 or 8 bits in groups or channels; codes, scales and order unchanged."""
+
+    max_shard_size: int = 5_000_000_000
+    """Largest size of one weight file in bytes."""
+
+    def refuse(self, folder: Path) -> list[str]:
+        """Other formats, quantized inputs, sizes that do not divide by 32, and zero points that version 1 cannot store."""
+        master = Master.open(folder)
+        if not master.linears:
+            return ["no linear in it is quantized"]
+        reasons = [f"{name}: {reason}" for name in master.linears if (reason := _reason(master, name))]
+        return reasons + [f"{name} divides its input by a scale for each channel" for name in master.quantization.get("scaled_inputs", ())]
+
+    def write(self, folder: Path, output: Path) -> None:
+        """Write the layout linear by linear; scales keep their dtype."""
+        self.accept(folder)
+        master = Master.open(folder)
+        settings = _settings(master)
+        with new_folder(output) as target:
+            copy_companions(folder, target)
+            write_shards(target, _tensors(master), max_shard_size=self.max_shard_size)
+            (target / "config.json").write_text(json.dumps(master.config | {"quantization_config": settings}, indent=2) + "\n")
+            (target / "quantize_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _reason(master: Master, name: str) -> str | None:
+    scheme, (rows, columns) = master.linears[name].scheme, master.shape(name)
+    if format_of(scheme) != "pack-quantized" or scheme.bits not in _BITS or isinstance(scheme.weights.granularity, PerTensor):
+        return f"{scheme} is no weight-only integer scheme of 2, 3, 4 or 8 bits with groups or channels"
+    if rows % _LANES or columns % _LANES:
+        return f"{rows} x {columns} is not divisible by {_LANES} both ways"
+    zero = None if scheme.weights.symmetric else master.stored(name).grid.zero
+    if zero is not None and (lowest := int((zero == scheme.weights.format.low).sum())):
+        return f"{lowest} of its groups have the zero point 0, which this version of the layout stores as -1 and readers spill over"
+    return None
+
+
+def _tensors(master: Master) -> Iterator[tuple[str, Tensor]]:
+    on_disk = master.family.on_disk
+    for name in master.floats:
+        yield on_disk(name), master.checkpoint.tensor(name)
+    for name, assigned in master.linears.items():
+        scale = master.checkpoint.tensor(f"{name}.weight_scale")
+        for part, tensor in layout(master.stored(name), assigned.scheme, scale.dtype).items():
+            yield on_disk(f"{name}.{part}"), tensor
+
+
+def layout(stored: Stored, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return qweight (I * bits / 32, O), qzeros (G, O * bits / 32), scales (G, O) and g_idx (I) of one linear."""
+    codes_OI, grid, g_idx, _ = stored
+    half = 1 << (scheme.bits - 1)
+    zero_OG = torch.zeros_like(grid.scale, dtype=torch.int8) if grid.zero is None else grid.zero
+    if g_idx is None:
+        columns = codes_OI.shape[1]
+        g_idx = torch.arange(columns, dtype=torch.int32) // (scheme.group or columns)
+    return {
+        "qweight": bit_stream(codes_OI.T.long() + half, scheme.bits),
+        "qzeros": bit_stream(zero_OG.long() + half - 1, scheme.bits).T.contiguous(),
+        "scales": grid.scale.T.to(dtype).contiguous(),
+        "g_idx": g_idx,
+    }
+
+
+def bit_stream(values: Tensor, bits: int) -> Tensor:
+    """Pack unsigned values (N, M) along the first dimension into int32 (N * bits / 32, M), lowest bits first, without gaps."""
+    lanes = values.unflatten(0, (-1, _LANES))
+    words = torch.zeros(lanes.shape[0], bits, lanes.shape[2], dtype=torch.int64, device=values.device)
+    for lane in range(_LANES):
+        word, shift = divmod(lane * bits, 32)
+        words[:, word] |= lanes[:, lane] << shift
+        if shift + bits > 32:
+            words[:, word + 1] |= lanes[:, lane] >> (32 - shift)
+    words &= 0xFFFFFFFF
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).flatten(0, 1)
+
+
+def _settings(master: Master) -> dict[str, Any]:
+    """What quantize_config.json says: the most frequent scheme, and every linear that differs from it by name."""
+    common = Counter(tuple(_knobs(assigned).items()) for assigned in master.linears.values()).most_common(1)[0][0]
+    different = {name: _knobs(assigned) for name, assigned in master.linears.items() if tuple(_knobs(assigned).items()) != common}
+    dynamic: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in master.quantization.get("ignore", ()) if name != "lm_head"}
+    dynamic |= {f"+:^{re.escape(name)}$": knobs for name, knobs in different.items()}
+    return {
+        "quant_method": "gptq",
+        **dict(common),
+        "lm_head": "lm_head" in master.linears,
+        "checkpoint_format": "gptq",
+        "pack_dtype": "int32",
+        "dynamic": dynamic or None,
+        "meta": {"quantizer": ["aerogel"]},
+    }
+
+
+def _knobs(assigned: Assigned) -> dict[str, Any]:
+    scheme = assigned.scheme
+    return {"bits": scheme.bits, "group_size": scheme.group or -1, "sym": scheme.weights.symmetric, "desc_act": assigned.act_order}
