@@ -119,8 +119,13 @@ class Walk:
             caught.append(Call(args, kwargs))
             raise stop
 
+        def too_far(*args: Any, **kwargs: Any) -> None:
+            raise stop
+
+        # A call that comes to a later block passes this one by; the later one's weights may not be here.
+        later = {self._modules[other]: too_far for other in self.order[self.order.index(name) + 1 :]}
         try:
-            with answering({**self._answers(index), self._modules[name]: hand_over}):
+            with answering({**self._answers(index), **later, self._modules[name]: hand_over}):
                 self._network.run(self._calls[index])
         except Stop as reached:
             if reached is not stop:

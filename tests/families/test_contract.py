@@ -100,7 +100,7 @@ class OneAtATime:
 
 @pytest.mark.parametrize("name", [name for name in sorted(TINY) if name not in {"dit", "wan", "wan_i2v"}])
 def test_one_block_in_memory_is_enough(name: str, tmp_path: Path) -> None:
-    calls = TINY[name].calls(2)
+    calls = TINY[name].calls(3)
     expected = plain_calls(opened(name), calls)
     TINY[name].build().save_pretrained(tmp_path)
     network = load(tmp_path)
