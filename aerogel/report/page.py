@@ -13,16 +13,17 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
+from aerogel.errors import AerogelError
 from aerogel.report import compare, phrases, record
 from aerogel.report.layers import error_map, towers
 from aerogel.report.parts import parts_bars
 from aerogel.report.record import Run, Sample, Side
-from aerogel.report.svg import PALETTE
-from aerogel.report.tradeoff import SIZE, SPEED, Axis, Point, Role, tradeoff
+from aerogel.report.svg import PALETTE, document
+from aerogel.report.tradeoff import HEIGHT, SIZE, SPEED, Axis, Point, Role, tradeoff
 
 HERE = Path(__file__).parent
-WIDE, NARROW = 956.0, 328.0
-"""Widths that figures are drawn for: a desktop's page and a phone's."""
+WIDE, PANEL, NARROW = 956.0, 447.0, 328.0
+"""Widths that figures are drawn for: a desktop's page, half of it and a phone's."""
 LISTED = 400
 """Linears that are listed one by one at most."""
 
@@ -72,19 +73,34 @@ def page(run: Run, others: Sequence[Run] = ()) -> str:
     return template.render(css=Markup(css), none=phrases.NONE, **_context(run, others))  # noqa: S704  # our own files
 
 
-def pictures(run: Run, others: Sequence[Run] = (), width: float = NARROW, alone: bool = False) -> list[Markup]:
+def write_picture(folder: str | Path, path: str | Path) -> Path:
+    """Write the trade-off pictures on an output folder side by side as one SVG file, for a README or a page, and return its path.
+
+    Raises AerogelError when the folder holds no readable record, or one without quality.
+    """
+    run = record.read(folder)
+    drawn = pictures(run, record.beside(folder, run), PANEL)
+    if not drawn:
+        raise AerogelError(
+            f"{folder} has no trade-off to draw: its quality was not measured; run aerogel evaluate on it, --against the original"
+        )
+    Path(path).write_text(document(drawn, PANEL, HEIGHT), "utf-8")
+    return Path(path)
+
+
+def pictures(run: Run, others: Sequence[Run] = (), width: float = NARROW) -> list[Markup]:
     """Return perplexity against size and against decoding speed, as far as they were measured."""
     drawn = []
     for axis in (SIZE, SPEED):
         points = list(_points(run, others, axis))
         if any(point.role == "this" for point in points):
-            drawn.append(tradeoff(points, axis, "Perplexity", width=width, alone=alone))
+            drawn.append(tradeoff(points, axis, "Perplexity", width=width))
     return drawn
 
 
 def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
     before, after = run.metrics.original, run.metrics.compressed
-    half = (WIDE - 62) / 2 if after.speed and after.perplexity else WIDE
+    half = PANEL if after.speed and after.perplexity else WIDE
     fallen = [entry for entry in run.journal if entry.fallback]
     lines = sorted((entry for entry in run.journal if entry.error is not None), key=lambda entry: -(entry.error or 0))
     return {

@@ -13,6 +13,7 @@ from aerogel.report.phrases import digits
 from aerogel.report.svg import Scale, element, label, line, picture
 
 TOP, RIGHT, BOTTOM, LEFT = 34, 20, 48, 52
+HEIGHT = 340.0
 LINE = 17
 """Height of a line of labels."""
 
@@ -46,7 +47,7 @@ class Point:
     role: Role = "other"
 
 
-def tradeoff(points: Sequence[Point], axis: Axis, y_title: str, *, width: float = 460, height: float = 340, alone: bool = False) -> Markup:
+def tradeoff(points: Sequence[Point], axis: Axis, y_title: str, *, width: float = 460, height: float = HEIGHT) -> Markup:
     """Draw points with finite positive y, of which less is better, along an axis.
 
     The x axis starts at zero. The y axis shows the range there is, by ratio when it spans more than a factor of four.
@@ -63,7 +64,6 @@ def tradeoff(points: Sequence[Point], axis: Axis, y_title: str, *, width: float 
         *_moves(points, x, y),
         *(_dot(point, x, y) for point in sorted(points, key=lambda point: point.role == "this")),
         *_names(points, x, y, width),
-        alone=alone,
     )
 
 

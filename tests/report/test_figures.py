@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from xml.etree import ElementTree as Xml
 
 import pytest
 
+from aerogel.errors import AerogelError
 from aerogel.report import page, phrases, record
 from aerogel.report.layers import error_map, towers
 from aerogel.report.parts import parts_bars
 from aerogel.report.svg import Scale, element
 from aerogel.report.tradeoff import SIZE, Point, tradeoff
-from tests.report.runs import full
+from tests.report.runs import folders, full
 
 
 def circles(svg: str) -> dict[str, tuple[float, float]]:
@@ -52,11 +54,14 @@ def test_labels_stay_inside_and_apart(width: float) -> None:
         )
 
 
-def test_a_file_of_its_own_is_xml_with_its_colours() -> None:
-    for picture in page.pictures(record.parse(full()), alone=True):
-        root = Xml.fromstring(picture)
-        assert root.tag == "{http://www.w3.org/2000/svg}svg"
-        assert "prefers-color-scheme: dark" in picture
+def test_a_file_of_its_own_is_xml_with_its_colours(tmp_path: Path) -> None:
+    path = page.write_picture(folders(tmp_path / "runs"), tmp_path / "tradeoff.svg")
+    root = Xml.parse(path).getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "prefers-color-scheme: dark" in path.read_text("utf-8")
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == 2 * 6
+    with pytest.raises(AerogelError, match="has no trade-off to draw: its quality was not measured"):
+        page.write_picture(tmp_path / "runs" / "minimal", tmp_path / "tradeoff.svg")
 
 
 def test_error_map_has_a_cell_for_every_linear() -> None:
