@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,12 @@ from aerogel.model.family import Family
 from aerogel.model.network import Network
 from aerogel.model.quantized import attach
 from aerogel.model.reference import REFERENCES, folder_of
-from aerogel.model.slots import release, slots
+from aerogel.model.slots import Slot, replace, slots
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 _UNWANTED = ("*.fp16.safetensors", "consolidated*", "original/*", "onnx/*", "openvino/*")
+_DENOISERS = ("transformer", "transformer_2", "unet")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -95,13 +98,16 @@ def _is_pipeline(source: Any) -> bool:
 
 
 def _denoiser(pipeline: Any) -> nn.Module:
-    found = [pipeline.components[name] for name in ("transformer", "transformer_2", "unet") if pipeline.components.get(name) is not None]
-    if len(found) != 1:
-        raise AerogelError(
-            f"{type(pipeline).__name__} has {len(found)} denoisers, expected one; give the module itself, for example pipeline.transformer"
-        )
-    module: nn.Module = found[0]
+    found = [name for name in _DENOISERS if pipeline.components.get(name) is not None]
+    _require_one(found, type(pipeline).__name__)
+    module: nn.Module = pipeline.components[found[0]]
     return module
+
+
+def _require_one(denoisers: list[str], owner: Any) -> None:
+    if len(denoisers) != 1:
+        found = f"{len(denoisers)} denoisers ({', '.join(denoisers)})" if denoisers else "no denoiser"
+        raise AerogelError(f"{owner} has {found}, expected one; open one by itself: its sub-folder, or pipeline.transformer")
 
 
 def _find(source: str, trust_remote_code: bool) -> Path:
@@ -127,79 +133,130 @@ def _find(source: str, trust_remote_code: bool) -> Path:
 def _open(folder: Path, dtype: torch.dtype | None, lazy: bool, trust_remote_code: bool) -> Network:
     if (folder / "model_index.json").is_file():
         return _open_pipeline(folder, dtype)
-    settings = _read_json(folder / "config.json")
-    family = family_of(settings.get("model_type"), settings.get("_class_name"))
-    checkpoint = Checkpoint.open(folder, family.in_memory)
-    checkpoint.verify()
-    stored = checkpoint.main_dtype()
-    dtype = dtype or computing_dtype(stored)
-    if "_class_name" in settings:
-        return Network(_diffusers_model(folder, settings["_class_name"], dtype), family, folder, stored_dtype=stored)
+    given = _Folder.read(folder, dtype)
+    if "_class_name" in given.settings:
+        return Network(_denoiser_in(given), given.family, folder, stored_dtype=given.stored)
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    module = _skeleton(config, family, dtype, trust_remote_code)
-    fits = _fits(module, checkpoint, dtype)
+    config.__dict__.pop("quantization_config", None)
+    auto = transformers.AutoModelForImageTextToText if given.family.modality == "image-text" else transformers.AutoModelForCausalLM
+    options = {"dtype": given.dtype, "trust_remote_code": trust_remote_code}
+    module = _skeleton(given, lambda: auto.from_config(config, **options))
+    fits = _fits(module, given)
     if fits:
-        checkpoint.materialise(module, skip=list(Network(module, family).blocks().values()) if lazy else [])
-    elif settings.get("quantization_config"):
-        raise AerogelError(f"{folder}: its quantized tensors are not those of {type(module).__name__}; compress the original again")
+        given.checkpoint.materialise(module, skip=list(Network(module, given.family).blocks().values()) if lazy else [])
     else:
-        module = _read_whole(folder, config, family, dtype, trust_remote_code)
-        unfuse(module, family)
+        module = _whole(given, auto, config=config, **options)
     with suppress(OSError):  # a folder may do without
         module.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
-    processor = _processor(folder, family, trust_remote_code)
-    return Network(module.eval(), family, folder, processor, checkpoint if lazy and fits else None, stored)
+    processor = _processor(folder, given.family, trust_remote_code)
+    return Network(module.eval(), given.family, folder, processor, given.checkpoint if lazy and fits else None, given.stored)
 
 
-def _skeleton(config: Any, family: Family, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+def _open_pipeline(folder: Path, dtype: torch.dtype | None) -> Network:
+    index = _read_json(folder / "model_index.json")
+    parts = [name for name in _DENOISERS if (index.get(name) or [None])[0] is not None]
+    _require_one(parts, folder)
+    given = _Folder.read(folder / parts[0], dtype)
+    module = _denoiser_in(given)
+    pipeline = _diffusers(folder).DiffusionPipeline.from_pretrained(
+        folder, dtype=given.dtype, use_safetensors=True, local_files_only=True, **{parts[0]: module}
+    )
+    return Network(module, given.family, folder, pipeline, stored_dtype=given.stored)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """What a folder with one network says before anything of it is built."""
+
+    path: Path
+    settings: dict[str, Any]
+    family: Family
+    checkpoint: Checkpoint
+    stored: torch.dtype
+    dtype: torch.dtype
+    """What to compute in."""
+
+    @classmethod
+    def read(cls, path: Path, dtype: torch.dtype | None) -> _Folder:
+        settings = _read_json(path / "config.json")
+        family = family_of(settings.get("model_type"), settings.get("_class_name"))
+        checkpoint = Checkpoint.open(path, family.in_memory)
+        checkpoint.verify()
+        stored = checkpoint.main_dtype()
+        return cls(path, settings, family, checkpoint, stored, dtype or computing_dtype(stored))
+
+
+def _denoiser_in(given: _Folder) -> nn.Module:
+    """The denoiser of a diffusers folder, all of it: glue may call into a block, as DiT's does."""
+    cls = getattr(_diffusers(given.path), given.settings["_class_name"])
+    settings = {key: value for key, value in given.settings.items() if key != "quantization_config"}
+    module = _skeleton(given, lambda: cls.from_config(settings))
+    if not _fits(module, given):
+        return _whole(given, cls, dtype=given.dtype).eval()
+    given.checkpoint.materialise(module)
+    return module.eval()
+
+
+def _skeleton(given: _Folder, build: Callable[[], nn.Module]) -> nn.Module:
     """The module on meta, with its computed buffers real, its experts apart and quantized linears in place."""
-    quantization = config.__dict__.pop("quantization_config", None)
     with accelerate.init_empty_weights(include_buffers=False):
-        module: nn.Module = _auto_class(family).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    module.tie_weights()  # type: ignore[operator]
-    unfuse(module, family)
-    if quantization is not None:
+        module = build()
+    if isinstance(module, transformers.PreTrainedModel):
+        module.tie_weights()
+    kept = _kept_in_float32(module, given.dtype)
+
+    def declare(slot: Slot) -> torch.Tensor:
+        tensor = slot.tensor.detach().to("meta")
+        if any(f".{part}." in f".{slot.name}." for part in kept):
+            return tensor.float()
+        return tensor.to(given.dtype) if "_class_name" in given.settings and tensor.is_floating_point() else tensor
+
+    replace(module, declare)
+    unfuse(module, given.family)
+    if quantization := given.settings.get("quantization_config"):
         attach(module, quantization)
-    release(module)  # buffers that the checkpoint has
     return module
 
 
-def _read_whole(folder: Path, config: Any, family: Family, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
-    """The module as transformers reads it, which knows about names and layouts of other times."""
-    module, found = _auto_class(family).from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-    )
-    if lacking := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
-        raise AerogelError(
-            f"{folder}: no weights for {lacking[0]} and {len(lacking) - 1} more; the checkpoint is not one of a {type(module).__name__}"
-        )
-    whole: nn.Module = module
-    return whole
+def _kept_in_float32(module: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Parts of names whose weights transformers or diffusers keeps in float32 whatever is computed in."""
+    kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16 or not isinstance(module, transformers.PreTrainedModel):
+        kept |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    return kept if dtype in (torch.float16, torch.bfloat16) else set()
 
 
-def _fits(module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
-    """Whether the checkpoint has exactly the module's tensors, so that each can be read when it is needed."""
-    if dtype in (torch.float16, torch.bfloat16) and (
-        getattr(module, "_keep_in_fp32_modules_strict", None) or getattr(module, "_keep_in_fp32_modules", None)
-    ):
-        return False  # transformers knows which parts to leave in float32
+def _fits(module: nn.Module, given: _Folder) -> bool:
+    """Whether the checkpoint has exactly the module's tensors, so that each can be read when it is needed.
+
+    Raises AerogelError when it does not and cannot be read in another way, because its tensors are codes.
+    """
     names: dict[int, set[str]] = {}
     for slot in slots(module):
         names.setdefault(id(slot.tensor), set()).add(slot.name)
     known = set().union(*names.values())
     obsolete = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
-    complete = all(any(name in checkpoint for name in aliases) for aliases in names.values())
-    return complete and all(name in known or any(re.search(key, name) for key in obsolete) for name in checkpoint.names())
+    lacking = [aliases for aliases in names.values() if not any(name in given.checkpoint for name in aliases)]
+    unknown = [name for name in given.checkpoint.names() if name not in known and not any(re.search(key, name) for key in obsolete)]
+    if (lacking or unknown) and given.settings.get("quantization_config"):
+        other = f"lacks {min(lacking[0])}" if lacking else f"has {unknown[0]}, which is unknown"
+        raise AerogelError(
+            f"{given.path}: its quantized checkpoint is not one of a {type(module).__name__}: it {other}; compress the original again"
+        )
+    return not lacking and not unknown
 
 
-def _auto_class(family: Family) -> Any:
-    return transformers.AutoModelForImageTextToText if family.modality == "image-text" else transformers.AutoModelForCausalLM
+def _whole(given: _Folder, cls: Any, **options: Any) -> nn.Module:
+    """The module as its own library reads it, which knows about names and layouts of other times."""
+    options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    module, found = cls.from_pretrained(given.path, **options)
+    if lacking := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
+        raise AerogelError(
+            f"{given.path}: no weights for {lacking[0]} and {len(lacking) - 1} more; it is no checkpoint of a {type(module).__name__}"
+        )
+    unfuse(module, given.family)
+    whole: nn.Module = module
+    return whole
 
 
 def _processor(folder: Path, family: Family, trust_remote_code: bool) -> Any:
@@ -212,26 +269,6 @@ def _processor(folder: Path, family: Family, trust_remote_code: bool) -> Any:
         with suppress(ImportError):
             return transformers.AutoProcessor.from_pretrained(folder, **options)
     return transformers.AutoTokenizer.from_pretrained(folder, **options)
-
-
-def _open_pipeline(folder: Path, dtype: torch.dtype | None) -> Network:
-    diffusers = _diffusers(folder)
-    index = _read_json(folder / "model_index.json")
-    part = next((name for name in ("transformer", "unet") if index.get(name)), "transformer")
-    checkpoint = Checkpoint.open(folder / part)
-    checkpoint.verify()
-    stored = checkpoint.main_dtype()
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        folder, dtype=dtype or computing_dtype(stored), use_safetensors=True, local_files_only=True
-    )
-    module = _denoiser(pipeline)
-    return Network(module.eval(), family_of(type(module).__name__), folder, pipeline, stored_dtype=stored)
-
-
-def _diffusers_model(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
-    cls = getattr(_diffusers(folder), name)
-    module: nn.Module = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-    return module.eval()
 
 
 def _diffusers(folder: Path) -> Any:

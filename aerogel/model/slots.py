@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -47,15 +47,22 @@ def slots(module: nn.Module, prefix: str = "", skip: Collection[nn.Module] = ())
         yield from slots(child, stem + key, skip)
 
 
-def release(module: nn.Module) -> None:
-    """Send a module's parameters and persistent buffers to meta, and the memory they took back to the system."""
-    emptied: dict[int, Tensor] = {}
+def replace(module: nn.Module, change: Callable[[Slot], Tensor]) -> None:
+    """Put `change(slot)` in every place of a module; what was shared stays shared."""
+    changed: dict[int, Tensor] = {}
     for slot in list(slots(module)):
-        if not slot.tensor.is_meta:
-            slot.put(emptied.setdefault(id(slot.tensor), slot.like(slot.tensor.detach().to("meta"))))
+        key = id(slot.tensor)
+        if key not in changed:
+            changed[key] = slot.like(change(slot))
+        slot.put(changed[key])
     for part in module.modules():
         if isinstance(part, QuantLinear):
             part.cache.clear()
+
+
+def release(module: nn.Module) -> None:
+    """Send a module's parameters and persistent buffers to meta, and the memory they took back to the system."""
+    replace(module, lambda slot: slot.tensor.detach().to("meta"))
     trim()
 
 

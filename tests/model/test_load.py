@@ -154,7 +154,7 @@ def test_weights_that_are_not_there_are_never_invented(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["W4A16_G32", "W8A8", "FP8_DYNAMIC"])
-@pytest.mark.parametrize("name", ["llama", "mixtral", "llava"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "llava", "dit", "wan"])
 def test_a_compressed_folder_opens_as_it_was_in_memory(name: str, scheme: str, tmp_path: Path) -> None:
     parsed = Scheme.parse(scheme)
     network = load(FAMILIES[name].build())
@@ -166,15 +166,29 @@ def test_a_compressed_folder_opens_as_it_was_in_memory(name: str, scheme: str, t
     with new_folder(tmp_path / "out") as folder:
         write(network, folder)
     again = load(tmp_path / "out")
-    assert all(
-        tensor.is_meta
-        for block in again.blocks().values()
-        for part in block.modules()
-        if isinstance(part, QuantLinear)
-        for tensor in part.buffers()
-    )
+    if again.checkpoint is not None:
+        codes = [
+            tensor
+            for block in again.blocks().values()
+            for part in block.modules()
+            if isinstance(part, QuantLinear)
+            for tensor in part.buffers()
+        ]
+        assert codes
+        assert all(tensor.is_meta for tensor in codes)
+        again.checkpoint.materialise(again.module)
     for call in FAMILIES[name].calls(1):
-        assert torch.equal(output(resident(again), call), output(network.module, call))
+        assert torch.equal(output(again.module, call), output(network.module, call))
+
+
+def test_parts_that_are_kept_in_float32_stay_so(tmp_path: Path) -> None:
+    module = FAMILIES["wan"].build()
+    module.save_pretrained(tmp_path)
+    network = load(tmp_path, dtype=torch.bfloat16)
+    theirs = diffusers.WanTransformer3DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    expected = {name: parameter.dtype for name, parameter in theirs.named_parameters()}
+    assert {name: parameter.dtype for name, parameter in network.module.named_parameters()} == expected
+    assert set(expected.values()) == {torch.float32, torch.bfloat16}
 
 
 def test_quantization_of_others_is_refused(tmp_path: Path) -> None:
@@ -220,7 +234,15 @@ def test_pipelines_open_live_and_from_a_folder(tmp_path: Path) -> None:
     call = FAMILIES["dit"].calls(1)[0]
     assert network.family.name == "dit"
     assert isinstance(network.processor, diffusers.DiTPipeline)
+    assert network.processor.transformer is network.module
     assert torch.equal(output(network.module, call), output(pipeline.transformer, call))
+
+
+def test_two_denoisers_are_not_taken_for_one(tmp_path: Path) -> None:
+    parts = {name: ["diffusers", "WanTransformer3DModel"] for name in ("transformer", "transformer_2")}
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", **parts, "unet": [None, None]}))
+    with pytest.raises(AerogelError, match=r"2 denoisers \(transformer, transformer_2\), expected one"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["dit", "wan"])
