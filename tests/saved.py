@@ -1,24 +1,63 @@
-"""Tiny models saved as folders, with a word tokenizer and text to calibrate on: what the command line works on in tests."""
+"""Small networks rounded to nearest and saved: what tests of saving, loading and exporting start from."""
 
 from __future__ import annotations
 
-import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
+from aerogel import catalog
+from aerogel.model.modules import QuantLinear, stored_grid
+from aerogel.model.network import Network
+from aerogel.model.save import new_folder, write
+from aerogel.numerics.quantize import Grid, quantize, weight_grid
+from aerogel.numerics.scheme import Scheme
 from tests.tiny import FAMILIES
-from tests.words import WORDS, tokenizer
+
+SchemeOf = Callable[[str], str | None]
 
 
-def saved(folder: Path, name: str = "llama", dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB") -> Path:
-    """Save a tiny network with a tokenizer as a Hugging Face folder."""
-    FAMILIES[name].build().to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-    tokenizer().save_pretrained(folder)
-    return folder
+def round_to_nearest(module: nn.Module, scheme: str | SchemeOf | None, act_order: bool = False) -> nn.Module:
+    """Quantize the float linears, all but lm_head or those that `scheme` names a scheme for."""
+    for name, linear in list(module.named_modules()):
+        chosen = scheme(name) if callable(scheme) else None if name == "lm_head" else scheme
+        if isinstance(linear, nn.Linear) and chosen is not None:
+            module.set_submodule(name, quantized(linear, Scheme.parse(chosen), act_order))
+    return module
 
 
-def words(path: Path, count: int = 3000, seed: int = 0) -> Path:
-    """Write a text of `count` words that the tokenizer knows."""
-    path.write_text(" ".join(random.Random(seed).choices(WORDS, k=count)))
-    return path
+def quantized(linear: nn.Linear, scheme: Scheme, act_order: bool = False) -> QuantLinear:
+    """The linear on its min-max grid; with `act_order` its groups take columns in a shuffled order."""
+    columns = linear.in_features
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(0)) if act_order else torch.arange(columns)
+    g_idx = None
+    if act_order:
+        g_idx = torch.empty(columns, dtype=torch.int32)
+        g_idx[order] = torch.arange(columns, dtype=torch.int32) // (scheme.group or columns)
+    grid = stored_grid(weight_grid(linear.weight[:, order], scheme.weights), linear.weight.dtype)
+    static = Grid(torch.tensor(0.03125)) if scheme.inputs is not None and not scheme.inputs.dynamic else None
+    codes = quantize(linear.weight, grid, scheme.weights, g_idx)
+    return QuantLinear.from_codes(linear, scheme, codes, grid, g_idx, static)
+
+
+def network(
+    scheme: str | SchemeOf | None = "W4A16_G32",
+    kind: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    act_order: bool = False,
+    **fields: Any,
+) -> Network:
+    """A tiny network of tests/tiny.py with quantized linears."""
+    module = FAMILIES[kind].build()
+    for parameter in module.parameters():  # buffers of rotary embeddings stay float32, as in transformers
+        parameter.data = parameter.data.to(dtype)
+    return Network(round_to_nearest(module, scheme, act_order), catalog.find("families", FAMILIES[kind].family), **fields)
+
+
+def save(given: Network, output: Path, **knobs: Any) -> dict[str, str]:
+    """Save a network and return its checksums."""
+    with new_folder(output) as folder:
+        return write(given, folder, **knobs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,33 +11,18 @@ from compressed_tensors.quantization import QuantizationConfig
 from torch import nn
 
 from aerogel.errors import AerogelError
-from aerogel.model.modules import QuantLinear, ScaledInput, stored_grid
+from aerogel.model.modules import QuantLinear, ScaledInput
 from aerogel.model.quantized import assignments, attach, describe, linears
-from aerogel.numerics.quantize import Grid, quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
+from tests.saved import SchemeOf, round_to_nearest
 from tests.tiny import FAMILIES
 
 SCHEMES = ["W2A16_G32", "W3A16_G32_ASYM", "W4A16_CHANNEL", "W8A16_G64", "W8A8", "W8A8_STATIC", "W4A8_G32", "FP8_DYNAMIC", "FP8_STATIC"]
 SCHEMES += ["NVFP4A16", "MXFP4A16"]
 
 
-def round_to_nearest(module: nn.Module, scheme_of: Callable[[str], str | None]) -> nn.Module:
-    """Quantize the linears that `scheme_of` gives a scheme."""
-    for name in linears(module):
-        if (chosen := scheme_of(name)) is None:
-            continue
-        linear, scheme = module.get_submodule(name), Scheme.parse(chosen)
-        assert isinstance(linear, nn.Linear)
-        grid = stored_grid(weight_grid(linear.weight, scheme.weights), linear.weight.dtype)
-        static = Grid(torch.tensor(0.03125)) if scheme.inputs is not None and not scheme.inputs.dynamic else None
-        module.set_submodule(
-            name, QuantLinear.from_codes(linear, scheme, quantize(linear.weight, grid, scheme.weights), grid, input_grid=static)
-        )
-    return module
-
-
-def llama(scheme_of: Callable[[str], str | None]) -> nn.Module:
-    return round_to_nearest(FAMILIES["llama"].build(), scheme_of)
+def llama(scheme: str | SchemeOf) -> nn.Module:
+    return round_to_nearest(FAMILIES["llama"].build(), scheme)
 
 
 def mixed(name: str) -> str | None:
@@ -54,7 +38,7 @@ def shapes(module: nn.Module) -> dict[str, tuple[Any, ...]]:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_library_accepts_what_we_write_and_we_read_back_the_scheme(scheme: str) -> None:
-    module = llama(lambda name: None if name == "lm_head" else scheme)
+    module = llama(scheme)
     config = describe(module)
     assert config is not None
     theirs = QuantizationConfig.model_validate(config)
@@ -146,7 +130,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("change", "word"), BROKEN)
 def test_what_cannot_be_run_is_an_error_that_names_it(change: dict[str, Any], word: str) -> None:
-    config = copy.deepcopy(describe(llama(lambda name: None if name == "lm_head" else "W4A16_G32")))
+    config = copy.deepcopy(describe(llama("W4A16_G32")))
     assert config is not None
     top = change.keys() & {"quant_method", "config_groups"}
     (config if top else config["config_groups"]["group_0"]).update(change)
@@ -155,7 +139,7 @@ def test_what_cannot_be_run_is_an_error_that_names_it(change: dict[str, Any], wo
 
 
 def test_kv_cache_scales_that_are_not_used_are_said() -> None:
-    config = describe(llama(lambda name: None if name == "lm_head" else "W4A16_G32"))
+    config = describe(llama("W4A16_G32"))
     assert config is not None
     with pytest.warns(UserWarning, match="KV cache"):
         attach(FAMILIES["llama"].build(), config | {"kv_cache_scheme": {"num_bits": 8}})

@@ -15,39 +15,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from aerogel import catalog
 from aerogel.errors import AerogelError
-from aerogel.model.modules import QuantLinear, held, stored_grid
-from aerogel.model.network import Network
+from aerogel.model.modules import held
 from aerogel.model.save import new_folder, preflight, resident, write
-from aerogel.numerics.quantize import Grid, quantize, weight_grid
-from aerogel.numerics.scheme import Scheme
+from tests.saved import network, save
 from tests.tiny import FAMILIES, output
 
 SCHEMES = ["W2A16_G32", "W3A16_G32_ASYM", "W4A16_CHANNEL", "W8A16_G64", "W8A8", "W8A8_STATIC", "W4A8_G32", "FP8_DYNAMIC", "FP8_STATIC"]
-
-
-def quantize_all(module: nn.Module, scheme: Scheme) -> None:
-    for name, linear in list(module.named_modules()):
-        if isinstance(linear, nn.Linear) and name != "lm_head":
-            grid = stored_grid(weight_grid(linear.weight, scheme.weights), linear.weight.dtype)
-            static = Grid(torch.tensor(0.03125)) if scheme.inputs is not None and not scheme.inputs.dynamic else None
-            codes = quantize(linear.weight, grid, scheme.weights)
-            module.set_submodule(name, QuantLinear.from_codes(linear, scheme, codes, grid, input_grid=static))
-
-
-def network(scheme: str | None = "W4A16_G32", kind: str = "llama", dtype: torch.dtype = torch.float32, **fields: Any) -> Network:
-    module = FAMILIES[kind].build()
-    for parameter in module.parameters():  # buffers of rotary embeddings stay float32, as in transformers
-        parameter.data = parameter.data.to(dtype)
-    if scheme is not None:
-        quantize_all(module, Scheme.parse(scheme))
-    return Network(module, catalog.find("families", FAMILIES[kind].family), **fields)
-
-
-def saved(given: Network, output: Path, **knobs: Any) -> dict[str, str]:
-    with new_folder(output) as folder:
-        return write(given, folder, **knobs)
 
 
 def opened(folder: Path) -> nn.Module:
@@ -66,7 +40,7 @@ def largest_difference(left: nn.Module, right: nn.Module) -> float:
 @pytest.mark.parametrize("scheme", [None, *SCHEMES])
 def test_plain_transformers_gives_the_logits_of_our_model(scheme: str | None, tmp_path: Path) -> None:
     given = network(scheme)
-    saved(given, tmp_path / "out")
+    save(given, tmp_path / "out")
     assert largest_difference(given.module, opened(tmp_path / "out")) < 1e-6  # measured: 0.0
 
 
@@ -74,7 +48,7 @@ def test_plain_transformers_gives_the_logits_of_our_model(scheme: str | None, tm
 def test_in_bfloat16_too(scheme: str, tmp_path: Path) -> None:
     # Weight-only: the library rounds the scales of quantized inputs to bfloat16, which ours keeps in float32.
     given = network(scheme, dtype=torch.bfloat16)
-    saved(given, tmp_path / "out")
+    save(given, tmp_path / "out")
     theirs = opened(tmp_path / "out")
     assert theirs.dtype == torch.bfloat16
     assert largest_difference(given.module, theirs) < 1e-6  # measured: 0.0
@@ -83,7 +57,7 @@ def test_in_bfloat16_too(scheme: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["W4A16_G32", "W8A8", "FP8_DYNAMIC"])
 def test_our_kernels_give_its_logits_within_their_rounding(scheme: str, tmp_path: Path) -> None:
     given = network(scheme)
-    saved(given, tmp_path / "out")
+    save(given, tmp_path / "out")
     theirs = opened(tmp_path / "out")
     for call in FAMILIES["llama"].calls(2):
         expected = output(theirs, call)
@@ -95,7 +69,7 @@ def test_tied_weights_are_saved_once_and_tied_again(tmp_path: Path) -> None:
     names = [name for name, _ in resident(given.module)]
     assert "model.embed_tokens.weight" in names
     assert "lm_head.weight" not in names
-    saved(given, tmp_path / "out")
+    save(given, tmp_path / "out")
     again = opened(tmp_path / "out")
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert largest_difference(given.module, again) < 1e-6
@@ -104,7 +78,7 @@ def test_tied_weights_are_saved_once_and_tied_again(tmp_path: Path) -> None:
 def test_a_sharded_stream_in_any_order_opens_too(tmp_path: Path) -> None:
     given = network()
     stream = list(resident(given.module))[::-1]
-    checksums = saved(given, tmp_path / "out", tensors=iter(stream), max_shard_size=20_000)
+    checksums = save(given, tmp_path / "out", tensors=iter(stream), max_shard_size=20_000)
     assert len(checksums) > 2
     assert largest_difference(given.module, opened(tmp_path / "out")) < 1e-6
 
@@ -130,7 +104,7 @@ def test_files_beside_the_weights_come_along_and_weights_keep_their_dtype(tmp_pa
     source = origin(tmp_path / "source")
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     given = network(origin=source, stored_dtype=torch.bfloat16)
-    saved(given, tmp_path / "out")
+    save(given, tmp_path / "out")
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "LICENSE", "model.safetensors"}
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -143,7 +117,7 @@ def test_settings_that_changed_in_memory_reach_the_disk(tmp_path: Path) -> None:
     given = network(origin=origin(tmp_path / "source"))
     assert given.config is not None
     given.config.rms_norm_eps = 0.125
-    saved(given, tmp_path / "out")
+    save(given, tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["rms_norm_eps"] == 0.125
 
 
@@ -151,7 +125,7 @@ def test_an_old_quantization_config_does_not_stay_on_a_float_model(tmp_path: Pat
     given = network(
         None, origin=origin(tmp_path / "source", quantization_config={"quant_method": "compressed-tensors", "config_groups": {}})
     )
-    saved(given, tmp_path / "out")
+    save(given, tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
 
 
@@ -162,7 +136,7 @@ def test_a_denoiser_is_saved_into_its_part_of_the_pipeline(tmp_path: Path) -> No
     (source / "vae").mkdir()
     (source / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"vae")
     (source / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "DiTTransformer2DModel"], "vae": ["diffusers", "X"]}))
-    checksums = saved(given, tmp_path / "out")
+    checksums = save(given, tmp_path / "out")
     assert list(checksums) == ["transformer/diffusion_pytorch_model.safetensors"]
     assert (tmp_path / "out/vae/diffusion_pytorch_model.safetensors").read_bytes() == b"vae"
     config = json.loads((tmp_path / "out/transformer/config.json").read_text())
@@ -178,14 +152,14 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(AerogelError, match=r"could not be saved \(No space left on device\); nothing was left"):
-        saved(given, tmp_path / "out", tensors=breaks())
+        save(given, tmp_path / "out", tensors=breaks())
 
     def interrupted() -> Iterator[tuple[str, Tensor]]:
         yield "a", torch.zeros(3)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        saved(given, tmp_path / "out", tensors=interrupted())
+        save(given, tmp_path / "out", tensors=interrupted())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -202,7 +176,7 @@ def test_tensors_that_are_not_in_memory_are_named(tmp_path: Path) -> None:
     given = network()
     given.module.to("meta")
     with pytest.raises(AerogelError, match=r"model\.embed_tokens\.weight: its values are not in memory"):
-        saved(given, tmp_path / "out")
+        save(given, tmp_path / "out")
 
 
 def test_preflight_finds_what_is_in_the_way_and_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
