@@ -168,9 +168,13 @@ def export(
 ) -> None:
     """Rewrite a compressed folder for another engine, without calibrating again."""
     _start()
-    from aerogel import exporting
+    from aerogel import catalog
+    from aerogel.model import save
 
-    typer.echo(exporting.export(folder, format, output))
+    exporter = catalog.find("exporters", format)()
+    save.preflight(output, origin=folder)
+    exporter.write(folder, output)
+    typer.echo(output)
 
 
 @app.command()

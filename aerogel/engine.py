@@ -288,7 +288,8 @@ def _stages(recipe: Recipe) -> list[list[Step]]:
 def _compress(block: Block, step: Step) -> None:
     assert isinstance(step.method, BlockMethod)
     before = len(block.notes)
-    step.method.compress(block)
+    with torch.set_grad_enabled("gradients" in step.method.needs):
+        step.method.compress(block)
     block.notes[before:] = [{"block": block.name, "method": step.name, **note} for note in block.notes[before:]]
 
 

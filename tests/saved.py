@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
+import transformers
 from torch import nn
 
 from aerogel import catalog
@@ -15,7 +17,7 @@ from aerogel.model.network import Network
 from aerogel.model.save import new_folder, write
 from aerogel.numerics.quantize import Grid, quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, VOCABULARY
 
 SchemeOf = Callable[[str], str | None]
 
@@ -55,6 +57,21 @@ def network(
     for parameter in module.parameters():  # buffers of rotary embeddings stay float32, as in transformers
         parameter.data = parameter.data.to(dtype)
     return Network(round_to_nearest(module, scheme, act_order), catalog.find("families", FAMILIES[kind].family), **fields)
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 128 tokens for lower-case text: three special ones, printable ASCII, merges."""
+    text = ["the cat sat on the mat and the dog ran to the man in the sun, then it hid in a hat"]
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(text * 2, trainer)
+    assert model.get_vocab_size() == VOCABULARY
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def save(given: Network, output: Path, **knobs: Any) -> dict[str, str]:

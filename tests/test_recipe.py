@@ -1,0 +1,159 @@
+"""Recipes: strict, typed, and resolved to a form that reads back."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from aerogel import catalog
+from aerogel.errors import AerogelError
+from aerogel.methods.method import BlockMethod, Method, RuntimePolicy
+from aerogel.methods.quantization.gptq import Gptq
+from aerogel.numerics.scheme import PerGroup, Scheme
+from aerogel.recipe import Recipe, Step
+
+GPTQ: dict[str, Any] = {"name": "mine", "steps": [{"gptq": {"scheme": "W4A16_G64", "damping": 0.02}}]}
+
+
+def test_steps_become_methods() -> None:
+    (step,) = Recipe.parse(GPTQ).steps
+    assert step.name == "gptq"
+    assert isinstance(step.method, Gptq)
+    assert step.method.damping == 0.02
+    assert str(step.method.scheme) == "W4A16_G64"
+    with pytest.raises(FrozenInstanceError):
+        step.method.damping = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", catalog.names("recipes"))
+def test_shipped_recipes_are_short_and_read_back(name: str) -> None:
+    path = catalog.card("recipes", name).path
+    assert len(path.read_text().splitlines()) <= 20
+    recipe = Recipe.parse(name)
+    assert recipe.name == name
+    assert all(isinstance(step.method, BlockMethod | Method | RuntimePolicy) for step in recipe.steps)
+    assert Recipe.parse(recipe.as_dict()) == recipe
+
+
+def test_resolved_recipe_spells_every_knob_in_plain_values() -> None:
+    resolved = Recipe.parse(GPTQ).as_dict()
+    knobs = resolved["steps"][0]["gptq"]
+    assert set(knobs) == {knob.name for knob in catalog.knobs(Gptq)}
+    assert knobs["scheme"] == "W4A16_G64"
+    assert knobs["ignore"] == ["lm_head"]
+    assert yaml.safe_load(yaml.safe_dump(resolved)) == resolved
+
+
+def test_lists_stand_for_tuples_and_mappings_for_schemes() -> None:
+    knobs = {"scheme": {"preset": "W4A16", "group": 32}, "ignore": ["lm_head", "re:.*down.*"], "overrides": {"*.o_proj": "W8A16"}}
+    method = Recipe.parse({"steps": [{"gptq": knobs}]}).steps[0].method
+    assert isinstance(method, Gptq)
+    assert isinstance(method.scheme, Scheme)
+    assert method.scheme.weights.granularity == PerGroup(32)
+    assert method.ignore == ("lm_head", "re:.*down.*")
+    assert Scheme.parse(method.overrides["*.o_proj"]).bits == 8
+
+
+def test_files_mappings_and_recipes_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("steps:\n  - gptq: {scheme: W3A16_G64, damping: 1e-3}\n  - rtn:\n")
+    recipe = Recipe.parse(path)
+    assert recipe.name == "own"
+    assert [step.name for step in recipe.steps] == ["gptq", "rtn"]
+    assert recipe.as_dict()["steps"][0]["gptq"]["damping"] == 0.001
+    assert Recipe.parse(str(path)) == recipe == Recipe.parse(recipe)
+
+
+def test_recipes_can_be_made_of_values() -> None:
+    recipe = Recipe("made", (Step("gptq", Gptq(scheme=Scheme.parse("W8A16_CHANNEL"))),))
+    assert Recipe.parse(recipe) is recipe
+    assert Recipe.parse(recipe.as_dict()) == Recipe.parse(recipe, ["gptq.scheme=W8A16_CHANNEL"])
+
+
+@pytest.mark.parametrize(
+    ("override", "knob", "value"),
+    [
+        ("gptq.scheme=W3A16", "scheme", "W3A16"),
+        ("gptq.damping=5e-2", "damping", 0.05),
+        ("gptq.true_sequential=true", "true_sequential", True),
+        ("gptq.ignore=[lm_head, '*.down_proj']", "ignore", ["lm_head", "*.down_proj"]),
+        ("gptq.overrides={'*.o_proj': W8A16}", "overrides", {"*.o_proj": "W8A16"}),
+    ],
+)
+def test_overrides_are_typed(override: str, knob: str, value: object) -> None:
+    assert Recipe.parse(GPTQ, [override]).as_dict()["steps"][0]["gptq"][knob] == value
+
+
+def test_overrides_leave_the_given_mapping_alone() -> None:
+    Recipe.parse(GPTQ, ["gptq.scheme=W3A16"])
+    assert GPTQ["steps"][0]["gptq"]["scheme"] == "W4A16_G64"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"steps": [{"gptq": {"shceme": "W4A16"}}]}, r"step 1 \(gptq\): unknown knob 'shceme'; did you mean scheme"),
+        ({"steps": [{"gpqt": {}}]}, r"step 1: unknown method 'gpqt'; did you mean gptq"),
+        ({"steps": [{"gptq": {}, "rtn": {}}]}, r"step 1: a step has one key, the method; got \['gptq', 'rtn'\]"),
+        ({"step": []}, r"unknown key 'step'; did you mean steps"),
+        ({"name": "x"}, "steps: Field required"),
+        ({"steps": []}, "steps: List should have at least 1 item"),
+        ({"steps": ["gptq"]}, r"steps\.0: .*dictionary"),
+        ({"steps": [{"gptq": {"damping": "much"}}]}, r"knob 'damping': .*number, got 'much'"),
+        ({"steps": [{"gptq": {"damping": True}}]}, r"knob 'damping': .*number, got True"),
+        ({"steps": [{"gptq": {"ignore": "lm_head"}}]}, r"knob 'ignore': .*tuple, got 'lm_head'"),
+        ({"steps": [{"gptq": {"scheme": "W5B16"}}]}, r"knob 'scheme': unknown scheme 'W5B16'"),
+        ({"steps": [{"gptq": {"scheme": 4}}]}, r"knob 'scheme': a scheme is a name"),
+        ({"steps": [{"gptq": {"overrides": {"*": "W9A16"}}}]}, r"knob 'overrides': .*unknown scheme 'W9A16'"),
+        ("gptq-w4a61", r"unknown recipe 'gptq-w4a61'; did you mean gptq-w4a16"),
+        ("nowhere/own.yaml", r"recipe file nowhere/own\.yaml does not exist"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(recipe: Any, message: str) -> None:
+    with pytest.raises(AerogelError, match=message) as raised:
+        Recipe.parse(recipe)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: [", "is not YAML"),
+        ("- gptq", "must be a mapping with the keys name and steps"),
+        ("steps: [{gptq: {damping: 1, damping: 2}}]", "key 'damping' is given twice"),
+        ("steps: !!python/object/apply:os.getcwd []", "is not YAML"),
+        ("steps: [{gptq: {}}]\ninclude: other.yaml", "unknown key 'include'"),
+    ],
+)
+def test_files_that_are_no_recipes_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(AerogelError, match=message) as raised:
+        Recipe.parse(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(AerogelError, match="cannot be read"):
+        Recipe.parse(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("gptq.shceme=W4A16", "unknown knob 'shceme'; did you mean scheme"),
+        ("gpqt.scheme=W4A16", "recipe 'mine' has no step 'gpqt'; did you mean gptq"),
+        ("gptq.scheme", "expected method.knob=value"),
+        ("scheme=W4A16", "expected method.knob=value"),
+        ("gptq.ignore=[", "the value is not YAML"),
+    ],
+)
+def test_overrides_that_mean_nothing_are_refused(override: str, message: str) -> None:
+    with pytest.raises(AerogelError, match=message):
+        Recipe.parse(GPTQ, [override])
