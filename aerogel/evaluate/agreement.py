@@ -25,6 +25,9 @@ class Agreement(TextMeasure):
 
     compares: ClassVar[bool] = True
 
+    tokens: int = 4096
+    """Tokens read from the start of the source; 0 reads all. Both networks read them."""
+
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
         """Return kl (nats per token), top1 (share), the scored tokens and what was read."""
         original = original_of(self, against)

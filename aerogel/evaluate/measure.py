@@ -60,7 +60,7 @@ class TextMeasure(Measure):
 
     source: str = "sotu-held-out"
     """Name of shipped text, or a .txt, .jsonl or datasets folder."""
-    tokens: int = 16384
+    tokens: int = 8192
     """Tokens read from the start of the source; 0 reads all."""
     length: int = 1024
     """Tokens the network sees at once; one with fewer positions sees as many as it has."""
