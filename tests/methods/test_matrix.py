@@ -1,0 +1,112 @@
+"""Every method on every family: it reaches its share, keeps the output close, and what is saved answers as what is in memory.
+
+A new method needs no line here unless its defaults do not fit networks of width 64, or it refuses some families.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import aerogel
+from aerogel import catalog
+from aerogel.errors import AerogelError
+from aerogel.methods.method import WeightMethod
+from aerogel.model.match import matches
+from aerogel.model.modules import QuantLinear
+from aerogel.model.network import Network
+from tests.tiny import FAMILIES, opened, output
+
+METHODS = catalog.names("methods")
+
+# Eight bits, in groups that divide every width of the tiny networks.
+KNOBS: dict[str, dict[str, Any]] = {
+    name: {"scheme": "W8A8" if name == "smoothquant" else "W8A16_G32"}
+    for name in METHODS
+    if issubclass(catalog.find("methods", name), WeightMethod)
+}
+
+# Methods that leave some families alone, and why.
+REFUSED = {"rotate": ({"gemma2", "gemma3", "qwen2_5_vl", "llava", "dit", "wan"}, "no residual stream")}
+
+# Largest relative error of the output. Eight bits on random weights: 0.03; where a router picks experts, a rounding can change its
+# choice: 0.15. Methods that keep the function are held to float32.
+CLOSE, ROUTED, EXACT = 0.03, 0.15, 1e-5
+KEEP_FUNCTION = {"rotate"}
+
+
+def pairs(*, refused: bool) -> list[tuple[str, str]]:
+    every = [(method, name) for method in METHODS for name in sorted(FAMILIES)]
+    return [(method, name) for method, name in every if (name in REFUSED.get(method, ((), ""))[0]) == refused]
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, list[Tensor]]:
+    """What the untouched networks answer."""
+    return {name: [output(tiny.build(), call) for call in tiny.calls(3)] for name, tiny in FAMILIES.items()}
+
+
+def steps(method: str) -> dict[str, Any]:
+    return {"name": f"{method}-alone", "steps": [{method: KNOBS.get(method, {})}]}
+
+
+@pytest.mark.parametrize(("method", "name"), pairs(refused=False))
+def test_method_on_family(method: str, name: str, expected: dict[str, list[Tensor]], tmp_path: Path) -> None:
+    tiny = FAMILIES[name]
+    result = aerogel.compress(tiny.build(), steps(method), samples=tiny.calls(3), output=tmp_path / "out", measures=())
+    network = result.network
+    assert reached(network) == (reachable(name) if method in KNOBS else set())
+    answers = [output(network.module, call) for call in tiny.calls(3)]
+    bound = EXACT if method in KEEP_FUNCTION else ROUTED if network.family.experts else CLOSE
+    for answer, before in zip(answers, expected[name], strict=True):
+        assert answer.isfinite().all()
+        assert (answer - before).norm() / before.norm() < bound
+    reopened = aerogel.load(tmp_path / "out", lazy=False)
+    for call, answer in zip(tiny.calls(3), answers, strict=True):
+        assert torch.equal(output(reopened.module, call), answer)
+
+
+@pytest.mark.parametrize(("method", "name"), pairs(refused=True))
+def test_refusal_is_clear_and_leaves_everything(method: str, name: str, expected: dict[str, list[Tensor]], tmp_path: Path) -> None:
+    tiny = FAMILIES[name]
+    network = tiny.build()
+    with pytest.raises(AerogelError, match=REFUSED[method][1]):
+        aerogel.compress(network, steps(method), samples=tiny.calls(3), output=tmp_path / "out", measures=())
+    assert not list(tmp_path.iterdir())
+    for call, before in zip(tiny.calls(3), expected[name], strict=True):
+        torch.testing.assert_close(output(network, call), before, rtol=0, atol=2e-6)  # experts may have been taken apart
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_folder_gives_the_bits_of_a_live_network(name: str, tmp_path: Path) -> None:
+    """A folder is compressed with few blocks in memory; names of tensors that stay are those the folder has."""
+    tiny = FAMILIES[name]
+    tiny.build().save_pretrained(tmp_path / "source")
+    for source, target in ((tiny.build(), "live"), (tmp_path / "source", "lazy")):
+        aerogel.compress(source, steps("gptq"), samples=tiny.calls(3), output=tmp_path / target, measures=())
+    live, lazy = stored(tmp_path / "live"), stored(tmp_path / "lazy")
+    assert live.keys() == lazy.keys()
+    assert all(torch.equal(live[key], tensor) for key, tensor in lazy.items())
+    before = stored(tmp_path / "source")
+    assert {key.removesuffix("_packed").removesuffix("_scale").removesuffix("_shape") for key in lazy} == before.keys()
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def reached(network: Network) -> set[str]:
+    return {name.removesuffix(".inner") for name, part in network.module.named_modules() if isinstance(part, QuantLinear)}
+
+
+def reachable(name: str) -> set[str]:
+    """Every linear but the head and what the family keeps."""
+    network = opened(name)
+    linears = {part for part, module in network.module.named_modules() if isinstance(module, nn.Linear)}
+    return {linear for linear in linears if linear != "lm_head" and not matches(linear, network.family.keep)}
