@@ -25,7 +25,7 @@ class Cell:
 
     @property
     def error(self) -> float:
-        """Mean relative error."""
+        """Mean relative squared error."""
         return fmean(line.error for line in self.lines if line.error is not None)
 
     @property
@@ -71,7 +71,7 @@ def error_map(table: Table, width: float = 960, tall: bool = False) -> Markup:
         mean = fmean(cells[row, column].error for column in columns if (row, column) in cells)
         drawn.append(_bar(mean, end + 12, head + index * pitch, pitch, top))
     drawn.append(_legend(left, foot + 18, top))
-    return picture(width, foot + 24, "Relative error of every linear", *drawn)
+    return picture(width, foot + 24, "Relative squared error of every linear", *drawn)
 
 
 def _columns(columns: Sequence[str], left: float, step: float, head: float, tall: bool) -> Markup:

@@ -35,7 +35,7 @@ GLOSSARY = (
     ),
     ("Same next token", "Share of tokens for which both models would pick the same next one."),
     ("Bits per weight", "Everything stored for the weights, scales and embeddings included, divided by the number of weights."),
-    ("Relative error", "Size of the error in a linear's output divided by the size of the output."),
+    ("Relative error", "Squared size of the error in a linear's output divided by the squared size of the output."),
     ("Prefill, decode", "Reading a prompt, all tokens at once; writing an answer, one token after another."),
     ("Fallback", "A linear that could not be compressed as the recipe says and was compressed in a simpler way."),
 )

@@ -125,6 +125,7 @@ class Line(_Part):
     method: str | None = None
     scheme: str | None = None
     error: float | None = None
+    """Relative squared error of its output."""
     fallback: str | None = None
 
     @property
