@@ -39,6 +39,7 @@ def has_static_inputs(scheme: Scheme) -> bool:
     return scheme.inputs is not None and not scheme.inputs.dynamic
 
 
+@torch.no_grad()
 def output_error(error_OI: Tensor, weight_OI: Tensor, moment_II: Tensor | None) -> float:
     """Relative squared error of a linear's output, tr(E M E^T) / tr(W M W^T); of its weight when no moment is known."""
     size = float(_energy(weight_OI, moment_II))

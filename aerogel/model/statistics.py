@@ -96,9 +96,7 @@ def _add_gram(sum_II: Tensor, x_TI: Tensor) -> None:
         sum_II[start : start + panel, start:].addmm_(x_TI[:, start : start + panel].T, x_TI[:, start:])
 
 
-def collect(
-    block: Block, names: Iterable[str], *, moment: bool = False, ranges: bool = False, rows: int = 0
-) -> dict[str, InputStatistics]:
+def collect(block: Block, names: Iterable[str], *, moment: bool = False, ranges: bool = False, rows: int = 0) -> dict[str, InputStatistics]:
     """Run the block's calls once and return the statistics of these linears, in the order in which they ran.
 
     Linears that were always given the same tensor get the same object. A linear that no call reached is left out. Every forward

@@ -30,9 +30,7 @@ def observe(weight: Tensor, scheme: TensorScheme, observer: Observer) -> Grid:
 
 
 @torch.no_grad()
-def least_error(
-    weight: Tensor, scheme: TensorScheme, moment: Tensor | None = None, factors: tuple[float, ...] = FACTORS
-) -> Grid:
+def least_error(weight: Tensor, scheme: TensorScheme, moment: Tensor | None = None, factors: tuple[float, ...] = FACTORS) -> Grid:
     """Return the grid with the least squared error for each scale, among ranges that are shrunk by a factor.
 
     `weight` is laid out by `quantize.grouped`: (..., n). With `moment`, the second moment of the inputs in each group (G, n, n), the

@@ -47,6 +47,7 @@ class Gptq(WeightMethod):
     input_range: InputRange = "absmax"
     """Range of static inputs: absmax (extremes of all calls) or average (mean over the calls)."""
 
+    @torch.no_grad()
     def compress(self, block: Block) -> None:
         """Quantize the block's linears."""
         jobs = self.assign(block)
@@ -56,17 +57,17 @@ class Gptq(WeightMethod):
     def _stage(self, block: Block, jobs: dict[str, tuple[nn.Linear, Scheme]]) -> None:
         """Quantize linears that all see the block as it is now."""
         statistics = collect(block, jobs, moment=True, ranges=any(has_static_inputs(scheme) for _, scheme in jobs.values()))
-        problems: dict[tuple[object, ...], Problem] = {}
+        problems: dict[tuple[object, ...], _Problem] = {}
         for name, (linear, scheme) in jobs.items():
             dtype = block.stored_dtype or linear.weight.dtype
             seen = statistics.get(name)
             alone = name if seen is None or not _by_rows(scheme.weights) else ""
-            problem = problems.setdefault((seen, scheme, dtype, alone), Problem({}, seen, scheme, dtype))
+            problem = problems.setdefault((seen, scheme, dtype, alone), _Problem({}, seen, scheme, dtype))
             problem.linears[name] = linear
         for batch in _batches(problems.values()):
             self._solve(block, batch)
 
-    def _solve(self, block: Block, problems: Sequence[Problem]) -> None:
+    def _solve(self, block: Block, problems: Sequence[_Problem]) -> None:
         """Solve problems of one shape and scheme together and put the quantized linears in place."""
         scheme, dtype = problems[0].scheme.weights, problems[0].dtype
         fit = partial(self._fit, scheme=scheme, dtype=dtype)
@@ -80,7 +81,7 @@ class Gptq(WeightMethod):
     def _fit(self, weight: Tensor, scheme: TensorScheme, dtype: torch.dtype) -> Grid:
         return stored_grid(observe(weight, scheme, self.observer), dtype)
 
-    def _store(self, block: Block, problem: Problem, solution: Solution, index: int) -> None:
+    def _store(self, block: Block, problem: _Problem, solution: _Solution, index: int) -> None:
         """Put the quantized linears of a solved problem in place and write down how it went."""
         scheme, seen = problem.scheme, problem.statistics
         moment_II = seen.moment() if seen else None
@@ -106,7 +107,7 @@ class Gptq(WeightMethod):
 
 
 @dataclass(eq=False)
-class Problem:
+class _Problem:
     """Linears that read the same inputs and can be rounded as one weight."""
 
     linears: dict[str, nn.Linear]
@@ -116,6 +117,11 @@ class Problem:
     dtype: torch.dtype
     """Of stored scales."""
 
+    @property
+    def columns(self) -> int:
+        """How many inputs they read."""
+        return next(iter(self.linears.values())).in_features
+
     def weight(self) -> Tensor:
         """The rows of all linears, weight_OI in float32."""
         return torch.cat([linear.weight.detach().float() for linear in self.linears.values()])
@@ -123,15 +129,14 @@ class Problem:
     def moment(self, block: Block) -> Tensor:
         """The inputs' moment_II; zeros when there were none."""
         if self.statistics is None:
-            linear = next(iter(self.linears.values()))
-            return torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
+            return next(iter(self.linears.values())).weight.new_zeros(self.columns, self.columns, dtype=torch.float32)
         try:
             return self.statistics.moment()
         except AerogelError as error:
             raise AerogelError(f"{block.full_name(next(iter(self.linears)))}: {error}") from error
 
 
-class Solution(NamedTuple):
+class _Solution(NamedTuple):
     """What came of problems of one shape."""
 
     codes_BOI: Tensor
@@ -142,7 +147,6 @@ class Solution(NamedTuple):
     failed_B: Tensor
 
 
-@torch.no_grad()
 def solve(
     weight_BOI: Tensor,
     moment_BII: Tensor,
@@ -151,7 +155,7 @@ def solve(
     moves: bool = False,
     act_order: ActOrder = "static",
     damping: float = 0.01,
-) -> Solution:
+) -> _Solution:
     """Round weights so that the outputs for inputs with these second moments change little.
 
     `fit` makes a stored grid from weights laid out by `quantize.grouped`. With `moves` (groups only) the grid of a group is made when
@@ -178,7 +182,7 @@ def solve(
         grids = [Grid(grid.scale[b], None if grid.zero is None else grid.zero[b]) for b in range(len(weight_BOI))]
     g_idx_BI = place_BI // width if moves and act_order == "group" else None
     codes_BOI = codes_BOI.view(torch.uint8).take_along_dim(place_BI[:, None, :], 2).view(codes_BOI.dtype)  # fp8 cannot be gathered
-    return Solution(codes_BOI, grids, g_idx_BI, found.damping_B, found.failed_B)
+    return _Solution(codes_BOI, grids, g_idx_BI, found.damping_B, found.failed_B)
 
 
 def _width(scheme: TensorScheme, columns: int) -> int:
@@ -209,14 +213,13 @@ def _rows_of(grids: Sequence[Grid], scheme: TensorScheme, rows: int) -> Grid:
     return Grid(torch.stack([spread(grid.step) for grid in grids]), torch.stack(zeros) if zeros else None)
 
 
-def _batches(problems: Iterable[Problem]) -> Iterator[list[Problem]]:
+def _batches(problems: Iterable[_Problem]) -> Iterator[list[_Problem]]:
     """Problems of one shape, scheme and dtype together, as many as memory allows."""
-    alike: dict[tuple[object, ...], list[Problem]] = {}
+    alike: dict[tuple[int, int, Scheme, torch.dtype], list[_Problem]] = {}
     for problem in problems:
-        shape = sum(linear.out_features for linear in problem.linears.values()), next(iter(problem.linears.values())).in_features
-        alike.setdefault((shape, problem.scheme, problem.dtype), []).append(problem)
-    for (shape, *_), group in alike.items():
-        outputs, inputs = shape
+        outputs, inputs = sum(linear.out_features for linear in problem.linears.values()), problem.columns
+        alike.setdefault((outputs, inputs, problem.scheme, problem.dtype), []).append(problem)
+    for (outputs, inputs, *_), group in alike.items():
         most = max(1, _BATCH_NUMBERS // (inputs * (4 * inputs + 5 * outputs)))
         yield from (group[first : first + most] for first in range(0, len(group), most))
 

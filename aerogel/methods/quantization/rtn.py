@@ -26,6 +26,7 @@ class Rtn(WeightMethod):
     input_range: InputRange = "absmax"
     """Range of static inputs: absmax (extremes of all calls) or average (mean over the calls)."""
 
+    @torch.no_grad()
     def compress(self, block: Block) -> None:
         """Quantize the block's linears."""
         jobs = self.assign(block)

@@ -1,0 +1,208 @@
+"""AWQ: scales up the weights that read large inputs, so that rounding hurts them less, then clips ranges (arXiv:2306.00978).
+
+Letters in names: O outputs, I inputs, C channels of an edge, G groups of a row, n columns of a group.
+
+What a candidate costs is the squared error of the linears' own outputs over all calibration tokens. That needs the second moment of
+their inputs alone, tr(D M D^T) with D the weight's error: exact, for all batches at once, without running anything again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from aerogel.methods.method import WeightMethod
+from aerogel.model.block import Block, BoundEdge
+from aerogel.model.edges import channels, fold
+from aerogel.model.match import matches
+from aerogel.model.modules import QuantLinear, ScaledInput, stored_grid
+from aerogel.model.rounding import InputRange, output_error, round_to_nearest, static_inputs
+from aerogel.model.statistics import InputStatistics, collect
+from aerogel.numerics.quantize import Grid, fake_quantize, grouped, weight_grid
+from aerogel.numerics.scheme import PerChannel, PerGroup, Scheme
+from aerogel.numerics.search import least_error
+
+
+class _Inputs(NamedTuple):
+    """What a linear reads, in the scaling that holds at the moment."""
+
+    moment_II: Tensor
+    magnitude_I: Tensor
+    """Mean of |x|."""
+
+    @classmethod
+    def of(cls, statistics: InputStatistics) -> _Inputs:
+        """What was measured."""
+        return cls(statistics.moment(), statistics.mean_magnitude())
+
+    def divided(self, scale_I: Tensor) -> _Inputs:
+        """The same inputs, divided by a scale."""
+        return _Inputs(self.moment_II / (scale_I[:, None] * scale_I), self.magnitude_I / scale_I)
+
+
+@dataclass(eq=False)
+class _Job:
+    """A linear to quantize and what is known about it."""
+
+    linear: nn.Linear
+    scheme: Scheme
+    dtype: torch.dtype
+    """Of stored scales."""
+    inputs: _Inputs | None = None
+    """None when no token reached it."""
+
+    def grid(self, weight_OI: Tensor) -> Grid:
+        """The grid that covers every weight."""
+        return stored_grid(weight_grid(weight_OI, self.scheme.weights), self.dtype)
+
+    def cost(self, scale_I: Tensor) -> float:
+        """Squared error of the output when the weight is rounded in this scaling."""
+        if self.inputs is None:
+            return 0.0
+        scaled_OI = self.linear.weight.float() * scale_I
+        error_OI = (fake_quantize(scaled_OI, self.grid(scaled_OI), self.scheme.weights) - scaled_OI) / scale_I
+        return float(torch.vdot(error_OI.flatten(), (error_OI @ self.inputs.moment_II).flatten()))
+
+
+@dataclass(frozen=True)
+class Awq(WeightMethod):
+    """Activation-aware scaling and clipping, then rounding to nearest."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"calls", "edges"})
+
+    strengths: int = 20
+    """How many exponents of the scale are tried between 0 and 1."""
+    duo: bool = True
+    """Whether columns whose weights are large anyway are scaled less."""
+    clip: bool = True
+    """Whether ranges are searched (least output error) after scaling; without it they cover every weight."""
+    unclipped: tuple[str, ...] = ("*q_proj", "*k_proj", "*qkv_proj", "*to_q", "*to_k")
+    """Linears whose ranges are not searched: their outputs meet in a product, where errors do not just add up."""
+    without_edge: Literal["skip", "keep"] = "skip"
+    """Linears that no edge feeds: left unscaled (skip), or divide their input at run time (keep), which only aerogel can open."""
+    rounds: int = 1
+    """How often all scales are searched, each time from where the last round ended."""
+    input_range: InputRange = "absmax"
+    """Range of static inputs: absmax (extremes of all calls) or average (mean over the calls)."""
+
+    @torch.no_grad()
+    def compress(self, block: Block) -> None:
+        """Scale, clip and quantize the block's linears."""
+        jobs = {
+            name: _Job(linear, scheme, block.stored_dtype or linear.weight.dtype) for name, (linear, scheme) in self.assign(block).items()
+        }
+        statistics = collect(block, jobs, moment=True, ranges=True)
+        inputs = {seen: _Inputs.of(seen) for seen in dict.fromkeys(statistics.values())}
+        for name, seen in statistics.items():
+            jobs[name].inputs = inputs[seen]
+        edges = [edge for edge in block.edges() if _is_float(block, edge)]
+        for _ in range(self.rounds):
+            for edge in edges:
+                self._scale_edge(block, edge, jobs)
+        fed = {sink for edge in edges for sink in edge.sinks}
+        kept = self._scale_inputs(jobs[name] for name in jobs if name not in fed) if self.without_edge == "keep" else {}
+        for name, job in jobs.items():
+            self._finish(block, name, job, statistics.get(name), kept.get(job))
+
+    def _scale_edge(self, block: Block, edge: BoundEdge, jobs: dict[str, _Job]) -> None:
+        """Find the scale of an edge's channels and move it there."""
+        readers = [jobs[name] for name in edge.sinks if name in jobs and jobs[name].inputs is not None]
+        if not readers:
+            return
+        found = channels(block, edge)
+        scale_C = self._search(readers, found.gather, found.spread)
+        fold(block, edge, scale_C)
+        _divide(readers, found.spread(scale_C))
+
+    def _scale_inputs(self, jobs: Iterable[_Job]) -> dict[_Job, Tensor]:
+        """Find scales for linears that must divide their inputs themselves, and multiply their weights."""
+        together: dict[int, list[_Job]] = {}
+        for job in jobs:
+            if job.inputs is not None:
+                together.setdefault(id(job.inputs), []).append(job)
+        kept = {}
+        for readers in together.values():
+            scale_I = self._search(readers, torch.clone, torch.clone)
+            for job in readers:
+                job.linear.weight *= scale_I
+                kept[job] = scale_I
+            _divide(readers, scale_I)
+        return kept
+
+    def _search(self, readers: Sequence[_Job], gather: Callable[[Tensor], Tensor], spread: Callable[[Tensor], Tensor]) -> Tensor:
+        """The scale_C, or ones, with which rounding the readers costs least."""
+        magnitude_C = gather(torch.stack([job.inputs.magnitude_I for job in readers if job.inputs]).mean(0))
+        weight_C = gather(_weight_magnitude(readers)) if self.duo else None
+        best_C = torch.ones_like(magnitude_C)
+        least = sum(job.cost(spread(best_C)) for job in readers)
+        for step in range(self.strengths + 1):
+            scale_C = scale_of(magnitude_C, weight_C, step / self.strengths)
+            cost = sum(job.cost(spread(scale_C)) for job in readers)
+            if cost < least:
+                least, best_C = cost, scale_C
+        return best_C
+
+    def _finish(self, block: Block, name: str, job: _Job, seen: InputStatistics | None, scale_I: Tensor | None) -> None:
+        """Round a linear and put it in place."""
+        weight_OI = job.linear.weight
+        searched = self.clip and job.inputs is not None and not matches(block.full_name(name), self.unclipped)
+        grid = clipped(weight_OI, job.scheme, job.inputs.moment_II) if searched and job.inputs else job.grid(weight_OI)
+        inputs = static_inputs(job.scheme, seen, self.input_range, job.dtype)
+        quantized = round_to_nearest(job.linear, job.scheme, grid, job.dtype, inputs)
+        error_OI = weight_OI.float() - quantized.dequantized(torch.float32)
+        facts = {} if job.inputs else {"fallback": "rounded to nearest: no token reached it"}
+        block.replace(name, quantized if scale_I is None else ScaledInput(quantized, scale_I))
+        block.note(name, error=output_error(error_OI, weight_OI, job.inputs.moment_II if job.inputs else None), **facts)
+
+
+def scale_of(magnitude_C: Tensor, weight_C: Tensor | None, strength: float) -> Tensor:
+    """The scale of a channel: magnitude^strength, over weight^(1 - strength) where weights count too; centred on one."""
+    scale_C = magnitude_C**strength
+    if weight_C is not None:
+        scale_C = scale_C / (weight_C ** (1 - strength) + 1e-4)
+    scale_C = scale_C.clamp(min=1e-4)
+    return scale_C / (scale_C.max() * scale_C.min()).sqrt()
+
+
+def clipped(weight_OI: Tensor, scheme: Scheme, moment_II: Tensor) -> Grid:
+    """The grid whose rounding changes the output of each group least; other granularities than groups and channels cover every weight."""
+    match scheme.weights.granularity:
+        case PerGroup(size):
+            short = -len(moment_II) % size
+            tiles = pad(moment_II, (0, short, 0, short)).unflatten(1, (-1, size)).unflatten(0, (-1, size))
+            moment_Gnn = tiles.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        case PerChannel():
+            moment_Gnn = moment_II[None]
+        case _:
+            return weight_grid(weight_OI, scheme.weights)
+    return least_error(grouped(weight_OI, scheme.weights.granularity), scheme.weights, moment_Gnn)
+
+
+def _weight_magnitude(readers: Sequence[_Job]) -> Tensor:
+    """Mean of |w| over all rows that read a column, each as a share of its group's largest."""
+    shares = []
+    for job in readers:
+        magnitude_OI = job.linear.weight.float().abs()
+        runs = grouped(magnitude_OI, job.scheme.weights.granularity if job.scheme.group else PerChannel())
+        share = runs / (runs.amax(-1, keepdim=True) + 1e-6)
+        shares.append(share.flatten(1)[:, : magnitude_OI.shape[1]])
+    return torch.cat(shares).mean(0)
+
+
+def _divide(readers: Sequence[_Job], scale_I: Tensor) -> None:
+    """Let the readers know that their inputs are divided by a scale from now on; shared inputs stay shared."""
+    divided: dict[int, _Inputs] = {}
+    for job in readers:
+        if job.inputs is not None:
+            before = job.inputs
+            job.inputs = divided.setdefault(id(before), before.divided(scale_I))
+
+
+def _is_float(block: Block, edge: BoundEdge) -> bool:
+    """Whether nothing on the edge is quantized already, so that scales can still move."""
+    return not any(isinstance(block.module.get_submodule(name), QuantLinear | ScaledInput) for name in (edge.source, *edge.sinks))

@@ -1,0 +1,105 @@
+"""SmoothQuant: moves outliers of activations into weights, so that both can be rounded to 8 bits (arXiv:2211.10438).
+
+Letters in names: O outputs, I inputs, C channels of an edge, T kept rows of inputs. Nothing is quantized here: the network computes
+what it did, and a step such as rtn with a W8A8 scheme comes after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from aerogel.errors import AerogelError
+from aerogel.methods.method import BlockMethod
+from aerogel.model.block import Block, BoundEdge
+from aerogel.model.edges import channels, fold
+from aerogel.model.statistics import InputStatistics, collect
+from aerogel.numerics.quantize import dynamic_grid, fake_quantize, weight_grid
+from aerogel.numerics.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Smoothquant(BlockMethod):
+    """Smooths inputs of linears by scales that norms take over."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"calls", "edges"})
+
+    alpha: float | Literal["search"] = 0.5
+    """How much of the difficulty moves from activations to weights, 0 to 1; or search it for every edge by the output's error."""
+    scheme: Scheme | str = "W8A8"
+    """What the search assumes about the step that quantizes; must quantize inputs."""
+    behind_linears: bool = False
+    """Whether inputs that come from a linear instead of a norm (value to output, up to down) are smoothed too."""
+    rows: int = 1024
+    """How many rows of every input, spread evenly over all calls, the search looks at."""
+    targets: tuple[str, ...] = ("Linear",)
+    """Linears whose inputs are smoothed: globs on full dotted names, `re:` patterns or class names."""
+    ignore: tuple[str, ...] = ("lm_head",)
+    """Which of them to leave alone; wins over targets."""
+
+    @torch.no_grad()
+    def compress(self, block: Block) -> None:
+        """Smooth the inputs of the block's linears."""
+        if self.alpha != "search" and not 0 <= self.alpha <= 1:
+            raise AerogelError(f"smoothquant: alpha is {self.alpha}, expected a number from 0 to 1, or 'search'")
+        linears = {name: module for name, module in block.linears(self.targets, self.ignore).items() if isinstance(module, nn.Linear)}
+        edges = [edge for edge in block.edges() if self._smooths(block, edge, linears)]
+        sinks = dict.fromkeys(name for edge in edges for name in edge.sinks if name in linears)
+        statistics = collect(block, sinks, ranges=True, rows=self.rows if self.alpha == "search" else 0)
+        for edge in edges:
+            readers = [name for name in edge.sinks if name in statistics]
+            if readers:
+                self._smooth(block, edge, {name: linears[name] for name in readers}, statistics[readers[0]])
+
+    def _smooths(self, block: Block, edge: BoundEdge, linears: dict[str, nn.Linear]) -> bool:
+        source = block.module.get_submodule(edge.source)
+        return any(name in linears for name in edge.sinks) and (self.behind_linears or not isinstance(source, nn.Linear))
+
+    def _smooth(self, block: Block, edge: BoundEdge, readers: dict[str, nn.Linear], seen: InputStatistics) -> None:
+        found = channels(block, edge)
+        inputs_C = found.gather(seen.absmax())
+        weights_C = found.gather(torch.stack([linear.weight.float().abs().amax(0) for linear in readers.values()]).amax(0))
+        alpha = self.alpha if self.alpha != "search" else self._best_alpha(inputs_C, weights_C, found.spread, list(readers.values()), seen)
+        if alpha is not None:
+            fold(block, edge, smoothing(inputs_C, weights_C, alpha))
+        for name in readers:
+            block.note(name, alpha=alpha)
+
+    def _best_alpha(
+        self,
+        inputs_C: Tensor,
+        weights_C: Tensor,
+        spread: Callable[[Tensor], Tensor],
+        readers: Sequence[nn.Linear],
+        seen: InputStatistics,
+    ) -> float | None:
+        """The alpha with the least squared error of the readers' outputs; None when it is best to leave things as they are."""
+        scheme = Scheme.parse(self.scheme)
+        x_TI, weight_OI = seen.sample().float(), torch.cat([linear.weight.float() for linear in readers])
+        best, least = None, _cost(x_TI, weight_OI, torch.ones_like(x_TI[0]), scheme)
+        for alpha in (step / 20 for step in range(21)):
+            cost = _cost(x_TI, weight_OI, spread(smoothing(inputs_C, weights_C, alpha)), scheme)
+            if cost < least:
+                best, least = alpha, cost
+        return best
+
+
+def smoothing(inputs_C: Tensor, weights_C: Tensor, alpha: float) -> Tensor:
+    """The scale that inputs are divided by: max|x|^alpha / max|w|^(1 - alpha); one for a channel that was always zero."""
+    scale_C = (inputs_C**alpha / weights_C.clamp(min=1e-5) ** (1 - alpha)).clamp(min=1e-5)
+    return torch.where(inputs_C > 0, scale_C, 1.0)
+
+
+def _cost(x_TI: Tensor, weight_OI: Tensor, scale_I: Tensor, scheme: Scheme) -> float:
+    """Squared error of the outputs when inputs and weights are rounded in this scaling."""
+    inputs, weights = scheme.inputs, scheme.weights
+    if inputs is None:
+        raise AerogelError(f"smoothquant: scheme {scheme} does not quantize inputs; there is nothing to search for")
+    small_TI, large_OI = x_TI / scale_I, weight_OI * scale_I
+    rounded_TI = fake_quantize(small_TI, dynamic_grid(small_TI, inputs), inputs)
+    rounded_OI = fake_quantize(large_OI, weight_grid(large_OI, weights), weights)
+    return float((rounded_TI @ rounded_OI.T - x_TI @ weight_OI.T).square().sum())
