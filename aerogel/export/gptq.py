@@ -1,7 +1,8 @@
 """The GPTQ layout, for engines that read it (GPTQModel, vLLM, SGLang, ExLlama): qweight, qzeros, scales and g_idx.
 
-Codes are unsigned and lie in a stream of bits down each column of the transposed weight; zero points are stored minus one (version 1
-of the layout). O outputs, I inputs, G groups.
+Codes are unsigned and lie in a stream of bits down each column of the transposed weight. Version 1 of the layout stores zero points minus
+one; readers add one to whole words, which spills into the neighbour where a zero point is 0, and so refuse asymmetric weights in it.
+Those are written as version 2, which stores zero points as they are. O outputs, I inputs, G groups.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ _LANES = 32
 
 @dataclass(frozen=True)
 class GptqLayout(Exporter):
-    """GPTQ's layout, version 1: integer weights of 2, 3, 4 or 8 bits in groups or channels; codes, scales and order unchanged."""
+    """GPTQ's layout: integer weights of 2, 3, 4 or 8 bits in groups or channels; version 1, or 2 when a scheme is asymmetric."""
 
     max_shard_size: int = 5_000_000_000
     """Largest size of one weight file in bytes."""
 
     def refuse(self, folder: Path) -> list[str]:
-        """Other formats, quantized inputs, sizes that do not divide by 32, and zero points that version 1 cannot store."""
+        """Other formats, quantized inputs, and sizes that do not divide by 32."""
         master = Master.open(folder)
         if not master.linears:
             return ["no linear in it is quantized"]
@@ -57,14 +58,12 @@ class GptqLayout(Exporter):
 
 
 def _reason(master: Master, name: str) -> str | None:
-    scheme, (rows, columns) = master.linears[name].scheme, master.shape(name)
+    scheme = master.linears[name].scheme
+    rows, columns = master.shape(name)
     if format_of(scheme) != "pack-quantized" or scheme.bits not in _BITS or isinstance(scheme.weights.granularity, PerTensor):
         return f"{scheme} is no weight-only integer scheme of 2, 3, 4 or 8 bits with groups or channels"
     if rows % _LANES or columns % _LANES:
         return f"{rows} x {columns} is not divisible by {_LANES} both ways"
-    zero = None if scheme.weights.symmetric else master.stored(name).grid.zero
-    if zero is not None and (lowest := int((zero == scheme.weights.format.low).sum())):
-        return f"{lowest} of its groups have the zero point 0, which this version of the layout stores as -1 and readers spill over"
     return None
 
 
@@ -72,13 +71,14 @@ def _tensors(master: Master) -> Iterator[tuple[str, Tensor]]:
     on_disk = master.family.on_disk
     for name in master.floats:
         yield on_disk(name), master.checkpoint.tensor(name)
+    zero_offset = 1 if _version(master) == "gptq" else 0
     for name, assigned in master.linears.items():
-        scale = master.checkpoint.tensor(f"{name}.weight_scale")
-        for part, tensor in layout(master.stored(name), assigned.scheme, scale.dtype).items():
+        dtype = master.checkpoint.dtype(f"{name}.weight_scale")
+        for part, tensor in layout(master.stored(name), assigned.scheme, dtype, zero_offset).items():
             yield on_disk(f"{name}.{part}"), tensor
 
 
-def layout(stored: Stored, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
+def layout(stored: Stored, scheme: Scheme, dtype: torch.dtype, zero_offset: int) -> dict[str, Tensor]:
     """Return qweight (I * bits / 32, O), qzeros (G, O * bits / 32), scales (G, O) and g_idx (I) of one linear."""
     codes_OI, grid, g_idx, _ = stored
     half = 1 << (scheme.bits - 1)
@@ -88,7 +88,7 @@ def layout(stored: Stored, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tens
         g_idx = torch.arange(columns, dtype=torch.int32) // (scheme.group or columns)
     return {
         "qweight": bit_stream(codes_OI.T.long() + half, scheme.bits),
-        "qzeros": bit_stream(zero_OG.long() + half - 1, scheme.bits).T.contiguous(),
+        "qzeros": bit_stream(zero_OG.long() + half - zero_offset, scheme.bits).T.contiguous(),
         "scales": grid.scale.T.to(dtype).contiguous(),
         "g_idx": g_idx,
     }
@@ -117,11 +117,15 @@ def _settings(master: Master) -> dict[str, Any]:
         "quant_method": "gptq",
         **dict(common),
         "lm_head": "lm_head" in master.linears,
-        "checkpoint_format": "gptq",
+        "checkpoint_format": _version(master),
         "pack_dtype": "int32",
         "dynamic": dynamic or None,
         "meta": {"quantizer": ["aerogel"]},
     }
+
+
+def _version(master: Master) -> str:
+    return "gptq" if all(assigned.scheme.weights.symmetric for assigned in master.linears.values()) else "gptq_v2"
 
 
 def _knobs(assigned: Assigned) -> dict[str, Any]:
