@@ -17,6 +17,7 @@ import aerogel
 from aerogel import catalog
 from aerogel.errors import AerogelError
 from aerogel.methods.method import WeightMethod
+from aerogel.model.calls import Call
 from aerogel.model.match import matches
 from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
@@ -26,9 +27,7 @@ METHODS = catalog.names("methods")
 
 # Eight bits, in groups that divide every width of the tiny networks.
 KNOBS: dict[str, dict[str, Any]] = {
-    name: {"scheme": "W8A8" if name == "smoothquant" else "W8A16_G32"}
-    for name in METHODS
-    if issubclass(catalog.find("methods", name), WeightMethod)
+    name: {"scheme": "W8A16_G32"} for name in METHODS if issubclass(catalog.find("methods", name), WeightMethod)
 }
 
 # Methods that leave some families alone, and why.
@@ -37,7 +36,7 @@ REFUSED = {"rotate": ({"gemma2", "gemma3", "qwen2_5_vl", "llava", "dit", "wan"},
 # Largest relative error of the output. Eight bits on random weights: 0.03; where a router picks experts, a rounding can change its
 # choice: 0.15. Methods that keep the function are held to float32.
 CLOSE, ROUTED, EXACT = 0.03, 0.15, 1e-5
-KEEP_FUNCTION = {"rotate"}
+KEEP_FUNCTION = {"rotate", "smoothquant"}
 
 
 def pairs(*, refused: bool) -> list[tuple[str, str]]:
@@ -80,6 +79,19 @@ def test_refusal_is_clear_and_leaves_everything(method: str, name: str, expected
     assert not list(tmp_path.iterdir())
     for call, before in zip(tiny.calls(3), expected[name], strict=True):
         torch.testing.assert_close(output(network, call), before, rtol=0, atol=2e-6)  # experts may have been taken apart
+
+
+@pytest.mark.parametrize("method", [name for name in KNOBS if "calls" in catalog.find("methods", name).needs])
+def test_experts_that_no_token_reached_are_quantized_and_reported(method: str, tmp_path: Path) -> None:
+    """One token goes to two of four experts; the other two are rounded to nearest, and the journal says so."""
+    call = Call((), {"input_ids": torch.tensor([[5]]), "use_cache": False})
+    network = FAMILIES["qwen3_moe"].build()
+    result = aerogel.compress(network, steps(method), samples=[call], output=tmp_path / "out", measures=())
+    assert reached(result.network) == reachable("qwen3_moe")
+    experts = [entry for entry in result.journal if ".experts." in entry["name"]]
+    assert len(experts) == 2 * 4 * 3
+    assert sum("no token" in str(entry.get("fallback")) for entry in experts) == 2 * 2 * 3
+    assert all(torch.isfinite(torch.tensor(entry["error"])) for entry in experts)
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
