@@ -4,7 +4,7 @@
 
 MODEL is a Hugging Face folder; TOKENS an integer array (samples, length) in .npy, or the first tensor of a .safetensors file. Symmetric
 groups, everything else as the library has it (group-aware activation order, damping of its own choice), in float32 because the CPU has no
-fast bf16. OUTPUT gets the GPTQ-layout folder and `seconds.json`; `seconds` is the quantization with its packing, without loading and saving.
+fast bf16. OUTPUT gets the GPTQ-layout folder and `seconds.json`; `seconds` is the quantization and packing, without loading and saving.
 """
 
 from __future__ import annotations
