@@ -1,0 +1,69 @@
+"""Runs that kill themselves, in processes of their own, at a stated point: what resuming is tested with."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from aerogel import resume
+from aerogel.calibration import Samples
+from aerogel.engine import compress
+from aerogel.model.activations import Activations
+from aerogel.progress import Event
+
+# Its children begin with everything imported and no threads; a fork of the test process itself could inherit a locked thread pool.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload([__name__, "aerogel.methods.quantization.gptq", "transformers.models.llama.modeling_llama"])
+
+
+class Doom(NamedTuple):
+    """Where a run dies: when a block or a stage begins, or after so many files or activations were written."""
+
+    at: Literal["block", "save", "file", "activation"]
+    count: int = 0
+
+
+def options(source: Path) -> dict[str, Any]:
+    """How the tests calibrate a model that has a text beside it."""
+    return {"samples": Samples(source.parent / "text.txt", count=6, length=24), "measures": ()}
+
+
+def killed(source: Path, output: Path, recipe: Any, doom: Doom) -> None:
+    """Compress in another process, which goes on with an unfinished run if there is one and kills itself."""
+    child = _CONTEXT.Process(target=_run, args=(source, output, recipe, doom))
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL, "the run ended, or hung, before it killed itself"
+
+
+def _run(source: Path, output: Path, recipe: Any, doom: Doom) -> None:
+    resume._settle = _dying_after(resume._settle, doom.count if doom.at == "file" else 0)
+    Activations.put = _dying_after(Activations.put, doom.count if doom.at == "activation" else 0)  # type: ignore[method-assign]
+
+    def tell(event: Event) -> None:
+        if (doom.at == "block" and (event.stage, event.done) == ("compress", doom.count) and event.what) or doom.at == event.stage:
+            _die()
+
+    compress(source, recipe, output=output, resume=True, tell=tell, **options(source))
+
+
+def _dying_after(call: Callable[..., Any], times: int) -> Callable[..., Any]:
+    left = times
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        result = call(*args, **kwargs)
+        left -= 1
+        if not left:
+            _die()
+        return result
+
+    return wrapped
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,154 @@
+"""Killed at any point, a run resumes and ends with the same bits; a run made of something else is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aerogel.calibration import Samples
+from aerogel.engine import compress
+from aerogel.errors import AerogelError
+from aerogel.preflight import partial_of
+from aerogel.progress import Event
+from aerogel.result import Result
+from tests.doomed import Doom, killed, options
+from tests.folders import digests, model_folder, text_file
+
+BLOCKS = 4
+RECIPE = {"name": "tested", "steps": [{"gptq": {"scheme": "W4A16_G32", "overrides": {"*.down_proj": "W3A16_G32_ASYM"}}}]}
+TWO_STAGES = {"name": "tested", "steps": [{"rotate": {}}, {"gptq": {"scheme": "W4A16_G32"}}]}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    text_file(folder / "text.txt")
+    return model_folder(folder / "model", num_hidden_layers=BLOCKS)
+
+
+def run(source: Path, output: Path, recipe: Any = RECIPE, **given: Any) -> Result:
+    return compress(source, recipe, output=output, **{**options(source), **given})
+
+
+@pytest.fixture(scope="module")
+def unbroken(source: Path) -> Callable[[Any], dict[str, str]]:
+    """What a run that nobody kills ends with."""
+
+    @cache
+    def ended(recipe: str) -> dict[str, str]:
+        output = source.parent / f"unbroken-{hash(recipe)}"
+        run(source, output, json.loads(recipe))
+        return outcome(output)
+
+    return lambda recipe: ended(json.dumps(recipe))
+
+
+def outcome(output: Path) -> dict[str, str]:
+    """Every file of the output by its content; of the record, what does not tell the time."""
+    facts = json.loads((output / "aerogel.json").read_text())
+    record = {key: facts[key] for key in ("recipe", "kept", "plan", "checksums")}
+    journal = [{key: value for key, value in line.items() if key != "seconds"} for line in facts["journal"]]
+    return {**digests(output), "aerogel.json": json.dumps([record, journal])}
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_killed_at_a_block(source: Path, tmp_path: Path, block: int, unbroken: Callable[[Any], dict[str, str]]) -> None:
+    output = tmp_path / "out"
+    killed(source, output, RECIPE, Doom("block", block))
+    assert not output.exists()
+    seen: list[Event] = []
+    run(source, output, resume=True, tell=seen.append)
+    first = next(event for event in seen if event.stage == "compress" and event.what)
+    assert first.done == block, "finished blocks are not done again"
+    assert outcome(output) == unbroken(RECIPE)
+    assert not partial_of(output).exists()
+
+
+@pytest.mark.parametrize(
+    "doom",
+    [Doom("save"), *(Doom("file", count) for count in (1, 2, 3, 6)), *(Doom("activation", count) for count in (1, 2, 5))],
+    ids=lambda doom: f"{doom.at}-{doom.count}",
+)
+def test_killed_between_writes(source: Path, tmp_path: Path, doom: Doom, unbroken: Callable[[Any], dict[str, str]]) -> None:
+    output = tmp_path / "out"
+    killed(source, output, RECIPE, doom)
+    run(source, output, resume=True)
+    assert outcome(output) == unbroken(RECIPE)
+
+
+def test_killed_again_and_again(source: Path, tmp_path: Path, unbroken: Callable[[Any], dict[str, str]]) -> None:
+    output = tmp_path / "out"
+    for block in range(1, BLOCKS):
+        killed(source, output, RECIPE, Doom("block", block))
+    run(source, output, resume=True)
+    assert outcome(output) == unbroken(RECIPE)
+
+
+@pytest.mark.parametrize("done", [BLOCKS, 2 * BLOCKS - 1])
+def test_steps_on_the_whole_network_are_done_again(
+    source: Path, tmp_path: Path, done: int, unbroken: Callable[[Any], dict[str, str]]
+) -> None:
+    output = tmp_path / "out"
+    killed(source, output, TWO_STAGES, Doom("block", done))
+    run(source, output, TWO_STAGES, resume=True)
+    assert outcome(output) == unbroken(TWO_STAGES)
+
+
+@pytest.fixture(scope="module")
+def unfinished(source: Path) -> Path:
+    """The output of a run that was killed."""
+    output = source.parent / "unfinished"
+    killed(source, output, RECIPE, Doom("block", 2))
+    return output
+
+
+@pytest.mark.parametrize(
+    ("part", "given"),
+    [
+        ("recipe", {"recipe": {"name": "tested", "steps": [{"gptq": {"scheme": "W8A16_G32"}}]}}),
+        ("seed", {"seed": 1}),
+        ("data", {}),
+        ("model", {}),
+        ("versions", {}),
+        ("threads", {}),
+    ],
+)
+def test_a_run_made_of_something_else_is_refused(
+    source: Path, unfinished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, given: dict[str, Any]
+) -> None:
+    before = digests(partial_of(unfinished))
+    if part == "versions":
+        monkeypatch.setattr("aerogel.provenance.versions", lambda: {"aerogel": "0.0.1"})
+    if part == "threads":
+        monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    if part == "data":
+        given = {"samples": Samples(source.parent / "text.txt", count=5, length=24)}
+    if part == "model":
+        shutil.copy(source.parent / "text.txt", tmp_path)
+        source = model_folder(tmp_path / "model", num_hidden_layers=BLOCKS, seed=1)
+    with pytest.raises(AerogelError, match=f"was begun with another {part} .*to resume, or remove the folder"):
+        run(source, unfinished, resume=True, **given)
+    assert digests(partial_of(unfinished)) == before
+
+
+def test_an_unfinished_run_is_not_overwritten(source: Path, unfinished: Path) -> None:
+    before = digests(partial_of(unfinished))
+    with pytest.raises(AerogelError, match=r"unfinished\.partial holds an unfinished run; add --resume .* or remove it"):
+        run(source, unfinished)
+    assert digests(partial_of(unfinished)) == before
+
+
+def test_a_folder_that_is_no_run_is_not_touched(source: Path, tmp_path: Path) -> None:
+    partial = partial_of(tmp_path / "out")
+    partial.mkdir()
+    (partial / "mine.txt").write_text("mine")
+    for resumed in (False, True):
+        with pytest.raises(AerogelError, match="is in the way"):
+            run(source, tmp_path / "out", resume=resumed)
+    assert digests(partial).keys() == {"mine.txt"}
