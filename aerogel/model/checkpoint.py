@@ -37,8 +37,8 @@ DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
 }
 # Pages of a mapped file count as resident memory until the file is closed, so a long read closes it this often.
-_MAPPED_BYTES = 64 << 20
-_SCAN_ELEMENTS = 1 << 22
+_MAPPED_BYTES = 32 << 20
+_SCAN_ELEMENTS = 1 << 20
 _REPAIR = "fetch or copy the file again"
 
 
