@@ -141,8 +141,8 @@ class _Job:
         made_of = {
             "model": fingerprint_of(source),
             "recipe": facts["recipe"],
-            "data": run.calibration.facts.get("fingerprint"),
             "seed": self.seed,
+            "data": run.calibration.facts.get("fingerprint"),
             "versions": provenance.versions(),
             "threads": torch.get_num_threads(),
         }
@@ -250,7 +250,8 @@ class Run:
 
     def _change_whole(self, number: int, method: Method) -> None:
         """Whole-network steps need the whole network in memory, and are done again when a run is resumed."""
-        with _seeded(self.seed, number), self._resident(self.progress.stage(number) if self.progress else None):
+        stage = self.progress.stage(number) if self.progress else None
+        with _seeded(self.seed, number), self._resident(stage), torch.set_grad_enabled("gradients" in method.needs):
             method.apply(self.network, self.calibration.calls)
 
     @contextmanager

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from aerogel.calibration import Samples
+from aerogel.evaluate.measure import TextMeasure
 from aerogel.methods.method import BlockMethod, WeightMethod
 from aerogel.model import layout
 from aerogel.model.block import Block
@@ -27,8 +28,8 @@ from aerogel.recipe import Recipe
 
 _GROUPS = (32, 48, 64, 96, 128, 192, 256)
 _BYTES_A_SECOND = 300e6
-_EVALUATED_TOKENS = 4 * 2 * 16384
-"""Perplexity and agreement read both networks through windows that overlap by half."""
+# Perplexity and agreement both read both networks, in windows that overlap.
+_EVALUATED_TOKENS = 4 * TextMeasure.tokens * TextMeasure.length // TextMeasure.stride
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def blocks_of(network: Network) -> Iterator[Block]:
 def _touched(network: Network, recipe: Recipe) -> tuple[list[Touched], list[str]]:
     touched: dict[str, Touched] = {}
     problems: list[str] = []
+    refused: dict[str, list[str]] = {}
     for step in recipe.steps:
         if not isinstance(step.method, WeightMethod):
             continue
@@ -130,15 +132,15 @@ def _touched(network: Network, recipe: Recipe) -> tuple[list[Touched], list[str]
         if not found:
             problems.append(f"{step.name} reaches no linear of this network; check its targets and ignore")
         for name, (linear, scheme) in found.items():
-            # The first step that stores a linear in codes leaves nothing for later ones.
-            if name in touched:
-                continue
-            if reason := layout.refuse(scheme, linear.in_features, linear.out_features):
-                problems.append(f"{name} cannot take {scheme}: {reason}{_fitting(scheme, linear.in_features)}")
+            inputs, outputs = linear.in_features, linear.out_features
+            if reason := layout.refuse(scheme, inputs, outputs):
+                refused.setdefault(f"cannot take {scheme}: {reason}{_fitting(scheme, inputs)}", []).append(name)
             else:
-                touched[name] = Touched(
-                    name, step.name, str(scheme), linear.in_features, linear.out_features, _bytes(network, name, linear, scheme)
-                )
+                # The first step that stores a linear in codes leaves nothing for later ones.
+                touched.setdefault(name, Touched(name, step.name, str(scheme), inputs, outputs, _bytes(network, name, linear, scheme)))
+    for reason, names in refused.items():
+        more = f" and {len(names) - 1} other linears" if len(names) > 1 else ""
+        problems.append(f"{names[0]}{more} {reason}")
     return list(touched.values()), problems
 
 

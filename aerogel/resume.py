@@ -129,7 +129,7 @@ class Stage:
 
 
 def _require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for part in sorted({*before, *now}):
+    for part in {**now, **before}:
         if before.get(part) != now.get(part):
             raise AerogelError(
                 f"{folder} was begun with another {part} ({_brief(before.get(part))}, now {_brief(now.get(part))}); "
