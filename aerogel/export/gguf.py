@@ -54,12 +54,13 @@ _FILE_TYPES = {
 
 
 class _Item(NamedTuple):
-    """One tensor of the file: its name there, its name in the master, its type and shape."""
+    """One tensor of the file: its name there, its name in the master, its type and shape, and whether codes are carried over."""
 
     name: str
     source: str
     type: gguf.GGMLQuantizationType
     shape: tuple[int, ...]
+    carried: bool
 
 
 @dataclass(frozen=True)
@@ -115,21 +116,20 @@ class Gguf(Exporter):
             shape = master.checkpoint.shape(source)
             # llama.cpp adds and multiplies vectors in float32 only.
             kind = Type.F32 if len(shape) == 1 else _FLOATS[master.checkpoint.dtype(source)]
-            yield _Item(str(names.get_name(source, _SUFFIXES)), source, kind, shape)
+            yield _Item(str(names.get_name(source, _SUFFIXES)), source, kind, shape, False)
         for source, assigned in master.linears.items():
             carried = _inexpressible(master, source) is None
             kind = _block_type(assigned.scheme) if carried else Type[str(self.requantize)]
-            yield _Item(f"{names.get_name(source)}.weight", source, kind, master.shape(source))
+            yield _Item(f"{names.get_name(source)}.weight", source, kind, master.shape(source), carried)
 
 
 def _data(master: Master, item: _Item, config: Any) -> Tensor:
     """The bytes or numbers of one tensor, rows in GGUF's order."""
     rows = _row_order(item, config)
-    if item.source in master.linears:
-        if _inexpressible(master, item.source) is None:
-            data = blocks(master.stored(item.source), master.linears[item.source].scheme)
-        else:
-            data = torch.from_numpy(gguf.quantize(master.dequantized(item.source).numpy(), item.type))
+    if item.carried:
+        data = blocks(master.stored(item.source), master.linears[item.source].scheme)
+    elif item.source in master.linears:
+        data = torch.from_numpy(gguf.quantize(master.dequantized(item.source).numpy(), item.type))
     else:
         data = master.checkpoint.tensor(item.source)
         data = data.view(torch.int16) if item.type == Type.BF16 else data.float() if item.type == Type.F32 else data
