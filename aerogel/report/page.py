@@ -119,7 +119,7 @@ def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
         "maps": {
             tower: Figure(error_map(table, WIDE), error_map(table, NARROW, tall=True)) for tower, table in towers(run.journal).items()
         },
-        "fallback_note": _fallback_note(run, len(fallen)),
+        "fallback_note": _fallback_note(run, len({entry.name for entry in fallen})),
         "fallen": fallen,
         "lines": lines[:LISTED],
         "lines_title": f"All {len(lines):,} linears" if len(lines) <= LISTED else f"The {LISTED} largest errors of {len(lines):,}",
@@ -216,7 +216,8 @@ def _kept(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def _fallback_note(run: Run, fallen: int) -> str:
-    return f"{fallen or 'None'} of {len(run.journal):,} linears fell back to a simpler way{' (outlined)' if fallen else ''}."
+    linears = len({entry.name for entry in run.journal})
+    return f"{fallen or 'None'} of {linears:,} linears fell back to a simpler way{' (outlined)' if fallen else ''}."
 
 
 def _kept_note(run: Run) -> str:

@@ -79,6 +79,12 @@ def test_full_report_says_everything(folder: Path) -> None:
         assert said in words, said
 
 
+def test_a_linear_counts_once_whatever_methods_noted_about_it() -> None:
+    content = full()
+    content["journal"] = [{"name": line["name"], "method": "smoothquant", "alpha": 0.5} for line in content["journal"]] + content["journal"]
+    assert "1 of 210 linears fell back" in read(page.page(record.parse(content))).words
+
+
 def test_runs_of_the_same_model_stand_beside_it(folder: Path) -> None:
     words = read(page.render(folder)).words
     assert all(name in words for name in ("rtn-w4a16", "gptq-w3a16", "awq-w4a16", "rtn-w8a8"))
