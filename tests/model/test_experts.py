@@ -13,6 +13,7 @@ from aerogel import catalog
 from aerogel.errors import AerogelError
 from aerogel.model.experts import ExpertList, fuse, unfuse
 from aerogel.model.family import Family
+from tests.saved import round_to_nearest
 from tests.tiny import FAMILIES, output
 
 MIXTURES = sorted(name for name, tiny in FAMILIES.items() if catalog.find("families", tiny.family).experts is not None)
@@ -88,11 +89,13 @@ def test_meta_weights_stay_on_meta(name: str) -> None:
     assert [*network.state_dict()] == [*_unfused(name).state_dict()]
 
 
-def test_experts_that_were_changed_stay_apart() -> None:
+def test_quantized_experts_stay_apart() -> None:
     network = _unfused("mixtral")
-    network.get_submodule("model.layers.0.mlp.experts.1").w2 = nn.Sequential()
+    round_to_nearest(network.get_submodule("model.layers.0.mlp.experts.1"), "W4A16_G32")
+    expected = output(network, FAMILIES["mixtral"].calls(1)[0])
     assert fuse(network) == ["model.layers.1.mlp.experts"]
     assert isinstance(network.get_submodule("model.layers.0.mlp.experts"), ExpertList)
+    torch.testing.assert_close(output(network, FAMILIES["mixtral"].calls(1)[0]), expected, rtol=0, atol=2e-6)
 
 
 def test_memory_of_the_fused_weights_is_let_go() -> None:
