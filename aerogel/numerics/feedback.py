@@ -2,10 +2,10 @@
 
 Letters in names: B independent problems of one shape, O outputs, I inputs, G groups of a row.
 
-GPTQ pushes errors through the Cholesky factor of the inverse second moment. The same numbers come from the factor of the moment
-itself, H = R R^T with R upper triangular (arXiv:2307.13304, theorem 6): column j is rounded at w_j + sum_{i<j} (w_i - q_i) R_ij / R_jj.
-That needs one factorisation and no inverse. Updates are lazy by halving: the first half of the columns is finished before the second
-half hears of it, in one matrix product, and so on down to a few columns.
+GPTQ pushes the error of column i to the columns j behind it by U_ij / U_ii, where H^-1 = U^T U. U is the inverse of R in H = R R^T
+with both upper triangular, so one factorisation of the moment itself and one triangular inverse will do, instead of an inverse of H
+between two factorisations. Updates are lazy by halving: the first half of the columns is finished before the second half hears of
+it, in one matrix product, and so on down to a few columns.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Feedback(NamedTuple):
     """How far the error of a column moves the columns behind it."""
 
     weights_BII: Tensor
-    """Unit upper triangular: R_ij / R_jj; the identity where the factorisation failed, which is plain rounding."""
+    """Unit upper triangular: U_ij / U_ii; the identity where the factorisation failed, which is plain rounding."""
     damping_B: Tensor
     """Share of the mean diagonal that was added to the diagonal."""
     failed_B: Tensor
@@ -55,7 +55,8 @@ def feedback(moment_BII: Tensor, damping: float = 0.01, bound: float = 1.0) -> F
         root, info = torch.linalg.cholesky_ex(damped.flip(-1, -2))
         root = root.flip(-1, -2)  # lower becomes upper: H = R R^T
         good = (info == 0) & torch.isfinite(root.diagonal(dim1=-2, dim2=-1)).all(-1)
-        weights_BII[todo[good]] = (root / root.diagonal(dim1=-2, dim2=-1)[:, None, :])[good]
+        unit = (root / root.diagonal(dim1=-2, dim2=-1)[:, None, :])[good]
+        weights_BII[todo[good]] = torch.linalg.solve_triangular(unit, identity_II.expand_as(unit), upper=True, unitriangular=True)
         failed_B[todo[good]] = False
         todo = todo[~good]
         damping_B[todo] = 10 * damping_B[todo] if damping > 0 else torch.where(damping_B[todo] > 0, 10 * damping_B[todo], 1e-4)
@@ -90,18 +91,17 @@ class _Loop:
     """The buffers of the column loop; a column of the weights is a run of memory here, for all rows and problems at once."""
 
     def __init__(self, weight_BOI: Tensor, weights_BII: Tensor, fmt: Format, grid: Grid, group_BI: Tensor) -> None:
-        # A column's weights turn into its errors once it is rounded.
-        self.error_IBO = weight_BOI.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
-        self.current_IBO = self.error_IBO.clone()
-        self.codes_IBO = torch.empty_like(self.error_IBO, dtype=fmt.storage)
-        self.values_NBO = torch.empty_like(self.error_IBO[:_FEW])
+        # What stands here is weights, moved by the errors before them, and what rounding took from them once they are rounded.
+        self.weight_IBO = weight_BOI.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+        self.codes_IBO = torch.empty_like(self.weight_IBO, dtype=fmt.storage)
+        self.values_NBO = torch.empty_like(self.weight_IBO[:_FEW])
         self.format, self.grid, self.weights_BII = fmt, grid, weights_BII
         self.scale_GBO = grid.step.to(weight_BOI.dtype).permute(2, 0, 1).contiguous()
         self.zero_GBO = None if grid.zero is None else grid.zero.to(weight_BOI.dtype).permute(2, 0, 1).contiguous()
         # Views, made once: in the loop every microsecond counts.
         self.scales = _rows(self.scale_GBO, group_BI)
         self.zeros = None if self.zero_GBO is None else _rows(self.zero_GBO, group_BI)
-        self.errors, self.currents = self.error_IBO.unbind(0), self.current_IBO.unbind(0)
+        self.columns = self.weight_IBO.unbind(0)
 
     def span(self, low: int, high: int, unit: int, finish: Callable[[int, int], None]) -> None:
         """Round columns that have heard of all errors before them; halves meet at multiples of `unit`."""
@@ -115,7 +115,7 @@ class _Loop:
 
     def group(self, low: int, high: int, fit: Callable[[Tensor], Grid], index: int) -> None:
         """Make the grid of a group from its weights as they stand now, then round them."""
-        found = fit(self.current_IBO[low:high].permute(1, 2, 0))
+        found = fit(self.weight_IBO[low:high].permute(1, 2, 0))
         self.scale_GBO[index] = self.grid.scale[..., index] = found.scale
         if self.zero_GBO is not None and self.grid.zero is not None and found.zero is not None:
             self.zero_GBO[index] = self.grid.zero[..., index] = found.zero
@@ -123,26 +123,26 @@ class _Loop:
 
     def few(self, low: int, high: int) -> None:
         """Round a few columns one by one."""
-        push_NNB11 = self.weights_BII[:, low:high, low:high].permute(1, 2, 0)[..., None]
+        push_NNB1 = self.weights_BII[:, low:high, low:high].permute(1, 2, 0)[..., None]
         values = self.values_NBO.unbind(0)
         for index, column in enumerate(range(low, high)):
-            value, scale, error = values[index], self.scales[column], self.errors[column]
-            torch.div(self.currents[column], scale, out=value)
+            value, scale, weight = values[index], self.scales[column], self.columns[column]
+            torch.div(weight, scale, out=value)
             if self.zeros is None:
-                torch.addcmul(error, _round(value, self.format), scale, value=-1, out=error)
+                weight.addcmul_(_round(value, self.format), scale, value=-1)
             else:
                 _round(value.add_(self.zeros[column]), self.format)
-                torch.addcmul(error, value - self.zeros[column], scale, value=-1, out=error)
-            self.current_IBO[column + 1 : high].addcmul_(push_NNB11[index, index + 1 :], error)
+                weight.addcmul_(value - self.zeros[column], scale, value=-1)
+            self.weight_IBO[column + 1 : high].addcmul_(push_NNB1[index, index + 1 :], weight, value=-1)
         self.codes_IBO[low:high] = to_codes(self.values_NBO[: high - low], self.format)
 
     def _push(self, low: int, middle: int, high: int) -> None:
         """Tell the second half of a span about the errors of the first."""
         if len(self.weights_BII) == 1:
-            self.current_IBO[middle:high, 0].addmm_(self.weights_BII[0, low:middle, middle:high].T, self.error_IBO[low:middle, 0])
+            self.weight_IBO[middle:high, 0].addmm_(self.weights_BII[0, low:middle, middle:high].T, self.weight_IBO[low:middle, 0], alpha=-1)
         else:
-            current_BIO, error_BIO = self.current_IBO.transpose(0, 1), self.error_IBO.transpose(0, 1)
-            current_BIO[:, middle:high].baddbmm_(self.weights_BII[:, low:middle, middle:high].mT, error_BIO[:, low:middle])
+            weight_BIO = self.weight_IBO.transpose(0, 1)
+            weight_BIO[:, middle:high].baddbmm_(self.weights_BII[:, low:middle, middle:high].mT, weight_BIO[:, low:middle], alpha=-1)
 
 
 def _round(scaled: Tensor, fmt: Format) -> Tensor:

@@ -39,12 +39,11 @@ def least_error(weight: Tensor, scheme: TensorScheme, moment: Tensor | None = No
     low, high = torch.aminmax(weight.float(), dim=-1)
     outer = grid_from_range(low, high, scheme).outer  # block scales of every candidate share it
     if weight.ndim == 1:
-        weight, low, high = weight[None], low[None], high[None]
-    best = torch.empty_like(low)
-    rows = max(1, _CHUNK // weight[0].numel())
-    for part in range(0, len(weight), rows):
-        here = slice(part, part + rows)
-        best[here] = _best_factor(weight[here].float(), low[here], high[here], scheme, outer, moment, factors)
+        best = _best_factor(weight.float(), low, high, scheme, outer, moment, factors)
+    else:
+        rows = max(1, _CHUNK // weight[0].numel())
+        parts = zip(weight.split(rows), low.split(rows), high.split(rows), strict=True)
+        best = torch.cat([_best_factor(part.float(), least, most, scheme, outer, moment, factors) for part, least, most in parts])
     return grid_from_range(low * best, high * best, scheme, outer)
 
 

@@ -1,0 +1,137 @@
+"""Column rounding with feedback gives the codes of the paper's loop, which pushes errors through the inverse moment."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from aerogel.numerics.feedback import feedback, round_columns
+from aerogel.numerics.formats import FORMATS
+from aerogel.numerics.quantize import Grid, grid_from_range, to_codes, to_values
+from aerogel.numerics.scheme import PerGroup, TensorScheme
+
+INT3 = FORMATS["int3"]
+
+
+def moments(problems: int, columns: int, seed: int = 0) -> Tensor:
+    """Second moments of correlated inputs in double precision, so that only a mistake can change a code."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    x = torch.randn(problems, 4 * columns, columns, generator=generator, dtype=torch.float64) @ mixing
+    return x.mT @ x / x.shape[1]
+
+
+def weights(problems: int, outputs: int, columns: int, seed: int = 1) -> Tensor:
+    return torch.randn(problems, outputs, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def paper(weight: Tensor, moment: Tensor, scale: Tensor, zero: Tensor, damping: float) -> Tensor:
+    """Algorithm 1 without its blocks: H^-1 = U^T U, and every error goes to all columns behind at once. Scales are per element."""
+    weight = weight.clone()
+    damped = moment + damping * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    codes = torch.empty_like(weight)
+    for column in range(weight.shape[1]):
+        codes[:, column] = (weight[:, column] / scale[:, column] + zero[:, column]).round().clamp(-4, 3)
+        rounded = (codes[:, column] - zero[:, column]) * scale[:, column]
+        error = (weight[:, column] - rounded) / upper[column, column]
+        weight[:, column:] -= error[:, None] * upper[column, column:]
+    return codes
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("problems", [1, 3])
+@pytest.mark.parametrize("columns", [5, 16, 72, 150])
+def test_codes_are_those_of_the_papers_loop(problems: int, columns: int, symmetric: bool) -> None:
+    weight, moment = weights(problems, 6, columns), moments(problems, columns)
+    generator = torch.Generator().manual_seed(2)
+    scale = 0.3 + torch.rand(problems, 6, 5, generator=generator, dtype=torch.float64)
+    zero = None if symmetric else torch.randint(-2, 3, scale.shape, generator=generator).to(torch.int8)
+    group = torch.randint(0, 5, (problems, columns), generator=generator)
+    found = feedback(moment, 0.01)
+    codes = round_columns(weight, found.weights_BII, INT3, Grid(scale, zero), group)
+    for b in range(problems):
+        spread = torch.zeros_like(weight[b]) if zero is None else zero[b][:, group[b]].double()
+        assert torch.equal(codes[b].double(), paper(weight[b], moment[b], scale[b][:, group[b]], spread, 0.01))
+
+
+def test_a_moving_grid_sees_the_errors_before_its_group() -> None:
+    scheme = TensorScheme(INT3, PerGroup(24), symmetric=False)
+    weight, moment = weights(1, 4, 60)[0], moments(1, 60)[0]
+
+    def fit(x: Tensor) -> Grid:
+        return grid_from_range(x.amin(-1), x.amax(-1), scheme)
+
+    found = feedback(moment[None], 0.01)
+    grid = Grid(torch.zeros(1, 4, 3), torch.zeros(1, 4, 3, dtype=torch.int8))
+    codes = round_columns(weight[None], found.weights_BII, INT3, grid, (torch.arange(60) // 24)[None], fit, 24)[0]
+
+    current, damped = weight.clone(), moment + 0.01 * moment.diagonal().mean() * torch.eye(60, dtype=moment.dtype)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    for column in range(60):
+        if column % 24 == 0:
+            step = fit(current[:, column : column + 24])
+            assert torch.allclose(grid.scale[0, :, column // 24], step.scale)
+            assert step.zero is not None
+            assert torch.equal(grid.zero[0, :, column // 24], step.zero)  # type: ignore[index]
+        code = (current[:, column] / step.scale + step.zero).round().clamp(-4, 3)
+        assert torch.equal(codes[:, column].double(), code.double())
+        error = (current[:, column] - (code - step.zero) * step.scale) / upper[column, column]  # type: ignore[operator]
+        current[:, column:] -= error[:, None] * upper[column, column:]
+
+
+def test_dead_columns_are_rounded_and_disturb_nobody() -> None:
+    moment = moments(1, 12)[0]
+    alive = [i for i in range(12) if i not in (0, 7)]
+    moment[[0, 7]] = 0
+    moment[:, [0, 7]] = 0
+    weight, scale = weights(1, 5, 12)[0], torch.full((5, 1), 0.4, dtype=torch.float64)
+    found = feedback(moment[None], 0.01)
+    codes = round_columns(weight[None], found.weights_BII, INT3, Grid(scale[None]), torch.zeros(1, 12, dtype=torch.long))[0]
+    assert not found.failed_B.any()
+    assert torch.equal(codes[:, [0, 7]].double(), (weight[:, [0, 7]] / 0.4).round().clamp(-4, 3))
+    # The damping's mean runs over all columns, dead ones included, so the rest is the same problem with a little more of it.
+    share = 0.01 * len(alive) / 12
+    expected = paper(weight[:, alive], moment[alive][:, alive], scale.expand(-1, 10), torch.zeros(5, 10, dtype=torch.float64), share)
+    assert torch.equal(codes[:, alive].double(), expected)
+
+
+def test_damping_grows_until_the_factor_exists_and_gives_up_at_the_bound() -> None:
+    flat = torch.ones(8, 8, dtype=torch.float64)
+    indefinite = flat - 0.5 * torch.eye(8, dtype=torch.float64)  # smallest eigenvalue -0.5 at a mean diagonal of 0.5
+    hopeless = -torch.eye(8, dtype=torch.float64) + 2 * torch.diag(torch.tensor([5.0] + [0.1] * 7, dtype=torch.float64))
+    good = moments(1, 8)[0]
+    found = feedback(torch.stack([good, indefinite / 0.5 * 1.0, torch.zeros(8, 8, dtype=torch.float64), good * float("nan")]), 0.2, bound=2.0)
+    assert found.damping_B[0] == pytest.approx(0.2)
+    assert found.damping_B[1] == pytest.approx(2.0)
+    assert found.failed_B.tolist() == [False, False, True, True]
+    assert torch.equal(found.weights_BII[2], torch.eye(8, dtype=torch.float64))
+    assert torch.equal(found.weights_BII[3], torch.eye(8, dtype=torch.float64))
+    assert feedback(hopeless[None], 0.01, bound=0.1).failed_B.all()
+
+
+def test_without_damping_the_first_try_is_undamped() -> None:
+    moment = moments(2, 6)
+    found = feedback(moment, 0.0)
+    assert found.damping_B.tolist() == [0.0, 0.0]
+    rank_one = torch.ones(1, 6, 6, dtype=torch.float64) * 3
+    singular = feedback(rank_one, 0.0)
+    assert not singular.failed_B.any()
+    assert 0 < float(singular.damping_B) <= 1e-3
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp4_e2m1"])
+def test_float_formats_round_to_their_values_and_gain_from_feedback(name: str) -> None:
+    fmt, weight, moment = FORMATS[name], weights(1, 16, 64).float(), moments(1, 64).float()
+    scale = weight.abs().amax(-1, keepdim=True) / fmt.high
+    group = torch.zeros(1, 64, dtype=torch.long)
+    plain = round_columns(weight, torch.eye(64)[None], fmt, Grid(scale), group)
+    assert torch.equal(to_values(plain, fmt), to_values(to_codes(weight / scale, fmt), fmt))
+    helped = round_columns(weight, feedback(moment).weights_BII, fmt, Grid(scale), group)
+
+    def cost(codes: Tensor) -> float:
+        error = weight - to_values(codes, fmt) * scale
+        return float(((error @ moment) * error).sum())
+
+    assert cost(helped) < 0.7 * cost(plain)
