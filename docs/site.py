@@ -15,6 +15,7 @@ PAGES = {
     "Recipes": "recipes.md",
     "Methods": "methods",
     "Evaluation": "evaluation.md",
+    "Saving and exporting": "export.md",
     "Figures": "figures.md",
     "Architecture": "architecture.md",
     "Adding a method": "adding-a-method.md",
