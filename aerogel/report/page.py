@@ -138,7 +138,7 @@ def _lead(run: Run) -> str:
     if run.plan.get("share_reached") is not None:
         facts.append(f"{phrases.percent(run.plan['share_reached'])} of them reached")
     if run.timings:
-        facts.append(f"made in {phrases.seconds(sum(run.timings.values()))}")
+        facts.append(f"made in {phrases.seconds(sum(run.timings.values()) - run.timings.get('evaluate', 0))}")
     return ", ".join(facts) + "."
 
 
@@ -182,11 +182,12 @@ def _bytes(before: Side, after: Side) -> Figure | None:
 
 
 def _sample(sample: Sample) -> dict[str, Any]:
-    same = f"{sample.same} of {sample.tokens} tokens the same" if sample.same is not None and sample.tokens else ""
     if sample.original is None:
         return {"prompt": sample.prompt, "original": None, "compressed": sample.compressed, "same": ""}
-    if sample.original == sample.compressed:
-        same = "word for word the same"
+    same = ""
+    if sample.same is not None and sample.tokens is not None:
+        apart = sample.same < sample.tokens
+        same = f"the first {sample.same} of {sample.tokens} tokens are the same" if apart else "word for word the same"
     marked = mark_difference(sample.original, sample.compressed)
     return {"prompt": sample.prompt, "original": sample.original, "compressed": marked, "same": same}
 

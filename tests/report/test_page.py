@@ -74,7 +74,9 @@ def test_full_report_says_everything(folder: Path) -> None:
         "scheme: W4A16_G64",
         "2026-11-23 06:12:00 UTC",
         "sotu, 128 × 512 tokens",
-        "made in 4 min",
+        "made in 3 min",
+        "the first 14 of 48 tokens are the same",
+        "Compressed · word for word the same",
     ):
         assert said in words, said
 
