@@ -58,6 +58,7 @@ class Checkpoint:
         """`files` says which file of the folder holds each tensor by its name on disk; `rename` gives the name it answers to."""
         self.folder = folder
         self._on_disk = {rename(name): name for name in files}
+        self._modules = {ours.rpartition(".")[0]: theirs.rpartition(".")[0] for ours, theirs in self._on_disk.items()}
         self._files = files
         self._headers: dict[str, dict[str, Entry]] = {}
 
@@ -104,6 +105,14 @@ class Checkpoint:
         if name not in self._on_disk:
             raise AerogelError(f"{self.folder}: the checkpoint has no tensor {name!r}; it may belong to another model")
         return self._on_disk[name]
+
+    def new_on_disk(self, name: str) -> str | None:
+        """The name for a tensor beside those on disk: as the checkpoint calls its module; None when the checkpoint has no such module."""
+        module, _, rest = name.rpartition(".")
+        while module and module not in self._modules:
+            module, _, more = module.rpartition(".")
+            rest = f"{more}.{rest}"
+        return f"{self._modules[module]}.{rest}" if module else None
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor; raises AerogelError on a name that is not in the checkpoint."""

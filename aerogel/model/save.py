@@ -104,8 +104,14 @@ def _as_on_disk(network: Network, tensors: Iterable[tuple[str, Tensor]]) -> Iter
     for given, tensor in tensors:
         if tensor.is_meta:
             raise AerogelError(f"{given}: its values are not in memory; give save the stream of tensors")
-        name = network.family.on_disk(given)
+        name = _name_on_disk(network, given)
         yield name, tensor.to(_stored_dtype(network, given, name, tensor))
+
+
+def _name_on_disk(network: Network, given: str) -> str:
+    """What the original checkpoint calls a tensor or its module, else what checkpoints of the family do."""
+    found = network.checkpoint.new_on_disk(given) if network.checkpoint is not None else None
+    return found or network.family.on_disk(given)
 
 
 def _stored_dtype(network: Network, given: str, name: str, tensor: Tensor) -> torch.dtype:
