@@ -68,10 +68,10 @@ class InputStatistics:
     def moment(self) -> Tensor:
         """Mean of x x^T over all tokens: moment_II in float32; raises AerogelError when it is not finite."""
         assert self._sum_II is not None, "statistics were collected without the second moment"
-        upper_II = self._sum_II.triu() / max(self.tokens, 1)
-        if not bool(torch.isfinite(upper_II.diagonal().sum())):
+        moment_II = self._sum_II.triu().div_(max(self.tokens, 1))
+        if not bool(torch.isfinite(moment_II.diagonal().sum())):
             raise AerogelError("the inputs hold NaN or infinity; check the weights and the calibration data")
-        return upper_II + upper_II.triu(1).T
+        return moment_II.add_(moment_II.triu(1).T)
 
     def mean_magnitude(self) -> Tensor:
         """Mean of |x| over all tokens, for each column."""

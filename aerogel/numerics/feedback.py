@@ -44,23 +44,35 @@ def feedback(moment_BII: Tensor, damping: float = 0.01, bound: float = 1.0) -> F
     mean_B1 = diagonal_BI.mean(-1, keepdim=True)
     dead_BI = diagonal_BI <= 0
     identity_II = torch.eye(moment_BII.shape[-1], dtype=moment_BII.dtype, device=moment_BII.device)
-    weights_BII = identity_II.expand_as(moment_BII).clone()
+    weights_BII = identity_II.expand_as(moment_BII)
     damping_B = torch.full_like(mean_B1[:, 0], damping)
     todo = (torch.isfinite(mean_B1[:, 0]) & (mean_B1[:, 0] > 0)).nonzero()[:, 0]
     failed_B = torch.ones_like(damping_B, dtype=torch.bool)
     while len(todo) and float(damping_B[todo[0]]) <= bound:
-        damped = moment_BII[todo].clone()
         # Added where a column is dead, the mean keeps the factor well conditioned and changes nothing else.
-        damped.diagonal(dim1=-2, dim2=-1).add_(mean_B1[todo] * (damping_B[todo, None] + dead_BI[todo]))
-        root, info = torch.linalg.cholesky_ex(damped.flip(-1, -2))
-        root = root.flip(-1, -2)  # lower becomes upper: H = R R^T
-        good = (info == 0) & torch.isfinite(root.diagonal(dim1=-2, dim2=-1)).all(-1)
-        unit = (root / root.diagonal(dim1=-2, dim2=-1)[:, None, :])[good]
-        weights_BII[todo[good]] = torch.linalg.solve_triangular(unit, identity_II.expand_as(unit), upper=True, unitriangular=True)
+        unit, good = _unit_root(moment_BII[todo], mean_B1[todo] * (damping_B[todo, None] + dead_BI[todo]))
+        solved = torch.linalg.solve_triangular(unit, identity_II.expand_as(unit), upper=True, unitriangular=True)
+        weights_BII = solved if len(solved) == len(weights_BII) else weights_BII.index_copy(0, todo[good], solved)
         failed_B[todo[good]] = False
         todo = todo[~good]
         damping_B[todo] = 10 * damping_B[todo] if damping > 0 else torch.where(damping_B[todo] > 0, 10 * damping_B[todo], 1e-4)
     return Feedback(weights_BII, damping_B, failed_B)
+
+
+def _unit_root(moment_BII: Tensor, added_BI: Tensor) -> tuple[Tensor, Tensor]:
+    """The unit upper triangular factors of moments with something added to their diagonals, where there are any, and where that is.
+
+    Moments of wide layers are the largest tensors of a run: each step here lets go of the one before it.
+    """
+    moment_BII.diagonal(dim1=-2, dim2=-1).add_(added_BI)
+    moment_BII = moment_BII.flip(-1, -2)
+    root_BII, info_B = torch.linalg.cholesky_ex(moment_BII)
+    del moment_BII
+    root_BII = root_BII.flip(-1, -2)  # lower becomes upper: H = R R^T
+    diagonal_BI = root_BII.diagonal(dim1=-2, dim2=-1).clone()
+    good_B = (info_B == 0) & torch.isfinite(diagonal_BI).all(-1)
+    root_BII /= diagonal_BI[:, None, :]
+    return root_BII if bool(good_B.all()) else root_BII[good_B], good_B
 
 
 @torch.no_grad()

@@ -73,8 +73,10 @@ class Gptq(WeightMethod):
         fit = partial(self._fit, scheme=scheme, dtype=dtype)
         moves = self.act_order != "static" and isinstance(scheme.granularity, PerGroup) and scheme.scale_format == "float"
         weight_BOI = torch.stack([problem.weight() for problem in problems])
-        moment_BII = torch.stack([problem.moment(block) for problem in problems])
-        solution = solve(weight_BOI, moment_BII, scheme, fit, moves, self.act_order, self.damping)
+        # Not named here, the moments are let go as soon as they are factorised.
+        solution = solve(
+            weight_BOI, torch.stack([problem.moment(block) for problem in problems]), scheme, fit, moves, self.act_order, self.damping
+        )
         for index, problem in enumerate(problems):
             self._store(block, problem, solution, index)
 
@@ -174,8 +176,10 @@ def solve(
     else:
         grids = [fit(grouped(weight_OI, scheme.granularity)) for weight_OI in weight_BOI]
         grid, group_BI = _rows_of(grids, scheme, weight_BOI.shape[1]), order_BI // width
-    ordered_BII = moment_BII.take_along_dim(order_BI[:, :, None], 1).take_along_dim(order_BI[:, None, :], 2)
-    found = feedback(ordered_BII, damping)
+    moment_BII = moment_BII.take_along_dim(order_BI[:, :, None], 1)
+    moment_BII = moment_BII.take_along_dim(order_BI[:, None, :], 2)
+    found = feedback(moment_BII, damping)
+    del moment_BII
     ordered_BOI = weight_BOI.take_along_dim(order_BI[:, None, :], 2)
     codes_BOI = round_columns(ordered_BOI, found.weights_BII, scheme.format, grid, group_BI, fit if moves else None, width)
     if moves:
