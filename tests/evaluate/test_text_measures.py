@@ -84,6 +84,16 @@ def test_a_network_agrees_with_itself(book: str) -> None:
     assert (found["kl"], found["top1"], found["tokens"]) == (0.0, 1.0, 69)
 
 
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava", "mixtral", "phi3"])
+def test_every_kind_of_language_model_can_be_read(book: str, kind: str) -> None:
+    net = network(kind)
+    found = Perplexity(source=book, length=512, stride=64).measure(net)
+    ids = Perplexity(source=book).stream(net)
+    with torch.no_grad():
+        logits = net.module(input_ids=ids[None], use_cache=False).logits[0, :-1]
+    assert found["nats_per_token"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, ids[1:])), rel=1e-4)
+
+
 def test_tokens_limits_what_is_read(book: str) -> None:
     assert Perplexity(source=book, tokens=40, length=32, stride=16).measure(network())["tokens"] == 39
 
