@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ def compress(
     origin = network.origin
     before = _scores_of_live(network, measures) if origin is None else {}
     run = Run(network, checked, calibration, seed, tell)
-    result = job.run(run, facts, watch, resume)
+    result = job.run(run, facts, watch)
     if measures is None or measures:
         with watch.stage("evaluate"):
             original = load(origin, lazy=False) if origin is not None else None
@@ -130,14 +130,23 @@ class _Job:
             },
         }
 
-    def run(self, run: Run, facts: dict[str, Any], watch: Watch, resume: bool) -> Result:
+    def run(self, run: Run, facts: dict[str, Any], watch: Watch) -> Result:
         """Do the steps and save what comes out."""
-        source = self.network.checkpoint
-        if source is None:
+        if self.network.checkpoint is None:
             return self._run_live(run, facts, watch)
-        keep = TemporaryDirectory(prefix="aerogel-") if self.output is None else None
-        output = self.output or Path(keep.name) / "model"  # type: ignore[union-attr]
-        partial = partial_of(output)
+        if self.output is not None:
+            self._run_lazily(run, facts, watch, self.output)
+            return Result(self.recipe, facts, run.policies, folder=self.output)
+        keep = Path(mkdtemp(prefix="aerogel-"))
+        with ExitStack() as stack:
+            stack.callback(shutil.rmtree, keep, ignore_errors=True)
+            self._run_lazily(run, facts, watch, keep / "model")
+            stack.pop_all()
+        return Result(self.recipe, facts, run.policies, folder=keep / "model", keep=keep)
+
+    def _run_lazily(self, run: Run, facts: dict[str, Any], watch: Watch, output: Path) -> None:
+        source, partial = self.network.checkpoint, partial_of(output)
+        assert source is not None
         made_of = {
             "model": fingerprint_of(source),
             "recipe": facts["recipe"],
@@ -153,7 +162,6 @@ class _Job:
         with watch.stage("save"), save.new_folder(output) as folder:
             write(folder, self.network, facts, run.policies, run.progress.tensors())
         shutil.rmtree(partial)
-        return Result(self.recipe, facts, run.policies, folder=output, keep=keep)
 
     def _run_live(self, run: Run, facts: dict[str, Any], watch: Watch) -> Result:
         with watch.stage("compress"):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
+from rich.text import Text
 
 StageName = Literal["load", "check", "compress", "save", "evaluate"]
 STAGES: tuple[StageName, ...] = ("load", "check", "compress", "save", "evaluate")
@@ -41,6 +42,8 @@ class Clock:
         self._began: dict[StageName, float] = {}
         self._resumed: dict[StageName, float] = {}
         self._share = 0.0
+        self._left = 0.0
+        self._at = now()
 
     def see(self, event: Event) -> None:
         """Take in an event."""
@@ -52,15 +55,17 @@ class Clock:
             # A resumed run begins in the middle; only what is done from here on tells its pace.
             self._resumed[event.stage] = event.done / event.total if event.total else 0.0
         self._share = event.done / event.total if event.total else 1.0
+        self._left = self._left_here(now)
+        self._at = now
 
     def share(self) -> float:
         """The part of the whole run that is done, 0 to 1."""
-        total = self._past() + self._left_here() + self._left_later()
+        total = self._past() + self.left()
         return min(1.0, self._past() / total) if total else 1.0
 
     def left(self) -> float:
         """Seconds that are left."""
-        return self._left_here() + self._left_later()
+        return max(0.0, self._left - (self._now() - self._at)) + self._left_later()
 
     @property
     def _current(self) -> StageName | None:
@@ -73,15 +78,15 @@ class Clock:
     def _past(self) -> float:
         return self._now() - next(iter(self._began.values())) if self._began else 0.0
 
-    def _left_here(self) -> float:
+    def _left_here(self, now: float) -> float:
+        """Seconds left of the current stage as they look at an event."""
         stage = self._current
-        if stage is None:
-            return 0.0
+        assert stage is not None
         seen = self._share - self._resumed[stage]
         expected = self._expected.get(stage, 0.0) * (1 - self._share)
         if seen <= 0:
             return expected
-        measured = (self._now() - self._began[stage]) / seen * (1 - self._share)
+        measured = (now - self._began[stage]) / seen * (1 - self._share)
         # Trust in the measured pace grows as the stage does.
         trust = min(1.0, 5 * seen)
         return trust * measured + (1 - trust) * expected
@@ -106,22 +111,29 @@ class Watch:
         self.seconds[name] = round(time.monotonic() - start, 3)
 
 
+class _Left(ProgressColumn):
+    """The time left, counted down between events."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self._clock = clock
+
+    def render(self, task: Task) -> Text:
+        """Minutes and seconds."""
+        minutes, seconds = divmod(round(self._clock.left()), 60)
+        return Text(f"{minutes} min {seconds:02} s left" if minutes else f"{seconds} s left")
+
+
 @contextmanager
 def bar(console: Console, clock: Clock) -> Iterator[Tell]:
     """Show one bar for the whole run on this console while the context lasts; gives what to tell events to."""
-    columns = (TextColumn("{task.description:<34}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[left]}"))
-    with Progress(*columns, console=console, transient=not console.is_terminal) as shown:
-        task = shown.add_task("", total=1.0, left="")
+    columns = (TextColumn("{task.description:<40}"), BarColumn(), TaskProgressColumn(), _Left(clock))
+    with Progress(*columns, console=console, refresh_per_second=2, transient=True) as shown:
+        task = shown.add_task("", total=1.0)
 
         def tell(event: Event) -> None:
             clock.see(event)
             count = f" {min(event.done + 1, event.total)}/{event.total}" if event.total > 1 else ""
-            shown.update(task, completed=clock.share(), description=f"{event.stage}{count} {event.what}"[:34], left=_duration(clock.left()))
+            shown.update(task, completed=clock.share(), description=f"{event.stage}{count} {event.what}"[:40], refresh=True)
 
         yield tell
-        shown.update(task, completed=1.0, description="done", left="")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s left" if minutes else f"{rest} s left"

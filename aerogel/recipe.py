@@ -201,10 +201,12 @@ def _border_type(hint: Any) -> Any:
     return Annotated[rebuilt, Strict(False)] if origin in (tuple, set, frozenset) else rebuilt
 
 
-def _scheme(value: Any) -> Scheme:
+def _scheme(value: Any) -> Scheme | str:
+    """A scheme as it was given, once it is known to be one."""
     if not isinstance(value, Scheme | str | Mapping):
         raise AerogelError("a scheme is a name such as W4A16_G64 or a mapping {preset, group, symmetric}")
-    return Scheme.parse(value)
+    parsed = Scheme.parse(value)
+    return value if isinstance(value, str) else parsed
 
 
 def plain(value: Any) -> Any:

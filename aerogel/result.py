@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from aerogel import policies
@@ -30,7 +30,7 @@ class Result:
         *,
         network: Network | None = None,
         folder: Path | None = None,
-        keep: TemporaryDirectory[str] | None = None,
+        keep: Path | None = None,
     ) -> None:
         self.recipe = recipe
         self.facts = facts
@@ -40,8 +40,9 @@ class Result:
         self.folder = folder
         """Where it is saved, or None when it lives in memory only."""
         self._network = network
-        # The folder of a result that was not asked to be saved lives as long as the result does.
-        self._keep = keep
+        # What holds the folder of a result that was not asked to be saved lives as long as the result does.
+        if keep is not None:
+            weakref.finalize(self, shutil.rmtree, keep, ignore_errors=True)
 
     @property
     def network(self) -> Network:

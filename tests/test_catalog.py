@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -17,26 +16,6 @@ from aerogel import catalog
 from aerogel.errors import AerogelError
 
 PACKAGE = Path(catalog.__file__).parent
-
-
-@pytest.fixture
-def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An importable package of a third party, announced by an entry point."""
-    root = tmp_path / "thirdparty"
-    (root / "methods").mkdir(parents=True)
-    (root / "recipes").mkdir()
-    for folder in (root, root / "methods"):
-        (folder / "__init__.py").write_text("")
-    entry = EntryPoint("mine", "thirdparty", catalog.PLUGINS)
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry] if group == catalog.PLUGINS else [])
-    monkeypatch.syspath_prepend(tmp_path)
-    for cached in (catalog._cards, catalog._houses):
-        cached.cache_clear()
-    yield root
-    for cached in (catalog._cards, catalog._houses):
-        cached.cache_clear()
-    for module in [name for name in sys.modules if name.startswith("thirdparty")]:
-        del sys.modules[module]
 
 
 def test_the_face_is_exactly_what_is_intended() -> None:
