@@ -1,7 +1,7 @@
 """How figures travel: a benchmark writes one JSON, and the docs take their tables from it.
 
-    python benchmarks/results.py          # put every table into README.md and docs/ anew
-    python benchmarks/results.py --check  # exit 1 when a page does not show what was measured
+python benchmarks/results.py          # put every table into README.md and docs/ anew
+python benchmarks/results.py --check  # exit 1 when a page does not show what was measured
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ class Rival:
 
 
 RIVALS = {
+    "aerogel": Rival((), "aerogel_gptq.py"),
     "llmcompressor": Rival(("llmcompressor==0.14.*",), "llmcompressor_gptq.py"),
     "gptqmodel": Rival(
         ("transformers==5.23.0", "accelerate", "safetensors", "datasets", "numpy", "defuser", "device-smi", "logbar", "pypcre", "tokenicer",
@@ -53,7 +54,9 @@ RIVALS = {
 
 
 def build(name: str) -> Path:
-    """Make the environment of a rival if it is not there yet; return its interpreter."""
+    """Make the environment of a rival if it is not there yet; return its interpreter. Aerogel runs in the one that asks."""
+    if name == "aerogel":
+        return Path(sys.executable)
     rival, folder = RIVALS[name], ROOT / ".envs" / name
     python, ready = folder / "bin" / "python", folder / "ready"
     if not ready.exists():
