@@ -120,7 +120,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Quantize the input if the scheme says so, and multiply: by the fastest kernel, or by the held float weight."""
         if self._held is None:
-            return run(x, self, self.cache)
+            return run(x, self, {} if torch.compiler.is_compiling() else self.cache)
         if x.dtype not in self._held:
             self._held[x.dtype] = self.dequantized(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)

@@ -181,6 +181,16 @@ def test_the_kernels_cache_lives_as_long_as_the_weight_it_was_packed_from() -> N
     assert ours.cache == {}
 
 
+def test_it_compiles_without_a_break() -> None:
+    ours, _ = quantized("W4A16_G32_ASYM")
+    x = torch.randn(2, INPUTS)
+    with torch.no_grad(), held(ours):
+        expected = ours(x)
+    compiled = torch.compile(nn.Sequential(ours), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), expected)
+
+
 def test_scaled_input_divides_before_the_linear() -> None:
     ours, _ = quantized("W8A8")
     scale_I = torch.rand(INPUTS) + 0.5

@@ -54,6 +54,23 @@ def test_in_bfloat16_too(scheme: str, tmp_path: Path) -> None:
     assert largest_difference(given.module, theirs) < 1e-6  # measured: 0.0
 
 
+def test_mixed_schemes_formats_and_layers_left_in_float_open_too(tmp_path: Path) -> None:
+    def mixed(name: str) -> str | None:
+        if name == "lm_head" or name.endswith("0.mlp.gate_proj"):
+            return None
+        return "W8A8" if name.endswith("down_proj") else "FP8_DYNAMIC" if ".0." in name else "W4A16_G32_ASYM"
+
+    given = network(mixed)
+    save(given, tmp_path / "out")
+    assert largest_difference(given.module, opened(tmp_path / "out")) < 1e-6  # measured: 0.0
+
+
+def test_activation_order_opens_too(tmp_path: Path) -> None:
+    given = network("W4A16_G32", act_order=True)
+    save(given, tmp_path / "out")
+    assert largest_difference(given.module, opened(tmp_path / "out")) < 1e-6  # measured: 0.0
+
+
 @pytest.mark.parametrize("scheme", ["W4A16_G32", "W8A8", "FP8_DYNAMIC"])
 def test_our_kernels_give_its_logits_within_their_rounding(scheme: str, tmp_path: Path) -> None:
     given = network(scheme)
