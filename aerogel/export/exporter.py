@@ -103,3 +103,10 @@ class Master:
         """The float32 weight_OI of one quantized linear."""
         codes, grid, g_idx, _ = self.stored(name)
         return dequantize(codes, grid, self.linears[name].scheme.weights, torch.float32, g_idx)
+
+
+def not_language(master: Master) -> list[str]:
+    """The reason why formats of language engines refuse a folder that holds a denoiser."""
+    if master.family.modality in ("text", "image-text"):
+        return []
+    return [f"engines that read this format run language models, not {master.family.name} networks"]

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.export.exporter import Exporter, Master
+from aerogel.export.exporter import Exporter, Master, not_language
 from aerogel.model.layout import Stored
 from aerogel.model.quantized import Assigned
 from aerogel.model.save import new_folder
@@ -73,6 +73,8 @@ class Gguf(Exporter):
     def refuse(self, folder: Path) -> list[str]:
         """Architectures, tokenizers and schemes that GGUF has no words for, or would say with other numbers."""
         master = Master.open(folder)
+        if reasons := not_language(master):
+            return reasons
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         reasons = _network_reasons(master, config)
         if not reasons:

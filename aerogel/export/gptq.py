@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aerogel.export.exporter import Exporter, Master
+from aerogel.export.exporter import Exporter, Master, not_language
 from aerogel.model.layout import Stored, format_of
 from aerogel.model.quantized import Assigned
 from aerogel.model.save import copy_companions, new_folder
@@ -40,6 +40,8 @@ class GptqLayout(Exporter):
     def refuse(self, folder: Path) -> list[str]:
         """Other formats, quantized inputs, and sizes that do not divide by 32."""
         master = Master.open(folder)
+        if reasons := not_language(master):
+            return reasons
         if not master.linears:
             return ["no linear in it is quantized"]
         reasons = [f"{name}: {reason}" for name in master.linears if (reason := _reason(master, name))]
@@ -68,7 +70,9 @@ def _reason(master: Master, name: str) -> str | None:
 
 
 def _tensors(master: Master) -> Iterator[tuple[str, Tensor]]:
-    on_disk = master.family.on_disk
+    def on_disk(name: str) -> str:
+        return master.checkpoint.new_on_disk(name) or master.family.on_disk(name)
+
     for name in master.floats:
         yield on_disk(name), master.checkpoint.tensor(name)
     zero_offset = 1 if _version(master) == "gptq" else 0

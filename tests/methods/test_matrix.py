@@ -108,6 +108,16 @@ def test_a_folder_gives_the_bits_of_a_live_network(name: str, tmp_path: Path) ->
     assert {key.removesuffix("_packed").removesuffix("_scale").removesuffix("_shape") for key in lazy} == before.keys()
 
 
+@pytest.mark.parametrize("name", ["dit", "wan"])
+def test_formats_of_language_engines_refuse_denoisers(name: str, tmp_path: Path) -> None:
+    aerogel.compress(FAMILIES[name].build(), steps("rtn"), samples=FAMILIES[name].calls(1), output=tmp_path / "out", measures=())
+    formats = set(catalog.names("exporters")) - {"compressed_tensors"}
+    assert formats
+    for exporter in formats:
+        (reason,) = catalog.find("exporters", exporter)().refuse(tmp_path / "out")
+        assert "language models" in reason, exporter
+
+
 def stored(folder: Path) -> dict[str, Tensor]:
     (file,) = folder.glob("*.safetensors")
     return load_file(file)
