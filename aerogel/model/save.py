@@ -82,7 +82,7 @@ def write(
     """
     part = _part(network)
     if network.origin is None:
-        _write_companions(network, folder)
+        _write_companions(network, folder, part)
     else:
         copy_companions(network.origin, folder, part)
     _write_config(network, folder / part)
@@ -127,15 +127,8 @@ def _stored_dtype(network: Network, given: str, name: str, tensor: Tensor) -> to
 
 def _part(network: Network) -> str:
     """The sub-folder of a pipeline that holds this network, or "" when the network has a folder of its own."""
-    origin = network.origin
-    if origin is None or not (origin / "model_index.json").is_file():
-        return ""
-    name = type(network.module).__name__
-    index = json.loads((origin / "model_index.json").read_text())
-    found = [part for part, value in index.items() if isinstance(value, list) and value[-1] == name]
-    if len(found) != 1:
-        raise AerogelError(f"{origin}: model_index.json names {len(found)} parts of class {name}; open the folder of one of them instead")
-    return found[0]
+    components = getattr(network.processor, "components", {})
+    return next((name for name, component in components.items() if component is network.module), "")
 
 
 def copy_companions(origin: Path, folder: Path, part: str = "") -> None:
@@ -151,14 +144,23 @@ def copy_companions(origin: Path, folder: Path, part: str = "") -> None:
             shutil.copyfile(path, target)  # follows links: hub caches are made of them
 
 
-def _write_companions(network: Network, folder: Path) -> None:
-    """Write the files of a network that lives in memory only."""
+def _write_companions(network: Network, folder: Path, part: str) -> None:
+    """Write the files of a network that lives in memory only; of a pipeline, its other parts too."""
     module: Any = network.module
-    for source in (network.config, network.processor, getattr(module, "generation_config", None)):
-        if source is not None and hasattr(source, "save_pretrained"):
-            source.save_pretrained(folder)
+    if part:
+        network.processor.save_config(folder)
+        sources = {folder / name: component for name, component in network.processor.components.items() if name != part}
+    else:
+        sources = {folder: network.processor}
+        if network.config is not None and hasattr(network.config, "save_pretrained"):
+            network.config.save_pretrained(folder)
+        if getattr(module, "generation_config", None) is not None:
+            module.generation_config.save_pretrained(folder)
+    for place, source in sources.items():
+        if hasattr(source, "save_pretrained"):
+            source.save_pretrained(place)
     if hasattr(module, "save_config"):  # diffusers
-        module.save_config(folder)
+        module.save_config(folder / part)
 
 
 def _write_config(network: Network, folder: Path) -> None:

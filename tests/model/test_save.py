@@ -10,15 +10,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
+from aerogel.model.load import load
 from aerogel.model.modules import held
 from aerogel.model.save import new_folder, preflight, resident, write
-from tests.saved import network, save
+from tests.saved import network, round_to_nearest, save
 from tests.tiny import FAMILIES, output
 
 SCHEMES = ["W2A16_G32", "W3A16_G32_ASYM", "W4A16_CHANNEL", "W8A16_G64", "W8A8", "W8A8_STATIC", "W4A8_G32", "FP8_DYNAMIC", "FP8_STATIC"]
@@ -146,19 +149,30 @@ def test_an_old_quantization_config_does_not_stay_on_a_float_model(tmp_path: Pat
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
 
 
-def test_a_denoiser_is_saved_into_its_part_of_the_pipeline(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    given = network("W4A16_G32", kind="dit", origin=source)
-    FAMILIES["dit"].build().save_pretrained(source / "transformer")
-    (source / "vae").mkdir()
-    (source / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"vae")
-    (source / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "DiTTransformer2DModel"], "vae": ["diffusers", "X"]}))
-    checksums = save(given, tmp_path / "out")
+def pipeline() -> diffusers.DiTPipeline:
+    vae = diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=4, sample_size=8)
+    return diffusers.DiTPipeline(FAMILIES["dit"].build(), vae, diffusers.DDIMScheduler())
+
+
+def test_a_denoiser_is_saved_into_its_part_of_the_pipeline_from_memory_and_from_a_folder(tmp_path: Path) -> None:
+    live = load(pipeline())
+    round_to_nearest(live.module, "W4A16_G32")
+    checksums = save(live, tmp_path / "a")
     assert list(checksums) == ["transformer/diffusion_pytorch_model.safetensors"]
-    assert (tmp_path / "out/vae/diffusion_pytorch_model.safetensors").read_bytes() == b"vae"
-    config = json.loads((tmp_path / "out/transformer/config.json").read_text())
-    assert config["_class_name"] == "DiTTransformer2DModel"
-    assert config["quantization_config"]["format"] == "pack-quantized"
+    pipeline().save_pretrained(tmp_path / "source")
+    opened_again = load(tmp_path / "source")
+    round_to_nearest(opened_again.module, "W4A16_G32")
+    save(opened_again, tmp_path / "b")
+    call = FAMILIES["dit"].calls(1)[0]
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        assert {path.name for path in folder.iterdir()} == {"model_index.json", "transformer", "vae", "scheduler"}
+        config = json.loads((folder / "transformer/config.json").read_text())
+        assert config["_class_name"] == "DiTTransformer2DModel"
+        assert config["quantization_config"]["format"] == "pack-quantized"
+        assert load_file(folder / "vae/diffusion_pytorch_model.safetensors").keys() == pipeline().vae.state_dict().keys()
+        again = load(folder, lazy=False)
+        with held(again.module), held(live.module):
+            torch.testing.assert_close(output(again.module, call), output(live.module, call))
 
 
 def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
