@@ -57,7 +57,8 @@ def steps(method: str) -> dict[str, Any]:
 @pytest.mark.parametrize(("method", "name"), pairs(refused=False))
 def test_method_on_family(method: str, name: str, expected: dict[str, list[Tensor]], tmp_path: Path) -> None:
     tiny = FAMILIES[name]
-    result = aerogel.compress(tiny.build(), steps(method), samples=tiny.calls(3), output=tmp_path / "out", measures=())
+    live = tiny.build().requires_grad_(True)  # as from_pretrained leaves it
+    result = aerogel.compress(live, steps(method), samples=tiny.calls(3), output=tmp_path / "out", measures=())
     network = result.network
     assert reached(network) == (reachable(name) if method in KNOBS else set())
     answers = [output(network.module, call) for call in tiny.calls(3)]
