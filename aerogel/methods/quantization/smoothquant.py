@@ -6,7 +6,8 @@ what it did, and a step such as rtn with a W8A8 scheme comes after.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -53,7 +54,8 @@ class Smoothquant(BlockMethod):
         for edge in edges:
             readers = [name for name in edge.sinks if name in statistics]
             if readers:
-                self._smooth(block, edge, {name: linears[name] for name in readers}, statistics[readers[0]])
+                seen = _together(statistics[name] for name in readers)
+                self._smooth(block, edge, {name: linears[name] for name in readers}, seen)
 
     def _smooths(self, block: Block, edge: BoundEdge, linears: dict[str, nn.Linear]) -> bool:
         source = block.module.get_submodule(edge.source)
@@ -86,6 +88,15 @@ class Smoothquant(BlockMethod):
             if cost < least:
                 best, least = alpha, cost
         return best
+
+
+def _together(parts: Iterable[InputStatistics]) -> InputStatistics:
+    """What readers have seen between them: experts that read one norm see different tokens."""
+    first, *others = dict.fromkeys(parts)
+    total = deepcopy(first) if others else first
+    for other in others:
+        total.merge(other)
+    return total
 
 
 def smoothing(inputs_C: Tensor, weights_C: Tensor, alpha: float) -> Tensor:

@@ -49,6 +49,17 @@ def test_the_scale_is_the_papers(alpha: float) -> None:
     torch.testing.assert_close(after, weights * expected, rtol=1e-4, atol=1e-6)
 
 
+def test_the_scale_is_that_of_all_experts_tokens() -> None:
+    block = next(iter(Walk(opened("qwen3_moe"), FAMILIES["qwen3_moe"].calls(1))))
+    x, norm = inputs_of(block, "mlp"), block.module.get_submodule("post_attention_layernorm").weight.clone()
+    assert len(inputs_of(block, "mlp.experts.0.gate_proj")) < len(x)
+    readers = [f"mlp.experts.{number}.{part}_proj" for number in range(4) for part in ("gate", "up")]
+    weights = torch.cat([block.module.get_submodule(name).weight.clone() for name in readers])
+    Smoothquant(alpha=0.5).compress(block)
+    expected = x.abs().amax(0) ** 0.5 / weights.abs().amax(0) ** 0.5
+    torch.testing.assert_close(block.module.get_submodule("post_attention_layernorm").weight, norm / expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("knobs", [{"alpha": 0.5, "behind_linears": True}, {"alpha": "search", "behind_linears": True, "rows": 32}])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_computes_what_it_did(family: str, knobs: dict[str, Any]) -> None:
