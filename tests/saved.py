@@ -22,16 +22,18 @@ from tests.tiny import FAMILIES, VOCABULARY
 SchemeOf = Callable[[str], str | None]
 
 
-def round_to_nearest(module: nn.Module, scheme: str | SchemeOf | None, act_order: bool = False) -> nn.Module:
-    """Quantize the float linears, all but lm_head or those that `scheme` names a scheme for."""
+def round_to_nearest(
+    module: nn.Module, scheme: str | SchemeOf | None, act_order: bool = False, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Quantize the float linears, all but lm_head or those that `scheme` names a scheme for; `dtype` is that of stored scales."""
     for name, linear in list(module.named_modules()):
         chosen = scheme(name) if callable(scheme) else None if name == "lm_head" else scheme
         if isinstance(linear, nn.Linear) and chosen is not None:
-            module.set_submodule(name, quantized(linear, Scheme.parse(chosen), act_order))
+            module.set_submodule(name, quantized(linear, Scheme.parse(chosen), act_order, dtype))
     return module
 
 
-def quantized(linear: nn.Linear, scheme: Scheme, act_order: bool = False) -> QuantLinear:
+def quantized(linear: nn.Linear, scheme: Scheme, act_order: bool = False, dtype: torch.dtype | None = None) -> QuantLinear:
     """The linear on its min-max grid; with `act_order` its groups take columns in a shuffled order."""
     columns = linear.in_features
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(0)) if act_order else torch.arange(columns)
@@ -39,10 +41,10 @@ def quantized(linear: nn.Linear, scheme: Scheme, act_order: bool = False) -> Qua
     if act_order:
         g_idx = torch.empty(columns, dtype=torch.int32)
         g_idx[order] = torch.arange(columns, dtype=torch.int32) // (scheme.group or columns)
-    grid = stored_grid(weight_grid(linear.weight[:, order], scheme.weights), linear.weight.dtype)
+    grid = stored_grid(weight_grid(linear.weight[:, order], scheme.weights), dtype or linear.weight.dtype)
     static = Grid(torch.tensor(0.03125)) if scheme.inputs is not None and not scheme.inputs.dynamic else None
     codes = quantize(linear.weight, grid, scheme.weights, g_idx)
-    return QuantLinear.from_codes(linear, scheme, codes, grid, g_idx, static)
+    return QuantLinear.from_codes(linear, scheme, codes, grid, g_idx, static, dtype)
 
 
 def network(

@@ -115,8 +115,8 @@ def _name_on_disk(network: Network, given: str) -> str:
 
 
 def _stored_dtype(network: Network, given: str, name: str, tensor: Tensor) -> torch.dtype:
-    # Codes have a dtype of one byte or are integers; the one scale over block scales is float32 by definition.
-    if not tensor.is_floating_point() or tensor.element_size() < 2 or name.endswith("_global_scale"):
+    # Codes are integers or have a dtype of one byte; to round a scale after codes were made on it would move every weight.
+    if not tensor.is_floating_point() or tensor.element_size() < 2 or name.endswith("_scale"):
         return tensor.dtype
     checkpoint = network.checkpoint
     for known in (given, name):

@@ -133,6 +133,15 @@ def test_files_beside_the_weights_come_along_and_weights_keep_their_dtype(tmp_pa
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
+def test_scales_are_never_rounded_on_the_way_to_the_disk(tmp_path: Path) -> None:
+    given = network(origin=origin(tmp_path / "source"), stored_dtype=torch.bfloat16)  # its scales are float32
+    save(given, tmp_path / "out")
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    scales = {name: tensor for name, tensor in given.module.state_dict().items() if name.endswith("weight_scale")}
+    assert len(scales) == 14
+    assert all(tensors[name].equal(scale) for name, scale in scales.items())
+
+
 def test_settings_that_changed_in_memory_reach_the_disk(tmp_path: Path) -> None:
     given = network(origin=origin(tmp_path / "source"))
     assert given.config is not None
