@@ -26,6 +26,8 @@ class _Group(TyperGroup):
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
             with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                warnings.filterwarnings("default", module=r"aerogel(\.|$)")
                 warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except AerogelError as error:

@@ -7,6 +7,7 @@ folder beside the output: memory holds about two blocks, and a killed run goes o
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -69,6 +70,7 @@ def compress(
     before = _scores_of_live(network, measures) if origin is None else {}
     run = Run(network, checked, calibration, seed, tell)
     result = job.run(run, facts, watch)
+    _warn_of_fallbacks(run.journal)
     if measures is None or measures:
         with watch.stage("evaluate"):
             original = load(origin, lazy=False) if origin is not None else None
@@ -276,6 +278,17 @@ class Run:
                 if stage:
                     stage.commit(block, [])
                 self.progress.release(block.name)
+
+
+def _warn_of_fallbacks(journal: Sequence[Mapping[str, Any]]) -> None:
+    """Say which linears did not get what the recipe asks for, by reason."""
+    fallen: dict[str, list[str]] = {}
+    for line in journal:
+        if line.get("fallback"):
+            fallen.setdefault(line["fallback"], []).append(line["name"])
+    for reason, names in fallen.items():
+        more = f" and {len(names) - 1} other linears" if len(names) > 1 else ""
+        warnings.warn(f"{names[0]}{more}: {reason}", stacklevel=3)
 
 
 def reaches_around(network: Network, steps: Iterable[Step]) -> bool:

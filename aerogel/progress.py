@@ -128,7 +128,7 @@ class _Left(ProgressColumn):
 def bar(console: Console, clock: Clock) -> Iterator[Tell]:
     """Show one bar for the whole run on this console while the context lasts; gives what to tell events to."""
     columns = (TextColumn("{task.description:<40}"), BarColumn(), TaskProgressColumn(), _Left(clock))
-    with Progress(*columns, console=console, refresh_per_second=2, transient=True) as shown:
+    with Progress(*columns, console=console, refresh_per_second=2, transient=True, disable=not console.is_terminal) as shown:
         task = shown.add_task("", total=1.0)
 
         def tell(event: Event) -> None:

@@ -1,0 +1,287 @@
+"""Bad days: each gives one clear line and exit code 2, and leaves the user's files as they were."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from aerogel import cli, resume
+from tests.folders import digests, model_folder, text_file
+
+RECIPE = "steps:\n  - gptq: {scheme: W4A16_G32}\n"
+
+
+class Desk:
+    """A user's folder with a model, a text and a recipe, at a command line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model, self.text, self.recipe, self.output = (folder / name for name in ("model", "text.txt", "own.yaml", "out"))
+
+    def compress(self, *options: str) -> list[str]:
+        """The command that compresses the model; later options win."""
+        given = ["--recipe", str(self.recipe), "--output", str(self.output), "--data", str(self.text)]
+        return ["compress", str(self.model), *given, "--samples", "6", "--length", "24", "--no-evaluate", *options]
+
+    def run(self, *command: str) -> Any:
+        return CliRunner().invoke(cli.app, list(command))
+
+    def refused(self, *command: str) -> str:
+        """Run a command that must fail; returns its one line."""
+        before = digests(self.folder)
+        result = self.run(*command)
+        assert result.exit_code == 2, result.output
+        line = result.stderr.removesuffix("\n")
+        assert line.startswith("error: ")
+        assert "\n" not in line
+        assert digests(self.folder) == before
+        assert not (self.folder / "out.partial").exists()
+        return line
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shelf")
+    text_file(folder / "text.txt")
+    (folder / "own.yaml").write_text(RECIPE)
+    model_folder(folder / "model", num_hidden_layers=3, max_shard_size="200KB")
+    return folder
+
+
+@pytest.fixture
+def desk(shelf: Path, tmp_path: Path) -> Desk:
+    return Desk(Path(shutil.copytree(shelf, tmp_path / "desk")))
+
+
+def shard(desk: Desk, number: int = 1) -> Path:
+    return sorted(desk.model.glob("*.safetensors"))[number]
+
+
+def test_unknown_recipe(desk: Desk) -> None:
+    assert "unknown recipe 'gptq-w4a15'; did you mean gptq-w4a16" in desk.refused(*desk.compress("--recipe", "gptq-w4a15"))
+    assert "recipe file none.yaml does not exist" in desk.refused("plan", str(desk.model), "-r", "none.yaml")
+
+
+def test_unknown_recipe_key(desk: Desk) -> None:
+    assert "step 1 (gptq): unknown knob 'shceme'; did you mean scheme" in desk.refused(*desk.compress("--set", "gptq.shceme=W3A16"))
+    desk.recipe.write_text("steps:\n  - gptq: {dampening: 0.1}\n")
+    assert "unknown knob 'dampening'; did you mean damping" in desk.refused("plan", str(desk.model), "-r", str(desk.recipe))
+
+
+def test_unknown_method(desk: Desk) -> None:
+    desk.recipe.write_text("steps:\n  - gptqq: {}\n")
+    assert "unknown method 'gptqq'; did you mean gptq" in desk.refused(*desk.compress())
+
+
+def test_unknown_scheme(desk: Desk) -> None:
+    assert "knob 'scheme': unknown scheme 'W4A17'" in desk.refused(*desk.compress("--set", "gptq.scheme=W4A17"))
+
+
+def test_unknown_format(desk: Desk) -> None:
+    assert desk.run(*desk.compress()).exit_code == 0
+    line = desk.refused("export", str(desk.output), "--format", "gguff", "--output", str(desk.folder / "exported"))
+    assert "unknown exporter 'gguff'; did you mean gguf" in line
+
+
+def test_unknown_family(desk: Desk) -> None:
+    config = desk.model / "config.json"
+    config.write_text(config.read_text().replace('"llama"', '"lama"'))
+    assert re.search(r"no known family has the model type 'lama'; known: .*llama", desk.refused(*desk.compress()))
+
+
+def test_unknown_model(desk: Desk) -> None:
+    assert "is no folder" in desk.refused("plan", "smollm-135", "-r", str(desk.recipe))
+
+
+def test_unknown_measure_and_name(desk: Desk) -> None:
+    assert "unknown measure 'perplexty'; did you mean perplexity" in desk.refused("evaluate", str(desk.model), "--measure", "perplexty")
+    assert "nothing is called 'gptqq'; did you mean gptq" in desk.refused("show", "gptqq")
+
+
+def test_text_shorter_than_one_sequence(desk: Desk) -> None:
+    desk.text.write_text("the people of the world")
+    line = desk.refused(*desk.compress())
+    assert "has 6 tokens, one sequence needs 24; give more text or a shorter length" in line
+
+
+def test_text_that_is_not_there(desk: Desk) -> None:
+    assert "no text source" in desk.refused(*desk.compress("--data", str(desk.folder / "none.txt")))
+
+
+def test_weights_that_are_no_numbers(desk: Desk) -> None:
+    tensors = load_file(shard(desk))
+    name = sorted(tensors)[0]
+    tensors[name].flatten()[7] = torch.nan
+    save_file(tensors, shard(desk), metadata={"format": "pt"})
+    line = desk.refused(*desk.compress())
+    assert f"{shard(desk)}: {name} holds NaN or infinity" in line
+
+
+def test_missing_shard(desk: Desk) -> None:
+    path = shard(desk)
+    path.unlink()
+    assert f"{path}: this shard is missing" in desk.refused(*desk.compress())
+
+
+def test_truncated_shard(desk: Desk) -> None:
+    path = shard(desk)
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert re.search(rf"{re.escape(str(path))}: has \d+ bytes where its header promises \d+", desk.refused(*desk.compress()))
+
+
+def test_a_group_that_does_not_divide(desk: Desk) -> None:
+    expected = "model.layers.0.self_attn.q_proj and 17 other linears cannot take W4A16_G48: 64 inputs do not divide"
+    planned = desk.run("plan", str(desk.model), "-r", str(desk.recipe), "--set", "gptq.scheme=W4A16_G48")
+    assert planned.exit_code == 2
+    assert planned.stderr.startswith(f"error: {expected}")
+    line = desk.refused(*desk.compress("--set", "gptq.scheme=W4A16_G48"))
+    assert expected in line
+    assert "(groups that fit: 32, 64)" in line
+
+
+def test_an_exporter_that_cannot_express_the_scheme(desk: Desk) -> None:
+    desk.recipe.write_text("steps:\n  - rtn: {scheme: W8A8}\n")
+    assert desk.run(*desk.compress()).exit_code == 0
+    line = desk.refused("export", str(desk.output), "--format", "gptq", "--output", str(desk.folder / "exported"))
+    assert "cannot be written as GptqLayout: model.layers.0" in line
+    assert not (desk.folder / "exported").exists()
+
+
+def test_an_output_that_is_there(desk: Desk) -> None:
+    desk.output.mkdir()
+    (desk.output / "mine.txt").write_text("mine")
+    assert "this folder exists and is not empty; remove it or give another name" in desk.refused(*desk.compress())
+
+
+def test_an_output_that_cannot_be_written(desk: Desk) -> None:
+    assert re.search(r"text\.txt: cannot write here|cannot write", desk.refused(*desk.compress("--output", str(desk.text / "out"))))
+    if Path("/proc/self").exists():
+        assert "cannot write here" in desk.refused(*desk.compress("--output", "/proc/self/out"))
+
+
+def test_an_output_inside_the_model(desk: Desk) -> None:
+    assert "lies in the folder the model comes from" in desk.refused(*desk.compress("--output", str(desk.model / "out")))
+
+
+def test_too_little_disk(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert re.search(r"0\.0 GB free, about 0\.1 GB needed; make room or give another place", desk.refused(*desk.compress()))
+
+
+def test_a_disk_that_fills_up_while_saving_keeps_the_calibration(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digests(desk.model)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(desk.output))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("aerogel.model.save.write_shards", full)
+        result = desk.run(*desk.compress())
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {desk.output}: could not be saved (No space left on device)")
+    assert not desk.output.exists()
+    assert digests(desk.model) == before
+    assert desk.run(*desk.compress("--resume")).exit_code == 0
+
+
+def test_a_disk_that_fills_up_while_compressing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "activations")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "save_file", full)
+        result = desk.run(*desk.compress())
+    assert (result.exit_code, result.stderr) == (2, "error: activations: No space left on device\n")
+    assert desk.run(*desk.compress("--resume")).exit_code == 0
+
+
+def test_an_unfinished_run(desk: Desk) -> None:
+    (desk.folder / "out.partial").mkdir()
+    (desk.folder / "out.partial" / "run.json").write_text("{}")
+    result = desk.run(*desk.compress())
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "out.partial holds an unfinished run; add --resume to go on with it, or remove it to start anew" in result.stderr
+    result = desk.run(*desk.compress("--resume"))
+    assert result.exit_code == 2
+    assert "was begun with another model" in result.stderr
+
+
+@pytest.fixture
+def mixture(desk: Desk) -> Desk:
+    """A mixture of experts whose router sends no token to the last expert of the first block."""
+    shutil.rmtree(desk.model)
+    model_folder(desk.model, "qwen3_moe")
+    path = desk.model / "model.safetensors"
+    tensors = load_file(path)
+    gate = tensors["model.layers.0.mlp.gate.weight"]
+    gate[-1] = gate[:-1].mean(0)  # a score that is never the highest
+    save_file(tensors, path, metadata={"format": "pt"})
+    return desk
+
+
+def test_a_linear_that_no_token_reached_is_rounded_and_reported(mixture: Desk) -> None:
+    config = mixture.model / "config.json"
+    settings = json.loads(config.read_text()) | {"num_experts_per_tok": 1}
+    config.write_text(json.dumps(settings))
+    result = mixture.run(*mixture.compress())
+    assert result.exit_code == 0, result.output
+    journal = json.loads((mixture.output / "aerogel.json").read_text())["journal"]
+    fallen = {line["name"] for line in journal if line.get("fallback")}
+    unseen = "model.layers.0.mlp.experts.3"
+    assert {f"{unseen}.{part}_proj" for part in ("gate", "up", "down")} <= fallen
+    assert f"warning: {unseen}.gate_proj and" in result.stderr
+    assert "no token reached it" in result.stderr
+
+
+def interrupted(command: list[str], ready: Callable[[], bool]) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own and press Ctrl-C when it is ready for it."""
+    process = subprocess.Popen([sys.executable, "-m", "aerogel", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not ready() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def test_ctrl_c_keeps_what_is_finished(desk: Desk) -> None:
+    before = digests(desk.model)
+    first = desk.folder / "out.partial" / "stage-0" / "blocks" / "model.layers.0" / resume.JOURNAL
+    long = desk.compress("--samples", "64", "--set", "gptq.true_sequential=true")
+    ended = interrupted(long, first.exists)
+    assert ended.returncode == 2, ended.stderr
+    assert (
+        ended.stderr.strip().splitlines()[-1]
+        == f"error: interrupted; {desk.folder}/out.partial keeps what is finished: add --resume to go on"
+    )
+    assert "Traceback" not in ended.stderr
+    assert not desk.output.exists()
+    assert digests(desk.model) == before
+    assert desk.run(*long, "--resume").exit_code == 0
+
+
+@pytest.fixture(autouse=True)
+def _as_found() -> Iterator[None]:
+    """Commands set torch's threads; tests leave them as they were."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
