@@ -22,13 +22,13 @@ def summaries(kind: str) -> dict[str, str]:
     return {name: catalog.card(kind, name).summary for name in catalog.names(kind)}
 
 
-def show(name: str) -> dict[str, Any]:
-    """The card of a name, whatever its kind; raises AerogelError with the nearest names when nothing bears it."""
-    for kind in catalog.KINDS:
-        if name in catalog.names(kind):
-            return _card(kind, name)
-    known = {known for kind in catalog.KINDS for known in catalog.names(kind)}
-    raise AerogelError(f"nothing is called {name!r}{catalog.nearest(name, known)}")
+def show(name: str) -> list[dict[str, Any]]:
+    """The cards of everything that bears a name; raises AerogelError with the nearest names when nothing does."""
+    cards = [_card(kind, name) for kind in catalog.KINDS if name in catalog.names(kind)]
+    if not cards:
+        known = {known for kind in catalog.KINDS for known in catalog.names(kind)}
+        raise AerogelError(f"nothing is called {name!r}{catalog.nearest(name, known)}")
+    return cards
 
 
 def as_text(card: Mapping[str, Any]) -> str:

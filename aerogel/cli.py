@@ -208,11 +208,11 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.", show_defaul
 def show(
     name: Annotated[str, typer.Argument(help="Name of anything that `aerogel list` lists.", show_default=False)], as_json: AsJson = False
 ) -> None:
-    """Show a name's card: what it does, where it comes from, its knobs with their defaults, what it needs."""
+    """Show the cards that bear a name: what it does, where it comes from, its knobs with their defaults, what it needs."""
     from aerogel import cards
 
     shown = cards.show(name)
-    _print_json(shown) if as_json else typer.echo(cards.as_text(shown))
+    _print_json(shown) if as_json else typer.echo("\n\n\n".join(map(cards.as_text, shown)))
 
 
 def main() -> None:

@@ -1,0 +1,173 @@
+"""The command line: what it prints, for people and for scripts, and how fast it starts."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from aerogel import catalog, cli
+from aerogel.methods.quantization.gptq import Gptq
+from aerogel.model.load import load
+from aerogel.model.modules import QuantLinear
+from tests.folders import digests, model_folder, text_file
+
+
+@pytest.fixture(autouse=True)
+def _as_found() -> Iterator[None]:
+    """Commands set torch's threads; tests leave them as they were."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(*command: object) -> str:
+    """Run a command that must succeed; returns what it prints on standard output."""
+    result = CliRunner().invoke(cli.app, [str(part) for part in command])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def as_json(*command: object) -> Any:
+    return json.loads(run(*command, "--json"))
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a text, a recipe, and the output of compressing the one by the other."""
+    folder = tmp_path_factory.mktemp("desk")
+    text_file(folder / "text.txt", 20000)
+    (folder / "own.yaml").write_text("# Two widths\nsteps:\n  - gptq: {scheme: W4A16_G32, overrides: {'*.down_proj': W8A16_G32}}\n")
+    model_folder(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compressed(desk: Path) -> Any:
+    """What `compress` says when it is asked for JSON."""
+    samples = ("--data", desk / "text.txt", "--samples", 6, "--length", 24)
+    return as_json("compress", desk / "model", "-r", desk / "own.yaml", "-o", desk / "out", *samples, "--seed", 3, "--threads", 1)
+
+
+def test_compress_writes_a_folder_and_a_report(desk: Path, compressed: Any) -> None:
+    assert compressed["folder"] == str(desk / "out")
+    assert Path(compressed["report"]).read_text().startswith("<!")
+    assert compressed["provenance"]["seed"] == 3
+    assert compressed["provenance"]["machine"]["threads"] == 1
+    assert compressed["metrics"]["original"]["size"]["stored_bytes"] > compressed["metrics"]["compressed"]["size"]["stored_bytes"]
+    assert 0 < compressed["metrics"]["compressed"]["agreement"]["top1"] <= 1
+    network = load(desk / "out", lazy=False).module
+    schemes = {name: str(part.scheme) for name, part in network.named_modules() if isinstance(part, QuantLinear)}
+    assert schemes["model.layers.0.mlp.down_proj"] == "W8A16_G32"
+    assert schemes["model.layers.1.mlp.up_proj"] == "W4A16_G32"
+
+
+def test_compress_ends_with_a_comparison(desk: Path, tmp_path: Path) -> None:
+    said = run("compress", desk / "model", "-r", "rtn-w8a8", "-o", tmp_path / "out", "--set", "rtn.scheme=W8A16_G32", "--evaluate")
+    for line in ("Weights on disk", "Perplexity", "KL from the original", "Same next token"):
+        assert line in said
+    assert re.search(rf"folder +{re.escape(str(tmp_path / 'out'))}\nreport +{re.escape(str(tmp_path / 'out' / 'report.html'))}\n$", said)
+
+
+def test_plan_changes_nothing_and_says_what_would_be(desk: Path, compressed: Any) -> None:
+    before = digests(desk)
+    made = as_json("plan", desk / "model", "-r", desk / "own.yaml")
+    assert len(made["touched"]) == compressed["plan"]["linears"] == 14
+    assert made["predicted_bytes"] == compressed["plan"]["predicted_bytes"]
+    said = run("plan", desk / "model", "-r", desk / "own.yaml")
+    assert "gptq stores 12 linears in W4A16_G32" in said
+    assert "gptq stores 2 linears in W8A16_G32" in said
+    assert "kept in float: lm_head: ignored by the recipe" in said
+    assert "an estimate" in said
+    assert digests(desk) == before
+
+
+def test_evaluate_adds_to_the_record(desk: Path, compressed: Any) -> None:
+    before = digests(desk / "model")
+    metrics = as_json("evaluate", desk / "out", "--against", desk / "model", "--measure", "size")
+    assert metrics["compressed"]["size"]["disk_bytes"] == (desk / "out" / "model.safetensors").stat().st_size
+    recorded = json.loads((desk / "out" / "aerogel.json").read_text())["metrics"]
+    assert recorded["compressed"]["size"] == metrics["compressed"]["size"]
+    assert recorded["compressed"]["agreement"] == compressed["metrics"]["compressed"]["agreement"]
+    assert "Weights on disk" in run("evaluate", desk / "out", "--measure", "size")
+    run("evaluate", desk / "model", "--measure", "size")
+    assert digests(desk / "model") == before
+
+
+def test_export_rewrites_for_another_engine(desk: Path, compressed: Any, tmp_path: Path) -> None:
+    assert run("export", desk / "out", "-f", "gptq", "-o", tmp_path / "gptq").strip() == str(tmp_path / "gptq")
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "gptq"
+
+
+def test_report_is_written_anywhere(desk: Path, compressed: Any, tmp_path: Path) -> None:
+    assert run("report", desk / "out", "-o", tmp_path / "r.html").strip() == str(tmp_path / "r.html")
+    assert "own" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize("kind", cli.Kind)
+def test_list_names_everything_with_a_line(kind: cli.Kind) -> None:
+    lines = as_json("list", kind)
+    assert lines
+    assert all(lines.values())
+    assert [line.split()[0] for line in run("list", kind).splitlines()] == list(lines)
+    if kind is not cli.Kind.models:
+        assert list(lines) == catalog.names(kind)
+
+
+def test_show_says_what_a_method_does_and_its_knobs() -> None:
+    card, exporter = as_json("show", "gptq")
+    assert (card["kind"], exporter["kind"]) == ("methods", "exporters")
+    assert "arXiv:2210.17323" in card["about"]
+    assert card["needs"] == ["calls"]
+    damping = next(knob for knob in card["knobs"] if knob["name"] == "damping")
+    assert damping == {"name": "damping", "type": "float", "about": damping["about"], "default": Gptq.damping}
+    said = run("show", "gptq")
+    assert "damping: float = 0.01" in said
+    assert damping["about"] in said
+
+
+def test_show_knows_every_name() -> None:
+    for kind in catalog.KINDS:
+        for name in catalog.names(kind):
+            card = next(card for card in as_json("show", name) if card["kind"] == kind)
+            assert card["about"]
+            assert Path(card["file"]).is_file()
+
+
+def test_show_spells_a_recipe_out() -> None:
+    assert as_json("show", "gptq-w4a16")[0]["steps"][0]["gptq"]["scheme"] == "W4A16_G64"
+    assert "1. gptq\n    scheme: 'W4A16_G64'" in run("show", "gptq-w4a16")
+
+
+def test_help_names_every_command_and_starts_at_once() -> None:
+    seconds = []
+    for _ in range(3):
+        before = _children()
+        said = subprocess.run([sys.executable, "-m", "aerogel", "--help"], capture_output=True, text=True, check=True).stdout
+        seconds.append(_children() - before)
+    for command in ("compress", "plan", "evaluate", "bench", "export", "report", "list", "show"):
+        assert f" {command} " in said
+    assert min(seconds) < 0.5
+
+
+def _children() -> float:
+    """Processor seconds of finished child processes: what a start takes, however busy the machine is."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def test_every_option_is_explained() -> None:
+    for name, command in typer.main.get_command(cli.app).commands.items():
+        assert command.help, name
+        assert all(getattr(option, "help", None) for option in command.params), name
