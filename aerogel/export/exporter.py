@@ -41,7 +41,7 @@ class Exporter(ABC):
     def accept(self, folder: Path) -> None:
         """Raise AerogelError with the first reason when the folder is refused."""
         if reasons := self.refuse(folder):
-            more = f" (and {len(reasons) - 1} more like this)" if len(reasons) > 1 else ""
+            more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
             raise AerogelError(f"{folder} cannot be written as {type(self).__name__}: {reasons[0]}{more}")
 
 
