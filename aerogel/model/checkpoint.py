@@ -254,8 +254,12 @@ def _read_header(file: Path) -> dict[str, Entry]:
         raw = stream.read(length)
     try:
         items = {name: item for name, item in json.loads(raw).items() if name != "__metadata__"}
+        if unknown := sorted({item["dtype"] for item in items.values()} - set(DTYPES)):
+            raise AerogelError(f"{file}: holds tensors of dtype {unknown[0]}, which cannot be read; known: {', '.join(DTYPES)}")
         entries = {name: _entry(item) for name, item in items.items()}
         expected = 8 + length + max((item["data_offsets"][1] for item in items.values()), default=0)
+    except AerogelError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise AerogelError(f"{file}: the safetensors header is corrupt ({type(error).__name__}: {error}); {_REPAIR}") from error
     if expected != size:

@@ -86,6 +86,10 @@ def computing_dtype(stored: torch.dtype) -> torch.dtype:
 def _live(module: nn.Module, processor: Any, dtype: torch.dtype | None) -> Network:
     family = family_of(getattr(getattr(module, "config", None), "model_type", None), type(module).__name__)
     stored = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    if absent := [name for name, parameter in module.named_parameters() if parameter.is_meta]:
+        raise AerogelError(
+            f"{absent[0]} and {len(absent) - 1} more are on the meta device; give the model's folder, or move it to memory first"
+        )
     if dtype is not None:
         module.to(dtype)
     unfuse(module, family)

@@ -124,6 +124,13 @@ def test_damage_is_one_line_that_names_the_file(folder: Path, damage, complaint:
         assert "\n" not in str(caught.value)
 
 
+def test_an_unknown_dtype_is_not_called_damage(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    with pytest.raises(AerogelError, match=r"model\.safetensors: holds tensors of dtype F4"):
+        Checkpoint.open(tmp_path)
+
+
 def test_a_broken_index_is_named(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("{")
     with pytest.raises(AerogelError, match=r"model\.safetensors\.index\.json"):

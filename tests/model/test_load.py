@@ -209,6 +209,11 @@ def test_live_modules_are_taken_as_they_are() -> None:
     assert load(network) is network
 
 
+def test_a_live_module_must_have_its_weights() -> None:
+    with pytest.raises(AerogelError, match=r"embed_tokens.*meta device"):
+        load(FAMILIES["llama"].build().to("meta"))
+
+
 def test_experts_of_a_live_module_come_apart() -> None:
     module = FAMILIES["qwen3_moe"].build()
     call = FAMILIES["qwen3_moe"].calls(1)[0]
