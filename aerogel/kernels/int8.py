@@ -52,7 +52,7 @@ class Int8(Kernel):
         """Quantize rows, multiply integers, scale."""
         scale_T1 = self._row_scales(x_TI) if self.input_scale is None else self.input_scale
         codes_TI = (x_TI / scale_T1).clamp_(self.low, self.high).round_().to(torch.int8)
-        y_TO = torch.mul(_integer_product(codes_TI, self.codes), scale_T1).mul_(self.scale_O)
+        y_TO = torch.mul(integer_product(codes_TI, self.codes), scale_T1).mul_(self.scale_O)
         if self.bias is not None:
             y_TO += self.bias
         return y_TO.to(x_TI.dtype)
@@ -74,10 +74,10 @@ def exact_on_cpu() -> bool:
     codes_OI = torch.full((48, 192), -128, dtype=torch.int8)
     codes_OI[1::2] = 127
     wanted = x_TI.double() @ codes_OI.double().T
-    return all(torch.equal(_integer_product(x_TI[:rows], codes_OI).double(), wanted[:rows]) for rows in (1, 5))
+    return all(torch.equal(integer_product(x_TI[:rows], codes_OI).double(), wanted[:rows]) for rows in (1, 5))
 
 
-def _integer_product(x_TI: Tensor, codes_OI: Tensor) -> Tensor:
+def integer_product(x_TI: Tensor, codes_OI: Tensor) -> Tensor:
     """Return x_TI @ codes_OI.T in int32."""
     rows = len(x_TI)
     if x_TI.device.type == "cuda" and rows < _CUDA_ROWS:

@@ -38,7 +38,7 @@ def run(x: Tensor, weight: Weight, cache: dict[Any, Any]) -> Tensor:
         return reference(x, weight)
     with torch.no_grad():
         x_TI = x.reshape(-1, weight.in_features)
-        kernel = _packed(choose(x_TI, weight, cache), weight, x_TI, cache)
+        kernel = packed(choose(x_TI, weight, cache), weight, x_TI, cache)
         return kernel(x_TI).view(*x.shape[:-1], weight.out_features)
 
 
@@ -80,7 +80,7 @@ def _fastest(able: list[str], x_TI: Tensor, weight: Weight, cache: dict[Any, Any
     if len(x_TI) > _PROBE_ROWS:
         best = choose(x_TI[:_PROBE_ROWS], weight, cache)
         able = [name for name in able if name == best or not KERNELS[name].few_rows]
-    seconds = {name: _seconds(_packed(name, weight, x_TI, cache), x_TI) for name in able}
+    seconds = {name: _seconds(packed(name, weight, x_TI, cache), x_TI) for name in able}
     return min(seconds, key=seconds.__getitem__)
 
 
@@ -101,7 +101,8 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _packed(name: str, weight: Weight, x_TI: Tensor, cache: dict[Any, Any]) -> Kernel:
+def packed(name: str, weight: Weight, x_TI: Tensor, cache: dict[Any, Any]) -> Kernel:
+    """Return the kernel called `name` for inputs like `x_TI`, packed at its first use and kept in `cache`."""
     key = (name, x_TI.device, x_TI.dtype)
     if key not in cache:
         cache[key] = KERNELS[name](weight, x_TI.dtype)

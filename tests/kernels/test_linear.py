@@ -159,34 +159,44 @@ def test_asking_for_a_kernel_that_cannot_names_those_that_can() -> None:
         linear.pack("int8", plain("W4A16_G64", 16, 128), torch.float32)
 
 
-class Slow(linear.Kernel):
-    """Never chosen unless there is nothing else."""
+class Wrong(linear.Kernel):
+    """Gives zeros, so that choosing it shows."""
 
-    seen: list[int] = []  # noqa: RUF012
+    name = "wrong"
 
     @staticmethod
     def accepts(weight: Any, device: torch.device, dtype: torch.dtype) -> bool:
         return True
 
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
-        self.seen.append(len(x_TI))
-        end = linear.time.perf_counter() + 0.002 * len(x_TI)
-        while linear.time.perf_counter() < end:
-            pass
         return x_TI.new_zeros(len(x_TI), 16)
 
 
 @pytest.mark.parametrize("few_rows", [True, False])
 def test_the_fastest_kernel_is_measured_once_per_power_of_two_and_kept(monkeypatch: pytest.MonkeyPatch, few_rows: bool) -> None:
-    slow = type("Counted", (Slow,), {"name": "slow", "few_rows": few_rows, "seen": []})
-    monkeypatch.setattr(linear, "KERNELS", {"slow": slow, "reference": linear.Reference})
+    tried: list[tuple[str, int]] = []
+
+    def seconds(kernel: linear.Kernel, x_TI: torch.Tensor) -> float:
+        tried.append((kernel.name, len(x_TI)))
+        return 2.0 if kernel.name == "wrong" else 1.0
+
+    monkeypatch.setattr(Wrong, "few_rows", few_rows)
+    monkeypatch.setattr(linear, "KERNELS", {"wrong": Wrong, "reference": linear.Reference})
+    monkeypatch.setattr(linear, "_seconds", seconds)
     weight, cache = plain("W8A16", 16, 128), {}
-    wanted = float_product(weight, inputs(100, 128))
+    wanted = float_product(weight, inputs(128, 128))
     for rows in (3, 4, 4, 100, 70, 128):
-        y = linear.run(inputs(100, 128)[: min(rows, 100)], weight, cache)
-        torch.testing.assert_close(y.double(), wanted[: len(y)], rtol=1e-3, atol=1e-3)
-    calls = [3] * 4 + [64] * 4
-    assert slow.seen == (calls if few_rows else [*calls, *[100] * 4]), "a few-row kernel that lost at 64 rows is not tried at 100"
+        y = linear.run(inputs(128, 128)[:rows], weight, cache)
+        torch.testing.assert_close(y.double(), wanted[:rows], rtol=1e-3, atol=1e-3)
+    once = [("wrong", 3), ("reference", 3), ("wrong", 64), ("reference", 64)]
+    again = [("reference", 100)] if few_rows else [("wrong", 100), ("reference", 100)]
+    assert tried == once + again, "a few-row kernel that lost at 64 rows is not tried at 100"
+
+
+def test_a_kernel_that_is_faster_is_chosen() -> None:
+    """For real: one row against a weight of 2 M codes, which the reference has to unpack first."""
+    weight = plain("W4A16_G64", 1024, 2048)
+    assert linear.choose(inputs(1, 2048), weight, {}) == "int4"
 
 
 def test_run_keeps_shape_and_dtype_and_takes_no_rows() -> None:
