@@ -35,7 +35,7 @@ test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 
 bench: $(READY)
-	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script; done
+	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "$$script"; $(BIN)/python $$script; done
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict
