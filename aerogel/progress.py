@@ -17,6 +17,8 @@ STAGES: tuple[StageName, ...] = ("load", "check", "compress", "save", "evaluate"
 # Shares of a run before anything is known about it; `plan` gives better ones.
 _GUESS: Mapping[StageName, float] = {"load": 3.0, "check": 2.0, "compress": 60.0, "save": 3.0, "evaluate": 30.0}
 
+_WIDTH = 44
+
 
 @dataclass(frozen=True)
 class Event:
@@ -127,13 +129,13 @@ class _Left(ProgressColumn):
 @contextmanager
 def bar(console: Console, clock: Clock) -> Iterator[Tell]:
     """Show one bar for the whole run on this console while the context lasts; gives what to tell events to."""
-    columns = (TextColumn("{task.description:<40}"), BarColumn(), TaskProgressColumn(), _Left(clock))
+    columns = (TextColumn(f"{{task.description:<{_WIDTH}}}"), BarColumn(), TaskProgressColumn(), _Left(clock))
     with Progress(*columns, console=console, refresh_per_second=2, transient=True, disable=not console.is_terminal) as shown:
         task = shown.add_task("", total=1.0)
 
         def tell(event: Event) -> None:
             clock.see(event)
-            count = f" {min(event.done + 1, event.total)}/{event.total}" if event.total > 1 else ""
-            shown.update(task, completed=clock.share(), description=f"{event.stage}{count} {event.what}"[:40], refresh=True)
+            count = f" {min(event.done + 1, event.total)}/{event.total}" if event.stage == "compress" and event.what else ""
+            shown.update(task, completed=clock.share(), description=f"{event.stage}{count} {event.what}"[:_WIDTH], refresh=True)
 
         yield tell

@@ -29,10 +29,12 @@ def measure(
             pairs.append(("original", name, against))
         pairs.append(("compressed", name, network))
     scores: dict[str, Scores] = {"original": {}, "compressed": {}} if against is not None else {"compressed": {}}
-    for done, (whose, name, subject) in enumerate(pairs):
-        tell(Event("evaluate", done, len(pairs), f"{name} of the {whose}"))
+    done, total = 0, sum(_passes(chosen[name]) for _, name, _ in pairs)
+    for whose, name, subject in pairs:
+        tell(Event("evaluate", done, total, f"{name} of the {whose}"))
         scores[whose][name] = chosen[name].measure(subject, against if whose == "compressed" else None)
-    tell(Event("evaluate", len(pairs), len(pairs)))
+        done += _passes(chosen[name])
+    tell(Event("evaluate", total, total))
     return scores
 
 
@@ -56,6 +58,11 @@ def _chosen(network: Network, measures: Sequence[str | Measure] | None) -> Itera
         readable = network.processor is not None or not issubclass(cls, TextMeasure)
         if not cls.asked and network.family.modality in cls.modalities and readable:
             yield name, cls()
+
+
+def _passes(measure: Measure) -> int:
+    """How often a measure runs a network over its text; for progress."""
+    return 2 if isinstance(measure, TextMeasure) and measure.compares else 1
 
 
 def _name_of(measure: Measure) -> str:
