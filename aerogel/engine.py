@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from aerogel import policies, provenance
-from aerogel.calibration import Calibration, Samples, prepare
+from aerogel.calibration import Calibration, Samples, prepare, reading
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure
 from aerogel.methods.method import BlockMethod, Method, WeightMethod
@@ -93,17 +93,17 @@ class _Job:
 
     def check(self, samples: Samples | Sequence[Call] | None, resume: bool) -> Calibration:
         """Look for everything that would make the run fail; the quick looks come first."""
-        network, shape = self.network, samples if isinstance(samples, Samples) else Samples()
+        network, samples = self.network, samples or Samples()
         if resume and (network.checkpoint is None or self.output is None):
             raise AerogelError("only a model opened from a folder and saved to an output can be resumed")
-        self.plan = plan_network(network, self.recipe, shape)
+        self.plan = plan_network(network, self.recipe, reading(samples))
         check_plan(self.plan)
         if self.output is not None:
             check_output(self.output, 2 * self.plan.predicted_bytes + self.plan.activation_bytes, network.origin, resume)
         steps = self.recipe.steps
         calibration = Calibration(())
         if needs_calls(self.recipe):
-            calibration = prepare(network, samples or shape, self.seed, head=reaches_around(network, steps))
+            calibration = prepare(network, samples, self.seed, head=reaches_around(network, steps))
         check_weights(network)
         return calibration
 
@@ -310,6 +310,7 @@ def _stages(recipe: Recipe) -> list[list[Step]]:
 def _compress(block: Block, step: Step) -> None:
     assert isinstance(step.method, BlockMethod)
     before = len(block.notes)
+    block.outputs = None  # of the step before
     with torch.set_grad_enabled("gradients" in step.method.needs):
         step.method.compress(block)
     block.notes[before:] = [{"block": block.name, "method": step.name, **note} for note in block.notes[before:]]

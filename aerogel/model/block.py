@@ -46,6 +46,8 @@ class Block:
     network: Network
     notes: list[dict[str, Any]] = field(default_factory=list)
     """What methods wrote down for the report."""
+    outputs: list[Any] | None = None
+    """What the block as it is now gives for its calls, one by one, where a method came to know it; None when it has to be run."""
 
     def full_name(self, name: str) -> str:
         """The dotted name in the network of a part of the block."""

@@ -128,17 +128,16 @@ def collect(block: Block, names: Iterable[str], *, moment: bool = False, ranges:
 
 
 def sharing(block: Block, names: Iterable[str]) -> list[tuple[str, ...]]:
-    """The linears that get the same tensor in the block's first call, in the order in which they run; those it misses come last."""
-    missed = {name: block.module.get_submodule(name) for name in names}
+    """The linears that get the same tensor in the block's first call, in the order in which they run."""
+    linears = {name: block.module.get_submodule(name) for name in names}
     together: list[tuple[str, ...]] = []
     for call in block.calls:
         seen = _Seen(lambda names, _: together.append(names), Counter())
-        with watching(missed, seen.see):
+        with watching(linears, seen.see):
             block.run(call)
         seen.flush()
         break
-    reached = {name for names in together for name in names}
-    return [*dict.fromkeys(together), *((name,) for name in missed if name not in reached)]
+    return list(dict.fromkeys(together))
 
 
 class _Seen:

@@ -89,8 +89,9 @@ class Walk:
                 block = self._block(name, position)
                 yield block
                 with held(block.module):
-                    for index, call in self._inputs(name):
-                        self._outputs.put(name, index, block.run(call))
+                    for number, (index, call) in enumerate(self._inputs(name)):
+                        self._outputs.put(name, index, block.outputs[number] if block.outputs else block.run(call))
+                block.outputs = None
                 self._finished(block)
             self._advance(position)
         if self._around:

@@ -17,8 +17,10 @@ from aerogel.numerics.scheme import TensorScheme
 Observer = Literal["minmax", "mse"]
 """How a weight's range is found: it covers every number, or it makes the squared error least."""
 
-FACTORS = tuple(factor / 100 for factor in range(104, 30, -2))
-"""Shares of the full range that are tried; a little more than all of it, since a symmetric grid reaches less far up than down."""
+COARSE = tuple(factor / 100 for factor in range(104, 30, -6))
+"""Shares of the full range that are tried first; a little more than all of it, since a symmetric grid reaches less far up than down."""
+FINE = (-0.04, -0.02, 0.02, 0.04)
+"""What is tried around the best of them."""
 
 _CHUNK = 1 << 17
 """Numbers that are worked on at a time: a cache's worth."""
@@ -30,7 +32,7 @@ def observe(weight: Tensor, scheme: TensorScheme, observer: Observer) -> Grid:
 
 
 @torch.no_grad()
-def least_error(weight: Tensor, scheme: TensorScheme, moment: Tensor | None = None, factors: tuple[float, ...] = FACTORS) -> Grid:
+def least_error(weight: Tensor, scheme: TensorScheme, moment: Tensor | None = None) -> Grid:
     """Return the grid with the least squared error for each scale, among ranges that are shrunk by a factor.
 
     `weight` is laid out by `quantize.grouped`: (..., n). With `moment`, the second moment of the inputs in each group (G, n, n), the
@@ -39,33 +41,36 @@ def least_error(weight: Tensor, scheme: TensorScheme, moment: Tensor | None = No
     low, high = torch.aminmax(weight.float(), dim=-1)
     outer = grid_from_range(low, high, scheme).outer  # block scales of every candidate share it
     if weight.ndim == 1:
-        best = _best_factor(weight.float(), low, high, scheme, outer, moment, factors)
+        best = _best_factor(weight.float(), low, high, scheme, outer, moment)
     else:
         rows = max(1, _CHUNK // weight[0].numel())
         parts = zip(weight.split(rows), low.split(rows), high.split(rows), strict=True)
-        best = torch.cat([_best_factor(part.float(), least, most, scheme, outer, moment, factors) for part, least, most in parts])
+        best = torch.cat([_best_factor(part.float(), least, most, scheme, outer, moment) for part, least, most in parts])
     return grid_from_range(low * best, high * best, scheme, outer)
 
 
-def _best_factor(
-    weight: Tensor, low: Tensor, high: Tensor, scheme: TensorScheme, outer: Tensor | None, moment: Tensor | None, factors: tuple[float, ...]
-) -> Tensor:
-    least, best = torch.full_like(low, torch.inf), torch.ones_like(low)
-    error = torch.empty_like(weight)
-    for factor in factors:
+def _best_factor(weight: Tensor, low: Tensor, high: Tensor, scheme: TensorScheme, outer: Tensor | None, moment: Tensor | None) -> Tensor:
+    scaled, error = torch.empty_like(weight), torch.empty_like(weight)
+
+    def cost(factor: Tensor | float) -> Tensor:
         grid = grid_from_range(low * factor, high * factor, scheme, outer)
-        step = grid.step[..., None]
-        scaled = weight / step
+        torch.div(weight, grid.step[..., None], out=scaled)
         if grid.zero is not None:
-            scaled += grid.zero[..., None]
+            scaled.add_(grid.zero[..., None])
         if scheme.format.kind == "int":
             torch.round(scaled, out=error).clamp_(scheme.format.low, scheme.format.high)
         else:
-            error = to_values(to_codes(scaled, scheme.format), scheme.format)
-        error -= scaled
+            error.copy_(to_values(to_codes(scaled, scheme.format), scheme.format))
+        error.sub_(scaled)
         felt = error if moment is None else (error.transpose(0, 1) @ moment).transpose(0, 1)
-        size = torch.linalg.vecdot(error, felt) * grid.step.square()
-        better = size < least
-        least = torch.where(better, size, least)
-        best = torch.where(better, factor, best)
+        return torch.linalg.vecdot(error, felt) * grid.step.square()
+
+    best, least = torch.ones_like(low), cost(1.0)
+    for factors in (COARSE, FINE):
+        around = best.clone() if factors is FINE else torch.zeros_like(best)
+        for factor in factors:
+            size = cost(around + factor)
+            better = size < least
+            least = torch.where(better, size, least)
+            best = torch.where(better, around + factor, best)
     return best

@@ -103,9 +103,7 @@ def test_damping_grows_until_the_factor_exists_and_gives_up_at_the_bound() -> No
     indefinite = flat - 0.5 * torch.eye(8, dtype=torch.float64)  # smallest eigenvalue -0.5 at a mean diagonal of 0.5
     hopeless = -torch.eye(8, dtype=torch.float64) + 2 * torch.diag(torch.tensor([5.0] + [0.1] * 7, dtype=torch.float64))
     good = moments(1, 8)[0]
-    found = feedback(
-        torch.stack([good, indefinite / 0.5 * 1.0, torch.zeros(8, 8, dtype=torch.float64), good * float("nan")]), 0.2, bound=2.0
-    )
+    found = feedback(torch.stack([good, 2 * indefinite, none, good * torch.nan]), 0.2, bound=2.0)
     assert found.damping_B[0] == pytest.approx(0.2)
     assert found.damping_B[1] == pytest.approx(2.0)
     assert found.failed_B.tolist() == [False, False, True, True]

@@ -7,10 +7,10 @@ linears that read these inputs: query, key and value are one. Moments are summed
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from aerogel.errors import AerogelError
 from aerogel.methods.method import WeightMethod
 from aerogel.model.block import Block
+from aerogel.model.calls import tensors_in
+from aerogel.model.lockstep import Gate, lockstep
 from aerogel.model.modules import QuantLinear, stored_grid
 from aerogel.model.rounding import InputRange, has_static_inputs, output_error, static_inputs
 from aerogel.model.slots import trim
@@ -28,6 +30,7 @@ from aerogel.numerics.scheme import PerBlock, PerChannel, PerGroup, Scheme, Tens
 from aerogel.numerics.search import Observer, observe
 
 ActOrder = Literal["none", "static", "group"]
+_Jobs = Mapping[str, tuple[nn.Linear, Scheme]]
 
 _BATCH_NUMBERS = 1 << 26
 """About how many numbers the problems that are solved together may hold."""
@@ -37,14 +40,18 @@ _BATCH_NUMBERS = 1 << 26
 class Gptq(WeightMethod):
     """Second-order rounding of weights, column after column."""
 
+    forwards: ClassVar[float] = 1.1
+
     damping: float = 0.01
     """Share of the mean of the second moment's diagonal that is added to the diagonal; grows tenfold where that is too little."""
     act_order: ActOrder = "static"
     """Order of columns: as they are (none), or largest inputs first, with groups as they are (static) or in the new order (group)."""
     observer: Observer = "mse"
     """How ranges are found: minmax (cover every weight) or mse (least squared error)."""
-    true_sequential: bool = False
-    """Whether linears are quantized in the order in which they run, each seeing those before it quantized; costs more passes."""
+    true_sequential: bool | None = None
+    """Whether linears are quantized in the order in which they run, each seeing those before it quantized; null: where that is free."""
+    waiting: float = 2.0
+    """Gigabytes of activations that may wait inside a block for that; with more it takes a pass for each stage, and is not free."""
     input_range: InputRange = "absmax"
     """Range of static inputs: absmax (extremes of all calls) or average (mean over the calls)."""
 
@@ -52,12 +59,40 @@ class Gptq(WeightMethod):
     def compress(self, block: Block) -> None:
         """Quantize the block's linears."""
         jobs = self.assign(block)
-        for stage in _stages(block, jobs) if self.true_sequential else [tuple(jobs)]:
-            self._stage(block, {name: jobs[name] for name in stage})
+        if self.true_sequential is False or not block.name or not jobs:
+            self._quantize(block, jobs)
+            return
+        gates = sharing(block, jobs)
+        stages = _stages(gates)
+        missed = set(jobs).difference(*gates)
+        if len(stages) == len(gates) and not missed and _waiting_bytes(block, jobs) <= self.waiting * 1e9:
+            self._in_step(block, jobs, gates)
+        elif self.true_sequential:
+            for stage in (*stages, tuple(missed)):
+                self._quantize(block, {name: jobs[name] for name in jobs if name in stage})
+        else:
+            self._quantize(block, jobs)
 
-    def _stage(self, block: Block, jobs: dict[str, tuple[nn.Linear, Scheme]]) -> None:
+    def _in_step(self, block: Block, jobs: _Jobs, gates: Sequence[Gate]) -> None:
+        """One forward for each call, all of them waiting at every gate until its linears are quantized."""
+        ranges = any(has_static_inputs(scheme) for _, scheme in jobs.values())
+        seen: dict[Gate, InputStatistics] = {}
+
+        def see(gate: Gate, x: Tensor) -> None:
+            if gate not in seen:
+                seen[gate] = InputStatistics(x.shape[-1], x.device, moment=True, ranges=ranges)
+            seen[gate].update(x)
+
+        def change(gate: Gate) -> None:
+            statistics = seen.pop(gate)
+            self._quantize(block, {name: jobs[name] for name in gate}, dict.fromkeys(gate, statistics))
+
+        block.outputs = lockstep(block, gates, see, change)
+
+    def _quantize(self, block: Block, jobs: _Jobs, statistics: Mapping[str, InputStatistics] | None = None) -> None:
         """Quantize linears that all see the block as it is now."""
-        statistics = collect(block, jobs, moment=True, ranges=any(has_static_inputs(scheme) for _, scheme in jobs.values()))
+        if statistics is None:
+            statistics = collect(block, jobs, moment=True, ranges=any(has_static_inputs(scheme) for _, scheme in jobs.values()))
         problems: dict[tuple[object, ...], _Problem] = {}
         for name, (linear, scheme) in jobs.items():
             dtype = block.stored_dtype or linear.weight.dtype
@@ -230,9 +265,17 @@ def _batches(problems: Iterable[_Problem]) -> Iterator[list[_Problem]]:
         yield from (group[first : first + most] for first in range(0, len(group), most))
 
 
-def _stages(block: Block, names: Iterable[str]) -> list[tuple[str, ...]]:
+def _stages(gates: Iterable[Gate]) -> list[Gate]:
     """Linears that are quantized together, in the order in which they run; the like linears of all experts are one stage."""
     stages: dict[tuple[str, ...], list[str]] = {}
-    for together in sharing(block, names):
-        stages.setdefault(tuple(re.sub(r"\d+", "*", name) for name in together), []).extend(together)
+    for gate in gates:
+        stages.setdefault(tuple(re.sub(r"\d+", "*", name) for name in gate), []).extend(gate)
     return [tuple(stage) for stage in stages.values()]
+
+
+def _waiting_bytes(block: Block, jobs: _Jobs) -> int:
+    """About how much all calls hold when they wait at the widest gate: what they bring, and the residual stream three times."""
+    call = next(iter(block.calls))
+    rows = max(tensor.numel() // tensor.shape[-1] for tensor in tensors_in((call.args, call.kwargs)) if tensor.ndim > 1 and tensor.numel())
+    widths = [linear.in_features for linear, _ in jobs.values()]
+    return len(block.calls) * rows * (3 * min(widths) + max(widths)) * next(iter(jobs.values()))[0].weight.element_size()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -12,6 +11,7 @@ from aerogel.model.block import Block
 from aerogel.model.rounding import InputRange, has_static_inputs, output_error, round_to_nearest, static_inputs
 from aerogel.model.statistics import collect
 from aerogel.numerics.quantize import grouped
+from aerogel.numerics.scheme import Scheme
 from aerogel.numerics.search import Observer, observe
 
 
@@ -19,12 +19,16 @@ from aerogel.numerics.search import Observer, observe
 class Rtn(WeightMethod):
     """Rounds weights to the nearest code."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-
     observer: Observer = "minmax"
     """How ranges are found: minmax (cover every weight) or mse (least squared error)."""
     input_range: InputRange = "absmax"
     """Range of static inputs: absmax (extremes of all calls) or average (mean over the calls)."""
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """Calls, where an input has a static range."""
+        schemes = (self.scheme, *self.overrides.values())
+        return frozenset({"calls"} if any(has_static_inputs(Scheme.parse(scheme)) for scheme in schemes) else ())
 
     @torch.no_grad()
     def compress(self, block: Block) -> None:

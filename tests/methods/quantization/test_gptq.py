@@ -15,10 +15,13 @@ from aerogel.methods.quantization.rtn import Rtn
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.family import Family, Tower
-from aerogel.model.modules import QuantLinear
+from aerogel.model.modules import QuantLinear, held
 from aerogel.model.network import Network
+from aerogel.model.statistics import sharing
 from aerogel.model.walk import Walk
 from tests.tiny import FAMILIES, opened, output
+
+W4 = "W4A16_G32"
 
 
 class Pair(nn.Module):
@@ -174,9 +177,35 @@ def test_every_scheme_keeps_a_network_close(scheme: str) -> None:
     assert error / sum(exact.square().sum() for exact in before) < (0.1 if "4" in scheme else 0.02)
 
 
+def codes_of(method: Gptq, family: str = "llama") -> dict[str, Tensor]:
+    network = opened(family)
+    for block in Walk(network, FAMILIES[family].calls(4)):
+        method.compress(block)
+        if block.outputs is not None:
+            with held(block.module):
+                for output, call in zip(block.outputs, block.calls, strict=True):
+                    assert torch.equal(output, block.run(call))
+    return {name: part.codes() for name, part in network.module.named_modules() if isinstance(part, QuantLinear)}
+
+
+def test_waiting_calls_give_the_codes_of_one_pass_for_each_stage() -> None:
+    together, passes = codes_of(Gptq("W3A16_G32")), codes_of(Gptq("W3A16_G32", true_sequential=True, waiting=0))
+    assert together.keys() == passes.keys()
+    assert all(torch.equal(codes, passes[name]) for name, codes in together.items())
+    at_once = codes_of(Gptq("W3A16_G32", waiting=0))
+    assert any(not torch.equal(codes, at_once[name]) for name, codes in together.items())
+
+
+def test_experts_are_not_waited_for() -> None:
+    assert all(
+        torch.equal(codes, other)
+        for codes, other in zip(codes_of(Gptq(W4), "mixtral").values(), codes_of(Gptq(W4, waiting=0), "mixtral").values(), strict=True)
+    )
+
+
 def test_true_sequential_takes_all_experts_in_one_stage() -> None:
     network = opened("mixtral")
     block = next(iter(Walk(network, FAMILIES["mixtral"].calls(3))))
-    stages = gptq._stages(block, Gptq("W4A16_G32").assign(block))
+    stages = gptq._stages(sharing(block, Gptq("W4A16_G32").assign(block)))
     assert len(stages) == 4
     assert sorted(map(len, stages)) == [1, 3, 4, 8]

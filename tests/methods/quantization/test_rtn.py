@@ -86,3 +86,8 @@ def test_searched_ranges_have_less_error() -> None:
         return float(sum((output(network.module, call) - exact).square().sum() for call, exact in zip(calls, before, strict=True)))
 
     assert error("mse") < error("minmax")
+
+
+def test_calls_are_needed_for_static_inputs_only() -> None:
+    assert Rtn("W8A8").needs == frozenset()
+    assert Rtn("W8A8_STATIC").needs == Rtn("W4A16", overrides={"*down_proj": "FP8_STATIC"}).needs == {"calls"}
