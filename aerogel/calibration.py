@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,14 +32,18 @@ class Samples:
     """Tokens of a sequence."""
 
     @property
-    def tokens(self) -> int:
-        """Tokens of all sequences."""
-        return self.count * self.length
-
-    @property
     def batch(self) -> int:
         """Sequences in one call."""
         return min(self.count, max(1, TOKENS_OF_A_CALL // self.length))
+
+
+class Reading(NamedTuple):
+    """How much a calibration reads."""
+
+    tokens: int
+    """Positions of all calls: tokens of text, patches of an image."""
+    at_once: int
+    """Positions of the largest call."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,14 @@ class Calibration:
     calls: Sequence[Call]
     facts: dict[str, Any] = field(default_factory=dict)
     """source, count and length when known, and the fingerprint."""
+
+
+def reading(samples: Samples | Sequence[Call]) -> Reading:
+    """How much there is to read."""
+    if isinstance(samples, Samples):
+        return Reading(samples.count * samples.length, samples.batch * samples.length)
+    sizes = [max((_positions(tensor) for tensor in tensors_in((call.args, call.kwargs))), default=0) for call in samples]
+    return Reading(sum(sizes), max(sizes, default=0))
 
 
 def prepare(network: Network, samples: Samples | Sequence[Call], seed: int, head: bool) -> Calibration:
@@ -69,6 +81,10 @@ def prepare(network: Network, samples: Samples | Sequence[Call], seed: int, head
     if not head and "logits_to_keep" in inspect.signature(network.module.forward).parameters:
         calls = [Call(call.args, {**call.kwargs, "logits_to_keep": 1}) for call in calls]
     return Calibration(calls, facts)
+
+
+def _positions(tensor: torch.Tensor) -> int:
+    return tensor.numel() // (tensor.shape[-1] if tensor.is_floating_point() and tensor.ndim > 1 else 1)
 
 
 def _fingerprint(calls: Sequence[Call]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from aerogel.calibration import Samples
+from aerogel.calibration import Reading, Samples, reading
 from aerogel.evaluate.measure import TextMeasure
 from aerogel.methods.method import BlockMethod, WeightMethod
 from aerogel.model import layout
 from aerogel.model.block import Block
+from aerogel.model.calls import Call
 from aerogel.model.load import load
 from aerogel.model.match import matches
 from aerogel.model.modules import QuantLinear
@@ -90,13 +91,13 @@ def plan(
     recipe: Recipe | str | Path | Mapping[str, Any],
     *,
     overrides: Iterable[str] = (),
-    samples: Samples | None = None,
+    samples: Samples | Sequence[Call] | None = None,
 ) -> Plan:
     """Say what a recipe will do to a model without changing a weight; raises AerogelError when either cannot be read."""
-    return plan_network(load(model), Recipe.parse(recipe, overrides), samples or Samples())
+    return plan_network(load(model), Recipe.parse(recipe, overrides), reading(samples or Samples()))
 
 
-def plan_network(network: Network, recipe: Recipe, samples: Samples) -> Plan:
+def plan_network(network: Network, recipe: Recipe, read: Reading) -> Plan:
     """The plan for a network that is open already."""
     touched, problems = _touched(network, recipe)
     sizes = _Sizes.of(network, {linear.name for linear in touched})
@@ -105,9 +106,9 @@ def plan_network(network: Network, recipe: Recipe, samples: Samples) -> Plan:
         parameters=sizes.parameters,
         source_bytes=sizes.source,
         predicted_bytes=sizes.untouched + sum(linear.bytes for linear in touched),
-        peak_memory_bytes=_peak_memory(network, recipe, touched, samples),
-        activation_bytes=_activations(network, samples) if needs_calls(recipe) else 0,
-        seconds=_seconds(recipe, sizes, touched, samples.tokens),
+        peak_memory_bytes=_peak_memory(network, recipe, read),
+        activation_bytes=_activations(network, read) if needs_calls(recipe) else 0,
+        seconds=_seconds(recipe, sizes, touched, read.tokens),
         touched=tuple(touched),
         kept=tuple(_kept(network, recipe, {linear.name for linear in touched})),
         problems=tuple(problems),
@@ -209,7 +210,7 @@ def _reason(network: Network, name: str, module: nn.Module, methods: list[Weight
     return "not among the recipe's targets"
 
 
-def _peak_memory(network: Network, recipe: Recipe, touched: list[Touched], samples: Samples) -> int:
+def _peak_memory(network: Network, recipe: Recipe, read: Reading) -> int:
     """What stays resident, two blocks, a batch of activations, and the second moments of a block's inputs."""
     blocks = network.blocks()
     sizes = {name: sum(p.numel() * p.element_size() for p in module.parameters()) for name, module in blocks.items()}
@@ -219,16 +220,15 @@ def _peak_memory(network: Network, recipe: Recipe, touched: list[Touched], sampl
     largest = max(sizes.values(), default=0)
     if not needs_calls(recipe):
         return resident + 2 * largest
-    tokens = samples.batch * samples.length
     widest = {name: _widths(module) for name, module in blocks.items()}
-    activations = 4 * tokens * max((sum(widths) for widths in widest.values()), default=0)
+    activations = 4 * read.at_once * max((sum(widths) for widths in widest.values()), default=0)
     moments = max((sum(4 * 3 * width**2 for width in set(widths)) for widths in widest.values()), default=0)
     return resident + 2 * largest + activations + moments
 
 
-def _activations(network: Network, samples: Samples) -> int:
+def _activations(network: Network, read: Reading) -> int:
     narrowest = min((width for block in network.blocks().values() for width in _widths(block)), default=0)
-    return 2 * 4 * samples.tokens * narrowest
+    return 2 * 4 * read.tokens * narrowest
 
 
 def _widths(block: nn.Module) -> list[int]:
