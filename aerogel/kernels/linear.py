@@ -80,6 +80,8 @@ def _fastest(able: list[str], x_TI: Tensor, weight: Weight, cache: dict[Any, Any
     if len(x_TI) > _PROBE_ROWS:
         best = choose(x_TI[:_PROBE_ROWS], weight, cache)
         able = [name for name in able if name == best or not KERNELS[name].few_rows]
+    if len(able) == 1:
+        return able[0]
     seconds = {name: _seconds(packed(name, weight, x_TI, cache), x_TI) for name in able}
     return min(seconds, key=seconds.__getitem__)
 

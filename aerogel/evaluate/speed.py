@@ -1,0 +1,172 @@
+"""How fast networks read a prompt and write tokens, side by side in one process."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import AerogelError
+from aerogel.evaluate.measure import Measure, positions
+from aerogel.model.generate import Generation, Generator
+from aerogel.model.network import Network
+
+_STATUS = Path("/proc/self/status")
+_PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Speed(Measure):
+    """Prefill and decoding speed, wall-clock, and peak memory.
+
+    Networks take turns round after round (A B A B), so that a busy machine slows all of them alike; figures are medians, and speed-ups are
+    medians of the ratios within a round. Both sides run through the same generation path (model/generate.py).
+    """
+
+    asked: ClassVar[bool] = True
+    modalities: ClassVar[frozenset[str]] = frozenset({"text"})
+
+    batch: int = 1
+    """Prompts at once."""
+    prompt: int = 512
+    """Tokens of a prompt."""
+    new_tokens: int = 32
+    """Tokens written after each prompt."""
+    rounds: int = 3
+    """Turns of each network, after one that does not count."""
+    threads: int | None = None
+    """Threads that torch may use; all it has when None."""
+
+    def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
+        """Return the facts of `network` as in `compare`, with speed-ups over `against` when it is given."""
+        sides = {"network": network} if against is None else {"against": against, "network": network}
+        return self.compare(sides)["network"]
+
+    def compare(self, networks: dict[str, Network]) -> dict[str, dict[str, Any]]:
+        """Return for each name tokens per second, median latencies (in the unit of their name), peak memory and the settings.
+
+        `prefill_speedup` and `decode_speedup` are over the first network. Peak memory is the network's weights and what the process grew by
+        while it ran. Raises AerogelError for a network that writes no text, or when prompt and new tokens do not fit it.
+        """
+        if min(self.batch, self.prompt, self.rounds) < 1 or self.new_tokens < 2:
+            raise AerogelError(
+                f"batch {self.batch}, prompt {self.prompt}, rounds {self.rounds}, new_tokens {self.new_tokens}: "
+                "at least 1, 1, 1 and 2 are expected"
+            )
+        with _threads(self.threads):
+            runners = {name: _Runner(name, network, self) for name, network in networks.items()}
+            for runner in runners.values():
+                runner.warm()
+            for _ in range(self.rounds):
+                for runner in runners.values():
+                    runner.turn()
+            first = next(iter(runners.values()))
+            return {name: runner.facts(first) for name, runner in runners.items()}
+
+
+class _Runner:
+    """One network's turns."""
+
+    def __init__(self, name: str, network: Network, knobs: Speed) -> None:
+        limit = positions(network)
+        if limit is not None and knobs.prompt + knobs.new_tokens > limit:
+            raise AerogelError(
+                f"{name} has {limit} positions; a prompt of {knobs.prompt} and {knobs.new_tokens} new tokens do not fit, ask for fewer"
+            )
+        self.network, self.knobs = network, knobs
+        self.turns: list[Generation] = []
+        self.peak_bytes = 0
+        self.generator = Generator(network, knobs.batch, knobs.prompt + knobs.new_tokens)
+        vocabulary = network.config.get_text_config().vocab_size
+        make = torch.Generator().manual_seed(0)
+        self.tokens_BT = torch.randint(vocabulary, (knobs.batch, knobs.prompt), generator=make).to(network.device)
+
+    def warm(self) -> None:
+        """The turn in which kernels are chosen and weights packed; memory grows to its peak here."""
+        weights = _weights(self.network)
+        with _growth(self.network.device) as growth:
+            self._generate()
+        self.peak_bytes = sum(weight.nbytes for weight in weights) + growth[0]
+
+    def turn(self) -> None:
+        """One turn that counts."""
+        self.turns.append(self._generate())
+
+    def facts(self, first: _Runner) -> dict[str, Any]:
+        """What the turns amount to."""
+        knobs, last = self.knobs, self.turns[-1]
+        prefill, decode = statistics.median(self._prefills()), statistics.median(self._steps())
+        return {
+            "prefill_tokens_per_second": knobs.batch * knobs.prompt / prefill,
+            "decode_tokens_per_second": knobs.batch / decode,
+            "prefill_seconds": prefill,
+            "decode_milliseconds": 1000 * decode,
+            "prefill_speedup": statistics.median(a / b for a, b in zip(first._prefills(), self._prefills(), strict=True)),
+            "decode_speedup": statistics.median(a / b for a, b in zip(first._steps(), self._steps(), strict=True)),
+            "peak_memory_bytes": self.peak_bytes,
+            "batch": knobs.batch,
+            "prompt": knobs.prompt,
+            "new_tokens": knobs.new_tokens,
+            "rounds": knobs.rounds,
+            "threads": torch.get_num_threads(),
+            "device": str(self.network.device),
+            "path": last.path,
+            "reason": last.reason,
+        }
+
+    def _generate(self) -> Generation:
+        return self.generator.generate(self.tokens_BT, self.knobs.new_tokens)
+
+    def _prefills(self) -> list[float]:
+        return [turn.prefill_seconds for turn in self.turns]
+
+    def _steps(self) -> list[float]:
+        """The median step of each turn, in seconds."""
+        return [statistics.median(turn.step_seconds) for turn in self.turns]
+
+
+def _weights(network: Network) -> list[Tensor]:
+    """All tensors of a network, each read once, so that pages mapped from files are in memory before growth is measured."""
+    weights = list({id(tensor): tensor for tensor in (*network.module.parameters(), *network.module.buffers())}.values())
+    for weight in weights:
+        weight.detach().flatten()[:: max(_PAGE // weight.element_size(), 1)].clone()
+    return weights
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _growth(device: torch.device) -> Iterator[list[int]]:
+    """Put into the yielded list, at the end, by how many bytes memory grew at most; 0 where the system does not tell."""
+    grown = [0]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield grown
+        grown[0] = torch.cuda.max_memory_allocated(device) - before
+        return
+    before = _resident("VmRSS")
+    with suppress(OSError):  # where it is refused, the peak of the whole process is what is told
+        Path("/proc/self/clear_refs").write_text("5")
+    yield grown
+    grown[0] = max(_resident("VmHWM") - before, 0)
+
+
+def _resident(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text() if _STATUS.exists() else "", re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0

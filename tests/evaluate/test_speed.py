@@ -1,0 +1,80 @@
+"""Speed: what is timed, in which order, and what memory it is charged with."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from aerogel.errors import AerogelError
+from aerogel.evaluate import speed
+from aerogel.evaluate.speed import Speed
+from aerogel.model.generate import Generation
+from tests.tiny import opened
+
+KNOBS: dict[str, Any] = {"batch": 2, "prompt": 8, "new_tokens": 4, "rounds": 3}
+
+
+class Clock:
+    """Stands for Generator; each network takes the time its name says, and the machine gets slower by half from turn to turn."""
+
+    turns: list[float] = []  # noqa: RUF012
+
+    def __init__(self, network: Any, batch: int, length: int) -> None:
+        assert (batch, length) == (2, 12)
+        self.base, self.count = network.base, 0
+
+    def generate(self, tokens_BT: torch.Tensor, new_tokens: int) -> Generation:
+        assert (tokens_BT.shape, new_tokens) == ((2, 8), 4)
+        self.turns.append(self.base)
+        second = self.base * 1.5**self.count
+        self.count += 1
+        return Generation(tokens_BT, "lean", None, 10 * second, [second, 7 * second, second])
+
+
+def test_turns_alternate_and_speedups_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "Generator", Clock)
+    Clock.turns = []
+    slow, fast = opened("llama"), opened("llama")
+    slow.base, fast.base = 0.4, 0.1  # type: ignore[attr-defined]
+    found = Speed(**KNOBS).compare({"slow": slow, "fast": fast})
+    assert Clock.turns == [0.4, 0.1] * 4, "one turn each that does not count, then A B A B A B"
+    assert found["fast"]["decode_speedup"] == pytest.approx(4)
+    assert found["fast"]["prefill_speedup"] == pytest.approx(4)
+    assert found["slow"]["decode_speedup"] == 1
+    # The median turn is the second that counts: the step is base * 1.5**2, two rows a step, 16 tokens a prompt.
+    assert found["fast"]["decode_milliseconds"] == pytest.approx(225)
+    assert found["fast"]["decode_tokens_per_second"] == pytest.approx(2 / 0.225)
+    assert found["fast"]["prefill_tokens_per_second"] == pytest.approx(16 / 2.25)
+
+
+def test_facts_are_complete_and_threads_come_back() -> None:
+    before = torch.get_num_threads()
+    network = opened("llama")
+    found = Speed(**KNOBS, threads=1).measure(network, against=opened("llama"))
+    assert torch.get_num_threads() == before
+    assert {name: found[name] for name in ("batch", "prompt", "new_tokens", "rounds", "threads", "device", "path", "reason")} == {
+        **KNOBS, "threads": 1, "device": "cpu", "path": "lean", "reason": None,
+    }  # fmt: skip
+    assert min(found[name] for name in found if "second" in name or "speedup" in name) > 0
+    assert found["peak_memory_bytes"] >= sum(tensor.nbytes for tensor in network.module.parameters())
+
+
+def test_growth_counts_what_is_freed_again() -> None:
+    with speed._growth(torch.device("cpu")) as growth:
+        torch.ones(64 * 2**20 // 4).add_(1)
+    assert 60 * 2**20 < growth[0] < 120 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"prompt": 126, "new_tokens": 3}, "network has 128 positions; a prompt of 126 and 3 new tokens do not fit"),
+        ({"new_tokens": 1}, "at least 1, 1, 1 and 2 are expected"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(knobs: dict[str, int], message: str) -> None:
+    with pytest.raises(AerogelError, match=re.escape(message)):
+        Speed(**KNOBS | knobs).measure(opened("llama"))
