@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.match import matches
 from aerogel.model.network import Network
-from aerogel.model.block import Block
 from aerogel.numerics.scheme import Scheme
 
 
