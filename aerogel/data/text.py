@@ -41,15 +41,16 @@ def documents(source: str | Path, tokenizer: PreTrainedTokenizerBase | None = No
     return found
 
 
-def tokens(tokenizer: PreTrainedTokenizerBase, source: str | Path) -> Tensor:
-    """Return a source as one stream tokens_T, int64."""
-    eos = tokenizer.eos_token_id
-    stream: list[int] = []
-    for document in tokenizer(documents(source, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]:
-        stream.extend(document)
+def tokens(tokenizer: PreTrainedTokenizerBase, source: str | Path, limit: int | None = None) -> Tensor:
+    """Return a source as one stream tokens_T, int64; with `limit` its first tokens only, and documents behind them are not tokenised."""
+    eos, stream = tokenizer.eos_token_id, list[int]()
+    for document in documents(source, tokenizer):
+        if limit is not None and len(stream) >= limit:
+            break
+        stream.extend(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
         if eos is not None and stream[-1:] != [eos]:
             stream.append(eos)
-    return torch.tensor(stream, dtype=torch.int64)
+    return torch.tensor(stream[:limit], dtype=torch.int64)
 
 
 def samples(tokenizer: PreTrainedTokenizerBase, source: str | Path = "sotu", count: int = 128, length: int = 512, seed: int = 0) -> Tensor:

@@ -71,7 +71,7 @@ class TextMeasure(Measure):
 
     def stream(self, network: Network) -> Tensor:
         """Return the text that is read, tokens_T; raises AerogelError when it has fewer than two tokens."""
-        stream_T = text.tokens(tokenizer_of(network), self.source)[: self.tokens or None]
+        stream_T = text.tokens(tokenizer_of(network), self.source, self.tokens or None)
         if len(stream_T) < 2:
             raise AerogelError(f"text source {self.source!r} has {len(stream_T)} tokens and a measure needs at least 2; give more text")
         return stream_T

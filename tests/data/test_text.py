@@ -31,6 +31,11 @@ def test_stream_is_documents_with_an_end_behind_each(book: Path) -> None:
     assert ids.count(1) == 3
 
 
+@pytest.mark.parametrize("limit", [1, 5, 6, 7, 10, 11, 500])
+def test_a_limit_gives_the_start_of_the_stream(book: Path, limit: int) -> None:
+    assert text.tokens(tokenizer(), book, limit).tolist() == text.tokens(tokenizer(), book).tolist()[:limit]
+
+
 def test_no_end_token_when_the_tokenizer_has_none(book: Path) -> None:
     assert text.tokens(tokenizer(eos=False), book).tolist()[:7] == [3, 14, 4, 3, 18, 17, 5]
 
