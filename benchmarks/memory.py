@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from results import write
+from results import FOLDER, write
 from torch import Tensor
 
 import aerogel
@@ -95,14 +95,14 @@ def compress_apart(source: Path, recipe: str, output: Path) -> dict[str, Any]:
     return figures
 
 
-def measure(width: int, depths: tuple[int, ...]) -> list[list[Any]]:
+def measure(width: int, depths: list[int], recipes: list[str]) -> list[list[Any]]:
     """Every depth and recipe: what the weights take, the peak, what the plan said, the time; sizes in MB."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for blocks in depths:
             source = Path(scratch, f"blocks-{blocks}")
             size = make_checkpoint(source, blocks, width)
-            for recipe in RECIPES:
+            for recipe in recipes:
                 found = compress_apart(source, recipe, Path(scratch, f"{recipe}-{blocks}"))
                 megabytes = [round(value / 1e6) for value in (size, found["peak"], found["planned"], found["imports"])]
                 rows.append([blocks, recipe, *megabytes, round(found["seconds"])])
@@ -115,15 +115,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS)
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
     for option in ("--source", "--recipe", "--output"):
         parser.add_argument(option, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.source:
         print(json.dumps(compress_here(given.source, given.recipe, given.output)))
         return
-    rows = measure(given.width, tuple(given.depths))
-    if (given.width, tuple(given.depths)) != (WIDTH, DEPTHS):
-        return
+    rows = measure(given.width, given.depths, given.recipes)
+    if given.width == WIDTH:
+        save(rows)
+
+
+def save(rows: list[list[Any]]) -> None:
+    """Put rows into the results, beside those of other recipes and depths."""
+    path = FOLDER / "memory.json"
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = [row for row in before if row[:2] not in [new[:2] for new in rows]]
     config = config_of(DEPTHS[0], WIDTH)
     settings = {
         "hidden": config.hidden_size,
@@ -136,7 +144,14 @@ def main() -> None:
     }
     columns = ["blocks", "recipe", "weights MB", "peak MB over the interpreter", "planned MB", "interpreter MB", "seconds"]
     notes = ["Target: at most 1200 MB over the interpreter's own (all imports done), and the same for both depths to 10 %."]
-    write("memory", "Peak memory of compressing random-weight Llama checkpoints", settings, columns, rows, notes)
+    write(
+        "memory",
+        "Peak memory of compressing random-weight Llama checkpoints",
+        settings,
+        columns,
+        sorted(kept + rows, key=lambda row: (row[1], row[0])),
+        notes,
+    )
 
 
 if __name__ == "__main__":
