@@ -60,7 +60,8 @@ def _card(kind: str, name: str) -> dict[str, Any]:
         return card | {field.name: plain(getattr(member, field.name)) for field in fields(member) if field.name != "name"}
     card["about"] = "\n\n".join(doc for doc in docs if doc)
     if hasattr(member, "needs"):
-        card["needs"] = sorted(member.needs)
+        # What a method needs may depend on its knobs; a card tells of the defaults.
+        card["needs"] = sorted(member().needs if isinstance(member.needs, property) else member.needs)
     if is_dataclass(member):
         card["knobs"] = [_knob(knob) for knob in catalog.knobs(member)]
     return card

@@ -150,15 +150,16 @@ def bench(
     against: Against = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at once.")] = 1,
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to generate.")] = 64,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens to generate.")] = 64,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Time prefill and decoding, side by side with the original when given; numbers are added to a compressed folder's record."""
     _start(threads)
     from aerogel import scores, terminal
+    from aerogel.evaluate.speed import Speed
 
-    metrics = scores.time_models(model, against, batch=batch, prompt=prompt, new_tokens=new_tokens)
+    metrics = scores.time_models(model, against, Speed(batch=batch, prompt=prompt, new_tokens=new_tokens))
     _print_json(metrics) if as_json else terminal.print_comparison(metrics)
 
 

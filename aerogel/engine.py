@@ -75,7 +75,7 @@ def compress(
         with watch.stage("evaluate"):
             original = load(origin, lazy=False) if origin is not None else None
             with policies.on(result.network, result.policies):
-                scores = measure(result.network, original, measures, tell)
+                scores = measure(result.network, original, measures, tell, speed=True)
         result.add(metrics={**before, **scores})
     result.add(timings=watch.seconds)
     return result
@@ -180,7 +180,7 @@ def _scores_of_live(network: Network, measures: Sequence[str | Measure] | None) 
     """A module changed in place is measured before; afterwards there is no original to compare with."""
     if measures is not None and not measures:
         return {}
-    return {"original": measure(network, None, measures)["compressed"]}
+    return {"original": measure(network, None, measures, speed=True)["compressed"]}
 
 
 @dataclass

@@ -29,6 +29,10 @@ from aerogel.recipe import Recipe
 
 _GROUPS = (32, 48, 64, 96, 128, 192, 256)
 _BYTES_A_SECOND = 300e6
+# Pages of the files being read count as memory until they are closed.
+_MAPPED = 32 << 20
+# Matrices of the size of a second moment that are alive while one is factored.
+_FACTORING = 5
 # Perplexity and agreement both read both networks, in windows that overlap.
 _EVALUATED_TOKENS = 4 * TextMeasure.tokens * TextMeasure.length // TextMeasure.stride
 
@@ -211,30 +215,35 @@ def _reason(network: Network, name: str, module: nn.Module, methods: list[Weight
 
 
 def _peak_memory(network: Network, recipe: Recipe, read: Reading) -> int:
-    """What stays resident, two blocks, a batch of activations, and the second moments of a block's inputs."""
+    """What stays resident, the block in hand twice, a call's activations, and second moments with room to factor the largest."""
     blocks = network.blocks()
     sizes = {name: sum(p.numel() * p.element_size() for p in module.parameters()) for name, module in blocks.items()}
     total = sum(slot.tensor.nbytes for slot in _unique_slots(network))
-    lazily = network.checkpoint is not None
-    resident = total - sum(sizes.values()) if lazily else total
-    largest = max(sizes.values(), default=0)
+    if network.checkpoint is not None:
+        total += min(_MAPPED, network.checkpoint.bytes()) - sum(sizes.values())
+    peak = total + 2 * max(sizes.values(), default=0)
     if not needs_calls(recipe):
-        return resident + 2 * largest
-    widest = {name: _widths(module) for name, module in blocks.items()}
-    activations = 4 * read.at_once * max((sum(widths) for widths in widest.values()), default=0)
-    moments = max((sum(4 * 3 * width**2 for width in set(widths)) for widths in widest.values()), default=0)
-    return resident + 2 * largest + activations + moments
+        return peak
+    return peak + max((_calibrating(module, read) for module in blocks.values()), default=0)
+
+
+def _calibrating(block: nn.Module, read: Reading) -> int:
+    """Bytes of a call's activations and of the second moments of a block's inputs, all in float32."""
+    shapes = _shapes(block)
+    widths = {inputs for inputs, _ in shapes}
+    activations = read.at_once * sum(inputs + outputs for inputs, outputs in shapes)
+    moments = sum(width**2 for width in widths) + _FACTORING * max(widths, default=0) ** 2
+    return 4 * (activations + moments)
 
 
 def _activations(network: Network, read: Reading) -> int:
-    narrowest = min((width for block in network.blocks().values() for width in _widths(block)), default=0)
+    narrowest = min((inputs for block in network.blocks().values() for inputs, _ in _shapes(block)), default=0)
     return 2 * 4 * read.tokens * narrowest
 
 
-def _widths(block: nn.Module) -> list[int]:
-    """Input widths of the distinct kinds of linears of a block; experts of one kind count once."""
-    shapes = {(part.in_features, part.out_features) for part in block.modules() if isinstance(part, nn.Linear)}
-    return [inputs for inputs, _ in shapes]
+def _shapes(block: nn.Module) -> set[tuple[int, int]]:
+    """(inputs, outputs) of the kinds of linears of a block; experts of one kind count once."""
+    return {(part.in_features, part.out_features) for part in block.modules() if isinstance(part, nn.Linear)}
 
 
 def needs_calls(recipe: Recipe) -> bool:

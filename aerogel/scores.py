@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 from aerogel import catalog, policies
-from aerogel.evaluate.measure import Measure, TextMeasure
+from aerogel.evaluate.measure import Measure, positions
+from aerogel.evaluate.speed import Speed
 from aerogel.model.load import load
 from aerogel.model.network import Network
 from aerogel.progress import Event, Tell
@@ -14,31 +16,50 @@ from aerogel.result import add_metrics
 
 Scores = dict[str, dict[str, Any]]
 
+# Tokens that speed is timed on at the end of a run.
+_PROMPT, _ANSWER = 512, 32
+
 
 def measure(
-    network: Network, against: Network | None = None, measures: Sequence[str | Measure] | None = None, tell: Tell = lambda event: None
+    network: Network,
+    against: Network | None = None,
+    measures: Sequence[str | Measure] | None = None,
+    tell: Tell = lambda event: None,
+    speed: bool = False,
 ) -> dict[str, Scores]:
     """Measure a network, and its original when given: {"compressed": {measure: facts}, "original": {...}}.
 
-    By default every measure that fits the network and need not be asked for. Raises AerogelError for an unknown measure.
+    By default every measure that fits the network and need not be asked for, with `speed` a short measurement of speed too. Raises
+    AerogelError for an unknown measure.
     """
-    chosen = {name: found for name, found in _chosen(network, measures) if against is not None or not found.compares or measures}
-    pairs: list[tuple[str, str, Network]] = []
-    for name, found in chosen.items():
-        if against is not None and not found.compares:
-            pairs.append(("original", name, against))
-        pairs.append(("compressed", name, network))
+    chosen = _named(measures if measures is not None else [*_usual(network), *(_timed(network) if speed else ())])
+    takes = [take for name, found in chosen for take in _takes(name, found, network, against, must=measures is not None)]
     scores: dict[str, Scores] = {"original": {}, "compressed": {}} if against is not None else {"compressed": {}}
-    done, total = 0, sum(_passes(chosen[name]) for _, name, _ in pairs)
-    for whose, name, subject in pairs:
-        tell(Event("evaluate", done, total, f"{name} of the {whose}"))
-        scores[whose][name] = chosen[name].measure(subject, against if whose == "compressed" else None)
-        done += _passes(chosen[name])
+    done, total = 0, sum(take.passes for take in takes)
+    for take in takes:
+        tell(Event("evaluate", done, total, take.what))
+        for whose, facts in take.measure().items():
+            scores[whose][take.name] = facts
+        done += take.passes
     tell(Event("evaluate", total, total))
     return scores
 
 
-def measure_models(model: str, against: str | None, measures: Sequence[str] | None, tell: Tell) -> dict[str, Scores]:
+def _usual(network: Network) -> list[Measure]:
+    """The measures that fit a network and need not be asked for."""
+    classes = [catalog.find("measures", name) for name in catalog.names("measures")]
+    fitting = [cls for cls in classes if not cls.asked and network.family.modality in cls.modalities]
+    # What is for text only needs a tokenizer to read it.
+    return [cls() for cls in fitting if network.processor is not None or cls.modalities - {"text", "image-text"}]
+
+
+def _timed(network: Network) -> list[Measure]:
+    """A short measurement of speed, where the network writes text and has room for a prompt and an answer."""
+    room = (positions(network) or _PROMPT + _ANSWER) - _ANSWER
+    return [Speed(prompt=min(_PROMPT, room), new_tokens=_ANSWER)] if network.family.modality in Speed.modalities and room > 0 else []
+
+
+def measure_models(model: str, against: str | None, measures: Sequence[str | Measure] | None, tell: Tell) -> dict[str, Scores]:
     """Open models and measure them; the numbers are added to the record of a compressed folder."""
     network = load(model, lazy=False)
     original = load(against, lazy=False) if against is not None else None
@@ -48,22 +69,34 @@ def measure_models(model: str, against: str | None, measures: Sequence[str] | No
     return metrics
 
 
-def _chosen(network: Network, measures: Sequence[str | Measure] | None) -> Iterator[tuple[str, Measure]]:
-    if measures is not None:
-        for given in measures:
-            yield (given, catalog.find("measures", given)()) if isinstance(given, str) else (_name_of(given), given)
+def time_models(model: str, against: str | None, speed: Speed) -> dict[str, Scores]:
+    """Open models and time them in turns; the numbers are added to the record of a compressed folder."""
+    return measure_models(model, against, [speed], lambda event: None)
+
+
+class _Take(NamedTuple):
+    """One measurement."""
+
+    name: str
+    what: str
+    passes: int
+    """How often it runs a network over the text, about; for progress."""
+    measure: Callable[[], dict[str, Any]]
+    """Gives facts by whose they are."""
+
+
+def _takes(name: str, found: Measure, network: Network, against: Network | None, must: bool) -> Iterator[_Take]:
+    if isinstance(found, Speed):
+        sides = {"compressed": network} if against is None else {"original": against, "compressed": network}
+        yield _Take(name, "speed of both, in turns", 2, partial(found.compare, sides))
         return
-    for name in catalog.names("measures"):
-        cls = catalog.find("measures", name)
-        readable = network.processor is not None or not issubclass(cls, TextMeasure)
-        if not cls.asked and network.family.modality in cls.modalities and readable:
-            yield name, cls()
+    if against is not None and not found.compares:
+        yield _Take(name, f"{name} of the original", 1, lambda: {"original": found.measure(against)})
+    if against is not None or not found.compares or must:
+        passes = 2 if found.compares else 1
+        yield _Take(name, f"{name} of the compressed", passes, lambda: {"compressed": found.measure(network, against)})
 
 
-def _passes(measure: Measure) -> int:
-    """How often a measure runs a network over its text; for progress."""
-    return 2 if isinstance(measure, TextMeasure) and measure.compares else 1
-
-
-def _name_of(measure: Measure) -> str:
-    return type(measure).__module__.rpartition(".")[2]
+def _named(measures: Sequence[str | Measure]) -> list[tuple[str, Measure]]:
+    made = [catalog.find("measures", given)() if isinstance(given, str) else given for given in measures]
+    return [(type(measure).__module__.rpartition(".")[2], measure) for measure in made]

@@ -104,6 +104,16 @@ def test_evaluate_adds_to_the_record(desk: Path, compressed: Any) -> None:
     assert digests(desk / "model") == before
 
 
+def test_bench_times_both_and_adds_to_the_record(desk: Path, compressed: Any) -> None:
+    assert compressed["metrics"]["compressed"]["speed"]["prompt"] == 96, "a tiny model has room for 128 tokens"
+    metrics = as_json("bench", desk / "out", "--against", desk / "model", "--prompt", 8, "--new-tokens", 3, "--batch", 2)
+    for whose in ("original", "compressed"):
+        assert metrics[whose]["speed"]["decode_tokens_per_second"] > 0
+    recorded = json.loads((desk / "out" / "aerogel.json").read_text())["metrics"]
+    assert recorded["compressed"]["speed"] == metrics["compressed"]["speed"]
+    assert "Decode, tokens per second" in run("bench", desk / "out", "--prompt", 8, "--new-tokens", 3)
+
+
 def test_export_rewrites_for_another_engine(desk: Path, compressed: Any, tmp_path: Path) -> None:
     assert run("export", desk / "out", "-f", "gptq", "-o", tmp_path / "gptq").strip() == str(tmp_path / "gptq")
     config = json.loads((tmp_path / "gptq" / "config.json").read_text())

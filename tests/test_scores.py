@@ -1,0 +1,73 @@
+"""Measuring: what is chosen, whose it is, and what is told on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aerogel.errors import AerogelError
+from aerogel.evaluate.agreement import Agreement
+from aerogel.evaluate.perplexity import Perplexity
+from aerogel.evaluate.size import Size
+from aerogel.evaluate.speed import Speed
+from aerogel.model.load import load
+from aerogel.model.network import Network
+from aerogel.progress import Event
+from aerogel.scores import measure
+from tests.folders import model_folder, text_file
+from tests.tiny import FAMILIES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scores")
+
+
+@pytest.fixture(scope="module")
+def network(folder: Path) -> Network:
+    return load(model_folder(folder / "model"), lazy=False)
+
+
+@pytest.fixture(scope="module")
+def text(folder: Path) -> str:
+    return str(text_file(folder / "text.txt", 200))
+
+
+def test_a_denoiser_is_measured_by_what_fits_it() -> None:
+    scores = measure(load(FAMILIES["dit"].build()), speed=True)
+    assert set(scores) == {"compressed"}
+    assert set(scores["compressed"]) == {"size"}
+
+
+def test_a_network_without_a_tokenizer_reads_no_text() -> None:
+    assert set(measure(load(FAMILIES["llama"].build()))["compressed"]) == {"size"}
+
+
+def test_without_an_original_nothing_is_compared(network: Network) -> None:
+    assert {"perplexity", "size"} <= set(measure(network)["compressed"])
+    assert "agreement" not in measure(network)["compressed"]
+    with pytest.raises(AerogelError, match="agreement compares with the original"):
+        measure(network, measures=["agreement"])
+
+
+def test_both_sides_are_measured_and_told(network: Network, text: str) -> None:
+    seen: list[Event] = []
+    chosen = [Perplexity(source=text), Agreement(source=text), Size()]
+    scores = measure(network, network, chosen, seen.append)
+    assert set(scores["original"]) == {"perplexity", "size"}
+    assert set(scores["compressed"]) == {"perplexity", "agreement", "size"}
+    assert scores["compressed"]["agreement"]["top1"] == 1.0
+    assert [(event.done, event.total) for event in seen] == [(0, 6), (1, 6), (2, 6), (4, 6), (5, 6), (6, 6)]
+
+
+def test_speed_is_measured_in_turns(network: Network) -> None:
+    scores = measure(network, network, [Speed(prompt=8, new_tokens=4, rounds=1)])
+    for whose in ("original", "compressed"):
+        assert scores[whose]["speed"]["decode_tokens_per_second"] > 0
+    assert set(measure(network, measures=[Speed(prompt=8, new_tokens=4, rounds=1)])) == {"compressed"}
+
+
+def test_unknown_measures_name_the_nearest(network: Network) -> None:
+    with pytest.raises(AerogelError, match="unknown measure 'perplexty'; did you mean perplexity"):
+        measure(network, measures=["perplexty"])
