@@ -224,16 +224,19 @@ def _peak_memory(network: Network, recipe: Recipe, read: Reading) -> int:
     peak = total + 2 * max(sizes.values(), default=0)
     if not needs_calls(recipe):
         return peak
-    return peak + max((_calibrating(module, read) for module in blocks.values()), default=0)
+    holds = max((step.method.holds for step in recipe.steps if isinstance(step.method, BlockMethod)), default=0.0)
+    return peak + max((_calibrating(module, read, holds) for module in blocks.values()), default=0)
 
 
-def _calibrating(block: nn.Module, read: Reading) -> int:
-    """Bytes of a call's activations and of the second moments of a block's inputs, all in float32."""
+def _calibrating(block: nn.Module, read: Reading, holds: float) -> int:
+    """Bytes of activations and of the second moments of a block's inputs, all in float32."""
     shapes = _shapes(block)
     widths = {inputs for inputs, _ in shapes}
-    activations = read.at_once * sum(inputs + outputs for inputs, outputs in shapes)
-    moments = sum(width**2 for width in widths) + _FACTORING * max(widths, default=0) ** 2
-    return 4 * (activations + moments)
+    position = 4 * sum(inputs + outputs for inputs, outputs in shapes)
+    # A method that cannot hold the activations of all calls holds none but those of the call in hand.
+    held = read.tokens * position if read.tokens * position <= holds else 0
+    moments = 4 * (sum(width**2 for width in widths) + _FACTORING * max(widths, default=0) ** 2)
+    return read.at_once * position + held + moments
 
 
 def _activations(network: Network, read: Reading) -> int:

@@ -25,6 +25,11 @@ class BlockMethod(ABC):
     forwards: ClassVar[float] = 2.0
     """About how many forwards of a block over its calls one visit takes, the one that propagates included; for the estimate of time."""
 
+    @property
+    def holds(self) -> float:
+        """Bytes of activations it may hold at once beyond those of one call; for the estimate of memory."""
+        return 0.0
+
     @abstractmethod
     def compress(self, block: Block) -> None:
         """Change the block's weights or modules in place."""
