@@ -232,11 +232,11 @@ def _calibrating(block: nn.Module, read: Reading, holds: float) -> int:
     """Bytes of activations and of the second moments of a block's inputs, all in float32."""
     shapes = _shapes(block)
     widths = {inputs for inputs, _ in shapes}
-    position = 4 * sum(inputs + outputs for inputs, outputs in shapes)
-    # A method that cannot hold the activations of all calls holds none but those of the call in hand.
-    held = read.tokens * position if read.tokens * position <= holds else 0
+    in_hand = 4 * read.at_once * sum(inputs + outputs for inputs, outputs in shapes)
+    # Calls that wait inside a block hold the residual stream and the widest input; where that is too much, none waits.
+    waiting = 4 * read.tokens * (3 * min(widths, default=0) + max(widths, default=0))
     moments = 4 * (sum(width**2 for width in widths) + _FACTORING * max(widths, default=0) ** 2)
-    return read.at_once * position + held + moments
+    return in_hand + (waiting if waiting <= holds else 0) + moments
 
 
 def _activations(network: Network, read: Reading) -> int:
