@@ -104,7 +104,8 @@ def shape(options: argparse.Namespace) -> None:
     for name, facts in found.items():
         speeds = [facts[f"{kind}_tokens_per_second"] for kind in ("prefill", "decode")]
         over = [speed / fastest[kind] for speed, kind in zip(speeds, ("prefill", "decode"), strict=True)]
-        rows.append([name, *speeds, *over, facts["peak_memory_bytes"] / 2**20, facts["path"]])
+        memory = None if name.startswith("torchao") else facts["peak_memory_bytes"] / 2**20  # its tensors do not tell their true size
+        rows.append([name, *speeds, *over, memory, facts["path"]])
     settings = {
         "layers": options.layers, "width": 2048, "MLP": 8192, "heads": "32/8", "vocabulary": config.vocab_size, "batch": 1,
         "prompt": options.prompt, "new tokens": options.new_tokens, "rounds": options.rounds, "threads": torch_threads(options),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure, positions
@@ -136,7 +136,8 @@ def _weights(network: Network) -> list[Tensor]:
     """All tensors of a network, each read once, so that pages mapped from files are in memory before growth is measured."""
     weights = list({id(tensor): tensor for tensor in (*network.module.parameters(), *network.module.buffers())}.values())
     for weight in weights:
-        weight.detach().flatten()[:: max(_PAGE // weight.element_size(), 1)].clone()
+        if type(weight) in (Tensor, nn.Parameter):  # tensors of other libraries cannot always be looked at this way
+            weight.detach().flatten()[:: max(_PAGE // weight.element_size(), 1)].clone()
     return weights
 
 
