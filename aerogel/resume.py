@@ -68,7 +68,7 @@ class Progress:
     def enter(self, name: str) -> None:
         """Make the newest weights of a block resident."""
         home = self.homes.get(name, self._source)
-        home.materialise(self.network.module.get_submodule(name), name)
+        home.materialise(self.network.module.get_submodule(name), name, device=self.network.device)
 
     def release(self, name: str) -> None:
         """Let the weights of a block go; they lie in this folder or in the source."""
