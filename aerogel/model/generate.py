@@ -42,10 +42,15 @@ class Generator:
     """Generates from one network again and again with what it packed once; `batch` rows, at most `length` tokens with the prompt."""
 
     def __init__(self, network: Network, batch: int, length: int, lean: bool = True) -> None:
-        """Pack the network's weights; with `lean` off its own forward makes every token. Raises AerogelError for no language model."""
+        """Bring in weights that are still on disk; with `lean` off the network's own forward makes every token.
+
+        Raises AerogelError for a network that is no language model.
+        """
         self.module: Any = network.module.eval()
         if not hasattr(self.module, "lm_head") and not hasattr(self.module, "generate"):
             raise AerogelError(f"{type(self.module).__name__} is no causal language model; text can be generated from those only")
+        if network.checkpoint is not None:
+            network.checkpoint.materialise(self.module)
         self.batch, self.length = batch, length
         self.reason = refuse(self.module, length) if lean else "not asked for"
         self._lean: Lean | None = None

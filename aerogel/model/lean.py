@@ -48,6 +48,8 @@ def refuse(module: Any, length: int) -> str | None:
     for block in trunk.layers:
         if _parts(block) != _BLOCK or _parts(block.self_attn) not in _ATTENTION or _parts(block.mlp) not in _MLP:
             return f"{type(block).__name__} is made of other parts than Llama's block"
+    if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in module.modules()):
+        return "something hangs on its forward that would not be called"
     config = module.config
     window = getattr(config, "sliding_window", None)
     if window is not None and window < length:

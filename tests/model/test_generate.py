@@ -83,6 +83,16 @@ def test_other_shapes_take_their_own_forward_and_say_why(family: str, reason: st
     assert torch.equal(made.tokens, theirs(network, prompt(2)))
 
 
+def test_what_hangs_on_a_forward_is_called() -> None:
+    network = opened("llama")
+    hook = network.module.model.layers[1].register_forward_hook(lambda module, args, out: out * 1.01)
+    made = Generator(network, 1, 32).generate(prompt(), NEW)
+    assert made.path == "transformers"
+    assert "hangs on its forward" in str(made.reason)
+    hook.remove()
+    assert Generator(network, 1, 32).generate(prompt(), NEW).path == "lean"
+
+
 def test_a_window_longer_than_the_text_does_no_harm() -> None:
     network = opened("mistral")
     made = Generator(network, 1, 8).generate(prompt(length=4), 4)
