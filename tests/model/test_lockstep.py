@@ -99,9 +99,10 @@ def test_errors_come_out_and_no_thread_or_hook_stays(block: Block, where: str) -
     if where == "forward":
         block.calls = [Call(call.args, {"turn": "fail"}) for call in block.calls]  # type: ignore[assignment]
     modules = list(block.module.children())
+    before = set(threading.enumerate())  # other libraries keep threads of their own
     with pytest.raises(RuntimeError, match="inside"):
         lockstep(block, GATES, fail if where == "see" else lambda gate, x: None, fail if where == "change" else lambda gate: None)
-    assert threading.active_count() == 1
+    assert set(threading.enumerate()) <= before
     for module in modules:
         assert "forward" not in module.__dict__
         assert not module._forward_pre_hooks
