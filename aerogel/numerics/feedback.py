@@ -28,6 +28,8 @@ class Feedback(NamedTuple):
 
     weights_BII: Tensor
     """Unit upper triangular: U_ij / U_ii; the identity where the factorisation failed, which is plain rounding."""
+    importance_BI: Tensor
+    """R_jj squared: what a squared error of column j costs when the columns behind it have made up for what they can."""
     damping_B: Tensor
     """Share of the mean diagonal that was added to the diagonal."""
     failed_B: Tensor
@@ -45,22 +47,24 @@ def feedback(moment_BII: Tensor, damping: float = 0.01, bound: float = 1.0) -> F
     dead_BI = diagonal_BI <= 0
     identity_II = torch.eye(moment_BII.shape[-1], dtype=moment_BII.dtype, device=moment_BII.device)
     weights_BII = identity_II.expand_as(moment_BII)
+    importance_BI = torch.ones_like(diagonal_BI)
     damping_B = torch.full_like(mean_B1[:, 0], damping)
     todo = (torch.isfinite(mean_B1[:, 0]) & (mean_B1[:, 0] > 0)).nonzero()[:, 0]
     failed_B = torch.ones_like(damping_B, dtype=torch.bool)
     while len(todo) and float(damping_B[todo[0]]) <= bound:
         # Added where a column is dead, the mean keeps the factor well conditioned and changes nothing else.
-        unit, good = _unit_root(moment_BII[todo], mean_B1[todo] * (damping_B[todo, None] + dead_BI[todo]))
+        unit, diagonal, good = _unit_root(moment_BII[todo], mean_B1[todo] * (damping_B[todo, None] + dead_BI[todo]))
         solved = torch.linalg.solve_triangular(unit, identity_II.expand_as(unit), upper=True, unitriangular=True)
         weights_BII = solved if len(solved) == len(weights_BII) else weights_BII.index_copy(0, todo[good], solved)
+        importance_BI[todo[good]] = diagonal.square()
         failed_B[todo[good]] = False
         todo = todo[~good]
         damping_B[todo] = 10 * damping_B[todo] if damping > 0 else torch.where(damping_B[todo] > 0, 10 * damping_B[todo], 1e-4)
-    return Feedback(weights_BII, damping_B, failed_B)
+    return Feedback(weights_BII, importance_BI, damping_B, failed_B)
 
 
-def _unit_root(moment_BII: Tensor, added_BI: Tensor) -> tuple[Tensor, Tensor]:
-    """The unit upper triangular factors of moments with something added to their diagonals, where there are any, and where that is.
+def _unit_root(moment_BII: Tensor, added_BI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Upper triangular factors of moments with something added to their diagonals, columns divided by their diagonals; where there are any.
 
     Moments of wide layers are the largest tensors of a run: each step here lets go of the one before it.
     """
@@ -72,7 +76,7 @@ def _unit_root(moment_BII: Tensor, added_BI: Tensor) -> tuple[Tensor, Tensor]:
     diagonal_BI = root_BII.diagonal(dim1=-2, dim2=-1).clone()
     good_B = (info_B == 0) & torch.isfinite(diagonal_BI).all(-1)
     root_BII /= diagonal_BI[:, None, :]
-    return root_BII if bool(good_B.all()) else root_BII[good_B], good_B
+    return root_BII if bool(good_B.all()) else root_BII[good_B], diagonal_BI[good_B], good_B
 
 
 @torch.no_grad()
@@ -82,20 +86,20 @@ def round_columns(
     fmt: Format,
     grid: Grid,
     group_BI: Tensor,
-    fit: Callable[[Tensor], Grid] | None = None,
+    fit: Callable[[Tensor, int, int], Grid] | None = None,
     group: int = 0,
 ) -> Tensor:
     """Round the columns of `weight_BOI` in order, with error feedback; returns codes_BOI.
 
     `grid` holds scale_BOG (and zero_BOG), `group_BI` the group of each column. With `fit`, columns are in groups of `group` one
-    after another, and the grid of a group is made from its weights as they stand when their turn comes: fit(weight_BOn) returns
-    scale_BO and zero_BO, which are written into `grid`.
+    after another, and the grid of a group is made from its weights as they stand when their turn comes: fit(weight_BOn, first column,
+    behind the last) returns scale_BO and zero_BO, which are written into `grid`.
     """
     loop = _Loop(weight_BOI, weights_BII, fmt, grid, group_BI)
     if fit is None:
         loop.span(0, weight_BOI.shape[-1], _FEW, loop.few)
     else:
-        loop.span(0, weight_BOI.shape[-1], group, lambda low, high: loop.group(low, high, fit, low // group))
+        loop.span(0, weight_BOI.shape[-1], group, lambda low, high: loop.group(low, high, group, fit))
     return loop.codes_IBO.permute(1, 2, 0).contiguous()
 
 
@@ -125,9 +129,9 @@ class _Loop:
         self._push(low, middle, high)
         self.span(middle, high, unit, finish)
 
-    def group(self, low: int, high: int, fit: Callable[[Tensor], Grid], index: int) -> None:
+    def group(self, low: int, high: int, group: int, fit: Callable[[Tensor, int, int], Grid]) -> None:
         """Make the grid of a group from its weights as they stand now, then round them."""
-        found = fit(self.weight_IBO[low:high].permute(1, 2, 0))
+        found, index = fit(self.weight_IBO[low:high].permute(1, 2, 0), low, high), low // group
         self.scale_GBO[index] = self.grid.scale[..., index] = found.scale
         if self.zero_GBO is not None and self.grid.zero is not None and found.zero is not None:
             self.zero_GBO[index] = self.grid.zero[..., index] = found.zero

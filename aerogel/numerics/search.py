@@ -26,30 +26,44 @@ _CHUNK = 1 << 17
 """Numbers that are worked on at a time: a cache's worth."""
 
 
-def observe(weight: Tensor, scheme: TensorScheme, observer: Observer) -> Grid:
-    """Return the grid of a weight laid out by `quantize.grouped`: (..., n)."""
-    return min_max(weight, scheme) if observer == "minmax" else least_error(weight, scheme)
+def observe(weight: Tensor, scheme: TensorScheme, observer: Observer, importance: Tensor | None = None) -> Grid:
+    """Return the grid of a weight laid out by `quantize.grouped`: (..., n); `importance` weighs squared errors, as in `least_error`."""
+    return min_max(weight, scheme) if observer == "minmax" else least_error(weight, scheme, importance=importance)
 
 
 @torch.no_grad()
-def least_error(weight: Tensor, scheme: TensorScheme, moment: Tensor | None = None) -> Grid:
+def least_error(weight: Tensor, scheme: TensorScheme, moment: Tensor | None = None, importance: Tensor | None = None) -> Grid:
     """Return the grid with the least squared error for each scale, among ranges that are shrunk by a factor.
 
     `weight` is laid out by `quantize.grouped`: (..., n). With `moment`, the second moment of the inputs in each group (G, n, n), the
-    error is that of the output, e^T M e, for weights of shape (O, G, n).
+    error is that of the output, e^T M e, for weights of shape (O, G, n). With `importance`, laid out as the weight or with a first
+    dimension of one, it is a weighted sum of squares.
     """
     low, high = torch.aminmax(weight.float(), dim=-1)
     outer = grid_from_range(low, high, scheme).outer  # block scales of every candidate share it
     if weight.ndim == 1:
-        best = _best_factor(weight.float(), low, high, scheme, outer, moment)
+        best = _best_factor(weight.float(), low, high, scheme, outer, moment, importance)
     else:
         rows = max(1, _CHUNK // weight[0].numel())
-        parts = zip(weight.split(rows), low.split(rows), high.split(rows), strict=True)
-        best = torch.cat([_best_factor(part.float(), least, most, scheme, outer, moment) for part, least, most in parts])
+        shared = importance is None or len(importance) == 1
+        parts = []
+        for first in range(0, len(weight), rows):
+            here = slice(first, first + rows)
+            matters = importance if shared or importance is None else importance[here]
+            parts.append(_best_factor(weight[here].float(), low[here], high[here], scheme, outer, moment, matters))
+        best = torch.cat(parts)
     return grid_from_range(low * best, high * best, scheme, outer)
 
 
-def _best_factor(weight: Tensor, low: Tensor, high: Tensor, scheme: TensorScheme, outer: Tensor | None, moment: Tensor | None) -> Tensor:
+def _best_factor(
+    weight: Tensor,
+    low: Tensor,
+    high: Tensor,
+    scheme: TensorScheme,
+    outer: Tensor | None,
+    moment: Tensor | None,
+    importance: Tensor | None,
+) -> Tensor:
     scaled, error = torch.empty_like(weight), torch.empty_like(weight)
 
     def cost(factor: Tensor | float) -> Tensor:
@@ -62,7 +76,9 @@ def _best_factor(weight: Tensor, low: Tensor, high: Tensor, scheme: TensorScheme
         else:
             error.copy_(to_values(to_codes(scaled, scheme.format), scheme.format))
         error.sub_(scaled)
-        felt = error if moment is None else (error.transpose(0, 1) @ moment).transpose(0, 1)
+        felt = error if importance is None else error * importance
+        if moment is not None:
+            felt = (felt.transpose(0, 1) @ moment).transpose(0, 1)
         return torch.linalg.vecdot(error, felt) * grid.step.square()
 
     best, least = torch.ones_like(low), cost(1.0)

@@ -60,7 +60,7 @@ def test_a_moving_grid_sees_the_errors_before_its_group() -> None:
     scheme = TensorScheme(INT3, PerGroup(24), symmetric=False)
     weight, moment = weights(1, 4, 60)[0], moments(1, 60)[0]
 
-    def fit(x: Tensor) -> Grid:
+    def fit(x: Tensor, low: int = 0, high: int = 0) -> Grid:
         return grid_from_range(x.amin(-1), x.amax(-1), scheme)
 
     found = feedback(moment[None], 0.01)
@@ -110,6 +110,18 @@ def test_damping_grows_until_the_factor_exists_and_gives_up_at_the_bound() -> No
     assert torch.equal(found.weights_BII[2], torch.eye(8, dtype=torch.float64))
     assert torch.equal(found.weights_BII[3], torch.eye(8, dtype=torch.float64))
     assert feedback(hopeless[None], 0.01, bound=0.1).failed_B.all()
+
+
+def test_importance_is_what_the_error_of_a_column_costs() -> None:
+    """The damped loss of any rounding is the sum of squared steps from where the columns stood, each times its importance."""
+    weight, moment = weights(1, 4, 20)[0], moments(1, 20)[0]
+    found = feedback(moment[None], 0.01)
+    scale = torch.full((1, 4, 1), 0.5, dtype=torch.float64)
+    codes = round_columns(weight[None], found.weights_BII, INT3, Grid(scale), torch.zeros(1, 20, dtype=torch.long))[0]
+    error = weight - codes.double() * 0.5
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(20, dtype=torch.float64)
+    steps = error @ torch.linalg.inv(found.weights_BII[0])  # error = steps times the unit triangle
+    torch.testing.assert_close(((error @ damped) * error).sum(1), (steps.square() * found.importance_BI[0]).sum(1))
 
 
 def test_without_damping_the_first_try_is_undamped() -> None:

@@ -60,6 +60,22 @@ def test_with_a_moment_the_output_counts() -> None:
     assert float(best.sum()) < 0.97 * float(cost(least_error(grouped(weight_OI, scheme.granularity), scheme)).sum())
 
 
+@pytest.mark.parametrize("name", ["W3A16_G16", "W3A16_CHANNEL", "FP8_STATIC", "FP8_BLOCK"])
+def test_importance_weighs_squares(name: str) -> None:
+    """A diagonal moment and an importance say the same; and however weights are laid out, what matters more is hit better."""
+    scheme, weight_OI = Scheme.parse(name).weights, weight(40, 48)
+    importance_I = torch.logspace(-3, 3, 48)[torch.randperm(48, generator=torch.Generator().manual_seed(3))]
+    by_row = name.startswith("W3")
+    laid_out = grouped(importance_I.expand(1 if by_row else 40, -1), scheme.granularity)
+    found = least_error(grouped(weight_OI, scheme.granularity), scheme, importance=laid_out)
+    if by_row:
+        same = least_error(grouped(weight_OI, scheme.granularity), scheme, moment=torch.diag_embed(laid_out[0]))
+        assert torch.equal(found.scale, same.scale)
+    plain = least_error(grouped(weight_OI, scheme.granularity), scheme)
+    cost = [float(((fake_quantize(weight_OI, grid, scheme) - weight_OI).square() * importance_I).sum()) for grid in (found, plain)]
+    assert cost[0] < cost[1] if by_row else cost[0] <= cost[1]
+
+
 def test_a_weight_of_zeros_gets_a_finite_grid() -> None:
     scheme = Scheme.parse("W4A16_G16").weights
     grid = least_error(torch.zeros(3, 2, 16), scheme)

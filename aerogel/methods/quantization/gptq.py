@@ -46,8 +46,8 @@ class Gptq(WeightMethod):
     """Share of the mean of the second moment's diagonal that is added to the diagonal; grows tenfold where that is too little."""
     act_order: ActOrder = "static"
     """Order of columns: as they are (none), or largest inputs first, with groups as they are (static) or in the new order (group)."""
-    observer: Observer = "mse"
-    """How ranges are found: minmax (cover every weight) or mse (least squared error)."""
+    observer: Observer | Literal["output"] = "output"
+    """How ranges are found: minmax (cover every weight), mse (least squared error) or output (least error that no column can mend)."""
     true_sequential: bool | None = None
     """Whether linears are quantized in the order in which they run, each seeing those before it quantized; null: where that is free."""
     waiting: float = 2.0
@@ -117,7 +117,9 @@ class Gptq(WeightMethod):
         for index, problem in enumerate(problems):
             self._store(block, problem, solution, index)
 
-    def _fit(self, weight: Tensor, scheme: TensorScheme, dtype: torch.dtype) -> Grid:
+    def _fit(self, weight: Tensor, importance: Tensor, scheme: TensorScheme, dtype: torch.dtype) -> Grid:
+        if self.observer == "output":
+            return stored_grid(observe(weight, scheme, "mse", importance), dtype)
         return stored_grid(observe(weight, scheme, self.observer), dtype)
 
     def _store(self, block: Block, problem: _Problem, solution: _Solution, index: int) -> None:
@@ -190,15 +192,16 @@ def solve(
     weight_BOI: Tensor,
     moment_BII: Tensor,
     scheme: TensorScheme,
-    fit: Callable[[Tensor], Grid],
+    fit: Callable[[Tensor, Tensor], Grid],
     moves: bool = False,
     act_order: ActOrder = "static",
     damping: float = 0.01,
 ) -> _Solution:
     """Round weights so that the outputs for inputs with these second moments change little.
 
-    `fit` makes a stored grid from weights laid out by `quantize.grouped`. With `moves` (groups only) the grid of a group is made when
-    its turn comes, from weights that have taken the errors before it; otherwise grids are made from the weights as they are.
+    `fit` makes a stored grid from weights laid out by `quantize.grouped` and the importance of their errors. With `moves` (groups
+    only) the grid of a group is made when its turn comes, from weights that have taken the errors before it; otherwise grids are
+    made from the weights as they are.
     """
     columns = weight_BOI.shape[-1]
     as_is_BI = torch.arange(columns, device=weight_BOI.device).expand(len(weight_BOI), -1)
@@ -207,23 +210,37 @@ def solve(
     if act_order != "none":
         order_BI = moment_BII.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
     place_BI = order_BI.argsort(dim=-1)
-    if moves:
-        blank = weight_BOI.new_zeros(*weight_BOI.shape[:2], size)
-        grid, group_BI = Grid(blank, None if scheme.symmetric else blank.to(scheme.format.storage)), as_is_BI // width
-    else:
-        grids = [fit(grouped(weight_OI, scheme.granularity)) for weight_OI in weight_BOI]
-        grid, group_BI = _rows_of(grids, scheme, weight_BOI.shape[1]), order_BI // width
     moment_BII = moment_BII.take_along_dim(order_BI[:, :, None], 1)
     moment_BII = moment_BII.take_along_dim(order_BI[:, None, :], 2)
     found = feedback(moment_BII, damping)
     del moment_BII
+    if moves:
+        blank = weight_BOI.new_zeros(*weight_BOI.shape[:2], size)
+        grid, group_BI = Grid(blank, None if scheme.symmetric else blank.to(scheme.format.storage)), as_is_BI // width
+    else:
+        importance_BI = found.importance_BI.take_along_dim(place_BI, 1)
+        grids = [
+            fit(grouped(weight_OI, scheme.granularity), _laid_out(importance_I, weight_OI, scheme))
+            for weight_OI, importance_I in zip(weight_BOI, importance_BI, strict=True)
+        ]
+        grid, group_BI = _rows_of(grids, scheme, weight_BOI.shape[1]), order_BI // width
+
+    def fit_now(weight_BOn: Tensor, low: int, high: int) -> Grid:
+        return fit(weight_BOn, found.importance_BI[:, None, low:high])
+
     ordered_BOI = weight_BOI.take_along_dim(order_BI[:, None, :], 2)
-    codes_BOI = round_columns(ordered_BOI, found.weights_BII, scheme.format, grid, group_BI, fit if moves else None, width)
+    codes_BOI = round_columns(ordered_BOI, found.weights_BII, scheme.format, grid, group_BI, fit_now if moves else None, width)
     if moves:
         grids = [Grid(grid.scale[b], None if grid.zero is None else grid.zero[b]) for b in range(len(weight_BOI))]
     g_idx_BI = place_BI // width if moves and act_order == "group" else None
     codes_BOI = codes_BOI.view(torch.uint8).take_along_dim(place_BI[:, None, :], 2).view(codes_BOI.dtype)  # fp8 cannot be gathered
     return _Solution(codes_BOI, grids, g_idx_BI, found.damping_B, found.failed_B)
+
+
+def _laid_out(importance_I: Tensor, weight_OI: Tensor, scheme: TensorScheme) -> Tensor:
+    """The importance of columns as `grouped` lays out the weight; where rows have scales of their own, once for all of them."""
+    rows = 1 if isinstance(scheme.granularity, PerGroup | PerChannel) else len(weight_OI)
+    return grouped(importance_I.expand(rows, -1), scheme.granularity)
 
 
 def _width(scheme: TensorScheme, columns: int) -> int:
