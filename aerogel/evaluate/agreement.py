@@ -32,16 +32,17 @@ class Agreement(TextMeasure):
         """Return kl (nats per token), top1 (share), the scored tokens and what was read."""
         original = original_of(self, against)
         stream_T, total, same, count = self.stream(network), 0.0, 0.0, 0
-        for window in self.windows(network, stream_T):
-            theirs_RV, ours_RV = predictions(original, window), predictions(network, window)
-            if theirs_RV.shape != ours_RV.shape:
-                raise AerogelError(
-                    f"the original has {theirs_RV.shape[1]} tokens and the network {ours_RV.shape[1]}; compare equal vocabularies"
-                )
-            for p_RV, q_RV in zip(theirs_RV.split(ROWS), ours_RV.split(ROWS), strict=True):
-                total += kl_divergence(p_RV, q_RV) * len(q_RV)
-                same += top1_agreement(p_RV, q_RV) * len(q_RV)
-            count += len(ours_RV)
+        with self.reading(network, original):
+            for window in self.windows(network, stream_T):
+                theirs_RV, ours_RV = predictions(original, window), predictions(network, window)
+                if theirs_RV.shape != ours_RV.shape:
+                    raise AerogelError(
+                        f"the original has {theirs_RV.shape[1]} tokens and the network {ours_RV.shape[1]}; compare equal vocabularies"
+                    )
+                for p_RV, q_RV in zip(theirs_RV.split(ROWS), ours_RV.split(ROWS), strict=True):
+                    total += kl_divergence(p_RV, q_RV) * len(q_RV)
+                    same += top1_agreement(p_RV, q_RV) * len(q_RV)
+                count += len(ours_RV)
         return {
             "kl": total / count,
             "top1": same / count,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar, NamedTuple
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from aerogel.data import text
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
+from aerogel.model.modules import held
 from aerogel.model.network import Network
 
 
@@ -68,6 +70,16 @@ class TextMeasure(Measure):
     """Tokens by which the window moves; after the first window every scored token has at least `length - stride` before it."""
     batch: int = 1
     """Windows in one forward; the memory that logits take grows with it."""
+    hold: bool = True
+    """Whether quantized linears keep their float weights while the text passes: much faster, for the memory of those weights."""
+
+    @contextmanager
+    def reading(self, *networks: Network) -> Iterator[None]:
+        """Get networks ready for many forwards in a row."""
+        with ExitStack() as stack:
+            for network in networks if self.hold else ():
+                stack.enter_context(held(network.module))
+            yield
 
     def stream(self, network: Network) -> Tensor:
         """Return the text that is read, tokens_T; raises AerogelError when it has fewer than two tokens."""

@@ -27,10 +27,11 @@ class Perplexity(TextMeasure):
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
         """Return perplexity, nats_per_token, the scored tokens and what was read."""
         stream_T, total, count = self.stream(network), 0.0, 0
-        for window in self.windows(network, stream_T):
-            rows = zip(predictions(network, window).split(ROWS), window.labels.split(ROWS), strict=True)
-            total += sum(float(cross_entropy(logits_RV.float(), labels_R, reduction="sum").double()) for logits_RV, labels_R in rows)
-            count += window.labels.numel()
+        with self.reading(network):
+            for window in self.windows(network, stream_T):
+                rows = zip(predictions(network, window).split(ROWS), window.labels.split(ROWS), strict=True)
+                total += sum(float(cross_entropy(logits_RV.float(), labels_R, reduction="sum").double()) for logits_RV, labels_R in rows)
+                count += window.labels.numel()
         nats = total / count
         return {
             "perplexity": math.exp(nats) if nats < 700 else math.inf,

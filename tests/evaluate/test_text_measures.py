@@ -13,7 +13,10 @@ from aerogel.evaluate.agreement import Agreement
 from aerogel.evaluate.measure import slide
 from aerogel.evaluate.perplexity import Perplexity
 from aerogel.families.llama import FAMILY
+from aerogel.methods.quantization.rtn import Rtn
+from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
+from aerogel.model.walk import Walk
 from tests.tiny import FAMILIES, VOCABULARY
 from tests.words import WORDS, tokenizer
 
@@ -127,3 +130,13 @@ def test_mistakes_are_named(book: str, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("the")
     with pytest.raises(AerogelError, match="has 1 tokens and a measure needs at least 2"):
         Perplexity(source=str(tmp_path / "one.txt")).measure(Network(FAMILIES["llama"].build(), FAMILY, processor=tokenizer(eos=False)))
+
+
+@pytest.mark.parametrize("scheme", ["W4A16_G32", "W8A8"])
+def test_holding_float_weights_changes_nothing(book: str, scheme: str) -> None:
+    net = network()
+    for block in Walk(net, FAMILIES["llama"].calls(1)):
+        Rtn(scheme=scheme).compress(block)
+    kept, unpacked = (Perplexity(source=book, length=32, stride=16, hold=hold).measure(net)["nats_per_token"] for hold in (True, False))
+    assert kept == pytest.approx(unpacked, rel=1e-3)
+    assert all(module._held is None for module in net.module.modules() if isinstance(module, QuantLinear))
