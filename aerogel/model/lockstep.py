@@ -92,6 +92,7 @@ class _March:
 
     def __init__(self, block: Block, gates: Sequence[Gate], stack: ExitStack) -> None:
         self._block, self._stack = block, stack
+        self._held = stack.enter_context(ExitStack())
         self._ahead = {name: gate for gate in gates for name in gate}
         self._running: _Forward | None = None
         self.forwards = [_Forward(self._work(call)) for call in block.calls]
@@ -121,7 +122,9 @@ class _March:
             del self._ahead[name]
         parts = {name: self._block.module.get_submodule(name) for name in gate}
         self._stack.enter_context(watching(parts, self._check))
-        self._stack.enter_context(held(self._block.module))
+        # All have passed the gate before this one: what was held for it can go.
+        self._held.close()
+        self._held.enter_context(held(self._block.module))
 
     def answers(self) -> Mapping[Any, Callable[[Tensor], Any]]:
         """Forwards that wait, for the modules of all gates as they are before."""

@@ -109,10 +109,10 @@ class Gptq(WeightMethod):
         scheme, dtype = problems[0].scheme.weights, problems[0].dtype
         fit = partial(self._fit, scheme=scheme, dtype=dtype)
         moves = self.act_order != "static" and isinstance(scheme.granularity, PerGroup) and scheme.scale_format == "float"
-        weight_BOI = torch.stack([problem.weight() for problem in problems])
+        weight_BOI = _stack([problem.weight() for problem in problems])
         # Not named here, the moments are let go as soon as they are factorised.
         solution = solve(
-            weight_BOI, torch.stack([problem.moment(block) for problem in problems]), scheme, fit, moves, self.act_order, self.damping
+            weight_BOI, _stack([problem.moment(block) for problem in problems]), scheme, fit, moves, self.act_order, self.damping
         )
         for index, problem in enumerate(problems):
             self._store(block, problem, solution, index)
@@ -210,8 +210,8 @@ def solve(
     if act_order != "none":
         order_BI = moment_BII.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
     place_BI = order_BI.argsort(dim=-1)
-    moment_BII = moment_BII.take_along_dim(order_BI[:, :, None], 1)
-    moment_BII = moment_BII.take_along_dim(order_BI[:, None, :], 2)
+    problem_B11 = torch.arange(len(moment_BII), device=moment_BII.device)[:, None, None]
+    moment_BII = moment_BII[problem_B11, order_BI[:, :, None], order_BI[:, None, :]]
     found = feedback(moment_BII, damping)
     del moment_BII
     if moves:
@@ -241,6 +241,11 @@ def _laid_out(importance_I: Tensor, weight_OI: Tensor, scheme: TensorScheme) -> 
     """The importance of columns as `grouped` lays out the weight; where rows have scales of their own, once for all of them."""
     rows = 1 if isinstance(scheme.granularity, PerGroup | PerChannel) else len(weight_OI)
     return grouped(importance_I.expand(rows, -1), scheme.granularity)
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """torch.stack, but without a copy of a single tensor."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _width(scheme: TensorScheme, columns: int) -> int:
