@@ -28,6 +28,7 @@ from aerogel.model import save
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.load import load
+from aerogel.model.modules import QuantLinear, ScaledInput
 from aerogel.model.network import Network
 from aerogel.model.walk import Walk
 from aerogel.planning import Plan, blocks_of, needs_calls, plan_network
@@ -71,6 +72,7 @@ def compress(
     run = Run(network, checked, calibration, seed, tell)
     result = job.run(run, facts, watch)
     _warn_of_fallbacks(run.journal)
+    result.add(timings=watch.seconds)
     if measures is None or measures:
         with watch.stage("evaluate"):
             original = load(origin, lazy=False) if origin is not None else None
@@ -313,7 +315,16 @@ def _compress(block: Block, step: Step) -> None:
     block.outputs = None  # of the step before
     with torch.set_grad_enabled("gradients" in step.method.needs):
         step.method.compress(block)
-    block.notes[before:] = [{"block": block.name, "method": step.name, **note} for note in block.notes[before:]]
+    block.notes[before:] = [
+        {"block": block.name, "method": step.name, **_scheme_of(block, note["name"]), **note} for note in block.notes[before:]
+    ]
+
+
+def _scheme_of(block: Block, name: str) -> dict[str, str]:
+    """What a part of the block is stored in now, if in codes."""
+    part = block.module.get_submodule(name.removeprefix(f"{block.name}."))
+    part = part.inner if isinstance(part, ScaledInput) else part
+    return {"scheme": str(part.scheme)} if isinstance(part, QuantLinear) else {}
 
 
 @contextmanager

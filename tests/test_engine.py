@@ -176,6 +176,7 @@ def test_the_record_says_what_was_done(source: Path, tmp_path: Path) -> None:
     assert facts["provenance"]["calibration"]["count"] == 6
     assert facts["provenance"]["calibration"]["fingerprint"].startswith("sha256:")
     assert len(facts["journal"]) == facts["plan"]["linears"] == 21
+    assert {(line["method"], line["scheme"]) for line in facts["journal"]} == {("gptq", "W4A16_G32")}
     assert set(facts["checksums"]) == {"model.safetensors"}
     for whose in ("original", "compressed"):
         assert facts["metrics"][whose]["perplexity"]["perplexity"] > 1
