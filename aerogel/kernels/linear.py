@@ -18,9 +18,9 @@ from aerogel.kernels.fp8 import Fp8
 from aerogel.kernels.int4 import Int4
 from aerogel.kernels.int8 import Int8
 from aerogel.kernels.kernel import Kernel, Weight
-from aerogel.kernels.reference import Reference, Wide, reference
+from aerogel.kernels.reference import Reference, Sliced, reference
 
-KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in (Int4, Int8, Fp8, Wide, Reference)}
+KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in (Int4, Int8, Fp8, Sliced, Reference)}
 _PROBE_ROWS = 64
 """Few-row kernels are tried with at most this many rows: beyond, a trial would cost seconds."""
 _TRIALS = 3

@@ -211,7 +211,7 @@ def _product(linears: list[Any], like: Tensor) -> Product:
         weight, cache = (linears[0], linears[0].cache) if len(linears) == 1 else (_Joined(linears), {})
         x_BI = torch.randn(len(like), weight.in_features, device=like.device).to(like.dtype)
         name = kernels.choose(x_BI, weight, cache)
-        if name not in ("reference", "wide"):
+        if name not in ("reference", "sliced"):
             return kernels.packed(name, weight, x_BI, cache).forward
     return linears[0] if len(linears) == 1 else lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
 

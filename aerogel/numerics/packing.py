@@ -6,6 +6,8 @@ non-negative; bits that are left over are zero.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -33,9 +35,11 @@ def unpack(packed: Tensor, bits: int, columns: int, packed_dim: int = 1) -> Tens
     words = packed.transpose(-1, -2) if packed_dim == 0 else packed
     per_word, half = 32 // bits, 1 << (bits - 1)
     codes = torch.empty(*words.shape[:-1], columns, dtype=torch.int8, device=words.device)
+    if 8 % bits == 0 and sys.byteorder == "little":  # no code crosses a byte: bytes are words too, and four times as fast
+        words, per_word = words.contiguous().view(torch.uint8), 8 // bits
     for place in range(per_word):
         field = codes[..., place::per_word]
-        field.copy_(((words[..., : field.shape[-1]] >> (bits * place)) & ((1 << bits) - 1)) - half)
+        field.copy_((((words[..., : field.shape[-1]] >> (bits * place)) & ((1 << bits) - 1)) - half).to(torch.int8))
     return codes.transpose(-1, -2).contiguous() if packed_dim == 0 else codes
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from aerogel.errors import AerogelError
-from aerogel.kernels import linear
+from aerogel.kernels import linear, reference
 from aerogel.kernels.int4 import kernel_group
 from aerogel.kernels.int8 import exact_on_cpu
 from tests.kernels.weights import Plain, inputs, plain
@@ -122,32 +122,36 @@ def test_integer_sums_do_not_saturate_here() -> None:
     assert exact_on_cpu(), "this processor's integer product is not exact; the int8 kernel stays off"
 
 
-@pytest.mark.parametrize("preset", ["W4A16_G64", "W8A16", "W8A8", "W8A8_STATIC"])
-def test_the_reference_is_the_literal_product(preset: str) -> None:
-    weight, x = plain(preset, 24, 128, bias=True), inputs(3, 128)
+@pytest.mark.parametrize("name", ["reference", "sliced"])
+@pytest.mark.parametrize("preset", ["W4A16_G64", "W3A16_G32_ASYM", "W8A16", "W8A8", "W8A8_STATIC"])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_reference_is_the_literal_product(preset: str, name: str, act_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_SLICE", 7 * 128)  # slices that do not divide the rows
+    weight, x = plain(preset, 24, 128, bias=True, act_order=act_order), inputs(3, 128)
     wanted = float_product(weight, x) if weight.scheme.inputs is None else int8_product(weight, x)
-    torch.testing.assert_close(linear.pack("reference", weight, x.dtype)(x).double(), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(linear.pack(name, weight, x.dtype)(x).double(), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_the_wide_reference_beats_bfloat16_arithmetic() -> None:
-    weight, x = plain("W4A16_G64", 64, 512), inputs(8, 512, torch.bfloat16)
+def test_slices_beat_bfloat16_arithmetic() -> None:
+    weight = plain("W4A16_G64", 64, 512)
+    x = inputs(8, 512, torch.bfloat16)
     wanted = float_product(weight, x)
-    wide, narrow = (relative(linear.pack(name, weight, x.dtype)(x), wanted) for name in ("wide", "reference"))
-    assert wide < narrow
-    assert wide < 2**-8
+    sliced, narrow = (relative(linear.pack(name, weight, x.dtype)(x), wanted) for name in ("sliced", "reference"))
+    assert sliced < narrow
+    assert sliced < 2**-8
 
 
 @pytest.mark.parametrize(
     ("preset", "dtype", "names"),
     [
-        ("W4A16_G64", torch.float32, ["int4", "reference"]),
-        ("W4A16_G64", torch.bfloat16, ["int4", "wide", "reference"]),
-        ("W4A16_G16", torch.float32, ["reference"]),
-        ("W8A16", torch.float32, ["int4", "reference"]),
-        ("W8A16_CHANNEL", torch.float32, ["int4", "reference"]),
-        ("W8A8", torch.float32, ["int8", "reference"]),
-        ("W8A8_G64", torch.float32, ["reference"]),
-        ("W8A8_ASYM", torch.float32, ["reference"]),
+        ("W4A16_G64", torch.float32, ["int4", "sliced", "reference"]),
+        ("W4A16_G16", torch.float32, ["sliced", "reference"]),
+        ("W8A16", torch.bfloat16, ["int4", "sliced", "reference"]),
+        ("W8A16_CHANNEL", torch.float32, ["int4", "sliced", "reference"]),
+        ("W8A8", torch.float32, ["int8", "sliced", "reference"]),
+        ("W8A8_G64", torch.float32, ["sliced", "reference"]),
+        ("W8A8_ASYM", torch.float32, ["sliced", "reference"]),
+        ("FP8_BLOCK", torch.float32, ["reference"]),
     ],
 )
 def test_who_can_multiply_what(preset: str, dtype: torch.dtype, names: list[str]) -> None:
@@ -155,7 +159,7 @@ def test_who_can_multiply_what(preset: str, dtype: torch.dtype, names: list[str]
 
 
 def test_asking_for_a_kernel_that_cannot_names_those_that_can() -> None:
-    with pytest.raises(AerogelError, match=r"kernel 'int8' cannot .* W4A16_G64 .*able: int4, reference"):
+    with pytest.raises(AerogelError, match=r"kernel 'int8' cannot .* W4A16_G64 .*able: int4, sliced, reference"):
         linear.pack("int8", plain("W4A16_G64", 16, 128), torch.float32)
 
 

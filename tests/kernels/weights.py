@@ -57,7 +57,8 @@ def plain(preset: str, out_features: int, in_features: int, bias: bool = False, 
     fmt, groups = scheme.weights.format, 1 if scheme.group is None else -(-in_features // scheme.group)
     low, high = int(fmt.low), int(fmt.high)
     codes = torch.randint(low, high + 1, (out_features, in_features), generator=make).to(torch.int8)
-    codes[0, 0], codes[0, 1] = low, high
+    if fmt.kind == "int":
+        codes[0, 0], codes[0, 1] = low, high
     scale = torch.rand(out_features, groups, generator=make) * torch.logspace(-3, 0, out_features)[:, None] + 1e-4
     zero = None if scheme.weights.symmetric else torch.randint(low, high + 1, (out_features, groups), generator=make).to(torch.int8)
     order = torch.randperm(in_features, generator=make)
