@@ -34,6 +34,7 @@ def lockstep(block: Block, gates: Sequence[Gate], see: Callable[[Gate, Tensor], 
         for gate in gates:
             for forward in march.forwards:
                 see(gate, march.to(forward, gate))
+            march.rest()
             change(gate)
             march.open(gate)
         return [march.to_the_end(forward) for forward in march.forwards]
@@ -116,14 +117,16 @@ class _March:
         output, forward.output, forward.x = forward.output, None, None
         return output
 
+    def rest(self) -> None:
+        """All stand at one gate: float weights that were held between the gate before and this one can go."""
+        self._held.close()
+
     def open(self, gate: Gate) -> None:
         """Let nobody wait at this gate any more, but make sure that its modules are given the tensor that was seen."""
         for name in gate:
             del self._ahead[name]
         parts = {name: self._block.module.get_submodule(name) for name in gate}
         self._stack.enter_context(watching(parts, self._check))
-        # All have passed the gate before this one: what was held for it can go.
-        self._held.close()
         self._held.enter_context(held(self._block.module))
 
     def answers(self) -> Mapping[Any, Callable[[Tensor], Any]]:
