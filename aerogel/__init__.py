@@ -6,13 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aerogel.engine import compress
+    from aerogel.engine.planning import Plan, plan
+    from aerogel.engine.result import Result
+    from aerogel.engine.run import compress
+    from aerogel.engine.scores import measure
     from aerogel.errors import AerogelError
     from aerogel.model.load import load
-    from aerogel.planning import Plan, plan
     from aerogel.recipe import Recipe
-    from aerogel.result import Result
-    from aerogel.scores import measure
 
 __version__ = "0.1.0"
 __all__ = ["AerogelError", "Plan", "Recipe", "Result", "__version__", "compress", "load", "measure", "plan"]
@@ -20,13 +20,13 @@ __all__ = ["AerogelError", "Plan", "Recipe", "Result", "__version__", "compress"
 # Where each name lives; imported when first asked for, because torch alone takes longer to import than `aerogel --help` may take.
 _HOMES = {
     "AerogelError": "aerogel.errors",
-    "Plan": "aerogel.planning",
+    "Plan": "aerogel.engine.planning",
     "Recipe": "aerogel.recipe",
-    "Result": "aerogel.result",
-    "compress": "aerogel.engine",
+    "Result": "aerogel.engine.result",
+    "compress": "aerogel.engine.run",
     "load": "aerogel.model.load",
-    "measure": "aerogel.scores",
-    "plan": "aerogel.planning",
+    "measure": "aerogel.engine.scores",
+    "plan": "aerogel.engine.planning",
 }
 
 

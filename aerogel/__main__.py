@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from aerogel.cli import main
+from aerogel.cli.commands import main
 
 main()

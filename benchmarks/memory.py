@@ -143,7 +143,10 @@ def save(rows: list[list[Any]]) -> None:
         "threads": torch.get_num_threads(),
     }
     columns = ["blocks", "recipe", "weights MB", "peak MB over the interpreter", "planned MB", "interpreter MB", "seconds"]
-    notes = ["Target: at most 1200 MB over the interpreter's own (all imports done), and the same for both depths to 10 %."]
+    notes = [
+        "Target: at most 1200 MB over the interpreter's own (all imports done), and the same for both depths to 10 %.",
+        f"Other depths than {DEPTHS[0]} and {DEPTHS[1]} are checkpoints of the same width, where a full run took too long.",
+    ]
     write(
         "memory",
         "Peak memory of compressing random-weight Llama checkpoints",

@@ -19,7 +19,7 @@ import torch
 from results import write
 
 import aerogel
-from aerogel.calibration import Samples
+from aerogel.engine.calibration import Samples
 from aerogel.evaluate.agreement import Agreement
 from aerogel.evaluate.perplexity import Perplexity
 from aerogel.methods.quantization.rotate import Rotate

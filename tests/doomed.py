@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from aerogel import resume
-from aerogel.calibration import Samples
-from aerogel.engine import compress
+from aerogel.engine import resume
+from aerogel.engine.calibration import Samples
+from aerogel.engine.progress import Event
+from aerogel.engine.run import compress
 from aerogel.model.activations import Activations
-from aerogel.progress import Event
 
 # Its children begin with everything imported and no threads; a fork of the test process itself could inherit a locked thread pool.
 _CONTEXT = multiprocessing.get_context("forkserver")

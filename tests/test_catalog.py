@@ -28,7 +28,7 @@ def test_the_face_is_exactly_what_is_intended() -> None:
 
 def test_import_and_listing_load_nothing_heavy() -> None:
     code = (
-        "import sys, aerogel, aerogel.cli\n"
+        "import sys, aerogel, aerogel.cli.commands\n"
         "from aerogel import catalog\n"
         "for kind in catalog.KINDS: catalog.names(kind)\n"
         "print([name for name in ('torch', 'transformers', 'diffusers', 'numpy') if name in sys.modules])"

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from aerogel import catalog, policies
+from aerogel import catalog
+from aerogel.engine import policies
+from aerogel.engine.progress import Event, Tell
+from aerogel.engine.result import add_metrics
 from aerogel.evaluate.measure import Measure, positions
 from aerogel.evaluate.speed import Speed
 from aerogel.model.load import load
 from aerogel.model.network import Network
-from aerogel.progress import Event, Tell
-from aerogel.result import add_metrics
 
 Scores = dict[str, dict[str, Any]]
 

@@ -80,13 +80,14 @@ def compress(
 ) -> None:
     """Compress a model by a recipe, save it, and say what it cost and won."""
     _start(threads)
-    from aerogel import engine, terminal
-    from aerogel.calibration import Samples
-    from aerogel.preflight import partial_of
+    from aerogel.cli import terminal
+    from aerogel.engine import run
+    from aerogel.engine.calibration import Samples
+    from aerogel.engine.preflight import partial_of
 
     try:
         with terminal.progress(as_json) as tell:
-            result = engine.compress(
+            result = run.compress(
                 model,
                 recipe,
                 output=output,
@@ -116,8 +117,9 @@ def plan(
 ) -> None:
     """Say what a recipe will do to a model: layers, size, memory, time; no weight is changed."""
     _start()
-    from aerogel import planning, terminal
-    from aerogel.calibration import Samples
+    from aerogel.cli import terminal
+    from aerogel.engine import planning
+    from aerogel.engine.calibration import Samples
 
     made = planning.plan(model, recipe, overrides=overrides or (), samples=Samples(count=samples, length=length))
     _print_json(made.as_dict()) if as_json else terminal.print_plan(made)
@@ -137,7 +139,8 @@ def evaluate(
 ) -> None:
     """Measure the quality of a model, beside its original when given; numbers are added to a compressed folder's record."""
     _start(threads)
-    from aerogel import scores, terminal
+    from aerogel.cli import terminal
+    from aerogel.engine import scores
 
     with terminal.progress(as_json) as tell:
         metrics = scores.measure_models(model, against, measures or None, tell)
@@ -156,7 +159,8 @@ def bench(
 ) -> None:
     """Time prefill and decoding, side by side with the original when given; numbers are added to a compressed folder's record."""
     _start(threads)
-    from aerogel import scores, terminal
+    from aerogel.cli import terminal
+    from aerogel.engine import scores
     from aerogel.evaluate.speed import Speed
 
     metrics = scores.time_models(model, against, Speed(batch=batch, prompt=prompt, new_tokens=new_tokens))
@@ -194,7 +198,7 @@ def report(
 @app.command("list")
 def list_(kind: Annotated[Kind, typer.Argument(help="What to list.", show_default=False)], as_json: AsJson = False) -> None:
     """List recipes, methods, families, exporters, measures or models, with one line on each."""
-    from aerogel import cards
+    from aerogel.cli import cards
 
     lines = cards.summaries(kind)
     if as_json:
@@ -210,7 +214,7 @@ def show(
     name: Annotated[str, typer.Argument(help="Name of anything that `aerogel list` lists.", show_default=False)], as_json: AsJson = False
 ) -> None:
     """Show the cards that bear a name: what it does, where it comes from, its knobs with their defaults, what it needs."""
-    from aerogel import cards
+    from aerogel.cli import cards
 
     shown = cards.show(name)
     _print_json(shown) if as_json else typer.echo("\n\n\n".join(map(cards.as_text, shown)))

@@ -16,7 +16,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from aerogel import catalog, cli
+from aerogel import catalog
+from aerogel.cli import commands as cli
 from aerogel.methods.quantization.gptq import Gptq
 from aerogel.model.load import load
 from aerogel.model.modules import QuantLinear

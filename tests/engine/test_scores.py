@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from aerogel.engine.progress import Event
+from aerogel.engine.scores import measure
 from aerogel.errors import AerogelError
 from aerogel.evaluate.agreement import Agreement
 from aerogel.evaluate.perplexity import Perplexity
@@ -13,8 +15,6 @@ from aerogel.evaluate.size import Size
 from aerogel.evaluate.speed import Speed
 from aerogel.model.load import load
 from aerogel.model.network import Network
-from aerogel.progress import Event
-from aerogel.scores import measure
 from tests.folders import model_folder, text_file
 from tests.tiny import FAMILIES
 

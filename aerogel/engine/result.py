@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aerogel import policies
+from aerogel.engine import policies
+from aerogel.engine.provenance import FACTS
 from aerogel.errors import AerogelError
 from aerogel.model import save
 from aerogel.model.load import load
 from aerogel.model.network import Network
-from aerogel.provenance import FACTS
 from aerogel.recipe import Recipe
 from aerogel.report import page, record
 
@@ -36,7 +36,7 @@ class Result:
         self.facts = facts
         """Everything that aerogel.json holds."""
         self.policies = list(measured)
-        """Runtime policies with their states; `aerogel.policies.on(network, policies)` puts them on."""
+        """Runtime policies with their states; `aerogel.engine.policies.on(network, policies)` puts them on."""
         self.folder = folder
         """Where it is saved, or None when it lives in memory only."""
         self._network = network

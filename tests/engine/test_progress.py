@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from aerogel.progress import Clock, Event, Watch, bar
+from aerogel.engine.progress import Clock, Event, Watch, bar
 
 
 class Hands:

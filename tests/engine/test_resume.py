@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from aerogel.calibration import Samples
-from aerogel.engine import compress
+from aerogel.engine.calibration import Samples
+from aerogel.engine.preflight import partial_of
+from aerogel.engine.progress import Event
+from aerogel.engine.result import Result
+from aerogel.engine.run import compress
 from aerogel.errors import AerogelError
-from aerogel.preflight import partial_of
-from aerogel.progress import Event
-from aerogel.result import Result
 from tests.doomed import Doom, killed, options
 from tests.folders import digests, model_folder, text_file
 
@@ -124,7 +124,7 @@ def test_a_run_made_of_something_else_is_refused(
 ) -> None:
     before = digests(partial_of(unfinished))
     if part == "versions":
-        monkeypatch.setattr("aerogel.provenance.versions", lambda: {"aerogel": "0.0.1"})
+        monkeypatch.setattr("aerogel.engine.provenance.versions", lambda: {"aerogel": "0.0.1"})
     if part == "threads":
         monkeypatch.setattr("torch.get_num_threads", lambda: 7)
     if part == "data":

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from aerogel.engine.planning import Plan
+from aerogel.engine.resume import RUN
 from aerogel.errors import AerogelError
 from aerogel.model import save
 from aerogel.model.network import Network
 from aerogel.model.slots import slots
-from aerogel.planning import Plan
-from aerogel.resume import RUN
 
 
 def partial_of(output: Path) -> Path:

@@ -12,9 +12,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from aerogel.engine.provenance import FACTS
 from aerogel.methods.method import RuntimePolicy
 from aerogel.model.network import Network
-from aerogel.provenance import FACTS
 from aerogel.recipe import Recipe, Step
 
 STATES = "aerogel.safetensors"

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from aerogel.calibration import Reading, Samples, reading
+from aerogel.engine.calibration import Reading, Samples, reading
+from aerogel.engine.progress import StageName
 from aerogel.evaluate.measure import TextMeasure
 from aerogel.methods.method import BlockMethod, WeightMethod
 from aerogel.model import layout
@@ -24,7 +25,6 @@ from aerogel.model.network import Network
 from aerogel.model.slots import Slot, slots
 from aerogel.model.trace import AROUND
 from aerogel.numerics.scheme import Scheme
-from aerogel.progress import StageName
 from aerogel.recipe import Recipe
 
 _GROUPS = (32, 48, 64, 96, 128, 192, 256)

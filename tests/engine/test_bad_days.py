@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from aerogel import cli, resume
+from aerogel.cli import commands as cli
+from aerogel.engine import resume
 from tests.folders import digests, model_folder, text_file
 
 RECIPE = "steps:\n  - gptq: {scheme: W4A16_G32}\n"

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from aerogel.planning import Kept, Plan
-from aerogel.progress import Clock, Tell, bar
+from aerogel.engine.planning import Kept, Plan
+from aerogel.engine.progress import Clock, Tell, bar
 from aerogel.report import compare, phrases, record
 
 

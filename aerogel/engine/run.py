@@ -19,8 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from aerogel import policies, provenance
-from aerogel.calibration import Calibration, Samples, prepare, reading
+from aerogel.engine import policies, provenance
+from aerogel.engine.calibration import Calibration, Samples, prepare, reading
+from aerogel.engine.planning import Plan, blocks_of, needs_calls, plan_network
+from aerogel.engine.preflight import check_output, check_plan, check_weights, partial_of
+from aerogel.engine.progress import Event, Tell, Watch
+from aerogel.engine.result import Result, write
+from aerogel.engine.resume import Progress, Stage, fingerprint_of
+from aerogel.engine.scores import Scores, measure
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure
 from aerogel.methods.method import BlockMethod, Method, WeightMethod
@@ -31,13 +37,7 @@ from aerogel.model.load import load
 from aerogel.model.modules import QuantLinear, ScaledInput
 from aerogel.model.network import Network
 from aerogel.model.walk import Walk
-from aerogel.planning import Plan, blocks_of, needs_calls, plan_network
-from aerogel.preflight import check_output, check_plan, check_weights, partial_of
-from aerogel.progress import Event, Tell, Watch
 from aerogel.recipe import Recipe, Step
-from aerogel.result import Result, write
-from aerogel.resume import Progress, Stage, fingerprint_of
-from aerogel.scores import Scores, measure
 
 
 def compress(

@@ -11,9 +11,12 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from aerogel import engine, policies
-from aerogel.calibration import Samples
-from aerogel.engine import compress
+from aerogel.engine import policies
+from aerogel.engine import run as engine
+from aerogel.engine.calibration import Samples
+from aerogel.engine.planning import plan
+from aerogel.engine.progress import Event
+from aerogel.engine.run import compress
 from aerogel.errors import AerogelError
 from aerogel.evaluate.perplexity import Perplexity
 from aerogel.methods.method import RuntimePolicy
@@ -21,8 +24,6 @@ from aerogel.model.calls import Call
 from aerogel.model.load import load
 from aerogel.model.modules import QuantLinear
 from aerogel.model.slots import slots
-from aerogel.planning import plan
-from aerogel.progress import Event
 from aerogel.recipe import Recipe
 from tests.folders import digests, model_folder, text_file
 from tests.tiny import FAMILIES, output

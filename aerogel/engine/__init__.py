@@ -1,0 +1,1 @@
+"""A run from its checks to its result: the only loop over steps, and what stands around it."""
