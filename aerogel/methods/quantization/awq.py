@@ -53,19 +53,26 @@ class _Job:
     scheme: Scheme
     dtype: torch.dtype
     """Of stored scales."""
+    clip: bool
+    """Whether its ranges are searched."""
     inputs: _Inputs | None = None
     """None when no token reached it."""
 
-    def grid(self, weight_OI: Tensor) -> Grid:
-        """The grid that covers every weight."""
-        return stored_grid(weight_grid(weight_OI, self.scheme.weights), self.dtype)
+    def grid(self, weight_OI: Tensor, scale_I: Tensor) -> Grid:
+        """A grid for the weight in this scaling: of all weights, or clipped as far as columns can be looked at one by one."""
+        weights = self.scheme.weights
+        if not self.clip or self.inputs is None or not isinstance(weights.granularity, PerGroup | PerChannel):
+            return stored_grid(weight_grid(weight_OI, weights), self.dtype)
+        energy_I = self.inputs.moment_II.diagonal() / scale_I.square()
+        importance = grouped(energy_I[None], weights.granularity)
+        return stored_grid(least_error(grouped(weight_OI, weights.granularity), weights, importance=importance), self.dtype)
 
     def cost(self, scale_I: Tensor) -> float:
         """Squared error of the output when the weight is rounded in this scaling."""
         if self.inputs is None:
             return 0.0
         scaled_OI = self.linear.weight.float() * scale_I
-        error_OI = (fake_quantize(scaled_OI, self.grid(scaled_OI), self.scheme.weights) - scaled_OI) / scale_I
+        error_OI = (fake_quantize(scaled_OI, self.grid(scaled_OI, scale_I), self.scheme.weights) - scaled_OI) / scale_I
         return float(torch.vdot(error_OI.flatten(), (error_OI @ self.inputs.moment_II).flatten()))
 
 
@@ -94,7 +101,8 @@ class Awq(WeightMethod):
     def compress(self, block: Block) -> None:
         """Scale, clip and quantize the block's linears."""
         jobs = {
-            name: _Job(linear, scheme, block.stored_dtype or linear.weight.dtype) for name, (linear, scheme) in self.assign(block).items()
+            name: _Job(linear, scheme, block.stored_dtype or linear.weight.dtype, self._clips(block.full_name(name)))
+            for name, (linear, scheme) in self.assign(block).items()
         }
         statistics = collect(block, jobs, moment=True, ranges=True)
         inputs = {seen: _Inputs.of(seen) for seen in dict.fromkeys(statistics.values())}
@@ -147,11 +155,16 @@ class Awq(WeightMethod):
                 least, best_C = cost, scale_C
         return best_C
 
+    def _clips(self, name: str) -> bool:
+        return self.clip and not matches(name, self.unclipped)
+
     def _finish(self, block: Block, name: str, job: _Job, seen: InputStatistics | None, scale_I: Tensor | None) -> None:
         """Round a linear and put it in place."""
         weight_OI = job.linear.weight
-        searched = self.clip and job.inputs is not None and not matches(block.full_name(name), self.unclipped)
-        grid = clipped(weight_OI, job.scheme, job.inputs.moment_II) if searched and job.inputs else job.grid(weight_OI)
+        if job.clip and job.inputs is not None:
+            grid = clipped(weight_OI, job.scheme, job.inputs.moment_II)
+        else:
+            grid = weight_grid(weight_OI, job.scheme.weights)
         inputs = static_inputs(job.scheme, seen, self.input_range, job.dtype)
         quantized = round_to_nearest(job.linear, job.scheme, grid, job.dtype, inputs)
         error_OI = weight_OI.float() - quantized.dequantized(torch.float32)
