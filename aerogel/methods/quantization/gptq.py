@@ -50,7 +50,7 @@ class Gptq(WeightMethod):
     """How ranges are found: minmax (cover every weight), mse (least squared error) or output (least error that no column can mend)."""
     true_sequential: bool | None = None
     """Whether linears are quantized in the order in which they run, each seeing those before it quantized; null: where that is free."""
-    waiting: float = 2.0
+    waiting: float = 1.0
     """Gigabytes of activations that may wait inside a block for that; with more it takes a pass for each stage, and is not free."""
     input_range: InputRange = "absmax"
     """Range of static inputs: absmax (extremes of all calls) or average (mean over the calls)."""
