@@ -55,6 +55,11 @@ class Gptq(WeightMethod):
     input_range: InputRange = "absmax"
     """Range of static inputs: absmax (extremes of all calls) or average (mean over the calls)."""
 
+    @property
+    def holds(self) -> float:
+        """All that may wait in a block."""
+        return 0.0 if self.true_sequential is False else self.waiting * 1e9
+
     @torch.no_grad()
     def compress(self, block: Block) -> None:
         """Quantize the block's linears."""
