@@ -35,7 +35,7 @@ class Smoothquant(BlockMethod):
     """What the search assumes about the step that quantizes; must quantize inputs."""
     behind_linears: bool = False
     """Whether inputs that come from a linear instead of a norm (value to output, up to down) are smoothed too."""
-    rows: int = 1024
+    rows: int = 512
     """How many rows of every input, spread evenly over all calls, the search looks at."""
     targets: tuple[str, ...] = ("Linear",)
     """Linears whose inputs are smoothed: globs on full dotted names, `re:` patterns or class names."""
@@ -79,12 +79,13 @@ class Smoothquant(BlockMethod):
         readers: Sequence[nn.Linear],
         seen: InputStatistics,
     ) -> float | None:
-        """The alpha with the least squared error of the readers' outputs; None when it is best to leave things as they are."""
+        """The alpha with the least error of the readers' outputs; None when it is best to leave things as they are."""
         scheme = Scheme.parse(self.scheme)
         x_TI, weight_OI = seen.sample().float(), torch.cat([linear.weight.float() for linear in readers])
-        best, least = None, _cost(x_TI, weight_OI, torch.ones_like(x_TI[0]), scheme)
+        exact_TO = x_TI @ weight_OI.T
+        best, least = None, _cost(x_TI, weight_OI, exact_TO, torch.ones_like(x_TI[0]), scheme)
         for alpha in (step / 20 for step in range(21)):
-            cost = _cost(x_TI, weight_OI, spread(smoothing(inputs_C, weights_C, alpha)), scheme)
+            cost = _cost(x_TI, weight_OI, exact_TO, spread(smoothing(inputs_C, weights_C, alpha)), scheme)
             if cost < least:
                 best, least = alpha, cost
         return best
@@ -105,12 +106,16 @@ def smoothing(inputs_C: Tensor, weights_C: Tensor, alpha: float) -> Tensor:
     return torch.where(inputs_C > 0, scale_C, 1.0)
 
 
-def _cost(x_TI: Tensor, weight_OI: Tensor, scale_I: Tensor, scheme: Scheme) -> float:
-    """Squared error of the outputs when inputs and weights are rounded in this scaling."""
+def _cost(x_TI: Tensor, weight_OI: Tensor, exact_TO: Tensor, scale_I: Tensor, scheme: Scheme) -> float:
+    """Relative squared error of the outputs, mean over tokens, when inputs and weights are rounded in this scaling.
+
+    Relative, because the few tokens whose activations are enormous would otherwise decide alone.
+    """
     inputs, weights = scheme.inputs, scheme.weights
     if inputs is None:
         raise AerogelError(f"smoothquant: scheme {scheme} does not quantize inputs; there is nothing to search for")
     small_TI, large_OI = x_TI / scale_I, weight_OI * scale_I
     rounded_TI = fake_quantize(small_TI, dynamic_grid(small_TI, inputs), inputs)
     rounded_OI = fake_quantize(large_OI, weight_grid(large_OI, weights), weights)
-    return float((rounded_TI @ rounded_OI.T - x_TI @ weight_OI.T).square().sum())
+    error_T = (rounded_TI @ rounded_OI.T - exact_TO).square().sum(1)
+    return float((error_T / exact_TO.square().sum(1).clamp(min=torch.finfo(error_T.dtype).tiny)).mean())
