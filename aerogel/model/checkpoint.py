@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.model.slots import Slot, release, slots
+from aerogel.model.slots import Slot, release, slots, trim
 
 # In the order transformers and diffusers look for them: one file wins over an index.
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -38,7 +39,6 @@ DTYPES: dict[str, torch.dtype] = {
 }
 # Pages of a mapped file count as resident memory until the file is closed, so a long read closes it this often.
 _MAPPED_BYTES = 32 << 20
-_SCAN_ELEMENTS = 1 << 20
 _REPAIR = "fetch or copy the file again"
 
 
@@ -199,6 +199,7 @@ class Checkpoint:
                 with safe_open(file, framework="pt") as handle:
                     for name in batch:
                         yield name, handle.get_tensor(self.on_disk(name))
+                trim()
 
     def _batches(self, names: list[str]) -> Iterator[list[str]]:
         batch: list[str] = []
@@ -226,9 +227,11 @@ class Checkpoint:
 
 
 def _finite(tensor: Tensor) -> bool:
-    # float8 has no isfinite of its own; parts keep the scan of a large embedding small
-    dtype = torch.float32 if tensor.element_size() == 1 else tensor.dtype
-    return all(bool(part.to(dtype).isfinite().all()) for part in tensor.flatten().split(_SCAN_ELEMENTS))
+    if not tensor.numel():
+        return True
+    # The extremes are NaN when any number is; they need no memory, and float8 has none of its own.
+    extremes = torch.aminmax(tensor.to(torch.bfloat16) if tensor.element_size() == 1 else tensor)
+    return all(math.isfinite(extreme.item()) for extreme in extremes)
 
 
 def _read_index(index: Path) -> dict[str, str]:
