@@ -34,9 +34,11 @@ class InputStatistics:
         """Smallest and largest input of each call."""
         self._rows_per_call = rows_per_call
         self._rows: list[Tensor] = []
+        self._complete = False
 
     def update(self, x: Tensor) -> None:
         """Take in one input (..., I)."""
+        assert not self._complete, "the second moment was made already"
         x_TI = x.detach().reshape(-1, x.shape[-1])
         if not len(x_TI):
             return
@@ -56,6 +58,7 @@ class InputStatistics:
 
     def merge(self, other: InputStatistics) -> None:
         """Take in what another set has seen."""
+        assert not any(part._complete for part in (self, other)), "the second moment was made already"
         self.tokens += other.tokens
         for mine, theirs in ((self._sum_II, other._sum_II), (self._absolute_I, other._absolute_I)):
             if mine is not None and theirs is not None:
@@ -66,12 +69,18 @@ class InputStatistics:
         self._rows += other._rows
 
     def moment(self) -> Tensor:
-        """Mean of x x^T over all tokens: moment_II in float32; raises AerogelError when it is not finite."""
+        """Mean of x x^T over all tokens: moment_II in float32, not to be changed; raises AerogelError when it is not finite.
+
+        Made in the place of the sum, as the largest tensor of a run; no input is taken in afterwards.
+        """
         assert self._sum_II is not None, "statistics were collected without the second moment"
-        moment_II = self._sum_II.triu().div_(max(self.tokens, 1))
-        if not bool(torch.isfinite(moment_II.diagonal().sum())):
-            raise AerogelError("the inputs hold NaN or infinity; check the weights and the calibration data")
-        return moment_II.add_(moment_II.triu(1).T)
+        if not self._complete:
+            self._sum_II.triu_().div_(max(self.tokens, 1))
+            if not bool(torch.isfinite(self._sum_II.diagonal().sum())):
+                raise AerogelError("the inputs hold NaN or infinity; check the weights and the calibration data")
+            self._sum_II.add_(self._sum_II.triu(1).T)
+            self._complete = True
+        return self._sum_II
 
     def mean_magnitude(self) -> Tensor:
         """Mean of |x| over all tokens, for each column."""
