@@ -110,7 +110,7 @@ def _names(points: Sequence[Point], x: Scale, y: Scale, width: float) -> list[Ma
         fits_left, fits_right = x(point.x) - reach > LEFT, x(point.x) + reach < width
         behind = (point.role == "this" and point.x < start and fits_left) or not fits_right
         left = x(point.x) - reach if behind else x(point.x) + 12
-        place = y(point.y) + 4
+        place = y(point.y) + 4 + (LINE if behind and point.role == "original" else 0)
         while any(abs(place - other) < LINE and left < end and begin < left + reach for begin, end, other in taken):
             place += LINE
         taken.append((left, left + reach, place))
