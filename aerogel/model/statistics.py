@@ -137,16 +137,19 @@ def collect(block: Block, names: Iterable[str], *, moment: bool = False, ranges:
 
 
 def sharing(block: Block, names: Iterable[str]) -> list[tuple[str, ...]]:
-    """The linears that get the same tensor in the block's first call, in the order in which they run."""
+    """The linears that get the same tensor, in the order in which they run; nothing where calls of different shapes differ in that."""
     linears = {name: block.module.get_submodule(name) for name in names}
-    together: list[tuple[str, ...]] = []
+    routes: dict[str, list[tuple[str, ...]]] = {}
     for call in block.calls:
-        seen = _Seen(lambda names, _: together.append(names), Counter())
-        with watching(linears, seen.see):
-            block.run(call)
-        seen.flush()
-        break
-    return list(dict.fromkeys(together))
+        if call.shape not in routes:
+            together: list[tuple[str, ...]] = []
+            seen = _Seen(lambda names, _, route=together: route.append(names), Counter())  # type: ignore[misc]
+            with watching(linears, seen.see):
+                block.run(call)
+            seen.flush()
+            routes[call.shape] = list(dict.fromkeys(together))
+    first, *others = routes.values()
+    return first if all(route == first for route in others) else []
 
 
 class _Seen:

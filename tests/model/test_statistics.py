@@ -105,3 +105,11 @@ def test_sharing_is_seen_in_one_call() -> None:
     here = block([Call((inputs(1)[0],)) for _ in range(3)])
     assert sharing(here, ["down", "idle", "right", "left"]) == [("left", "right"), ("down",)]
     assert here.module.tails == 1
+
+
+def test_calls_of_different_shapes_that_share_differently_share_nothing() -> None:
+    x = inputs(1)[0]
+    alike = block([Call((x,)), Call((x, False))])
+    assert sharing(alike, ["left", "right", "sometimes"]) == [("left", "right")]
+    apart = block([Call((x,)), Call((x, True))])
+    assert sharing(apart, ["left", "right", "sometimes"]) == []

@@ -209,3 +209,16 @@ def test_true_sequential_takes_all_experts_in_one_stage() -> None:
     stages = gptq._stages(sharing(block, Gptq("W4A16_G32").assign(block)))
     assert len(stages) == 4
     assert sorted(map(len, stages)) == [1, 3, 4, 8]
+
+
+def test_calls_that_go_different_ways_are_not_waited_for() -> None:
+    class Forks(Pair):
+        def forward(self, x: Tensor, short: bool = False) -> Tensor:
+            return self.left(x) if short else super().forward(x)
+
+    module = Forks().requires_grad_(False)
+    calls = [Call((torch.randn(3, 16, 48),), {"short": short}) for short in (False, True)]
+    block = Block("cell", module, 0, 1, calls, Network(module, Family("f", ("f",), (Tower("t", "cell"),))))  # type: ignore[arg-type]
+    Gptq("W4A16_G16", ignore=("idle",)).compress(block)
+    assert block.outputs is None
+    assert {name for name, part in module.named_children() if isinstance(part, QuantLinear)} == {"left", "right", "behind"}
