@@ -18,6 +18,7 @@ from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.hooks import Stop, answering, watching
 from aerogel.model.modules import held
+from aerogel.model.slots import trim
 
 Gate = tuple[str, ...]
 """Names of modules that get the same tensor, relative to the block."""
@@ -146,6 +147,8 @@ class _March:
     def _go(self, forward: _Forward) -> None:
         self._running = forward
         forward.go_on()
+        # Every thread has a heap of its own, which keeps what the forward freed: over 100 MB each (measured), none of it in use.
+        trim()
 
     def _check(self, name: str, x: Tensor) -> None:
         if self._running is not None and x is not self._running.x:
