@@ -83,7 +83,7 @@ class Awq(WeightMethod):
     needs: ClassVar[frozenset[str]] = frozenset({"calls", "edges"})
 
     strengths: int = 20
-    """How many exponents of the scale are tried between 0 and 1."""
+    """In how many steps exponents of the scale between 0 and 1 are told apart; about half of them are tried."""
     duo: bool = True
     """Whether columns whose weights are large anyway are scaled less."""
     clip: bool = True
@@ -146,13 +146,16 @@ class Awq(WeightMethod):
         """The scale_C, or ones, with which rounding the readers costs least."""
         magnitude_C = gather(torch.stack([job.inputs.magnitude_I for job in readers if job.inputs]).mean(0))
         weight_C = gather(_weight_magnitude(readers)) if self.duo else None
-        best_C = torch.ones_like(magnitude_C)
+        best_C, at = torch.ones_like(magnitude_C), 0
         least = sum(job.cost(spread(best_C)) for job in readers)
-        for step in range(self.strengths + 1):
-            scale_C = scale_of(magnitude_C, weight_C, step / self.strengths)
-            cost = sum(job.cost(spread(scale_C)) for job in readers)
-            if cost < least:
-                least, best_C = cost, scale_C
+        # Every other strength, then the neighbours of the best: the cost has one valley, as far as it has been seen.
+        for steps in (range(0, self.strengths + 1, 2), (-1, 1)):
+            around = at if steps == (-1, 1) else 0
+            for step in steps:
+                scale_C = scale_of(magnitude_C, weight_C, min(max(around + step, 0), self.strengths) / self.strengths)
+                cost = sum(job.cost(spread(scale_C)) for job in readers)
+                if cost < least:
+                    least, best_C, at = cost, scale_C, around + step
         return best_C
 
     def _clips(self, name: str) -> bool:
