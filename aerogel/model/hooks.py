@@ -15,6 +15,19 @@ class Stop(BaseException):
 
 
 @contextmanager
+def until(stop: Stop) -> Iterator[None]:
+    """End quietly when `stop` is raised inside; every other Stop is somebody else's and goes on."""
+    try:
+        yield
+    except Stop as reached:
+        if reached is not stop:
+            raise
+    finally:
+        # A stop that somebody still holds would keep the frames it came through, with all their tensors, until the collector runs.
+        stop.__traceback__ = None
+
+
+@contextmanager
 def watching(modules: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
     """Call `see(name, input)` with the first argument of every forward of these modules, before it runs."""
 

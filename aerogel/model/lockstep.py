@@ -96,7 +96,7 @@ class _March:
         self._block, self._stack = block, stack
         self._held = stack.enter_context(ExitStack())
         self._ahead = {name: gate for gate in gates for name in gate}
-        self._running: _Forward | None = None
+        self.running: _Forward | None = None
         self.forwards = [_Forward(self._work(call)) for call in block.calls]
 
     def _work(self, call: Call) -> Callable[[], Any]:
@@ -137,21 +137,21 @@ class _March:
 
     def _answer(self, name: str, before: nn.Module) -> Callable[[Tensor], Any]:
         def forward(x: Tensor) -> Any:
-            if name in self._ahead and self._running is not None:
-                self._running.wait_at(self._ahead[name], x)
+            if name in self._ahead and self.running is not None:
+                self.running.wait_at(self._ahead[name], x)
             now = self._block.module.get_submodule(name)
             return type(now).forward(now, x) if now is before else now(x)
 
         return forward
 
     def _go(self, forward: _Forward) -> None:
-        self._running = forward
+        self.running = forward
         forward.go_on()
         # Every thread has a heap of its own, which keeps what the forward freed: over 100 MB each (measured), none of it in use.
         trim()
 
     def _check(self, name: str, x: Tensor) -> None:
-        if self._running is not None and x is not self._running.x:
+        if self.running is not None and x is not self.running.x:
             raise AerogelError(f"{self._block.full_name(name)} shares its input in some calls only; set true_sequential: false")
 
 
@@ -165,3 +165,6 @@ def _forwards(block: Block, gates: Sequence[Gate]) -> Iterator[_March]:
         finally:
             for forward in march.forwards:
                 forward.abandon()
+            # They know the march: a circle that would keep every call's inputs until the collector runs.
+            march.forwards.clear()
+            march.running = None

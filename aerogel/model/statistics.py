@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aerogel.errors import AerogelError
 from aerogel.model.block import Block
-from aerogel.model.hooks import Stop, watching
+from aerogel.model.hooks import Stop, until, watching
 from aerogel.model.modules import held
 
 _PANEL = 256
@@ -125,12 +125,8 @@ def collect(block: Block, names: Iterable[str], *, moment: bool = False, ranges:
     with held(block.module):
         for call in block.calls:
             seen = _Seen(take, visits)
-            try:
-                with watching(linears, seen.see):
-                    block.run(call)
-            except Stop as stop:
-                if stop is not seen.stop:
-                    raise
+            with until(seen.stop), watching(linears, seen.see):
+                block.run(call)
             seen.flush()
             visits |= seen.count | Counter(list(linears))
     return _total(parts)

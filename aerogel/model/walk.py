@@ -19,7 +19,7 @@ from aerogel.errors import AerogelError
 from aerogel.model.activations import Activations
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
-from aerogel.model.hooks import Stop, answering
+from aerogel.model.hooks import Stop, answering, until
 from aerogel.model.modules import held
 from aerogel.model.network import Network
 from aerogel.model.trace import AROUND, trace
@@ -125,12 +125,8 @@ class Walk:
 
         # A call that comes to a later block passes this one by; the later one's weights may not be here.
         later = {self._modules[other]: too_far for other in self.order[self.order.index(name) + 1 :]}
-        try:
-            with answering({**self._answers(index), **later, self._modules[name]: hand_over}):
-                self._network.run(self._calls[index])
-        except Stop as reached:
-            if reached is not stop:
-                raise
+        with until(stop), answering({**self._answers(index), **later, self._modules[name]: hand_over}):
+            self._network.run(self._calls[index])
         return caught[0] if caught else None
 
     def _answers(self, index: int) -> dict[nn.Module, Callable[..., Any]]:
