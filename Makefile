@@ -35,7 +35,15 @@ test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 
 bench: $(READY)
-	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "$$script"; $(BIN)/python $$script; done
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/decode.py build
+	$(BIN)/python benchmarks/decode.py shape --layers 8
+	$(BIN)/python benchmarks/decode.py text
+	$(BIN)/python benchmarks/rivals.py build
+	$(BIN)/python benchmarks/gptq_rivals.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/results.py
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from tokenizers import pre_tokenizers
 
 from aerogel.errors import AerogelError
 
 _CHECKSUMS = ".checksums.json"  # hidden: it speaks of this folder only and is not copied with the model
+_CONVERSION = 2  # counted up when `_convert` writes something else, so that older folders are made anew
 _OF_THE_GGUF = (
     "_name_or_path",
     "_model_name_or_path",
@@ -58,7 +60,7 @@ def folder_of(name: str) -> Path:
     Raises AerogelError when the package is missing or its file is not the one expected.
     """
     packaged = REFERENCES[name]
-    folder = _cache() / f"{name}-{packaged.sha256[:12]}"
+    folder = _cache() / f"{name}-{packaged.sha256[:12]}-{_CONVERSION}"
     if not _intact(folder):
         source = _packaged_file(name, packaged)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -109,11 +111,21 @@ def _convert(source: Path, folder: Path) -> None:
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, **gguf)
         tokenizer.model_max_length = config.max_position_embeddings
+        _split_digits(tokenizer, source)
         tokenizer.save_pretrained(folder)
     # The class that transformers 5 writes is unknown to readers on version 4; this one is known to both.
     path = folder / "tokenizer_config.json"
     kept = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("backend", "is_local", "local_files_only")}
     path.write_text(json.dumps({**kept, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+
+
+def _split_digits(tokenizer: transformers.PreTrainedTokenizerFast, source: Path) -> None:
+    """Give a tokenizer back the step before its own that transformers does not read from GGUF: every digit is a word."""
+    from gguf import GGUFReader
+
+    if GGUFReader(source).fields["tokenizer.ggml.pre"].contents() == "smollm":
+        backend = tokenizer.backend_tokenizer
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer])
 
 
 def _seal(folder: Path) -> None:

@@ -216,14 +216,9 @@ def test_llama_cpp_decodes_the_same_tokens_as_generate(scheme: str, llama_cpp: P
     text = given.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids = given.processor(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     with held(given.module):
-        said = given.module.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :].tolist()
+        said = given.module.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :].tolist()
     asked = json.dumps({"text": text, "ids": ids[0].tolist(), "count": len(said)})
     done = subprocess.run([str(llama_cpp), "-c", DECODE, str(path), asked], capture_output=True, text=True, check=True)
     answer = json.loads(done.stdout.splitlines()[-1])
     assert answer["tokens"] == ids[0].tolist()
-    same = next((place for place, pair in enumerate(zip(answer["said"], said, strict=True)) if pair[0] != pair[1]), len(said))
-    assert same >= 8
-    if same < len(said):  # llama.cpp rounds activations to 8 bits, which may decide a tie
-        with torch.no_grad(), held(given.module):
-            logits = given.module(torch.cat((ids, torch.tensor([said[:same]])), dim=1)).logits[0, -1]
-        assert logits[said[same]] - logits[answer["said"][same]] < 0.25
+    assert answer["said"] == said

@@ -109,5 +109,7 @@ def test_smollm2_is_a_plain_folder() -> None:
     assert config.rms_norm_eps == 1e-5
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"  # the name that readers on version 4 know
-    assert transformers.PreTrainedTokenizerFast.from_pretrained(folder)("Hello world")["input_ids"] == [19556, 905]
+    opened = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    assert opened("Hello world")["input_ids"] == [19556, 905]
+    assert opened.tokenize("in 1984") == ["in", "Ġ", "1", "9", "8", "4"]  # every digit is a word, as the model was trained
     assert transformers.GenerationConfig.from_pretrained(folder).eos_token_id == 2

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from aerogel.methods.quantization.awq import Awq
+from aerogel.methods.quantization.awq import Awq, clipped
 from aerogel.methods.quantization.rtn import Rtn
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.modules import QuantLinear, ScaledInput
 from aerogel.model.network import Network
 from aerogel.model.walk import Walk
+from aerogel.numerics.quantize import Grid, fake_quantize, weight_grid
+from aerogel.numerics.scheme import Scheme
+from aerogel.training.fit import Fit, fit
 from tests.tiny import FAMILIES, opened, output
 
 READERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -116,6 +120,38 @@ def test_queries_and_keys_keep_their_range_and_values_are_clipped_where_it_pays(
     torch.testing.assert_close(narrower[READERS[1]], torch.ones(32, 2), rtol=1e-4, atol=0)
     # Rows of values may have been divided on their way out; within a row, clipping shows as unequal ratios.
     assert float((narrower[READERS[2]][:, 0] / narrower[READERS[2]][:, 1] - 1).abs().max()) > 0.05
+
+
+def clip_cost(weight: Tensor, scale: Tensor, scheme: Scheme, moments: Tensor) -> Tensor:
+    """Squared error of each group's own output with these scales, over the squared output; differentiable in the scales."""
+    change = (fake_quantize(weight, Grid(scale), scheme.weights) - weight).unflatten(1, (-1, 32))
+    groups = weight.unflatten(1, (-1, 32))
+    return torch.einsum("ogi,gij,ogj->", change, moments, change) / torch.einsum("ogi,gij,ogj->", groups, moments, groups)
+
+
+def test_gradients_find_no_better_clips_than_the_search() -> None:
+    """The clips are also found by descent, from no clipping and from where the search ended; neither may get far below the search."""
+    torch.manual_seed(0)
+    scheme = Scheme.parse("W3A16_G32")
+    weight = torch.randn(48, 96) * torch.rand(48, 1).exp()
+    weight[::5, ::17] *= 4  # outliers, or clipping does not pay
+    x = torch.randn(512, 96) @ (torch.eye(96) + 0.3 * torch.randn(96, 96))
+    moment = x.T @ x / len(x)
+    moments = torch.stack([moment[first : first + 32, first : first + 32] for first in range(0, 96, 32)])
+    covering = weight_grid(weight, scheme.weights).scale
+    found = clipped(weight, scheme, moment).scale
+    searched = float(clip_cost(weight, found, scheme, moments))
+    assert searched < 0.85 * float(clip_cost(weight, covering, scheme, moments))
+    for start in (covering, found):
+        shrink = nn.Parameter(torch.zeros_like(start))
+
+        def loss(_: Sequence[int], start: Tensor = start, shrink: nn.Parameter = shrink) -> Tensor:
+            return clip_cost(weight, start * shrink.exp(), scheme, moments)
+
+        history = fit([shrink], loss, 1, Fit(steps=400, batch=1, rate=0.005, check=10, clip=0.0), torch.Generator().manual_seed(0))
+        descended = history.checks[history.best]
+        assert descended < 0.85 * float(clip_cost(weight, covering, scheme, moments)), "the descent is a rival"
+        assert searched <= 1.02 * descended
 
 
 def cost(name: str, method: Any, family: str = "llama") -> float:
