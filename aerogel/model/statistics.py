@@ -7,7 +7,8 @@ one set of statistics. Nothing is kept but the sums, so memory does not grow wit
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 
 import torch
@@ -46,10 +47,10 @@ class InputStatistics:
         if self._rows_per_call:
             picked = torch.linspace(0, len(x_TI) - 1, min(self._rows_per_call, len(x_TI)), device=x.device).round().long()
             self._rows.append(x_TI[picked])
-        x_TI = x_TI.to(torch.float32)
         if self._sum_II is not None:
             _add_gram(self._sum_II, x_TI)
         if self._absolute_I is not None and self._absmax_I is not None:
+            x_TI = x_TI.to(torch.float32)
             magnitude_TI = x_TI.abs()
             self._absolute_I += magnitude_TI.sum(0)
             torch.maximum(self._absmax_I, magnitude_TI.amax(0), out=self._absmax_I)
@@ -98,11 +99,24 @@ class InputStatistics:
 
 
 def _add_gram(sum_II: Tensor, x_TI: Tensor) -> None:
-    """Add x^T x to the upper half of a sum; on a CPU the products below the diagonal's panels are not computed."""
+    """Add x^T x to the upper half of a sum in float32; on a CPU the products below the diagonal's panels are not computed."""
     columns = len(sum_II)
     panel = _PANEL if sum_II.device.type == "cpu" else columns
-    for start in range(0, columns, panel):
-        sum_II[start : start + panel, start:].addmm_(x_TI[:, start : start + panel].T, x_TI[:, start:])
+    with _bfloat16_products() if x_TI.dtype == torch.bfloat16 else nullcontext():
+        x_TI = x_TI.to(torch.float32)
+        for start in range(0, columns, panel):
+            sum_II[start : start + panel, start:].addmm_(x_TI[:, start : start + panel].T, x_TI[:, start:])
+
+
+@contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """Let float32 products on a CPU round their factors to bfloat16: exact where they were bfloat16 before, and twice as fast."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
 
 
 def collect(block: Block, names: Iterable[str], *, moment: bool = False, ranges: bool = False, rows: int = 0) -> dict[str, InputStatistics]:

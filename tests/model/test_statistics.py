@@ -11,7 +11,7 @@ from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.family import Family, Tower
 from aerogel.model.network import Network
-from aerogel.model.statistics import collect, sharing
+from aerogel.model.statistics import InputStatistics, collect, sharing
 
 
 class Gated(nn.Module):
@@ -57,6 +57,17 @@ def test_sums_are_those_of_all_calls_together() -> None:
     torch.testing.assert_close(seen.absmax().double(), x_TI.abs().amax(0))
     assert seen.extremes == [(x.min().item(), x.max().item()) for x in xs]
     assert found["down"].moment().shape == (6, 6)
+
+
+def test_second_moments_of_bfloat16_inputs_are_as_exact_as_those_of_float32() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    seen = InputStatistics(300, torch.device("cpu"), moment=True)
+    xs = [x.bfloat16() for x in inputs()]
+    for x in xs:
+        seen.update(x)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    x_TI = torch.cat([x.reshape(-1, 300) for x in xs]).double()
+    torch.testing.assert_close(seen.moment().double(), x_TI.T @ x_TI / len(x_TI), rtol=1e-5, atol=1e-5)
 
 
 def test_forwards_stop_at_the_last_input_that_is_needed() -> None:
