@@ -4,8 +4,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 READY := .venv/.ready
 
-# OpenMP threads that spin at barriers slow each other down on a busy machine.
-export OMP_WAIT_POLICY ?= PASSIVE
+# OpenMP threads that spin long at barriers slow each other down on a busy machine.
+export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: demo test test-all test-gpu bench docs lint
 

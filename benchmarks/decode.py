@@ -4,7 +4,7 @@
     python benchmarks/decode.py shape --layers 16   # a random network of the shape of Llama 3.2 1B -> results/decode.json
     python benchmarks/decode.py text                # SmolLM2-135M in 4 bits, beside llama.cpp and transformers -> results/generation.json
 
-Set OMP_WAIT_POLICY=PASSIVE on a machine that has other work: threads that spin at barriers slow each other down.
+Set GOMP_SPINCOUNT=1000 on a machine that has other work: threads that spin long at barriers slow each other down.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -126,7 +127,8 @@ class LlamaCpp:
         file = next(Path(folder) / packaged.file for folder in sys.path if (Path(folder) / packaged.file).exists())
         script = Path(__file__).with_name("rivals") / "llama_cpp_decode.py"
         command = [ENVIRONMENTS / "llama-cpp" / "bin" / "python", script, file, str(threads), str(length)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        own = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=own)
 
     def turn(self, prompt: list[int], new: int) -> float:
         """Milliseconds a token, the median of one turn."""
@@ -140,6 +142,7 @@ def text(options: argparse.Namespace) -> None:
     """Greedy tokens of SmolLM2-135M: 4 bits on the lean path, through transformers' own generate, and llama.cpp on its own file."""
     torch.set_num_threads(torch_threads(options))
     original = load("smollm2-135m", lazy=False, dtype=torch.float32)
+    original.module.generation_config.eos_token_id = None  # all write the same number of tokens
     small = Network(rounded(original.module, "W4A16_G64"), original.family, processor=original.processor)
     tokens_BT = torch.tensor([original.processor(PROMPT).input_ids])
     length = tokens_BT.shape[1] + options.new_tokens
@@ -201,7 +204,6 @@ def _own(label: str, network: Network, tokens_BT: Tensor, new: int, made: dict[s
                 tokens_BT,
                 attention_mask=torch.ones_like(tokens_BT),
                 max_new_tokens=new,
-                min_new_tokens=new,
                 do_sample=False,
                 pad_token_id=0,
             )

@@ -77,7 +77,7 @@ def run(name: str, model: Path, tokens: Path, output: Path, *options: str, threa
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "1000",
         "GPTQMODEL_CPU_WORKERS": "2",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": "",

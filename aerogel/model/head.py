@@ -14,13 +14,17 @@ from torch.nn.functional import linear
 from aerogel.kernels.int8 import exact_on_cpu, integer_product
 
 
-class Head:
-    """A float head, with int8 codes beside it that find the best token four times as fast.
+_MANY = 16
+"""Where more than one token in so many could win, all logits are the shorter way."""
 
-    The hidden state becomes two rows of codes, coarse and fine. For every token they give an estimate of its logit and, by Cauchy-Schwarz
-    from the norms of what rounding took away from the weight and from the state, a bound on the estimate's error. Only tokens that could
-    still win under that bound (a handful of 49,152) are computed from the float weight, so that the answer is the one of all
-    logits. Costs one byte a weight.
+
+class Head:
+    """A float head, with int8 codes beside it that find the best token many times as fast.
+
+    The hidden state becomes a row of codes too. For every token they give an estimate of its logit and, by Cauchy-Schwarz from the
+    norms of what rounding took away from the weight and from the state, a bound on the estimate's error. Only tokens that could still
+    win under that bound (a median of 63 among 49,152, measured on SmolLM2) are computed from the float weight, so that the answer is
+    the one of all logits. Costs one byte a weight.
     """
 
     def __init__(self, head: Any) -> None:
@@ -45,17 +49,16 @@ class Head:
         if not self.screens or len(x_BC) != 1:
             return self.logits(x_BC).argmax(dim=-1)
         candidates = self._candidates(x_BC)
+        if len(candidates) > len(self.scale_V) // _MANY:
+            return self.logits(x_BC).argmax(dim=-1)
         return candidates[linear(x_BC, self.weight_VC[candidates])[0].argmax()][None]
 
     def _candidates(self, x_BC: Tensor) -> Tensor:
         """Tokens whose logit may be the largest, ascending."""
         x_1C = x_BC.float()
-        coarse_1C, coarse_scale = _codes(x_1C)
-        left_1C = x_1C - coarse_1C * coarse_scale
-        fine_1C, fine_scale = _codes(left_1C)
-        left_1C = left_1C - fine_1C * fine_scale
-        product_2V = integer_product(torch.cat((coarse_1C, fine_1C)), self.codes_VC)
-        estimate_V = torch.mv(product_2V.float().T, torch.cat((coarse_scale, fine_scale))).mul_(self.scale_V)
+        codes_1C, scale_1 = _codes(x_1C)
+        left_1C = x_1C - codes_1C * scale_1
+        estimate_V = integer_product(codes_1C, self.codes_VC)[0].float().mul_(self.scale_V).mul_(scale_1)
         error_V = (self.rounding_V * torch.linalg.vector_norm(x_1C)).add_(self.norm_V * torch.linalg.vector_norm(left_1C))
         return (estimate_V + error_V >= (estimate_V - error_V).max()).nonzero()[:, 0]
 
