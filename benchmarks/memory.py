@@ -95,7 +95,7 @@ def compress_apart(source: Path, recipe: str, output: Path) -> dict[str, Any]:
     return figures
 
 
-def measure(width: int, depths: list[int], recipes: list[str]) -> list[list[Any]]:
+def measure(width: int, depths: list[int], recipes: list[str]) -> None:
     """Every depth and recipe: what the weights take, the peak, what the plan said, the time; sizes in MB."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -107,7 +107,8 @@ def measure(width: int, depths: list[int], recipes: list[str]) -> list[list[Any]
                 megabytes = [round(value / 1e6) for value in (size, found["peak"], found["planned"], found["imports"])]
                 rows.append([blocks, recipe, *megabytes, round(found["seconds"])])
                 print(rows[-1], flush=True)
-    return rows
+                if width == WIDTH:
+                    save(rows)
 
 
 def main() -> None:
@@ -122,9 +123,7 @@ def main() -> None:
     if given.source:
         print(json.dumps(compress_here(given.source, given.recipe, given.output)))
         return
-    rows = measure(given.width, given.depths, given.recipes)
-    if given.width == WIDTH:
-        save(rows)
+    measure(given.width, given.depths, given.recipes)
 
 
 def save(rows: list[list[Any]]) -> None:

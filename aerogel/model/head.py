@@ -13,7 +13,6 @@ from torch.nn.functional import linear
 
 from aerogel.kernels.int8 import exact_on_cpu, integer_product
 
-
 _MANY = 16
 """Where more than one token in so many could win, all logits are the shorter way."""
 
