@@ -1,0 +1,51 @@
+"""Every shipped recipe does its whole job: it compresses a folder, and plain transformers opens what comes out with the same answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import aerogel
+from aerogel import catalog
+from aerogel.data import text
+from aerogel.engine.calibration import Samples
+from aerogel.model.modules import QuantLinear, held
+from tests.folders import model_folder, text_file
+from tests.tiny import output
+
+# Largest relative error of the output on text of the same kind; random weights, which are the hardest to round.
+CLOSE = {
+    "rtn-w8a8": 0.05, "smoothquant-w8a8": 0.05, "fp8-dynamic": 0.15,
+    "rtn-w4a16": 0.4, "awq-w4a16": 0.35, "gptq-w4a16": 0.15, "gptq-w3a16": 0.3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    text_file(folder / "text.txt", 20000)
+    return model_folder(folder / "model", hidden_size=128, intermediate_size=256)
+
+
+@pytest.mark.parametrize("recipe", catalog.names("recipes"))
+def test_recipe(recipe: str, source: Path, tmp_path: Path) -> None:
+    original = aerogel.load(source, lazy=False)
+    words = source.parent / "text.txt"
+    samples = Samples(words, count=32, length=64)
+    calls = text.calls(text.samples(original.processor, words, 4, 64, seed=1), batch=2)
+    result = aerogel.compress(source, recipe, output=tmp_path / "out", samples=samples, measures=())
+    assert not [line for line in result.journal if line.get("fallback")]
+    ours = aerogel.load(tmp_path / "out", lazy=False)
+    linears = [part for part in ours.module.modules() if isinstance(part, QuantLinear)]
+    assert len(linears) == 2 * 7
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    for call in calls:
+        before = output(original.module, call)
+        with held(ours.module):
+            answer = output(ours.module, call)
+        assert 0 < (answer - before).norm() < CLOSE[recipe] * before.norm()
+        torch.testing.assert_close(output(theirs, call), answer, rtol=1e-4, atol=1e-5)
+    assert (tmp_path / "out/model.safetensors").stat().st_size < (source / "model.safetensors").stat().st_size
