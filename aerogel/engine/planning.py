@@ -31,8 +31,9 @@ _GROUPS = (32, 48, 64, 96, 128, 192, 256)
 _BYTES_A_SECOND = 300e6
 # Pages of the files being read count as memory until they are closed.
 _MAPPED = 32 << 20
-# Matrices of the size of a second moment that are alive while one is factored.
+# Matrices of the size of a second moment that are alive while one is factored, and of the size of a weight while it is rounded.
 _FACTORING = 5
+_ROUNDING = 6
 # Perplexity and agreement both read both networks, in windows that overlap.
 _EVALUATED_TOKENS = 4 * TextMeasure.tokens * TextMeasure.length // TextMeasure.stride
 
@@ -215,17 +216,18 @@ def _reason(network: Network, name: str, module: nn.Module, methods: list[Weight
 
 
 def _peak_memory(network: Network, recipe: Recipe, read: Reading) -> int:
-    """What stays resident, the block in hand twice, a call's activations, and second moments with room to factor the largest."""
+    """What stays resident, the block in hand twice, and what calibrating it or rounding its largest weight takes."""
     blocks = network.blocks()
     sizes = {name: sum(p.numel() * p.element_size() for p in module.parameters()) for name, module in blocks.items()}
     total = sum(slot.tensor.nbytes for slot in _unique_slots(network))
     if network.checkpoint is not None:
         total += min(_MAPPED, network.checkpoint.bytes()) - sum(sizes.values())
-    peak = total + 2 * max(sizes.values(), default=0)
-    if not needs_calls(recipe):
-        return peak
-    holds = max((step.method.holds for step in recipe.steps if isinstance(step.method, BlockMethod)), default=0.0)
-    return peak + max((_calibrating(module, read, holds) for module in blocks.values()), default=0)
+    largest = max((inputs * outputs for module in blocks.values() for inputs, outputs in _shapes(module)), default=0)
+    working = 4 * _ROUNDING * largest
+    if needs_calls(recipe):
+        holds = max((step.method.holds for step in recipe.steps if isinstance(step.method, BlockMethod)), default=0.0)
+        working = max([working, *(_calibrating(module, read, holds) for module in blocks.values())])
+    return total + 2 * max(sizes.values(), default=0) + working
 
 
 def _calibrating(block: nn.Module, read: Reading, holds: float) -> int:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,12 +112,13 @@ def _add_gram(sum_II: Tensor, x_TI: Tensor) -> None:
 @contextmanager
 def _bfloat16_products() -> Iterator[None]:
     """Let float32 products on a CPU round their factors to bfloat16: exact where they were bfloat16 before, and twice as fast."""
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    backend: Any = torch.backends.mkldnn  # torch makes its parts at run time
+    before = backend.matmul.fp32_precision
+    backend.matmul.fp32_precision = "bf16"
     try:
         yield
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        backend.matmul.fp32_precision = before
 
 
 def collect(block: Block, names: Iterable[str], *, moment: bool = False, ranges: bool = False, rows: int = 0) -> dict[str, InputStatistics]:
