@@ -45,22 +45,25 @@ def feedback(moment_BII: Tensor, damping: float = 0.01, bound: float = 1.0) -> F
     diagonal_BI = moment_BII.diagonal(dim1=-2, dim2=-1)
     mean_B1 = diagonal_BI.mean(-1, keepdim=True)
     dead_BI = diagonal_BI <= 0
-    identity_II = torch.eye(moment_BII.shape[-1], dtype=moment_BII.dtype, device=moment_BII.device)
-    weights_BII = identity_II.expand_as(moment_BII)
+    weights_BII: Tensor | None = None
     importance_BI = torch.ones_like(diagonal_BI)
     damping_B = torch.full_like(mean_B1[:, 0], damping)
     todo = (torch.isfinite(mean_B1[:, 0]) & (mean_B1[:, 0] > 0)).nonzero()[:, 0]
     failed_B = torch.ones_like(damping_B, dtype=torch.bool)
     while len(todo) and float(damping_B[todo[0]]) <= bound:
         # Added where a column is dead, the mean keeps the factor well conditioned and changes nothing else.
-        unit, diagonal, good = _unit_root(moment_BII[todo], mean_B1[todo] * (damping_B[todo, None] + dead_BI[todo]))
-        solved = torch.linalg.solve_triangular(unit, identity_II.expand_as(unit), upper=True, unitriangular=True)
-        weights_BII = solved if len(solved) == len(weights_BII) else weights_BII.index_copy(0, todo[good], solved)
+        added_BI = mean_B1[todo] * (damping_B[todo, None] + dead_BI[todo])
+        unit, diagonal, good = _unit_root(moment_BII if len(todo) == len(moment_BII) else moment_BII[todo], added_BI)
+        if len(unit) == len(moment_BII):
+            weights_BII = _inverse(unit)
+        elif len(unit):
+            weights_BII = _identity(moment_BII).clone() if weights_BII is None else weights_BII
+            weights_BII[todo[good]] = _inverse(unit)
         importance_BI[todo[good]] = diagonal.square()
         failed_B[todo[good]] = False
         todo = todo[~good]
         damping_B[todo] = 10 * damping_B[todo] if damping > 0 else torch.where(damping_B[todo] > 0, 10 * damping_B[todo], 1e-4)
-    return Feedback(weights_BII, importance_BI, damping_B, failed_B)
+    return Feedback(_identity(moment_BII) if weights_BII is None else weights_BII, importance_BI, damping_B, failed_B)
 
 
 def _unit_root(moment_BII: Tensor, added_BI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,15 +71,24 @@ def _unit_root(moment_BII: Tensor, added_BI: Tensor) -> tuple[Tensor, Tensor, Te
 
     Moments of wide layers are the largest tensors of a run: each step here lets go of the one before it.
     """
-    moment_BII.diagonal(dim1=-2, dim2=-1).add_(added_BI)
-    moment_BII = moment_BII.flip(-1, -2)
-    root_BII, info_B = torch.linalg.cholesky_ex(moment_BII)
+    turned_BII = moment_BII.flip(-1, -2)
     del moment_BII
+    turned_BII.diagonal(dim1=-2, dim2=-1).add_(added_BI.flip(-1))
+    root_BII, info_B = torch.linalg.cholesky_ex(turned_BII)
+    del turned_BII
     root_BII = root_BII.flip(-1, -2)  # lower becomes upper: H = R R^T
     diagonal_BI = root_BII.diagonal(dim1=-2, dim2=-1).clone()
     good_B = (info_B == 0) & torch.isfinite(diagonal_BI).all(-1)
     root_BII /= diagonal_BI[:, None, :]
     return root_BII if bool(good_B.all()) else root_BII[good_B], diagonal_BI[good_B], good_B
+
+
+def _inverse(unit_BII: Tensor) -> Tensor:
+    return torch.linalg.solve_triangular(unit_BII, _identity(unit_BII), upper=True, unitriangular=True)
+
+
+def _identity(like_BII: Tensor) -> Tensor:
+    return torch.eye(like_BII.shape[-1], dtype=like_BII.dtype, device=like_BII.device).expand_as(like_BII)
 
 
 @torch.no_grad()
