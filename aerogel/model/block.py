@@ -87,7 +87,7 @@ class Block:
     def replace(self, name: str, module: nn.Module) -> None:
         """Put another module in the place of a part of the block."""
         self.module.set_submodule(name, module)
-        trim()  # what a method freed in pieces stays with the process otherwise (measured: up to 290 MB more at the peak)
+        trim()  # what a method has freed by now stays with the process otherwise (measured: up to 290 MB more at the peak)
 
     def note(self, name: str, **facts: Any) -> None:
         """Write down facts about a part of the block for the report: numbers and short texts."""

@@ -24,9 +24,12 @@ def pack(codes_OI: Tensor, bits: int, packed_dim: int = 1) -> Tensor:
     if codes.numel() and not -half <= int(codes.min()) <= int(codes.max()) < half:
         raise AerogelError(f"cannot pack: codes lie in [{int(codes.min())}, {int(codes.max())}], {bits} bits hold [{-half}, {half - 1}]")
     words = torch.zeros(*codes.shape[:-1], -(-codes.shape[-1] // per_word), dtype=torch.int32, device=codes.device)
+    moved = torch.empty_like(words)  # one buffer for all places: many of this size would scatter over the heap
     for place in range(per_word):
         field = codes[..., place::per_word]
-        words[..., : field.shape[-1]] |= (field.to(torch.int32) + half) << (bits * place)
+        here = moved[..., : field.shape[-1]]
+        here.copy_(field).add_(half).bitwise_left_shift_(bits * place)
+        words[..., : field.shape[-1]].bitwise_or_(here)
     return words.transpose(-1, -2).contiguous() if packed_dim == 0 else words
 
 
@@ -37,9 +40,11 @@ def unpack(packed: Tensor, bits: int, columns: int, packed_dim: int = 1) -> Tens
     codes = torch.empty(*words.shape[:-1], columns, dtype=torch.int8, device=words.device)
     if 8 % bits == 0 and sys.byteorder == "little":  # no code crosses a byte: bytes are words too, and four times as fast
         words, per_word = words.contiguous().view(torch.uint8), 8 // bits
+    moved = torch.empty_like(words)
     for place in range(per_word):
         field = codes[..., place::per_word]
-        field.copy_((((words[..., : field.shape[-1]] >> (bits * place)) & ((1 << bits) - 1)) - half).to(torch.int8))
+        here = torch.bitwise_right_shift(words, bits * place, out=moved)[..., : field.shape[-1]]
+        field.copy_(here.bitwise_and_((1 << bits) - 1)).sub_(half)
     return codes.transpose(-1, -2).contiguous() if packed_dim == 0 else codes
 
 

@@ -59,7 +59,7 @@ class Desk:
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shelf")
-    text_file(folder / "text.txt")
+    text_file(folder / "text.txt", 12000)
     (folder / "own.yaml").write_text(RECIPE)
     model_folder(folder / "model", num_hidden_layers=3, max_shard_size="200KB")
     return folder
@@ -267,7 +267,7 @@ def interrupted(command: list[str], ready: Callable[[], bool]) -> subprocess.Com
 def test_ctrl_c_keeps_what_is_finished(desk: Desk) -> None:
     before = digests(desk.model)
     first = desk.folder / "out.partial" / "stage-0" / "blocks" / "model.layers.0" / resume.JOURNAL
-    long = desk.compress("--samples", "64", "--set", "gptq.true_sequential=true")
+    long = desk.compress("--samples", "400", "--set", "gptq.true_sequential=true")
     ended = interrupted(long, first.exists)
     assert ended.returncode == 2, ended.stderr
     assert (

@@ -172,8 +172,10 @@ class Awq(WeightMethod):
         quantized = round_to_nearest(job.linear, job.scheme, grid, job.dtype, inputs)
         error_OI = weight_OI.float() - quantized.dequantized(torch.float32)
         facts = {} if job.inputs else {"fallback": "rounded to nearest: no token reached it"}
+        error = output_error(error_OI, weight_OI, job.inputs.moment_II if job.inputs else None)
+        del error_OI
         block.replace(name, quantized if scale_I is None else ScaledInput(quantized, scale_I))
-        block.note(name, error=output_error(error_OI, weight_OI, job.inputs.moment_II if job.inputs else None), **facts)
+        block.note(name, error=error, **facts)
 
 
 def scale_of(magnitude_C: Tensor, weight_C: Tensor | None, strength: float) -> Tensor:

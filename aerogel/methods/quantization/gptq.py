@@ -147,8 +147,9 @@ class Gptq(WeightMethod):
             codes_OI = solution.codes_BOI[index, rows]
             inputs = static_inputs(scheme, seen, self.input_range, problem.dtype)
             error_OI = linear.weight.float() - dequantize(codes_OI, grid, scheme.weights, g_idx=g_idx)
-            block.replace(name, QuantLinear.from_codes(linear, scheme, codes_OI, grid, g_idx, inputs, problem.dtype))
             error = output_error(error_OI, linear.weight, moment_II)
+            del error_OI
+            block.replace(name, QuantLinear.from_codes(linear, scheme, codes_OI, grid, g_idx, inputs, problem.dtype))
             block.note(name, error=error, damping=float(solution.damping_B[index]), **({"fallback": fallback} if fallback else {}))
 
 

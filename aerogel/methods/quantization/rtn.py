@@ -41,7 +41,7 @@ class Rtn(WeightMethod):
             grid = observe(grouped(linear.weight, scheme.weights.granularity), scheme.weights, self.observer)
             seen = statistics.get(name)
             quantized = round_to_nearest(linear, scheme, grid, dtype, static_inputs(scheme, seen, self.input_range, dtype))
-            block.replace(name, quantized)
             error = output_error(linear.weight.float() - quantized.dequantized(torch.float32), linear.weight, None)
+            block.replace(name, quantized)
             unseen = {"fallback": "input range unknown: no token reached it"} if has_static_inputs(scheme) and seen is None else {}
             block.note(name, error=error, **unseen)
