@@ -1,6 +1,6 @@
 """How figures travel: a benchmark writes one JSON, and the docs take their tables from it.
 
-python benchmarks/results.py          # put every table into README.md and docs/ anew
+python benchmarks/results.py          # put every table and picture into docs/ anew
 python benchmarks/results.py --check  # exit 1 when a page does not show what was measured
 """
 
@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import plots
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
@@ -56,12 +58,21 @@ def table(document: dict[str, Any]) -> str:
     return f"**{document['title']}**\n\n{head}{body}\n<small>{document['measured']}: {settings}.</small>\n{notes}\n"
 
 
+def picture(name: str) -> Path:
+    """Where the picture of a results document lies."""
+    return ROOT / "docs" / "images" / "figures" / f"{name}.svg"
+
+
 def fill(text: str) -> str:
-    """The page with every marked table as it was last measured."""
+    """The page with every marked table as it was last measured, and its picture above it."""
 
     def replace(match: re.Match[str]) -> str:
         path = FOLDER / f"{match['name']}.json"
-        return f"{match[1]}{table(json.loads(path.read_text()))}{match[3]}" if path.exists() else match[0]
+        if not path.exists():
+            return match[0]
+        document = json.loads(path.read_text())
+        image = f"![{document['title']}](images/figures/{match['name']}.svg)\n\n" if picture(match["name"]).exists() else ""
+        return f"{match[1]}{image}{table(document)}{match[3]}"
 
     return MARK.sub(replace, text)
 
@@ -72,7 +83,10 @@ def pages() -> list[Path]:
 
 
 def main() -> int:
-    """Fill or check the pages."""
+    """Fill or check the pages; pictures are drawn when they are filled."""
+    if "--check" not in sys.argv:
+        for name in plots.PLOTS:
+            plots.draw(name, json.loads((FOLDER / f"{name}.json").read_text()), picture(name))
     stale = [page for page in pages() if page.exists() and fill(page.read_text()) != page.read_text()]
     if "--check" in sys.argv:
         print(*(f"{page.relative_to(ROOT)} does not show the last figures; run python benchmarks/results.py" for page in stale), sep="\n")
