@@ -59,7 +59,7 @@ class Desk:
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shelf")
-    text_file(folder / "text.txt", 12000)
+    text_file(folder / "text.txt")
     (folder / "own.yaml").write_text(RECIPE)
     model_folder(folder / "model", num_hidden_layers=3, max_shard_size="200KB")
     return folder
@@ -252,7 +252,13 @@ def test_a_linear_that_no_token_reached_is_rounded_and_reported(mixture: Desk) -
 
 def interrupted(command: list[str], ready: Callable[[], bool]) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own and press Ctrl-C when it is ready for it."""
-    process = subprocess.Popen([sys.executable, "-m", "aerogel", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aerogel", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells have jobs in the background ignore it
+    )
     try:
         deadline = time.monotonic() + 120
         while not ready() and process.poll() is None and time.monotonic() < deadline:
@@ -267,7 +273,7 @@ def interrupted(command: list[str], ready: Callable[[], bool]) -> subprocess.Com
 def test_ctrl_c_keeps_what_is_finished(desk: Desk) -> None:
     before = digests(desk.model)
     first = desk.folder / "out.partial" / "stage-0" / "blocks" / "model.layers.0" / resume.JOURNAL
-    long = desk.compress("--samples", "400", "--set", "gptq.true_sequential=true")
+    long = desk.compress("--samples", "64", "--set", "gptq.true_sequential=true")
     ended = interrupted(long, first.exists)
     assert ended.returncode == 2, ended.stderr
     assert (
