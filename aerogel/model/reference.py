@@ -120,7 +120,7 @@ def _convert(source: Path, folder: Path) -> None:
 
 
 def _split_digits(tokenizer: transformers.PreTrainedTokenizerFast, source: Path) -> None:
-    """Give a tokenizer back the step before its own that transformers does not read from GGUF: every digit is a word."""
+    """Put back the first step, which transformers does not read from GGUF: exports name the tokenizer by it, tokens are the same."""
     from gguf import GGUFReader
 
     if GGUFReader(source).fields["tokenizer.ggml.pre"].contents() == "smollm":

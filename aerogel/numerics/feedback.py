@@ -48,21 +48,23 @@ def feedback(moment_BII: Tensor, damping: float = 0.01, bound: float = 1.0) -> F
     weights_BII: Tensor | None = None
     importance_BI = torch.ones_like(diagonal_BI)
     damping_B = torch.full_like(mean_B1[:, 0], damping)
-    todo = (torch.isfinite(mean_B1[:, 0]) & (mean_B1[:, 0] > 0)).nonzero()[:, 0]
+    unsolved = (torch.isfinite(mean_B1[:, 0]) & (mean_B1[:, 0] > 0)).nonzero()[:, 0]
     failed_B = torch.ones_like(damping_B, dtype=torch.bool)
-    while len(todo) and float(damping_B[todo[0]]) <= bound:
+    while len(unsolved) and float(damping_B[unsolved[0]]) <= bound:
         # Added where a column is dead, the mean keeps the factor well conditioned and changes nothing else.
-        added_BI = mean_B1[todo] * (damping_B[todo, None] + dead_BI[todo])
-        unit, diagonal, good = _unit_root(moment_BII if len(todo) == len(moment_BII) else moment_BII[todo], added_BI)
+        added_BI = mean_B1[unsolved] * (damping_B[unsolved, None] + dead_BI[unsolved])
+        unit, diagonal, good = _unit_root(moment_BII if len(unsolved) == len(moment_BII) else moment_BII[unsolved], added_BI)
         if len(unit) == len(moment_BII):
             weights_BII = _inverse(unit)
         elif len(unit):
             weights_BII = _identity(moment_BII).clone() if weights_BII is None else weights_BII
-            weights_BII[todo[good]] = _inverse(unit)
-        importance_BI[todo[good]] = diagonal.square()
-        failed_B[todo[good]] = False
-        todo = todo[~good]
-        damping_B[todo] = 10 * damping_B[todo] if damping > 0 else torch.where(damping_B[todo] > 0, 10 * damping_B[todo], 1e-4)
+            weights_BII[unsolved[good]] = _inverse(unit)
+        importance_BI[unsolved[good]] = diagonal.square()
+        failed_B[unsolved[good]] = False
+        unsolved = unsolved[~good]
+        damping_B[unsolved] = (
+            10 * damping_B[unsolved] if damping > 0 else torch.where(damping_B[unsolved] > 0, 10 * damping_B[unsolved], 1e-4)
+        )
     return Feedback(_identity(moment_BII) if weights_BII is None else weights_BII, importance_BI, damping_B, failed_B)
 
 
