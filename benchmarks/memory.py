@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -95,17 +96,19 @@ def compress_apart(source: Path, recipe: str, output: Path) -> dict[str, Any]:
     return figures
 
 
-def measure(width: int, depths: list[int], recipes: list[str]) -> None:
-    """Every depth and recipe: what the weights take, the peak, what the plan said, the time; sizes in MB."""
+def measure(width: int, depths: list[int], recipes: list[str], rounds: int) -> None:
+    """Every depth and recipe: what the weights take, the median peak, what the plan said, the time, all peaks; sizes in MB."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for blocks in depths:
             source = Path(scratch, f"blocks-{blocks}")
             size = make_checkpoint(source, blocks, width)
             for recipe in recipes:
-                found = compress_apart(source, recipe, Path(scratch, f"{recipe}-{blocks}"))
-                megabytes = [round(value / 1e6) for value in (size, found["peak"], found["planned"], found["imports"])]
-                rows.append([blocks, recipe, *megabytes, round(found["seconds"])])
+                found = [compress_apart(source, recipe, Path(scratch, f"{recipe}-{blocks}-{number}")) for number in range(rounds)]
+                middle = {key: statistics.median(one[key] for one in found) for key in found[0]}
+                megabytes = [round(value / 1e6) for value in (size, middle["peak"], middle["planned"], middle["imports"])]
+                peaks = ", ".join(str(round(one["peak"] / 1e6)) for one in found)
+                rows.append([blocks, recipe, *megabytes, round(middle["seconds"]), peaks])
                 print(rows[-1], flush=True)
                 if width == WIDTH:
                     save(rows)
@@ -117,13 +120,14 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--rounds", type=int, default=1)
     for option in ("--source", "--recipe", "--output"):
         parser.add_argument(option, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.source:
         print(json.dumps(compress_here(given.source, given.recipe, given.output)))
         return
-    measure(given.width, given.depths, given.recipes)
+    measure(given.width, given.depths, given.recipes, given.rounds)
 
 
 def save(rows: list[list[Any]]) -> None:
@@ -141,7 +145,16 @@ def save(rows: list[list[Any]]) -> None:
         "seed": SEED,
         "threads": torch.get_num_threads(),
     }
-    columns = ["blocks", "recipe", "weights MB", "peak MB over the interpreter", "planned MB", "interpreter MB", "seconds"]
+    columns = [
+        "blocks",
+        "recipe",
+        "weights MB",
+        "peak MB over the interpreter",
+        "planned MB",
+        "interpreter MB",
+        "seconds",
+        "peaks of all rounds",
+    ]
     notes = [
         "Target: at most 1200 MB over the interpreter's own (all imports done), and the same for both depths to 10 %.",
         f"Other depths than {DEPTHS[0]} and {DEPTHS[1]} are checkpoints of the same width, where a full run took too long.",

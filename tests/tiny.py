@@ -110,6 +110,23 @@ def _latent_image(number: int, generator: torch.Generator) -> dict[str, Any]:
     }
 
 
+def _text_to_image(number: int, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        "sample": torch.randn(2, 4, 8, 8, generator=generator),
+        "timestep": torch.tensor([900 - 300 * (number % 3), 40]),
+        "encoder_hidden_states": torch.randn(2, 7, 32, generator=generator),
+    }
+
+
+def _pixart_inputs(number: int, generator: torch.Generator) -> dict[str, Any]:
+    inputs = _text_to_image(number, generator)
+    return {"hidden_states": inputs.pop("sample"), **inputs}
+
+
+def _unconditional(number: int, generator: torch.Generator) -> dict[str, Any]:
+    return {"sample": torch.randn(2, 3, 8, 8, generator=generator), "timestep": torch.tensor([900 - 300 * (number % 3), 40])}
+
+
 def _latent_video(number: int, generator: torch.Generator) -> dict[str, Any]:
     return {
         "hidden_states": torch.randn(1, 4, 3, 8, 8, generator=generator),
@@ -174,6 +191,29 @@ def _dit() -> nn.Module:
     )  # fmt: skip
 
 
+def _unet() -> nn.Module:
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=4,
+    )  # fmt: skip
+
+
+def _unet_pixels() -> nn.Module:
+    return diffusers.UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=16, resnet_time_scale_shift="scale_shift", downsample_type="resnet", upsample_type="resnet",
+    )  # fmt: skip
+
+
+def _pixart() -> nn.Module:
+    return diffusers.PixArtTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2, sample_size=8, patch_size=2,
+        cross_attention_dim=WIDTH, caption_channels=32, norm_num_groups=4, use_additional_conditions=False,
+    )  # fmt: skip
+
+
 def _wan(**knobs: Any) -> nn.Module:
     return diffusers.WanTransformer3DModel(
         num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=32, freq_dim=32, ffn_dim=INNER,
@@ -200,12 +240,15 @@ FAMILIES: dict[str, Tiny] = {
     "llava": Tiny("llava", _llava, partial(_image_text, images={"pixel_values": (2, 3, 16, 16)}, tokens=4)),
     "dit": Tiny("dit", _dit, _latent_image),
     "wan": Tiny("wan", _wan, _latent_video),
+    "unet": Tiny("unet", _unet, _text_to_image),
+    "pixart": Tiny("pixart", _pixart, _pixart_inputs),
 }
 
 VARIANTS: dict[str, Tiny] = {
     "opt_350m": Tiny("opt", partial(_opt, do_layer_norm_before=False, word_embed_proj_dim=32), text),
     "galactica": Tiny("opt", partial(_opt, activation_function="gelu", enable_bias=False), text),
     "qwen3_moe_dense": Tiny("qwen3_moe", partial(_language, "Qwen3Moe", head_dim=16, mlp_only_layers=[1], **_EXPERTS), text),
+    "unet_pixels": Tiny("unet", _unet_pixels, _unconditional),
     "wan_i2v": Tiny("wan", partial(_wan, image_dim=16, added_kv_proj_dim=WIDTH), _image_to_video),
 }
 """Members of a family for which some of its data does not hold or looks otherwise; for the families' own tests."""

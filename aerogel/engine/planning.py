@@ -18,6 +18,7 @@ from aerogel.methods.method import BlockMethod, WeightMethod
 from aerogel.model import layout
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
+from aerogel.model.convs import Layer, size
 from aerogel.model.load import load
 from aerogel.model.match import matches
 from aerogel.model.modules import QuantLinear
@@ -138,7 +139,7 @@ def _touched(network: Network, recipe: Recipe) -> tuple[list[Touched], list[str]
         if not found:
             problems.append(f"{step.name} reaches no linear of this network; check its targets and ignore")
         for name, (linear, scheme) in found.items():
-            inputs, outputs = linear.in_features, linear.out_features
+            inputs, outputs = size(linear)
             if reason := layout.refuse(scheme, inputs, outputs):
                 refused.setdefault(f"cannot take {scheme}: {reason}{_fitting(scheme, inputs)}", []).append(name)
             else:
@@ -155,9 +156,9 @@ def _fitting(scheme: Scheme, columns: int) -> str:
     return f" (groups that fit: {', '.join(fitting)})" if scheme.group and columns % scheme.group and fitting else ""
 
 
-def _bytes(network: Network, name: str, linear: nn.Linear, scheme: Scheme) -> int:
+def _bytes(network: Network, name: str, linear: Layer, scheme: Scheme) -> int:
     dtype = _stored_dtype(network, f"{name}.weight", linear.weight)
-    tensors = layout.blank(linear.in_features, linear.out_features, scheme, dtype, "meta")
+    tensors = layout.blank(*size(linear), scheme, dtype, "meta")
     bias = 0 if linear.bias is None else linear.bias.numel() * dtype.itemsize
     return sum(tensor.nbytes for tensor in tensors.values()) + bias
 
@@ -201,7 +202,7 @@ def _kept(network: Network, recipe: Recipe, touched: set[str]) -> Iterator[Kept]
             continue
         if isinstance(module, QuantLinear):
             yield Kept(name, module.in_features * module.out_features, "quantized already")
-        elif isinstance(module, nn.Linear | nn.Embedding):
+        elif isinstance(module, Layer | nn.Embedding):
             yield Kept(name, sum(parameter.numel() for parameter in module.parameters()), _reason(network, name, module, methods))
 
 
@@ -248,7 +249,7 @@ def _activations(network: Network, read: Reading) -> int:
 
 def _shapes(block: nn.Module) -> set[tuple[int, int]]:
     """(inputs, outputs) of the kinds of linears of a block; experts of one kind count once."""
-    return {(part.in_features, part.out_features) for part in block.modules() if isinstance(part, nn.Linear)}
+    return {size(part) for part in block.modules() if isinstance(part, Layer)}
 
 
 def needs_calls(recipe: Recipe) -> bool:

@@ -14,7 +14,7 @@ from aerogel.model.network import Network
 
 PARTS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
     ("quantized linears", (QuantLinear,)),
-    ("float linears", (nn.Linear,)),
+    ("float linears", (nn.Linear, nn.Conv2d)),
     ("embeddings", (nn.Embedding,)),
 )
 REST = "norms and the rest"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Family, Tower
+from aerogel.model.family import Edge, Family, TimePath, Tower
 
 FAMILY = Family(
     name="dit",
     matches=("DiTTransformer2DModel",),
     towers=(Tower("", "transformer_blocks.*"),),
     edges=(Edge("attn1.to_v", ("attn1.to_out.0",), heads=True),),
+    time=TimePath(
+        embedders=("transformer_blocks.*.norm1.emb.timestep_embedder",),
+        projections=("transformer_blocks.*.norm1.linear", "proj_out_1"),
+        others=(("num_embeds_ada_norm", "the class label"),),
+    ),
     modality="image",
 )

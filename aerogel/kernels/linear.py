@@ -8,19 +8,22 @@ that round up to the same power of two share a choice.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
+from aerogel.kernels.affine import Affine
 from aerogel.kernels.fp8 import Fp8
 from aerogel.kernels.int4 import Int4
 from aerogel.kernels.int8 import Int8
 from aerogel.kernels.kernel import Kernel, Weight
 from aerogel.kernels.reference import Reference, Sliced, reference
 
-KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in (Int4, Int8, Fp8, Sliced, Reference)}
+KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in (Int4, Int8, Affine, Fp8, Sliced, Reference)}
 _PROBE_ROWS = 64
 """Few-row kernels are tried with at most this many rows: beyond, a trial would cost seconds."""
 _TRIALS = 3
@@ -82,18 +85,18 @@ def _fastest(able: list[str], x_TI: Tensor, weight: Weight, cache: dict[Any, Any
         able = [name for name in able if name == best or not KERNELS[name].few_rows]
     if len(able) == 1:
         return able[0]
-    seconds = {name: _seconds(packed(name, weight, x_TI, cache), x_TI) for name in able}
+    seconds = {name: timed(partial(packed(name, weight, x_TI, cache), x_TI), x_TI.device) for name in able}
     return min(seconds, key=seconds.__getitem__)
 
 
-def _seconds(kernel: Kernel, x_TI: Tensor) -> float:
-    """The shortest of a few calls, the first of which does not count: it fills caches of primitives."""
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """The shortest of a few runs in seconds; the first does not count: it fills caches of primitives."""
     taken = []
     for _ in range(_TRIALS + 1):
-        _synchronize(x_TI.device)
+        _synchronize(device)
         start = time.perf_counter()
-        kernel(x_TI)
-        _synchronize(x_TI.device)
+        run()
+        _synchronize(device)
         taken.append(time.perf_counter() - start)
     return min(taken[1:])
 

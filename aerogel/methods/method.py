@@ -61,12 +61,15 @@ class RuntimePolicy(ABC):
 
 @dataclass(frozen=True)
 class WeightMethod(BlockMethod):
-    """A block method that gives linears a scheme."""
+    """A block method that gives linears, and convolutions where it can, a scheme."""
+
+    layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+    """The kinds of layers it can quantize."""
 
     scheme: Scheme | str = "W4A16"
     """Preset name of the number format and granularity, for example W4A16_G64."""
     targets: tuple[str, ...] = ("Linear",)
-    """Which linears: globs on full dotted names, `re:` patterns or class names."""
+    """Which linears: globs on full dotted names, `re:` patterns or class names (Linear, Conv2d)."""
     ignore: tuple[str, ...] = ("lm_head",)
     """Which of them to leave alone; wins over targets."""
     overrides: Mapping[str, Scheme | str] = field(default_factory=dict)
@@ -79,10 +82,10 @@ class WeightMethod(BlockMethod):
                 return Scheme.parse(scheme)
         return Scheme.parse(self.scheme)
 
-    def assign(self, block: Block) -> dict[str, tuple[nn.Linear, Scheme]]:
-        """The block's float linears that this method quantizes: name relative to the block -> (linear, scheme)."""
+    def assign(self, block: Block) -> dict[str, tuple[Any, Scheme]]:
+        """The block's float layers that this method quantizes: name relative to the block -> (layer, scheme)."""
         return {
-            name: (linear, self.scheme_of(block.full_name(name)))
-            for name, linear in block.linears(self.targets, self.ignore).items()
-            if isinstance(linear, nn.Linear)
+            name: (layer, self.scheme_of(block.full_name(name)))
+            for name, layer in block.linears(self.targets, self.ignore).items()
+            if isinstance(layer, self.layers)
         }

@@ -85,9 +85,12 @@ def _take_apart(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return {"shape": [list(tree.shape), str(tree.dtype).removeprefix("torch.")]}
     if isinstance(tree, torch.Tensor):
         key = str(len(tensors))
+        # Its order in memory decides which kernel reads it, and with it the last bits of what comes out; files know one order only.
+        strides = tree.stride()
+        order = sorted(range(tree.ndim), key=lambda dimension: -strides[dimension])
         # Separate storage: safetensors refuses tensors that share memory.
-        tensors[key] = tree.detach().clone(memory_format=torch.contiguous_format)
-        return {"tensor": key}
+        tensors[key] = tree.detach().permute(order).clone(memory_format=torch.contiguous_format)
+        return {"tensor": [key, order]}
     if isinstance(tree, dict):
         return {"dict": {key: _take_apart(value, tensors) for key, value in tree.items()}}
     if isinstance(tree, tuple | list):
@@ -100,7 +103,8 @@ def _take_apart(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
 def _put_together(structure: Any, tensors: dict[str, torch.Tensor]) -> Any:
     ((kind, content),) = structure.items()
     if kind == "tensor":
-        return tensors[content]
+        key, order = content
+        return tensors[key].permute(sorted(range(len(order)), key=order.__getitem__))
     if kind == "shape":
         return torch.empty(content[0], dtype=getattr(torch, content[1]), device="meta")
     if kind == "value":

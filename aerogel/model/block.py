@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from aerogel.model.calls import Call
+from aerogel.model.convs import Layer, QuantConv2d
 from aerogel.model.family import Edge
 from aerogel.model.match import matches, names_exactly
 from aerogel.model.modules import QuantLinear
@@ -64,8 +65,8 @@ class Block:
         with torch.no_grad():
             return self.module(*call.args, **call.kwargs)
 
-    def linears(self, targets: Iterable[str] = ("Linear",), ignore: Iterable[str] = ()) -> dict[str, nn.Linear | QuantLinear]:
-        """The block's linears, float or quantized, that the patterns mean, by name relative to the block.
+    def linears(self, targets: Iterable[str] = ("Linear",), ignore: Iterable[str] = ()) -> dict[str, Layer | QuantLinear]:
+        """The block's linears and convolutions (`Conv2d`), float or quantized, that the patterns mean, by name in the block.
 
         Patterns are held against full dotted names. What the family keeps is left out unless a target spells its name.
         """
@@ -93,18 +94,19 @@ class Block:
         """Write down facts about a part of the block for the report: numbers and short texts."""
         self.notes.append({"name": self.full_name(name), **facts})
 
-    def _all_linears(self) -> dict[str, nn.Linear | QuantLinear]:
+    def _all_linears(self) -> dict[str, Layer | QuantLinear]:
         inside = tuple(f"{name}." for name in self.network.blocks()) if not self.name else ()
         return {
             name: module
             for name, module in self.module.named_modules()
-            if isinstance(module, nn.Linear | QuantLinear) and not name.startswith(inside)
+            if isinstance(module, Layer | QuantLinear) and not name.startswith(inside)
         }
 
 
 def _means(name: str, linear: nn.Module, targets: tuple[str, ...]) -> bool:
     # A quantized linear still answers to the class name of what it replaced.
-    return matches(name, targets, linear) or (isinstance(linear, QuantLinear) and "Linear" in targets)
+    was = "Conv2d" if isinstance(linear, QuantConv2d) else "Linear"
+    return matches(name, targets, linear) or (isinstance(linear, QuantLinear) and was in targets)
 
 
 def _bind(edge: Edge, names: list[str]) -> list[BoundEdge]:

@@ -14,8 +14,13 @@ class Tower:
     """A submodule that has blocks: a language model, a vision encoder, a denoiser."""
 
     name: str
-    blocks: str
-    """Glob of the blocks' dotted names, for example `model.layers.*` (here `*` is one path part)."""
+    blocks: str | tuple[str, ...]
+    """Globs of the blocks' dotted names, for example `model.layers.*` (here `*` is one path part)."""
+
+    @property
+    def globs(self) -> tuple[str, ...]:
+        """The globs, however many."""
+        return (self.blocks,) if isinstance(self.blocks, str) else self.blocks
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,21 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class TimePath:
+    """How a denoiser's time step reaches its blocks: an embedder, then linears that read the embedder's activated output.
+
+    What the projections give are the temporal features; no image enters before them.
+    """
+
+    embedders: tuple[str, ...]
+    """Globs of the modules that embed the sinusoid of a step; several are copies that see the same sinusoid."""
+    projections: tuple[str, ...]
+    """Globs of the linears that project the embedding for the blocks."""
+    others: tuple[tuple[str, str], ...] = ()
+    """(setting of the config, what else enters before the projections where the setting is given)."""
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture family."""
 
@@ -87,6 +107,7 @@ class Family:
     """What a norm adds to its weight before it multiplies (1.0 in Gemma)."""
     experts: Experts | None = None
     residual: Residual | None = None
+    time: TimePath | None = None
     modality: Modality = "text"
     renames: tuple[tuple[str, str], ...] = ()
     """Where transformers calls tensors otherwise than their checkpoint does: (beginning or `.part.` in memory, on disk)."""

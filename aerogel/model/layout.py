@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aerogel.numerics.packing import pack, pack_e8m0, pack_fp4, unpack, unpack_e8m0, unpack_fp4
 from aerogel.numerics.quantize import Grid
-from aerogel.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, Scheme
+from aerogel.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerStep, PerTensor, Scheme
 
 
 class Stored(NamedTuple):
@@ -32,7 +32,7 @@ def format_of(scheme: Scheme) -> str:
         return "mxfp4-pack-quantized" if weights.scale_format == "e8m0" else "nvfp4-pack-quantized"
     if weights.format.kind == "float":
         return "float-quantized"
-    return "pack-quantized" if scheme.inputs is None else "int-quantized"
+    return "pack-quantized" if scheme.inputs is None or scheme.bits < 8 else "int-quantized"
 
 
 def refuse(scheme: Scheme, in_features: int, out_features: int) -> str | None:
@@ -135,9 +135,10 @@ def blank(
     if act_order:
         tensors["weight_g_idx"] = empty(in_features, dtype=torch.int32)
     if scheme.inputs is not None and not scheme.inputs.dynamic:
-        tensors["input_scale"] = empty(1, dtype=dtype)
+        count = scheme.inputs.granularity.count if isinstance(scheme.inputs.granularity, PerStep) else 1
+        tensors["input_scale"] = empty(count, dtype=dtype)
         if not scheme.inputs.symmetric:
-            tensors["input_zero_point"] = empty(1, dtype=scheme.inputs.format.storage)
+            tensors["input_zero_point"] = empty(count, dtype=scheme.inputs.format.storage)
     return tensors
 
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from aerogel.errors import AerogelError
 from aerogel.kernels.linear import run
+from aerogel.model.clock import Clock
 from aerogel.model.layout import Stored, blank, decode, decode_input, encode
 from aerogel.numerics.quantize import Grid, dequantize, dynamic_grid, fake_quantize
-from aerogel.numerics.scheme import Scheme
+from aerogel.numerics.scheme import PerStep, Scheme
 
 
 def stored_grid(grid: Grid, dtype: torch.dtype) -> Grid:
@@ -41,6 +43,7 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.register_parameter("bias", bias)
         self.bias: nn.Parameter | None
+        self.clock: Clock | None = None
         self._packed = WeakTensorKeyDictionary()
         self._held: dict[torch.dtype, Tensor] | None = None
 
@@ -102,8 +105,20 @@ class QuantLinear(nn.Module):
         return self.stored().grid
 
     def input_grid(self) -> Grid | None:
-        """The grid of static inputs, or None when inputs are float or measured at run time."""
-        return decode_input(self._tensors(), self.scheme)
+        """The grid of static inputs, or None when inputs are float or measured at run time; of the step at hand where it has one a step.
+
+        Raises AerogelError outside of a denoiser's forward, and for a batch of several steps.
+        """
+        grid, inputs = decode_input(self._tensors(), self.scheme), self.scheme.inputs
+        if grid is None or inputs is None or not isinstance(inputs.granularity, PerStep):
+            return grid
+        rows = set(self.clock.rows) if self.clock is not None else set()
+        if len(rows) != 1:
+            raise AerogelError(
+                f"a layer with one scale a step needs a batch of one step and its denoiser's clock, got steps {sorted(rows)}"
+            )
+        (row,) = rows
+        return Grid(grid.scale[row], None if grid.zero is None else grid.zero[row])
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """Return the float weight_OI that the codes stand for, computed in float32 and rounded once."""

@@ -44,9 +44,12 @@ class Network:
 
     def blocks(self) -> dict[str, nn.Module]:
         """The blocks of every tower by full dotted name, in list order."""
-        patterns = [re.compile(_one_part(tower.blocks)) for tower in self.family.towers]
-        modules = dict(self.module.named_modules())
-        return {name: module for pattern in patterns for name, module in modules.items() if pattern.fullmatch(name)}
+        return {name: module for tower in self.family.towers for name, module in self.named(*tower.globs).items()}
+
+    def named(self, *globs: str) -> dict[str, nn.Module]:
+        """The modules that one of the globs names, by full dotted name in the module's own order; `*` stands for one part of a name."""
+        patterns = [re.compile(_one_part(glob)) for glob in globs]
+        return {name: module for name, module in self.module.named_modules() if any(pattern.fullmatch(name) for pattern in patterns)}
 
     def run(self, call: Call) -> Any:
         """One forward of the whole network, without gradients."""

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from aerogel.errors import AerogelError
+from aerogel.model.convs import Layer, QuantConv2d, empty
 from aerogel.model.layout import format_of, refuse
 from aerogel.model.modules import QuantLinear, ScaledInput
 from aerogel.numerics.formats import FORMATS
-from aerogel.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Scheme, TensorScheme
+from aerogel.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerStep, PerTensor, PerToken, Scheme, TensorScheme
 
 _PRESETS = ("FP8_DYNAMIC", "FP8_STATIC", "FP8_BLOCK", "NVFP4A16", "MXFP4A16")
 _SCALE_DTYPES = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
@@ -33,13 +34,14 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
     """Return the quantization_config of a module (a network or a block), or None when no linear in it is quantized.
 
     `ignore` names every linear left in float. Several schemes become several groups that name their linears one by one. A module
-    with scaled inputs, which compressed-tensors cannot express, gets the method name "aerogel" and the list `scaled_inputs`: other
-    readers then refuse it instead of reading it wrongly. Raises AerogelError when a linear does not fit its scheme's layout.
+    with scaled inputs, convolutions (both listed) or one scale a step, which compressed-tensors cannot express, gets the method name
+    "aerogel": other readers then refuse it instead of reading it wrongly. Raises AerogelError when a layer does not fit its scheme.
     """
     quantized = {name: part for name, part in module.named_modules() if isinstance(part, QuantLinear)}
     scaled = [name for name, part in module.named_modules() if isinstance(part, ScaledInput)]
     if not quantized and not scaled:
         return None
+    beyond = [name for name, part in quantized.items() if _beyond_compressed_tensors(part)]
     groups: dict[tuple[TensorScheme, TensorScheme | None, bool], list[str]] = {}
     for name, linear in quantized.items():
         if reason := refuse(linear.scheme, linear.in_features, linear.out_features):
@@ -48,7 +50,7 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
     config_groups = {}
     for number, ((weights, inputs, act_order), names) in enumerate(groups.items()):
         config_groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(groups) == 1 else names,
+            "targets": ["Linear"] if len(groups) == 1 and not beyond else names,
             "weights": _write(weights) | ({"actorder": "group"} if act_order else {}),
             "input_activations": None if inputs is None else _write(inputs),
             "output_activations": None,
@@ -56,7 +58,7 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
         }
     formats = {group["format"] for group in config_groups.values()} or {"dense"}
     config = {
-        "quant_method": "aerogel" if scaled else "compressed-tensors",
+        "quant_method": "aerogel" if scaled or beyond else "compressed-tensors",
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "config_groups": config_groups,
@@ -64,7 +66,8 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
-    return config | ({"scaled_inputs": scaled} if scaled else {})
+    convs = [name for name, part in quantized.items() if isinstance(part, QuantConv2d)]
+    return config | ({"scaled_inputs": scaled} if scaled else {}) | ({"convolutions": convs} if convs else {})
 
 
 def attach(module: nn.Module, config: Mapping[str, Any]) -> None:
@@ -76,20 +79,16 @@ def attach(module: nn.Module, config: Mapping[str, Any]) -> None:
         inner = module.get_submodule(name)
         assert isinstance(inner, nn.Linear)
         module.set_submodule(name, ScaledInput(inner, torch.ones(inner.in_features, dtype=inner.weight.dtype, device=inner.weight.device)))
-    for name, assigned in assignments(config, linears(module)).items():
-        linear = module.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        weight = linear.weight
-        quantized = QuantLinear.empty(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            assigned.scheme,
-            weight.dtype,
-            weight.device,
-            assigned.act_order,
-        )
-        module.set_submodule(name, quantized)
+    convs = set(config.get("convolutions", ()))
+    for name, assigned in assignments(config, [*linears(module), *convs]).items():
+        layer = module.get_submodule(name)
+        assert isinstance(layer, Layer)
+        module.set_submodule(name, empty(layer, assigned.scheme, assigned.act_order))
+
+
+def _beyond_compressed_tensors(part: QuantLinear) -> bool:
+    inputs = part.scheme.inputs
+    return isinstance(part, QuantConv2d) or (inputs is not None and isinstance(inputs.granularity, PerStep))
 
 
 def linears(module: nn.Module) -> list[str]:
@@ -142,6 +141,8 @@ def _write(tensor: TensorScheme) -> dict[str, Any]:
     match tensor.granularity:
         case PerGroup(size):
             args |= {"strategy": "tensor_group" if tensor.scale_format == "e4m3" else "group", "group_size": size}
+        case PerStep(count):
+            args |= {"strategy": "step", "steps": count}
         case PerBlock(rows, columns):
             args |= {"strategy": "block", "block_structure": [rows, columns]}
         case granularity:
@@ -188,6 +189,8 @@ def _granularity(name: str, args: Mapping[str, Any]) -> Granularity:
             return PerChannel()
         case "token":
             return PerToken()
+        case "step":
+            return PerStep(int(args["steps"]))
         case "group" | "tensor_group":
             return PerGroup(int(size))  # type: ignore[arg-type]
         case "block":
@@ -199,7 +202,9 @@ def _granularity(name: str, args: Mapping[str, Any]) -> Granularity:
 def _name(weights: TensorScheme, inputs: TensorScheme | None) -> str:
     """The preset name of a scheme, or a description when none fits."""
     group = f"_G{weights.granularity.size}" if isinstance(weights.granularity, PerGroup) else "_CHANNEL"
-    options = ("" if weights.symmetric else "_ASYM") + ("_STATIC" if inputs is not None and not inputs.dynamic else "")
+    options = "" if weights.symmetric else "_ASYM"
+    if inputs is not None and not inputs.dynamic:
+        options += "_STATIC" if inputs.symmetric else "_AFFINE"
     integer = f"W{weights.format.bits}A{16 if inputs is None else 8}{group}{options}"
     for name in (integer.replace("A8_CHANNEL", "A8"), *_PRESETS):
         scheme = Scheme.parse(name)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from aerogel.model.convs import Layer, matrix, quantized
 from aerogel.model.modules import QuantLinear, stored_grid
 from aerogel.model.statistics import InputStatistics
 from aerogel.numerics.quantize import Grid, grid_from_range, quantize
@@ -16,10 +17,10 @@ InputRange = Literal["absmax", "average"]
 """How the range of static inputs is found: the extremes of all calls, or their mean over the calls."""
 
 
-def round_to_nearest(linear: nn.Linear, scheme: Scheme, grid: Grid, dtype: torch.dtype, input_grid: Grid | None = None) -> QuantLinear:
-    """Return the quantized twin of `linear` on this grid, whose scales are stored in `dtype`."""
+def round_to_nearest(layer: Layer, scheme: Scheme, grid: Grid, dtype: torch.dtype, input_grid: Grid | None = None) -> QuantLinear:
+    """Return the quantized twin of `layer` on this grid, whose scales are stored in `dtype`."""
     grid = stored_grid(grid, dtype)
-    return QuantLinear.from_codes(linear, scheme, quantize(linear.weight, grid, scheme.weights), grid, None, input_grid, dtype)
+    return quantized(layer, scheme, quantize(matrix(layer), grid, scheme.weights), grid, None, input_grid, dtype)
 
 
 def static_inputs(scheme: Scheme, statistics: InputStatistics | None, rule: InputRange, dtype: torch.dtype) -> Grid | None:

@@ -74,7 +74,7 @@ def _trace_one(network: Network, call: Call, visiting: Callable[[str], AbstractC
         return forward
 
     inside = tuple(f"{name}." for name in blocks)
-    around = [m for name, m in network.module.named_modules() if isinstance(m, nn.Linear) and not name.startswith(inside)]
+    around = [m for name, m in network.module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and not name.startswith(inside)]
     read_around: set[str] = set()
     handles = [linear.register_forward_pre_hook(lambda _, args: read_around.update(sources.of(args))) for linear in around]
     try:

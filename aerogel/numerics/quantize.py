@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from aerogel.errors import AerogelError
 from aerogel.numerics.formats import FORMATS, Format
-from aerogel.numerics.scheme import Granularity, PerBlock, PerGroup, PerHead, PerTensor, TensorScheme
+from aerogel.numerics.scheme import Granularity, PerBlock, PerGroup, PerHead, PerStep, PerTensor, TensorScheme
 
 _E4M3 = FORMATS["fp8_e4m3"]
 
@@ -42,7 +42,7 @@ def grouped(x: Tensor, granularity: Granularity, fill: float = 0.0) -> Tensor:
     Zero is neutral for ranges (every range contains it) and for errors (every grid holds it exactly).
     """
     match granularity:
-        case PerTensor():
+        case PerTensor() | PerStep():
             return x.flatten()
         case PerGroup(size):
             return pad(x, (0, -x.shape[-1] % size), value=fill).unflatten(-1, (-1, size))

@@ -50,7 +50,14 @@ class PerHead:
     """One scale for each attention head of a key or value tensor."""
 
 
-Granularity = PerTensor | PerChannel | PerGroup | PerBlock | PerToken | PerHead
+@dataclass(frozen=True)
+class PerStep:
+    """One scale for the whole tensor at each step of a sampler: scale_T with T = `count`; the step at hand picks one."""
+
+    count: int
+
+
+Granularity = PerTensor | PerChannel | PerGroup | PerBlock | PerToken | PerHead | PerStep
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,8 @@ class Scheme:
     def parse(cls, value: Scheme | str | Mapping[str, Any]) -> Scheme:
         """Read a scheme from its preset name or from a mapping `{preset, group, symmetric}`.
 
-        Names are `W<bits>A<8|16>` and options joined by underscores: `G64` (group size), `CHANNEL`, `ASYM`, `STATIC`;
+        Names are `W<bits>A<8|16>` and options joined by underscores: `G64` (group size), `CHANNEL`, `ASYM`, `STATIC`, `AFFINE` (STATIC with
+        a zero point);
         or one of FP8_DYNAMIC, FP8_STATIC, FP8_BLOCK, NVFP4A16, MXFP4A16. Without an option a weight-only scheme has symmetric
         groups of 128, and W8A8 has symmetric channels with dynamic per-token inputs. Raises AerogelError on anything else.
         """
@@ -118,7 +126,7 @@ def _named(name: str) -> Scheme:
     match = _PRESET.match(upper)
     if match is None:
         raise AerogelError(
-            f"unknown scheme {name!r}; expected W<2-8>A<8|16> with options _G<size>, _CHANNEL, _ASYM, _STATIC "
+            f"unknown scheme {name!r}; expected W<2-8>A<8|16> with options _G<size>, _CHANNEL, _ASYM, _STATIC, _AFFINE "
             f"(for example W4A16_G64), or one of {', '.join(_FLOAT_PRESETS)}"
         )
     return _integer_preset(upper, int(match["w"]), int(match["a"]), match["options"].split("_")[1:])
@@ -126,22 +134,24 @@ def _named(name: str) -> Scheme:
 
 def _integer_preset(name: str, weight_bits: int, input_bits: int, options: list[str]) -> Scheme:
     granularity: Granularity = PerChannel() if input_bits == 8 else PerGroup(128)
-    symmetric, static = True, False
+    symmetric, static, affine = True, False, False
     for option in options:
         if option == "ASYM":
             symmetric = False
         elif option == "CHANNEL":
             granularity = PerChannel()
-        elif option == "STATIC" and input_bits == 8:
-            static = True
+        elif option in ("STATIC", "AFFINE") and input_bits == 8:
+            static, affine = True, affine or option == "AFFINE"
         elif re.fullmatch(r"G[1-9]\d*", option):
             granularity = PerGroup(int(option[1:]))
         else:
-            raise AerogelError(f"scheme {name!r}: option {option!r} is not known here; expected G<size>, CHANNEL, ASYM or (A8 only) STATIC")
+            raise AerogelError(
+                f"scheme {name!r}: option {option!r} is not known here; expected G<size>, CHANNEL, ASYM or (A8 only) STATIC or AFFINE"
+            )
     weights = TensorScheme(format_named(f"int{weight_bits}"), granularity, symmetric)
     if input_bits == 16:
         return Scheme(name, weights)
-    inputs = TensorScheme(format_named("int8"), PerTensor() if static else PerToken(), True, dynamic=not static)
+    inputs = TensorScheme(format_named("int8"), PerTensor() if static else PerToken(), not affine, dynamic=not static)
     return Scheme(name, weights, inputs)
 
 

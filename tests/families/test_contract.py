@@ -30,8 +30,10 @@ UNREAD = {"model.vision_tower.encoder.layers.2"}
 # The share of the weights of linears in blocks, routers and experts included, that a method with default patterns reaches.
 SHARE = {"qwen3_moe": 0.995, "qwen3_moe_dense": 0.995, "mixtral": 0.997}
 
+DENOISERS = {"dit", "wan", "wan_i2v", "unet", "unet_pixels", "pixart"}
+
 # Norms stand between what a block writes and the stream, or other towers write into it, or its norms depend on the time step.
-NO_STREAM = {"gemma2", "gemma3", "opt_350m", "qwen2_5_vl", "llava", "dit", "wan", "wan_i2v"}
+NO_STREAM = {"gemma2", "gemma3", "opt_350m", "qwen2_5_vl", "llava", "dit", "wan", "wan_i2v", "unet", "unet_pixels", "pixart"}
 
 
 def blocks_of(network: Network) -> list[Block]:
@@ -98,7 +100,7 @@ class OneAtATime:
         self._checkpoint.release(self._blocks[name])
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(TINY) if name not in {"dit", "wan", "wan_i2v"}])
+@pytest.mark.parametrize("name", [name for name in sorted(TINY) if name not in DENOISERS])
 def test_one_block_in_memory_is_enough(name: str, tmp_path: Path) -> None:
     calls = TINY[name].calls(3)
     expected = plain_calls(opened(name), calls)
@@ -201,7 +203,9 @@ def test_every_linear_is_reached_or_kept(name: str) -> None:
         for part, parameter in block.module.named_parameters():
             if parameter.ndim > 1 and part not in embeddings and not part.endswith("scale_shift_table"):
                 weights[block.full_name(part)] = parameter.numel()
-        reached |= {block.full_name(f"{part}.weight"): linear.weight.numel() for part, linear in block.linears().items()}
+        reached |= {
+            block.full_name(f"{part}.weight"): linear.weight.numel() for part, linear in block.linears(("Linear", "Conv2d")).items()
+        }
     missed = weights.keys() - reached.keys()
     assert missed == {key for key in weights if key.endswith(".mlp.gate.weight")}
     assert reached.keys() <= weights.keys()

@@ -180,13 +180,14 @@ class Wrong(linear.Kernel):
 def test_the_fastest_kernel_is_measured_once_per_power_of_two_and_kept(monkeypatch: pytest.MonkeyPatch, few_rows: bool) -> None:
     tried: list[tuple[str, int]] = []
 
-    def seconds(kernel: linear.Kernel, x_TI: torch.Tensor) -> float:
+    def seconds(run: Any, device: torch.device) -> float:
+        kernel, (x_TI,) = run.func, run.args
         tried.append((kernel.name, len(x_TI)))
         return 2.0 if kernel.name == "wrong" else 1.0
 
     monkeypatch.setattr(Wrong, "few_rows", few_rows)
     monkeypatch.setattr(linear, "KERNELS", {"wrong": Wrong, "reference": linear.Reference})
-    monkeypatch.setattr(linear, "_seconds", seconds)
+    monkeypatch.setattr(linear, "timed", seconds)
     weight, cache = plain("W8A16", 16, 128), {}
     wanted = float_product(weight, inputs(128, 128))
     for rows in (3, 4, 4, 100, 70, 128):

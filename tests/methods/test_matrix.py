@@ -31,7 +31,7 @@ KNOBS: dict[str, dict[str, Any]] = {
 }
 
 # Methods that leave some families alone, and why.
-REFUSED = {"rotate": ({"gemma2", "gemma3", "qwen2_5_vl", "llava", "dit", "wan"}, "no residual stream")}
+REFUSED = {"rotate": ({"gemma2", "gemma3", "qwen2_5_vl", "llava", "dit", "wan", "unet", "pixart"}, "no residual stream")}
 
 # Largest relative error of the output. Eight bits on random weights: 0.03; where a router picks experts, a rounding can change its
 # choice: 0.15. Methods that keep the function are held to float32.
@@ -110,7 +110,7 @@ def test_a_folder_gives_the_bits_of_a_live_network(name: str, tmp_path: Path) ->
     assert {key.removesuffix("_packed").removesuffix("_scale").removesuffix("_shape") for key in lazy} == before.keys()
 
 
-@pytest.mark.parametrize("name", ["dit", "wan"])
+@pytest.mark.parametrize("name", ["dit", "wan", "unet"])
 def test_formats_of_language_engines_refuse_denoisers(name: str, tmp_path: Path) -> None:
     aerogel.compress(FAMILIES[name].build(), steps("rtn"), samples=FAMILIES[name].calls(1), output=tmp_path / "out", measures=())
     formats = set(catalog.names("exporters")) - {"compressed_tensors"}

@@ -34,6 +34,15 @@ def test_round_trip(activations: Activations) -> None:
     assert rest["flag"] is True
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 0, 2, 1)])
+def test_the_order_in_memory_comes_back(activations: Activations, order: tuple[int, ...]) -> None:
+    tensor = torch.randn(2, 3, 4, 5).permute(order)
+    activations.put("block.0", 0, [tensor])
+    (back,) = activations.get("block.0", 0)
+    assert torch.equal(back, tensor)
+    assert back.stride() == tensor.stride()
+
+
 def test_changing_what_came_back_changes_nothing_kept(activations: Activations) -> None:
     activations.put("block.0", 0, torch.ones(3))
     activations.get("block.0", 0).zero_()

@@ -14,7 +14,7 @@ from aerogel.numerics.scheme import Scheme
         ("W4A16", "pack-quantized"),
         ("W3A16_CHANNEL", "pack-quantized"),
         ("W8A8", "int-quantized"),
-        ("W4A8_G32", "int-quantized"),
+        ("W4A8_G32", "pack-quantized"),
         ("FP8_DYNAMIC", "float-quantized"),
         ("NVFP4A16", "nvfp4-pack-quantized"),
         ("MXFP4A16", "mxfp4-pack-quantized"),

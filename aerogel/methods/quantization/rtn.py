@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from torch import nn
 
 from aerogel.methods.method import WeightMethod
 from aerogel.model.block import Block
+from aerogel.model.convs import matrix
 from aerogel.model.rounding import InputRange, has_static_inputs, output_error, round_to_nearest, static_inputs
 from aerogel.model.statistics import collect
 from aerogel.numerics.quantize import grouped
@@ -18,6 +21,8 @@ from aerogel.numerics.search import Observer, observe
 @dataclass(frozen=True)
 class Rtn(WeightMethod):
     """Rounds weights to the nearest code."""
+
+    layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d)
 
     observer: Observer = "minmax"
     """How ranges are found: minmax (cover every weight) or mse (least squared error)."""
@@ -32,16 +37,16 @@ class Rtn(WeightMethod):
 
     @torch.no_grad()
     def compress(self, block: Block) -> None:
-        """Quantize the block's linears."""
+        """Quantize the block's linears and convolutions."""
         jobs = self.assign(block)
         calibrated = [name for name, (_, scheme) in jobs.items() if has_static_inputs(scheme)]
         statistics = collect(block, calibrated, ranges=True) if calibrated else {}
         for name, (linear, scheme) in jobs.items():
             dtype = block.stored_dtype or linear.weight.dtype
-            grid = observe(grouped(linear.weight, scheme.weights.granularity), scheme.weights, self.observer)
+            grid = observe(grouped(matrix(linear), scheme.weights.granularity), scheme.weights, self.observer)
             seen = statistics.get(name)
             quantized = round_to_nearest(linear, scheme, grid, dtype, static_inputs(scheme, seen, self.input_range, dtype))
-            error = output_error(linear.weight.float() - quantized.dequantized(torch.float32), linear.weight, None)
+            error = output_error(matrix(linear).float() - quantized.dequantized(torch.float32), matrix(linear), None)
             block.replace(name, quantized)
             unseen = {"fallback": "input range unknown: no token reached it"} if has_static_inputs(scheme) and seen is None else {}
             block.note(name, error=error, **unseen)

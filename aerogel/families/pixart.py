@@ -1,0 +1,21 @@
+"""PixArt, the text-to-image transformer of diffusers; one modulation of the time step is shared by all blocks."""
+
+from __future__ import annotations
+
+from aerogel.model.family import Edge, Family, TimePath, Tower
+
+FAMILY = Family(
+    name="pixart",
+    matches=("PixArtTransformer2DModel",),
+    towers=(Tower("", "transformer_blocks.*"),),
+    edges=(
+        Edge("attn1.to_v", ("attn1.to_out.0",), heads=True),
+        Edge("attn2.to_v", ("attn2.to_out.0",), heads=True),
+    ),
+    time=TimePath(
+        embedders=("adaln_single.emb.timestep_embedder",),
+        projections=("adaln_single.linear",),
+        others=(("use_additional_conditions", "the sizes of the picture"),),
+    ),
+    modality="image",
+)

@@ -1,0 +1,48 @@
+"""The UNets of diffusers, with and without text: Stable Diffusion 1 to XL, latent and pixel models."""
+
+from __future__ import annotations
+
+from aerogel.model.family import Edge, Family, TimePath, Tower
+
+FAMILY = Family(
+    name="unet",
+    matches=("UNet2DModel", "UNet2DConditionModel"),
+    towers=(
+        Tower(
+            "",
+            (
+                "down_blocks.*.resnets.*",
+                "down_blocks.*.attentions.*",
+                "down_blocks.*.downsamplers.*",
+                "mid_block.resnets.*",
+                "mid_block.attentions.*",
+                "up_blocks.*.resnets.*",
+                "up_blocks.*.attentions.*",
+                "up_blocks.*.upsamplers.*",
+            ),
+        ),
+    ),
+    edges=(
+        Edge("transformer_blocks.*.attn1.to_v", ("transformer_blocks.*.attn1.to_out.0",), heads=True),
+        Edge("transformer_blocks.*.attn2.to_v", ("transformer_blocks.*.attn2.to_out.0",), heads=True),
+        Edge("transformer_blocks.*.norm3", ("transformer_blocks.*.ff.net.0.proj",)),
+        Edge("to_v", ("to_out.0",), heads=True),
+    ),
+    time=TimePath(
+        embedders=("time_embedding",),
+        projections=(
+            "down_blocks.*.resnets.*.time_emb_proj",
+            "mid_block.resnets.*.time_emb_proj",
+            "up_blocks.*.resnets.*.time_emb_proj",
+            "down_blocks.*.downsamplers.*.time_emb_proj",
+            "up_blocks.*.upsamplers.*.time_emb_proj",
+        ),
+        others=(
+            ("class_embed_type", "the class label"),
+            ("num_class_embeds", "the class label"),
+            ("addition_embed_type", "the pooled text and the sizes"),
+            ("time_cond_proj_dim", "the guidance scale"),
+        ),
+    ),
+    modality="image",
+)

@@ -1,0 +1,110 @@
+"""oneDNN's products of unsigned inputs that have a zero point with signed weights: sums are exact, the scale is applied once.
+
+O outputs, I inputs, T rows; codes are those of numerics, whose signed int8 becomes oneDNN's unsigned by adding 128.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from aerogel.kernels.kernel import Kernel, Weight
+from aerogel.numerics.quantize import Grid
+from aerogel.numerics.scheme import PerChannel, PerStep, PerTensor
+
+_INT8 = torch.iinfo(torch.int8)
+_FLOATS = (torch.float32, torch.bfloat16)
+
+
+def accepted(weight: Weight, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the inputs are static int8 under one scale and the weights integers under one scale a channel, on a CPU."""
+    weights, inputs = weight.scheme.weights, weight.scheme.inputs
+    if device.type != "cpu" or dtype not in _FLOATS or inputs is None or inputs.dynamic or inputs.format.name != "int8":
+        return False
+    static = isinstance(inputs.granularity, PerTensor | PerStep)
+    return static and weights.format.kind == "int" and isinstance(weights.granularity, PerChannel)
+
+
+class Signed(NamedTuple):
+    """A weight as int8 without zero points: where these do not fit into the codes, a last row of ones sums the inputs for them."""
+
+    codes_OI: Tensor
+    scale_O: Tensor
+    zero_O: Tensor | None
+    """What is still to be subtracted, times the sum of the inputs; None when nothing is."""
+
+
+def signed(codes_OI: Tensor, grid: Grid) -> Signed:
+    """Fold the zero points of a weight into its codes, or add the row that allows for them."""
+    scale_O = grid.scale.reshape(-1).float()
+    if grid.zero is None:
+        return Signed(codes_OI.to(torch.int8), scale_O, None)
+    zero_O = grid.zero.reshape(-1)
+    moved = codes_OI.to(torch.int16) - zero_O.to(torch.int16)[:, None]
+    if _INT8.min <= int(moved.min()) and int(moved.max()) <= _INT8.max:
+        return Signed(moved.to(torch.int8), scale_O, None)
+    ones = torch.ones(1, codes_OI.shape[1], dtype=torch.int8)
+    return Signed(torch.cat([codes_OI.to(torch.int8), ones]), torch.cat([scale_O, torch.ones(1)]), zero_O.float() * scale_O)
+
+
+class Affine(Kernel):
+    """A linear with static inputs."""
+
+    name = "affine"
+
+    @staticmethod
+    def accepts(weight: Weight, device: torch.device, dtype: torch.dtype) -> bool:
+        """Static int8 inputs under one scale, or one scale a step, with or without a zero point."""
+        return accepted(weight, device, dtype)
+
+    def __init__(self, weight: Weight, dtype: torch.dtype) -> None:
+        super().__init__(weight, dtype)
+        self._weight = weakref.ref(weight)  # the weight owns the cache that owns this kernel
+        self.rows = signed(weight.codes().detach(), weight.grid())
+        self.packed = torch.ops.onednn.qlinear_prepack(self.rows.codes_OI, [1, weight.in_features])
+        self.none = torch.zeros(len(self.rows.scale_O), dtype=torch.int32)
+        self.bias = bias_of(weight, self.rows)
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """Quantize all rows with the scale of the step, multiply integers, scale."""
+        weight = self._weight()
+        assert weight is not None, "a kernel of this kind is used by the weight it was made for"
+        codes, scale, zero = quantized(x_TI, weight)
+        kind = x_TI.dtype if self.rows.zero_O is None else torch.float32
+        rest: tuple[Any, ...] = (self.packed, self.rows.scale_O, self.none, self.bias, 1.0, 0, kind, "none", [], "")
+        y = torch.ops.onednn.qlinear_pointwise(codes, scale, zero, *rest)
+        return without_zeros(y, self.rows, 1).to(x_TI.dtype)
+
+
+def bias_of(weight: Weight, rows: Signed) -> Tensor | None:
+    """The float bias with one more zero where there is one more row."""
+    if weight.bias is None:
+        return None
+    bias_O = weight.bias.detach().float()
+    return bias_O if rows.zero_O is None else torch.cat([bias_O, torch.zeros(1)])
+
+
+def quantized(x: Tensor, weight: Weight) -> tuple[Tensor, float, int]:
+    """Return unsigned codes of any layout with their scale and zero point."""
+    grid, inputs = weight.input_grid(), weight.scheme.inputs
+    assert grid is not None, "accepted() said so"
+    assert inputs is not None, "accepted() said so"
+    scaled = x.float() / grid.scale
+    if grid.zero is not None:
+        scaled += grid.zero
+    codes = scaled.clamp_(inputs.format.low, inputs.format.high).round_().to(torch.int8)
+    zero = 128 if grid.zero is None else int(grid.zero) + 128
+    return codes.view(torch.uint8).bitwise_xor_(128), float(grid.scale), zero  # the highest bit is all that tells the two apart
+
+
+def without_zeros(y: Tensor, rows: Signed, channels: int) -> Tensor:
+    """Subtract what the zero points of the weight add, from the last channel's sum of the inputs; channels are dimension `channels`."""
+    if rows.zero_O is None:
+        return y
+    count = y.shape[channels] - 1
+    shape: Sequence[int] = [-1 if dimension == channels else 1 for dimension in range(y.ndim)]
+    return y.narrow(channels, 0, count) - y.narrow(channels, count, 1) * rows.zero_O.view(shape)
