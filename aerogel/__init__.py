@@ -6,12 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aerogel.engine.opening import load
     from aerogel.engine.planning import Plan, plan
     from aerogel.engine.result import Result
     from aerogel.engine.run import compress
     from aerogel.engine.scores import measure
     from aerogel.errors import AerogelError
-    from aerogel.model.load import load
     from aerogel.recipe import Recipe
 
 __version__ = "0.1.0"
@@ -24,7 +24,7 @@ _HOMES = {
     "Recipe": "aerogel.recipe",
     "Result": "aerogel.engine.result",
     "compress": "aerogel.engine.run",
-    "load": "aerogel.model.load",
+    "load": "aerogel.engine.opening",
     "measure": "aerogel.engine.scores",
     "plan": "aerogel.engine.planning",
 }

@@ -22,6 +22,7 @@ from torch import nn
 from aerogel.engine import policies, provenance
 from aerogel.engine.calibration import Calibration, Samples, prepare, reading
 from aerogel.engine.planning import Plan, blocks_of, needs_calls, plan_network
+from aerogel.engine.policies import Measured
 from aerogel.engine.preflight import check_output, check_plan, check_weights, partial_of
 from aerogel.engine.progress import Event, Tell, Watch
 from aerogel.engine.result import Result, write
@@ -29,7 +30,7 @@ from aerogel.engine.resume import Progress, Stage, fingerprint_of
 from aerogel.engine.scores import Scores, measure
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure
-from aerogel.methods.method import BlockMethod, Method, WeightMethod
+from aerogel.methods.method import BlockMethod, Method, RuntimePolicy, WeightMethod
 from aerogel.model import save
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
@@ -196,22 +197,27 @@ class Run:
     tell: Tell
     progress: Progress | None = None
     journal: list[dict[str, Any]] = field(default_factory=list)
-    policies: list[policies.Measured] = field(default_factory=list)
+    policies: list[Measured] = field(default_factory=list)
 
     def go(self) -> None:
-        """Do every step; neighbouring block methods share one walk."""
+        """Do every step; neighbouring block methods share one walk, and a policy is on while later steps run."""
         stages = _stages(self.recipe)
-        for number, steps in enumerate(stages):
-            method = steps[0].method
-            if isinstance(method, BlockMethod):
-                self._visit_blocks(number, steps, len(stages))
-            elif isinstance(method, Method):
+        with ExitStack() as stack:
+            for number, steps in enumerate(stages):
+                method = steps[0].method
+                if isinstance(method, BlockMethod):
+                    self._visit_blocks(number, steps, len(stages))
+                    continue
                 self.tell(Event("compress", number, len(stages), steps[0].name))
-                self._change_whole(number, method)
-            else:
-                self.tell(Event("compress", number, len(stages), steps[0].name))
-                with self._resident(), _seeded(self.seed, number):
-                    self.policies.append(policies.Measured(steps[0], method.calibrate(self.network, self.calibration.calls)))
+                if isinstance(method, Method):
+                    self._change_whole(number, method)
+                else:
+                    stack.enter_context(policies.on(self.network, [self._calibrate(number, steps[0], method)]))
+
+    def _calibrate(self, number: int, step: Step, policy: RuntimePolicy) -> Measured:
+        with self._resident(), _seeded(self.seed, number):
+            self.policies.append(Measured(step, policy.calibrate(self.network, self.calibration.calls)))
+        return self.policies[-1]
 
     def _visit_blocks(self, number: int, steps: Sequence[Step], stages: int) -> None:
         stage = self.progress.stage(number) if self.progress else None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from aerogel.errors import AerogelError
+from aerogel.model.calls import Call
 
 
 class Clock:
@@ -25,7 +26,10 @@ class Clock:
         self.sampler = sampler
         """What gave the steps, for error messages."""
         self._row_of = {step: row for row, step in enumerate(self.steps)}
+        self.alone: tuple[str, ...] = ()
+        """Full names of the modules that run once a row."""
         self._rows: tuple[int, ...] | None = None
+        self._wide: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = []
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -54,50 +58,67 @@ class Clock:
         finally:
             self._rows = before
 
-    @contextmanager
-    def on(self, denoiser: nn.Module) -> Iterator[None]:
-        """Follow the forwards of a denoiser for a while."""
-        names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+    def follow(self, denoiser: nn.Module, alone: Iterable[str] = ()) -> list[RemovableHandle]:
+        """Follow the forwards of a denoiser until the handles are removed.
 
-        def start(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = kwargs["timestep"] if "timestep" in kwargs else args[names.index("timestep")]
-            self._rows = self.rows_of(given)
-
-        def stop(*_: Any) -> None:
-            self._rows = None
-
+        Modules named in `alone` depend on the step alone: they run on one sample of each row, whose result is spread over the others, so
+        that it is the same in every batch, bit for bit.
+        """
+        self.alone = tuple(alone)
         handles = [
-            denoiser.register_forward_pre_hook(start, with_kwargs=True),
-            denoiser.register_forward_hook(stop, always_call=True),
+            denoiser.register_forward_pre_hook(self._start, with_kwargs=True),
+            denoiser.register_forward_hook(self._stop, always_call=True),
         ]
+        for name in self.alone:
+            module = denoiser.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(self._narrow))
+            handles.append(module.register_forward_hook(self._widen, always_call=True))
+        return handles
+
+    @contextmanager
+    def on(self, denoiser: nn.Module, alone: Iterable[str] = ()) -> Iterator[None]:
+        """Follow for a while."""
+        handles = self.follow(denoiser, alone)
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
+    # Bound methods, because a copy of a network must get hooks of its own clock, the one that the copied layers have.
+    def _start(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A walk stops forwards half-way and then runs a block by itself: the rows stay those of its call until the next one starts.
+        self._wide.clear()
+        self._rows = self.rows_of(timestep_of(denoiser, args, kwargs))
 
-class PerRow(nn.Module):
-    """Runs a module on one sample of each row and gives every sample of the row the same result.
+    def _stop(self, *_: Any) -> None:
+        self._rows = None
+        self._wide.clear()
 
-    What depends on the step alone is thereby the same in every batch, bit for bit, and costs one sample. Shapes: (N, C) -> (N, D), or
-    (1, C) -> (1, D).
-    """
+    def _narrow(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x_NC, *rest = args
+        rows = self.rows if len(self.rows) == len(x_NC) else self.rows * len(x_NC)
+        self._wide.append((rows, self._rows))
+        self._rows = tuple(dict.fromkeys(rows))
+        return (x_NC[[rows.index(row) for row in self._rows]], *rest)
 
-    def __init__(self, inner: nn.Module, clock: Clock) -> None:
-        super().__init__()
-        self.inner = inner
-        self.clock = clock
+    def _widen(self, _: nn.Module, __: Any, y: Any) -> Any:
+        narrow, (rows, self._rows) = self.rows, self._wide.pop()
+        if not isinstance(y, Tensor):  # the module failed
+            return y
+        return y.expand(len(rows), -1) if len(narrow) == 1 else y[[narrow.index(row) for row in rows]]
 
-    def forward(self, x_NC: Tensor) -> Tensor:
-        """Return inner(x) row by row."""
-        rows = self.clock.rows
-        rows = rows if len(rows) == len(x_NC) else rows * len(x_NC)
-        first = {row: number for number, row in reversed(list(enumerate(rows)))}
-        made = {}
-        for row, number in first.items():
-            with self.clock.at((row,)):
-                made[row] = self.inner(x_NC[number : number + 1])
-        if len(made) == 1:
-            return next(iter(made.values())).expand(len(x_NC), -1)
-        return torch.cat([made[row] for row in rows])
+
+def timestep_of(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The time step that a call of a denoiser has; raises AerogelError when its forward takes none."""
+    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+    if "timestep" not in names:
+        raise AerogelError(f"{type(denoiser).__name__} takes no timestep; temporal features are a matter of denoisers")
+    return kwargs["timestep"] if "timestep" in kwargs else args[names.index("timestep")]
+
+
+def steps_of(denoiser: nn.Module, calls: Iterable[Call]) -> tuple[float, ...]:
+    """The distinct time steps of recorded calls in the order in which they come."""
+    given = (timestep_of(denoiser, call.args, call.kwargs) for call in calls)
+    found = (step for one in given for step in (one.flatten().tolist() if isinstance(one, Tensor) else [one]))
+    return tuple(dict.fromkeys(float(step) for step in found))

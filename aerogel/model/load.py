@@ -36,14 +36,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vo
 
 
 def load(source: Any, *, dtype: torch.dtype | None = None, lazy: bool = True, trust_remote_code: bool = False) -> Network:
-    """Open a network.
-
-    `source` is the name of a reference model, a Hugging Face or diffusers folder, a hub id, an `nn.Module`, a diffusers
-    pipeline, or a pair (module, processor). With `lazy` the weights of blocks stay on disk where the checkpoint allows it;
-    `network.checkpoint.materialise(network.module)` brings them in. `dtype` is what is computed in: by default the
-    checkpoint's, or float32 on a CPU that has no instructions for it. Raises AerogelError when the source is not found,
-    damaged, pickled or of an unknown family.
-    """
+    """Open a network without runtime policies; `aerogel.load`, which puts them on, says what the arguments are."""
     if isinstance(source, Network):
         return source
     if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], nn.Module):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from aerogel.errors import AerogelError
+from aerogel.model.clock import Clock
 from aerogel.model.convs import Layer, QuantConv2d, empty
 from aerogel.model.layout import format_of, refuse
 from aerogel.model.modules import QuantLinear, ScaledInput
@@ -67,6 +68,8 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
         "global_compression_ratio": None,
     }
     convs = [name for name, part in quantized.items() if isinstance(part, QuantConv2d)]
+    if (clock := clock_of(module)) is not None:
+        config["clock"] = {"steps": list(clock.steps), "sampler": clock.sampler, "alone": list(clock.alone)}
     return config | ({"scaled_inputs": scaled} if scaled else {}) | ({"convolutions": convs} if convs else {})
 
 
@@ -84,6 +87,21 @@ def attach(module: nn.Module, config: Mapping[str, Any]) -> None:
         layer = module.get_submodule(name)
         assert isinstance(layer, Layer)
         module.set_submodule(name, empty(layer, assigned.scheme, assigned.act_order))
+    if told := config.get("clock"):
+        set_clock(module, Clock(told["steps"], told["sampler"]), told["alone"])
+
+
+def clock_of(module: nn.Module) -> Clock | None:
+    """The clock that layers of a denoiser follow, or None when no layer has one scale a step."""
+    return next((part.clock for part in module.modules() if isinstance(part, QuantLinear) and part.clock is not None), None)
+
+
+def set_clock(module: nn.Module, clock: Clock, alone: Iterable[str]) -> None:
+    """Let a denoiser's layers with one scale a step follow this clock from now on; see Clock.follow for `alone`."""
+    for part in module.modules():
+        if isinstance(part, QuantLinear) and part.scheme.inputs is not None and isinstance(part.scheme.inputs.granularity, PerStep):
+            part.clock = clock
+    clock.follow(module, alone)
 
 
 def _beyond_compressed_tensors(part: QuantLinear) -> bool:

@@ -1,4 +1,4 @@
-"""One loop that fits parameters to a teacher, a block or a whole network, and gives back the best it saw.
+"""One loop that fits parameters to a teacher, a block or a whole network, and gives back the best it saw, or the last.
 
 The loop knows calls by their numbers only: the caller's closure runs the student on a few of them and compares it with the teacher. The
 loss over all calls is measured before the first step and every `check` steps; the parameters end where it was least, so a fit never
@@ -44,6 +44,8 @@ class Fit:
     """Steps between measurements of the loss over all calls."""
     optimizer: Literal["adamw", "adam"] = "adamw"
     """Which optimiser."""
+    keep: Literal["best", "last"] = "best"
+    """Which parameters stay: the best by the loss over all calls, or the last, where the loss itself changes on the way."""
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0 (arXiv:1608.03983, one cycle)."""
@@ -71,10 +73,18 @@ class History:
         return min(self.checks, key=lambda step: self.checks[step])
 
 
-def fit(parameters: Sequence[nn.Parameter], loss: Loss, calls: int, how: Fit, generator: torch.Generator) -> History:
+def fit(
+    parameters: Sequence[nn.Parameter],
+    loss: Loss,
+    calls: int,
+    how: Fit,
+    generator: torch.Generator,
+    before: Callable[[int], None] = lambda step: None,
+) -> History:
     """Fit `parameters` (any dtype Adam works in, in place) so that `loss` over `calls` calls becomes small; return its history.
 
-    The same generator state gives the same fit. A loss or gradient that is not finite ends the fit with the best parameters so far and a
+    `before(step)` is told of every step, counted from 0. The same generator state gives the same fit. A loss or gradient that is not
+    finite ends the fit with the best parameters so far (the last measured ones where the last are kept) and a
     warning; raises AerogelError when the loss is not finite to begin with.
     """
     if not parameters or calls < 1:
@@ -89,21 +99,27 @@ def fit(parameters: Sequence[nn.Parameter], loss: Loss, calls: int, how: Fit, ge
         for step, batch in zip(range(1, how.steps + 1), _batches(calls, how.batch, generator), strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = how.rate_at(step - 1)
+            before(step - 1)
             trouble = _step(parameters, loss, batch, optimizer, how.clip, history)
             if trouble is None and (step % how.check == 0 or step == how.steps):
                 score = _measure(loss, calls, how.batch)
                 if math.isfinite(score):
                     history.checks[step] = score
-                    best = [parameter.detach().clone() for parameter in parameters] if history.best == step else best
+                    better = how.keep == "last" or history.best == step
+                    best = [parameter.detach().clone() for parameter in parameters] if better else best
                 else:
                     trouble = f"the loss over all calls is {score}"
             if trouble is not None:
-                history.warning = f"{trouble} at step {step} of {how.steps}; kept the parameters of step {history.best}"
+                history.warning = f"{trouble} at step {step} of {how.steps}; kept the parameters of step {_kept(history, how)}"
                 break
         with torch.no_grad():
             for parameter, kept in zip(parameters, best, strict=True):
                 parameter.copy_(kept)
     return history
+
+
+def _kept(history: History, how: Fit) -> int:
+    return history.best if how.keep == "best" else max(history.checks)
 
 
 def _step(

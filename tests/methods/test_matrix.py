@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 import aerogel
 from aerogel import catalog
+from aerogel.engine import policies
 from aerogel.errors import AerogelError
 from aerogel.methods.method import WeightMethod
+from aerogel.model import time_path
 from aerogel.model.calls import Call
 from aerogel.model.match import matches
 from aerogel.model.modules import QuantLinear
@@ -25,13 +27,23 @@ from tests.tiny import FAMILIES, opened, output
 
 METHODS = catalog.names("methods")
 
+WEIGHTS = [name for name in METHODS if issubclass(catalog.find("methods", name), WeightMethod)]
+
 # Eight bits, in groups that divide every width of the tiny networks.
-KNOBS: dict[str, dict[str, Any]] = {
-    name: {"scheme": "W8A16_G32"} for name in METHODS if issubclass(catalog.find("methods", name), WeightMethod)
-}
+KNOBS: dict[str, dict[str, Any]] = {name: {"scheme": "W8A16_G32"} for name in WEIGHTS}
+
+# Methods that reach a part of the network only.
+KNOBS["tiar"] = {"scheme": "W8A16_CHANNEL_ASYM", "steps": 20}
+
 
 # Methods that leave some families alone, and why.
-REFUSED = {"rotate": ({"gemma2", "gemma3", "qwen2_5_vl", "llava", "dit", "wan", "unet", "pixart"}, "no residual stream")}
+NO_TIME = set(FAMILIES) - {"unet", "pixart"}
+REFUSED = {
+    "rotate": ({"gemma2", "gemma3", "qwen2_5_vl", "llava", "dit", "wan", "unet", "pixart"}, "no residual stream"),
+    "tiar": (NO_TIME, "names no temporal path|also depend on the class label"),
+    "time_table": (NO_TIME, "names no temporal path|also depend on the class label"),
+    "fsc": (set(FAMILIES), "names no temporal path|also depend on the class label|put tiar"),
+}
 
 # Largest relative error of the output. Eight bits on random weights: 0.03; where a router picks experts, a rounding can change its
 # choice: 0.15. Methods that keep the function are held to float32.
@@ -60,8 +72,9 @@ def test_method_on_family(method: str, name: str, expected: dict[str, list[Tenso
     live = tiny.build().requires_grad_(True)  # as from_pretrained leaves it
     result = aerogel.compress(live, steps(method), samples=tiny.calls(3), output=tmp_path / "out", measures=())
     network = result.network
-    assert reached(network) == (reachable(name) if method in KNOBS else set())
-    answers = [output(network.module, call) for call in tiny.calls(3)]
+    assert reached(network) == (temporal(network) if method == "tiar" else reachable(name) if method in KNOBS else set())
+    with policies.on(network, result.policies):
+        answers = [output(network.module, call) for call in tiny.calls(3)]
     bound = EXACT if method in KEEP_FUNCTION else ROUTED if network.family.experts else CLOSE
     for answer, before in zip(answers, expected[name], strict=True):
         assert answer.isfinite().all()
@@ -82,7 +95,7 @@ def test_refusal_is_clear_and_leaves_everything(method: str, name: str, expected
         torch.testing.assert_close(output(network, call), before, rtol=0, atol=2e-6)  # experts may have been taken apart
 
 
-@pytest.mark.parametrize("method", [name for name in KNOBS if "calls" in catalog.find("methods", name)().needs])
+@pytest.mark.parametrize("method", [name for name in WEIGHTS if "calls" in catalog.find("methods", name)().needs])
 def test_experts_that_no_token_reached_are_quantized_and_reported(method: str, tmp_path: Path) -> None:
     """One token goes to two of four experts; the other two are rounded to nearest, and the journal says so."""
     call = Call((), {"input_ids": torch.tensor([[5]]), "use_cache": False})
@@ -127,6 +140,12 @@ def stored(folder: Path) -> dict[str, Tensor]:
 
 def reached(network: Network) -> set[str]:
     return {name.removesuffix(".inner") for name, part in network.module.named_modules() if isinstance(part, QuantLinear)}
+
+
+def temporal(network: Network) -> set[str]:
+    """The linears of the temporal path."""
+    path = time_path.find(network)
+    return {*path.embedding_linears, *path.projections}
 
 
 def reachable(name: str) -> set[str]:

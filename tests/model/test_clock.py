@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.model.clock import Clock, PerRow
+from aerogel.model.clock import Clock
 
 
 class Denoiser(nn.Module):
@@ -61,15 +63,48 @@ def test_it_follows_a_forward_and_comes_off() -> None:
     assert not denoiser._forward_pre_hooks
 
 
-def test_a_module_of_the_step_alone_gives_the_same_bits_in_any_batch() -> None:
-    torch.manual_seed(0)
-    clock, linear = Clock([9, 4, 1]), nn.Linear(48, 96)
-    module = PerRow(linear, clock)
-    x_TC = torch.randn(3, 48)
-    alone = [linear(x_TC[row : row + 1]) for row in range(3)]
-    for rows in ((1, 1, 1, 1), (2, 0, 2), (0,), (1,) * 7):
-        with clock.at(rows):
-            y = module(x_TC[list(rows)])
-        assert torch.equal(y, torch.cat([alone[row] for row in rows]))
-    with clock.at((2, 2)):
-        assert torch.equal(module(x_TC[2:]), alone[2]), "one row may stand for a batch"
+class Projected(Denoiser):
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        torch.manual_seed(0)
+        self.time = nn.Sequential(nn.Linear(48, 96), nn.SiLU(), nn.Linear(96, 32))
+        self.table = torch.randn(3, 48)
+
+    def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+        rows = self.clock.rows
+        return sample + self.time(self.table[list(rows)].expand(len(sample), -1))
+
+
+@pytest.mark.parametrize("steps", [(4, 4, 4, 4), (1, 9, 1), (9,)], ids=str)
+def test_what_depends_on_the_step_alone_gives_the_same_bits_in_any_batch(steps: tuple[int, ...]) -> None:
+    clock = Clock([9, 4, 1])
+    denoiser = Projected(clock)
+    alone = [denoiser.time(denoiser.table[row : row + 1]) for row in range(3)]
+    sample = torch.zeros(len(steps), 32)
+    with clock.on(denoiser, ["time"]):
+        batches = [torch.tensor(steps)] + ([torch.tensor(steps[0])] if len(set(steps)) == 1 else [])
+        for timestep in batches:  # one step may stand for a batch
+            y = denoiser(sample, timestep)
+            wanted = torch.cat([alone[clock.steps.index(step)] for step in steps])
+            assert torch.equal(y, wanted) if len(set(steps)) == 1 else torch.allclose(y, wanted, atol=1e-6)
+    assert not denoiser.time._forward_hooks
+
+
+def test_a_module_that_fails_leaves_the_clock_in_order() -> None:
+    clock = Clock([9, 4, 1])
+    denoiser = Projected(clock)
+    with clock.on(denoiser, ["time"]):
+        denoiser.table = torch.randn(3, 47)
+        with pytest.raises(RuntimeError):
+            denoiser(torch.zeros(2, 32), 4)
+        denoiser.table = torch.randn(3, 48)
+        assert denoiser(torch.zeros(2, 32), 4).shape == (2, 32)
+
+
+def test_a_copy_follows_a_clock_of_its_own() -> None:
+    clock = Clock([9, 4, 1])
+    denoiser = Projected(clock)
+    clock.follow(denoiser, ["time"])
+    twin = copy.deepcopy(denoiser)
+    assert twin.clock is not clock
+    assert torch.equal(twin(torch.zeros(2, 32), 1), denoiser(torch.zeros(2, 32), 1))

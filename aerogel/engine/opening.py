@@ -1,0 +1,33 @@
+"""Opening a network as it was saved: with its runtime policies on."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from aerogel.engine import policies
+from aerogel.model import load as plain
+from aerogel.model.network import Network
+
+# A context whose last reference goes is left, and the policy with it.
+_on: WeakKeyDictionary[nn.Module, ExitStack] = WeakKeyDictionary()
+
+
+def load(source: Any, *, dtype: torch.dtype | None = None, lazy: bool = True, trust_remote_code: bool = False) -> Network:
+    """Open a network and put its runtime policies on for good.
+
+    `source` is the name of a reference model, a Hugging Face or diffusers folder, a hub id, an `nn.Module`, a diffusers
+    pipeline, or a pair (module, processor). With `lazy` the weights of blocks stay on disk where the checkpoint allows it;
+    `network.checkpoint.materialise(network.module)` brings them in. `dtype` is what is computed in: by default the
+    checkpoint's, or float32 on a CPU that has no instructions for it. Raises AerogelError when the source is not found,
+    damaged, pickled or of an unknown family.
+    """
+    network = plain.load(source, dtype=dtype, lazy=lazy, trust_remote_code=trust_remote_code)
+    if network is not source and (found := policies.load(network.origin)):
+        stack = _on[network.module] = ExitStack()
+        stack.enter_context(policies.on(network, found))
+    return network

@@ -1,0 +1,130 @@
+"""The temporal path of a denoiser: what it makes of the time step before an image enters, found in a network and run by itself.
+
+T steps, C channels of the sinusoid.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from aerogel.errors import AerogelError
+from aerogel.model.calls import Call, map_tensors
+from aerogel.model.convs import size
+from aerogel.model.hooks import Stop, until, watching
+from aerogel.model.network import Network
+
+
+@dataclass(frozen=True)
+class TemporalPath:
+    """The embedder of the time step and every linear that projects it for a block."""
+
+    embedders: dict[str, nn.Module]
+    """By full name; several are copies that all see the same sinusoid."""
+    projections: dict[str, nn.Module]
+    """By full name, in the network's own order."""
+    others: tuple[str, ...]
+    """What else enters before the projections; only without any are the temporal features a matter of the step alone."""
+
+    @property
+    def embedding_linears(self) -> dict[str, nn.Module]:
+        """The linears inside the embedders by full name, in order."""
+        return {
+            f"{name}.{part}": module
+            for name, embedder in self.embedders.items()
+            for part, module in embedder.named_modules()
+            if hasattr(module, "in_features")
+        }
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The width of each temporal feature."""
+        return {name: size(projection)[1] for name, projection in self.projections.items()}
+
+    @property
+    def parameters(self) -> int:
+        """Weights and biases of the path."""
+        modules = [*self.embedders.values(), *self.projections.values()]
+        return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+    def features(self, sinusoid_TC: Tensor) -> dict[str, Tensor]:
+        """Run the path: the temporal feature (T, width) of every projection; raises AerogelError where it is not of the step alone."""
+        self.require_alone()
+        (embedder,) = self.embedders.values()
+        activated = silu(embedder(sinusoid_TC))
+        return {name: projection(activated) for name, projection in self.projections.items()}
+
+    def require_alone(self) -> None:
+        """Raise AerogelError, with the reason, unless the temporal features depend on the step alone."""
+        if self.others:
+            raise AerogelError(
+                f"the temporal features of this network also depend on {' and '.join(self.others)}: they cannot be made for a step alone; "
+                "leave temporal steps out of the recipe"
+            )
+
+
+def find(network: Network) -> TemporalPath:
+    """Find the path by the names that the family gives; raises AerogelError when there is none or a part is missing."""
+    time = network.family.time
+    if time is None:
+        raise AerogelError(f"the {network.family.name} family names no temporal path; expected a diffusion UNet, DiT or PixArt")
+    embedders, projections = network.named(*time.embedders), network.named(*time.projections)
+    for what, found, names in (("embedder", embedders, time.embedders), ("projection", projections, time.projections)):
+        if not found:
+            raise AerogelError(f"this {network.family.name} network has no {what} of the time step ({', '.join(names)})")
+    config = network.config or {}
+    others = [other for setting, other in time.others if config.get(setting)]
+    return TemporalPath(embedders, projections, tuple(dict.fromkeys(others)))
+
+
+def check(network: Network, path: TemporalPath, call: Call) -> None:
+    """Run a call and raise AerogelError unless every projection is reached and reads silu of what the embedder gave, bit for bit."""
+    path.require_alone()
+    (embedder,) = path.embedders.values()
+    embedded: list[Tensor] = []
+    read: dict[str, Tensor] = {}
+    handle = embedder.register_forward_hook(lambda _, __, output: embedded.append(output))
+    try:
+        with watching(path.projections, read.__setitem__):
+            network.run(call)
+    finally:
+        handle.remove()
+    if unreached := [name for name in path.projections if name not in read]:
+        raise AerogelError(f"{unreached[0]} and {len(unreached) - 1} more projections of the time step are never reached by a forward")
+    expected = silu(embedded[-1])
+    # A projection that follows a clock reads one sample of each step; the first of them is the batch's first.
+    if wrong := [name for name, given in read.items() if not torch.equal(given[:1], expected[:1])]:
+        raise AerogelError(f"{wrong[0]} does not read the activated embedding of the time step; its features depend on something else")
+
+
+def sinusoids(network: Network, path: TemporalPath, call: Call, steps: Sequence[float]) -> Tensor:
+    """Return the sinusoid_TC that the embedder gets at each step, from the network's own forward on one sample of `call`."""
+    name, embedder = next(iter(path.embedders.items()))
+    rows: list[Tensor] = []
+    for step in steps:
+        stop = Stop()
+
+        def take(_: str, x: Tensor, stop: Stop = stop) -> None:
+            rows.append(x[:1].detach().clone())
+            raise stop
+
+        with until(stop), watching({name: embedder}, take):
+            network.run(_at(network, call, step))
+    return torch.cat(rows)
+
+
+def _at(network: Network, call: Call, step: float) -> Call:
+    """The same call at another step."""
+    names = list(inspect.signature(type(network.module).forward).parameters)[1:]
+    given = dict(zip(names, call.args, strict=False)) | call.kwargs
+    before = given["timestep"]
+    if isinstance(before, Tensor):
+        given["timestep"] = map_tensors(lambda tensor: torch.full_like(tensor, step), before)
+    else:
+        given["timestep"] = type(before)(step)
+    return Call((), given)
