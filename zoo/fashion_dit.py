@@ -16,8 +16,8 @@ OUTPUT = Path(__file__).parent / "fashion-dit"
 def build() -> DiTTransformer2DModel:
     """The network before training; 1000 classes because the pipeline's own label for "no class" is 1000."""
     made = DiTTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=32, in_channels=1, num_layers=6, sample_size=32, patch_size=2, norm_num_groups=1,
-        num_embeds_ada_norm=1000,
+        num_attention_heads=4, attention_head_dim=32, in_channels=1, out_channels=1, num_layers=6, sample_size=32, patch_size=2,
+        norm_num_groups=1, num_embeds_ada_norm=1000,
     )  # fmt: skip
     for block in made.transformer_blocks:
         # As in the paper (arXiv:2212.09748) a block begins as the identity.

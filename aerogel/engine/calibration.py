@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from aerogel.data import text
+from aerogel.data import denoising, text
+from aerogel.data.denoising import Denoising
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
@@ -37,6 +38,11 @@ class Samples:
         return min(self.count, max(1, TOKENS_OF_A_CALL // self.length))
 
 
+Given = Samples | Denoising | Sequence[Call]
+"""What a network can be shown: text, its own pictures in the making, or calls that were recorded."""
+_TOKENS_OF_A_PICTURE = 256
+
+
 class Reading(NamedTuple):
     """How much a calibration reads."""
 
@@ -55,19 +61,29 @@ class Calibration:
     """source, count and length when known, and the fingerprint."""
 
 
-def reading(samples: Samples | Sequence[Call]) -> Reading:
+def default_for(network: Network) -> Given:
+    """What a network is shown when nothing is said: text, or its own pictures in the making."""
+    return Denoising() if network.family.modality in ("image", "video") else Samples()
+
+
+def reading(samples: Given) -> Reading:
     """How much there is to read."""
+    if isinstance(samples, Denoising):
+        # Under guidance a call has twice the pictures; a picture counts as the tokens of a small one, its size is not known here.
+        return Reading(2 * samples.count * samples.steps * _TOKENS_OF_A_PICTURE, 2 * samples.batch * _TOKENS_OF_A_PICTURE)
     if isinstance(samples, Samples):
         return Reading(samples.count * samples.length, samples.batch * samples.length)
     sizes = [max((_positions(tensor) for tensor in tensors_in((call.args, call.kwargs))), default=0) for call in samples]
     return Reading(sum(sizes), max(sizes, default=0))
 
 
-def prepare(network: Network, samples: Samples | Sequence[Call], seed: int, head: bool) -> Calibration:
+def prepare(network: Network, samples: Given, seed: int, head: bool) -> Calibration:
     """The calls to calibrate with; with `head` every token passes the network's head, else only the last one where that can be said.
 
-    Raises AerogelError when the network does not read text and no calls are given, or when the text is too short.
+    Raises AerogelError when no calls are given to a network that neither reads text nor came with its pipeline, or the text is too short.
     """
+    if isinstance(samples, Denoising):
+        return _recorded(network, samples, seed)
     if not isinstance(samples, Samples):
         calls = list(samples)
         return Calibration(calls, {"source": "given calls", "count": len(calls), "fingerprint": _fingerprint(calls)})
@@ -81,6 +97,17 @@ def prepare(network: Network, samples: Samples | Sequence[Call], seed: int, head
     if not head and "logits_to_keep" in inspect.signature(network.module.forward).parameters:
         calls = [Call(call.args, {**call.kwargs, "logits_to_keep": 1}) for call in calls]
     return Calibration(calls, facts)
+
+
+def _recorded(network: Network, wanted: Denoising, seed: int) -> Calibration:
+    if not hasattr(network.processor, "scheduler"):
+        raise AerogelError(
+            f"this {network.family.name} network came without its pipeline, so it cannot be watched making pictures; "
+            "open the pipeline's folder, or give recorded calls as samples"
+        )
+    calls = denoising.record(network.processor, network.module, wanted, seed)
+    facts = {"source": type(network.processor).__name__, "sampler": type(network.processor.scheduler).__name__, **asdict(wanted)}
+    return Calibration(calls, facts | {"fingerprint": _fingerprint(calls)})
 
 
 def _positions(tensor: torch.Tensor) -> int:

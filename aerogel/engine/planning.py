@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from aerogel.engine.calibration import Reading, Samples, reading
+from aerogel.engine.calibration import Given, Reading, default_for, reading
 from aerogel.engine.progress import StageName
 from aerogel.evaluate.measure import TextMeasure
 from aerogel.methods.method import BlockMethod, WeightMethod
 from aerogel.model import layout
 from aerogel.model.block import Block
-from aerogel.model.calls import Call
 from aerogel.model.convs import Layer, size
 from aerogel.model.load import load
 from aerogel.model.match import matches
@@ -97,10 +96,11 @@ def plan(
     recipe: Recipe | str | Path | Mapping[str, Any],
     *,
     overrides: Iterable[str] = (),
-    samples: Samples | Sequence[Call] | None = None,
+    samples: Given | None = None,
 ) -> Plan:
     """Say what a recipe will do to a model without changing a weight; raises AerogelError when either cannot be read."""
-    return plan_network(load(model), Recipe.parse(recipe, overrides), reading(samples or Samples()))
+    network = load(model)
+    return plan_network(network, Recipe.parse(recipe, overrides), reading(default_for(network) if samples is None else samples))
 
 
 def plan_network(network: Network, recipe: Recipe, read: Reading) -> Plan:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from aerogel.engine import policies, provenance
-from aerogel.engine.calibration import Calibration, Samples, prepare, reading
+from aerogel.engine.calibration import Calibration, Given, default_for, prepare, reading
 from aerogel.engine.planning import Plan, blocks_of, needs_calls, plan_network
 from aerogel.engine.policies import Measured
 from aerogel.engine.preflight import check_output, check_plan, check_weights, partial_of
@@ -33,7 +33,6 @@ from aerogel.evaluate.measure import Measure
 from aerogel.methods.method import BlockMethod, Method, RuntimePolicy, WeightMethod
 from aerogel.model import save
 from aerogel.model.block import Block
-from aerogel.model.calls import Call
 from aerogel.model.load import load
 from aerogel.model.modules import QuantLinear, ScaledInput
 from aerogel.model.network import Network
@@ -47,7 +46,7 @@ def compress(
     *,
     output: str | Path | None = None,
     overrides: Iterable[str] = (),
-    samples: Samples | Sequence[Call] | None = None,
+    samples: Given | None = None,
     measures: Sequence[str | Measure] | None = None,
     seed: int = 0,
     resume: bool = False,
@@ -94,9 +93,9 @@ class _Job:
     seed: int
     plan: Plan = field(init=False)
 
-    def check(self, samples: Samples | Sequence[Call] | None, resume: bool) -> Calibration:
+    def check(self, samples: Given | None, resume: bool) -> Calibration:
         """Look for everything that would make the run fail; the quick looks come first."""
-        network, samples = self.network, samples or Samples()
+        network, samples = self.network, default_for(self.network) if samples is None else samples
         if resume and (network.checkpoint is None or self.output is None):
             raise AerogelError("only a model opened from a folder and saved to an output can be resumed")
         self.plan = plan_network(network, self.recipe, reading(samples))

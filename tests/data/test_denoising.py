@@ -1,0 +1,106 @@
+"""What is recorded are the calls of the real sampler, guidance included; equal tensors are kept once; nothing of the pipeline changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+import aerogel
+from aerogel.data.denoising import Denoising, record
+from aerogel.errors import AerogelError
+from aerogel.model.clock import steps_of
+from tests.tiny import FAMILIES
+
+
+def unconditional() -> diffusers.DDPMPipeline:
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    return diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler())
+
+
+def classes() -> diffusers.DiTPipeline:
+    torch.manual_seed(0)
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=1, sample_size=8, patch_size=2,
+        norm_num_groups=4,
+    ).eval()  # fmt: skip
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    return diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler(), id2label={"0": "cat", "7": "dog"})
+
+
+def test_every_step_and_branch_of_one_pass() -> None:
+    pipeline = classes()
+    calls = record(pipeline, pipeline.transformer, Denoising(count=3, steps=4, guidance=2.0, batch=2))
+    assert len(calls) == 2 * 4
+    pipeline.scheduler.set_timesteps(4)
+    assert steps_of(pipeline.transformer, calls) == tuple(float(step) for step in pipeline.scheduler.timesteps)
+    assert calls[0].kwargs["class_labels"].tolist() == [0, 7, 1000, 1000]
+    assert calls[4].kwargs["class_labels"].tolist() == [0, 1000], "the third picture is of the first class again"
+
+
+def test_calls_are_those_of_a_run_by_hand() -> None:
+    pipeline = classes()
+    calls = record(pipeline, pipeline.transformer, Denoising(count=2, steps=3, guidance=2.0, batch=2), seed=5)
+    answers = [pipeline.transformer(*call.args, **call.kwargs).sample for call in calls]
+    sample = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5 * 1_000_003 + number)) for number in range(2)])
+    pipeline.scheduler.set_timesteps(3)
+    for call, answer, step in zip(calls, answers, pipeline.scheduler.timesteps, strict=True):
+        torch.testing.assert_close(call.args[0], sample.repeat(2, 1, 1, 1))
+        with_class, without = answer.chunk(2)
+        sample = pipeline.scheduler.step(without + 2 * (with_class - without), step, sample).prev_sample
+
+
+def test_equal_tensors_are_kept_once() -> None:
+    pipeline = classes()
+    calls = record(pipeline, pipeline.transformer, Denoising(count=2, steps=3, batch=2))
+    labels = [call.kwargs["class_labels"] for call in calls]
+    assert all(label is labels[0] for label in labels)
+    assert len({call.args[0].data_ptr() for call in calls}) == 3
+
+
+def test_pictures_without_a_subject() -> None:
+    pipeline = unconditional()
+    before = dict(pipeline.unet.state_dict())
+    calls = record(pipeline, pipeline.unet, Denoising(count=3, steps=2, batch=2))
+    assert [len(first(call)) for call in calls] == [2, 2, 1, 1]
+    assert not pipeline.unet._forward_pre_hooks
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pipeline.unet.state_dict().items())
+
+
+def first(call: Any) -> Tensor:
+    tensor: Tensor = call.args[0]
+    return tensor
+
+
+def test_guidance_of_a_pipeline_that_has_none_is_refused() -> None:
+    pipeline = unconditional()
+    with pytest.raises(AerogelError, match="knows no guidance"):
+        record(pipeline, pipeline.unet, Denoising(guidance=2.0))
+
+
+def test_prompts_are_asked_for() -> None:
+    class Painter:
+        def __call__(self, prompt: str) -> None: ...
+
+    with pytest.raises(AerogelError, match="Painter makes pictures of prompts"):
+        record(Painter(), torch.nn.Identity(), Denoising())
+
+
+def test_a_pipeline_is_compressed_from_its_own_pictures() -> None:
+    pipeline = classes()
+    wanted = Denoising(count=2, steps=2, batch=2)
+    recipe = {"steps": [{"gptq": {"scheme": "W8A16_CHANNEL"}}]}
+    result = aerogel.compress(pipeline, recipe, samples=wanted, measures=())
+    assert result.facts["provenance"]["calibration"]["sampler"] == "DDIMScheduler"
+    assert result.facts["provenance"]["calibration"]["steps"] == 2
+
+
+def test_a_denoiser_without_its_pipeline_says_so() -> None:
+    with pytest.raises(AerogelError, match="came without its pipeline"):
+        aerogel.compress(FAMILIES["dit"].build(), {"steps": [{"gptq": {"scheme": "W8A16_CHANNEL"}}]}, measures=())
