@@ -21,7 +21,7 @@ class BlockMethod(ABC):
     """Changes one block for good, seeing that block and its calls only."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"calls"})
-    """What the method reads: calls, edges, gradients."""
+    """What the method reads: calls, edges, gradients, and the teacher (what the untouched network gives)."""
     forwards: ClassVar[float] = 2.0
     """About how many forwards of a block over its calls one visit takes, the one that propagates included; for the estimate of time."""
 

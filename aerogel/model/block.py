@@ -48,6 +48,8 @@ class Block:
     network: Network
     notes: list[dict[str, Any]] = field(default_factory=list)
     """What methods wrote down for the report."""
+    targets: list[Any] | None = None
+    """What the float network's block gives for the same calls, on inputs of its own; None where no method asked for a teacher."""
     outputs: list[Any] | None = None
     """What the block as it is now gives for its calls, one by one, where a method came to know it; None when it has to be run."""
 

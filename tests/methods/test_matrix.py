@@ -33,6 +33,7 @@ WEIGHTS = [name for name in METHODS if issubclass(catalog.find("methods", name),
 KNOBS: dict[str, dict[str, Any]] = {name: {"scheme": "W8A16_G32"} for name in WEIGHTS}
 
 # Methods that reach a part of the network only.
+KNOBS["brecq"] = {"scheme": "W8A16_G32", "targets": ["Linear"], "steps": 20, "batch": 4}
 KNOBS["tiar"] = {"scheme": "W8A16_CHANNEL_ASYM", "steps": 20}
 
 

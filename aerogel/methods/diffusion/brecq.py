@@ -1,0 +1,139 @@
+"""BRECQ: the rounding of a block's weights is learned so that the block gives what it gave in float (arXiv:2102.05426).
+
+Inputs come from the blocks before as they are by now, targets from the float network ("asymmetric" reconstruction), as Q-Diffusion
+(arXiv:2302.04304) uses it on denoisers. O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from aerogel.methods.method import WeightMethod
+from aerogel.model.block import Block
+from aerogel.model.calls import Call, tensors_in
+from aerogel.model.convs import Layer, matrix, quantized
+from aerogel.model.hooks import watching
+from aerogel.model.modules import held, stored_grid
+from aerogel.model.samples import Samples
+from aerogel.model.trace import AROUND
+from aerogel.numerics.adaround import beta_at, first_alpha, hard_codes, hard_weight, soft_weight, undecided
+from aerogel.numerics.observers import mse_search
+from aerogel.numerics.quantize import Grid, grouped
+from aerogel.numerics.scheme import Scheme
+from aerogel.training.fit import Fit, fit
+
+Jobs = Mapping[str, tuple[Layer, Scheme]]
+
+
+@dataclass(frozen=True)
+class Brecq(WeightMethod):
+    """Learns whether to round each weight up or down, block by block, against what the float network's blocks give."""
+
+    layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d)
+    needs: ClassVar[frozenset[str]] = frozenset({"calls", "gradients", "teacher"})
+    forwards: ClassVar[float] = 4.0
+
+    scheme: Scheme | str = "W4A16_CHANNEL_ASYM"
+    """Preset name of the weights' format."""
+    targets: tuple[str, ...] = ("Linear", "Conv2d")
+    """Which layers: globs on full dotted names, `re:` patterns or class names (Linear, Conv2d)."""
+    steps: int = 20000
+    """Optimiser steps a block."""
+    batch: int = 32
+    """Samples in a step, drawn from all calls."""
+    rate: float = 1e-3
+    """Learning rate of Adam, constant."""
+    rounding: float = 0.01
+    """Weight of the term that makes every weight decide between up and down."""
+    warmup: float = 0.2
+    """Share of the steps before that term begins."""
+
+    def compress(self, block: Block) -> None:
+        """Learn the rounding of the block's layers together; layers outside of blocks are learned one by one."""
+        jobs = self.assign(block)
+        if block.name != AROUND:
+            self._together(block, jobs)
+            return
+        for name, job in jobs.items():
+            self._alone(block, name, job)
+
+    def _together(self, block: Block, jobs: Jobs) -> None:
+        if jobs:
+            assert block.targets is not None, "the engine gives the float network's outputs to methods that need a teacher"
+            inputs = Samples(list(block.calls), block.targets)
+            with held(block.module):
+                self._learn(block, block.module, dict(jobs), inputs)
+
+    def _alone(self, block: Block, name: str, job: tuple[Layer, Scheme]) -> None:
+        """A layer by itself, on its own inputs, against its own float outputs."""
+        layer = job[0]
+        seen: list[Call] = []
+        handle = layer.register_forward_pre_hook(lambda _, args: seen.append(Call(args).map(lambda x: x.detach().clone())))
+        try:
+            for call in block.calls:
+                block.run(call)
+        finally:
+            handle.remove()
+        with torch.no_grad():
+            wanted = [layer(*call.args) for call in seen]
+        self._learn(block, layer, {name: job}, Samples(seen, wanted), alone=name)
+
+    def _learn(self, block: Block, module: nn.Module, jobs: Jobs, samples: Samples, alone: str = "") -> None:
+        dtype = block.stored_dtype
+        grids = {name: _grid(layer, scheme, dtype) for name, (layer, scheme) in jobs.items()}
+        alphas = {name: nn.Parameter(first_alpha(matrix(layer), grids[name], scheme.weights)) for name, (layer, scheme) in jobs.items()}
+
+        def loss_of(rounded: Any, chosen: Sequence[int]) -> Tensor:
+            weights = {}
+            for name, (layer, scheme) in jobs.items():
+                weight_OI = rounded(matrix(layer), alphas[name], grids[name], scheme.weights)
+                weights["weight" if alone else f"{name}.weight"] = weight_OI.view_as(layer.weight).to(layer.weight.dtype)
+            errors = [
+                share * reconstruction_error(functional_call(module, weights, call.args, call.kwargs), wanted)
+                for call, wanted, share in samples.take(chosen)
+            ]
+            return torch.stack(errors).sum()
+
+        beta: list[float | None] = [None]
+
+        def loss(chosen: Sequence[int]) -> Tensor:
+            error = loss_of(soft_weight, chosen)
+            if beta[0] is None:
+                return error
+            return error + self.rounding * torch.stack([undecided(alpha, beta[0]) for alpha in alphas.values()]).sum()
+
+        def before(step: int) -> None:
+            beta[0] = beta_at(step, self.steps, self.warmup)
+
+        how = Fit(self.steps, self.batch, self.rate, warmup=0, floor=1, clip=0, check=self.steps + 1, optimizer="adam", keep="last")
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        if self.steps:
+            fit(list(alphas.values()), loss, len(samples), how, generator, before)
+        reached: set[str] = set()
+        parts = {"": module} if alone else {name: layer for name, (layer, _) in jobs.items()}
+        with torch.no_grad(), watching(parts, lambda name, _: reached.add(name or alone)):
+            batches = torch.arange(len(samples)).split(self.batch)
+            error = sum(float(loss_of(hard_weight, batch.tolist())) * len(batch) for batch in batches) / len(samples)
+        for name, (layer, scheme) in jobs.items():
+            codes_OI = hard_codes(matrix(layer), alphas[name].detach(), grids[name], scheme.weights)
+            block.replace(name, quantized(layer, scheme, codes_OI, grids[name], dtype=dtype))
+            unseen = {} if name in reached else {"fallback": "rounded to nearest: no token reached it"}
+            block.note(name, error=error / samples.power, **unseen)
+
+
+def reconstruction_error(output: Any, wanted: Any) -> Tensor:
+    """Return the squared distance, summed over channels and averaged over the rest, of each pair of tensors; images are (N, C, ...)."""
+    pairs = zip(tensors_in(output), tensors_in(wanted), strict=True)
+    return torch.stack([(a.float() - b.float()).square().sum(1 if a.ndim == 4 else -1).mean() for a, b in pairs]).sum()
+
+
+def _grid(layer: Layer, scheme: Scheme, dtype: torch.dtype | None) -> Grid:
+    """The grid of least error in the 2.4-norm, among ranges shrunk to 1.00, 0.99, ... 0.21, as it is stored."""
+    grid = mse_search(grouped(matrix(layer), scheme.weights.granularity), scheme.weights, p=2.4, shrink=0.79)
+    return stored_grid(grid, dtype or layer.weight.dtype)
