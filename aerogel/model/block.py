@@ -10,12 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.convs import Layer, QuantConv2d
 from aerogel.model.family import Edge
 from aerogel.model.match import matches, names_exactly
 from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
+from aerogel.model.samples import Samples
 from aerogel.model.slots import trim
 
 
@@ -66,6 +68,17 @@ class Block:
         """One forward of the block, without gradients."""
         with torch.no_grad():
             return self.module(*call.args, **call.kwargs)
+
+    def samples(self) -> Samples:
+        """The samples of all calls with what the float network's block gives for them, to be mixed into batches.
+
+        Raises AerogelError where layers follow a clock: a batch of mixed steps run outside of the denoiser has no time.
+        """
+        clocked = [name for name, part in self.module.named_modules() if isinstance(part, QuantLinear) and part.clock is not None]
+        if clocked:
+            raise AerogelError(f"{self.full_name(clocked[0])} has one scale a step already: put steps like fsc after those that fit blocks")
+        assert self.targets is not None, "the engine gives them to methods that need a teacher"
+        return Samples(list(self.calls), self.targets)
 
     def linears(self, targets: Iterable[str] = ("Linear",), ignore: Iterable[str] = ()) -> dict[str, Layer | QuantLinear]:
         """The block's linears and convolutions (`Conv2d`), float or quantized, that the patterns mean, by name in the block.

@@ -13,7 +13,7 @@ from aerogel.kernels.conv2d import Window, run
 from aerogel.model.layout import Stored, blank, encode
 from aerogel.model.modules import QuantLinear
 from aerogel.numerics.quantize import Grid
-from aerogel.numerics.scheme import Scheme
+from aerogel.numerics.scheme import Scheme, TensorScheme
 
 Layer = nn.Linear | nn.Conv2d
 """What can be quantized."""
@@ -76,6 +76,23 @@ def quantized(
         return QuantLinear.from_codes(layer, scheme, codes_OI, grid, g_idx, input_grid, dtype)
     tensors = encode(Stored(codes_OI, grid, g_idx, input_grid), scheme, dtype or layer.weight.dtype)
     return QuantConv2d.of(layer, scheme, tensors, cast(nn.Parameter | None, layer.bias))
+
+
+def with_inputs(layer: QuantLinear, inputs: TensorScheme, grid: Grid, dtype: torch.dtype | None = None) -> QuantLinear:
+    """Return the same weights with static inputs on a stored grid; `dtype` is that of stored scales, by default the one they have."""
+    stored, scheme = layer.stored(), Scheme.of(layer.scheme.weights, inputs)
+    kept = layer.get_buffer("weight_scale").dtype
+    made = type(layer)(
+        layer.in_features,
+        layer.out_features,
+        scheme,
+        encode(stored._replace(input_grid=grid), scheme, dtype or kept),
+        cast(nn.Parameter | None, layer.bias),
+    )
+    made.clock = layer.clock
+    if isinstance(layer, QuantConv2d) and isinstance(made, QuantConv2d):
+        made.window = layer.window
+    return made
 
 
 def empty(layer: Layer, scheme: Scheme, act_order: bool = False) -> QuantLinear:

@@ -18,7 +18,6 @@ from aerogel.model.modules import QuantLinear, ScaledInput
 from aerogel.numerics.formats import FORMATS
 from aerogel.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerStep, PerTensor, PerToken, Scheme, TensorScheme
 
-_PRESETS = ("FP8_DYNAMIC", "FP8_STATIC", "FP8_BLOCK", "NVFP4A16", "MXFP4A16")
 _SCALE_DTYPES = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
 # The library that reads plain folders also counts these classes as linears, though they keep their weight themselves.
 _ROUTERS = ("Router", "Gate", "Gating")
@@ -177,7 +176,7 @@ def _read_group(name: str, group: Mapping[str, Any]) -> Assigned:
         )
     weights = _read(name, group["weights"])
     inputs = _read(name, group["input_activations"]) if group.get("input_activations") else None
-    scheme = Scheme(_name(weights, inputs), weights, inputs)
+    scheme = Scheme.of(weights, inputs)
     stored = group.get("format")
     if stored not in (None, "naive-quantized", format_of(scheme)):
         raise AerogelError(f"quantization_config: {name} is stored as {stored}; {scheme} is read from {format_of(scheme)} only")
@@ -215,17 +214,3 @@ def _granularity(name: str, args: Mapping[str, Any]) -> Granularity:
             return PerBlock(*args["block_structure"])
         case other:
             raise AerogelError(f"quantization_config: {name} has the strategy {other!r}, which cannot be run")
-
-
-def _name(weights: TensorScheme, inputs: TensorScheme | None) -> str:
-    """The preset name of a scheme, or a description when none fits."""
-    group = f"_G{weights.granularity.size}" if isinstance(weights.granularity, PerGroup) else "_CHANNEL"
-    options = "" if weights.symmetric else "_ASYM"
-    if inputs is not None and not inputs.dynamic:
-        options += "_STATIC" if inputs.symmetric else "_AFFINE"
-    integer = f"W{weights.format.bits}A{16 if inputs is None else 8}{group}{options}"
-    for name in (integer.replace("A8_CHANNEL", "A8"), *_PRESETS):
-        scheme = Scheme.parse(name)
-        if (scheme.weights, scheme.inputs) == (weights, inputs):
-            return name
-    return f"{weights.format} weights, {'float' if inputs is None else inputs.format} inputs"

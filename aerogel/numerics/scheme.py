@@ -118,6 +118,28 @@ class Scheme:
             return _named(value)
         return _mapped(value)
 
+    @classmethod
+    def of(cls, weights: TensorScheme, inputs: TensorScheme | None = None) -> Scheme:
+        """Return the scheme of these parts under its preset name, or under a description when no preset means it."""
+        size = weights.granularity.size if isinstance(weights.granularity, PerGroup) else None
+        options = "_CHANNEL" if size is None else f"_G{size}"
+        options += "" if weights.symmetric else "_ASYM"
+        if inputs is not None and not inputs.dynamic:
+            options += "_STATIC" if inputs.symmetric else "_AFFINE"
+        integer = f"W{weights.format.bits}A{16 if inputs is None else 8}{options}"
+        for name in (integer.replace("A8_CHANNEL", "A8"), *_FLOAT_PRESETS):
+            scheme = _named(name)
+            if (scheme.weights, scheme.inputs) == (weights, inputs):
+                return scheme
+        return cls(f"{weights.format} weights, {_described(inputs)} inputs", weights, inputs)
+
+
+def _described(inputs: TensorScheme | None) -> str:
+    if inputs is None:
+        return "float"
+    steps = f" of {inputs.granularity.count} steps" if isinstance(inputs.granularity, PerStep) else ""
+    return f"{inputs.format}{steps}"
+
 
 def _named(name: str) -> Scheme:
     upper = name.upper()

@@ -65,10 +65,8 @@ class Brecq(WeightMethod):
 
     def _together(self, block: Block, jobs: Jobs) -> None:
         if jobs:
-            assert block.targets is not None, "the engine gives the float network's outputs to methods that need a teacher"
-            inputs = Samples(list(block.calls), block.targets)
             with held(block.module):
-                self._learn(block, block.module, dict(jobs), inputs)
+                self._learn(block, block.module, dict(jobs), block.samples())
 
     def _alone(self, block: Block, name: str, job: tuple[Layer, Scheme]) -> None:
         """A layer by itself, on its own inputs, against its own float outputs."""

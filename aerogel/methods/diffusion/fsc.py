@@ -6,7 +6,7 @@ T steps, C channels. In the temporal path an input at a step is a constant; its 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.method import Method
 from aerogel.model.calls import Call
 from aerogel.model.clock import Clock, steps_of
+from aerogel.model.convs import with_inputs
 from aerogel.model.hooks import watching
 from aerogel.model.modules import QuantLinear, stored_grid
 from aerogel.model.network import Network
@@ -46,7 +47,9 @@ class Fsc(Method):
         clock = Clock(steps, "" if scheduler is None else f"{type(scheduler).__name__}")
         for name, layer in layers.items():  # in order: each sees what quantized inputs before it give
             low_T, high_T = _extremes(path, sinusoid_TC, name, layer, clock)
-            twin = with_ranges(layer, low_T, high_T, network.stored_dtype)
+            inputs = TensorScheme(format_named("int8"), PerStep(len(steps)), symmetric=False)
+            dtype = network.stored_dtype or layer.get_buffer("weight_scale").dtype
+            twin = with_inputs(layer, inputs, stored_grid(grid_from_range(low_T, high_T, inputs), dtype), dtype)
             twin.clock = clock
             network.module.set_submodule(name, twin)
             path = find(network)
@@ -59,18 +62,6 @@ class Fsc(Method):
         if not layers:
             raise AerogelError("no linear of the temporal path is quantized: put tiar, or rtn on its linears, before fsc")
         return layers
-
-
-def with_ranges(layer: QuantLinear, low_T: Tensor, high_T: Tensor, dtype: torch.dtype | None) -> QuantLinear:
-    """Return the same weights with static inputs of one range a step; `dtype` is that of stored scales."""
-    inputs = TensorScheme(format_named("int8"), PerStep(len(low_T)), symmetric=False)
-    stored = layer.stored()
-    scheme = replace(layer.scheme, name=f"{layer.scheme}, inputs of {len(low_T)} steps", inputs=inputs)
-    scale_dtype = dtype or layer._buffers["weight_scale"].dtype  # type: ignore[union-attr]
-    grid = stored_grid(grid_from_range(low_T, high_T, inputs), scale_dtype)
-    shape = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    shape.register_parameter("bias", layer.bias)
-    return QuantLinear.from_codes(shape, scheme, stored.codes, stored.grid, stored.g_idx, grid, scale_dtype)
 
 
 def _extremes(path: TemporalPath, sinusoid_TC: Tensor, name: str, layer: nn.Module, clock: Clock) -> tuple[Tensor, Tensor]:
