@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from aerogel.engine.run import compress
     from aerogel.engine.scores import measure
     from aerogel.errors import AerogelError
+    from aerogel.model.pipelines import register_diffusers
     from aerogel.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["AerogelError", "Plan", "Recipe", "Result", "__version__", "compress", "load", "measure", "plan"]
+__all__ = ["AerogelError", "Plan", "Recipe", "Result", "__version__", "compress", "load", "measure", "plan", "register_diffusers"]
 
 # Where each name lives; imported when first asked for, because torch alone takes longer to import than `aerogel --help` may take.
 _HOMES = {
@@ -27,6 +28,7 @@ _HOMES = {
     "load": "aerogel.engine.opening",
     "measure": "aerogel.engine.scores",
     "plan": "aerogel.engine.planning",
+    "register_diffusers": "aerogel.model.pipelines",
 }
 
 

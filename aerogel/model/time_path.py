@@ -5,6 +5,7 @@ T steps, C channels of the sinusoid.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,13 @@ class TemporalPath:
         """Weights and biases of the path."""
         modules = [*self.embedders.values(), *self.projections.values()]
         return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+    def float(self) -> TemporalPath:
+        """A copy in float32, whatever the network is computed in."""
+        embedders, projections = copy.deepcopy((self.embedders, self.projections))
+        for module in (*embedders.values(), *projections.values()):
+            module.float()
+        return TemporalPath(embedders, projections, self.others)
 
     def features(self, sinusoid_TC: Tensor) -> dict[str, Tensor]:
         """Run the path: the temporal feature (T, width) of every projection; raises AerogelError where it is not of the step alone."""

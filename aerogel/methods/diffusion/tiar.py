@@ -18,7 +18,7 @@ from aerogel.methods.method import Method
 from aerogel.model.calls import Call
 from aerogel.model.clock import steps_of
 from aerogel.model.convs import quantized
-from aerogel.model.modules import stored_grid
+from aerogel.model.modules import QuantLinear, stored_grid
 from aerogel.model.network import Network
 from aerogel.model.time_path import TemporalPath, check, find, sinusoids
 from aerogel.numerics.adaround import beta_at, first_alpha, hard_codes, soft_weight, undecided
@@ -52,10 +52,12 @@ class Tiar(Method):
         path, scheme = find(network), Scheme.parse(self.scheme)
         check(network, path, calls[0])
         sinusoid_TC = sinusoids(network, path, calls[0], steps_of(network.module, calls))
-        for name, twin in self.quantize(path, sinusoid_TC, scheme, network.stored_dtype).items():
+        dtype = network.stored_dtype or sinusoid_TC.dtype
+        for name, twin in self.quantize(path.float(), sinusoid_TC.float(), scheme, dtype).items():
+            twin.bias = network.module.get_submodule(name)._parameters["bias"]
             network.module.set_submodule(name, twin)
 
-    def quantize(self, path: TemporalPath, sinusoid_TC: Tensor, scheme: Scheme, dtype: torch.dtype | None = None) -> dict[str, nn.Module]:
+    def quantize(self, path: TemporalPath, sinusoid_TC: Tensor, scheme: Scheme, dtype: torch.dtype | None = None) -> dict[str, QuantLinear]:
         """Return the quantized twins of the path's linears by full name; `dtype` is that of stored scales."""
         linears = self._linears(path)
         grids = {name: _grid(linear, scheme, dtype) for name, linear in linears.items()}
