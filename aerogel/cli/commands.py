@@ -45,9 +45,16 @@ app = typer.Typer(cls=_Group, help=aerogel.__doc__, no_args_is_help=True, add_co
 Model = Annotated[str, typer.Argument(help="Name of a reference model, folder, or hub id (owner/name).", show_default=False)]
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="METHOD.KNOB=VALUE", help="Override a knob; may be repeated.")]
-Count = Annotated[int, typer.Option("--samples", min=1, help="Calibration sequences.")]
-Length = Annotated[int, typer.Option("--length", min=1, help="Tokens of a calibration sequence.")]
-Data = Annotated[str, typer.Option("--data", help="Calibration text: shipped name, .txt, .jsonl, or a datasets folder.")]
+Count = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration sequences [128], or pictures [64].")]
+Length = Annotated[int | None, typer.Option("--length", min=1, help="Tokens of a calibration sequence [512].")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoisers: steps of the sampler they will be used with [20].")]
+Guidance = Annotated[float | None, typer.Option("--guidance", help="Denoisers: guidance scale; by default the pipeline's own.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data", help="Calibration text [sotu]: shipped name, .txt, .jsonl, or a datasets folder; denoisers: a prompt on each line."
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of torch; by default all cores.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")]
@@ -71,9 +78,11 @@ def compress(
     recipe: RecipeName,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist or be empty.")],
     overrides: Overrides = None,
-    samples: Count = 128,
-    length: Length = 512,
-    data: Data = "sotu",
+    samples: Count = None,
+    length: Length = None,
+    data: Data = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     evaluate: Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="Measure quality, size and speed at the end.")] = True,
@@ -84,7 +93,7 @@ def compress(
     _start(threads)
     from aerogel.cli import terminal
     from aerogel.engine import run
-    from aerogel.engine.calibration import Samples
+    from aerogel.engine.calibration import Asked
     from aerogel.engine.preflight import partial_of
 
     try:
@@ -94,7 +103,7 @@ def compress(
                 recipe,
                 output=output,
                 overrides=overrides or (),
-                samples=Samples(data, samples, length),
+                samples=Asked(data, samples, length, steps, guidance),
                 measures=None if evaluate else (),
                 seed=seed,
                 resume=resume,
@@ -115,15 +124,21 @@ def compress(
 
 @app.command()
 def plan(
-    model: Model, recipe: RecipeName, overrides: Overrides = None, samples: Count = 128, length: Length = 512, as_json: AsJson = False
+    model: Model,
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    samples: Count = None,
+    length: Length = None,
+    steps: Steps = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a recipe will do to a model: layers, size, memory, time; no weight is changed."""
     _start()
     from aerogel.cli import terminal
     from aerogel.engine import planning
-    from aerogel.engine.calibration import Samples
+    from aerogel.engine.calibration import Asked
 
-    made = planning.plan(model, recipe, overrides=overrides or (), samples=Samples(count=samples, length=length))
+    made = planning.plan(model, recipe, overrides=overrides or (), samples=Asked(count=samples, length=length, steps=steps))
     _print_json(made.as_dict()) if as_json else terminal.print_plan(made)
     if made.problems:
         raise typer.Exit(_FAILED)

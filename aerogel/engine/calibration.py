@@ -38,7 +38,7 @@ class Samples:
         return min(self.count, max(1, TOKENS_OF_A_CALL // self.length))
 
 
-Given = Samples | Denoising | Sequence[Call]
+Shown = Samples | Denoising | Sequence[Call]
 """What a network can be shown: text, its own pictures in the making, or calls that were recorded."""
 _TOKENS_OF_A_PICTURE = 256
 
@@ -61,12 +61,57 @@ class Calibration:
     """source, count and length when known, and the fingerprint."""
 
 
-def default_for(network: Network) -> Given:
-    """What a network is shown when nothing is said: text, or its own pictures in the making."""
-    return Denoising() if network.family.modality in ("image", "video") else Samples()
+@dataclass(frozen=True)
+class Asked:
+    """What somebody said about calibration before it is known whether the network reads text or makes pictures; None is the default."""
+
+    source: str | None = None
+    """Text by name or path; for pictures, a file with a prompt on each line."""
+    count: int | None = None
+    """Sequences, or pictures."""
+    length: int | None = None
+    """Tokens of a sequence."""
+    steps: int | None = None
+    """Steps of the sampler."""
+    guidance: float | None = None
+    """Guidance scale."""
+
+    def shown(self, network: Network) -> Shown:
+        """What this means for a network; raises AerogelError for what is of the other kind."""
+        paints = network.family.modality in ("image", "video")
+        unfit = {"length": self.length} if paints else {"steps": self.steps, "guidance": self.guidance}
+        if wrong := [name for name, value in unfit.items() if value is not None]:
+            kind = "makes pictures" if paints else "reads text"
+            raise AerogelError(f"{wrong[0]} means nothing to a network that {kind} ({network.family.name}); leave it out")
+        if paints:
+            prompts = None if self.source is None else _prompts(Path(self.source))
+            return Denoising(**_said(count=self.count, steps=self.steps, guidance=self.guidance, prompts=prompts))
+        return Samples(**_said(source=self.source, count=self.count, length=self.length))
 
 
-def reading(samples: Given) -> Reading:
+def _said(**knobs: Any) -> dict[str, Any]:
+    return {name: value for name, value in knobs.items() if value is not None}
+
+
+def _prompts(path: Path) -> tuple[str, ...]:
+    if not path.is_file():
+        raise AerogelError(f"{path} is no file; give a text file with a prompt on each line")
+    prompts = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+    if not prompts:
+        raise AerogelError(f"{path} holds no prompt; expected one on each line")
+    return prompts
+
+
+Given = Shown | Asked
+
+
+def shown(network: Network, samples: Given | None) -> Shown:
+    """What a network is shown; when nothing is said, text or its own pictures in the making."""
+    samples = Asked() if samples is None else samples
+    return samples.shown(network) if isinstance(samples, Asked) else samples
+
+
+def reading(samples: Shown) -> Reading:
     """How much there is to read."""
     if isinstance(samples, Denoising):
         # Under guidance a call has twice the pictures; a picture counts as the tokens of a small one, its size is not known here.
@@ -77,7 +122,7 @@ def reading(samples: Given) -> Reading:
     return Reading(sum(sizes), max(sizes, default=0))
 
 
-def prepare(network: Network, samples: Given, seed: int, head: bool) -> Calibration:
+def prepare(network: Network, samples: Shown, seed: int, head: bool) -> Calibration:
     """The calls to calibrate with; with `head` every token passes the network's head, else only the last one where that can be said.
 
     Raises AerogelError when no calls are given to a network that neither reads text nor came with its pipeline, or the text is too short.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aerogel.engine.calibration import Given, Reading, default_for, reading
+from aerogel.engine.calibration import Given, Reading, reading, shown
 from aerogel.engine.progress import StageName
 from aerogel.evaluate.measure import TextMeasure
 from aerogel.methods.method import BlockMethod, WeightMethod
@@ -100,7 +100,7 @@ def plan(
 ) -> Plan:
     """Say what a recipe will do to a model without changing a weight; raises AerogelError when either cannot be read."""
     network = load(model)
-    return plan_network(network, Recipe.parse(recipe, overrides), reading(default_for(network) if samples is None else samples))
+    return plan_network(network, Recipe.parse(recipe, overrides), reading(shown(network, samples)))
 
 
 def plan_network(network: Network, recipe: Recipe, read: Reading) -> Plan:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from aerogel.engine import policies, provenance
-from aerogel.engine.calibration import Calibration, Given, default_for, prepare, reading
+from aerogel.engine.calibration import Calibration, Given, prepare, reading, shown
 from aerogel.engine.planning import Plan, blocks_of, needs_calls, plan_network
 from aerogel.engine.policies import Measured
 from aerogel.engine.preflight import check_output, check_plan, check_weights, partial_of
@@ -96,17 +96,17 @@ class _Job:
 
     def check(self, samples: Given | None, resume: bool) -> Calibration:
         """Look for everything that would make the run fail; the quick looks come first."""
-        network, samples = self.network, default_for(self.network) if samples is None else samples
+        network, read = self.network, shown(self.network, samples)
         if resume and (network.checkpoint is None or self.output is None):
             raise AerogelError("only a model opened from a folder and saved to an output can be resumed")
-        self.plan = plan_network(network, self.recipe, reading(samples))
+        self.plan = plan_network(network, self.recipe, reading(read))
         check_plan(self.plan)
         if self.output is not None:
             check_output(self.output, 2 * self.plan.predicted_bytes + self.plan.activation_bytes, network.origin, resume)
         steps = self.recipe.steps
         calibration = Calibration(())
         if needs_calls(self.recipe):
-            calibration = prepare(network, samples, self.seed, head=reaches_around(network, steps))
+            calibration = prepare(network, read, self.seed, head=reaches_around(network, steps))
         check_weights(network)
         return calibration
 

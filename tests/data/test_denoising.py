@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 import aerogel
+from aerogel import catalog
 from aerogel.data.denoising import Denoising, record
+from aerogel.engine.calibration import Asked, Samples, shown
 from aerogel.errors import AerogelError
 from aerogel.model.clock import steps_of
+from aerogel.model.network import Network
 from tests.tiny import FAMILIES
 
 
@@ -104,3 +108,24 @@ def test_a_pipeline_is_compressed_from_its_own_pictures() -> None:
 def test_a_denoiser_without_its_pipeline_says_so() -> None:
     with pytest.raises(AerogelError, match="came without its pipeline"):
         aerogel.compress(FAMILIES["dit"].build(), {"steps": [{"gptq": {"scheme": "W8A16_CHANNEL"}}]}, measures=())
+
+
+def test_what_is_asked_becomes_pictures_or_text(tmp_path: Path) -> None:
+    pictures = Network(FAMILIES["unet"].build(), catalog.find("families", "unet"))
+    words = Network(FAMILIES["llama"].build(), catalog.find("families", "llama"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a boot\n\na bag \n")
+    asked = Asked(source=str(prompts), count=3, steps=7, guidance=1.5)
+    assert asked.shown(pictures) == Denoising(count=3, steps=7, guidance=1.5, prompts=("a boot", "a bag"))
+    assert Asked(count=5, length=9).shown(words) == Samples(count=5, length=9)
+    assert shown(pictures, None) == Denoising()
+    assert shown(words, None) == Samples()
+    with pytest.raises(AerogelError, match="steps means nothing to a network that reads text"):
+        asked.shown(words)
+    with pytest.raises(AerogelError, match="length means nothing to a network that makes pictures"):
+        Asked(length=9).shown(pictures)
+    prompts.write_text("\n")
+    with pytest.raises(AerogelError, match="holds no prompt"):
+        asked.shown(pictures)
+    with pytest.raises(AerogelError, match="is no file"):
+        Asked(source=str(tmp_path)).shown(pictures)
