@@ -17,6 +17,8 @@ from aerogel.numerics.quantize import Grid
 from aerogel.numerics.scheme import PerChannel, PerStep, PerTensor
 
 _INT8 = torch.iinfo(torch.int8)
+_BLOCK = 16
+"""Outputs that oneDNN handles at once: one more than a multiple made a convolution 2.5 times as slow."""
 _FLOATS = (torch.float32, torch.bfloat16)
 
 
@@ -30,7 +32,7 @@ def accepted(weight: Weight, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class Signed(NamedTuple):
-    """A weight as int8 without zero points: where these do not fit into the codes, a last row of ones sums the inputs for them."""
+    """A weight as int8 without zero points; where these do not fit into the codes, a row of ones behind the outputs sums the inputs."""
 
     codes_OI: Tensor
     scale_O: Tensor
@@ -47,8 +49,10 @@ def signed(codes_OI: Tensor, grid: Grid) -> Signed:
     moved = codes_OI.to(torch.int16) - zero_O.to(torch.int16)[:, None]
     if _INT8.min <= int(moved.min()) and int(moved.max()) <= _INT8.max:
         return Signed(moved.to(torch.int8), scale_O, None)
-    ones = torch.ones(1, codes_OI.shape[1], dtype=torch.int8)
-    return Signed(torch.cat([codes_OI.to(torch.int8), ones]), torch.cat([scale_O, torch.ones(1)]), zero_O.float() * scale_O)
+    more = _BLOCK - len(codes_OI) % _BLOCK
+    ones = torch.zeros(more, codes_OI.shape[1], dtype=torch.int8)
+    ones[0] = 1
+    return Signed(torch.cat([codes_OI.to(torch.int8), ones]), torch.cat([scale_O, torch.ones(more)]), zero_O.float() * scale_O)
 
 
 class Affine(Kernel):
@@ -81,11 +85,11 @@ class Affine(Kernel):
 
 
 def bias_of(weight: Weight, rows: Signed) -> Tensor | None:
-    """The float bias with one more zero where there is one more row."""
+    """The float bias, with zeros for the rows that were added."""
     if weight.bias is None:
         return None
     bias_O = weight.bias.detach().float()
-    return bias_O if rows.zero_O is None else torch.cat([bias_O, torch.zeros(1)])
+    return bias_O if rows.zero_O is None else torch.cat([bias_O, torch.zeros(len(rows.scale_O) - len(bias_O))])
 
 
 def quantized(x: Tensor, weight: Weight) -> tuple[Tensor, float, int]:
@@ -102,9 +106,9 @@ def quantized(x: Tensor, weight: Weight) -> tuple[Tensor, float, int]:
 
 
 def without_zeros(y: Tensor, rows: Signed, channels: int) -> Tensor:
-    """Subtract what the zero points of the weight add, from the last channel's sum of the inputs; channels are dimension `channels`."""
+    """Subtract what the zero points of the weight add, by the sums of the inputs behind its outputs; these are dimension `channels`."""
     if rows.zero_O is None:
         return y
-    count = y.shape[channels] - 1
+    count = len(rows.zero_O)
     shape: Sequence[int] = [-1 if dimension == channels else 1 for dimension in range(y.ndim)]
     return y.narrow(channels, 0, count) - y.narrow(channels, count, 1) * rows.zero_O.view(shape)
