@@ -16,6 +16,7 @@ PAGES = {
     "Methods": "methods",
     "Evaluation": "evaluation.md",
     "Saving and exporting": "export.md",
+    "Diffusion": "diffusion.md",
     "Speed": "speed.md",
     "Figures": "figures.md",
     "Architecture": "architecture.md",
