@@ -198,15 +198,14 @@ class Run:
     progress: Progress | None = None
     journal: list[dict[str, Any]] = field(default_factory=list)
     policies: list[Measured] = field(default_factory=list)
-    teacher: Network | None = None
-    """The network before any step, where a method needs it."""
 
     def go(self) -> None:
         """Do every step; neighbouring block methods share one walk, and a policy is on while later steps run."""
         stages = _stages(self.recipe)
         if any("teacher" in step.method.needs for step in self.recipe.steps):
-            self.teacher = teacher_of(self.network)
+            self.network.teacher = teacher_of(self.network)
         with ExitStack() as stack:
+            stack.callback(setattr, self.network, "teacher", None)
             for number, steps in enumerate(stages):
                 method = steps[0].method
                 if isinstance(method, BlockMethod):
@@ -245,8 +244,8 @@ class Run:
         if stage:
             self.journal += stage.restore(walk.order[: walk.position])
         if any("teacher" in step.method.needs for step in steps):
-            assert self.teacher is not None, "go() makes one"
-            return taught(walk, self.teacher, self.calibration.calls, stage.folder / "teacher" if stage else None)
+            assert self.network.teacher is not None, "go() makes one"
+            return taught(walk, self.network.teacher, self.calibration.calls, stage.folder / "teacher" if stage else None)
         return iter(walk)
 
     def _tour(self, stage: Stage | None) -> Iterator[Block]:

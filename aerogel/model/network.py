@@ -32,6 +32,9 @@ class Network:
     stored_dtype: torch.dtype | None = None
     """The dtype that float weights have on disk; None means that of the module."""
 
+    teacher: Network | None = None
+    """The network before any step of a run, while one is under way that asked for it."""
+
     @property
     def config(self) -> Any:
         """The module's own configuration, or None."""

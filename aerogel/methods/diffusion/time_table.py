@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,94 +18,126 @@ from aerogel.methods.method import RuntimePolicy
 from aerogel.model.calls import Call
 from aerogel.model.clock import Clock, steps_of
 from aerogel.model.hooks import answering
-from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
 from aerogel.model.quantized import clock_of
-from aerogel.model.time_path import TemporalPath, check, find, sinusoids
+from aerogel.model.time_path import check, find, sinusoids
 from aerogel.numerics.formats import format_named
 from aerogel.numerics.quantize import Grid, dequantize, grid_from_range, quantize
 from aerogel.numerics.scheme import PerToken, TensorScheme
 
-_ROWS = TensorScheme(format_named("int8"), PerToken(), symmetric=False)
+Choice = Literal["all", "layer", "layer_step"]
 
 
 @dataclass(frozen=True)
 class TimeTable(RuntimePolicy):
     """Looks the temporal features up in a table of all steps instead of computing them."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"calls"})
-
     content: Literal["features", "path"] = "features"
-    """What the table holds: the float network's features, for which the step comes before those that quantize the path; or what the path
-    as it is by then gives, bit for bit."""
-    dtype: Literal["int8", "float16"] = "float16"
-    """How features are stored: int8 with a scale and a zero point a step, as published, or float16; `path` stores what it gets."""
+    """What the table holds: the features of the network before any step, or what the path as it is by then gives, bit for bit."""
+    dtype: Literal["int4", "int5", "int6", "int8", "float16"] = "float16"
+    """How features are stored: integers with a scale and a zero point a step, int8 as published, or float16. `path` stores what it gets."""
+    choose: Choice = "all"
+    """Where the table answers: everywhere; in the layers for which it is nearer to the float features than the path is, summed over
+    steps; or at each step of a layer by itself, for which the path has to stay."""
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """Calls, and the network before any step for its features."""
+        return frozenset({"calls", "teacher"} if self.content == "features" else {"calls"})
 
     @torch.no_grad()
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
-        """Run the path once a step, on one sample, and keep what it gives."""
-        path, steps = find(network), steps_of(network.module, calls)
-        self._require_content(path)
-        check(network, path, calls[0])
-        sinusoid_TC = sinusoids(network, path, calls[0], steps)
-        clock = clock_of(network.module) or Clock(steps)
-        rows = [self._row(path, clock, sinusoid_TC, row) for row in range(len(steps))]
+        """Run the path once a step, on one sample, and keep what it gives; raises AerogelError where it is not of the step alone."""
+        find(network).require_alone()
+        steps = steps_of(network.module, calls)
+        own = _features(network, calls[0], steps)
+        teacher = network.teacher if self.content == "features" else network
+        assert teacher is not None, "the engine gives one to those that need it"
+        wanted = own if teacher is network else _features(teacher, calls[0], steps)
         scheduler = getattr(network.processor, "scheduler", None)
         state: dict[str, Any] = {"steps": list(steps), "sampler": "" if scheduler is None else type(scheduler).__name__}
-        for name in rows[0]:
-            state |= self._stored(name, torch.cat([row[name] for row in rows]))
+        for name, feature_TC in wanted.items():
+            state |= self._stored(name, feature_TC)
+            table_T, path_T = ((given - feature_TC).float().square().sum(-1) for given in (self._table(name, state), own[name]))
+            errors = {f"{name}.table_error": table_T, f"{name}.path_error": path_T}
+            state |= errors | {f"{name}.chosen": chosen(table_T, path_T, self.choose)}
         return state
 
     @contextmanager
     def on(self, network: Network, state: dict[str, Any]) -> Iterator[None]:
-        """Answer for the embedder and every projection out of the table; raises AerogelError at a step that is not in it."""
+        """Answer for the embedder and the projections out of the table; raises AerogelError at a step that is not in it."""
         path, followed = find(network), clock_of(network.module)
         clock = followed or Clock(state["steps"], state["sampler"])
         if clock.steps != tuple(state["steps"]):
             raise AerogelError(
                 f"the table is of {len(state['steps'])} steps, the network's scales of {len(clock.steps)} others; calibrate both together"
             )
-        modules = {**path.embedders, **path.projections}
-        answers = {module: _answer(clock, self._table(name, state)) for name, module in modules.items()}
+        modules = dict(path.projections)
+        if all(bool(state[f"{name}.chosen"].all()) for name in modules):
+            modules |= path.embedders  # nobody reads what they would compute
+        answers = {
+            module: _answer(clock, self._table(name, state), state[f"{name}.chosen"] | (name in path.embedders), module.forward)
+            for name, module in modules.items()
+        }
         with nullcontext() if followed else clock.on(network.module), answering(answers):
             yield
 
-    def _require_content(self, path: TemporalPath) -> None:
-        path.require_alone()
-        quantized = [name for name, part in {**path.embedding_linears, **path.projections}.items() if isinstance(part, QuantLinear)]
-        if quantized and self.content == "features":
-            raise AerogelError(
-                f"{quantized[0]} is quantized already, so the float features are gone: put time_table before the steps that quantize the "
-                "temporal path, or give it content: path"
-            )
-
-    def _row(self, path: TemporalPath, clock: Clock, sinusoid_TC: Tensor, row: int) -> dict[str, Tensor]:
-        """What the embedder and the projections give at one step."""
-        with clock.at((row,)):
-            embedded = {name: embedder(sinusoid_TC[row : row + 1]) for name, embedder in path.embedders.items()}
-            return embedded | path.features(sinusoid_TC[row : row + 1])
+    @property
+    def _rows(self) -> TensorScheme:
+        return TensorScheme(format_named("int8" if self.dtype == "float16" else self.dtype), PerToken(), symmetric=False)
 
     def _stored(self, name: str, feature_TC: Tensor) -> dict[str, Tensor]:
         if self.content == "path":
             return {name: feature_TC}
         if self.dtype == "float16":
             return {name: feature_TC.half()}
-        grid = grid_from_range(feature_TC.amin(-1, keepdim=True), feature_TC.amax(-1, keepdim=True), _ROWS)
+        grid = grid_from_range(feature_TC.amin(-1, keepdim=True), feature_TC.amax(-1, keepdim=True), self._rows)
         assert grid.zero is not None, "rows are asymmetric"
-        return {name: quantize(feature_TC, grid, _ROWS), f"{name}.scale": grid.scale, f"{name}.zero_point": grid.zero}
+        return {name: quantize(feature_TC, grid, self._rows), f"{name}.scale": grid.scale, f"{name}.zero_point": grid.zero}
 
     def _table(self, name: str, state: dict[str, Any]) -> Tensor:
         """The features (T, C) as they are looked up."""
         kept: Tensor = state[name]
         if kept.is_floating_point():
             return kept
-        return dequantize(kept, Grid(state[f"{name}.scale"], state[f"{name}.zero_point"]), _ROWS)
+        return dequantize(kept, Grid(state[f"{name}.scale"], state[f"{name}.zero_point"]), self._rows)
 
 
-def _answer(clock: Clock, table_TC: Tensor) -> Callable[..., Tensor]:
-    def look_up(x_NC: Tensor, *_: Any) -> Tensor:
+def chosen(table_error_T: Tensor, path_error_T: Tensor, choose: Choice) -> Tensor:
+    """Return at which steps (T) a layer is answered from the table; a tie goes to the table."""
+    if choose == "layer_step":
+        return table_error_T <= path_error_T
+    take = choose == "all" or bool(table_error_T.sum() <= path_error_T.sum())
+    return torch.full_like(table_error_T, take, dtype=torch.bool)
+
+
+def _features(network: Network, call: Call, steps: Sequence[float]) -> dict[str, Tensor]:
+    """What the embedder and the projections give, (T, C) each, one step at a time."""
+    path = find(network)
+    check(network, path, call)
+    sinusoid_TC, clock = sinusoids(network, path, call, steps), clock_of(network.module) or Clock(steps)
+    rows = []
+    for row in range(len(steps)):
+        with clock.at((row,)):
+            one = sinusoid_TC[row : row + 1]
+            rows.append({name: embedder(one) for name, embedder in path.embedders.items()} | path.features(one))
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def _answer(clock: Clock, table_TC: Tensor, chosen_T: Tensor, computed: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    from_table = chosen_T.tolist()
+
+    def look_up(x_NC: Tensor, *rest: Any) -> Tensor:
         rows = clock.rows if len(clock.rows) == len(x_NC) else clock.rows * len(x_NC)
         table = table_TC.to(x_NC.device, x_NC.dtype)
-        return table[rows[0]].expand(len(rows), -1) if len(set(rows)) == 1 else table[list(rows)]
+        if not any(from_table[row] for row in rows):
+            return computed(x_NC, *rest)
+        if len(set(rows)) == 1:
+            return table[rows[0]].expand(len(rows), -1)
+        looked = table[list(rows)]
+        if all(from_table[row] for row in rows):
+            return looked
+        mask_N1 = torch.tensor([[from_table[row]] for row in rows], device=x_NC.device)
+        return torch.where(mask_N1, looked, computed(x_NC, *rest))
 
     return look_up
