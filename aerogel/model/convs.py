@@ -39,10 +39,7 @@ class QuantConv2d(QuantLinear):
         made.window = Window(kernel, stride, padding, dilation, conv.groups)
         return made
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Quantize the input if the scheme says so, and convolve: by the fastest kernel, or by the held float weight."""
-        if self._several_steps():
-            return self._step_by_step(x)
+    def _multiply(self, x: Tensor) -> Tensor:
         if self._held is None:
             return run(x, self, {} if torch.compiler.is_compiling() else self.cache)
         if x.dtype not in self._held:

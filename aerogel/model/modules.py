@@ -133,28 +133,24 @@ class QuantLinear(nn.Module):
         return fake_quantize(x, self.input_grid() or dynamic_grid(x, inputs), inputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantize the input if the scheme says so, and multiply: by the fastest kernel, or by the held float weight."""
-        if self._several_steps():
-            return self._step_by_step(x)
+        """Quantize the input if the scheme says so, and multiply; samples of different steps one by one, each with its own scale."""
+        inputs, clock = self.scheme.inputs, self.clock
+        if clock is None or inputs is None or not isinstance(inputs.granularity, PerStep) or len(set(clock.rows)) == 1:
+            return self._multiply(x)
+        parts = []
+        for number, row in enumerate(clock.rows):
+            with clock.at((row,)):
+                parts.append(self._multiply(x[number : number + 1]))
+        return torch.cat(parts)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        """By the fastest kernel, or by the held float weight."""
         if self._held is None:
             return run(x, self, {} if torch.compiler.is_compiling() else self.cache)
         if x.dtype not in self._held:
             self._held[x.dtype] = self.dequantized(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(self.quantized_input(x), self._held[x.dtype], bias)
-
-    def _several_steps(self) -> bool:
-        """Whether the samples of the batch at hand need scales of different steps."""
-        inputs = self.scheme.inputs
-        return inputs is not None and isinstance(inputs.granularity, PerStep) and self.clock is not None and len(set(self.clock.rows)) > 1
-
-    def _step_by_step(self, x: Tensor) -> Tensor:
-        assert self.clock is not None, "whoever asks has looked"
-        parts = []
-        for number, row in enumerate(self.clock.rows):
-            with self.clock.at((row,)):
-                parts.append(self(x[number : number + 1]))
-        return torch.cat(parts)
 
     def extra_repr(self) -> str:
         """Shape and scheme, for print(module)."""
