@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--picture", type=Path, help="Where to draw the grid.")
     given = parser.parse_args()
-    pipeline = DiffusionPipeline.from_pretrained(given.pipeline, torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(given.pipeline, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     made = [pictures(pipeline, label, given.each, given.steps, given.guidance) for label in range(len(fashion.CLASSES))]
     right = {
