@@ -36,7 +36,7 @@ class Tiar(Method):
 
     scheme: Scheme | str = "W4A16_CHANNEL_ASYM"
     """Preset name of the weights' format; inputs of the path are another method's affair."""
-    steps: int = 3000
+    steps: int = 5000
     """Optimiser steps, each over all time steps."""
     rate: float = 0.02
     """Learning rate of Adam, constant."""

@@ -91,7 +91,7 @@ def path_only(method: str, bits: int) -> Network:
     scheme = f"W{bits}A16_CHANNEL_ASYM"
     if method == "joint":
         return compressed({"brecq": {"scheme": scheme, "steps": 100, "rate": 0.01, "targets": ["*resnets*", "time_embedding*"]}})
-    return compressed({"tiar": {"scheme": scheme, "steps": 3000 if method == "tiar" else 0}})
+    return compressed({"tiar": {"scheme": scheme, "steps": 5000 if method == "tiar" else 0}})
 
 
 @pytest.mark.parametrize("bits", [4, 3])
