@@ -1,4 +1,4 @@
-"""Trains zoo/fashion-dit, a DiT pipeline of pixels: `python zoo/fashion_dit.py --images 260000`, an hour on two cores."""
+"""Trains zoo/fashion-dit, a DiT pipeline of pixels: `python zoo/fashion_dit.py --images 260000` (49 minutes at 89 images/s)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains zoo/fashion-unet, a Stable Diffusion pipeline of pixels: `python zoo/fashion_unet.py --images 200000`, an hour on two cores.
+"""Trains zoo/fashion-unet, a Stable Diffusion pipeline of pixels: `python zoo/fashion_unet.py --images 200000` (52 minutes at 64 images/s).
 
 The class enters as a prompt of one word through cross-attention, so the path of the time step sees nothing but the step.
 """

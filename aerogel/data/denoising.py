@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from aerogel.errors import AerogelError
+from aerogel.model import calls
 from aerogel.model.calls import Call
 
 
@@ -37,23 +37,13 @@ def record(pipeline: Any, denoiser: nn.Module, wanted: Denoising, seed: int = 0)
 
     Raises AerogelError when the pipeline needs something that is not given.
     """
-    calls: list[Call] = []
-
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = Call(args, {name: value for name, value in kwargs.items() if name != "return_dict"})
-        calls.append(_sharing(call.map(torch.Tensor.detach), calls[-1] if calls else None))
-
     runs = list(_runs(pipeline, wanted, seed))
     shown = getattr(pipeline, "_progress_bar_config", {})
     pipeline.set_progress_bar_config(disable=True)
-    handle = denoiser.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        for run in runs:
-            run()
+        return calls.record(denoiser, runs)
     finally:
-        handle.remove()
         pipeline.set_progress_bar_config(**shown)
-    return calls
 
 
 def _runs(pipeline: Any, wanted: Denoising, seed: int) -> Iterator[Callable[[], object]]:
@@ -82,20 +72,3 @@ def _subjects(pipeline: Any, wanted: Denoising, takes: Any) -> dict[str, Sequenc
     if "batch_size" in takes:
         return {}
     raise AerogelError(f"do not know what to ask {type(pipeline).__name__} for; record its denoiser's calls and give them as samples")
-
-
-def _sharing(call: Call, before: Call | None) -> Call:
-    """The call with copies of its tensors, but for those equal to the last call's in the same place."""
-    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
-    last, last_spec = pytree.tree_flatten((before.args, before.kwargs)) if before else ([], None)
-    same_form = last_spec == spec
-    kept = [_kept(leaf, last[number] if same_form else None) for number, leaf in enumerate(leaves)]
-    args, kwargs = pytree.tree_unflatten(kept, spec)
-    return Call(args, kwargs)
-
-
-def _kept(leaf: Any, old: Any) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    alike = isinstance(old, Tensor) and old.shape == leaf.shape and old.dtype == leaf.dtype
-    return old if alike and torch.equal(old, leaf) else leaf.clone()

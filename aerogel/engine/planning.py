@@ -228,7 +228,8 @@ def _peak_memory(network: Network, recipe: Recipe, read: Reading) -> int:
     if needs_calls(recipe):
         holds = max((step.method.holds for step in recipe.steps if isinstance(step.method, BlockMethod)), default=0.0)
         working = max([working, *(_calibrating(module, read, holds) for module in blocks.values())])
-    return total + 2 * max(sizes.values(), default=0) + working
+    resident = total + 2 * max(sizes.values(), default=0)
+    return resident * (2 if any("teacher" in step.method.needs for step in recipe.steps) else 1) + working
 
 
 def _calibrating(block: nn.Module, read: Reading, holds: float) -> int:

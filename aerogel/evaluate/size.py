@@ -13,8 +13,8 @@ from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
 
 PARTS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
-    ("quantized linears", (QuantLinear,)),
-    ("float linears", (nn.Linear, nn.Conv2d)),
+    ("quantized layers", (QuantLinear,)),
+    ("float layers", (nn.Linear, nn.Conv2d)),
     ("embeddings", (nn.Embedding,)),
 )
 REST = "norms and the rest"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,26 @@ def accepted(weight: Weight, device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cpu" or dtype not in _FLOATS or inputs is None or inputs.dynamic or inputs.format.name != "int8":
         return False
     static = isinstance(inputs.granularity, PerTensor | PerStep)
-    return static and weights.format.kind == "int" and isinstance(weights.granularity, PerChannel)
+    return static and weights.format.kind == "int" and isinstance(weights.granularity, PerChannel) and exact()
+
+
+@cache
+def exact() -> bool:
+    """Whether this processor sums these products exactly.
+
+    Without dot-product instructions libraries may add pairs of products in 16 bits, which saturates for extreme codes; so those are tried.
+    """
+    x_TI, codes_OI = torch.full((4, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
+    codes_OI[1::2] = -128
+    packed = torch.ops.onednn.qlinear_prepack(codes_OI, [4, 64])
+    rest: tuple[Any, ...] = (torch.ones(16), torch.zeros(16, dtype=torch.int32), None, 1.0, 0, torch.float32, "none", [], "")
+    linear = torch.ops.onednn.qlinear_pointwise(x_TI, 1.0, 0, packed, *rest)
+    kernel_OCHW, moves = codes_OI.view(16, 64, 1, 1), ([1, 1], [0, 0], [1, 1], 1)
+    packed = torch.ops.onednn.qconv_prepack(kernel_OCHW, torch.ones(16), 1.0, 0, *moves, [4, 64, 1, 1])
+    head, tail = rest[:3], rest[3:]
+    convolved = torch.ops.onednn.qconv2d_pointwise(x_TI.view(4, 64, 1, 1), 1.0, 0, packed, *head, *moves, *tail)
+    wanted = x_TI.float() @ codes_OI.float().T
+    return torch.equal(linear, wanted) and torch.equal(convolved.flatten(1), wanted)
 
 
 class Signed(NamedTuple):

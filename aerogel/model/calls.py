@@ -41,11 +41,14 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
 
 
 def record(module: nn.Module, runs: Iterable[Callable[[], object]]) -> list[Call]:
-    """Watch real generations and keep every call that `module` gets, with its tensors copied."""
+    """Watch real generations and keep every call that `module` gets, with copies of its tensors.
+
+    A tensor equal to the last call's in the same place is kept once, such as the text of a denoiser's steps.
+    """
     calls: list[Call] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(Call(args, kwargs).map(lambda tensor: tensor.detach().clone()))
+        calls.append(_copied(Call(args, kwargs), calls[-1] if calls else None))
 
     handle = module.register_forward_pre_hook(keep, with_kwargs=True)
     try:
@@ -54,3 +57,18 @@ def record(module: nn.Module, runs: Iterable[Callable[[], object]]) -> list[Call
     finally:
         handle.remove()
     return calls
+
+
+def _copied(call: Call, before: Call | None) -> Call:
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+    last, last_spec = pytree.tree_flatten((before.args, before.kwargs)) if before else ([], None)
+    kept = [_kept(leaf, last[place] if last_spec == spec else None) for place, leaf in enumerate(leaves)]
+    args, kwargs = pytree.tree_unflatten(kept, spec)
+    return Call(args, kwargs)
+
+
+def _kept(leaf: Any, old: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    alike = isinstance(old, torch.Tensor) and (old.shape, old.dtype, old.device) == (leaf.shape, leaf.dtype, leaf.device)
+    return old if alike and torch.equal(old, leaf) else leaf.detach().clone()

@@ -10,7 +10,7 @@ from aerogel.report.phrases import size
 from aerogel.report.svg import element, label, picture
 
 THICK, PITCH = 22.0, 46.0
-SHADES = {"quantized linears": "part-1", "float linears": "part-2", "embeddings": "part-3"}
+SHADES = {"quantized layers": "part-1", "float layers": "part-2", "embeddings": "part-3"}
 """Parts that look the same in every report; all others share one shade."""
 
 

@@ -90,6 +90,14 @@ def test_layouts_of_memory_do_not_matter() -> None:
     torch.testing.assert_close(conv2d.by_integers(last, twin, {}), conv2d.by_integers(x, twin, {}))
 
 
+def test_one_packed_weight_serves_images_of_all_sizes() -> None:
+    twin, x = made("W4A8_CHANNEL_ASYM_AFFINE", kernel_size=3, padding=1)
+    cache: dict[Any, Any] = {}
+    for image in (x, torch.randn(1, 12, 33, 20), torch.randn(5, 12, 4, 4), x):
+        torch.testing.assert_close(conv2d.by_integers(image, twin, cache).double(), literal(twin, image), rtol=1e-5, atol=1e-5)
+    assert len(cache) == 1
+
+
 def test_gradients_pass_the_reference() -> None:
     twin, x = made("W8A8_CHANNEL_AFFINE", kernel_size=3, padding=1)
     x.requires_grad_(True)

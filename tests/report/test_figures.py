@@ -92,11 +92,11 @@ def test_several_towers_have_their_own_maps() -> None:
 
 
 def test_bars_are_as_long_as_their_bytes() -> None:
-    svg = Xml.fromstring(parts_bars({"Original": {"float linears": 300, "embeddings": 100}, "Compressed": {"quantized linears": 100}}))
+    svg = Xml.fromstring(parts_bars({"Original": {"float layers": 300, "embeddings": 100}, "Compressed": {"quantized layers": 100}}))
     bars = {r.findtext("title", ""): float(r.get("width", "")) for r in svg.iter("rect") if r.find("title") is not None}
     widths = {name.partition(":")[0]: width + 1 for name, width in bars.items()}
-    assert widths["float linears"] == pytest.approx(3 * widths["embeddings"], rel=0.01)
-    assert widths["quantized linears"] == pytest.approx(widths["embeddings"], rel=0.01)
+    assert widths["float layers"] == pytest.approx(3 * widths["embeddings"], rel=0.01)
+    assert widths["quantized layers"] == pytest.approx(widths["embeddings"], rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,10 @@ class Fsc(Method):
         sinusoid_TC = sinusoids(network, path, calls[0], steps)
         scheduler = getattr(network.processor, "scheduler", None)
         clock = Clock(steps, "" if scheduler is None else f"{type(scheduler).__name__}")
+        shared: tuple[Tensor, Tensor] | None = None  # by the projections, which all read one tensor
         for name, layer in layers.items():  # in order: each sees what quantized inputs before it give
-            low_T, high_T = _extremes(path, sinusoid_TC, name, layer, clock)
+            low_T, high_T = shared or _extremes(path, sinusoid_TC, name, layer, clock)
+            shared = (low_T, high_T) if name in path.projections else None
             inputs = TensorScheme(format_named("int8"), PerStep(len(steps)), symmetric=False)
             dtype = network.stored_dtype or layer.get_buffer("weight_scale").dtype
             twin = with_inputs(layer, inputs, stored_grid(grid_from_range(low_T, high_T, inputs), dtype), dtype)

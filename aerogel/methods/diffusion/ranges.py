@@ -42,7 +42,7 @@ class Ranges(BlockMethod):
     start: Literal["minmax", "average", "search"] = "search"
     """The first range: all extremes, the moving average of each call's extremes (0.95), or the least 2.4-norm error on some inputs."""
     searched: int = 262144
-    """Numbers of an input that a search looks at, drawn evenly from all calls."""
+    """Numbers of an input that a search looks at, drawn at random, as many from every call."""
     steps: int = 5000
     """Optimiser steps a block; 0 keeps the first range."""
     batch: int = 32
@@ -71,25 +71,24 @@ class Ranges(BlockMethod):
 
     @torch.no_grad()
     def _first(self, block: Block, layers: Mapping[str, QuantLinear]) -> dict[str, Grid]:
-        share = self.searched // max(len(block.calls), 1)
-        seen: dict[str, list[Tensor]] = {name: [] for name in layers}
-        observers = {name: MovingAverage(INPUTS, 0.05) if self.start == "average" else RunningMinMax(INPUTS) for name in layers}
+        observers: dict[str, RunningMinMax] = {}
+        drawn: dict[str, list[Tensor]] = {}
+        share = max(1, self.searched // max(len(block.calls), 1))
 
         def see(name: str, x: Tensor) -> None:
-            observers[name].update(x)
             if self.start == "search":
                 flat = x.detach().float().flatten()
-                seen[name].append(flat[:: max(1, len(flat) // max(share, 1))])
+                # At random: a fixed stride would meet the same few channels again and again.
+                drawn.setdefault(name, []).append(flat[torch.randint(len(flat), (share,))] if len(flat) > share else flat)
             else:
-                seen[name].append(x.new_empty(0))
+                observers.setdefault(name, MovingAverage(INPUTS, 0.05) if self.start == "average" else RunningMinMax(INPUTS)).update(x)
 
         with watching(layers, see):
             for call in block.calls:
                 block.run(call)
-        reached = [name for name in layers if seen[name]]
         if self.start == "search":
-            return {name: mse_search(torch.cat(seen[name]), INPUTS, p=2.4, shrink=0.79) for name in reached}
-        return {name: observers[name].grid() for name in reached}
+            return {name: mse_search(torch.cat(parts), INPUTS, p=2.4, shrink=0.79) for name, parts in drawn.items()}
+        return {name: observer.grid() for name, observer in observers.items()}
 
     def _learned(self, block: Block, layers: Mapping[str, QuantLinear], grids: Mapping[str, Grid]) -> dict[str, Grid]:
         """The grids with the step sizes that make the block's output closest to the float network's."""

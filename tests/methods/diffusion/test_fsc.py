@@ -14,6 +14,7 @@ from aerogel.model.calls import Call
 from aerogel.model.clock import Clock
 from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
+from aerogel.model.quantized import clock_of
 from aerogel.numerics.quantize import fake_quantize, grid_from_range
 from aerogel.numerics.scheme import PerStep
 from tests.tiny import FAMILIES, output
@@ -69,12 +70,23 @@ def test_each_range_is_that_of_the_input_at_the_step() -> None:
 
 def test_one_range_for_all_steps_is_never_finer() -> None:
     network = compressed()
-    for layer in (part for part in network.module.modules() if isinstance(part, QuantLinear)):
-        scales = inputs_of(layer)
-        assert len(scales) == len(STEPS)
+    path, clock = time_path.find(network), clock_of(network.module)
+    assert clock is not None
+    sinusoid_TC = time_path.sinusoids(network, path, calls()[0], STEPS)
+    for name, layer in {**path.embedding_linears, **path.projections}.items():
+        assert isinstance(layer, QuantLinear)
         assert layer.scheme.inputs is not None
-    shared = {tuple(inputs_of(layer).tolist()) for layer in time_path.find(network).projections.values()}  # type: ignore[arg-type]
-    assert len(shared) == 1, "all projections read one tensor"
+        seen: list[torch.Tensor] = []
+        handle = layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        for row in range(len(STEPS)):
+            with clock.at((row,)):
+                path.features(sinusoid_TC[row : row + 1])
+        handle.remove()
+        together = torch.cat(seen)
+        shared = grid_from_range(together.min(), together.max(), layer.scheme.inputs)
+        assert (inputs_of(layer) <= shared.scale * (1 + 1e-6)).all(), name
+    scales = {tuple(inputs_of(layer).tolist()) for layer in path.projections.values()}  # type: ignore[arg-type]
+    assert len(scales) == 1, "all projections read one tensor"
 
 
 def test_what_comes_out_is_the_same_in_every_batch() -> None:

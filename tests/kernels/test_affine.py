@@ -1,0 +1,63 @@
+"""The linear of unsigned inputs in oneDNN against float64, with and without zero points, a step at a time, and at the extremes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aerogel.kernels.affine import Affine, exact
+from aerogel.kernels.linear import candidates
+from aerogel.model.clock import Clock
+from aerogel.model.convs import quantized, with_inputs
+from aerogel.model.modules import QuantLinear
+from aerogel.numerics.formats import format_named
+from aerogel.numerics.quantize import dequantize, fake_quantize, grid_from_range, quantize, weight_grid
+from aerogel.numerics.scheme import PerStep, Scheme, TensorScheme
+
+
+def made(name: str, bias: bool = True) -> tuple[QuantLinear, Tensor]:
+    torch.manual_seed(0)
+    linear, scheme = nn.Linear(40, 24, bias=bias), Scheme.parse(name)
+    grid = weight_grid(linear.weight, scheme.weights)
+    assert scheme.inputs is not None
+    inputs = grid_from_range(torch.tensor(-1.0), torch.tensor(3.0), scheme.inputs)
+    return quantized(linear, scheme, quantize(linear.weight, grid, scheme.weights), grid, None, inputs), torch.randn(7, 40) + 0.5
+
+
+def literal(twin: QuantLinear, x: Tensor) -> Tensor:
+    inputs, grid = twin.scheme.inputs, twin.input_grid()
+    assert inputs is not None
+    assert grid is not None
+    weight_OI = dequantize(twin.codes(), twin.grid(), twin.scheme.weights).double()
+    y = fake_quantize(x.float(), grid, inputs).double() @ weight_OI.T
+    return y if twin.bias is None else y + twin.bias.double()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["W8A8_STATIC", "W8A8_AFFINE", "W8A8_ASYM_AFFINE", "W4A8_CHANNEL_ASYM_AFFINE", "W3A8_CHANNEL_AFFINE"])
+def test_integers_give_the_exact_sum(name: str, bias: bool) -> None:
+    twin, x = made(name, bias)
+    assert "affine" in candidates(twin, x.device, x.dtype)
+    torch.testing.assert_close(Affine(twin, x.dtype)(x).double(), literal(twin, x), rtol=1e-5, atol=1e-5)
+    rounded = Affine(twin, torch.bfloat16)(x.bfloat16())
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.double(), literal(twin, x.bfloat16()), rtol=2**-7, atol=2**-7)
+
+
+def test_one_packed_weight_serves_the_scales_of_all_steps() -> None:
+    twin, x = made("W4A8_CHANNEL_ASYM_AFFINE")
+    inputs = TensorScheme(format_named("int8"), PerStep(2), symmetric=False)
+    stepped = with_inputs(twin, inputs, grid_from_range(torch.tensor([-1.0, -4.0]), torch.tensor([1.0, 3.0]), inputs))
+    stepped.clock = Clock([9, 4])
+    kernel = Affine(stepped, x.dtype)
+    for row in (0, 1, 0):
+        with stepped.clock.at((row,)):
+            torch.testing.assert_close(kernel(x).double(), literal(stepped, x), rtol=1e-5, atol=1e-5)
+
+
+def test_sums_of_extremes_are_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    twin, x = made("W8A8_AFFINE")
+    assert exact() == ("affine" in candidates(twin, x.device, x.dtype))
+    monkeypatch.setattr("aerogel.kernels.affine.exact", lambda: False)
+    assert "affine" not in candidates(twin, x.device, x.dtype)
