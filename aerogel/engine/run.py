@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -34,6 +34,7 @@ from aerogel.evaluate.measure import Measure
 from aerogel.methods.method import BlockMethod, Method, RuntimePolicy, WeightMethod
 from aerogel.model import save
 from aerogel.model.block import Block
+from aerogel.model.heap import slim
 from aerogel.model.load import load
 from aerogel.model.modules import QuantLinear, ScaledInput
 from aerogel.model.network import Network
@@ -61,17 +62,19 @@ def compress(
     """
     watch = Watch(tell)
     checked = Recipe.parse(recipe, overrides)
-    with watch.stage("load", str(model) if isinstance(model, str | Path) else ""):
-        network = load(model)
-    job = _Job(network, checked, Path(output).absolute() if output is not None else None, seed)
-    with watch.stage("check"):
-        calibration = job.check(samples, resume)
-    tell(Event("check", 1, 1, expected=job.expected(measures)))
-    facts = job.facts(calibration, model)
-    origin = network.origin
-    before = _scores_of_live(network, measures) if origin is None else {}
-    run = Run(network, checked, calibration, seed, tell)
-    result = job.run(run, facts, watch)
+    named = isinstance(model, str | Path)  # what lives already is in memory anyway, and its speed is measured on the way
+    with slim() if named else nullcontext():
+        with watch.stage("load", str(model) if named else ""):
+            network = load(model)
+        job = _Job(network, checked, Path(output).absolute() if output is not None else None, seed)
+        with watch.stage("check"):
+            calibration = job.check(samples, resume)
+        tell(Event("check", 1, 1, expected=job.expected(measures)))
+        facts = job.facts(calibration, model)
+        origin = network.origin
+        before = _scores_of_live(network, measures) if origin is None else {}
+        run = Run(network, checked, calibration, seed, tell)
+        result = job.run(run, facts, watch)
     _warn_of_fallbacks(run.journal)
     result.add(timings=watch.seconds)
     if measures is None or measures:

@@ -14,11 +14,11 @@ from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.convs import Layer, QuantConv2d
 from aerogel.model.family import Edge
+from aerogel.model.heap import trim
 from aerogel.model.match import matches, names_exactly
 from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
 from aerogel.model.samples import Samples
-from aerogel.model.slots import trim
 
 
 class Inputs(Protocol):

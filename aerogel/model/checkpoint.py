@@ -15,7 +15,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.model.slots import Slot, release, slots, trim
+from aerogel.model.heap import trim
+from aerogel.model.slots import Slot, release, slots
 
 # In the order transformers and diffusers look for them: one file wins over an index.
 _STEMS = ("model", "diffusion_pytorch_model")

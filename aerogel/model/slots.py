@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from aerogel.model.heap import trim
 from aerogel.model.modules import QuantLinear
 
 
@@ -64,11 +63,3 @@ def release(module: nn.Module) -> None:
     """Send a module's parameters and persistent buffers to meta, and the memory they took back to the system."""
     replace(module, lambda slot: slot.tensor.detach().to("meta"))
     trim()
-
-
-def trim() -> None:
-    """Give freed heap pages back to the system: glibc keeps up to all of them (measured: 200 of 200 MB in 1 MB tensors)."""
-    if sys.platform == "linux":
-        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent from musl
-        if malloc_trim is not None:
-            malloc_trim(0)
