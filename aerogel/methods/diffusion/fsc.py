@@ -1,13 +1,16 @@
 """FSC, finite set calibration: inputs of the temporal path take few values, so each step gets its own exact range (arXiv:2311.16503).
 
-T steps, C channels. In the temporal path an input at a step is a constant; its extremes are its range and nothing is estimated.
+T steps, C channels. In the temporal path an input at a step is a constant; its extremes are its range and nothing is estimated. Elsewhere
+(the released code does it to every layer) a step's range is the moving average of its calls' extremes.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +21,32 @@ from aerogel.model.calls import Call
 from aerogel.model.clock import Clock, steps_of
 from aerogel.model.convs import with_inputs
 from aerogel.model.hooks import watching
-from aerogel.model.modules import QuantLinear, stored_grid
+from aerogel.model.match import matches
+from aerogel.model.modules import QuantLinear, held, stored_grid
 from aerogel.model.network import Network
 from aerogel.model.quantized import set_clock
 from aerogel.model.time_path import TemporalPath, check, find, sinusoids
 from aerogel.numerics.formats import format_named
-from aerogel.numerics.quantize import grid_from_range
-from aerogel.numerics.scheme import PerStep, TensorScheme
+from aerogel.numerics.observers import MovingAverage
+from aerogel.numerics.quantize import Grid, grid_from_range
+from aerogel.numerics.scheme import PerStep, PerTensor, TensorScheme
 
 
 @dataclass(frozen=True)
 class Fsc(Method):
-    """Quantizes the inputs of the temporal path's linears to 8 bits with one range for each step of the sampler."""
+    """Quantizes inputs to 8 bits with one range for each step of the sampler: those of the temporal path's linears, or of all layers."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"calls"})
 
     first: bool = True
     """Whether the embedder's first linear gets quantized inputs too; the sinusoid's range hardly changes from step to step."""
+
+    scope: Literal["path", "all"] = "path"
+    """Whose inputs: the temporal path's, or also those of every other quantized layer whose inputs are still in float."""
+    ignore: tuple[str, ...] = ("lm_head",)
+    """Which layers outside of the path to leave alone: globs on full dotted names, `re:` patterns or class names."""
+    momentum: float = 0.95
+    """What a range outside of the path keeps of its average at each further call."""
 
     @torch.no_grad()
     def apply(self, network: Network, calls: Sequence[Call]) -> None:
@@ -49,13 +61,34 @@ class Fsc(Method):
         for name, layer in layers.items():  # in order: each sees what quantized inputs before it give
             low_T, high_T = shared or _extremes(path, sinusoid_TC, name, layer, clock)
             shared = (low_T, high_T) if name in path.projections else None
-            inputs = TensorScheme(format_named("int8"), PerStep(len(steps)), symmetric=False)
-            dtype = network.stored_dtype or layer.get_buffer("weight_scale").dtype
-            twin = with_inputs(layer, inputs, stored_grid(grid_from_range(low_T, high_T, inputs), dtype), dtype)
-            twin.clock = clock
-            network.module.set_submodule(name, twin)
+            _give(network, name, layer, grid_from_range(low_T, high_T, _inputs(clock)), clock)
             path = find(network)
-        set_clock(network.module, clock, [*path.embedders, *path.projections])
+        alone = [*path.embedders, *path.projections]
+        set_clock(network.module, clock, alone)
+        if self.scope == "all":
+            inside = tuple(f"{name}." for name in alone)
+            self._rest(network, calls, clock, [name for name in _quantized(network) if not f"{name}.".startswith(inside)])
+
+    def _rest(self, network: Network, calls: Sequence[Call], clock: Clock, names: Sequence[str]) -> None:
+        """Ranges of layers outside of the path, all seen in one pass."""
+        layers = {name: layer for name, layer in _quantized(network).items() if name in names and layer.scheme.inputs is None}
+        layers = {name: layer for name, layer in layers.items() if not matches(name, self.ignore, layer)}
+        one = TensorScheme(format_named("int8"), PerTensor(), symmetric=False)
+        seen: dict[str, dict[int, MovingAverage]] = defaultdict(lambda: defaultdict(partial(MovingAverage, one, 1 - self.momentum)))
+
+        def see(name: str, x: Tensor) -> None:
+            for row in dict.fromkeys(clock.rows):
+                seen[name][row].update(x[[at == row for at in clock.rows]] if len(set(clock.rows)) > 1 else x)
+
+        with watching(layers, see), held(network.module):
+            for call in calls:
+                network.run(call)
+        if unseen := [name for name in layers if len(seen[name]) < len(clock.steps)]:
+            raise AerogelError(f"{unseen[0]} was not reached at every step; calibrate with calls that do, or leave it out with `ignore`")
+        for name, layer in layers.items():
+            grids = [seen[name][row].grid() for row in range(len(clock.steps))]
+            zeros = [grid.zero for grid in grids if grid.zero is not None]
+            _give(network, name, layer, Grid(torch.stack([grid.scale for grid in grids]), torch.stack(zeros)), clock)
 
     def _layers(self, path: TemporalPath) -> dict[str, QuantLinear]:
         embedding = path.embedding_linears
@@ -64,6 +97,22 @@ class Fsc(Method):
         if not layers:
             raise AerogelError("no linear of the temporal path is quantized: put tiar, or rtn on its linears, before fsc")
         return layers
+
+
+def _quantized(network: Network) -> dict[str, QuantLinear]:
+    return {name: part for name, part in network.module.named_modules() if isinstance(part, QuantLinear)}
+
+
+def _inputs(clock: Clock) -> TensorScheme:
+    return TensorScheme(format_named("int8"), PerStep(len(clock.steps)), symmetric=False)
+
+
+def _give(network: Network, name: str, layer: QuantLinear, grid: Grid, clock: Clock) -> None:
+    """Put the layer's twin with inputs on this grid in its place."""
+    dtype = network.stored_dtype or layer.get_buffer("weight_scale").dtype
+    twin = with_inputs(layer, _inputs(clock), stored_grid(grid, dtype), dtype)
+    twin.clock = clock
+    network.module.set_submodule(name, twin)
 
 
 def _extremes(path: TemporalPath, sinusoid_TC: Tensor, name: str, layer: nn.Module, clock: Clock) -> tuple[Tensor, Tensor]:

@@ -120,6 +120,40 @@ def test_a_folder_follows_the_clock_too(tmp_path: Path) -> None:
         reopened.run(Call((), calls()[0].kwargs | {"timestep": torch.tensor(5)}))
 
 
+ALL = {
+    "steps": [{"rtn": {"scheme": "W8A16_CHANNEL_ASYM", "targets": ["Linear", "Conv2d"]}}, {"fsc": {"scope": "all", "ignore": ["conv_out"]}}]
+}
+
+
+def test_all_layers_get_a_moving_average_a_step() -> None:
+    twice = [*calls(), *(Call((), call.kwargs | {"sample": 3 * call.kwargs["sample"]}) for call in calls())]
+    plain = aerogel.compress(FAMILIES["unet"].build(), {"steps": ALL["steps"][:1]}, samples=twice, measures=()).network
+    network = aerogel.compress(FAMILIES["unet"].build(), ALL, samples=twice, measures=()).network
+    layers = {name: part for name, part in network.module.named_modules() if isinstance(part, QuantLinear)}
+    assert [name for name, part in layers.items() if part.scheme.inputs is None] == ["conv_out"]
+    first = layers["conv_in"]
+    assert first.scheme.inputs is not None
+    for row, (one, three) in enumerate(zip(twice[:4], twice[4:], strict=True)):
+        low, high = (0.95 * edge(one.kwargs["sample"]) + 0.05 * edge(three.kwargs["sample"]) for edge in (torch.min, torch.max))
+        wanted = grid_from_range(low, high, first.scheme.inputs)
+        assert float(inputs_of(first)[row]) == pytest.approx(float(wanted.scale), rel=1e-5)
+    for call in twice[:4]:
+        wanted_N = output(plain.module, call)
+        error = (output(network.module, call) - wanted_N).square().mean() / wanted_N.square().mean()
+        assert 0 < error < 1e-2
+
+
+def test_batches_of_several_steps_show_each_step_its_own_samples() -> None:
+    mixed = [Call((), calls(2)[0].kwargs | {"timestep": torch.tensor(pair)}) for pair in (STEPS[:2], STEPS[2:])]
+    network = aerogel.compress(FAMILIES["unet"].build(), ALL, samples=mixed, measures=()).network
+    apart = [Call((), {**call.kwargs, "timestep": torch.tensor(step)}) for call, step in zip(calls(1), STEPS, strict=True)]
+    layer = network.module.get_submodule("conv_in")
+    alone = aerogel.compress(FAMILIES["unet"].build(), ALL, samples=apart, measures=()).network.module.get_submodule("conv_in")
+    assert isinstance(layer, QuantLinear)
+    assert isinstance(alone, QuantLinear)
+    torch.testing.assert_close(inputs_of(layer), inputs_of(alone), rtol=1e-2, atol=0)
+
+
 def test_float_weights_are_refused() -> None:
     with pytest.raises(AerogelError, match="put tiar, or rtn on its linears, before fsc"):
         aerogel.compress(FAMILIES["unet"].build(), {"steps": [{"fsc": {}}]}, samples=calls(), measures=())

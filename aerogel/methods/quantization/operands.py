@@ -1,0 +1,104 @@
+"""Quantized operands of attention: queries, keys, values and the probabilities, as Q-Diffusion quantizes them (arXiv:2302.04304).
+
+The products are computed in float on rounded operands: torch has no integer attention for CPUs. It measures quality and costs time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import AerogelError
+from aerogel.methods.method import RuntimePolicy
+from aerogel.model.attention import Attend, attending, attentions
+from aerogel.model.calls import Call
+from aerogel.model.match import matches
+from aerogel.model.modules import held
+from aerogel.model.network import Network
+from aerogel.numerics.attention import attention
+from aerogel.numerics.formats import format_named
+from aerogel.numerics.observers import mse_search
+from aerogel.numerics.quantize import Grid, fake_quantize
+from aerogel.numerics.scheme import PerTensor, TensorScheme
+
+
+@dataclass(frozen=True)
+class Operands(RuntimePolicy):
+    """Rounds the operands of every attention to static grids, one for the whole tensor."""
+
+    bits: int = 8
+    """Bits of queries, keys and values, 2 to 8; their grids have a zero point and the least error in the 2.4-norm."""
+    probability_bits: int = 8
+    """Bits of the probabilities, 2 to 16; their grid begins at zero and ends at the largest one seen."""
+    ignore: tuple[str, ...] = ()
+    """Which attentions to leave alone: globs on full dotted names, `re:` patterns or class names."""
+    searched: int = 262144
+    """Numbers of an operand that the search for its grid looks at, drawn at random, as many from every call."""
+
+    def __post_init__(self) -> None:
+        if not (2 <= self.bits <= 8 and 2 <= self.probability_bits <= 16):
+            raise AerogelError(f"operands: bits {self.bits} and probability_bits {self.probability_bits}; expected 2 to 8 and 2 to 16")
+
+    @torch.no_grad()
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+        """Look at the operands of all calls; raises AerogelError when the network's attention cannot be found."""
+        named = attentions(network, calls[0])
+        names = [name for name in named if not matches(name, self.ignore, network.module.get_submodule(name))]
+        if not names:
+            raise AerogelError(
+                f"{len(named)} modules of this network call scaled_dot_product_attention and {len(named)} are ignored; "
+                "expected at least one to be left: use torch's attention (attn_implementation='sdpa'), or leave operands out"
+            )
+        drawn: dict[tuple[str, str], list[Tensor]] = {}
+        share = max(1, self.searched // len(calls))
+
+        def see(name: str, operand: str, x: Tensor) -> Tensor:
+            flat = x.flatten()
+            # Probabilities need their largest one only.
+            few = flat.amax().reshape(1) if operand == "probabilities" else flat[torch.randint(len(flat), (min(share, len(flat)),))]
+            drawn.setdefault((name, operand), []).append(few)
+            return x
+
+        with attending(network, names, lambda name: partial(attention, change=partial(see, name))), held(network.module):
+            for call in calls:
+                network.run(call)
+        state: dict[str, Any] = {"attentions": names}
+        for (name, operand), parts in drawn.items():
+            if operand == "probabilities":
+                state[f"{name}.probabilities"] = torch.cat(parts).amax() / (2**self.probability_bits - 1)
+                continue
+            grid = mse_search(torch.cat(parts), self._scheme, p=2.4, shrink=0.79)
+            assert grid.zero is not None, "the scheme is asymmetric"
+            state |= {f"{name}.{operand}": grid.scale, f"{name}.{operand}_zero_point": grid.zero}
+        return state
+
+    @contextmanager
+    def on(self, network: Network, state: dict[str, Any]) -> Iterator[None]:
+        """Round operands while attentions run, with straight-through gradients."""
+        with attending(network, state["attentions"], partial(self._attend, state)):
+            yield
+
+    @property
+    def _scheme(self) -> TensorScheme:
+        return TensorScheme(format_named(f"int{self.bits}"), PerTensor(), symmetric=False)
+
+    def _attend(self, state: Mapping[str, Any], name: str) -> Attend:
+        def change(operand: str, x: Tensor) -> Tensor:
+            if operand == "probabilities":
+                return rounded(x, state[f"{name}.probabilities"].to(x.device), 2**self.probability_bits - 1)
+            grid = Grid(state[f"{name}.{operand}"].to(x.device), state[f"{name}.{operand}_zero_point"].to(x.device))
+            return fake_quantize(x, grid, self._scheme)
+
+        return partial(attention, change=change)
+
+
+def rounded(x: Tensor, step: Tensor, most: int) -> Tensor:
+    """Return x on the grid 0, step, ..., most * step; the gradient passes through inside of it."""
+    clamped = x.clamp(max=step * most)
+    return clamped + (torch.round(clamped / step) * step - clamped).detach()

@@ -1,0 +1,46 @@
+"""Scaled dot-product attention written out, so that each operand of its two products can be looked at or changed.
+
+B batch, H heads, L queries, S keys, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+OPERANDS = ("query", "key", "probabilities", "value")
+"""What the two products multiply, in the order in which they are needed."""
+
+
+def attention(
+    query_BHLD: Tensor,
+    key_BHSD: Tensor,
+    value_BHSD: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    change: Callable[[str, Tensor], Tensor],
+) -> Tensor:
+    """Return what torch's scaled_dot_product_attention does, with `change(operand, tensor)` in the place of every operand.
+
+    Arithmetic is float32, the result has the dtype of the query; probabilities are dropped out after they were changed.
+    """
+    query, key = change("query", query_BHLD.float()), change("key", key_BHSD.float())
+    value = value_BHSD.float()
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    scores_BHLS = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        allowed_LS = torch.ones(scores_BHLS.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        scores_BHLS = scores_BHLS.masked_fill(~allowed_LS, -torch.inf)
+    if attn_mask is not None:
+        scores_BHLS = scores_BHLS.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores_BHLS + attn_mask
+    probabilities_BHLS = change("probabilities", scores_BHLS.softmax(-1))
+    if dropout_p:
+        probabilities_BHLS = torch.dropout(probabilities_BHLS, dropout_p, train=True)
+    return (probabilities_BHLS @ change("value", value)).to(query_BHLD.dtype)
