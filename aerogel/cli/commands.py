@@ -118,6 +118,7 @@ def compress(
     if as_json:
         _print_json({"folder": str(output), "report": str(report), **result.facts})
         return
+    terminal.print_coverage(result.facts["coverage"])
     terminal.print_comparison(result.metrics)
     typer.echo(f"folder  {output}\nreport  {report}")
 

@@ -37,6 +37,20 @@ def print_comparison(metrics: Mapping[str, Any]) -> None:
         Console().print(table)
 
 
+def print_coverage(coverage: Mapping[str, Any]) -> None:
+    """Print which layers and operands are in codes by now, and what is left in float."""
+    console = Console(soft_wrap=True, highlight=False)
+    for what in ("weights", "inputs"):
+        left = coverage[f"float_{what}"]
+        counts = [f"{count} in {form}" for form, count in coverage[what].items()]
+        names = ", ".join(_counted(left if what == "weights" else [name for name in left if name not in coverage["float_weights"]]))
+        console.print(f"{what} of {coverage['layers']} layers: {', '.join([*counts, f'{len(left)} in float'])}", markup=False)
+        if names and coverage[what]:
+            console.print(f"  in float: {names}", markup=False)
+    if coverage["attentions"]:
+        console.print(f"operands rounded in {len(coverage['attentions'])} attentions")
+
+
 def print_plan(plan: Plan) -> None:
     """Print what a recipe will do, and what stands in its way."""
     console = Console(soft_wrap=True, highlight=False)
@@ -52,6 +66,12 @@ def print_plan(plan: Plan) -> None:
     console.print(table)
     for problem in plan.problems:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {problem}", markup=False)
+
+
+def _counted(names: Sequence[str]) -> Iterator[str]:
+    """Names with those of the same place in every block as one."""
+    for name, count in Counter(map(record.pattern, names)).items():
+        yield f"{name}{f' ({count} of them)' if count > 1 else ''}"
 
 
 def _grouped(kept: Sequence[Kept]) -> Iterator[str]:

@@ -211,7 +211,7 @@ def _reason(network: Network, name: str, module: nn.Module, methods: list[Weight
         return "an embedding, not a linear"
     if matches(name, network.family.keep):
         return "kept by the family"
-    if any(matches(name, method.ignore, module) for method in methods):
+    if any(matches(name, network.family.spelled(method.ignore), module) for method in methods):
         return "ignored by the recipe"
     return "not among the recipe's targets"
 

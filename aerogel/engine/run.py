@@ -21,6 +21,7 @@ from torch import nn
 
 from aerogel.engine import policies, provenance
 from aerogel.engine.calibration import Calibration, Given, prepare, reading, shown
+from aerogel.engine.coverage import coverage
 from aerogel.engine.planning import Plan, blocks_of, needs_calls, plan_network
 from aerogel.engine.policies import Measured
 from aerogel.engine.preflight import check_output, check_plan, check_weights, partial_of
@@ -152,6 +153,11 @@ class _Job:
             stack.pop_all()
         return Result(self.recipe, facts, run.policies, folder=keep / "model", keep=keep)
 
+    def _go(self, run: Run, facts: dict[str, Any], watch: Watch) -> None:
+        with watch.stage("compress"):
+            run.go()
+        facts |= {"journal": run.journal, "coverage": coverage(self.network, run.policies)}
+
     def _run_lazily(self, run: Run, facts: dict[str, Any], watch: Watch, output: Path) -> None:
         source, partial = self.network.checkpoint, partial_of(output)
         assert source is not None
@@ -164,17 +170,13 @@ class _Job:
             "threads": torch.get_num_threads(),
         }
         run.progress = Progress.open(partial, self.network, source, made_of)
-        with watch.stage("compress"):
-            run.go()
-        facts["journal"] = run.journal
+        self._go(run, facts, watch)
         with watch.stage("save"), save.new_folder(output) as folder:
             write(folder, self.network, facts, run.policies, run.progress.tensors())
         shutil.rmtree(partial)
 
     def _run_live(self, run: Run, facts: dict[str, Any], watch: Watch) -> Result:
-        with watch.stage("compress"):
-            run.go()
-        facts["journal"] = run.journal
+        self._go(run, facts, watch)
         result = Result(self.recipe, facts, run.policies, network=self.network)
         if self.output is not None:
             with watch.stage("save"):

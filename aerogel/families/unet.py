@@ -44,5 +44,17 @@ FAMILY = Family(
             ("time_cond_proj_dim", "the guidance scale"),
         ),
     ),
+    lists=(
+        ("ends", ("conv_in", "conv_out")),
+        (
+            # What the code of TFMQ-DM (arXiv:2311.16503) leaves in float, weights and inputs: by name, never by position.
+            "released_tfmq",
+            (
+                *("conv_in", "conv_out", "time_embedding.linear_1", "*.conv_shortcut", "*.downsamplers.*.conv"),
+                r"re:(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+\.to_",  # one-dimensional convolutions there
+            ),
+        ),
+        ("released_tfmq_inputs", ("time_embedding.linear_2", "down_blocks.0.resnets.0.conv1")),
+    ),
     modality="image",
 )

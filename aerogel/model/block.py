@@ -83,9 +83,10 @@ class Block:
     def linears(self, targets: Iterable[str] = ("Linear",), ignore: Iterable[str] = ()) -> dict[str, Layer | QuantLinear]:
         """The block's linears and convolutions (`Conv2d`), float or quantized, that the patterns mean, by name in the block.
 
-        Patterns are held against full dotted names. What the family keeps is left out unless a target spells its name.
+        Patterns are held against full dotted names; `@name` stands for a list of the family. What the family keeps is left out unless
+        a target spells its name.
         """
-        targets, ignore = tuple(targets), tuple(ignore)
+        targets, ignore = self.network.family.spelled(targets), self.network.family.spelled(ignore)
         found = {}
         for name, linear in self._all_linears().items():
             full = self.full_name(name)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from aerogel.errors import AerogelError
 
 Modality = Literal["text", "image-text", "image", "video"]
 When = tuple[tuple[str, Any], ...]
@@ -108,9 +111,31 @@ class Family:
     experts: Experts | None = None
     residual: Residual | None = None
     time: TimePath | None = None
+    lists: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Patterns that a recipe may name in `targets` and `ignore` as `@name`, such as what published code leaves in float."""
     modality: Modality = "text"
     renames: tuple[tuple[str, str], ...] = ()
     """Where transformers calls tensors otherwise than their checkpoint does: (beginning or `.part.` in memory, on disk)."""
+
+    def spelled(self, patterns: Iterable[str]) -> tuple[str, ...]:
+        """Return patterns with the family's own lists (`@name`) written out; `@time_path` is the temporal path.
+
+        Raises AerogelError for a list that the family does not have.
+        """
+        found: list[str] = []
+        for pattern in patterns:
+            if not pattern.startswith("@"):
+                found.append(pattern)
+            elif (known := self._lists()).get(pattern[1:]) is not None:
+                found += known[pattern[1:]]
+            else:
+                names = ", ".join(f"@{name}" for name in known) or "none"
+                raise AerogelError(f"the {self.name} family has no list {pattern}; it has {names}")
+        return tuple(found)
+
+    def _lists(self) -> dict[str, tuple[str, ...]]:
+        time = {} if self.time is None else {"time_path": (*(f"{glob}.*" for glob in self.time.embedders), *self.time.projections)}
+        return time | dict(self.lists)
 
     def on_disk(self, name: str) -> str:
         """The name that a checkpoint of this family has for the tensor called `name` in memory."""

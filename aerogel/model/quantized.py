@@ -15,6 +15,7 @@ from aerogel.model.clock import Clock
 from aerogel.model.convs import Layer, QuantConv2d, empty
 from aerogel.model.layout import format_of, refuse
 from aerogel.model.modules import QuantLinear, ScaledInput
+from aerogel.model.seams import split, splits
 from aerogel.numerics.formats import FORMATS
 from aerogel.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerStep, PerTensor, PerToken, Scheme, TensorScheme
 
@@ -34,12 +35,14 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
     """Return the quantization_config of a module (a network or a block), or None when no linear in it is quantized.
 
     `ignore` names every linear left in float. Several schemes become several groups that name their linears one by one. A module
-    with scaled inputs, convolutions (both listed) or one scale a step, which compressed-tensors cannot express, gets the method name
-    "aerogel": other readers then refuse it instead of reading it wrongly. Raises AerogelError when a layer does not fit its scheme.
+    with scaled inputs, convolutions, split layers (all listed) or one scale a step, which compressed-tensors cannot express, gets the
+    method name "aerogel": other readers then refuse it instead of reading it wrongly. Raises AerogelError when a layer does not fit
+    its scheme.
     """
     quantized = {name: part for name, part in module.named_modules() if isinstance(part, QuantLinear)}
     scaled = [name for name, part in module.named_modules() if isinstance(part, ScaledInput)]
-    if not quantized and not scaled:
+    split_at = splits(module)
+    if not quantized and not scaled and not split_at:
         return None
     beyond = [name for name, part in quantized.items() if _beyond_compressed_tensors(part)]
     groups: dict[tuple[TensorScheme, TensorScheme | None, bool], list[str]] = {}
@@ -58,7 +61,7 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
         }
     formats = {group["format"] for group in config_groups.values()} or {"dense"}
     config = {
-        "quant_method": "aerogel" if scaled or beyond else "compressed-tensors",
+        "quant_method": "aerogel" if scaled or beyond or split_at else "compressed-tensors",
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "config_groups": config_groups,
@@ -69,7 +72,8 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
     convs = [name for name, part in quantized.items() if isinstance(part, QuantConv2d)]
     if (clock := clock_of(module)) is not None:
         config["clock"] = {"steps": list(clock.steps), "sampler": clock.sampler, "alone": list(clock.alone)}
-    return config | ({"scaled_inputs": scaled} if scaled else {}) | ({"convolutions": convs} if convs else {})
+    lists = {"scaled_inputs": scaled, "convolutions": convs, "splits": split_at}
+    return config | {key: names for key, names in lists.items() if names}
 
 
 def attach(module: nn.Module, config: Mapping[str, Any]) -> None:
@@ -77,6 +81,8 @@ def attach(module: nn.Module, config: Mapping[str, Any]) -> None:
 
     Raises AerogelError on a config that is not compressed-tensors or that says something this package cannot run.
     """
+    for name, widths in config.get("splits", {}).items():
+        split(module, name, widths)
     for name in config.get("scaled_inputs", ()):
         inner = module.get_submodule(name)
         assert isinstance(inner, nn.Linear)

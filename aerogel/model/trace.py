@@ -14,7 +14,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call, tensors_in
+from aerogel.model.convs import Layer
 from aerogel.model.hooks import answering
+from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
 
 AROUND = ""
@@ -74,7 +76,7 @@ def _trace_one(network: Network, call: Call, visiting: Callable[[str], AbstractC
         return forward
 
     inside = tuple(f"{name}." for name in blocks)
-    around = [m for name, m in network.module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and not name.startswith(inside)]
+    around = [m for name, m in network.module.named_modules() if isinstance(m, Layer | QuantLinear) and not name.startswith(inside)]
     read_around: set[str] = set()
     handles = [linear.register_forward_pre_hook(lambda _, args: read_around.update(sources.of(args))) for linear in around]
     try:

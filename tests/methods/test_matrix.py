@@ -43,13 +43,17 @@ REFUSED = {
     "rotate": ({"gemma2", "gemma3", "qwen2_5_vl", "llava", "dit", "wan", "unet", "pixart"}, "no residual stream"),
     "tiar": (NO_TIME, "names no temporal path|also depend on the class label"),
     "time_table": (NO_TIME, "names no temporal path|also depend on the class label"),
+    "operands": ({"gemma2"}, "0 modules of this network call scaled_dot_product_attention"),  # its soft-caps are written out
+    "split": (set(FAMILIES) - {"unet"}, "reads concatenated channels"),
     "fsc": (set(FAMILIES), "names no temporal path|also depend on the class label|put tiar"),
 }
 
 # Largest relative error of the output. Eight bits on random weights: 0.03; where a router picks experts, a rounding can change its
 # choice: 0.15. Methods that keep the function are held to float32.
 CLOSE, ROUTED, EXACT = 0.03, 0.15, 1e-5
-KEEP_FUNCTION = {"rotate", "smoothquant"}
+# One grid for the probabilities of all rows: coarser where rows attend to many tokens.
+LOOSER = {"operands": 0.05}
+KEEP_FUNCTION = {"rotate", "smoothquant", "split"}
 
 
 def pairs(*, refused: bool) -> list[tuple[str, str]]:
@@ -76,7 +80,7 @@ def test_method_on_family(method: str, name: str, expected: dict[str, list[Tenso
     assert reached(network) == (temporal(network) if method == "tiar" else reachable(name) if method in KNOBS else set())
     with policies.on(network, result.policies):
         answers = [output(network.module, call) for call in tiny.calls(3)]
-    bound = EXACT if method in KEEP_FUNCTION else ROUTED if network.family.experts else CLOSE
+    bound = EXACT if method in KEEP_FUNCTION else ROUTED if network.family.experts else LOOSER.get(method, CLOSE)
     for answer, before in zip(answers, expected[name], strict=True):
         assert answer.isfinite().all()
         assert (answer - before).norm() / before.norm() < bound

@@ -13,8 +13,11 @@ from torch import nn
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call, record
 from aerogel.model.family import Family, Tower
+from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
 from aerogel.model.walk import Walk
+from aerogel.numerics.quantize import quantize, weight_grid
+from aerogel.numerics.scheme import Scheme
 
 
 class Cell(nn.Module):
@@ -100,6 +103,14 @@ def test_only_outputs_that_are_read_later_are_needed(network: Network, calls: li
     assert route.needed_after(1) == {"cells.0", "cells.3"}
     assert route.needed_after(2) == {"cells.0", "cells.2"}
     assert route.needed_after(3) == {"cells.1"}
+
+
+def test_what_quantized_layers_around_the_blocks_read_is_needed_too(network: Network, calls: list[Call]) -> None:
+    scheme = Scheme.parse("W8A16_CHANNEL")
+    grid = weight_grid(network.module.head.weight, scheme.weights)
+    codes_OI = quantize(network.module.head.weight, grid, scheme.weights)
+    network.module.head = QuantLinear.from_codes(network.module.head, scheme, codes_OI, grid)
+    assert Walk(network, calls).route.needed_after(3) == {"cells.1"}
 
 
 def test_the_network_around_its_blocks_comes_last(network: Network, calls: list[Call]) -> None:

@@ -26,6 +26,7 @@ def tensors(keys: int = 7, heads: int = 4) -> list[torch.Tensor]:
         (7, 2, {"enable_gqa": True}),
         (7, 4, {"attn_mask": torch.arange(35).view(5, 7) % 3 > 0}),
         (7, 4, {"attn_mask": torch.arange(35.0).view(5, 7) % 3}),
+        (7, 4, {"attn_mask": torch.arange(5)[:, None].expand(5, 7) > 0}),  # the first query sees nothing
     ],
 )
 def test_it_is_torchs_attention(keys: int, heads: int, kwargs: dict[str, Any]) -> None:

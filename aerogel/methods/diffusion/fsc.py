@@ -38,41 +38,43 @@ class Fsc(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"calls"})
 
-    first: bool = True
-    """Whether the embedder's first linear gets quantized inputs too; the sinusoid's range hardly changes from step to step."""
-
     scope: Literal["path", "all"] = "path"
     """Whose inputs: the temporal path's, or also those of every other quantized layer whose inputs are still in float."""
     ignore: tuple[str, ...] = ("lm_head",)
-    """Which layers outside of the path to leave alone: globs on full dotted names, `re:` patterns or class names."""
+    """Which of them to leave alone: globs on full dotted names, `re:` patterns or class names."""
     momentum: float = 0.95
     """What a range outside of the path keeps of its average at each further call."""
 
     @torch.no_grad()
     def apply(self, network: Network, calls: Sequence[Call]) -> None:
-        """Give the path's linears, whose weights are quantized already, per-step ranges; from now on the network follows a clock."""
+        """Give layers whose weights are quantized already per-step ranges; from now on the network follows a clock."""
         path, steps = find(network), steps_of(network.module, calls)
         check(network, path, calls[0])
-        layers = self._layers(path)
+        layers = self._layers(network)
+        within = {name: layers.pop(name) for name in (*path.embedding_linears, *path.projections) if name in layers}
+        if not within and not (layers and self.scope == "all"):
+            raise AerogelError("no linear of the temporal path is quantized: put tiar, or rtn on its linears, before fsc")
         sinusoid_TC = sinusoids(network, path, calls[0], steps)
         scheduler = getattr(network.processor, "scheduler", None)
         clock = Clock(steps, "" if scheduler is None else f"{type(scheduler).__name__}")
         shared: tuple[Tensor, Tensor] | None = None  # by the projections, which all read one tensor
-        for name, layer in layers.items():  # in order: each sees what quantized inputs before it give
+        for name, layer in within.items():  # in order: each sees what quantized inputs before it give
             low_T, high_T = shared or _extremes(path, sinusoid_TC, name, layer, clock)
             shared = (low_T, high_T) if name in path.projections else None
             _give(network, name, layer, grid_from_range(low_T, high_T, _inputs(clock)), clock)
             path = find(network)
-        alone = [*path.embedders, *path.projections]
-        set_clock(network.module, clock, alone)
+        set_clock(network.module, clock, [*path.embedders, *path.projections])
         if self.scope == "all":
-            inside = tuple(f"{name}." for name in alone)
-            self._rest(network, calls, clock, [name for name in _quantized(network) if not f"{name}.".startswith(inside)])
+            self._rest(network, calls, clock, layers)
 
-    def _rest(self, network: Network, calls: Sequence[Call], clock: Clock, names: Sequence[str]) -> None:
+    def _layers(self, network: Network) -> dict[str, QuantLinear]:
+        """The layers with float inputs, by full name, that get a range at each step."""
+        ignore = network.family.spelled(self.ignore)
+        coded = {name: part for name, part in network.module.named_modules() if isinstance(part, QuantLinear)}
+        return {name: part for name, part in coded.items() if part.scheme.inputs is None and not matches(name, ignore, part)}
+
+    def _rest(self, network: Network, calls: Sequence[Call], clock: Clock, layers: dict[str, QuantLinear]) -> None:
         """Ranges of layers outside of the path, all seen in one pass."""
-        layers = {name: layer for name, layer in _quantized(network).items() if name in names and layer.scheme.inputs is None}
-        layers = {name: layer for name, layer in layers.items() if not matches(name, self.ignore, layer)}
         one = TensorScheme(format_named("int8"), PerTensor(), symmetric=False)
         seen: dict[str, dict[int, MovingAverage]] = defaultdict(lambda: defaultdict(partial(MovingAverage, one, 1 - self.momentum)))
 
@@ -89,18 +91,6 @@ class Fsc(Method):
             grids = [seen[name][row].grid() for row in range(len(clock.steps))]
             zeros = [grid.zero for grid in grids if grid.zero is not None]
             _give(network, name, layer, Grid(torch.stack([grid.scale for grid in grids]), torch.stack(zeros)), clock)
-
-    def _layers(self, path: TemporalPath) -> dict[str, QuantLinear]:
-        embedding = path.embedding_linears
-        chosen = {**(embedding if self.first else dict(list(embedding.items())[1:])), **path.projections}
-        layers = {name: layer for name, layer in chosen.items() if isinstance(layer, QuantLinear)}
-        if not layers:
-            raise AerogelError("no linear of the temporal path is quantized: put tiar, or rtn on its linears, before fsc")
-        return layers
-
-
-def _quantized(network: Network) -> dict[str, QuantLinear]:
-    return {name: part for name, part in network.module.named_modules() if isinstance(part, QuantLinear)}
 
 
 def _inputs(clock: Clock) -> TensorScheme:

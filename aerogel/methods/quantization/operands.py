@@ -49,7 +49,8 @@ class Operands(RuntimePolicy):
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Look at the operands of all calls; raises AerogelError when the network's attention cannot be found."""
         named = attentions(network, calls[0])
-        names = [name for name in named if not matches(name, self.ignore, network.module.get_submodule(name))]
+        ignore = network.family.spelled(self.ignore)
+        names = [name for name in named if not matches(name, ignore, network.module.get_submodule(name))]
         if not names:
             raise AerogelError(
                 f"{len(named)} modules of this network call scaled_dot_product_attention and {len(named)} are ignored; "

@@ -1,0 +1,65 @@
+"""Every shipped recipe for denoisers runs as it is, but for fewer optimiser steps, and its folder answers as the network in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import aerogel
+from aerogel import catalog
+from aerogel.engine import policies
+from aerogel.errors import AerogelError
+from aerogel.model.modules import QuantLinear
+from aerogel.recipe import Recipe
+from tests.engine.test_shipped_recipes import CLOSE as LANGUAGE
+from tests.methods.diffusion.test_fsc import calls
+from tests.tiny import FAMILIES, output
+
+# Largest relative error of what a small UNet with random weights predicts.
+CLOSE = {
+    "qdiffusion-w4a8": 0.25, "tfmq-w4a32": 0.25, "tfmq-w4a8": 0.25, "tfmq-w8a8": 0.05, "tfm-w4a8-cache": 0.25, "tfm-w4a8-select": 0.25,
+    "brecq-w4a8-token": 0.25,
+}  # fmt: skip
+
+
+def quicker(name: str) -> list[str]:
+    """Overrides that leave the optimisers little to do."""
+    methods = {step.name for step in Recipe.parse(name).steps}
+    few = {"tiar": ("steps=50",), "brecq": ("steps=50", "batch=4", "rate=0.02"), "ranges": ("steps=10", "batch=4")}
+    return [f"{method}.{knob}" for method, knobs in few.items() if method in methods for knob in knobs]
+
+
+def test_every_recipe_is_tested() -> None:
+    assert set(catalog.names("recipes")) == CLOSE.keys() | LANGUAGE.keys()
+
+
+@pytest.mark.parametrize("recipe", [name for name in CLOSE if name != "brecq-w4a8-token"])
+def test_recipe_on_a_unet(recipe: str, tmp_path: Path) -> None:
+    tiny = FAMILIES["unet"]
+    result = aerogel.compress(tiny.build(), recipe, samples=calls(), overrides=quicker(recipe), output=tmp_path / "out", measures=())
+    plain, reopened = aerogel.load(tiny.build()), aerogel.load(tmp_path / "out", lazy=False)
+    layers = {name: part for name, part in result.network.module.named_modules() if isinstance(part, QuantLinear)}
+    assert all((part.scheme.inputs is not None) == (recipe != "tfmq-w4a32") for part in layers.values())
+    with policies.on(result.network, result.policies):
+        for call in calls():
+            before, answer = output(plain.module, call), output(result.network.module, call)
+            assert 0 < (answer - before).norm() < CLOSE[recipe] * before.norm()
+            assert (output(reopened.module, call) - answer).norm() <= 1e-6 * answer.norm()
+
+
+def test_recipe_for_transformers(tmp_path: Path) -> None:
+    recipe, tiny = "brecq-w4a8-token", FAMILIES["dit"]
+    result = aerogel.compress(tiny.build(), recipe, samples=tiny.calls(2), overrides=quicker(recipe), output=tmp_path / "out", measures=())
+    plain, reopened = aerogel.load(tiny.build()), aerogel.load(tmp_path / "out", lazy=False)
+    for call in tiny.calls(2):
+        before, answer = output(plain.module, call), output(result.network.module, call)
+        assert 0 < (answer - before).norm() < CLOSE[recipe] * before.norm()
+        assert (output(reopened.module, call) - answer).norm() <= 1e-6 * answer.norm()
+
+
+@pytest.mark.parametrize("recipe", ["tfmq-w4a8", "tfm-w4a8-cache"])
+def test_recipes_that_need_the_step_alone_refuse_a_label(recipe: str) -> None:
+    tiny = FAMILIES["dit"]
+    with pytest.raises(AerogelError, match="also depend on the class label"):
+        aerogel.compress(tiny.build(), recipe, samples=tiny.calls(2), overrides=quicker(recipe), measures=())
