@@ -1,0 +1,148 @@
+"""One denoising step of large random-weight networks, float and quantized, in turns; writes benchmarks/results/diffusion_speed.json.
+
+python benchmarks/diffusion_speed.py                 # a UNet of Stable Diffusion 1's shape (860 M) and DiT-XL/2 (675 M)
+python benchmarks/diffusion_speed.py --only dit --rounds 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+from results import write
+from torch import Tensor, nn
+
+import aerogel
+from aerogel.engine import policies
+from aerogel.model.calls import Call
+
+STEP, SEED = 500, 0
+CACHED = "W8A8, temporal path cached"
+
+
+def unet() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Stable Diffusion 1's UNet and a call of both guidance branches at 512 x 512."""
+    made = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    return made, {"sample": torch.randn(2, 4, 64, 64), "encoder_hidden_states": torch.randn(2, 77, 768)}
+
+
+def dit() -> tuple[nn.Module, dict[str, Tensor]]:
+    """DiT-XL/2 and a call of both guidance branches at 256 x 256."""
+    made = DiTTransformer2DModel(
+        num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28, sample_size=32, patch_size=2
+    )
+    return made, {"hidden_states": torch.randn(2, 4, 32, 32), "class_labels": torch.tensor([1, 1000])}
+
+
+NETWORKS = {"unet": unet, "dit": dit}
+RECIPES: dict[str, dict[str, list[dict[str, Any]]]] = {
+    "unet": {
+        f"W{bits}A8": [{"rtn": {"scheme": f"W{bits}A16_CHANNEL", "targets": ["Linear", "Conv2d"]}}, {"fsc": {"scope": "all"}}]
+        for bits in (8, 4)
+    },
+    "dit": {f"W{bits}A8": [{"rtn": {"scheme": f"W{bits}A8"}}] for bits in (8, 4)},
+}
+
+
+def variants(name: str) -> tuple[dict[str, Callable[[], object]], int]:
+    """What takes turns, and the parameters of the network."""
+    torch.manual_seed(SEED)
+    base, inputs = NETWORKS[name]()
+    base.eval().requires_grad_(False)
+    inputs["timestep"] = torch.tensor(STEP)
+    parameters = sum(parameter.numel() for parameter in base.parameters())
+    turns: dict[str, Callable[[], object]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        label = str(dtype).removeprefix("torch.")
+        module = base if dtype == torch.float32 else copy.deepcopy(base).to(dtype)
+        turns[label] = forward(module, inputs, dtype)
+        if name == "unet":
+            turns[f"{label}, channels last"] = forward(
+                copy.deepcopy(module).to(memory_format=torch.channels_last), inputs, dtype, last=True
+            )
+    for label, steps in RECIPES[name].items():
+        cached = [{"time_table": {"content": "path"}}] if name == "unet" else []
+        calls = [Call((), {key: cast(value, torch.bfloat16) for key, value in inputs.items()})]
+        result = aerogel.compress(copy.deepcopy(base).bfloat16(), {"steps": [*steps, *cached]}, samples=calls, measures=())
+        turns[label] = forward(result.network.module, inputs, torch.bfloat16, last=name == "unet")
+        if cached and label == "W8A8":
+            turns[CACHED] = forward(result.network.module, inputs, torch.bfloat16, last=True, on=(result.network, result.policies))
+    return turns, parameters
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float tensor in another dtype; others as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def forward(module: nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype, last: bool = False, on: Any = None) -> Callable[[], object]:
+    """One forward, to be called again and again; with `on`, (network, policies), these are on while it lasts."""
+    given = {key: cast(value, dtype) for key, value in inputs.items()}
+    if last:
+        given = {key: value.to(memory_format=torch.channels_last) if value.ndim == 4 else value for key, value in given.items()}
+
+    def turn() -> float:
+        with torch.no_grad(), policies.on(*on) if on else nullcontext():
+            start = time.perf_counter()
+            module(**given)
+            return time.perf_counter() - start
+
+    return turn
+
+
+def measure(name: str, rounds: int) -> list[list[Any]]:
+    """Rows of one network: medians, and ratios within each round to the fastest float variant."""
+    turns, parameters = variants(name)
+    for turn in turns.values():
+        turn()  # packs weights and tries kernels
+    seconds: dict[str, list[float]] = {label: [] for label in turns}
+    for _ in range(rounds):
+        for label, turn in turns.items():
+            seconds[label].append(turn())  # type: ignore[arg-type]
+    floats = [label for label in turns if "float" in label]
+    fastest = min(floats, key=lambda label: statistics.median(seconds[label]))
+    return [
+        [name, f"{parameters / 1e6:.0f} M", label, statistics.median(taken),
+         statistics.median(a / b for a, b in zip(seconds[fastest], taken, strict=True))]
+        for label, taken in seconds.items()
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=sorted(NETWORKS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    rows: list[list[Any]] = []
+    for name in [given.only] if given.only else NETWORKS:
+        rows += measure(name, given.rounds)
+        for row in rows:
+            print(row, flush=True)
+    if given.only:
+        return
+    settings = {
+        "UNet": "2 x 4 x 64 x 64 latents and 77 x 768 text", "DiT": "2 x 4 x 32 x 32 latents (256 tokens)", "seed": SEED,
+        "rounds": given.rounds, "threads": given.threads,
+    }  # fmt: skip
+    notes = [
+        "Random weights; both guidance branches in one batch; all variants take turns in one process, ratios are taken within a round.",
+        "Outside of their integer layers quantized networks compute in bfloat16. W4 weights are held as int8 while they are multiplied.",
+        "The UNet's inputs have static ranges, one a step; the DiT's have a scale for each token.",
+        "Target: at least 1.5 times the fastest float variant, and nothing measurable for the temporal path once it is cached.",
+    ]
+    columns = ["network", "parameters", "variant", "seconds a step", "times the fastest float"]
+    print(write("diffusion_speed", "One denoising step on a CPU", settings, columns, rows, notes).read_text())
+
+
+if __name__ == "__main__":
+    main()
