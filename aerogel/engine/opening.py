@@ -12,6 +12,7 @@ from torch import nn
 from aerogel.engine import policies
 from aerogel.model import load as plain
 from aerogel.model.network import Network
+from aerogel.model.quantized import clock_of
 
 # A context whose last reference goes is left, and the policy with it.
 _on: WeakKeyDictionary[nn.Module, ExitStack] = WeakKeyDictionary()
@@ -27,6 +28,8 @@ def load(source: Any, *, dtype: torch.dtype | None = None, lazy: bool = True, tr
     damaged, pickled or of an unknown family.
     """
     network = plain.load(source, dtype=dtype, lazy=lazy, trust_remote_code=trust_remote_code)
+    if network is not source and (clock := clock_of(network.module)) is not None:
+        clock.belongs_to(network.processor)
     if network is not source and (found := policies.load(network.origin)):
         stack = _on[network.module] = ExitStack()
         stack.enter_context(policies.on(network, found))

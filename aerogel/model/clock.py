@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,11 +26,17 @@ class Clock:
         self.steps = tuple(dict.fromkeys(float(step) for step in steps))
         self.sampler = sampler
         """What gave the steps, for error messages."""
+        self._pipeline: weakref.ref[Any] | None = None
         self._row_of = {step: row for row, step in enumerate(self.steps)}
         self.alone: tuple[str, ...] = ()
         """Full names of the modules that run once a row."""
         self._rows: tuple[int, ...] | None = None
         self._wide: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = []
+
+    def belongs_to(self, pipeline: Any) -> None:
+        """Remember the pipeline that makes the forwards, so that an error can name the sampler that it has by then."""
+        # Weakly: a copy of the network must not copy its pipeline.
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -44,10 +51,15 @@ class Clock:
         if unknown := [step for step in found if float(step) not in self._row_of]:
             first, last = self.steps[0], self.steps[-1]
             raise AerogelError(
-                f"time step {unknown[0]} is not among the {len(self.steps)} of {self.sampler or 'the sampler'} "
+                f"time step {unknown[0]}{self._in_use()} is not among the {len(self.steps)} of {self.sampler or 'the sampler'} "
                 f"({first:g} to {last:g}) that this denoiser was calibrated for; use that sampler with that many steps, or calibrate again"
             )
         return tuple(self._row_of[float(step)] for step in found)
+
+    def _in_use(self) -> str:
+        scheduler = getattr(self._pipeline() if self._pipeline else None, "scheduler", None)
+        steps = getattr(scheduler, "timesteps", None)
+        return "" if steps is None else f", one of the {len(set(steps.tolist()))} steps of {type(scheduler).__name__},"
 
     @contextmanager
     def at(self, rows: Sequence[int]) -> Iterator[None]:

@@ -57,6 +57,7 @@ class Fsc(Method):
         sinusoid_TC = sinusoids(network, path, calls[0], steps)
         scheduler = getattr(network.processor, "scheduler", None)
         clock = Clock(steps, "" if scheduler is None else f"{type(scheduler).__name__}")
+        clock.belongs_to(network.processor)
         shared: tuple[Tensor, Tensor] | None = None  # by the projections, which all read one tensor
         for name, layer in within.items():  # in order: each sees what quantized inputs before it give
             low_T, high_T = shared or _extremes(path, sinusoid_TC, name, layer, clock)

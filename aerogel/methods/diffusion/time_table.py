@@ -72,6 +72,7 @@ class TimeTable(RuntimePolicy):
             raise AerogelError(
                 f"the table is of {len(state['steps'])} steps, the network's scales of {len(clock.steps)} others; calibrate both together"
             )
+        clock.belongs_to(network.processor)
         modules = dict(path.projections)
         if all(bool(state[f"{name}.chosen"].all()) for name in modules):
             modules |= path.embedders  # nobody reads what they would compute

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
 import aerogel
+from aerogel.data.denoising import Denoising
 from aerogel.errors import AerogelError
 from aerogel.model import time_path
 from aerogel.model.calls import Call
@@ -17,6 +19,7 @@ from aerogel.model.network import Network
 from aerogel.model.quantized import clock_of
 from aerogel.numerics.quantize import fake_quantize, grid_from_range
 from aerogel.numerics.scheme import PerStep
+from tests.data.test_denoising import unconditional
 from tests.tiny import FAMILIES, output
 
 STEPS = (980, 760, 300, 20)
@@ -166,3 +169,19 @@ def test_outside_of_its_denoiser_a_layer_says_so() -> None:
     layer.clock = Clock([1])
     with pytest.raises(AerogelError, match="outside of its denoiser"):
         layer(torch.zeros(1, layer.in_features))
+
+
+def test_another_sampler_is_refused_and_both_are_named(tmp_path: Path) -> None:
+    pipeline = unconditional()
+    pipeline.set_progress_bar_config(disable=True)
+    recipe = {"steps": [{"rtn": {"scheme": "W8A16_CHANNEL"}}, {"fsc": {}}]}
+    pipeline.save_pretrained(tmp_path / "source")
+    aerogel.compress(tmp_path / "source", recipe, samples=Denoising(count=1, steps=4), measures=(), output=tmp_path / "out")
+    opened = aerogel.load(tmp_path / "out", lazy=False)
+    opened.processor.set_progress_bar_config(disable=True)
+    opened.processor(num_inference_steps=4)
+    with pytest.raises(AerogelError, match="one of the 5 steps of DDIMScheduler, is not among the 4 of DDIMScheduler"):
+        opened.processor(num_inference_steps=5)
+    opened.processor.scheduler = diffusers.PNDMScheduler(skip_prk_steps=True)
+    with pytest.raises(AerogelError, match="one of the 4 steps of PNDMScheduler, is not among the 4 of DDIMScheduler"):
+        opened.processor(num_inference_steps=4)
