@@ -130,13 +130,14 @@ def test_real_images_lie_among_those_of_the_zoo_and_noise_does_not(name: str) ->
     real.check(network)
     kept = load_file(ZOO / "reference" / "images.safetensors")
     images = (kept["images_NCHW"] / 255)[::2]
-    distances, precisions = [], []
+    distances, among = [], []
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
     for shown in (images, 0.8 * images + 0.2 * noise, noise):
         sights = [network.look(some) for some in shown.split(8)]
         features_ND = torch.cat([sight.features_ND for sight in sights])
         distances.append(frechet(real.features, moments(features_ND)))
-        precisions.append(precision_recall(real.features_MD, features_ND).precision)
+        among.append(precision_recall(real.features_MD, features_ND))
     assert distances[0] * 3 < distances[1] < distances[2], distances
-    assert precisions[0] > 0.8
-    assert precisions[2] < 0.1
+    assert min(among[0]) > 0.75
+    # Precision alone does not tell: one real image far from all others reaches far, with the judge as far as to noise.
+    assert among[2].recall == 0
