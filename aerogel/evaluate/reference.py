@@ -89,7 +89,8 @@ class Reference:
 
 def seen(network: FeatureNetwork, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Return (features_ND, spatial_NS) of images in [0, 1]."""
-    sights = [network.look(images_NCHW) for images_NCHW in batches]
+    # Maps of all images together would not fit into memory.
+    sights = [network.look(images_NCHW)._replace(maps=()) for images_NCHW in batches]
     return torch.cat([sight.features_ND for sight in sights]), torch.cat([sight.spatial_NS for sight in sights])
 
 

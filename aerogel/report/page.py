@@ -184,8 +184,10 @@ def _conditions(after: Side) -> str:
         said.append(f"Perplexity on {text.tokens or 0:,} tokens of {text.source or 'held-out text'}")
         if text.length and text.stride:
             said[-1] += f", windows of {text.length:,} that move by {text.stride:,}"
+    if after.pictures:
+        said.append(f"Compared with the original's pictures: {_made(after.pictures)}")
     if real := after.realism:
-        said.append(f"{_made(real)}, against {real.real_images or 0:,} real images: {real.reference or 'unnamed'}")
+        said.append(f"Compared with real images ({real.reference or 'unnamed'}): {_made(real)}")
     if speed := after.speed:
         known = (("batch", speed.batch), ("prompt", speed.prompt), ("new tokens", speed.new_tokens), ("threads", speed.threads))
         said.append(", ".join([f"Speed on {speed.device or 'cpu'}", *(f"{name} {value}" for name, value in known if value)]))

@@ -125,7 +125,6 @@ class Realism(_OfPictures):
     """How much pictures resemble real images."""
 
     reference: str | None = None
-    real_images: int | None = None
 
 
 class Side(_Part):

@@ -141,3 +141,15 @@ def test_real_images_lie_among_those_of_the_zoo_and_noise_does_not(name: str) ->
     assert min(among[0]) > 0.75
     # Precision alone does not tell: one real image far from all others reaches far, with the judge as far as to noise.
     assert among[2].recall == 0
+
+
+@pytest.mark.quality
+def test_the_judge_sees_what_the_zoo_was_asked_for() -> None:
+    prompts = ("top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+    judge = {"features": str(ZOO / "fashion-judge"), "reference": ZOO / "reference" / "fashion-judge.safetensors"}
+    network = aerogel.load(ZOO / "fashion-unet")
+    found = Realism(**judge, prompts=prompts, count=10, steps=10, guidance=2.0).measure(network)
+    assert found["accuracy[fashion-judge]"] >= 0.8
+    wrong = Realism(**judge, prompts=prompts[::-1], count=10, steps=10, guidance=2.0).measure(network)
+    assert wrong["accuracy[fashion-judge]"] >= 0.8, "accuracy follows the prompts"
+    assert found["precision[fashion-judge]"] >= 0.6
