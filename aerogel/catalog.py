@@ -24,17 +24,17 @@ PLUGINS = "aerogel.plugins"
 
 class _Kind(NamedTuple):
     folder: str
-    shared: str = ""
-    """The file of the folder that holds what its files have in common."""
+    shared: tuple[str, ...] = ()
+    """The files of the folder that hold what its files have in common."""
     bears: str = "class"
     """What a file bears: a class (the public one, or the one called like the file), the constant of this name, or (a suffix) itself."""
 
 
 _KINDS = {
-    "methods": _Kind("methods", "method.py"),
+    "methods": _Kind("methods", ("method.py",)),
     "families": _Kind("families", bears="FAMILY"),
-    "exporters": _Kind("export", "exporter.py"),
-    "measures": _Kind("evaluate", "measure.py"),
+    "exporters": _Kind("export", ("exporter.py",)),
+    "measures": _Kind("evaluate", ("measure.py", "features.py", "inception.py", "reference.py")),
     "recipes": _Kind("recipes", bears=".yaml"),
 }
 KINDS = tuple(_KINDS)
@@ -141,7 +141,7 @@ def _read_folder(kind: str, package: str, root: Path) -> Iterator[Card]:
     folder, shared, bears = _KINDS[kind]
     suffix = bears if bears.startswith(".") else ".py"
     for path in sorted((root / folder).rglob(f"*{suffix}")):
-        if path.name.startswith("_") or path.name == shared:
+        if path.name.startswith("_") or path.name in shared:
             continue
         if suffix == ".yaml":
             yield Card(kind, path.stem, path, "", "", _first_comment(path))

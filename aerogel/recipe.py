@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, TypeAdapter, ValidationError
@@ -22,6 +22,7 @@ from aerogel.methods.method import BlockMethod, Method, RuntimePolicy
 from aerogel.numerics.scheme import Scheme
 
 AnyMethod = BlockMethod | Method | RuntimePolicy
+Built = TypeVar("Built")
 
 
 @dataclass(frozen=True)
@@ -130,19 +131,24 @@ def _document(content: Mapping[str, Any], where: str) -> _Document:
 
 def _override(document: _Document, override: str) -> None:
     """Set one knob of every step of that method."""
-    target, equals, text = override.partition("=")
-    name, dot, knob = target.strip().partition(".")
-    if not (equals and dot and knob):
-        raise AerogelError(f"cannot read override {override!r}; expected method.knob=value, for example gptq.scheme=W3A16")
+    name, knob, value = parse_override(override, "method.knob=value, for example gptq.scheme=W3A16")
     steps = [step for step in document.steps if name in step]
     if not steps:
         raise AerogelError(f"override {override!r}: recipe {document.name!r} has no step {name!r}{_nearest_step(document, name)}")
-    try:
-        value = _yaml(text)
-    except yaml.YAMLError as error:
-        raise AerogelError(f"override {override!r}: the value is not YAML: {_one_line(error)}") from error
     for step in steps:
         step[name] = {**(step[name] or {}), knob: value}
+
+
+def parse_override(override: str, expected: str) -> tuple[str, str, Any]:
+    """Return (name, knob, value) of `name.knob=value`, the value read as YAML; raises AerogelError that says what is expected."""
+    target, equals, text = override.partition("=")
+    name, dot, knob = target.strip().partition(".")
+    if not (equals and dot and knob):
+        raise AerogelError(f"cannot read override {override!r}; expected {expected}")
+    try:
+        return name, knob, _yaml(text)
+    except yaml.YAMLError as error:
+        raise AerogelError(f"override {override!r}: the value is not YAML: {_one_line(error)}") from error
 
 
 def _nearest_step(document: _Document, name: str) -> str:
@@ -156,10 +162,11 @@ def _step(recipe: str, number: int, step: Mapping[str, Mapping[str, Any] | None]
     where = f"recipe {recipe!r}, step {number} ({name})"
     if name not in catalog.names("methods"):
         raise AerogelError(f"recipe {recipe!r}, step {number}: unknown method {name!r}{catalog.nearest(name, catalog.names('methods'))}")
-    return Step(name, _build(catalog.find("methods", name), knobs or {}, where))
+    return Step(name, build(catalog.find("methods", name), knobs or {}, where))
 
 
-def _build(cls: type[AnyMethod], knobs: Mapping[str, Any], where: str) -> AnyMethod:
+def build(cls: type[Built], knobs: Mapping[str, Any], where: str) -> Built:
+    """Make a dataclass of knobs from their values; raises AerogelError for an unknown knob (with the nearest) or a wrong value."""
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls, include_extras=True)
     for knob in knobs:
@@ -171,7 +178,7 @@ def _build(cls: type[AnyMethod], knobs: Mapping[str, Any], where: str) -> AnyMet
         if name not in knobs and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise AerogelError(f"{where}: the recipe must give {', '.join(missing)}")
+        raise AerogelError(f"{where}: {', '.join(missing)} must be given")
     values = {knob: _value(hints[knob], value, f"{where}: knob {knob!r}") for knob, value in knobs.items()}
     try:
         return cls(**values)

@@ -152,6 +152,9 @@ def evaluate(
     measures: Annotated[
         list[str] | None, typer.Option("--measure", help="Measure to take; may be repeated. Default: all that fit.")
     ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="MEASURE.KNOB=VALUE", help="Set a knob of a measure; may be repeated.")
+    ] = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -161,7 +164,7 @@ def evaluate(
     from aerogel.engine import scores
 
     with terminal.progress(as_json) as tell:
-        metrics = scores.measure_models(model, against, measures or None, tell)
+        metrics = scores.measure_models(model, against, measures or None, tell, overrides or ())
     _print_json(metrics) if as_json else terminal.print_comparison(metrics)
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from aerogel.engine.planning import Kept, Plan
@@ -32,7 +33,7 @@ def print_comparison(metrics: Mapping[str, Any]) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for row in compare.rows(sides.original, sides.compressed):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     if table.row_count:
         Console().print(table)
 

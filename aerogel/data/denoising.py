@@ -1,15 +1,16 @@
-"""Calls of a denoiser, recorded while its pipeline makes pictures: every step and guidance branch of one pass of the real sampler."""
+"""Pictures that a pipeline makes, and the calls its denoiser gets meanwhile: every step and guidance branch of the real sampler."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
 from aerogel.model import calls
@@ -18,7 +19,7 @@ from aerogel.model.calls import Call
 
 @dataclass(frozen=True)
 class Denoising:
-    """Which pictures a denoiser is watched making."""
+    """Which pictures a pipeline makes."""
 
     count: int = 64
     """Pictures; their noise differs, their prompts or labels take turns."""
@@ -32,25 +33,61 @@ class Denoising:
     """Pictures made at once; a call has twice as many samples under guidance."""
 
 
+class Made(NamedTuple):
+    """Pictures that were made at once."""
+
+    images_NCHW: Tensor
+    """Pixels from 0 to 1, float32 on the CPU."""
+    subjects: tuple[str, ...]
+    """The prompt or the name of the class of each; empty where the pipeline takes neither."""
+
+
 def record(pipeline: Any, denoiser: nn.Module, wanted: Denoising, seed: int = 0) -> list[Call]:
     """Make the pictures and return every call that the denoiser got, in order; tensors that stay the same share their memory.
 
     Raises AerogelError when the pipeline needs something that is not given.
     """
-    runs = list(_runs(pipeline, wanted, seed))
+    runs = [run.make for run in _runs(pipeline, wanted, seed, "latent")]
+    with _quiet(pipeline):
+        return calls.record(denoiser, runs)
+
+
+def pictures(pipeline: Any, wanted: Denoising, seed: int = 0) -> Iterator[Made]:
+    """Make the pictures, batch after batch: those that `record` with the same seed watches.
+
+    Raises AerogelError when the pipeline needs something that is not given.
+    """
+    for run in _runs(pipeline, wanted, seed, "pt"):
+        with _quiet(pipeline), torch.no_grad():
+            made = run.make().images
+        # Some pipelines know "pt", others take it for "not PIL" and answer with arrays of (N, H, W, C).
+        images_NCHW = made if isinstance(made, Tensor) else torch.from_numpy(made).permute(0, 3, 1, 2)
+        yield Made(images_NCHW.detach().float().cpu().contiguous(), run.subjects)
+
+
+@contextmanager
+def _quiet(pipeline: Any) -> Iterator[None]:
+    """The pipeline without its progress bars."""
     shown = getattr(pipeline, "_progress_bar_config", {})
     pipeline.set_progress_bar_config(disable=True)
     try:
-        return calls.record(denoiser, runs)
+        yield
     finally:
         pipeline.set_progress_bar_config(**shown)
 
 
-def _runs(pipeline: Any, wanted: Denoising, seed: int) -> Iterator[Callable[[], object]]:
+class _Run(NamedTuple):
+    """One call of a pipeline."""
+
+    make: Callable[[], Any]
+    subjects: tuple[str, ...]
+
+
+def _runs(pipeline: Any, wanted: Denoising, seed: int, output: str) -> Iterator[_Run]:
     """The pipeline's calls, one for each batch of pictures."""
     takes = inspect.signature(type(pipeline).__call__).parameters
     subjects = _subjects(pipeline, wanted, takes)
-    fixed: dict[str, Any] = {"num_inference_steps": wanted.steps, "output_type": "latent" if "latents" in takes else "pt"}
+    fixed: dict[str, Any] = {"num_inference_steps": wanted.steps, "output_type": output if "latents" in takes else "pt"}
     if wanted.guidance is not None:
         if "guidance_scale" not in takes:
             raise AerogelError(f"{type(pipeline).__name__} knows no guidance; leave it out")
@@ -59,7 +96,15 @@ def _runs(pipeline: Any, wanted: Denoising, seed: int) -> Iterator[Callable[[], 
         numbers = range(start, min(start + wanted.batch, wanted.count))
         generator = [torch.Generator().manual_seed(seed * 1_000_003 + number) for number in numbers]
         asked: dict[str, Any] = {name: [values[number % len(values)] for number in numbers] for name, values in subjects.items()}
-        yield partial(pipeline, **asked, **({} if asked else {"batch_size": len(numbers)}), generator=generator, **fixed)
+        names = tuple(_name(pipeline, value) for values in asked.values() for value in values)
+        yield _Run(partial(pipeline, **asked, **({} if asked else {"batch_size": len(numbers)}), generator=generator, **fixed), names)
+
+
+def _name(pipeline: Any, subject: Any) -> str:
+    """A prompt as it is, a class by the first of its names."""
+    if isinstance(subject, str):
+        return subject
+    return next((name for name, number in getattr(pipeline, "labels", {}).items() if number == subject), str(subject))
 
 
 def _subjects(pipeline: Any, wanted: Denoising, takes: Any) -> dict[str, Sequence[Any]]:
@@ -67,7 +112,7 @@ def _subjects(pipeline: Any, wanted: Denoising, takes: Any) -> dict[str, Sequenc
         return {"class_labels": sorted(set(getattr(pipeline, "labels", {}).values())) or [0]}
     if "prompt" in takes:
         if not wanted.prompts:
-            raise AerogelError(f"{type(pipeline).__name__} makes pictures of prompts: give some, Denoising(prompts=(...))")
+            raise AerogelError(f"{type(pipeline).__name__} makes pictures of prompts: give some as `prompts`")
         return {"prompt": wanted.prompts}
     if "batch_size" in takes:
         return {}

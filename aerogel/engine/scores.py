@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,10 +10,12 @@ from aerogel import catalog
 from aerogel.engine import policies
 from aerogel.engine.progress import Event, Tell
 from aerogel.engine.result import add_metrics
+from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure, positions
 from aerogel.evaluate.speed import Speed
 from aerogel.model.load import load
 from aerogel.model.network import Network
+from aerogel.recipe import build, parse_override
 
 Scores = dict[str, dict[str, Any]]
 
@@ -27,13 +29,15 @@ def measure(
     measures: Sequence[str | Measure] | None = None,
     tell: Tell = lambda event: None,
     speed: bool = False,
+    overrides: Iterable[str] = (),
 ) -> dict[str, Scores]:
     """Measure a network, and its original when given: {"compressed": {measure: facts}, "original": {...}}.
 
-    By default every measure that fits the network and need not be asked for, with `speed` a short measurement of speed too. Raises
-    AerogelError for an unknown measure.
+    By default every measure that fits the network and need not be asked for, with `speed` a short measurement of speed too;
+    `overrides` are `measure.knob=value`, for measures that are taken by name. Raises AerogelError for an unknown measure or knob.
     """
-    chosen = _named(measures if measures is not None else [*_usual(network), *(_timed(network) if speed else ())])
+    knobs = _knobs(overrides)
+    chosen = _named(measures if measures is not None else [*_usual(network), *(_timed(network) if speed else ())], knobs)
     takes = [take for name, found in chosen for take in _takes(name, found, network, against, must=measures is not None)]
     scores: dict[str, Scores] = {"original": {}, "compressed": {}} if against is not None else {"compressed": {}}
     done, total = 0, sum(take.passes for take in takes)
@@ -46,12 +50,12 @@ def measure(
     return scores
 
 
-def _usual(network: Network) -> list[Measure]:
+def _usual(network: Network) -> list[str]:
     """The measures that fit a network and need not be asked for."""
-    classes = [catalog.find("measures", name) for name in catalog.names("measures")]
-    fitting = [cls for cls in classes if not cls.asked and network.family.modality in cls.modalities]
+    classes = {name: catalog.find("measures", name) for name in catalog.names("measures")}
+    fitting = {name: cls for name, cls in classes.items() if not cls.asked and network.family.modality in cls.modalities}
     # What is for text only needs a tokenizer to read it.
-    return [cls() for cls in fitting if network.processor is not None or cls.modalities - {"text", "image-text"}]
+    return [name for name, cls in fitting.items() if network.processor is not None or cls.modalities - {"text", "image-text"}]
 
 
 def _timed(network: Network) -> list[Measure]:
@@ -60,12 +64,14 @@ def _timed(network: Network) -> list[Measure]:
     return [Speed(prompt=min(_PROMPT, room), new_tokens=_ANSWER)] if network.family.modality in Speed.modalities and room > 0 else []
 
 
-def measure_models(model: str, against: str | None, measures: Sequence[str | Measure] | None, tell: Tell) -> dict[str, Scores]:
+def measure_models(
+    model: str, against: str | None, measures: Sequence[str | Measure] | None, tell: Tell, overrides: Iterable[str] = ()
+) -> dict[str, Scores]:
     """Open models and measure them; the numbers are added to the record of a compressed folder."""
     network = load(model, lazy=False)
     original = load(against, lazy=False) if against is not None else None
     with policies.on(network, policies.load(network.origin)):
-        metrics = measure(network, original, measures, tell)
+        metrics = measure(network, original, measures, tell, overrides=overrides)
     add_metrics(network.origin, metrics)
     return metrics
 
@@ -98,6 +104,22 @@ def _takes(name: str, found: Measure, network: Network, against: Network | None,
         yield _Take(name, f"{name} of the compressed", passes, lambda: {"compressed": found.measure(network, against)})
 
 
-def _named(measures: Sequence[str | Measure]) -> list[tuple[str, Measure]]:
-    made = [catalog.find("measures", given)() if isinstance(given, str) else given for given in measures]
+def _named(measures: Sequence[str | Measure], knobs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Measure]]:
+    by_name = {given for given in measures if isinstance(given, str)}
+    if untaken := [name for name in knobs if name not in by_name]:
+        raise AerogelError(f"a knob of {untaken[0]!r} is set, but that measure is not taken{catalog.nearest(untaken[0], by_name)}")
+    made = [_made(given, knobs.get(given, {})) if isinstance(given, str) else given for given in measures]
     return [(type(measure).__module__.rpartition(".")[2], measure) for measure in made]
+
+
+def _made(name: str, knobs: Mapping[str, Any]) -> Measure:
+    found: type[Measure] = catalog.find("measures", name)
+    return build(found, knobs, f"measure {name!r}")
+
+
+def _knobs(overrides: Iterable[str]) -> dict[str, dict[str, Any]]:
+    knobs: dict[str, dict[str, Any]] = {}
+    for override in overrides:
+        name, knob, value = parse_override(override, "measure.knob=value, for example realism.count=512")
+        knobs.setdefault(name, {})[knob] = value
+    return knobs

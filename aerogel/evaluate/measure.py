@@ -1,6 +1,6 @@
 """What a measure is: a frozen dataclass of knobs that looks at a network, and at its original where it compares.
 
-B windows in a batch, L tokens of a window, R scored tokens of a batch, V vocabulary, T tokens of the text.
+B windows in a batch, L tokens of a window, R scored tokens of a batch, V vocabulary, T tokens of the text; N pictures of C channels, H x W.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from aerogel.data import text
+from aerogel.data import denoising, text
+from aerogel.data.denoising import Denoising, Made
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.modules import held
@@ -102,6 +103,44 @@ class TextMeasure(Measure):
                 yield Window(torch.stack(ids[start : start + self.batch]).to(network.device), scored)
 
 
+@dataclass(frozen=True)
+class ImageMeasure(Measure):
+    """A measure that lets a pipeline make pictures: the same noise, prompts and labels for every network."""
+
+    modalities: ClassVar[frozenset[str]] = frozenset({"image"})
+    asked: ClassVar[bool] = True
+
+    features: str = "efficientnet-lite0"
+    """Network to judge by: efficientnet-lite0, inception:WEIGHTS, or a classifier's folder; `@128` behind it keeps 128 directions."""
+    count: int = 64
+    """Pictures; their noise differs, their prompts or labels take turns."""
+    steps: int = 20
+    """Steps of the sampler."""
+    guidance: float | None = None
+    """Guidance scale; None leaves the pipeline's own."""
+    prompts: tuple[str, ...] = ()
+    """What text-to-image pipelines are asked for."""
+    batch: int = 8
+    """Pictures made at once."""
+    seed: int = 0
+    """Seed of the noise."""
+
+    def painted(self, network: Network) -> Iterator[Made]:
+        """Let the network's pipeline make pictures; raises AerogelError when it has none or a pixel is not finite."""
+        if min(self.count, self.steps, self.batch) < 1:
+            raise AerogelError(f"count {self.count}, steps {self.steps}, batch {self.batch}: each is at least 1")
+        wanted = Denoising(self.count, self.steps, self.guidance, tuple(self.prompts), self.batch)
+        for made in denoising.pictures(pipeline_of(network), wanted, self.seed):
+            if not made.images_NCHW.isfinite().all():
+                raise AerogelError(f"this {network.family.name} network makes pictures with pixels that are no numbers; it is broken")
+            yield made
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """How the pictures were made, as facts."""
+        return {"count": self.count, "steps": self.steps, "guidance": self.guidance, "seed": self.seed}
+
+
 def slide(stream_T: Tensor, length: int, stride: int, opening: list[int]) -> Iterator[tuple[Tensor, int]]:
     """Yield (ids_L, how many of its last tokens are scored); the pieces score tokens 1 to T - 1 once each, in order.
 
@@ -138,6 +177,16 @@ def tokenizer_of(network: Network) -> PreTrainedTokenizerBase:
     if tokenizer is None:
         raise AerogelError(f"this {network.family.name} network has no tokenizer, which reading text needs; load it from a folder with one")
     return tokenizer
+
+
+def pipeline_of(network: Network) -> Any:
+    """Return the pipeline that makes pictures with the network; raises AerogelError when it has none."""
+    parts = getattr(network.processor, "components", None)
+    if parts is None or not any(part is network.module for part in parts.values()):
+        raise AerogelError(
+            f"this {network.family.name} network came without its pipeline and makes no pictures; open the pipeline's folder"
+        )
+    return network.processor
 
 
 def original_of(measure: Measure, against: Network | None) -> Network:

@@ -40,6 +40,10 @@ def rows(before: Side, after: Side) -> Iterator[Row]:
         theirs, ours = (value(side, line.measure, line.field) for side in (before, after))
         if ours is not None:
             yield Row(line.name, line.show(theirs), line.show(ours), line.compare(theirs, ours))
+    for name, ours in after.judged.items():
+        figure, _, network = name.partition("[")
+        theirs, (what, show, compare) = before.judged.get(name), _JUDGED.get(figure, (figure, phrases.digits, phrases.change))
+        yield Row(f"{what} [{network}", show(theirs), show(ours), compare(theirs, ours))
     for task, scores in after.lm_eval.items():
         for metric, score in scores.items():
             score_before = before.lm_eval.get(task, {}).get(metric)
@@ -68,7 +72,21 @@ _COMPARED = (
     _Compared("Perplexity", "perplexity", "perplexity", _four, phrases.change),
     _Compared("KL from the original, nats per token", "agreement", "kl", phrases.digits, _nothing),
     _Compared("Same next token", "agreement", "top1", phrases.percent, _nothing),
+    _Compared("PSNR against the original's pictures, dB", "pictures", "psnr", phrases.digits, _nothing),
+    _Compared("SSIM with the original's pictures", "pictures", "ssim", phrases.digits, _nothing),
+    _Compared("Squared error of pixels (0 to 1)", "pictures", "mse", phrases.digits, _nothing),
     _Compared("Decode, tokens per second", "speed", "decode_tokens_per_second", phrases.digits, _faster),
     _Compared("Prefill, tokens per second", "speed", "prefill_tokens_per_second", phrases.digits, _faster),
     _Compared("Peak memory while running", "speed", "peak_memory_bytes", phrases.size, _smaller),
 )
+
+_JUDGED: dict[str, tuple[str, Callable[[Number], str], Callable[[Number, Number], str]]] = {
+    "perceptual": ("Perceptual distance", phrases.digits, _nothing),
+    "frechet": ("Fréchet distance", _four, phrases.change),
+    "spatial_frechet": ("Spatial Fréchet distance", _four, phrases.change),
+    "inception_score": ("Inception score", _four, phrases.change),
+    "precision": ("Precision", phrases.percent, phrases.change),
+    "recall": ("Recall", phrases.percent, phrases.change),
+    "accuracy": ("Shows what was asked for", phrases.percent, phrases.change),
+}
+"""What figures that bear the name of their feature network are called, how they are shown and compared."""

@@ -17,7 +17,7 @@ from aerogel.errors import AerogelError
 from aerogel.report import compare, phrases, record
 from aerogel.report.layers import error_map, towers
 from aerogel.report.parts import parts_bars
-from aerogel.report.record import Run, Sample, Side
+from aerogel.report.record import Pictures, Realism, Run, Sample, Side
 from aerogel.report.svg import PALETTE, document
 from aerogel.report.tradeoff import HEIGHT, SIZE, SPEED, Axis, Point, Role, tradeoff
 
@@ -39,6 +39,18 @@ GLOSSARY = (
     ("Prefill, decode", "Reading a prompt, all tokens at once; writing an answer, one token after another."),
     ("Fallback", "A linear that could not be compressed as the recipe says and was compressed in a simpler way."),
 )
+
+
+OF_PICTURES = (
+    (
+        "Fréchet distance",
+        "How far generated pictures, as a cloud of features, are from real ones, in the eyes of the network in brackets. Lower is better.",
+    ),
+    ("Precision, recall", "Share of generated pictures that lie among the real ones, and of real ones among the generated."),
+    ("Inception score", "How sure the network is of each picture's class and how many classes there are, at most all. Higher is better."),
+    ("SSIM, PSNR", "How alike two pictures are, by local structure (1 is identical) and by pixels (in decibels; higher is closer)."),
+)
+"""Words that only reports on pictures use."""
 
 
 class Figure(NamedTuple):
@@ -115,6 +127,8 @@ def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
         "rows": list(compare.rows(before, after)),
         "conditions": _conditions(after),
         "bytes": _bytes(before, after),
+        "pairs": after.pictures.pairs if after.pictures else [],
+        "pairs_note": _made(after.pictures),
         "samples": [_sample(sample) for sample in (after.generation.samples if after.generation else [])],
         "maps": {
             tower: Figure(error_map(table, WIDE), error_map(table, NARROW, tall=True)) for tower, table in towers(run.journal).items()
@@ -127,7 +141,7 @@ def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
         "kept_note": _kept_note(run),
         "recipe": yaml.safe_dump({"steps": run.recipe.steps}, sort_keys=False, allow_unicode=True, width=60).rstrip(),
         "provenance": list(_provenance(run)),
-        "glossary": GLOSSARY,
+        "glossary": (*(OF_PICTURES if after.pictures or after.realism else ()), *GLOSSARY),
     }
 
 
@@ -149,8 +163,8 @@ def _picture_note(others: Sequence[Run]) -> str:
 
 def _missing(run: Run) -> Iterator[str]:
     after = run.metrics.compressed
-    if not after.perplexity:
-        yield "Quality was not measured: run aerogel evaluate on the folder, --against the original."
+    if not (after.perplexity or after.pictures or after.realism):
+        yield "Quality was not measured: run aerogel evaluate on the folder, --against the original; of pictures, with --measure pictures."
     if not after.speed:
         yield "Speed was not measured: run aerogel bench on the folder, --against the original."
 
@@ -170,10 +184,24 @@ def _conditions(after: Side) -> str:
         said.append(f"Perplexity on {text.tokens or 0:,} tokens of {text.source or 'held-out text'}")
         if text.length and text.stride:
             said[-1] += f", windows of {text.length:,} that move by {text.stride:,}"
+    if after.pictures:
+        said.append(f"Compared with the original's pictures: {_made(after.pictures)}")
+    if real := after.realism:
+        said.append(f"Compared with real images ({real.reference or 'unnamed'}): {_made(real)}")
     if speed := after.speed:
         known = (("batch", speed.batch), ("prompt", speed.prompt), ("new tokens", speed.new_tokens), ("threads", speed.threads))
         said.append(", ".join([f"Speed on {speed.device or 'cpu'}", *(f"{name} {value}" for name, value in known if value)]))
     return "".join(f"{sentence}. " for sentence in said).strip()
+
+
+def _made(pictures: Pictures | Realism | None) -> str:
+    if pictures is None:
+        return ""
+    facts = [f"{pictures.count:,} pictures" if pictures.count else "Pictures"]
+    facts += [f"in {pictures.steps} steps"] if pictures.steps else []
+    facts += [f"under guidance {pictures.guidance:g}"] if pictures.guidance is not None else []
+    facts += [f"from seed {pictures.seed}"] if pictures.seed is not None else []
+    return " ".join(facts)
 
 
 def _bytes(before: Side, after: Side) -> Figure | None:

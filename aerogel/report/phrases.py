@@ -104,6 +104,13 @@ def _cost(run: Run) -> str:
         if step == NONE:
             return f"its perplexity goes {ends}"
         return f"its perplexity {verb} by {step}, {ends}" if after.perplexity != before.perplexity else "its perplexity stays the same"
+    frechet = next((name for name in run.metrics.compressed.judged if name.startswith("frechet[")), None)
+    if frechet:
+        ours, theirs = (side.judged.get(frechet) for side in (run.metrics.compressed, run.metrics.original))
+        return f"its Fréchet distance [{frechet.partition('[')[2]} is {digits(ours)}, the original's {digits(theirs)}"
+    pictures = run.metrics.compressed.pictures
+    if pictures and pictures.ssim is not None:
+        return f"its pictures have an SSIM of {digits(pictures.ssim)} with the original's"
     agreement = run.metrics.compressed.agreement
     if agreement:
         return f"it agrees with the original on {percent(agreement.top1)} of the next tokens"

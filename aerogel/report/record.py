@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -83,6 +83,50 @@ class Speed(_Part):
     device: str | None = None
 
 
+Png = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+=*$")]
+"""A PNG file in base64."""
+
+
+class Pair(_Part):
+    """A picture that both networks made from the same noise."""
+
+    subject: str = ""
+    original: Png
+    compressed: Png
+
+
+class _OfPictures(_Part):
+    """Figures of pictures; those that bear the name of their feature network, FIGURE[NETWORK], are kept beside the fields."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, Any]
+
+    count: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None
+
+    @property
+    def judged(self) -> dict[str, float]:
+        """The figures by name."""
+        return {name: value for name, value in self.__pydantic_extra__.items() if name.endswith("]") and isinstance(value, int | float)}
+
+
+class Pictures(_OfPictures):
+    """How far pictures have moved from those of the original."""
+
+    mse: float | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+    pairs: list[Pair] = []
+
+
+class Realism(_OfPictures):
+    """How much pictures resemble real images."""
+
+    reference: str | None = None
+
+
 class Side(_Part):
     """All measures of one network."""
 
@@ -91,7 +135,15 @@ class Side(_Part):
     agreement: Agreement | None = None
     generation: Generation | None = None
     speed: Speed | None = None
+    pictures: Pictures | None = None
+    realism: Realism | None = None
     lm_eval: dict[str, dict[str, float]] = {}
+
+    @property
+    def judged(self) -> dict[str, float]:
+        """Figures of pictures that bear the name of their feature network."""
+        measured = [measure for measure in (self.pictures, self.realism) if measure is not None]
+        return {name: value for measure in measured for name, value in measure.judged.items()}
 
 
 class Metrics(_Part):

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from aerogel import catalog
 from aerogel.cli import commands as cli
+from aerogel.cli import terminal
 from aerogel.methods.quantization.gptq import Gptq
 from aerogel.model.load import load
 from aerogel.model.modules import QuantLinear
@@ -102,7 +103,16 @@ def test_evaluate_adds_to_the_record(desk: Path, compressed: Any) -> None:
     assert recorded["compressed"]["agreement"] == compressed["metrics"]["compressed"]["agreement"]
     assert "Weights on disk" in run("evaluate", desk / "out", "--measure", "size")
     run("evaluate", desk / "model", "--measure", "size")
+    said = as_json(
+        "evaluate", desk / "model", "--measure", "generation", "--set", "generation.new_tokens=2", "--set", "generation.prompts=[one]"
+    )
+    assert [sample["prompt"] for sample in said["compressed"]["generation"]["samples"]] == ["one"]
     assert digests(desk / "model") == before
+
+
+def test_names_in_brackets_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.print_comparison({"compressed": {"realism": {"frechet[a-judge]": 1.25}}})
+    assert "Fréchet distance [a-judge]" in capsys.readouterr().out
 
 
 def test_bench_times_both_and_adds_to_the_record(desk: Path, compressed: Any) -> None:

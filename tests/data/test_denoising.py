@@ -5,37 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from torch import Tensor
 
 import aerogel
 from aerogel import catalog
-from aerogel.data.denoising import Denoising, record
+from aerogel.data.denoising import Denoising, pictures, record
 from aerogel.engine.calibration import Asked, Samples, shown
 from aerogel.errors import AerogelError
 from aerogel.model.clock import steps_of
 from aerogel.model.network import Network
+from tests.painters import classes, unconditional
 from tests.tiny import FAMILIES
-
-
-def unconditional() -> diffusers.DDPMPipeline:
-    unet = diffusers.UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    return diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler())
-
-
-def classes() -> diffusers.DiTPipeline:
-    torch.manual_seed(0)
-    transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=1, sample_size=8, patch_size=2,
-        norm_num_groups=4,
-    ).eval()  # fmt: skip
-    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
-    return diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler(), id2label={"0": "cat", "7": "dog"})
 
 
 def test_every_step_and_branch_of_one_pass() -> None:
@@ -66,6 +48,28 @@ def test_equal_tensors_are_kept_once() -> None:
     labels = [call.kwargs["class_labels"] for call in calls]
     assert all(label is labels[0] for label in labels)
     assert len({call.args[0].data_ptr() for call in calls}) == 3
+
+
+def test_pictures_are_those_that_calls_are_recorded_of() -> None:
+    pipeline = classes()
+    seen: list[Tensor] = []
+    hook = pipeline.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    made = list(pictures(pipeline, Denoising(count=3, steps=2, batch=2), seed=5))
+    hook.remove()
+    calls = record(pipeline, pipeline.transformer, Denoising(count=3, steps=2, batch=2), seed=5)
+    for ours, theirs in zip(seen, calls, strict=True):
+        torch.testing.assert_close(ours, first(theirs))
+    assert [batch.subjects for batch in made] == [("cat", "dog"), ("cat",)]
+    generator = [torch.Generator().manual_seed(5 * 1_000_003 + number) for number in range(2)]
+    by_hand = pipeline([0, 7], num_inference_steps=2, generator=generator, output_type="np").images
+    torch.testing.assert_close(made[0].images_NCHW, torch.from_numpy(by_hand).permute(0, 3, 1, 2))
+
+
+def test_pictures_of_an_unconditional_pipeline_have_no_subject() -> None:
+    (made,) = pictures(unconditional(), Denoising(count=2, steps=2))
+    assert made.images_NCHW.shape == (2, 3, 8, 8)
+    assert 0 <= made.images_NCHW.min() < made.images_NCHW.max() <= 1
+    assert made.subjects == ()
 
 
 def test_pictures_without_a_subject() -> None:

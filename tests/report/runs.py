@@ -97,6 +97,36 @@ def full(
     }
 
 
+# A dark and a light PNG of 4 x 4 pixels.
+_PNGS = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAQAAAAECAAAAACMmsGiAAAAGElEQVR4nGPUYGBgYGJYz8DACGExMDAAAA2dAQYTr2eYAAAAAElFTkSuQmCC",
+    "iVBORw0KGgoAAAANSUhEUgAAAAQAAAAECAAAAACMmsGiAAAAGElEQVR4nGM8wcDAwMSQz8DACGExMDAAABvdAgbVWdeOAAAAAElFTkSuQmCC",
+)
+
+
+def pictures() -> dict[str, Any]:
+    """A record of a network that makes pictures; the numbers are made up."""
+    made = {"count": 256, "steps": 20, "guidance": 2.0, "seed": 0}
+    real = {"reference": "the test set of Fashion-MNIST", "real_images": 10_000, **made}
+    pairs = [
+        {"subject": f"a <b>{name}</b>", "original": _PNGS[0], "compressed": _PNGS[number % 2]}
+        for number, name in enumerate(("bag", "boot"))
+    ]
+    figures = {"frechet": 3.21, "spatial_frechet": 1.5, "inception_score": 8.5, "precision": 0.71, "recall": 0.62, "accuracy": 0.955}
+    content = full("unet-w4")
+    content["model"] = {"name": "fashion-unet", "family": "unet", "parameters": 3_700_000, "dtype": "float16"}
+    for side in content["metrics"].values():
+        for measure in ("perplexity", "agreement", "generation", "speed"):
+            side.pop(measure, None)
+    content["metrics"]["original"]["realism"] = {f"{name}[fashion-judge]": value for name, value in figures.items()} | real
+    worse = {name: (1.1 if "frechet" in name else 0.9) * value for name, value in figures.items()}
+    content["metrics"]["compressed"]["realism"] = {f"{name}[fashion-judge]": value for name, value in worse.items()} | real
+    content["metrics"]["compressed"]["pictures"] = {
+        "mse": 0.0031, "psnr": 25.1, "ssim": 0.913, "perceptual[efficientnet-lite0, unlearned]": 0.0712, **made, "pairs": pairs,
+    }  # fmt: skip
+    return content
+
+
 def folders(root: Path) -> Path:
     """Write the full run and its neighbours; return the full run's folder."""
     neighbours = {
@@ -105,6 +135,7 @@ def folders(root: Path) -> Path:
         "awq-w4a16": full("awq-w4a16", perplexity=26.2, size=87_600_000, speed=57.0),
         "rtn-w8a8": full("rtn-w8a8", "W8A8", 24.1, 163_900_000, 66.0),
         "gptq-w4a16": full(),
+        "unet-w4": pictures(),
         "minimal": MINIMAL,
     }
     for name, content in neighbours.items():

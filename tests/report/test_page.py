@@ -13,7 +13,7 @@ import pytest
 
 from aerogel.errors import AerogelError
 from aerogel.report import page, record
-from tests.report.runs import MINIMAL, folders, full
+from tests.report.runs import MINIMAL, folders, full, pictures
 
 VOID = {"meta", "link", "br", "wbr", "img", "input", "hr"}
 
@@ -118,11 +118,54 @@ def test_any_measure_may_be_missing(missing: str, side: str) -> None:
 
 
 def test_nothing_is_fetched(folder: Path) -> None:
-    html = page.render(folder)
-    reader = read(html)
-    assert not re.search(r"https?:|//\w|url\(|@import", html)
-    assert not {"script", "link", "iframe", "img", "object"} & set(reader.seen)
-    assert not {"src", "href", "srcset", "onload", "onclick"} & {name for name, _ in reader.attributes}
+    for written in (folder, folder.parent / "unet-w4"):
+        html = page.render(written)
+        reader = read(html)
+        assert not re.search(r"https?:|//\w|url\(|@import", re.sub(r'"data:image/png;base64,[^"]*"', "", html))
+        assert not {"script", "link", "iframe", "object"} & set(reader.seen)
+        assert not {"href", "srcset", "onload", "onclick"} & {name for name, _ in reader.attributes}
+        assert all(value.startswith("data:image/png;base64,iVBORw0KGgo") for name, value in reader.attributes if name == "src")
+        assert reader.seen.count("img") == (4 if written.name == "unet-w4" else 0)
+
+
+def test_pictures_stand_side_by_side_with_their_figures() -> None:
+    reader = read(page.page(record.parse(pictures())))
+    for said in (
+        "fashion-unet is 3.1× smaller; its Fréchet distance [fashion-judge] is 3.53, the original's 3.21.",
+        "Fréchet distance [fashion-judge] 3.210 3.531 +10 %",
+        "Spatial Fréchet distance [fashion-judge] 1.500 1.650 +10 %",
+        "Recall [fashion-judge] 62.0 % 55.8 % −10 %",
+        "Shows what was asked for [fashion-judge] 95.5 % 85.9 % −10 %",
+        "SSIM with the original's pictures – 0.913",
+        "PSNR against the original's pictures, dB – 25.1",
+        "Perceptual distance [efficientnet-lite0, unlearned] – 0.0712",
+        "Compared with the original's pictures: 256 pictures in 20 steps under guidance 2 from seed 0.",
+        "Compared with real images (the test set of Fashion-MNIST): 256 pictures in 20 steps under guidance 2 from seed 0.",
+        "The same noise, both networks 2 of 256 pictures in 20 steps under guidance 2 from seed 0.",
+        "a <b>bag</b> a <b>boot</b>",
+        "Share of generated pictures that lie among the real ones",
+    ):
+        assert said in reader.words, said
+    assert "Quality was not measured" not in reader.words
+    assert "b" not in reader.seen, "subjects are escaped"
+    sources = [value for name, value in reader.attributes if name == "src"]
+    assert sources[0] == sources[1] == sources[2] != sources[3]
+
+
+def test_identical_pictures_have_infinite_psnr() -> None:
+    content = pictures()
+    content["metrics"]["compressed"]["pictures"] |= {"mse": 0.0, "psnr": float("inf"), "ssim": 1.0}
+    del content["metrics"]["compressed"]["realism"]
+    words = read(page.page(record.parse(json.loads(json.dumps(content))))).words
+    assert "its pictures have an SSIM of 1.00 with the original's" in words
+    assert "PSNR against the original's pictures, dB – ∞" in words
+
+
+def test_only_pictures_are_put_into_images() -> None:
+    content = pictures()
+    content["metrics"]["compressed"]["pictures"]["pairs"][0]["original"] = 'x" onerror="alert(1)'
+    with pytest.raises(AerogelError, match=r"metrics\.compressed\.pictures\.pairs\.0\.original: string should match pattern"):
+        record.parse(content)
 
 
 def test_text_of_models_is_escaped_everywhere() -> None:

@@ -1,0 +1,67 @@
+"""How much a network's pictures resemble real ones, as a feature network sees both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aerogel.errors import AerogelError
+from aerogel.evaluate import features
+from aerogel.evaluate.features import FeatureNetwork, Sight
+from aerogel.evaluate.measure import ImageMeasure
+from aerogel.evaluate.reference import Reference, pixels
+from aerogel.model.network import Network
+from aerogel.numerics.images import frechet, inception_score, moments, precision_recall
+
+
+@dataclass(frozen=True)
+class Realism(ImageMeasure):
+    """Distances of pictures from real images: Fréchet, plain and spatial, precision and recall; inception score; accuracy.
+
+    Every figure bears the name of its feature network and compares only with figures of the same network, the same real images and
+    as many pictures: that of few pictures comes out too large.
+    Accuracy is the share of pictures in which the network sees the class that was asked for, where prompts or labels name classes.
+    """
+
+    reference: str | Path | None = None
+    """File with the statistics of real images, written by `Reference.save`."""
+    count: int = 256
+    """Pictures; their noise differs, their prompts or labels take turns."""
+
+    def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
+        """Return frechet, spatial_frechet, inception_score, precision, recall, accuracy, each as NAME[NETWORK], and how they were made."""
+        if self.reference is None:
+            raise AerogelError("realism compares with real images; give the file with their statistics, realism.reference=FILE")
+        real, judge = Reference.load(self.reference), features.load(self.features, network.device)
+        real.check(judge)
+        sights: list[Sight] = []
+        subjects: list[str] = []
+        for made in self.painted(network):
+            if pixels(made.images_NCHW) != real.pixels:
+                raise AerogelError(f"pictures are {pixels(made.images_NCHW)} and the real images {real.pixels}; compare equal sizes")
+            # Maps of all pictures together would not fit into memory.
+            sights.append(judge.look(made.images_NCHW)._replace(maps=()))
+            subjects += made.subjects
+        figures = _figures(real, judge, sights, subjects)
+        about = {"reference": real.about, "real_images": real.images}
+        return {**{f"{name}[{judge.name}]": value for name, value in figures.items()}, **self.conditions, **about}
+
+
+def _figures(real: Reference, judge: FeatureNetwork, sights: list[Sight], subjects: list[str]) -> dict[str, float]:
+    features_ND = torch.cat([sight.features_ND for sight in sights])
+    spatial_NS = torch.cat([sight.spatial_NS for sight in sights])
+    logits_NK = torch.cat([sight.logits_NK for sight in sights])
+    among = precision_recall(real.features_MD, features_ND)
+    figures = {
+        "frechet": frechet(real.features, moments(features_ND)),
+        "spatial_frechet": frechet(real.spatial, moments(spatial_NS)),
+        "inception_score": inception_score(logits_NK),
+        "precision": among.precision,
+        "recall": among.recall,
+    }
+    if asked := features.asked_classes(judge, subjects):
+        figures["accuracy"] = float((logits_NK.argmax(1) == torch.tensor(asked)).double().mean())
+    return figures
