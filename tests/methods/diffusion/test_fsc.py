@@ -182,6 +182,6 @@ def test_another_sampler_is_refused_and_both_are_named(tmp_path: Path) -> None:
     opened.processor(num_inference_steps=4)
     with pytest.raises(AerogelError, match="one of the 5 steps of DDIMScheduler, is not among the 4 of DDIMScheduler"):
         opened.processor(num_inference_steps=5)
-    opened.processor.scheduler = diffusers.PNDMScheduler(skip_prk_steps=True)
-    with pytest.raises(AerogelError, match="one of the 4 steps of PNDMScheduler, is not among the 4 of DDIMScheduler"):
+    opened.processor.scheduler = diffusers.DDIMParallelScheduler(timestep_spacing="trailing")
+    with pytest.raises(AerogelError, match="one of the 4 steps of DDIMParallelScheduler, is not among the 4 of DDIMScheduler"):
         opened.processor(num_inference_steps=4)
