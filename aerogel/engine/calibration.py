@@ -50,6 +50,8 @@ class Reading(NamedTuple):
     """Positions of all calls: tokens of text, patches of an image."""
     at_once: int
     """Positions of the largest call."""
+    sample: int
+    """Positions of the largest sample: a sequence, a picture."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,14 @@ def reading(samples: Shown) -> Reading:
     """How much there is to read."""
     if isinstance(samples, Denoising):
         # Under guidance a call has twice the pictures; a picture counts as the tokens of a small one, its size is not known here.
-        return Reading(2 * samples.count * samples.steps * _TOKENS_OF_A_PICTURE, 2 * samples.batch * _TOKENS_OF_A_PICTURE)
+        each = _TOKENS_OF_A_PICTURE
+        return Reading(2 * samples.count * samples.steps * each, 2 * samples.batch * each, each)
     if isinstance(samples, Samples):
-        return Reading(samples.count * samples.length, samples.batch * samples.length)
-    sizes = [max((_positions(tensor) for tensor in tensors_in((call.args, call.kwargs))), default=0) for call in samples]
-    return Reading(sum(sizes), max(sizes, default=0))
+        return Reading(samples.count * samples.length, samples.batch * samples.length, samples.length)
+    tensors = [[tensor for tensor in tensors_in((call.args, call.kwargs)) if tensor.ndim] for call in samples]
+    sizes = [max(map(_positions, given), default=0) for given in tensors]
+    of_one = [size // max(map(len, given), default=1) for size, given in zip(sizes, tensors, strict=True)]
+    return Reading(sum(sizes), max(sizes, default=0), max(of_one, default=0))
 
 
 def prepare(network: Network, samples: Shown, seed: int, head: bool) -> Calibration:

@@ -34,6 +34,8 @@ _MAPPED = 32 << 20
 # Matrices of the size of a second moment that are alive while one is factored, and of the size of a weight while it is rounded.
 _FACTORING = 5
 _ROUNDING = 6
+# Forwards that an optimiser step is worth: one, and twice that for its gradients.
+_FITTING = 3
 # Perplexity and agreement both read both networks, in windows that overlap.
 _EVALUATED_TOKENS = 4 * TextMeasure.tokens * TextMeasure.length // TextMeasure.stride
 
@@ -114,7 +116,7 @@ def plan_network(network: Network, recipe: Recipe, read: Reading) -> Plan:
         predicted_bytes=sizes.untouched + sum(linear.bytes for linear in touched),
         peak_memory_bytes=_peak_memory(network, recipe, read),
         activation_bytes=_activations(network, read) if needs_calls(recipe) else 0,
-        seconds=_seconds(recipe, sizes, touched, read.tokens),
+        seconds=_seconds(recipe, sizes, touched, read),
         touched=tuple(touched),
         kept=tuple(_kept(network, recipe, {linear.name for linear in touched})),
         problems=tuple(problems),
@@ -258,15 +260,16 @@ def needs_calls(recipe: Recipe) -> bool:
     return any("calls" in step.method.needs for step in recipe.steps)
 
 
-def _seconds(recipe: Recipe, sizes: _Sizes, touched: list[Touched], tokens: int) -> dict[StageName, float]:
+def _seconds(recipe: Recipe, sizes: _Sizes, touched: list[Touched], read: Reading) -> dict[StageName, float]:
     rate = _flops_a_second()
     weights = sum(linear.inputs * linear.outputs for linear in touched)
-    forwards = sum(step.method.forwards for step in recipe.steps if isinstance(step.method, BlockMethod) and "calls" in step.method.needs)
-    moments = sum(linear.inputs**2 for linear in touched) if forwards else 0
+    blockwise = [step.method for step in recipe.steps if isinstance(step.method, BlockMethod) and "calls" in step.method.needs]
+    passed = read.tokens * sum(method.forwards for method in blockwise) + _FITTING * read.sample * sum(m.fitted for m in blockwise)
+    moments = sum(linear.inputs**2 for linear in touched) if blockwise else 0
     return {
         "load": sizes.source / _BYTES_A_SECOND,
         "check": sizes.source / _BYTES_A_SECOND,
-        "compress": (2 * weights * tokens * forwards + moments * tokens) / rate + 20 * weights / rate + sizes.source / _BYTES_A_SECOND,
+        "compress": (2 * weights * passed + moments * read.tokens) / rate + 20 * weights / rate + sizes.source / _BYTES_A_SECOND,
         "save": sizes.source / _BYTES_A_SECOND,
         "evaluate": 2 * sizes.parameters * _EVALUATED_TOKENS / rate,
     }

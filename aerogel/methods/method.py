@@ -26,6 +26,11 @@ class BlockMethod(ABC):
     """About how many forwards of a block over its calls one visit takes, the one that propagates included; for the estimate of time."""
 
     @property
+    def fitted(self) -> int:
+        """Samples that an optimiser sees in each block, all of its steps together; for the estimate of time."""
+        return 0
+
+    @property
     def holds(self) -> float:
         """Bytes of activations it may hold at once beyond those of one call; for the estimate of memory."""
         return 0.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,10 +155,24 @@ def _open_pipeline(folder: Path, dtype: torch.dtype | None) -> Network:
     _require_one(parts, folder)
     given = _Folder.read(folder / parts[0], dtype)
     module = _denoiser_in(given)
-    pipeline = _diffusers(folder).DiffusionPipeline.from_pretrained(
-        folder, dtype=given.dtype, use_safetensors=True, local_files_only=True, **{parts[0]: module}
-    )
+    diffusers = _diffusers(folder)
+    with _without_bars(diffusers.utils.logging), _without_bars(transformers.utils.logging):
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            folder, dtype=given.dtype, use_safetensors=True, local_files_only=True, **{parts[0]: module}
+        )
     return Network(module, given.family, folder, pipeline, stored_dtype=given.stored)
+
+
+@contextmanager
+def _without_bars(logging: Any) -> Iterator[None]:
+    """Keep a library's progress bars out of ours."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @dataclass(frozen=True)

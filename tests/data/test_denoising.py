@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -133,3 +134,11 @@ def test_what_is_asked_becomes_pictures_or_text(tmp_path: Path) -> None:
         asked.shown(pictures)
     with pytest.raises(AerogelError, match="is no file"):
         Asked(source=str(tmp_path)).shown(pictures)
+
+
+def test_opening_a_pipeline_is_quiet_and_leaves_the_bars_as_they_were(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    unconditional().save_pretrained(tmp_path / "pipeline")
+    capfd.readouterr()
+    aerogel.load(tmp_path / "pipeline")
+    assert capfd.readouterr().err == ""
+    assert diffusers.utils.logging.is_progress_bar_enabled()

@@ -54,6 +54,11 @@ class Brecq(WeightMethod):
     warmup: float = 0.2
     """Share of the steps before that term begins."""
 
+    @property
+    def fitted(self) -> int:
+        """Every step sees a batch."""
+        return self.steps * self.batch
+
     def compress(self, block: Block) -> None:
         """Learn the rounding of the block's layers together; layers outside of blocks are learned one by one."""
         jobs = self.assign(block)

@@ -52,6 +52,11 @@ class Ranges(BlockMethod):
     exponent: float = 2.4
     """Power of the error that is made small."""
 
+    @property
+    def fitted(self) -> int:
+        """Every step sees a batch."""
+        return self.steps * self.batch
+
     def compress(self, block: Block) -> None:
         """Find the ranges of the block's layers, then learn their step sizes together."""
         linears = block.linears(self.targets, self.ignore)

@@ -113,3 +113,12 @@ def test_a_language_model_in_a_folder_has_a_teacher_too(tmp_path: Path) -> None:
     live = aerogel.compress(tiny.build(), recipe, samples=samples, measures=()).network
     lazy = aerogel.load(tmp_path / "lazy", lazy=False)
     torch.testing.assert_close(output(lazy.module, samples[0]), output(live.module, samples[0]), rtol=0, atol=1e-4)
+
+
+def test_the_plan_counts_what_the_optimiser_does() -> None:
+    network = FAMILIES["unet"].build()
+    few, many = (
+        aerogel.plan(network, {"steps": [{"brecq": {"scheme": W4, "steps": steps}}]}, samples=calls()).seconds["compress"]
+        for steps in (10, 20000)
+    )
+    assert many > 100 * few
