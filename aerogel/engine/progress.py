@@ -30,6 +30,13 @@ class Event:
     what: str = ""
     expected: Mapping[StageName, float] | None = None
     """Seconds that stages are expected to take, when that has become known."""
+    inside: float = 0.0
+    """How much of the part in hand is done, 0 to 1."""
+
+    @property
+    def share(self) -> float:
+        """How much of the stage is done, 0 to 1."""
+        return (self.done + self.inside) / self.total if self.total else 1.0
 
 
 Tell = Callable[[Event], None]
@@ -55,8 +62,9 @@ class Clock:
             self._finish_current(now)
             self._began[event.stage] = now
             # A resumed run begins in the middle; only what is done from here on tells its pace.
-            self._resumed[event.stage] = event.done / event.total if event.total else 0.0
-        self._share = event.done / event.total if event.total else 1.0
+            self._resumed[event.stage] = event.share if event.total else 0.0
+            self._share = 0.0
+        self._share = max(self._share, event.share)  # a part that holds several fits begins anew with each
         self._left = self._left_here(now)
         self._at = now
 

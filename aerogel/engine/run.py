@@ -10,7 +10,8 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from tempfile import mkdtemp
@@ -41,6 +42,7 @@ from aerogel.model.modules import QuantLinear, ScaledInput
 from aerogel.model.network import Network
 from aerogel.model.walk import Walk
 from aerogel.recipe import Recipe, Step
+from aerogel.training.fit import watched
 
 
 def compress(
@@ -216,11 +218,14 @@ class Run:
                 if isinstance(method, BlockMethod):
                     self._visit_blocks(number, steps, len(stages))
                     continue
-                self.tell(Event("compress", number, len(stages), steps[0].name))
-                if isinstance(method, Method):
-                    self._change_whole(number, method)
-                else:
-                    stack.enter_context(policies.on(self.network, [self._calibrate(number, steps[0], method)]))
+                at = Event("compress", number, len(stages), steps[0].name)
+                self.tell(at)
+                with watched(partial(self._inside, at, 0, 1)):
+                    if isinstance(method, Method):
+                        self._change_whole(number, method)
+                        continue
+                    measured = self._calibrate(number, steps[0], method)
+                stack.enter_context(policies.on(self.network, [measured]))
 
     def _calibrate(self, number: int, step: Step, policy: RuntimePolicy) -> Measured:
         with self._resident(), _seeded(self.seed, number):
@@ -231,10 +236,16 @@ class Run:
         stage = self.progress.stage(number) if self.progress else None
         visits = self._walk(stage, steps) if any("calls" in step.method.needs for step in steps) else self._tour(stage)
         for block in visits:
-            self.tell(Event("compress", number * block.total + block.position, stages * block.total, block.name or "around the blocks"))
+            at = Event("compress", number * block.total + block.position, stages * block.total, block.name or "around the blocks")
+            self.tell(at)
             with _seeded(self.seed, number, block.position):
-                for step in steps:
-                    _compress(block, step)
+                for place, step in enumerate(steps):
+                    with watched(partial(self._inside, at, place, len(steps))):
+                        _compress(block, step)
+
+    def _inside(self, at: Event, place: int, places: int, share: float) -> None:
+        """Tell how far the step in hand has come with the part in hand."""
+        self.tell(replace(at, inside=(place + share) / places))
 
     def _walk(self, stage: Stage | None, steps: Sequence[Step]) -> Iterator[Block]:
         """The blocks with their calls, each put away when it is finished."""

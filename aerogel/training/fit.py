@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,6 +21,19 @@ from aerogel.errors import AerogelError
 
 Loss = Callable[[Sequence[int]], Tensor]
 """Takes the numbers of some calls and returns the scalar loss over them."""
+
+
+_watcher: ContextVar[Callable[[float], None]] = ContextVar("watcher", default=lambda share: None)
+
+
+@contextmanager
+def watched(see: Callable[[float], None]) -> Iterator[None]:
+    """Call `see(share of the steps done)` about a hundred times in every fit inside: a long one should not look like a stop."""
+    token = _watcher.set(see)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,8 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = how.rate_at(step - 1)
             before(step - 1)
+            if step % max(1, how.steps // 100) == 0:
+                _watcher.get()(step / how.steps)
             trouble = _step(parameters, loss, batch, optimizer, how.clip, history)
             if trouble is None and (step % how.check == 0 or step == how.steps):
                 score = _measure(loss, calls, how.batch)

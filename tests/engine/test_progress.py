@@ -47,6 +47,16 @@ def test_a_pace_that_is_seen_replaces_the_plan(clock: Clock, hands: Hands) -> No
     assert clock.share() == pytest.approx(34.0 / 72.0)
 
 
+def test_what_is_done_inside_a_part_counts_and_never_goes_back(clock: Clock, hands: Hands) -> None:
+    clock.see(Event("compress", 0, 2))
+    hands.time += 10.0
+    clock.see(Event("compress", 0, 2, inside=0.5))
+    assert clock.left() == pytest.approx(30.0 + 2.0 + 8.0)
+    hands.time += 10.0
+    clock.see(Event("compress", 0, 2, inside=0.1))  # the next fit of the same block
+    assert clock.share() > 0.2
+
+
 def test_a_pace_is_trusted_by_degrees(clock: Clock, hands: Hands) -> None:
     clock.see(Event("compress", 0, 10))
     hands.time += 20.0

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import aerogel
+from aerogel.engine.progress import Event
 from aerogel.errors import AerogelError
 from aerogel.methods.diffusion.tiar import Tiar, features_with, temporal_error
 from aerogel.model import time_path
@@ -94,3 +95,12 @@ def test_a_network_in_bfloat16_is_fitted_in_float32() -> None:
     answer = output(result.network.module, calls[0])
     assert answer.dtype == torch.bfloat16
     assert all(part.bias is None or part.bias.dtype == torch.bfloat16 for part in network.modules() if isinstance(part, QuantLinear))
+
+
+def test_a_long_fit_tells_how_far_it_is() -> None:
+    told: list[Event] = []
+    recipe = {"steps": [{"tiar": {"steps": 200}}]}
+    aerogel.compress(FAMILIES["unet"].build(), recipe, samples=FAMILIES["unet"].calls(2), measures=(), tell=told.append)
+    shares = [event.share for event in told if event.stage == "compress" and event.what == "tiar"]
+    assert shares == sorted(shares)
+    assert len(shares) > 90
