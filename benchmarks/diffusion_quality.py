@@ -1,0 +1,193 @@
+"""What quantizing the zoo's denoisers costs in pictures and takes in time; writes benchmarks/results/diffusion_quality_NAME.json.
+
+python benchmarks/diffusion_quality.py unet                         # every row, five seeds: hours
+python benchmarks/diffusion_quality.py unet --only "W4A8" --steps 100 --seeds 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from results import FOLDER, write
+
+import aerogel
+from aerogel.data.denoising import Denoising, record
+from aerogel.engine import policies
+from aerogel.engine.result import Result
+from aerogel.evaluate.pictures import Pictures
+from aerogel.evaluate.realism import Realism
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
+
+ZOO = Path(__file__).parents[1] / "zoo"
+CLASSES = ("top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+STEPS, GUIDANCE, SHOWN = 20, 2.0, 10
+JUDGES = {"fashion-judge": str(ZOO / "fashion-judge"), "efficientnet-lite0@128": "efficientnet-lite0@128"}
+LAYERS = ["Linear", "Conv2d"]
+
+
+def weights(bits: int) -> str:
+    """Asymmetric channels, save for eight bits, which are as good without a zero point and multiply faster."""
+    return "W8A16_CHANNEL" if bits == 8 else f"W{bits}A16_CHANNEL_ASYM"
+
+
+def nearest(bits: int, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rounding to nearest, with inputs quantized by the given steps."""
+    return {"steps": [{"rtn": {"scheme": weights(bits), "targets": LAYERS}}, *inputs]}
+
+
+ONE_RANGE = [{"operands": {}}, {"ranges": {"start": "minmax", "steps": 0}}]
+A_STEP = [{"operands": {}}, {"fsc": {"scope": "all"}}]
+
+ROWS: dict[str, dict[tuple[str, str], Any]] = {
+    "unet": {
+        ("W4A32", "rtn"): nearest(4, []),
+        ("W4A32", "qdiffusion"): {"steps": [{"brecq": {"scheme": weights(4)}}]},
+        ("W4A32", "tfmq"): "tfmq-w4a32",
+        ("W8A8", "rtn, one range"): nearest(8, ONE_RANGE),
+        ("W8A8", "rtn, one range a step"): nearest(8, A_STEP),
+        ("W8A8", "qdiffusion"): ("qdiffusion-w4a8", [f"brecq.scheme={weights(8)}"]),
+        ("W8A8", "tfmq"): "tfmq-w8a8",
+        ("W4A8", "rtn, one range"): nearest(4, ONE_RANGE),
+        ("W4A8", "qdiffusion"): "qdiffusion-w4a8",
+        ("W4A8", "tfmq"): "tfmq-w4a8",
+        ("W4A8", "tfm cache"): "tfm-w4a8-cache",
+        ("W4A8", "tfm select"): "tfm-w4a8-select",
+        ("W3A8", "qdiffusion"): ("qdiffusion-w4a8", [f"brecq.scheme={weights(3)}"]),
+        ("W3A8", "tfmq"): ("tfmq-w4a8", [f"brecq.scheme={weights(3)}", f"tiar.scheme={weights(3)}"]),
+    },
+    "dit": {
+        ("W8A8", "rtn, one range"): nearest(8, ONE_RANGE),
+        ("W8A8", "rtn, a scale a token"): {"steps": [{"rtn": {"scheme": "W8A8"}}]},
+        ("W4A32", "brecq"): {"steps": [{"brecq": {"scheme": weights(4)}}]},
+        ("W4A8", "rtn, one range"): nearest(4, ONE_RANGE),
+        ("W4A8", "qdiffusion (one range, learned)"): ("qdiffusion-w4a8", []),
+        ("W4A8", "brecq, a scale a token"): "brecq-w4a8-token",
+    },
+}
+
+
+def pipeline_of(name: str) -> Any:
+    """The zoo's pipeline in float32."""
+    opened = diffusers.DiffusionPipeline.from_pretrained(ZOO / f"fashion-{name}", dtype=torch.float32)
+    opened.set_progress_bar_config(disable=True)
+    return opened
+
+
+def denoiser(pipeline: Any) -> str:
+    """The name of the denoiser in its pipeline."""
+    return "unet" if hasattr(pipeline, "unet") else "transformer"
+
+
+def overrides(recipe: Any, given: argparse.Namespace) -> list[str]:
+    """Overrides for the methods of this recipe: how long they fit."""
+    used = {step.name for step in aerogel.Recipe.parse(recipe).steps}
+    fits = {"brecq": (given.steps, given.rate), "ranges": (max(1, given.steps // 4), 4e-4 if given.steps >= 1000 else 4e-3)}
+    return [
+        f"{name}.{key}={value}" for name, pair in fits.items() if name in used for key, value in zip(("steps", "rate"), pair, strict=True)
+    ]
+
+
+def compress(pipeline: Any, recipe: Any, calls: list[Call], given: argparse.Namespace, seed: int) -> tuple[Network, Result, float]:
+    """A network in a pipeline of its own, and the seconds it took."""
+    recipe, more = recipe if isinstance(recipe, tuple) else (recipe, [])
+    own = type(pipeline)(**{**pipeline.components, **({"requires_safety_checker": False} if hasattr(pipeline, "unet") else {})})
+    own.set_progress_bar_config(disable=True)
+    module = copy.deepcopy(getattr(pipeline, denoiser(pipeline)))
+    setattr(own, denoiser(own), module)
+    fitted = [] if isinstance(recipe, dict) and "brecq" not in str(recipe) else overrides(recipe, given)
+    start = time.perf_counter()
+    result = aerogel.compress(module, recipe, overrides=[*fitted, *more], samples=calls, measures=(), seed=seed)
+    return Network(result.network.module, result.network.family, processor=own), result, time.perf_counter() - start
+
+
+def figures(network: Network, original: Network, given: argparse.Namespace, seed: int) -> dict[str, float]:
+    """Figures of pictures from this seed: against the float network's own, and against real images."""
+    asked = {"count": given.pictures, "steps": STEPS, "guidance": GUIDANCE, "batch": 50, "seed": 100 + seed}
+    asked["prompts"] = CLASSES if hasattr(network.processor, "unet") else ()
+    found: dict[str, float] = {}
+    if network is not original:
+        near = Pictures(features=JUDGES["fashion-judge"], kept=0, **{**asked, "count": min(50, given.pictures)})
+        found |= {key: value for key, value in near.measure(network, original).items() if key in ("mse", "ssim")}
+    for name, folder in JUDGES.items():
+        seen = Realism(features=folder, reference=ZOO / f"reference/{name}.safetensors", **asked).measure(network)
+        wanted = ("frechet", "accuracy") if name == "fashion-judge" else ("frechet",)
+        found |= {f"{key}[{name}]": seen[f"{key}[{name}]"] for key in wanted}
+    return found
+
+
+def rows_of(name: str, given: argparse.Namespace) -> Iterator[list[Any]]:
+    """A row a method: its scheme and name, seconds, then means and standard deviations over seeds."""
+    pipeline = pipeline_of(name)
+    module = getattr(pipeline, denoiser(pipeline))
+    original = Network(module, aerogel.load(module).family, processor=pipeline)
+    yield ["float", "", None, *_summary([figures(original, original, given, seed) for seed in range(given.seeds)])]
+    chosen = {key: recipe for key, recipe in ROWS[name].items() if fnmatch(" ".join(key), f"*{given.only}*")}
+    for (scheme, method), recipe in chosen.items():
+        seconds, found = [], []
+        for seed in range(given.seeds):
+            prompts = CLASSES if denoiser(pipeline) == "unet" else ()
+            calls = record(pipeline, module, Denoising(SHOWN, STEPS, GUIDANCE, prompts, SHOWN), seed)
+            network, result, taken = compress(pipeline, recipe, calls, given, seed)
+            seconds.append(taken)
+            with policies.on(network, result.policies):
+                found.append(figures(network, original, given, seed))
+        yield [scheme, method, round(statistics.median(seconds)), *_summary(found)]
+
+
+FIGURES = ("mse", "ssim", "frechet[fashion-judge]", "frechet[efficientnet-lite0@128]", "accuracy[fashion-judge]")
+
+
+def _summary(found: list[dict[str, float]]) -> list[str | None]:
+    cells: list[str | None] = []
+    for figure in FIGURES:
+        values = [one[figure] for one in found if figure in one]
+        spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+        cells.append(f"{statistics.mean(values):.4g}{spread}" if values else None)
+    return cells
+
+
+def main() -> None:
+    """Measure the rows that are asked for and put them into the results, beside those that are there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", choices=sorted(ROWS))
+    parser.add_argument("--only", default="", help="Rows whose scheme and name hold this (globs).")
+    parser.add_argument("--steps", type=int, default=1000, help="Optimiser steps a block; a quarter of them for learned ranges.")
+    parser.add_argument("--rate", type=float, default=0.01, help="Learning rate of the rounding; 0.001 for 20,000 steps.")
+    parser.add_argument("--seeds", type=int, default=5, help="Calibrations, each with pictures of its own.")
+    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--dry", action="store_true", help="Print, do not write.")
+    given = parser.parse_args()
+    columns = ["scheme", "method", "seconds", "MSE to float", "SSIM to float", *FIGURES[2:]]
+    path = FOLDER / f"diffusion_quality_{given.network}.json"
+    settings = {
+        "calibration": f"{SHOWN} pictures, {STEPS} DDIM steps, guidance {GUIDANCE:g}", "optimiser steps a block": given.steps,
+        "rate": given.rate, "seeds": given.seeds, "pictures a seed": given.pictures, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    notes = [
+        "Means and standard deviations over seeds; each seed has a calibration and noise of its own. Pictures have values from 0 to 1.",
+        "Rows but W4A32 cover all layers with 8-bit inputs and 8-bit attention operands; rtn rows are without any learning.",
+        "Fréchet distances compare only within a column: they are of few pictures, and of this reference.",
+    ]
+    for row in rows_of(given.network, given):
+        print(json.dumps(row), flush=True)
+        if not given.dry:
+            before = json.loads(path.read_text())["rows"] if path.exists() else []
+            kept = [old for old in before if old[:2] != row[:2]]
+            order = [["float", ""], *(list(key) for key in ROWS[given.network])]
+            rows = sorted([*kept, row], key=lambda one: order.index(one[:2]))
+            write(path.stem, f"Quantized fashion-{given.network} against float", settings, columns, rows, notes)
+
+
+if __name__ == "__main__":
+    main()
