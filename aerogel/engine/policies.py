@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from aerogel.engine.provenance import FACTS
 from aerogel.methods.method import RuntimePolicy
 from aerogel.model.network import Network
+from aerogel.model.states import STATES, stored
 from aerogel.recipe import Recipe, Step
-
-STATES = "aerogel.safetensors"
 
 
 @dataclass(frozen=True)
@@ -59,12 +56,8 @@ def load(folder: Path | None) -> list[Measured]:
     """Read back what `save` wrote; empty when the folder has no policies."""
     if folder is None:
         return []
-    path = folder / FACTS
-    lines: Sequence[Mapping[str, Any]] = json.loads(path.read_text()).get("policies", []) if path.exists() else []
-    tensors = load_file(folder / STATES) if (folder / STATES).exists() else {}
     read = []
-    for number, line in enumerate(lines):
-        (step,) = Recipe.parse({"steps": [line["step"]]}).steps
-        own = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.partition(".")[0] == str(number)}
-        read.append(Measured(step, {**line["state"], **own}))
+    for named, state in stored(folder):
+        (step,) = Recipe.parse({"steps": [named]}).steps
+        read.append(Measured(step, state))
     return read

@@ -16,7 +16,6 @@ import aerogel
 from aerogel.model.network import Network
 from aerogel.model.slots import slots
 
-FACTS = "aerogel.json"
 SCHEMA = 1
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from aerogel.engine import policies
-from aerogel.engine.provenance import FACTS
 from aerogel.errors import AerogelError
 from aerogel.model import save
 from aerogel.model.load import load
 from aerogel.model.network import Network
+from aerogel.model.states import FACTS
 from aerogel.recipe import Recipe
 from aerogel.report import page, record
 

@@ -54,6 +54,8 @@ class RuntimePolicy(ABC):
     """Acts while the network runs: measured once, then put on and taken off."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"calls"})
+    by_step: ClassVar[bool] = False
+    """Whether all it does is let modules answer out of tables by the step (model/lookup.py), which a static graph can say."""
 
     @abstractmethod
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:

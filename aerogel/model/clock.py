@@ -97,6 +97,13 @@ class Clock:
             for handle in handles:
                 handle.remove()
 
+    def leave(self, denoiser: nn.Module) -> None:
+        """Follow a denoiser no more, whoever made it follow."""
+        for module in denoiser.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                    del hooks[key]
+
     # Bound methods, because a copy of a network must get hooks of its own clock, the one that the copied layers have.
     def _start(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A walk stops forwards half-way and then runs a block by itself: the rows stay those of its call until the next one starts.

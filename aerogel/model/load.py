@@ -76,6 +76,16 @@ def computing_dtype(stored: torch.dtype) -> torch.dtype:
     return stored
 
 
+def part_of(folder: Path) -> Path:
+    """The sub-folder of a pipeline that holds its denoiser, or any other folder itself; raises AerogelError for several denoisers."""
+    if not (folder / "model_index.json").is_file():
+        return folder
+    index = _read_json(folder / "model_index.json")
+    parts = [name for name in _DENOISERS if (index.get(name) or [None])[0] is not None]
+    _require_one(parts, folder)
+    return folder / parts[0]
+
+
 def _live(module: nn.Module, processor: Any, dtype: torch.dtype | None) -> Network:
     family = family_of(getattr(getattr(module, "config", None), "model_type", None), type(module).__name__)
     stored = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
@@ -150,15 +160,13 @@ def _open(folder: Path, dtype: torch.dtype | None, lazy: bool, trust_remote_code
 
 
 def _open_pipeline(folder: Path, dtype: torch.dtype | None) -> Network:
-    index = _read_json(folder / "model_index.json")
-    parts = [name for name in _DENOISERS if (index.get(name) or [None])[0] is not None]
-    _require_one(parts, folder)
-    given = _Folder.read(folder / parts[0], dtype)
+    part = part_of(folder)
+    given = _Folder.read(part, dtype)
     module = _denoiser_in(given)
     diffusers = _diffusers(folder)
     with _without_bars(diffusers.utils.logging), _without_bars(transformers.utils.logging):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            folder, dtype=given.dtype, use_safetensors=True, local_files_only=True, **{parts[0]: module}
+            folder, dtype=given.dtype, use_safetensors=True, local_files_only=True, **{part.name: module}
         )
     return Network(module, given.family, folder, pipeline, stored_dtype=given.stored)
 

@@ -108,3 +108,16 @@ def test_a_copy_follows_a_clock_of_its_own() -> None:
     twin = copy.deepcopy(denoiser)
     assert twin.clock is not clock
     assert torch.equal(twin(torch.zeros(2, 32), 1), denoiser(torch.zeros(2, 32), 1))
+
+
+def test_a_denoiser_that_it_left_is_followed_no_more_and_keeps_its_other_hooks() -> None:
+    clock, other = Clock([3, 1]), Clock([3, 1])
+    denoiser = nn.Sequential(nn.Linear(2, 2))
+    clock.follow(denoiser, ["0"])
+    kept = denoiser[0].register_forward_hook(other._stop)
+    clock.leave(denoiser)
+    assert not denoiser._forward_pre_hooks
+    assert not denoiser._forward_hooks
+    assert not denoiser[0]._forward_pre_hooks
+    assert list(denoiser[0]._forward_hooks) == [kept.id]
+    assert denoiser(torch.ones(2, 2)).shape == (2, 2), "without a time step"

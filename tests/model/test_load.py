@@ -18,7 +18,7 @@ from torch import nn
 
 from aerogel import catalog
 from aerogel.errors import AerogelError
-from aerogel.model.load import computing_dtype, family_of, load
+from aerogel.model.load import computing_dtype, family_of, load, part_of
 from aerogel.model.modules import QuantLinear, stored_grid
 from aerogel.model.network import Network
 from aerogel.model.save import new_folder, write
@@ -235,6 +235,7 @@ def test_pipelines_open_live_and_from_a_folder(tmp_path: Path) -> None:
     assert live.module is pipeline.transformer
     assert live.processor is pipeline
     pipeline.save_pretrained(tmp_path)
+    assert part_of(tmp_path) == part_of(tmp_path / "transformer") == tmp_path / "transformer"
     network = load(tmp_path)
     call = FAMILIES["dit"].calls(1)[0]
     assert network.family.name == "dit"

@@ -5,10 +5,10 @@ T steps, C width of a feature. The paper's abstract names the idea; the layout o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,11 +18,12 @@ from aerogel.methods.method import RuntimePolicy
 from aerogel.model.calls import Call
 from aerogel.model.clock import Clock, steps_of
 from aerogel.model.hooks import answering
+from aerogel.model.lookup import Lookup, dequantized
 from aerogel.model.network import Network
 from aerogel.model.quantized import clock_of
 from aerogel.model.time_path import check, find, sinusoids
 from aerogel.numerics.formats import format_named
-from aerogel.numerics.quantize import Grid, dequantize, grid_from_range, quantize
+from aerogel.numerics.quantize import Grid, grid_from_range, quantize
 from aerogel.numerics.scheme import PerToken, TensorScheme
 
 Choice = Literal["all", "layer", "layer_step"]
@@ -31,6 +32,8 @@ Choice = Literal["all", "layer", "layer_step"]
 @dataclass(frozen=True)
 class TimeTable(RuntimePolicy):
     """Looks the temporal features up in a table of all steps instead of computing them."""
+
+    by_step: ClassVar[bool] = True
 
     content: Literal["features", "path"] = "features"
     """What the table holds: the features of the network before any step, or what the path as it is by then gives, bit for bit."""
@@ -77,7 +80,7 @@ class TimeTable(RuntimePolicy):
         if all(bool(state[f"{name}.chosen"].all()) for name in modules):
             modules |= path.embedders  # nobody reads what they would compute
         answers = {
-            module: _answer(clock, self._table(name, state), state[f"{name}.chosen"] | (name in path.embedders), module.forward)
+            module: Lookup(clock, *self._kept(name, state), state[f"{name}.chosen"] | (name in path.embedders), module.forward)
             for name, module in modules.items()
         }
         with nullcontext() if followed else clock.on(network.module), answering(answers):
@@ -98,10 +101,12 @@ class TimeTable(RuntimePolicy):
 
     def _table(self, name: str, state: dict[str, Any]) -> Tensor:
         """The features (T, C) as they are looked up."""
+        return dequantized(*self._kept(name, state))
+
+    def _kept(self, name: str, state: dict[str, Any]) -> tuple[Tensor, Grid | None]:
+        """The table as it is stored, and the grid of its codes where it holds codes."""
         kept: Tensor = state[name]
-        if kept.is_floating_point():
-            return kept
-        return dequantize(kept, Grid(state[f"{name}.scale"], state[f"{name}.zero_point"]), self._rows)
+        return kept, None if kept.is_floating_point() else Grid(state[f"{name}.scale"], state[f"{name}.zero_point"])
 
 
 def chosen(table_error_T: Tensor, path_error_T: Tensor, choose: Choice) -> Tensor:
@@ -123,22 +128,3 @@ def _features(network: Network, call: Call, steps: Sequence[float]) -> dict[str,
             one = sinusoid_TC[row : row + 1]
             rows.append({name: embedder(one) for name, embedder in path.embedders.items()} | path.features(one))
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-
-
-def _answer(clock: Clock, table_TC: Tensor, chosen_T: Tensor, computed: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    from_table = chosen_T.tolist()
-
-    def look_up(x_NC: Tensor, *rest: Any) -> Tensor:
-        rows = clock.rows if len(clock.rows) == len(x_NC) else clock.rows * len(x_NC)
-        table = table_TC.to(x_NC.device, x_NC.dtype)
-        if not any(from_table[row] for row in rows):
-            return computed(x_NC, *rest)
-        if len(set(rows)) == 1:
-            return table[rows[0]].expand(len(rows), -1)
-        looked = table[list(rows)]
-        if all(from_table[row] for row in rows):
-            return looked
-        mask_N1 = torch.tensor([[from_table[row]] for row in rows], device=x_NC.device)
-        return torch.where(mask_N1, looked, computed(x_NC, *rest))
-
-    return look_up

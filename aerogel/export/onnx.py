@@ -1,0 +1,121 @@
+"""ONNX: one graph of a denoiser with codes of weights, quantized inputs and, where scales depend on the step, its row as an input."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aerogel import catalog
+from aerogel.export.exporter import Exporter, Master
+from aerogel.export.onnx_graph import program
+from aerogel.export.onnx_inputs import BATCH, KNOWN, STEP, TIME, Shape, dtype_of, inputs_of, unknown_inputs
+from aerogel.model import states
+from aerogel.model.clock import Clock
+from aerogel.model.load import load, part_of
+from aerogel.model.lookup import Lookup
+from aerogel.model.network import Network
+from aerogel.model.quantized import Assigned, clock_of
+from aerogel.model.save import new_folder
+from aerogel.numerics.scheme import PerBlock, PerGroup, PerStep, PerTensor, PerToken
+
+_LEAST, _PACKED = 18, 21
+"""The first opset that the tracer writes, and the first that has codes of 4 bits and groups."""
+_ONE_FILE = 2_000_000_000
+"""Bytes of weights that fit into one protobuf, which holds 2 GiB at most."""
+_PACKAGES = ("onnx", "onnx_ir", "onnxscript")
+
+
+@dataclass(frozen=True)
+class Onnx(Exporter):
+    """One ONNX graph of a diffusion denoiser: int8 or int4 weights, QuantizeLinear and DequantizeLinear, the step's row as an input."""
+
+    opset: int = 21
+    """Version of the operators, at least 18; groups and codes of 4 bits need 21."""
+    pack: bool = True
+    """Whether codes of up to 4 bits lie two in a byte; else they take a byte each, and engines may multiply them as int8."""
+    size: int | None = None
+    """Height and width of the sample; None takes the sample_size of the network's config."""
+
+    def refuse(self, folder: Path) -> list[str]:
+        """Absent packages, other networks than denoisers of images, and inputs, schemes and policies that a graph has no words for."""
+        if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+            return [f"the package {missing[0]} is not installed: pip install 'aerogel[onnx]'"]
+        master = Master.open(part_of(folder))
+        if (name := str(master.config.get("_class_name", master.family.name))) not in KNOWN:
+            return [f"a {name} is none of the denoisers that graphs are written of: {', '.join(KNOWN)}"]
+        if not master.linears:
+            return ["no layer in it is quantized"]
+        if self.opset < _LEAST:
+            return [f"opset is {self.opset}, expected at least {_LEAST}"]
+        reasons = unknown_inputs(master.config)
+        if self.size is None and not isinstance(master.config.get("sample_size"), int):
+            reasons.append("its config names no single sample_size; give size")
+        reasons += [f"{name}: {why}" for name, assigned in master.linears.items() if (why := _reason(assigned, self.opset))]
+        policies = [name for named, _ in states.stored(folder) for name in named]
+        more = [name for name in policies if not catalog.find("methods", name).by_step]
+        return reasons + [f"the policy {name} does more than look answers up by the step" for name in more]
+
+    @torch.no_grad()
+    def write(self, folder: Path, output: Path) -> None:
+        """Write output/denoiser.onnx, and output/denoiser.json with its inputs and its list of time steps."""
+        self.accept(folder)
+        network = load(part_of(folder), dtype=torch.float32, lazy=False)
+        lookups = _lookups(network, folder)
+        clock = clock_of(network.module) or next((lookup.clock for lookup in lookups.values()), None)
+        time: dict[str, Shape] = {TIME: (BATCH,)} if clock is None else {STEP: ()}
+        inputs = inputs_of(network.config, self.size) | time
+        graph = program(network, clock, lookups, inputs, self.opset, self.pack and self.opset >= _PACKED)
+        with new_folder(output) as target:
+            _save(graph, target / "denoiser.onnx")
+            (target / "denoiser.json").write_text(json.dumps(_described(inputs, clock, self.opset), indent=2) + "\n")
+
+
+def _save(graph: Any, path: Path) -> None:
+    """Write one file, or a second one beside it with the weights where they are many."""
+    import onnx_ir
+
+    weights = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
+    onnx_ir.save(graph, path, external_data=f"{path.name}.data" if weights > _ONE_FILE else None)
+
+
+def _reason(assigned: Assigned, opset: int) -> str | None:
+    """Why a layer's scheme has no words in a static graph."""
+    scheme, weights, inputs = assigned.scheme, assigned.scheme.weights, assigned.scheme.inputs
+    if weights.format.kind == "float":
+        return f"{weights.format} weights, expected integers"
+    if assigned.act_order:
+        return "its groups follow activation order, blocks of DequantizeLinear follow column order"
+    if isinstance(weights.granularity, PerBlock) or (isinstance(weights.granularity, PerGroup) and opset < _PACKED):
+        return f"{scheme} has groups or blocks, which opset {opset} has not; groups need {_PACKED}"
+    if inputs is None or (inputs.format.name == "int8" and isinstance(inputs.granularity, PerTensor | PerToken | PerStep)):
+        return None
+    return f"{inputs.format} inputs, expected int8 under one scale, one a token or one a step"
+
+
+def _lookups(network: Network, folder: Path) -> dict[str, Lookup]:
+    """What the folder's policies answer out of tables, by the full name of the module they answer for."""
+    with ExitStack() as stack:
+        for named, state in states.stored(folder):
+            ((name, knobs),) = named.items()
+            stack.enter_context(catalog.find("methods", name)(**knobs).on(network, state))
+        answers = ((name, module.__dict__.get("forward")) for name, module in network.module.named_modules())
+        return {name: answer for name, answer in answers if isinstance(answer, Lookup)}
+
+
+def _described(inputs: Mapping[str, Shape], clock: Clock | None, opset: int) -> dict[str, Any]:
+    """What denoiser.json says."""
+    return {
+        "inputs": [
+            {"name": name, "dtype": str(dtype_of(name)).removeprefix("torch."), "shape": list(shape)} for name, shape in inputs.items()
+        ],
+        "outputs": ["output"],
+        "opset": opset,
+        "step": None if clock is None else {"sampler": clock.sampler, "time_steps": list(clock.steps)},
+    }
