@@ -60,7 +60,7 @@ class Onnx(Exporter):
         reasons += [f"{name}: {why}" for name, assigned in master.linears.items() if (why := _reason(assigned, self.opset))]
         policies = [name for named, _ in states.stored(folder) for name in named]
         more = [name for name in policies if not catalog.find("methods", name).by_step]
-        return reasons + [f"the policy {name} does more than look answers up by the step" for name in more]
+        return reasons + [f"the policy {name} does more than look answers up by the step: compress without it" for name in more]
 
     @torch.no_grad()
     def write(self, folder: Path, output: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from aerogel.errors import AerogelError
 from aerogel.methods.method import WeightMethod
 from aerogel.model.block import Block
 from aerogel.model.calls import Call, tensors_in
@@ -40,7 +41,7 @@ class Brecq(WeightMethod):
     forwards: ClassVar[float] = 4.0
 
     scheme: Scheme | str = "W4A16_CHANNEL_ASYM"
-    """Preset name of the weights' format."""
+    """Preset name of the weights' format; one with inputs measured at run time, such as W4A8, quantizes these too."""
     targets: tuple[str, ...] = ("Linear", "Conv2d")
     """Which layers: globs on full dotted names, `re:` patterns or class names (Linear, Conv2d)."""
     steps: int = 20000
@@ -53,6 +54,11 @@ class Brecq(WeightMethod):
     """Weight of the term that makes every weight decide between up and down."""
     warmup: float = 0.2
     """Share of the steps before that term begins."""
+
+    def __post_init__(self) -> None:
+        for scheme in map(Scheme.parse, (self.scheme, *self.overrides.values())):
+            if scheme.inputs is not None and not scheme.inputs.dynamic:
+                raise AerogelError(f"brecq finds no static ranges of inputs, which {scheme} asks for; put ranges after it")
 
     @property
     def fitted(self) -> int:

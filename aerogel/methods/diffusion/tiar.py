@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from aerogel.errors import AerogelError
 from aerogel.methods.method import Method
 from aerogel.model.calls import Call
 from aerogel.model.clock import steps_of
@@ -46,6 +47,10 @@ class Tiar(Method):
     """Share of the steps before that term begins."""
     first: bool = True
     """Whether the embedder's first linear is quantized too; the released code leaves it in float."""
+
+    def __post_init__(self) -> None:
+        if Scheme.parse(self.scheme).inputs is not None:
+            raise AerogelError(f"tiar learns weights only, and {self.scheme} asks for quantized inputs; put fsc after it")
 
     def apply(self, network: Network, calls: Sequence[Call]) -> None:
         """Learn the rounding and put quantized linears into the path."""

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import aerogel
+from aerogel.errors import AerogelError
 from aerogel.methods.diffusion.brecq import Brecq, reconstruction_error
+from aerogel.methods.diffusion.tiar import Tiar
 from aerogel.model.calls import Call
 from aerogel.model.convs import QuantConv2d, matrix
 from aerogel.model.modules import QuantLinear
@@ -122,3 +124,12 @@ def test_the_plan_counts_what_the_optimiser_does() -> None:
         for steps in (10, 20000)
     )
     assert many > 100 * few
+
+
+def test_static_inputs_are_anothers_affair() -> None:
+    with pytest.raises(AerogelError, match="put ranges after it"):
+        Brecq(scheme="W8A8_STATIC")
+    with pytest.raises(AerogelError, match="put ranges after it"):
+        Brecq(overrides={"conv_in": "W8A8_AFFINE"})
+    with pytest.raises(AerogelError, match="put fsc after it"):
+        Tiar(scheme="W8A8")
