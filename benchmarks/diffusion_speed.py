@@ -56,7 +56,7 @@ def variants(name: str) -> tuple[dict[str, Callable[[], object]], int]:
     torch.manual_seed(SEED)
     base, inputs = NETWORKS[name]()
     base.eval().requires_grad_(False)
-    inputs["timestep"] = torch.tensor(STEP)
+    inputs["timestep"] = torch.full((2,), STEP)
     parameters = sum(parameter.numel() for parameter in base.parameters())
     turns: dict[str, Callable[[], object]] = {}
     for dtype in (torch.float32, torch.bfloat16):

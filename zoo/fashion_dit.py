@@ -11,6 +11,10 @@ from diffusion import arguments, sampler, train, unchanging_autoencoder
 from torch import Tensor
 
 OUTPUT = Path(__file__).parent / "fashion-dit"
+NO_CLASS = 1000
+"""The label that DiTPipeline gives to the branch without one."""
+UNLABELLED = 0.1
+"""Share of images that are shown without their label."""
 
 
 def build() -> DiTTransformer2DModel:
@@ -23,6 +27,8 @@ def build() -> DiTTransformer2DModel:
         # As in the paper (arXiv:2212.09748) a block begins as the identity.
         block.norm1.linear.weight.data.zero_()
         block.norm1.linear.bias.data.zero_()
+        # Every block of diffusers' DiT drops labels by dice of its own; no block would ever see the others without one, as guidance needs.
+        block.norm1.emb.class_embedder.dropout_prob = 0.0
         table = block.norm1.emb.class_embedder.embedding_table.weight.data
         table[len(fashion.CLASSES) : 1000] = 0
     for layer in (made.proj_out_1, made.proj_out_2):
@@ -36,9 +42,11 @@ def main() -> None:
     how, data = arguments(__doc__)
     torch.manual_seed(how.seed)
     transformer = build()
+    dice = torch.Generator().manual_seed(how.seed)
 
     def predict(noisy: Tensor, steps: Tensor, labels: Tensor) -> Tensor:
-        return transformer(noisy, timestep=steps, class_labels=labels).sample
+        dropped = torch.rand(len(labels), generator=dice) < UNLABELLED
+        return transformer(noisy, timestep=steps, class_labels=labels.masked_fill(dropped, NO_CLASS)).sample
 
     train(transformer, predict, *fashion.load("train", data), how)
     labels = {str(number): name for number, name in enumerate(fashion.CLASSES)}

@@ -296,7 +296,7 @@ def test_absent_packages_and_policies_with_other_effects_are_refused(pixart: Wri
     assert Onnx().refuse(master) == []
     with monkeypatch.context() as patch:
         patch.setattr(TimeTable, "by_step", False)
-        assert Onnx().refuse(master) == ["the policy time_table does more than look answers up by the step"]
+        assert Onnx().refuse(master) == ["the policy time_table does more than look answers up by the step: compress without it"]
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
     assert Onnx().refuse(master) == ["the package onnxscript is not installed: pip install 'aerogel[onnx]'"]
