@@ -55,7 +55,7 @@ def near_one(value: float | None) -> str:
     if value is None or value >= 1:
         return NONE if value is None else "1"
     decimals = 1 - math.floor(math.log10(1 - value))
-    return f"{value:.{min(max(decimals, 2), 6)}f}"
+    return f"{value:.{min(max(decimals, 3), 6)}f}"
 
 
 def several(name: str, count: int) -> str:

@@ -67,6 +67,7 @@ def time_maps(found: Temporal, width: float = 960, stacked: bool = False) -> Mar
     left = 12 + 6.6 * max(map(len, names))
     pitch = 18.0 if stacked else 20.0
     tall = HEAD + pitch * len(names) + FOOT
+    below = tall + GAP
     maps = [
         _Map("Error", found.errors, percent),
         _Map("Turned away (1 − cosine)", [[1 - cosine for cosine in row] for row in found.cosines], digits),
@@ -75,9 +76,9 @@ def time_maps(found: Temporal, width: float = 960, stacked: bool = False) -> Mar
     across = width - left if stacked else (width - left - 2 * GAP) / 3
     drawn = []
     for index, shown in enumerate(maps):
-        place = _Place(left, index * tall, across, pitch) if stacked else _Place(left + index * (across + GAP), 0, across, pitch)
+        place = _Place(left, index * below, across, pitch) if stacked else _Place(left + index * (across + GAP), 0, across, pitch)
         drawn.append(_drawn(shown, found, names if stacked or not index else None, place, words=not stacked))
-    return picture(width, tall * 3 if stacked else tall, "Temporal features of every block at every step", *drawn)
+    return picture(width, tall + 2 * below if stacked else tall, "Temporal features of every block at every step", *drawn)
 
 
 def rows(found: Temporal) -> Iterator[Row]:
@@ -88,12 +89,12 @@ def rows(found: Temporal) -> Iterator[Row]:
 
 def sentence(found: Temporal) -> str:
     """What the maps come to."""
-    wrong, all_of_them = sum(map(sum, found.mismatches)), len(found.layers) * len(found.steps)
-    told = f"{wrong:,} of {all_of_them:,}" if wrong else f"None of {all_of_them:,}"
+    wrong, cells = sum(map(sum, found.mismatches)), len(found.layers) * len(found.steps)
+    told = f"{wrong:,} of {cells:,} ({percent(found.mismatch)})" if wrong else f"None of {cells:,}"
     return (
         f"Over {len(found.layers)} blocks and {len(found.steps)} steps the error is {percent(found.error)} of the features' squared size. "
         f"The cosine with the original's is {near_one(found.cosine)} on average and {near_one(found.least_cosine)} at the least. "
-        f"{told} {'lies' if wrong == 1 else 'lie'} nearer to another step's{f' ({percent(found.mismatch)})' if wrong else ''}."
+        f"{told} {'lies' if wrong == 1 else 'lie'} nearer to what the original tells at another step."
     )
 
 
