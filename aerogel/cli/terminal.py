@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from aerogel.engine.planning import Kept, Plan
 from aerogel.engine.progress import Clock, Tell, bar
-from aerogel.report import compare, phrases, record
+from aerogel.report import compare, coverage, phrases, record
 
 
 @contextmanager
@@ -38,18 +39,17 @@ def print_comparison(metrics: Mapping[str, Any]) -> None:
         Console().print(table)
 
 
-def print_coverage(coverage: Mapping[str, Any]) -> None:
+def print_coverage(facts: Mapping[str, Any]) -> None:
     """Print which layers and operands are in codes by now, and what is left in float."""
     console = Console(soft_wrap=True, highlight=False)
-    for what in ("weights", "inputs"):
-        left = coverage[f"float_{what}"]
-        counts = [f"{count} in {form}" for form, count in coverage[what].items()]
-        names = ", ".join(_counted(left if what == "weights" else [name for name in left if name not in coverage["float_weights"]]))
-        console.print(f"{what} of {coverage['layers']} layers: {', '.join([*counts, f'{len(left)} in float'])}", markup=False)
-        if names and coverage[what]:
-            console.print(f"  in float: {names}", markup=False)
-    if coverage["attentions"]:
-        console.print(f"operands rounded in {len(coverage['attentions'])} attentions")
+    found = record.Coverage.model_validate(facts)
+    left = dict(coverage.left_in_float(found))
+    for what, shares in groupby(coverage.shares(found), key=lambda share: share.what):
+        console.print(f"{what} of {found.layers} layers: {', '.join(f'{share.layers} in {share.form}' for share in shares)}", markup=False)
+        if what in left:
+            console.print(f"  in float: {', '.join(phrases.several(*group) for group in left[what])}", markup=False)
+    if found.attentions:
+        console.print(f"operands rounded in {len(found.attentions)} attentions")
 
 
 def print_plan(plan: Plan) -> None:
@@ -69,13 +69,7 @@ def print_plan(plan: Plan) -> None:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {problem}", markup=False)
 
 
-def _counted(names: Sequence[str]) -> Iterator[str]:
-    """Names with those of the same place in every block as one."""
-    for name, count in Counter(map(record.pattern, names)).items():
-        yield f"{name}{f' ({count} of them)' if count > 1 else ''}"
-
-
 def _grouped(kept: Sequence[Kept]) -> Iterator[str]:
     """Kept modules by reason, with the same module of every block on one line."""
     for (name, reason), count in Counter((record.pattern(module.name), module.reason) for module in kept).items():
-        yield f"{name}{f' ({count} of them)' if count > 1 else ''}: {reason}"
+        yield f"{phrases.several(name, count)}: {reason}"

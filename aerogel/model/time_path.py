@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from aerogel.model.calls import Call, map_tensors
 from aerogel.model.convs import size
 from aerogel.model.hooks import Stop, until, watching
 from aerogel.model.network import Network
+
+Given = TypeVar("Given")
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,11 @@ def find(network: Network) -> TemporalPath:
     return TemporalPath(embedders, projections, tuple(dict.fromkeys(others)))
 
 
-def check(network: Network, path: TemporalPath, call: Call) -> None:
-    """Run a call and raise AerogelError unless every projection is reached and reads silu of what the embedder gave, bit for bit."""
+def check(network: Network, path: TemporalPath, call: Call) -> list[str]:
+    """Run a call and return the projections' names in the order in which a forward reaches them.
+
+    Raises AerogelError unless every one is reached and reads silu of what the embedder gave, bit for bit.
+    """
     path.require_alone()
     (embedder,) = path.embedders.values()
     embedded: list[Tensor] = []
@@ -108,22 +114,46 @@ def check(network: Network, path: TemporalPath, call: Call) -> None:
     # A projection that follows a clock reads one sample of each step; the first of them is the batch's first.
     if wrong := [name for name, given in read.items() if not torch.equal(given[:1], expected[:1])]:
         raise AerogelError(f"{wrong[0]} does not read the activated embedding of the time step; its features depend on something else")
+    return list(read)
 
 
 def sinusoids(network: Network, path: TemporalPath, call: Call, steps: Sequence[float]) -> Tensor:
     """Return the sinusoid_TC that the embedder gets at each step, from the network's own forward on one sample of `call`."""
+    return torch.cat([_entered(network, path, call, step, lambda sinusoid_1C: sinusoid_1C) for step in steps])
+
+
+def features_of(network: Network, call: Call, steps: Sequence[float]) -> dict[str, Tensor]:
+    """Return what the embedder and every projection give at each step, (T, width) by full name in the order of a forward, on one sample.
+
+    They are what the network uses as it is: with its scales of the step, and with the answers of a policy in their place. Raises
+    AerogelError where the path is not of the step alone, and at a step that the network was not calibrated for.
+    """
+    path = find(network)
+    order = [*path.embedders, *check(network, path, call)]
+
+    def look(sinusoid_1C: Tensor) -> dict[str, Tensor]:
+        given = {name: embedder(sinusoid_1C) for name, embedder in path.embedders.items()} | path.features(sinusoid_1C)
+        return {name: given[name][:1] for name in order}  # a table answers for the whole batch of the call
+
+    rows = [_entered(network, path, call, step, look) for step in steps]
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def _entered(network: Network, path: TemporalPath, call: Call, step: float, look: Callable[[Tensor], Given]) -> Given:
+    """What `look` makes of the sinusoid_1C when a forward comes to the embedder; every clock of the network shows the step by then."""
     name, embedder = next(iter(path.embedders.items()))
-    rows: list[Tensor] = []
-    for step in steps:
-        stop = Stop()
+    stop, seen, found = Stop(), list[Tensor](), list[Given]()
 
-        def take(_: str, x: Tensor, stop: Stop = stop) -> None:
-            rows.append(x[:1].detach().clone())
-            raise stop
+    def take(_: str, x: Tensor) -> None:
+        if seen:
+            return  # it is `look` that runs the embedder
+        seen.append(x[:1].detach().clone())
+        found.append(look(seen[0]))
+        raise stop
 
-        with until(stop), watching({name: embedder}, take):
-            network.run(_at(network, call, step))
-    return torch.cat(rows)
+    with until(stop), watching({name: embedder}, take):
+        network.run(_at(network, call, step))
+    return found[0]
 
 
 def _at(network: Network, call: Call, step: float) -> Call:

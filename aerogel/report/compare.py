@@ -75,6 +75,8 @@ _COMPARED = (
     _Compared("PSNR against the original's pictures, dB", "pictures", "psnr", phrases.digits, _nothing),
     _Compared("SSIM with the original's pictures", "pictures", "ssim", phrases.digits, _nothing),
     _Compared("Squared error of pixels (0 to 1)", "pictures", "mse", phrases.digits, _nothing),
+    _Compared("Squared error of temporal features", "temporal", "error", phrases.percent, _nothing),
+    _Compared("Temporal features that tell another time", "temporal", "mismatch", phrases.percent, _nothing),
     _Compared("Decode, tokens per second", "speed", "decode_tokens_per_second", phrases.digits, _faster),
     _Compared("Prefill, tokens per second", "speed", "prefill_tokens_per_second", phrases.digits, _faster),
     _Compared("Peak memory while running", "speed", "peak_memory_bytes", phrases.size, _smaller),

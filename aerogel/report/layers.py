@@ -9,6 +9,7 @@ from statistics import fmean
 
 from markupsafe import Markup
 
+from aerogel.report.heat import cell, legend
 from aerogel.report.phrases import percent
 from aerogel.report.record import Line
 from aerogel.report.svg import element, label, picture
@@ -58,8 +59,8 @@ def error_map(table: Table, width: float = 960, tall: bool = False) -> Markup:
     kinds = list(dict.fromkeys(kind for kind, _ in table))
     blocks = sorted({block for _, block in table}, key=lambda block: (len(block), block))
     rows, columns = (blocks, kinds) if tall else (kinds, blocks)
-    cells = {((block, kind) if tall else (kind, block)): cell for (kind, block), cell in table.items()}
-    top = max(cell.error for cell in cells.values()) or 1.0
+    cells = {((block, kind) if tall else (kind, block)): found for (kind, block), found in table.items()}
+    top = max(found.error for found in cells.values()) or 1.0
     left = 14 + (22 if tall else 6.6 * max(map(len, rows)))
     head = 12 + (6.2 * max(map(len, columns)) * 0.72 if tall else 14)
     step = min((width - left - BAR - 70) / len(columns), 44.0)
@@ -70,7 +71,7 @@ def error_map(table: Table, width: float = 960, tall: bool = False) -> Markup:
         drawn.append(_row(row, [cells.get((row, column)) for column in columns], left, head + index * pitch, step, pitch, top))
         mean = fmean(cells[row, column].error for column in columns if (row, column) in cells)
         drawn.append(_bar(mean, end + 12, head + index * pitch, pitch, top))
-    drawn.append(_legend(left, foot + 18, top))
+    drawn.append(legend(left, foot + 18, "0", percent(top, 2)))
     return picture(width, foot + 24, "Relative squared error of every linear", *drawn)
 
 
@@ -89,15 +90,14 @@ def _columns(columns: Sequence[str], left: float, step: float, head: float, tall
 def _row(name: str, cells: Sequence[Cell | None], left: float, y: float, step: float, pitch: float, top: float) -> Markup:
     drawn = [label(left - 10, y + pitch / 2 + 4, name, "small", "end")]
     gap = 1.0 if step < 14 else 2.0
-    for index, cell in enumerate(cells):
-        box = {"x": left + index * step, "y": y + 1, "width": step - gap, "height": pitch - 2}
-        if cell is None:
-            drawn.append(element("rect", **box, rx=2, class_="void"))
+    for index, found in enumerate(cells):
+        box = {"x": left + index * step, "y": y + 1, "width": step - gap, "height": pitch - 2, "rx": 2}
+        if found is None:
+            drawn.append(element("rect", **box, class_="void"))
             continue
-        shade = f"{0.06 + 0.94 * cell.error / top:.3f}"
-        drawn.append(element("rect", element("title", cell.words), **box, rx=2, class_="heat", fill_opacity=shade))
-        if cell.fell:
-            drawn.append(element("rect", **box, rx=2, class_="fell"))
+        drawn.append(cell(found.error, top, found.words, **box))
+        if found.fell:
+            drawn.append(element("rect", **box, class_="fell"))
     return element("g", *drawn)
 
 
@@ -108,11 +108,3 @@ def _bar(mean: float, x: float, y: float, pitch: float, top: float) -> Markup:
         element("rect", x=x, y=y + pitch / 2 - 4, width=length, height=8, rx=2, class_="bar"),
         label(x + length + 7, y + pitch / 2 + 4, percent(mean, 2), "small"),
     )
-
-
-def _legend(x: float, y: float, top: float) -> Markup:
-    steps = [
-        element("rect", x=x + 26 + 16 * n, y=y - 9, width=14, height=10, rx=2, class_="heat", fill_opacity=0.06 + 0.94 * n / 5)
-        for n in range(6)
-    ]
-    return element("g", label(x, y, "0", "small"), *steps, label(x + 130, y, percent(top, 2), "small"))

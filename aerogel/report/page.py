@@ -14,7 +14,7 @@ import yaml
 from markupsafe import Markup, escape
 
 from aerogel.errors import AerogelError
-from aerogel.report import compare, phrases, record
+from aerogel.report import compare, coverage, phrases, record, temporal
 from aerogel.report.layers import error_map, towers
 from aerogel.report.parts import parts_bars
 from aerogel.report.record import Pictures, Realism, Run, Sample, Side
@@ -51,6 +51,18 @@ OF_PICTURES = (
     ("SSIM, PSNR", "How alike two pictures are, by local structure (1 is identical) and by pixels (in decibels; higher is closer)."),
 )
 """Words that only reports on pictures use."""
+
+OF_TIME = (
+    (
+        "Temporal feature",
+        "What a block of a denoiser is told about the time step. No picture and no prompt enters it, so it can be compared step by step.",
+    ),
+    (
+        "Told another time",
+        "A temporal feature nearer to what the original says at another step: the block acts as if it were earlier or later.",
+    ),
+)
+"""Words that only reports on a denoiser's sense of time use."""
 
 
 class Figure(NamedTuple):
@@ -133,6 +145,8 @@ def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
         "maps": {
             tower: Figure(error_map(table, WIDE), error_map(table, NARROW, tall=True)) for tower, table in towers(run.journal).items()
         },
+        "time": _time(after),
+        "coverage": _coverage(run),
         "fallback_note": _fallback_note(run, len({entry.name for entry in fallen})),
         "fallen": fallen,
         "lines": lines[:LISTED],
@@ -141,7 +155,11 @@ def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
         "kept_note": _kept_note(run),
         "recipe": yaml.safe_dump({"steps": run.recipe.steps}, sort_keys=False, allow_unicode=True, width=60).rstrip(),
         "provenance": list(_provenance(run)),
-        "glossary": (*(OF_PICTURES if after.pictures or after.realism else ()), *GLOSSARY),
+        "glossary": (
+            *(OF_PICTURES if after.pictures or after.realism else ()),
+            *(OF_TIME if after.temporal else ()),
+            *GLOSSARY,
+        ),
     }
 
 
@@ -188,6 +206,8 @@ def _conditions(after: Side) -> str:
         said.append(f"Compared with the original's pictures: {_made(after.pictures)}")
     if real := after.realism:
         said.append(f"Compared with real images ({real.reference or 'unnamed'}): {_made(real)}")
+    if time := after.temporal:
+        said.append(f"Temporal features at the {len(time.steps)} steps of {time.sampler or 'the sampler'}")
     if speed := after.speed:
         known = (("batch", speed.batch), ("prompt", speed.prompt), ("new tokens", speed.new_tokens), ("threads", speed.threads))
         said.append(", ".join([f"Speed on {speed.device or 'cpu'}", *(f"{name} {value}" for name, value in known if value)]))
@@ -207,6 +227,26 @@ def _made(pictures: Pictures | Realism | None) -> str:
 def _bytes(before: Side, after: Side) -> Figure | None:
     networks = {name: side.size.parts for name, side in (("Original", before), ("Compressed", after)) if side.size and side.size.parts}
     return Figure(parts_bars(networks, WIDE), parts_bars(networks, NARROW)) if networks else None
+
+
+def _time(after: Side) -> dict[str, Any] | None:
+    found = after.temporal
+    if found is None:
+        return None
+    figure = Figure(temporal.time_maps(found, WIDE), temporal.time_maps(found, NARROW, stacked=True))
+    return {"figure": figure, "sentence": temporal.sentence(found), "rows": list(temporal.rows(found))}
+
+
+def _coverage(run: Run) -> dict[str, Any] | None:
+    found = run.coverage
+    if found is None:
+        return None
+    return {
+        "shares": list(coverage.shares(found)),
+        "left": list(coverage.left_in_float(found)),
+        "attentions": coverage.grouped(found.attentions),
+        "count": len(found.attentions),
+    }
 
 
 def _sample(sample: Sample) -> dict[str, Any]:

@@ -50,6 +50,19 @@ def percent(share: float | None, significant: int = 3) -> str:
     return NONE if share is None else f"{digits(100 * share, significant)}{SPACE}%"
 
 
+def near_one(value: float | None) -> str:
+    """A cosine with as many digits as tell it from 1, at most six."""
+    if value is None or value >= 1:
+        return NONE if value is None else "1"
+    decimals = 1 - math.floor(math.log10(1 - value))
+    return f"{value:.{min(max(decimals, 3), 6)}f}"
+
+
+def several(name: str, count: int) -> str:
+    """A name and how many bear it."""
+    return f"{name} ({count} of them)" if count > 1 else name
+
+
 def change(before: float | None, after: float | None) -> str:
     """How much a value rose or fell, in per cent of what it was."""
     if not before or after is None or not math.isfinite(before) or not math.isfinite(after):

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from aerogel.errors import AerogelError
 
@@ -127,6 +127,28 @@ class Realism(_OfPictures):
     reference: str | None = None
 
 
+class Temporal(_Part):
+    """How well a denoiser still knows the time step; lists of a layer at each step."""
+
+    sampler: str | None = None
+    steps: list[float] = Field(min_length=1)
+    layers: list[str] = Field(min_length=1)
+    errors: list[list[float]]
+    cosines: list[list[float]]
+    mismatches: list[list[bool]]
+    error: float
+    cosine: float
+    least_cosine: float
+    mismatch: float
+
+    @model_validator(mode="after")
+    def _complete(self) -> Temporal:
+        shapes = [[len(row) for row in rows] for rows in (self.errors, self.cosines, self.mismatches)]
+        if any(shape != [len(self.steps)] * len(self.layers) for shape in shapes):
+            raise ValueError("errors, cosines and mismatches must have a row for each layer and a number for each step")
+        return self
+
+
 class Side(_Part):
     """All measures of one network."""
 
@@ -137,6 +159,7 @@ class Side(_Part):
     speed: Speed | None = None
     pictures: Pictures | None = None
     realism: Realism | None = None
+    temporal: Temporal | None = None
     lm_eval: dict[str, dict[str, float]] = {}
 
     @property
@@ -195,6 +218,18 @@ class Kept(_Part):
     reason: str = "no reason recorded"
 
 
+class Coverage(_Part):
+    """Which layers have weights and inputs in codes, and which attentions round their operands."""
+
+    layers: int
+    weights: dict[str, int] = {}
+    """Layers by format."""
+    inputs: dict[str, int] = {}
+    float_weights: list[str] = []
+    float_inputs: list[str] = []
+    attentions: list[str] = []
+
+
 class Run(_Part):
     """One run: the content of aerogel.json."""
 
@@ -204,6 +239,7 @@ class Run(_Part):
     metrics: Metrics = Metrics()
     journal: list[Line] = []
     kept: list[Kept] = []
+    coverage: Coverage | None = None
     plan: dict[str, Any] = {}
     timings: dict[str, float] = {}
     folder: str = Field(default="", exclude=True)

@@ -72,6 +72,23 @@ def test_features_are_those_of_a_forward_and_see_no_image(name: str) -> None:
         assert all(torch.equal(caught[part], features[part]) for part in caught)
 
 
+def test_features_are_one_sample_of_each_step_in_the_order_of_a_forward() -> None:
+    network, calls = opened("unet"), TINY["unet"].calls(3)
+    path = time_path.find(network)
+    steps = (40.0, 900.0, 7.0)
+    found = time_path.features_of(network, calls[0], steps)
+    sinusoid_TC = time_path.sinusoids(network, path, calls[0], steps)
+    by_hand = path.features(sinusoid_TC)
+    (embedder,) = path.embedders
+    assert sorted(found) == sorted([embedder, *path.projections])
+    names = [name for name in found if name != embedder]
+    assert names == time_path.check(network, path, calls[0])
+    assert [name.partition("_")[0] for name in names] == sorted(name.partition("_")[0] for name in names), "down, mid, up"
+    for name in names:
+        torch.testing.assert_close(found[name], by_hand[name], rtol=1e-5, atol=1e-5)
+    assert found[embedder].shape[0] == len(steps)
+
+
 def keep(caught: dict[str, torch.Tensor], name: str, _: nn.Module, __: Any, output: torch.Tensor) -> None:
     caught[name] = output
 

@@ -104,6 +104,37 @@ _PNGS = (
 )
 
 
+def temporal(layers: int = 5, steps: int = 20) -> dict[str, Any]:
+    """A measured sense of time: the second block is told another time at the third step; the other numbers are made up."""
+    names = [f"{place}.resnets.0.time_emb_proj" for place in ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")]
+    errors = [[0.001 * (1 + layer) * (1 + step) for step in range(steps)] for layer in range(layers)]
+    return {
+        "sampler": "DDIMScheduler",
+        "steps": [float(999 - 999 // steps * step) for step in range(steps)],
+        "layers": names[:layers],
+        "errors": errors,
+        "cosines": [[1 - error / 2 for error in row] for row in errors],
+        "mismatches": [[(layer, step) == (1, 2) for step in range(steps)] for layer in range(layers)],
+        "error": 0.0315,
+        "cosine": 0.98425,
+        "least_cosine": 0.95,
+        "mismatch": 1 / layers / steps,
+    }
+
+
+def coverage() -> dict[str, Any]:
+    """A coverage with everything in it: 10 layers, of which some have weights, fewer inputs in codes."""
+    weights = ["conv_in", "conv_out", *(f"up_blocks.{block}.resnets.0.conv_shortcut" for block in range(3))]
+    return {
+        "layers": 10,
+        "weights": {"int4": 5},
+        "inputs": {"int8, one range a step": 4},
+        "float_weights": weights,
+        "float_inputs": ["mid_block.<b>conv</b>", *weights],
+        "attentions": [f"mid_block.attentions.0.transformer_blocks.0.attn{number}" for number in (1, 2)],
+    }
+
+
 def pictures() -> dict[str, Any]:
     """A record of a network that makes pictures; the numbers are made up."""
     made = {"count": 256, "steps": 20, "guidance": 2.0, "seed": 0}
@@ -124,6 +155,8 @@ def pictures() -> dict[str, Any]:
     content["metrics"]["compressed"]["pictures"] = {
         "mse": 0.0031, "psnr": 25.1, "ssim": 0.913, "perceptual[efficientnet-lite0, unlearned]": 0.0712, **made, "pairs": pairs,
     }  # fmt: skip
+    content["metrics"]["compressed"]["temporal"] = temporal()
+    content["coverage"] = coverage()
     return content
 
 

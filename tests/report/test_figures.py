@@ -13,8 +13,9 @@ from aerogel.report import page, phrases, record
 from aerogel.report.layers import error_map, towers
 from aerogel.report.parts import parts_bars
 from aerogel.report.svg import Scale, element
+from aerogel.report.temporal import short, time_maps
 from aerogel.report.tradeoff import SIZE, Point, tradeoff
-from tests.report.runs import folders, full
+from tests.report.runs import folders, full, temporal
 
 
 def circles(svg: str) -> dict[str, tuple[float, float]]:
@@ -91,6 +92,58 @@ def test_several_towers_have_their_own_maps() -> None:
     assert towers([record.Line(name="lm_head", error=0.1)]) == {}
 
 
+@pytest.mark.parametrize(("width", "stacked"), [(956.0, False), (328.0, True)])
+@pytest.mark.parametrize("steps", [1, 20, 200])
+def test_time_maps_stay_inside_and_have_a_cell_for_every_block_and_step(width: float, stacked: bool, steps: int) -> None:
+    found = record.Temporal.model_validate(temporal(steps=steps))
+    svg = Xml.fromstring(time_maps(found, width, stacked))
+    boxes = [[float(r.get(side, "")) for side in ("x", "y", "width", "height")] for r in svg.iter("rect")]
+    assert all(x >= 0 and y >= 0 and x + wide <= width + 0.1 and y + high <= float(svg.get("height", "")) for x, y, wide, high in boxes)
+    cells = len(boxes) - 2 * 6 - 2
+    assert cells == 3 * 5 * steps if steps <= 20 else 0 < cells < 3 * 5 * steps
+    for text in svg.iter("text"):
+        reach, x = 6.6 * len(text.text or ""), float(text.get("x", ""))
+        assert x >= reach if text.get("text-anchor") == "end" else x + reach <= width, text.text
+
+
+def test_shades_and_wrong_cells_are_where_the_numbers_say() -> None:
+    found = record.Temporal.model_validate(temporal())
+    svg = Xml.fromstring(time_maps(found))
+    titled = {r.findtext("title", ""): r for r in svg.iter("rect") if r.find("title") is not None}
+    assert len(titled) == 3 * 100
+    last = titled[f"up_blocks.1.resnets.0.time_emb_proj, step {found.steps[-1]:g}: 10.0\u202f%"]
+    half = titled[f"up_blocks.1.resnets.0.time_emb_proj, step {found.steps[9]:g}: 5.00\u202f%"]
+    assert float(last.get("fill-opacity", "")) == 1
+    assert float(half.get("fill-opacity", "")) == pytest.approx(0.06 + 0.94 / 2, abs=0.001)
+    (wrong,) = (words for words, r in titled.items() if r.get("class") == "wrong")
+    assert wrong == f"down_blocks.1.resnets.0.time_emb_proj, step {found.steps[2]:g}: nearer to another step"
+    assert sum("nearest to its own step" in words for words in titled) == 99
+    assert time_maps(found, 328, stacked=True).count("<title>") == 1, "a phone has no pointer"
+
+
+def test_a_column_of_several_steps_is_their_mean() -> None:
+    content = temporal(layers=2, steps=400)
+    content["mismatches"] = [[False] * 400, [step % 2 == 0 for step in range(400)]]
+    svg = Xml.fromstring(time_maps(record.Temporal.model_validate(content)))
+    wrong = [r for r in svg.iter("rect") if r.get("class") == "wrong" and r.find("title") is not None]
+    assert wrong
+    assert all(0 < float(r.get("fill-opacity", "")) < 1 for r in wrong)
+    assert any("50.0\u202f% nearer to another step" in r.findtext("title", "") for r in wrong)
+
+
+def test_errors_without_end_are_darkest_and_leave_the_others_apart() -> None:
+    content = temporal(layers=1, steps=3) | {"errors": [[0.1, 0.2, float("inf")]]}
+    svg = Xml.fromstring(time_maps(record.Temporal.model_validate(content)))
+    shades = [float(r.get("fill-opacity", "")) for r in svg.iter("rect") if r.find("title") is not None][:3]
+    assert shades == pytest.approx([0.53, 1, 1])
+
+
+def test_what_all_names_share_is_left_out() -> None:
+    assert short(["down.0.resnets.1.proj", "mid.resnets.0.proj"]) == ["down.0.1", "mid.0"]
+    assert short(["adaln.linear"]) == ["adaln.linear"]
+    assert short(["a.x", "a.x.b"]) == ["a.x", "b"]
+
+
 def test_bars_are_as_long_as_their_bytes() -> None:
     svg = Xml.fromstring(parts_bars({"Original": {"float layers": 300, "embeddings": 100}, "Compressed": {"quantized layers": 100}}))
     bars = {r.findtext("title", ""): float(r.get("width", "")) for r in svg.iter("rect") if r.find("title") is not None}
@@ -120,7 +173,9 @@ def test_attributes_and_text_are_escaped() -> None:
         (phrases.change(24.0, 23.9), "−0.42 %"), (phrases.change(0, 1), "–"), (phrases.versus(3, 1, "up", "down"), "3.0× up"),
         (phrases.versus(1, 3, "up", "down"), "3.0× down"), (phrases.versus(1.05, 1, "up", "down"), "5.0 % up"),
         (phrases.versus(1, 1, "up", "down"), "the same"), (phrases.seconds(61), "61 s"), (phrases.seconds(264), "4 min"),
-        (phrases.seconds(7200), "2.0 h"),
+        (phrases.seconds(7200), "2.0 h"), (phrases.near_one(0.5), "0.500"), (phrases.near_one(0.99987), "0.99987"),
+        (phrases.near_one(1.0), "1"), (phrases.near_one(1 - 1e-9), "1.000000"), (phrases.near_one(-0.25), "-0.250"),
+        (phrases.several("a.*", 1), "a.*"), (phrases.several("a.*", 3), "a.* (3 of them)"),
     ],
 )  # fmt: skip
 def test_numbers_in_words(found: str, said: str) -> None:

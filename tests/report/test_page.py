@@ -8,12 +8,13 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aerogel.errors import AerogelError
 from aerogel.report import page, record
-from tests.report.runs import MINIMAL, folders, full, pictures
+from tests.report.runs import MINIMAL, folders, full, pictures, temporal
 
 VOID = {"meta", "link", "br", "wbr", "img", "input", "hr"}
 
@@ -150,6 +151,64 @@ def test_pictures_stand_side_by_side_with_their_figures() -> None:
     assert "b" not in reader.seen, "subjects are escaped"
     sources = [value for name, value in reader.attributes if name == "src"]
     assert sources[0] == sources[1] == sources[2] != sources[3]
+
+
+def test_a_denoisers_sense_of_time_is_shown_and_said() -> None:
+    words = read(page.page(record.parse(pictures()))).words
+    for said in (
+        "Squared error of temporal features – 3.15 %",
+        "Temporal features that tell another time – 1.00 %",
+        "Temporal features at the 20 steps of DDIMScheduler.",
+        "Over 5 blocks and 20 steps the error is 3.15 % of the features' squared size.",
+        "The cosine with the original's is 0.984 on average and 0.950 at the least.",
+        "1 of 100 (1.00 %) lies nearer to what the original tells at another step.",
+        "down_blocks. 1. resnets. 0. time_emb_proj 2.10 % 0.980 1 of 20",
+        "What a block of a denoiser is told about the time step.",
+    ):
+        assert said in words, said
+    for absent in ("Sense of time", "What is in codes", "temporal"):
+        assert absent not in read(page.page(record.parse(full()))).words, "records of before have neither"
+
+
+def test_a_sense_of_time_that_nothing_hurt_is_said_so() -> None:
+    content = pictures()
+    unhurt = temporal(steps=2) | {"cosines": [[1.0, 1.0]] * 5, "errors": [[0.0, 0.0]] * 5, "mismatches": [[False] * 2] * 5}
+    content["metrics"]["compressed"]["temporal"] = unhurt | {"error": 0.0, "cosine": 1.0, "least_cosine": 1.0, "mismatch": 0.0}
+    words = read(page.page(record.parse(content))).words
+    assert "the error is 0 % of the features' squared size. The cosine with the original's is 1 on average and 1 at the least." in words
+    assert "None of 10 lie nearer to what the original tells at another step." in words
+
+
+def test_what_is_in_codes_is_counted_and_what_is_not_is_named() -> None:
+    reader = read(page.page(record.parse(pictures())))
+    for said in (
+        "Weights int4 5 of 10",
+        "Weights float 5 of 10",
+        "Inputs int8, one range a step 4 of 10",
+        "Inputs float 6 of 10",
+        "Operands of attention rounded 2",
+        "Whose weights are in float What How many conv_in 1 conv_out 1 up_blocks. *. resnets. *. conv_shortcut 3",
+        "Whose inputs are in float What How many mid_block. <b>conv</b> 1",
+        "Attentions with rounded operands What How many mid_block. attentions. *. transformer_blocks. *. attn1 1",
+    ):
+        assert said in reader.words, said
+    assert "b" not in reader.seen, "names are escaped"
+
+
+def test_what_no_layer_has_in_codes_is_not_named() -> None:
+    content = full() | {"coverage": {"layers": 2, "weights": {"int4": 2}, "float_inputs": ["a", "b"]}}
+    words = read(page.page(record.parse(content))).words
+    assert "Weights int4 2 of 2 Inputs float 2 of 2" in words
+    assert "Whose" not in words
+    assert "Operands of attention" not in words
+
+
+@pytest.mark.parametrize("changed", [{"layers": ["one"]}, {"steps": []}, {"errors": [[0.1]] * 5}])
+def test_a_sense_of_time_with_holes_is_named(changed: dict[str, Any]) -> None:
+    content = pictures()
+    content["metrics"]["compressed"]["temporal"] |= changed
+    with pytest.raises(AerogelError, match=r"aerogel\.json: metrics\.compressed\.temporal"):
+        record.parse(content)
 
 
 def test_identical_pictures_have_infinite_psnr() -> None:

@@ -21,7 +21,7 @@ from aerogel.model.hooks import answering
 from aerogel.model.lookup import Lookup, dequantized
 from aerogel.model.network import Network
 from aerogel.model.quantized import clock_of
-from aerogel.model.time_path import check, find, sinusoids
+from aerogel.model.time_path import features_of, find
 from aerogel.numerics.formats import format_named
 from aerogel.numerics.quantize import Grid, grid_from_range, quantize
 from aerogel.numerics.scheme import PerToken, TensorScheme
@@ -53,10 +53,10 @@ class TimeTable(RuntimePolicy):
         """Run the path once a step, on one sample, and keep what it gives; raises AerogelError where it is not of the step alone."""
         find(network).require_alone()
         steps = steps_of(network.module, calls)
-        own = _features(network, calls[0], steps)
+        own = features_of(network, calls[0], steps)
         teacher = network.teacher if self.content == "features" else network
         assert teacher is not None, "the engine gives one to those that need it"
-        wanted = own if teacher is network else _features(teacher, calls[0], steps)
+        wanted = own if teacher is network else features_of(teacher, calls[0], steps)
         scheduler = getattr(network.processor, "scheduler", None)
         state: dict[str, Any] = {"steps": list(steps), "sampler": "" if scheduler is None else type(scheduler).__name__}
         for name, feature_TC in wanted.items():
@@ -115,16 +115,3 @@ def chosen(table_error_T: Tensor, path_error_T: Tensor, choose: Choice) -> Tenso
         return table_error_T <= path_error_T
     take = choose == "all" or bool(table_error_T.sum() <= path_error_T.sum())
     return torch.full_like(table_error_T, take, dtype=torch.bool)
-
-
-def _features(network: Network, call: Call, steps: Sequence[float]) -> dict[str, Tensor]:
-    """What the embedder and the projections give, (T, C) each, one step at a time."""
-    path = find(network)
-    check(network, path, call)
-    sinusoid_TC, clock = sinusoids(network, path, call, steps), clock_of(network.module) or Clock(steps)
-    rows = []
-    for row in range(len(steps)):
-        with clock.at((row,)):
-            one = sinusoid_TC[row : row + 1]
-            rows.append({name: embedder(one) for name, embedder in path.embedders.items()} | path.features(one))
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

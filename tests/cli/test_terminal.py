@@ -1,0 +1,24 @@
+"""What the command line prints about coverage: counts by format, the names left in float, each place once."""
+
+from __future__ import annotations
+
+import pytest
+
+from aerogel.cli.terminal import print_coverage
+from tests.report.runs import coverage
+
+
+def test_coverage_is_printed_by_format_with_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    print_coverage(coverage())
+    assert capsys.readouterr().out.splitlines() == [
+        "weights of 10 layers: 5 in int4, 5 in float",
+        "  in float: conv_in, conv_out, up_blocks.*.resnets.*.conv_shortcut (3 of them)",
+        "inputs of 10 layers: 4 in int8, one range a step, 6 in float",
+        "  in float: mid_block.<b>conv</b>",
+        "operands rounded in 2 attentions",
+    ]
+
+
+def test_names_are_not_listed_where_nothing_is_in_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    print_coverage({"layers": 2, "weights": {}, "inputs": {}, "float_weights": ["a", "b"], "float_inputs": ["a", "b"], "attentions": []})
+    assert capsys.readouterr().out.splitlines() == ["weights of 2 layers: 2 in float", "inputs of 2 layers: 2 in float"]
