@@ -13,7 +13,7 @@ LEAST = 0.06
 
 
 def shade(value: float, top: float) -> str:
-    """The opacity of a value, of which `top` is the darkest; what is not finite is as dark as can be."""
+    """The opacity of a value, of which `top` is the strongest; what is not finite is as strong as can be."""
     share = min(value / top, 1.0) if math.isfinite(value) else 1.0
     return f"{LEAST + (1 - LEAST) * share:.3f}"
 

@@ -37,7 +37,7 @@ class _Map:
 
     @property
     def top(self) -> float:
-        """The darkest value."""
+        """The value of the strongest colour."""
         return max((value for row in self.values for value in row if math.isfinite(value)), default=0.0) or 1.0
 
 

@@ -131,7 +131,7 @@ def test_a_column_of_several_steps_is_their_mean() -> None:
     assert any("50.0\u202f% nearer to another step" in r.findtext("title", "") for r in wrong)
 
 
-def test_errors_without_end_are_darkest_and_leave_the_others_apart() -> None:
+def test_errors_without_end_are_strongest_and_leave_the_others_apart() -> None:
     content = temporal(layers=1, steps=3) | {"errors": [[0.1, 0.2, float("inf")]]}
     svg = Xml.fromstring(time_maps(record.Temporal.model_validate(content)))
     shades = [float(r.get("fill-opacity", "")) for r in svg.iter("rect") if r.find("title") is not None][:3]
