@@ -14,7 +14,7 @@ from torch import nn
 from aerogel.engine.calibration import Given, Reading, reading, shown
 from aerogel.engine.progress import StageName
 from aerogel.evaluate.measure import TextMeasure
-from aerogel.methods.method import BlockMethod, WeightMethod
+from aerogel.methods.method import BlockMethod, Method, WeightMethod
 from aerogel.model import layout
 from aerogel.model.block import Block
 from aerogel.model.convs import Layer, size
@@ -135,10 +135,8 @@ def _touched(network: Network, recipe: Recipe) -> tuple[list[Touched], list[str]
     problems: list[str] = []
     refused: dict[str, list[str]] = {}
     for step in recipe.steps:
-        if not isinstance(step.method, WeightMethod):
-            continue
-        found = {block.full_name(name): got for block in blocks_of(network) for name, got in step.method.assign(block).items()}
-        if not found:
+        found = _stored_by(step.method, network)
+        if not found and isinstance(step.method, WeightMethod):
             problems.append(f"{step.name} reaches no linear of this network; check its targets and ignore")
         for name, (linear, scheme) in found.items():
             inputs, outputs = size(linear)
@@ -151,6 +149,13 @@ def _touched(network: Network, recipe: Recipe) -> tuple[list[Touched], list[str]
         more = f" and {len(names) - 1} other linears" if len(names) > 1 else ""
         problems.append(f"{names[0]}{more} {reason}")
     return list(touched.values()), problems
+
+
+def _stored_by(method: Any, network: Network) -> dict[str, tuple[Layer, Scheme]]:
+    """The float layers that a method puts into codes, with their schemes, by full name."""
+    if isinstance(method, WeightMethod):
+        return {block.full_name(name): got for block in blocks_of(network) for name, got in method.assign(block).items()}
+    return method.stores(network) if isinstance(method, Method) else {}
 
 
 def _fitting(scheme: Scheme, columns: int) -> str:

@@ -45,6 +45,10 @@ class Method(ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
+    def stores(self, network: Network) -> dict[str, tuple[Any, Scheme]]:
+        """The float layers that it puts into codes: full name -> (layer, scheme); for the plan."""
+        return {}
+
     @abstractmethod
     def apply(self, network: Network, calls: Sequence[Call]) -> None:
         """Change the network in place."""

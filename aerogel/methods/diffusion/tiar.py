@@ -52,6 +52,10 @@ class Tiar(Method):
         if Scheme.parse(self.scheme).inputs is not None:
             raise AerogelError(f"tiar learns weights only, and {self.scheme} asks for quantized inputs; put fsc after it")
 
+    def stores(self, network: Network) -> dict[str, tuple[nn.Linear, Scheme]]:
+        """The linears of the temporal path."""
+        return {name: (linear, Scheme.parse(self.scheme)) for name, linear in self._linears(find(network)).items()}
+
     def apply(self, network: Network, calls: Sequence[Call]) -> None:
         """Learn the rounding and put quantized linears into the path."""
         path, scheme = find(network), Scheme.parse(self.scheme)

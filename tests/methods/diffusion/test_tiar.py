@@ -104,3 +104,12 @@ def test_a_long_fit_tells_how_far_it_is() -> None:
     shares = [event.share for event in told if event.stage == "compress" and event.what == "tiar"]
     assert shares == sorted(shares)
     assert len(shares) > 90
+
+
+def test_the_plan_counts_the_path() -> None:
+    network = opened("unet")
+    plan = aerogel.plan(network.module, {"steps": [{"tiar": {}}]}, samples=FAMILIES["unet"].calls(1))
+    path = time_path.find(network)
+    assert {line.name for line in plan.touched} == {*path.embedding_linears, *path.projections}
+    assert plan.share_reached > 0
+    assert not plan.problems
