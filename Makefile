@@ -43,6 +43,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/gptq_rivals.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/diffusion_speed.py
+	$(BIN)/python benchmarks/diffusion_quality.py unet
 	$(BIN)/python benchmarks/results.py
 
 docs: $(READY)
