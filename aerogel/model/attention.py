@@ -64,4 +64,4 @@ def _forward(own: Callable[..., Any], attend: Attend, *args: Any, **kwargs: Any)
 
 
 def _left(running: list[str]) -> None:
-    running.pop()
+    running.pop()  # nothing is returned: a hook's answer would take the output's place
