@@ -125,7 +125,8 @@ def test_groups_follow_the_formula_written_out(bits: int, symmetric: bool, size:
         code = (value / scale + zero).clamp(lowest, highest).round()
         assert codes[0, i] == code
         assert back[0, i] == (code - zero) * scale
-        assert abs(back[0, i] - value) <= scale * 1.001
+        if scale >= torch.finfo(torch.float32).tiny:  # a subnormal scale is itself rounded by up to a half
+            assert abs(back[0, i] - value) <= scale * 1.001
 
 
 @pytest.mark.parametrize("code", range(8))
