@@ -17,7 +17,7 @@ from aerogel.evaluate.measure import TextMeasure
 from aerogel.methods.method import BlockMethod, Method, WeightMethod
 from aerogel.model import layout
 from aerogel.model.block import Block
-from aerogel.model.convs import Layer, size
+from aerogel.model.convs import Layer, refuse, size
 from aerogel.model.load import load
 from aerogel.model.match import matches
 from aerogel.model.modules import QuantLinear
@@ -140,7 +140,7 @@ def _touched(network: Network, recipe: Recipe) -> tuple[list[Touched], list[str]
             problems.append(f"{step.name} reaches no linear of this network; check its targets and ignore")
         for name, (linear, scheme) in found.items():
             inputs, outputs = size(linear)
-            if reason := layout.refuse(scheme, inputs, outputs):
+            if reason := refuse(linear, scheme):
                 refused.setdefault(f"cannot take {scheme}: {reason}{_fitting(scheme, inputs)}", []).append(name)
             else:
                 # The first step that stores a linear in codes leaves nothing for later ones.

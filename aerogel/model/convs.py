@@ -10,10 +10,11 @@ from torch.nn.functional import conv2d
 
 from aerogel.errors import AerogelError
 from aerogel.kernels.conv2d import Window, run
+from aerogel.model import layout
 from aerogel.model.layout import Stored, blank, encode
 from aerogel.model.modules import QuantLinear
 from aerogel.numerics.quantize import Grid
-from aerogel.numerics.scheme import Scheme, TensorScheme
+from aerogel.numerics.scheme import PerToken, Scheme, TensorScheme
 
 Layer = nn.Linear | nn.Conv2d
 """What can be quantized."""
@@ -101,6 +102,13 @@ def empty(layer: Layer, scheme: Scheme, act_order: bool = False) -> QuantLinear:
     tensors = blank(weight[0].numel(), len(weight), scheme, weight.dtype, weight.device)
     bias = None if layer.bias is None else nn.Parameter(torch.empty_like(layer.bias), requires_grad=False)
     return QuantConv2d.of(layer, scheme, tensors, bias)
+
+
+def refuse(layer: Layer, scheme: Scheme) -> str | None:
+    """Why a layer cannot be stored in a scheme, or None when it can."""
+    if isinstance(layer, nn.Conv2d) and scheme.inputs is not None and isinstance(scheme.inputs.granularity, PerToken):
+        return "a convolution reads no tokens; leave it out, or give it float inputs and put ranges after it"
+    return layout.refuse(scheme, *size(layer))
 
 
 def size(layer: Any) -> tuple[int, int]:

@@ -133,3 +133,8 @@ def test_static_inputs_are_anothers_affair() -> None:
         Brecq(overrides={"conv_in": "W8A8_AFFINE"})
     with pytest.raises(AerogelError, match="put fsc after it"):
         Tiar(scheme="W8A8")
+
+
+def test_a_convolution_has_no_tokens() -> None:
+    with pytest.raises(AerogelError, match="a convolution reads no tokens"):
+        compressed(FAMILIES["unet"].build(), {"brecq": {"scheme": "W4A8"}})
