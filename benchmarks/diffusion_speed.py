@@ -1,6 +1,6 @@
 """One denoising step of large random-weight networks, float and quantized, in turns; writes benchmarks/results/diffusion_speed.json.
 
-python benchmarks/diffusion_speed.py                 # a UNet of Stable Diffusion 1's shape (860 M) and DiT-XL/2 (675 M)
+python benchmarks/diffusion_speed.py                 # the UNets of Stable Diffusion 1 (860 M) and LDM-4 (400 M), and DiT-XL/2 (750 M)
 python benchmarks/diffusion_speed.py --only dit --rounds 3
 """
 
@@ -33,20 +33,32 @@ def unet() -> tuple[nn.Module, dict[str, Tensor]]:
     return made, {"sample": torch.randn(2, 4, 64, 64), "encoder_hidden_states": torch.randn(2, 77, 768)}
 
 
+def ldm() -> tuple[nn.Module, dict[str, Tensor]]:
+    """The UNet of LDM-4 for ImageNet, which TFMQ-DM was measured on, and a call of both guidance branches at 256 x 256."""
+    made = UNet2DConditionModel(
+        sample_size=64, in_channels=3, out_channels=3, cross_attention_dim=512, block_out_channels=(192, 384, 576, 960),
+        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 3), up_block_types=(*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"),
+        attention_head_dim=(6, 12, 18, 30),
+    )  # fmt: skip
+    return made, {"sample": torch.randn(2, 3, 64, 64), "encoder_hidden_states": torch.randn(2, 1, 512)}
+
+
 def dit() -> tuple[nn.Module, dict[str, Tensor]]:
-    """DiT-XL/2 and a call of both guidance branches at 256 x 256."""
+    """DiT-XL/2 and a call of both guidance branches of four pictures at 256 x 256."""
     made = DiTTransformer2DModel(
         num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28, sample_size=32, patch_size=2
     )
-    return made, {"hidden_states": torch.randn(2, 4, 32, 32), "class_labels": torch.tensor([1, 1000])}
+    return made, {"hidden_states": torch.randn(8, 4, 32, 32), "class_labels": torch.tensor([1, 1000] * 4)}
 
 
-NETWORKS = {"unet": unet, "dit": dit}
+NETWORKS = {"unet": unet, "ldm": ldm, "dit": dit}
+A_STEP = {
+    f"W{bits}A8": [{"rtn": {"scheme": f"W{bits}A16_CHANNEL", "targets": ["Linear", "Conv2d"]}}, {"fsc": {"scope": "all"}}]
+    for bits in (8, 4)
+}
 RECIPES: dict[str, dict[str, list[dict[str, Any]]]] = {
-    "unet": {
-        f"W{bits}A8": [{"rtn": {"scheme": f"W{bits}A16_CHANNEL", "targets": ["Linear", "Conv2d"]}}, {"fsc": {"scope": "all"}}]
-        for bits in (8, 4)
-    },
+    "unet": A_STEP,
+    "ldm": A_STEP,
     "dit": {f"W{bits}A8": [{"rtn": {"scheme": f"W{bits}A8"}}] for bits in (8, 4)},
 }
 
@@ -56,25 +68,38 @@ def variants(name: str) -> tuple[dict[str, Callable[[], object]], int]:
     torch.manual_seed(SEED)
     base, inputs = NETWORKS[name]()
     base.eval().requires_grad_(False)
-    inputs["timestep"] = torch.full((2,), STEP)
+    unets = name != "dit"
+    inputs["timestep"] = torch.full((len(next(iter(inputs.values()))),), STEP)
     parameters = sum(parameter.numel() for parameter in base.parameters())
     turns: dict[str, Callable[[], object]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         label = str(dtype).removeprefix("torch.")
         module = base if dtype == torch.float32 else copy.deepcopy(base).to(dtype)
         turns[label] = forward(module, inputs, dtype)
-        if name == "unet":
+        if unets:
             turns[f"{label}, channels last"] = forward(
                 copy.deepcopy(module).to(memory_format=torch.channels_last), inputs, dtype, last=True
             )
+        elif dtype == torch.bfloat16:
+            turns[f"{label}, compiled"] = forward(compiled(module), inputs, dtype)
     for label, steps in RECIPES[name].items():
-        cached = [{"time_table": {"content": "path"}}] if name == "unet" else []
+        cached = [{"time_table": {"content": "path"}}] if unets else []
         calls = [Call((), {key: cast(value, torch.bfloat16) for key, value in inputs.items()})]
         result = aerogel.compress(copy.deepcopy(base).bfloat16(), {"steps": [*steps, *cached]}, samples=calls, measures=())
-        turns[label] = forward(result.network.module, inputs, torch.bfloat16, last=name == "unet")
+        turns[label] = forward(result.network.module, inputs, torch.bfloat16, last=unets)
         if cached and label == "W8A8":
             turns[CACHED] = forward(result.network.module, inputs, torch.bfloat16, last=True, on=(result.network, result.policies))
+        if not unets:
+            turns[f"{label}, compiled"] = forward(compiled(result.network.module), inputs, torch.bfloat16)
     return turns, parameters
+
+
+def compiled(transformer: nn.Module) -> nn.Module:
+    """A copy whose blocks are compiled, all of them by one compilation."""
+    made = copy.deepcopy(transformer)
+    for block in made.get_submodule("transformer_blocks").children():
+        block.compile(fullgraph=True)
+    return made
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -131,13 +156,17 @@ def main() -> None:
     if given.only:
         return
     settings = {
-        "UNet": "2 x 4 x 64 x 64 latents and 77 x 768 text", "DiT": "2 x 4 x 32 x 32 latents (256 tokens)", "seed": SEED,
+        "unet": "Stable Diffusion 1's shape, 2 x 4 x 64 x 64 latents and 77 x 768 text",
+        "ldm": "LDM-4's, 2 x 3 x 64 x 64 latents and one class of 512",
+        "dit": "DiT-XL/2's, 8 x 4 x 32 x 32 latents (256 tokens each)", "seed": SEED,
         "rounds": given.rounds, "threads": given.threads,
     }  # fmt: skip
     notes = [
         "Random weights; both guidance branches in one batch; all variants take turns in one process, ratios are taken within a round.",
         "Outside of their integer layers quantized networks compute in bfloat16. W4 weights are held as int8 while they are multiplied.",
-        "The UNet's inputs have static ranges, one a step; the DiT's have a scale for each token.",
+        "The UNets' inputs have static ranges, one a step; the DiT's have a scale for each token.",
+        "In Stable Diffusion 1's shape attention in float is a third of the float step and half of the quantized one.",
+        "Compiled: each transformer block by torch.compile, once for all.",
         "Target: at least 1.5 times the fastest float variant, and nothing measurable for the temporal path once it is cached.",
     ]
     columns = ["network", "parameters", "variant", "seconds a step", "times the fastest float"]

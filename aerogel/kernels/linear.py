@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
+from aerogel.kernels import int8
 from aerogel.kernels.affine import Affine
 from aerogel.kernels.fp8 import Fp8
 from aerogel.kernels.int4 import Int4
@@ -34,11 +35,13 @@ _choices: dict[tuple[Any, ...], str] = {}
 def run(x: Tensor, weight: Weight, cache: dict[Any, Any]) -> Tensor:
     """Return y (..., O) for the unquantized input x (..., I), in x's dtype.
 
-    `cache` belongs to the weight; packed copies live there and die with it. The reference runs where a gradient is needed, and while
-    torch.compile traces (which cannot trace a measurement).
+    `cache` belongs to the weight; packed copies live there and die with it. The reference runs where a gradient is needed. torch.compile
+    can trace neither a measurement nor a packed copy: it gets the integer product where that is exact, else the reference.
     """
-    if not x.numel() or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+    if not x.numel() or (torch.is_grad_enabled() and x.requires_grad):
         return reference(x, weight)
+    if torch.compiler.is_compiling():
+        return int8.traced(x, weight) if int8.accepted(weight, x.device) else reference(x, weight)
     with torch.no_grad():
         x_TI = x.reshape(-1, weight.in_features)
         kernel = packed(choose(x_TI, weight, cache), weight, x_TI, cache)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from aerogel.kernels import affine
 from aerogel.kernels.affine import Affine, exact
 from aerogel.kernels.linear import candidates
 from aerogel.model.clock import Clock
@@ -54,6 +55,19 @@ def test_one_packed_weight_serves_the_scales_of_all_steps() -> None:
     for row in (0, 1, 0):
         with stepped.clock.at((row,)):
             torch.testing.assert_close(kernel(x).double(), literal(stepped, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("of", ["rows", "channels last", "a slice"])
+def test_inputs_of_any_layout_are_quantized_piece_by_piece(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    twin, _ = made("W8A8_AFFINE")
+    monkeypatch.setattr(affine, "_PIECE", 50)
+    x = 3 * torch.randn(2, 8, 6, 5)
+    x = {"rows": x, "channels last": x.to(memory_format=torch.channels_last), "a slice": x[:, 1::2, :, 2:]}[of]
+    codes, scale, zero = affine.quantized(x, twin)
+    inputs, grid = twin.scheme.inputs, twin.input_grid()
+    assert inputs is not None
+    assert grid is not None
+    torch.testing.assert_close((codes.double() - zero) * scale, fake_quantize(x, grid, inputs).double())
 
 
 def test_sums_of_extremes_are_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from aerogel.errors import AerogelError
-from aerogel.kernels import linear, reference
+from aerogel.kernels import int8, linear, reference
 from aerogel.kernels.int4 import kernel_group
 from aerogel.kernels.int8 import exact_on_cpu
 from tests.kernels.weights import Plain, inputs, plain
@@ -116,6 +117,32 @@ def test_int8_rounds_once_to_the_dtype_of_its_input(dtype: torch.dtype) -> None:
     weight, x = plain("W8A8", 24, 64), inputs(5, 64, dtype)
     y = linear.pack("int8", weight, dtype)(x)
     torch.testing.assert_close(y, int8_product(weight, x).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_many_rows_are_multiplied_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = plain("W8A8", 24, 64), inputs(7, 64)
+    whole = linear.pack("int8", weight, x.dtype)(x)
+    monkeypatch.setattr(int8, "_ROWS", 3)
+    assert torch.equal(linear.pack("int8", weight, x.dtype)(x), whole)
+
+
+@pytest.mark.parametrize("preset", ["W8A8", "W8A8_STATIC"])
+def test_torch_compile_gets_the_integer_product(preset: str) -> None:
+    weight, x = plain(preset, 24, 64), inputs(5, 64).unflatten(0, (5, 1))
+    seen: list[str] = []
+
+    def spy(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., object]:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    @torch.compile(backend=spy, fullgraph=True)
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        return linear.run(x, weight, {})
+
+    with torch.no_grad():
+        y = multiply(x)
+    assert any("_int_mm" in name for name in seen)
+    torch.testing.assert_close(y.flatten(0, 1).double(), int8_product(weight, x.flatten(0, 1)), rtol=1e-6, atol=1e-6)
 
 
 def test_integer_sums_do_not_saturate_here() -> None:
