@@ -34,7 +34,7 @@ _KINDS = {
     "methods": _Kind("methods", ("method.py",)),
     "families": _Kind("families", bears="FAMILY"),
     "exporters": _Kind("export", ("exporter.py",)),
-    "measures": _Kind("evaluate", ("measure.py", "features.py", "inception.py", "reference.py")),
+    "measures": _Kind("evaluate", ("measure.py", "features.py", "inception.py", "reference.py", "timing.py")),
     "recipes": _Kind("recipes", bears=".yaml"),
 }
 KINDS = tuple(_KINDS)

@@ -172,19 +172,22 @@ def evaluate(
 def bench(
     model: Model,
     against: Against = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at once.")] = 1,
-    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens to generate.")] = 64,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences or pictures at once.")] = 1,
+    prompt: Annotated[int | None, typer.Option("--prompt", min=1, help="Text: tokens of the prompt [512].")] = None,
+    new_tokens: Annotated[int | None, typer.Option("--new-tokens", min=2, help="Text: tokens to generate [32].")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Pictures: steps of the sampler [20].")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="Pictures: guidance scale; by default the pipeline's own.")] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Turns of each model [3].")] = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time prefill and decoding, side by side with the original when given; numbers are added to a compressed folder's record."""
+    """Time prefill and decoding, or pictures, in turns with the original when given; numbers are added to a compressed folder's record."""
     _start(threads)
     from aerogel.cli import terminal
     from aerogel.engine import scores
-    from aerogel.evaluate.speed import Speed
 
-    metrics = scores.time_models(model, against, Speed(batch=batch, prompt=prompt, new_tokens=new_tokens))
+    asked = {"batch": batch, "prompt": prompt, "new_tokens": new_tokens, "steps": steps, "guidance": guidance, "rounds": rounds}
+    metrics = scores.time_models(model, against, asked)
     _print_json(metrics) if as_json else terminal.print_comparison(metrics)
 
 

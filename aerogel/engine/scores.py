@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +13,9 @@ from aerogel.engine.progress import Event, Tell
 from aerogel.engine.result import add_metrics
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure, positions
+from aerogel.evaluate.sampling import Sampling
 from aerogel.evaluate.speed import Speed
+from aerogel.evaluate.timing import Timed
 from aerogel.model.load import load
 from aerogel.model.network import Network
 from aerogel.recipe import build, parse_override
@@ -65,20 +68,39 @@ def _timed(network: Network) -> list[Measure]:
 
 
 def measure_models(
-    model: str, against: str | None, measures: Sequence[str | Measure] | None, tell: Tell, overrides: Iterable[str] = ()
+    model: str,
+    against: str | None,
+    measures: Sequence[str | Measure] | Callable[[Network], Sequence[Measure]] | None = None,
+    tell: Tell = lambda event: None,
+    overrides: Iterable[str] = (),
 ) -> dict[str, Scores]:
     """Open models and measure them; the numbers are added to the record of a compressed folder."""
     network = load(model, lazy=False)
     original = load(against, lazy=False) if against is not None else None
     with policies.on(network, policies.load(network.origin)):
-        metrics = measure(network, original, measures, tell, overrides=overrides)
+        metrics = measure(network, original, measures(network) if callable(measures) else measures, tell, overrides=overrides)
     add_metrics(network.origin, metrics)
     return metrics
 
 
-def time_models(model: str, against: str | None, speed: Speed) -> dict[str, Scores]:
-    """Open models and time them in turns; the numbers are added to the record of a compressed folder."""
-    return measure_models(model, against, [speed], lambda event: None)
+def time_models(model: str, against: str | None, knobs: Mapping[str, Any]) -> dict[str, Scores]:
+    """Open models and time them in turns; the numbers are added to the record of a compressed folder.
+
+    `knobs` are those of the measure that fits the model, of which None stands for its own. Raises AerogelError for a knob that it lacks.
+    """
+    return measure_models(model, against, partial(_timing, {name: value for name, value in knobs.items() if value is not None}))
+
+
+def _timing(knobs: Mapping[str, Any], network: Network) -> list[Measure]:
+    """What times a network of this kind."""
+    modality = network.family.modality
+    found = next((cls for cls in (Speed, Sampling) if modality in cls.modalities), None)
+    if found is None:
+        raise AerogelError(f"there is no benchmark for {modality} networks yet; text and image networks can be timed")
+    known = [field.name for field in fields(found)]
+    if unknown := [name for name in knobs if name not in known]:
+        raise AerogelError(f"{unknown[0]!r} means nothing to a benchmark of {modality} networks; it knows {', '.join(known)}")
+    return [found(**knobs)]
 
 
 class _Take(NamedTuple):
@@ -93,7 +115,7 @@ class _Take(NamedTuple):
 
 
 def _takes(name: str, found: Measure, network: Network, against: Network | None, must: bool) -> Iterator[_Take]:
-    if isinstance(found, Speed):
+    if isinstance(found, Timed):
         sides = {"compressed": network} if against is None else {"original": against, "compressed": network}
         yield _Take(name, "speed of both, in turns", 2, partial(found.compare, sides))
         return

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import re
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.evaluate.measure import Measure, positions
+from aerogel.evaluate.measure import positions
+from aerogel.evaluate.timing import Timed, growth_of, limited, take_turns, weights_of
 from aerogel.model.generate import Generation, Generator
 from aerogel.model.network import Network
 
-_STATUS = Path("/proc/self/status")
-_PAGE = 4096
-
 
 @dataclass(frozen=True)
-class Speed(Measure):
+class Speed(Timed):
     """Prefill and decoding speed, wall-clock, and peak memory.
 
     Networks take turns round after round (A B A B), so that a busy machine slows all of them alike; figures are medians, and speed-ups are
     medians of the ratios within a round. Both sides run through the same generation path (model/generate.py).
     """
 
-    asked: ClassVar[bool] = True
     modalities: ClassVar[frozenset[str]] = frozenset({"text"})
 
     batch: int = 1
@@ -44,11 +36,6 @@ class Speed(Measure):
     threads: int | None = None
     """Threads that torch may use; all it has when None."""
 
-    def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
-        """Return the facts of `network` as in `compare`, with speed-ups over `against` when it is given."""
-        sides = {"network": network} if against is None else {"against": against, "network": network}
-        return self.compare(sides)["network"]
-
     def compare(self, networks: dict[str, Network]) -> dict[str, dict[str, Any]]:
         """Return for each name tokens per second, median latencies (in the unit of their name), peak memory and the settings.
 
@@ -60,13 +47,11 @@ class Speed(Measure):
                 f"batch {self.batch}, prompt {self.prompt}, rounds {self.rounds}, new_tokens {self.new_tokens}: "
                 "at least 1, 1, 1 and 2 are expected"
             )
-        with _threads(self.threads):
+        with limited(self.threads):
             runners = {name: _Runner(name, network, self) for name, network in networks.items()}
             for runner in runners.values():
                 runner.warm()
-            for _ in range(self.rounds):
-                for runner in runners.values():
-                    runner.turn()
+            take_turns(runners, self.rounds)
             first = next(iter(runners.values()))
             return {name: runner.facts(first) for name, runner in runners.items()}
 
@@ -90,8 +75,8 @@ class _Runner:
 
     def warm(self) -> None:
         """The turn in which kernels are chosen and weights packed; memory grows to its peak here."""
-        weights = _weights(self.network)
-        with _growth(self.network.device) as growth:
+        weights = weights_of(self.network)
+        with growth_of(self.network.device) as growth:
             self._generate()
         self.peak_bytes = sum(weight.nbytes for weight in weights) + growth[0]
 
@@ -130,44 +115,3 @@ class _Runner:
     def _steps(self) -> list[float]:
         """The median step of each turn, in seconds."""
         return [statistics.median(turn.step_seconds) for turn in self.turns]
-
-
-def _weights(network: Network) -> list[Tensor]:
-    """All tensors of a network, each read once, so that pages mapped from files are in memory before growth is measured."""
-    weights = list({id(tensor): tensor for tensor in (*network.module.parameters(), *network.module.buffers())}.values())
-    for weight in weights:
-        if type(weight) in (Tensor, nn.Parameter):  # tensors of other libraries cannot always be looked at this way
-            weight.detach().flatten()[:: max(_PAGE // weight.element_size(), 1)].clone()
-    return weights
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _growth(device: torch.device) -> Iterator[list[int]]:
-    """Put into the yielded list, at the end, by how many bytes memory grew at most; 0 where the system does not tell."""
-    grown = [0]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield grown
-        grown[0] = torch.cuda.max_memory_allocated(device) - before
-        return
-    before = _resident("VmRSS")
-    with suppress(OSError):  # where it is refused, the peak of the whole process is what is told
-        Path("/proc/self/clear_refs").write_text("5")
-    yield grown
-    grown[0] = max(_resident("VmHWM") - before, 0)
-
-
-def _resident(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text() if _STATUS.exists() else "", re.MULTILINE)
-    return 1024 * int(found[1]) if found else 0

@@ -34,6 +34,14 @@ def value(side: Side, measure: str, field: str) -> Number:
     return None if found is None else getattr(found, field)
 
 
+def quality(after: Side) -> tuple[str, Callable[[Side], Number]]:
+    """What quality is drawn by, less being better, and where a side has it: perplexity, or the first Fréchet distance of pictures."""
+    frechet = next((name for name in after.judged if name.startswith("frechet[")), None)
+    if after.perplexity or frechet is None:
+        return "Perplexity", lambda side: value(side, "perplexity", "perplexity")
+    return f"Fréchet distance [{frechet.partition('[')[2]}", lambda side: side.judged.get(frechet)
+
+
 def rows(before: Side, after: Side) -> Iterator[Row]:
     """The lines for which the compressed side was measured."""
     for line in _COMPARED:
@@ -58,6 +66,10 @@ def _faster(before: Number, after: Number) -> str:
     return phrases.versus(after, before, "faster", "slower")
 
 
+def _sooner(before: Number, after: Number) -> str:
+    return phrases.versus(before, after, "faster", "slower")
+
+
 def _nothing(before: Number, after: Number) -> str:
     return ""
 
@@ -80,6 +92,9 @@ _COMPARED = (
     _Compared("Decode, tokens per second", "speed", "decode_tokens_per_second", phrases.digits, _faster),
     _Compared("Prefill, tokens per second", "speed", "prefill_tokens_per_second", phrases.digits, _faster),
     _Compared("Peak memory while running", "speed", "peak_memory_bytes", phrases.size, _smaller),
+    _Compared("Pictures a minute", "sampling", "pictures_per_minute", phrases.digits, _faster),
+    _Compared("One run of the denoiser, ms", "sampling", "denoiser_milliseconds", phrases.digits, _sooner),
+    _Compared("Peak memory while sampling", "sampling", "peak_memory_bytes", phrases.size, _smaller),
 )
 
 _JUDGED: dict[str, tuple[str, Callable[[Number], str], Callable[[Number, Number], str]]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from aerogel.report.layers import error_map, towers
 from aerogel.report.parts import parts_bars
 from aerogel.report.record import Pictures, Realism, Run, Sample, Side
 from aerogel.report.svg import PALETTE, document
-from aerogel.report.tradeoff import HEIGHT, SIZE, SPEED, Axis, Point, Role, tradeoff
+from aerogel.report.tradeoff import HEIGHT, PICTURES, SIZE, SPEED, Axis, Point, Role, tradeoff
 
 HERE = Path(__file__).parent
 WIDE, PANEL, NARROW = 956.0, 447.0, 328.0
@@ -113,18 +113,19 @@ def write_picture(folder: str | Path, path: str | Path) -> Path:
 
 
 def pictures(run: Run, others: Sequence[Run] = (), width: float = NARROW) -> list[Markup]:
-    """Return perplexity against size and against decoding speed, as far as they were measured."""
+    """Return quality against size and against speed, as far as they were measured."""
+    title, of = compare.quality(run.metrics.compressed)
     drawn = []
-    for axis in (SIZE, SPEED):
-        points = list(_points(run, others, axis))
+    for axis in (SIZE, SPEED, PICTURES):
+        points = list(_points(run, others, axis, of))
         if any(point.role == "this" for point in points):
-            drawn.append(tradeoff(points, axis, "Perplexity", width=width))
+            drawn.append(tradeoff(points, axis, title, width=width))
     return drawn
 
 
 def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
     before, after = run.metrics.original, run.metrics.compressed
-    half = PANEL if after.speed and after.perplexity else WIDE
+    half = PANEL if after.speed or after.sampling else WIDE
     fallen = [entry for entry in run.journal if entry.fallback]
     lines = sorted((entry for entry in run.journal if entry.error is not None), key=lambda entry: -(entry.error or 0))
     return {
@@ -175,23 +176,23 @@ def _lead(run: Run) -> str:
 
 
 def _picture_note(others: Sequence[Run]) -> str:
-    note = "Hollow: the original. Filled: this run. The perplexity axis does not start at zero."
-    return f"{note} Small: other runs of the same model found beside it, judged on the same text." if others else note
+    note = "Hollow: the original. Filled: this run. The axis of quality does not start at zero."
+    return f"{note} Small: other runs of the same model found beside it, judged in the same way." if others else note
 
 
 def _missing(run: Run) -> Iterator[str]:
     after = run.metrics.compressed
     if not (after.perplexity or after.pictures or after.realism):
         yield "Quality was not measured: run aerogel evaluate on the folder, --against the original; of pictures, with --measure pictures."
-    if not after.speed:
+    if not (after.speed or after.sampling):
         yield "Speed was not measured: run aerogel bench on the folder, --against the original."
 
 
-def _points(run: Run, others: Sequence[Run], axis: Axis) -> Iterator[Point]:
+def _points(run: Run, others: Sequence[Run], axis: Axis, quality: Callable[[Side], float | None]) -> Iterator[Point]:
     sides: list[tuple[str, Role, Side]] = [("original", "original", run.metrics.original), (run.label, "this", run.metrics.compressed)]
     sides += [(other.label, "other", other.metrics.compressed) for other in others]
     for name, role, side in sides:
-        x, y = compare.value(side, axis.measure, axis.field), compare.value(side, "perplexity", "perplexity")
+        x, y = compare.value(side, axis.measure, axis.field), quality(side)
         if x and y:
             yield Point(name, x * axis.scale, y, role)
 
@@ -211,6 +212,10 @@ def _conditions(after: Side) -> str:
     if speed := after.speed:
         known = (("batch", speed.batch), ("prompt", speed.prompt), ("new tokens", speed.new_tokens), ("threads", speed.threads))
         said.append(", ".join([f"Speed on {speed.device or 'cpu'}", *(f"{name} {value}" for name, value in known if value)]))
+    if drawn := after.sampling:
+        asked = (("batch", drawn.batch), ("steps", drawn.steps), ("guidance", drawn.guidance), ("threads", drawn.threads))
+        facts = [f"{name} {value:g}" for name, value in asked if value is not None]
+        said.append(", ".join([f"Sampling on {drawn.device or 'cpu'}", *facts]))
     return "".join(f"{sentence}. " for sentence in said).strip()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from aerogel.report.record import Run
+from aerogel.report.record import Run, Side
 
 SPACE = "\u202f"
 """Narrow space between a number and its unit; a line never breaks there."""
@@ -102,10 +102,14 @@ def versus(larger: float | None, smaller: float | None, yes: str, no: str) -> st
 
 def _won(run: Run) -> list[str]:
     size_before, size_after = (side.size.bytes if side.size else None for side in (run.metrics.original, run.metrics.compressed))
-    speeds = (side.speed.decode_tokens_per_second if side.speed else None for side in (run.metrics.original, run.metrics.compressed))
-    speed_before, speed_after = speeds
+    speed_before, speed_after = (_rate(side) for side in (run.metrics.original, run.metrics.compressed))
     clauses = [versus(size_before, size_after, "smaller", "larger"), versus(speed_after, speed_before, "faster", "slower")]
     return [clause for clause in clauses if clause not in (NONE, "the same")]
+
+
+def _rate(side: Side) -> float | None:
+    """Tokens a second, or pictures a minute."""
+    return side.speed.decode_tokens_per_second if side.speed else side.sampling.pictures_per_minute if side.sampling else None
 
 
 def _cost(run: Run) -> str:

@@ -83,6 +83,21 @@ class Speed(_Part):
     device: str | None = None
 
 
+class Sampling(_Part):
+    """What a benchmark timed of a pipeline that makes pictures."""
+
+    pictures_per_minute: float | None = None
+    denoiser_milliseconds: float | None = None
+    speedup: float | None = None
+    denoiser_speedup: float | None = None
+    peak_memory_bytes: int | None = None
+    batch: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    threads: int | None = None
+    device: str | None = None
+
+
 Png = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+=*$")]
 """A PNG file in base64."""
 
@@ -157,6 +172,7 @@ class Side(_Part):
     agreement: Agreement | None = None
     generation: Generation | None = None
     speed: Speed | None = None
+    sampling: Sampling | None = None
     pictures: Pictures | None = None
     realism: Realism | None = None
     temporal: Temporal | None = None
@@ -279,7 +295,7 @@ def parse(content: dict[str, Any], path: str | Path = FILE) -> Run:
 
 
 def beside(folder: str | Path, run: Run) -> list[Run]:
-    """Other runs in sibling folders that compressed the same model and were judged on the same text; unreadable ones are passed over."""
+    """Other runs in sibling folders that compressed the same model and were judged in the same way; unreadable ones are passed over."""
     found = []
     for path in sorted(Path(folder).resolve().parent.glob(f"*/{FILE}")):
         if path.parent == Path(folder).resolve():
@@ -288,11 +304,14 @@ def beside(folder: str | Path, run: Run) -> list[Run]:
             other = read(path.parent)
         except AerogelError:
             continue
-        if other.model.name == run.model.name and _text(other) == _text(run):
+        if other.model.name == run.model.name and _judged(other) == _judged(run):
             found.append(other)
     return found
 
 
-def _text(run: Run) -> tuple[str | None, int | None]:
-    measured = run.metrics.compressed.perplexity
-    return (measured.fingerprint, measured.length) if measured else (None, None)
+def _judged(run: Run) -> tuple[object, ...]:
+    """On which text, or by which pictures against which images."""
+    text, pictures = run.metrics.compressed.perplexity, run.metrics.compressed.realism
+    read = (text.fingerprint, text.length) if text else ()
+    seen = (pictures.count, pictures.steps, pictures.guidance, pictures.seed, pictures.reference) if pictures else ()
+    return (*read, *seen)

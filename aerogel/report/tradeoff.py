@@ -36,6 +36,8 @@ class Axis:
 SIZE = Axis("Weights on disk, MB", "size", "bytes", 1e-6, "left")
 SPEED = Axis("Decoding, tokens per second", "speed", "decode_tokens_per_second", 1.0, "right")
 
+PICTURES = Axis("Pictures a minute", "sampling", "pictures_per_minute", 1.0, "right")
+
 
 @dataclass(frozen=True)
 class Point:

@@ -23,6 +23,7 @@ from aerogel.methods.quantization.gptq import Gptq
 from aerogel.model.load import load
 from aerogel.model.modules import QuantLinear
 from tests.folders import digests, model_folder, text_file
+from tests.painters import unconditional
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +124,15 @@ def test_bench_times_both_and_adds_to_the_record(desk: Path, compressed: Any) ->
     recorded = json.loads((desk / "out" / "aerogel.json").read_text())["metrics"]
     assert recorded["compressed"]["speed"] == metrics["compressed"]["speed"]
     assert "Decode, tokens per second" in run("bench", desk / "out", "--prompt", 8, "--new-tokens", 3)
+
+
+def test_bench_of_pictures(tmp_path: Path) -> None:
+    unconditional().save_pretrained(tmp_path / "pipeline")
+    metrics = as_json("bench", tmp_path / "pipeline", "--steps", 2, "--rounds", 1, "--batch", 2)
+    assert metrics["compressed"]["sampling"]["pictures_per_minute"] > 0
+    refused = CliRunner().invoke(cli.app, ["bench", str(tmp_path / "pipeline"), "--prompt", "8"])
+    assert refused.exit_code == 2
+    assert "'prompt' means nothing to a benchmark of image networks; it knows batch, steps" in refused.stderr
 
 
 def test_export_rewrites_for_another_engine(desk: Path, compressed: Any, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from aerogel.errors import AerogelError
 from aerogel.evaluate import speed
 from aerogel.evaluate.speed import Speed
+from aerogel.evaluate.timing import growth_of
 from aerogel.model.generate import Generation
 from tests.tiny import opened
 
@@ -63,7 +64,7 @@ def test_facts_are_complete_and_threads_come_back() -> None:
 
 
 def test_growth_counts_what_is_freed_again() -> None:
-    with speed._growth(torch.device("cpu")) as growth:
+    with growth_of(torch.device("cpu")) as growth:
         torch.ones(64 * 2**20 // 4).add_(1)
     assert 60 * 2**20 < growth[0] < 120 * 2**20
 

@@ -153,6 +153,26 @@ def test_pictures_stand_side_by_side_with_their_figures() -> None:
     assert sources[0] == sources[1] == sources[2] != sources[3]
 
 
+def test_speed_of_pictures_is_said_and_drawn(folder: Path) -> None:
+    content = json.loads((folder.parent / "unet-w4" / "aerogel.json").read_text())
+    timed = {"denoiser_milliseconds": 40.0, "batch": 4, "steps": 20, "guidance": 2.0, "threads": 2, "device": "cpu"}
+    content["metrics"]["original"]["sampling"] = {"pictures_per_minute": 30.0, **timed}
+    content["metrics"]["compressed"]["sampling"] = {"pictures_per_minute": 60.0, **timed, "denoiser_milliseconds": 16.0}
+    run = record.parse(content)
+    words = read(page.page(run)).words
+    for said in (
+        "fashion-unet is 3.1× smaller and 2.0× faster;",
+        "Pictures a minute 30.0 60.0 2.0× faster",
+        "One run of the denoiser, ms 40.0 16.0 2.5× faster",
+        "Sampling on cpu, batch 4, steps 20, guidance 2, threads 2.",
+        "Fréchet distance [fashion-judge] ↓ better",
+        "Pictures a minute → better",
+    ):
+        assert said in words, said
+    assert "Speed was not measured" not in words
+    assert len(page.pictures(run)) == 2, "against size and against speed"
+
+
 def test_a_denoisers_sense_of_time_is_shown_and_said() -> None:
     words = read(page.page(record.parse(pictures()))).words
     for said in (

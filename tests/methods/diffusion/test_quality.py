@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import aerogel
 from aerogel.data.denoising import Denoising, record
@@ -18,14 +18,17 @@ from aerogel.methods.diffusion.tiar import features_with, temporal_error
 from aerogel.model import time_path
 from aerogel.model.calls import Call
 from aerogel.model.clock import steps_of
+from aerogel.model.hooks import watching
 from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
+from aerogel.model.quantized import clock_of
 
 pytestmark = pytest.mark.quality
 
 UNET = Path(__file__).parents[3] / "zoo/fashion-unet"
 CLASSES = ("top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 STEPS, GUIDANCE = 20, 2.0
+PATH = ["*time_emb*"]
 
 
 @cache
@@ -107,9 +110,76 @@ def test_joint_reconstruction_does_not_repair_the_path() -> None:
     assert learned < joint / 3
 
 
+def inputs_of_path() -> dict[str, Tensor]:
+    """What goes into each linear of the path but the first, at every step: (T, width)."""
+    plain = aerogel.load(pipeline().unet)
+    path = time_path.find(plain)
+    seen: dict[str, Tensor] = {}
+    linears = {name: part for name, part in [*path.embedding_linears.items(), *path.projections.items()][1:] if isinstance(part, nn.Linear)}
+    with watching(linears, lambda name, x: seen.update({name: x.detach()})), torch.no_grad():
+        path.features(time_path.sinusoids(plain, path, calls()[0], steps_of(plain.module, calls())))
+    return seen
+
+
+def test_ranges_of_their_own_quantize_inputs_of_the_path_better() -> None:
+    per_step = compressed({"rtn": {"scheme": "W8A16_CHANNEL", "targets": PATH, "ignore": ["*linear_1*"]}}, {"fsc": {}})
+    ratios = []
+    for name, x_TC in inputs_of_path().items():
+        twin = per_step.module.get_submodule(name)
+        assert isinstance(twin, QuantLinear)
+        assert twin.clock is not None
+        low, high = min(float(x_TC.min()), 0.0), max(float(x_TC.max()), 0.0)
+        shared = (high - low) / 255
+        error, shared_error = 0.0, 0.0
+        for row, x_C in enumerate(x_TC):
+            with twin.clock.at((row,)):
+                grid = twin.input_grid()
+                own = twin.quantized_input(x_C[None])[0]
+            assert grid is not None
+            assert float(grid.scale) <= shared * 1.001
+            # Numbers at the ends of the range lose up to another half step to the zero point, which is whole.
+            assert float((own - x_C).abs().max()) <= float(grid.scale) * 1.001
+            codes = (x_C / shared + round(-low / shared)).round().clamp(0, 255)
+            error += float((own - x_C).square().mean())
+            shared_error += float(((codes - round(-low / shared)) * shared - x_C).square().mean())
+        ratios.append(shared_error / error)
+    assert min(ratios) >= 1.2
+
+
+def test_ranges_of_their_own_keep_the_features_of_8_bit_weights() -> None:
+    rounded = {"rtn": {"scheme": "W8A16_CHANNEL", "targets": PATH}}
+    per_step = compressed(rounded, {"fsc": {}})
+    shared = compressed(rounded, {"ranges": {"start": "minmax", "steps": 0, "targets": PATH}})
+    plain = aerogel.load(pipeline().unet)
+    steps = steps_of(plain.module, calls())
+    sinusoid_TC = time_path.sinusoids(plain, time_path.find(plain), calls()[0], steps)
+    with torch.no_grad():
+        wanted = time_path.find(plain).features(sinusoid_TC)
+        once = temporal_error(time_path.find(shared).features(sinusoid_TC), wanted)
+        clock, path = clock_of(per_step.module), time_path.find(per_step)
+        assert clock is not None
+        rows = []
+        for row in range(len(steps)):
+            with clock.at((row,)):
+                rows.append(path.features(sinusoid_TC[row : row + 1]))
+        each = temporal_error({name: torch.cat([row[name] for row in rows]) for name in wanted}, wanted)
+    assert float(each) < float(once)
+
+
+@pytest.mark.slow
+def test_reconstruction_of_the_whole_network_in_4_bits() -> None:
+    scheme = "W4A16_CHANNEL_ASYM"
+    nearest = compressed({"rtn": {"scheme": scheme, "targets": ["Linear", "Conv2d"]}})
+    learned = compressed({"brecq": {"scheme": scheme, "steps": 200, "rate": 0.01}})
+    error = [float((images(network.module) - float_images()).square().mean()) for network in (nearest, learned)]
+    assert error[1] < error[0] / 2
+
+
 def test_images_of_a_quantized_path() -> None:
-    """The rest of the network is float; noise is the same."""
+    """The rest of the network is float; noise is the same; fsc has 8-bit inputs where the others have float ones."""
     unets = {method: with_path_of(path_only(method, 4)) for method in ("nearest", "joint", "tiar")}
+    unets["tiar and fsc"] = compressed({"tiar": {}}, {"fsc": {}}).module
     error = {method: float((images(unet) - float_images()).square().mean()) for method, unet in unets.items()}
-    assert error["tiar"] < error["nearest"] / 5
-    assert error["tiar"] < error["joint"]
+    for method in ("tiar", "tiar and fsc"):
+        assert error[method] < error["nearest"] / 5
+        assert error[method] < error["joint"]

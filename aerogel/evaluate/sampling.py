@@ -1,0 +1,124 @@
+"""How fast pipelines make pictures, side by side in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from aerogel.data import denoising
+from aerogel.data.denoising import Denoising
+from aerogel.errors import AerogelError
+from aerogel.evaluate.measure import pipeline_of
+from aerogel.evaluate.timing import Timed, growth_of, limited, take_turns, weights_of
+from aerogel.model.network import Network
+
+
+@dataclass(frozen=True)
+class Sampling(Timed):
+    """Pictures a minute and the time of one run of the denoiser, wall-clock, and peak memory.
+
+    Networks take turns round after round (A B A B), so that a busy machine slows all of them alike; figures are medians, and speed-ups are
+    medians of the ratios within a round. The whole pipeline runs: text encoder, sampler, denoiser and decoder.
+    """
+
+    modalities: ClassVar[frozenset[str]] = frozenset({"image"})
+
+    batch: int = 1
+    """Pictures at once."""
+    steps: int = 20
+    """Steps of the sampler."""
+    guidance: float | None = None
+    """Guidance scale; None leaves the pipeline's own."""
+    prompts: tuple[str, ...] = ("photo",)
+    """What text-to-image pipelines are asked for."""
+    rounds: int = 3
+    """Turns of each network, after one that does not count."""
+    threads: int | None = None
+    """Threads that torch may use; all it has when None."""
+
+    def compare(self, networks: dict[str, Network]) -> dict[str, dict[str, Any]]:
+        """Return for each name pictures a minute, milliseconds of a denoiser's run, peak memory and the settings.
+
+        `speedup` and `denoiser_speedup` are over the first network. Peak memory is the weights of the denoiser and what the process grew
+        by while the pipeline ran. Raises AerogelError for a network without a pipeline, or when the pipeline needs what is not given.
+        """
+        if min(self.batch, self.steps, self.rounds) < 1:
+            raise AerogelError(f"batch {self.batch}, steps {self.steps}, rounds {self.rounds}: each is at least 1")
+        with limited(self.threads):
+            runners = {name: _Runner(network, self) for name, network in networks.items()}
+            for runner in runners.values():
+                runner.warm()
+            take_turns(runners, self.rounds)
+            first = next(iter(runners.values()))
+            return {name: runner.facts(first) for name, runner in runners.items()}
+
+
+class _Runner:
+    """One network's turns."""
+
+    def __init__(self, network: Network, knobs: Sampling) -> None:
+        self.network, self.knobs = network, knobs
+        self.pipeline = pipeline_of(network)
+        self.wanted = Denoising(knobs.batch, knobs.steps, knobs.guidance, tuple(knobs.prompts), knobs.batch)
+        self.pictures: list[float] = []
+        """Seconds of each turn."""
+        self.forwards: list[float] = []
+        """The median run of the denoiser in each turn, in seconds."""
+        self.peak_bytes = 0
+
+    def warm(self) -> None:
+        """The turn in which kernels are chosen and weights packed; memory grows to its peak here."""
+        weights = weights_of(self.network)
+        with growth_of(self.network.device) as growth:
+            self._make()
+        self.peak_bytes = sum(weight.nbytes for weight in weights) + growth[0]
+
+    def turn(self) -> None:
+        """One turn that counts."""
+        whole, forwards = self._make()
+        self.pictures.append(whole)
+        self.forwards.append(statistics.median(forwards))
+
+    def facts(self, first: _Runner) -> dict[str, Any]:
+        """What the turns amount to."""
+        knobs = self.knobs
+        return {
+            "pictures_per_minute": 60 * knobs.batch / statistics.median(self.pictures),
+            "denoiser_milliseconds": 1000 * statistics.median(self.forwards),
+            "speedup": statistics.median(a / b for a, b in zip(first.pictures, self.pictures, strict=True)),
+            "denoiser_speedup": statistics.median(a / b for a, b in zip(first.forwards, self.forwards, strict=True)),
+            "peak_memory_bytes": self.peak_bytes,
+            "batch": knobs.batch,
+            "steps": knobs.steps,
+            "guidance": knobs.guidance,
+            "rounds": knobs.rounds,
+            "threads": torch.get_num_threads(),
+            "device": str(self.network.device),
+        }
+
+    def _make(self) -> tuple[float, list[float]]:
+        """Seconds of a pipeline's run, and of each run of its denoiser."""
+        starts: list[float] = []
+        taken: list[float] = []
+        denoiser, now = self.network.module, self._now
+        hooks = [
+            denoiser.register_forward_pre_hook(lambda *_: starts.append(now()), prepend=True),
+            denoiser.register_forward_hook(lambda *_: taken.append(now() - starts[-1])),
+        ]
+        try:
+            start = now()
+            for _ in denoising.pictures(self.pipeline, self.wanted):
+                pass
+            return now() - start, taken
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _now(self) -> float:
+        if self.network.device.type == "cuda":
+            torch.cuda.synchronize(self.network.device)
+        return time.perf_counter()

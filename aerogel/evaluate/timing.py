@@ -1,0 +1,96 @@
+"""Fair timing: networks take turns in one process, and memory is what the weights need and what the process grew by."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from aerogel.evaluate.measure import Measure
+from aerogel.model.network import Network
+
+_STATUS = Path("/proc/self/status")
+_PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Timed(Measure):
+    """A measure of speed.
+
+    Networks take turns round after round (A B A B), so that a busy machine slows all of them alike; figures are medians, and speed-ups are
+    medians of the ratios within a round.
+    """
+
+    asked: ClassVar[bool] = True
+
+    def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
+        """Return the facts of `network` as in `compare`, with speed-ups over `against` when it is given."""
+        sides = {"network": network} if against is None else {"against": against, "network": network}
+        return self.compare(sides)["network"]
+
+    @abstractmethod
+    def compare(self, networks: dict[str, Network]) -> dict[str, dict[str, Any]]:
+        """Return the facts of each network by name, speed-ups over the first; raises AerogelError for what cannot be timed."""
+
+
+class Runner(Protocol):
+    """One network's turns."""
+
+    def turn(self) -> None:
+        """One turn that counts."""
+
+
+def take_turns(runners: Mapping[str, Runner], rounds: int) -> None:
+    """Let each runner have its turn, round after round."""
+    for _ in range(rounds):
+        for runner in runners.values():
+            runner.turn()
+
+
+def weights_of(network: Network) -> list[Tensor]:
+    """All tensors of a network, each read once, so that pages mapped from files are in memory before growth is measured."""
+    weights = list({id(tensor): tensor for tensor in (*network.module.parameters(), *network.module.buffers())}.values())
+    for weight in weights:
+        if type(weight) in (Tensor, nn.Parameter):  # tensors of other libraries cannot always be looked at this way
+            weight.detach().flatten()[:: max(_PAGE // weight.element_size(), 1)].clone()
+    return weights
+
+
+@contextmanager
+def limited(count: int | None) -> Iterator[None]:
+    """Let torch use this many threads for a while; all it has when None."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def growth_of(device: torch.device) -> Iterator[list[int]]:
+    """Put into the yielded list, at the end, by how many bytes memory grew at most; 0 where the system does not tell."""
+    grown = [0]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield grown
+        grown[0] = torch.cuda.max_memory_allocated(device) - before
+        return
+    before = _resident("VmRSS")
+    with suppress(OSError):  # where it is refused, the peak of the whole process is what is told
+        Path("/proc/self/clear_refs").write_text("5")
+    yield grown
+    grown[0] = max(_resident("VmHWM") - before, 0)
+
+
+def _resident(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text() if _STATUS.exists() else "", re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0
