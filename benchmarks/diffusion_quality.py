@@ -1,7 +1,7 @@
 """What quantizing the zoo's denoisers costs in pictures and takes in time; writes benchmarks/results/diffusion_quality_NAME.json.
 
-python benchmarks/diffusion_quality.py unet                         # every row, five seeds: hours
-python benchmarks/diffusion_quality.py unet --only "W4A8" --steps 100 --seeds 1
+python benchmarks/diffusion_quality.py unet                         # every row: hours; each is written as soon as it is there
+python benchmarks/diffusion_quality.py unet --only "W4A8 tfmq" --steps 100
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import torch
 from results import FOLDER, write
 
 import aerogel
-from aerogel.data.denoising import Denoising, record
+from aerogel.data.denoising import Denoising, Made, pictures, record
 from aerogel.engine import policies
 from aerogel.engine.result import Result
-from aerogel.evaluate.pictures import Pictures
-from aerogel.evaluate.realism import Realism
+from aerogel.evaluate import features
+from aerogel.evaluate.reference import Reference
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.numerics.images import frechet, moments, ssim
 
 ZOO = Path(__file__).parents[1] / "zoo"
 CLASSES = ("top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -98,7 +99,7 @@ def overrides(recipe: Any, given: argparse.Namespace) -> list[str]:
     ]
 
 
-def compress(pipeline: Any, recipe: Any, calls: list[Call], given: argparse.Namespace, seed: int) -> tuple[Network, Result, float]:
+def compress(pipeline: Any, recipe: Any, calls: list[Call], given: argparse.Namespace) -> tuple[Network, Result, float]:
     """A network in a pipeline of its own, and the seconds it took."""
     recipe, more = recipe if isinstance(recipe, tuple) else (recipe, [])
     own = type(pipeline)(**{**pipeline.components, **({"requires_safety_checker": False} if hasattr(pipeline, "unet") else {})})
@@ -107,22 +108,32 @@ def compress(pipeline: Any, recipe: Any, calls: list[Call], given: argparse.Name
     setattr(own, denoiser(own), module)
     fitted = [] if isinstance(recipe, dict) and "brecq" not in str(recipe) else overrides(recipe, given)
     start = time.perf_counter()
-    result = aerogel.compress(module, recipe, overrides=[*fitted, *more], samples=calls, measures=(), seed=seed)
+    result = aerogel.compress(module, recipe, overrides=[*fitted, *more], samples=calls, measures=())
     return Network(result.network.module, result.network.family, processor=own), result, time.perf_counter() - start
 
 
-def figures(network: Network, original: Network, given: argparse.Namespace, seed: int) -> dict[str, float]:
-    """Figures of pictures from this seed: against the float network's own, and against real images."""
-    asked = {"count": given.pictures, "steps": STEPS, "guidance": GUIDANCE, "batch": 50, "seed": 100 + seed}
-    asked["prompts"] = CLASSES if hasattr(network.processor, "unet") else ()
+def pictures_of(network: Network, given: argparse.Namespace, seed: int) -> Made:
+    """Pictures that differ by this seed's noise only, from network to network."""
+    prompts = CLASSES if denoiser(network.processor) == "unet" else ()
+    wanted = Denoising(given.pictures, STEPS, GUIDANCE, prompts, batch=50)
+    made = list(pictures(network.processor, wanted, 100 + seed))
+    return Made(torch.cat([some.images_NCHW for some in made]), tuple(name for some in made for name in some.subjects))
+
+
+def figures(made: Made, original: Made) -> dict[str, float]:
+    """Figures of pictures: against the float network's of the same noise, and against real images."""
     found: dict[str, float] = {}
-    if network is not original:
-        near = Pictures(features=JUDGES["fashion-judge"], kept=0, **{**asked, "count": min(50, given.pictures)})
-        found |= {key: value for key, value in near.measure(network, original).items() if key in ("mse", "ssim")}
+    if made is not original:
+        found["mse"] = float((made.images_NCHW - original.images_NCHW).square().mean())
+        found["ssim"] = float(ssim(made.images_NCHW, original.images_NCHW).mean())
     for name, folder in JUDGES.items():
-        seen = Realism(features=folder, reference=ZOO / f"reference/{name}.safetensors", **asked).measure(network)
-        wanted = ("frechet", "accuracy") if name == "fashion-judge" else ("frechet",)
-        found |= {f"{key}[{name}]": seen[f"{key}[{name}]"] for key in wanted}
+        judge, real = features.load(folder, torch.device("cpu")), Reference.load(ZOO / f"reference/{name}.safetensors")
+        real.check(judge)
+        sights = [judge.look(some_NCHW) for some_NCHW in made.images_NCHW.split(50)]
+        found[f"frechet[{name}]"] = frechet(real.features, moments(torch.cat([sight.features_ND for sight in sights])))
+        if asked := features.asked_classes(judge, list(made.subjects)):
+            seen = torch.cat([sight.logits_NK for sight in sights]).argmax(1)
+            found[f"accuracy[{name}]"] = float((seen == torch.tensor(asked)).double().mean())
     return found
 
 
@@ -131,18 +142,17 @@ def rows_of(name: str, given: argparse.Namespace) -> Iterator[list[Any]]:
     pipeline = pipeline_of(name)
     module = getattr(pipeline, denoiser(pipeline))
     original = Network(module, aerogel.load(module).family, processor=pipeline)
-    yield ["float", "", None, *_summary([figures(original, original, given, seed) for seed in range(given.seeds)])]
-    chosen = {key: recipe for key, recipe in ROWS[name].items() if fnmatch(" ".join(key), f"*{given.only}*")}
-    for (scheme, method), recipe in chosen.items():
-        seconds, found = [], []
-        for seed in range(given.seeds):
-            prompts = CLASSES if denoiser(pipeline) == "unet" else ()
-            calls = record(pipeline, module, Denoising(SHOWN, STEPS, GUIDANCE, prompts, SHOWN), seed)
-            network, result, taken = compress(pipeline, recipe, calls, given, seed)
-            seconds.append(taken)
-            with policies.on(network, result.policies):
-                found.append(figures(network, original, given, seed))
-        yield [scheme, method, round(statistics.median(seconds)), *_summary(found)]
+    theirs = [pictures_of(original, given, seed) for seed in range(given.seeds)]
+    yield ["float", "", None, *_summary([figures(made, made) for made in theirs])]
+    prompts = CLASSES if denoiser(pipeline) == "unet" else ()
+    calls = record(pipeline, module, Denoising(SHOWN, STEPS, GUIDANCE, prompts, SHOWN))
+    for (scheme, method), recipe in ROWS[name].items():
+        if not fnmatch(f"{scheme} {method}", f"*{given.only}*"):
+            continue
+        network, result, taken = compress(pipeline, recipe, calls, given)
+        with policies.on(network, result.policies):
+            ours = [pictures_of(network, given, seed) for seed in range(given.seeds)]
+        yield [scheme, method, round(taken), *_summary([figures(*pair) for pair in zip(ours, theirs, strict=True)])]
 
 
 FIGURES = ("mse", "ssim", "frechet[fashion-judge]", "frechet[efficientnet-lite0@128]", "accuracy[fashion-judge]")
@@ -164,7 +174,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="Rows whose scheme and name hold this (globs).")
     parser.add_argument("--steps", type=int, default=1000, help="Optimiser steps a block; a quarter of them for learned ranges.")
     parser.add_argument("--rate", type=float, default=0.01, help="Learning rate of the rounding; 0.001 for 20,000 steps.")
-    parser.add_argument("--seeds", type=int, default=5, help="Calibrations, each with pictures of its own.")
+    parser.add_argument("--seeds", type=int, default=5, help="Sets of pictures, each from noise of its own; the calibration is the same.")
     parser.add_argument("--pictures", type=int, default=200)
     parser.add_argument("--dry", action="store_true", help="Print, do not write.")
     given = parser.parse_args()
@@ -172,10 +182,10 @@ def main() -> None:
     path = FOLDER / f"diffusion_quality_{given.network}.json"
     settings = {
         "calibration": f"{SHOWN} pictures, {STEPS} DDIM steps, guidance {GUIDANCE:g}", "optimiser steps a block": given.steps,
-        "rate": given.rate, "seeds": given.seeds, "pictures a seed": given.pictures, "threads": torch.get_num_threads(),
+        "rate": given.rate, "seeds": given.seeds, "pictures a seed": given.pictures,
     }  # fmt: skip
     notes = [
-        "Means and standard deviations over seeds; each seed has a calibration and noise of its own. Pictures have values from 0 to 1.",
+        "Means and standard deviations over seeds of the pictures' noise, after one calibration. Pictures have values from 0 to 1.",
         "Rows but W4A32 cover all layers with 8-bit inputs and 8-bit attention operands; rtn rows are without any learning.",
         "Fréchet distances compare only within a column: they are of few pictures, and of this reference.",
     ]

@@ -98,6 +98,30 @@ class RunningMinMax:
         return grid_from_range(*self._range, self.scheme)
 
 
+class Searched:
+    """Numbers drawn at random from activations, and the range of least 2.4-norm error on them; one range for the whole tensor.
+
+    The draw is torch's global one. At random, because a fixed stride would meet the same few channels again and again.
+    """
+
+    def __init__(self, scheme: TensorScheme, share: int) -> None:
+        self.scheme = scheme
+        self.share = share
+        """Numbers to draw from each activation; a smaller one is kept whole."""
+        self._drawn: list[Tensor] = []
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Draw from one activation."""
+        flat = x.detach().flatten()
+        some = flat[torch.randint(len(flat), (self.share,))] if len(flat) > self.share else flat
+        self._drawn.append(some.float())
+
+    def grid(self) -> Grid:
+        """Return the grid of least error, among ranges shrunk to 1.00, 0.99, ... 0.21."""
+        return mse_search(torch.cat(self._drawn), self.scheme, p=2.4, shrink=0.79)
+
+
 class MovingAverage(RunningMinMax):
     """The exponential moving average of each activation's extremes (arXiv:1712.05877), less led by one outlier than the extremes."""
 

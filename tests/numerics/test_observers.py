@@ -8,7 +8,7 @@ import torch
 from aerogel.errors import AerogelError
 from aerogel.numerics import observers
 from aerogel.numerics.formats import FORMATS
-from aerogel.numerics.observers import MovingAverage, RunningMinMax, min_max, mse_search, percentile
+from aerogel.numerics.observers import MovingAverage, RunningMinMax, Searched, min_max, mse_search, percentile
 from aerogel.numerics.quantize import Grid, dequantize, grid_from_range, grouped, quantize, weight_grid
 from aerogel.numerics.scheme import PerChannel, PerGroup, PerTensor, Scheme, TensorScheme
 
@@ -89,3 +89,18 @@ def test_what_cannot_be_measured_is_refused() -> None:
         observer.grid()
     with pytest.raises(AerogelError, match="NaN or infinity"):
         observer.update(torch.tensor([1.0, float("nan")]))
+
+
+def test_a_search_on_drawn_numbers_finds_what_a_search_on_all_finds() -> None:
+    scheme = TensorScheme(FORMATS["int8"], PerTensor(), symmetric=False)
+    torch.manual_seed(0)
+    x = torch.randn(4, 1000)
+    whole = Searched(scheme, 2000)
+    for row in x:
+        whole.update(row)
+    assert float(whole.grid().scale) == float(mse_search(x.flatten(), scheme, p=2.4, shrink=0.79).scale), "small ones are kept whole"
+    drawn = Searched(scheme, 300)
+    for row in x:
+        drawn.update(row)
+    assert sum(len(part) for part in drawn._drawn) == 1200
+    assert float(drawn.grid().scale) == pytest.approx(float(whole.grid().scale), rel=0.2)

@@ -22,7 +22,7 @@ from aerogel.model.hooks import watching
 from aerogel.model.modules import QuantLinear, held, stored_grid
 from aerogel.model.trace import AROUND
 from aerogel.numerics.formats import format_named
-from aerogel.numerics.observers import MovingAverage, RunningMinMax, mse_search
+from aerogel.numerics.observers import MovingAverage, RunningMinMax, Searched
 from aerogel.numerics.quantize import Grid, fake_quantize
 from aerogel.numerics.scheme import PerTensor, TensorScheme
 from aerogel.training.fit import Fit, fit
@@ -76,24 +76,23 @@ class Ranges(BlockMethod):
 
     @torch.no_grad()
     def _first(self, block: Block, layers: Mapping[str, QuantLinear]) -> dict[str, Grid]:
-        observers: dict[str, RunningMinMax] = {}
-        drawn: dict[str, list[Tensor]] = {}
         share = max(1, self.searched // max(len(block.calls), 1))
+        observers: dict[str, RunningMinMax | Searched] = {
+            name: Searched(INPUTS, share) if self.start == "search"
+            else MovingAverage(INPUTS, 0.05) if self.start == "average"
+            else RunningMinMax(INPUTS)
+            for name in layers
+        }  # fmt: skip
+        reached: set[str] = set()
 
         def see(name: str, x: Tensor) -> None:
-            if self.start == "search":
-                flat = x.detach().float().flatten()
-                # At random: a fixed stride would meet the same few channels again and again.
-                drawn.setdefault(name, []).append(flat[torch.randint(len(flat), (share,))] if len(flat) > share else flat)
-            else:
-                observers.setdefault(name, MovingAverage(INPUTS, 0.05) if self.start == "average" else RunningMinMax(INPUTS)).update(x)
+            reached.add(name)
+            observers[name].update(x)
 
         with watching(layers, see):
             for call in block.calls:
                 block.run(call)
-        if self.start == "search":
-            return {name: mse_search(torch.cat(parts), INPUTS, p=2.4, shrink=0.79) for name, parts in drawn.items()}
-        return {name: observer.grid() for name, observer in observers.items()}
+        return {name: observer.grid() for name, observer in observers.items() if name in reached}
 
     def _learned(self, block: Block, layers: Mapping[str, QuantLinear], grids: Mapping[str, Grid]) -> dict[str, Grid]:
         """The grids with the step sizes that make the block's output closest to the float network's."""

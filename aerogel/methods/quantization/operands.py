@@ -5,6 +5,7 @@ The products are computed in float on rounded operands: torch has no integer att
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from aerogel.model.modules import held
 from aerogel.model.network import Network
 from aerogel.numerics.attention import attention
 from aerogel.numerics.formats import format_named
-from aerogel.numerics.observers import mse_search
+from aerogel.numerics.observers import Searched
 from aerogel.numerics.quantize import Grid, fake_quantize
 from aerogel.numerics.scheme import PerTensor, TensorScheme
 
@@ -56,25 +57,24 @@ class Operands(RuntimePolicy):
                 f"{len(named)} modules of this network call scaled_dot_product_attention and {len(named)} are ignored; "
                 "expected at least one to be left: use torch's attention (attn_implementation='sdpa'), or leave operands out"
             )
-        drawn: dict[tuple[str, str], list[Tensor]] = {}
-        share = max(1, self.searched // len(calls))
+        searches: dict[tuple[str, str], Searched] = defaultdict(partial(Searched, self._scheme, max(1, self.searched // len(calls))))
+        largest: dict[str, Tensor] = {}
 
         def see(name: str, operand: str, x: Tensor) -> Tensor:
-            flat = x.flatten()
-            # Probabilities need their largest one only.
-            few = flat.amax().reshape(1) if operand == "probabilities" else flat[torch.randint(len(flat), (min(share, len(flat)),))]
-            drawn.setdefault((name, operand), []).append(few)
+            if operand == "probabilities":
+                largest[name] = torch.maximum(largest.get(name, x.new_zeros(())), x.amax())
+            else:
+                searches[name, operand].update(x)
             return x
 
         with attending(network, names, lambda name: partial(attention, change=partial(see, name))), held(network.module):
             for call in calls:
                 network.run(call)
         state: dict[str, Any] = {"attentions": names}
-        for (name, operand), parts in drawn.items():
-            if operand == "probabilities":
-                state[f"{name}.probabilities"] = torch.cat(parts).amax() / (2**self.probability_bits - 1)
-                continue
-            grid = mse_search(torch.cat(parts), self._scheme, p=2.4, shrink=0.79)
+        for name, most in largest.items():
+            state[f"{name}.probabilities"] = most / (2**self.probability_bits - 1)
+        for (name, operand), search in searches.items():
+            grid = search.grid()
             assert grid.zero is not None, "the scheme is asymmetric"
             state |= {f"{name}.{operand}": grid.scale, f"{name}.{operand}_zero_point": grid.zero}
         return state
