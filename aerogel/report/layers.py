@@ -45,19 +45,20 @@ Table = dict[tuple[str, str], Cell]
 
 
 def towers(journal: Sequence[Line]) -> dict[str, Table]:
-    """Journal lines that have an error, as one table (row kind, block) -> Cell for each list of blocks."""
+    """Journal lines that have an error, as one table (row kind, block) -> Cell for each list of blocks; nested lists are one."""
     found: dict[str, dict[tuple[str, str], list[Line]]] = defaultdict(lambda: defaultdict(list))
     for entry in journal:
         if entry.error is not None and entry.block:
-            prefix, _, index = entry.block.rpartition(".")
-            found[prefix][entry.kind, index].append(entry)
+            parts = entry.block.split(".")
+            names, numbers = ([part for part in parts if part.isdigit() == number] for number in (False, True))
+            found[".".join(names)][entry.kind, ".".join(numbers)].append(entry)
     return {prefix: {place: Cell(tuple(lines)) for place, lines in table.items()} for prefix, table in found.items()}
 
 
 def error_map(table: Table, width: float = 960, tall: bool = False) -> Markup:
     """Draw a table of cells: linears down and blocks across, or the other way round when `tall`."""
     kinds = list(dict.fromkeys(kind for kind, _ in table))
-    blocks = sorted({block for _, block in table}, key=lambda block: (len(block), block))
+    blocks = sorted({block for _, block in table}, key=lambda block: [int(number) for number in block.split(".") if number])
     rows, columns = (blocks, kinds) if tall else (kinds, blocks)
     cells = {((block, kind) if tall else (kind, block)): found for (kind, block), found in table.items()}
     top = max(found.error for found in cells.values()) or 1.0

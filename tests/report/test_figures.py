@@ -86,6 +86,16 @@ def test_experts_share_a_cell() -> None:
     assert "mean of 2" in cell.words
 
 
+def test_nested_lists_of_a_unet_share_a_map() -> None:
+    blocks = ("down_blocks.0.resnets.1", "down_blocks.1.resnets.0", "down_blocks.10.resnets.0", "mid_block.resnets.0")
+    tables = towers([record.Line(name=f"{block}.conv1", block=block, error=0.1) for block in reversed(blocks)])
+    assert {name: {index for _, index in table} for name, table in tables.items()} == {
+        "down_blocks.resnets": {"0.1", "1.0", "10.0"}, "mid_block.resnets": {"0"},
+    }  # fmt: skip
+    drawn = re.findall(r">(\d+\.\d)<", error_map(tables["down_blocks.resnets"]))
+    assert drawn[:3] == ["0.1", "1.0", "10.0"], "in the order of their numbers"
+
+
 def test_several_towers_have_their_own_maps() -> None:
     lines = [record.Line(name=f"{tower}.0.fc", block=f"{tower}.0", error=0.1) for tower in ("model.visual.blocks", "model.layers")]
     assert list(towers(lines)) == ["model.visual.blocks", "model.layers"]
