@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import aerogel
 from aerogel.errors import AerogelError
+from aerogel.methods.diffusion import brecq
 from aerogel.methods.diffusion.brecq import Brecq, reconstruction_error
 from aerogel.methods.diffusion.tiar import Tiar
 from aerogel.model.calls import Call
@@ -19,6 +20,7 @@ from aerogel.model.convs import QuantConv2d, matrix
 from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
 from aerogel.model.samples import Samples
+from aerogel.model.seams import Split
 from tests.methods.diffusion.test_fsc import calls
 from tests.tiny import FAMILIES, opened, output
 
@@ -63,6 +65,52 @@ def test_every_layer_is_reached_and_integers_are_neighbours() -> None:
         distance = (twin.dequantized(torch.float32) - matrix(layer)).abs() / twin.grid().scale
         assert distance.quantile(0.95) < 1, "the floor or one more, save for what the range cuts off"
     assert not network.module.training
+
+
+def test_dropout_is_off_whatever_mode_a_network_comes_in() -> None:
+    """The released code reconstructs in train mode, where every forward drops something else."""
+    results = []
+    for seed, training in ((0, False), (1, True)):
+        module = FAMILIES["unet"].build()
+        for part in module.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.5
+        seen: list[bool] = []
+        module.conv_in.register_forward_hook(lambda layer, *_, seen=seen: seen.append(layer.training))
+        torch.manual_seed(seed)
+        network = compressed(module.train(training), {"brecq": {"scheme": W4, "steps": 5, "batch": 4}})
+        assert not any(seen)
+        results.append(network.module.state_dict())
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+def test_a_channel_of_zeros_is_stored_as_zeros() -> None:
+    """Zero-initialised convolutions have them, and a range of nothing must still be a range."""
+    module = FAMILIES["unet"].build()
+    module.conv_out.weight.data[0] = 0
+    network = compressed(module, {"brecq": {"scheme": W4, "steps": 5, "batch": 4}}, {"ranges": {"steps": 0}})
+    twin = network.module.get_submodule("conv_out")
+    assert isinstance(twin, QuantConv2d)
+    assert bool((twin.dequantized(torch.float32)[0] == 0).all())
+    assert all(bool(output(network.module, call).isfinite().all()) for call in calls())
+
+
+def test_both_parts_of_a_split_layer_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The released loss of Q-Diffusion forgets the regulariser of the second part."""
+    fit = {"scheme": W4, "steps": 3, "batch": 4, "warmup": 0.0}
+    drawn: dict[int, Tensor] = {}
+    real = brecq.undecided
+
+    def spy(alpha: Tensor, beta: float) -> Tensor:
+        drawn[id(alpha)] = alpha
+        return real(alpha, beta)
+
+    monkeypatch.setattr(brecq, "undecided", spy)
+    network = compressed(FAMILIES["unet"].build(), {"split": {}}, {"brecq": fit})
+    apart = [part for part in network.module.modules() if isinstance(part, Split)]
+    assert apart
+    assert all(isinstance(part, QuantLinear) for layer in apart for part in layer.children())
+    assert len(drawn) == sum(isinstance(part, QuantLinear) for part in network.module.modules()), "a term for every layer and part"
 
 
 def test_what_is_quantized_already_is_not_touched() -> None:
