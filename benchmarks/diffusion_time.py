@@ -1,0 +1,117 @@
+"""How long the recipes for denoisers take at equal optimiser steps, and on what; writes benchmarks/results/diffusion_time.json.
+
+python benchmarks/diffusion_time.py --steps 60
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import diffusion_quality
+import torch
+from results import write
+
+import aerogel
+from aerogel.data.denoising import Denoising, record
+from aerogel.methods.diffusion import brecq, ranges, tiar
+from aerogel.model.calls import Call
+
+PUBLISHED = {"brecq": 20000, "ranges": 5000, "tiar": 5000}
+RECIPES = ("qdiffusion-w4a8", "tfmq-w4a8")
+FITS = {"brecq": brecq, "ranges": ranges, "tiar": tiar}
+
+
+@contextmanager
+def watched(seconds: Counter[str]) -> Iterator[None]:
+    """Add up what the methods spend in their fits."""
+    before: dict[str, Callable[..., Any]] = {name: vars(module)["fit"] for name, module in FITS.items()}
+
+    def timed(name: str, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return before[name](*args, **kwargs)
+        finally:
+            seconds[name] += time.perf_counter() - start  # type: ignore[assignment]
+
+    def put(module: ModuleType, fit: Callable[..., Any]) -> None:
+        vars(module)["fit"] = fit
+
+    for name, module in FITS.items():
+        put(module, lambda *args, name=name, **kwargs: timed(name, *args, **kwargs))
+    try:
+        yield
+    finally:
+        for name, module in FITS.items():
+            put(module, before[name])
+
+
+def run(recipe: str, module: torch.nn.Module, calls: list[Call], share: float) -> Counter[str]:
+    """Seconds by what they were spent on."""
+    used = {step.name for step in aerogel.Recipe.parse(recipe).steps}
+    overrides = [f"{name}.steps={round(steps * share)}" for name, steps in PUBLISHED.items() if name in used]
+    seconds: Counter[str] = Counter()
+    start = time.perf_counter()
+    with watched(seconds):
+        aerogel.compress(copy.deepcopy(module), recipe, overrides=overrides, samples=calls, measures=())
+    seconds["rest"] = time.perf_counter() - start - sum(seconds.values())  # type: ignore[assignment]
+    return seconds
+
+
+def main() -> None:
+    """Measure in turns and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60, help="Optimiser steps a block for weights; a quarter for ranges and the path.")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    pipeline = diffusion_quality.pipeline_of("unet")
+    wanted = Denoising(diffusion_quality.SHOWN, diffusion_quality.STEPS, diffusion_quality.GUIDANCE, diffusion_quality.CLASSES, 10)
+    calls = record(pipeline, pipeline.unet, wanted)
+    share = given.steps / PUBLISHED["brecq"]
+    taken: dict[str, list[Counter[str]]] = {recipe: [] for recipe in RECIPES}
+    for _ in range(given.rounds):
+        for recipe in RECIPES:
+            taken[recipe].append(run(recipe, pipeline.unet, calls, share))
+            print(recipe, dict(taken[recipe][-1]), flush=True)
+    rows = []
+    for recipe in RECIPES:
+        parts = {name: statistics.median(seconds[name] for seconds in taken[recipe]) for name in (*FITS, "rest")}
+        full = [sum(seconds[name] for name in FITS) / share + seconds["rest"] for seconds in taken[recipe]]
+        first = [sum(seconds[name] for name in FITS) / share + seconds["rest"] for seconds in taken[RECIPES[0]]]
+        rows.append(
+            [recipe, *parts.values(), sum(parts.values()), statistics.median(full) / 3600,
+             statistics.median(a / b for a, b in zip(full, first, strict=True))]
+        )  # fmt: skip
+    columns = [
+        "recipe",
+        "s in brecq's fits",
+        "in ranges'",
+        "in tiar's",
+        "rest",
+        "whole",
+        "hours at the published steps",
+        "times qdiffusion",
+    ]
+    settings = {
+        "network": "fashion-unet", "calibration": f"{diffusion_quality.SHOWN} pictures, {diffusion_quality.STEPS} steps",
+        "optimiser steps a block": given.steps, "batch": 32, "rounds": given.rounds, "threads": given.threads,
+    }  # fmt: skip
+    notes = [
+        "Equal steps: 20,000 a block for weights; 5,000 for learned ranges, or for the temporal path; here the same share of each.",
+        "Hours are what these fits would take at all steps, with the rest as it is. Recipes take turns.",
+        "Target: at most half of qdiffusion's. The published claim is 2.0x, without the networks' coverage.",
+    ]
+    print(write("diffusion_time", "Quantizing a denoiser: where the time goes", settings, columns, rows, notes).read_text())
+
+
+if __name__ == "__main__":
+    main()
