@@ -72,7 +72,8 @@ ROWS: dict[str, dict[tuple[str, str], Any]] = {
         ("W8A8", "rtn, a scale a token"): {"steps": [{"rtn": {"scheme": "W8A8"}}]},
         ("W4A32", "brecq"): {"steps": [{"brecq": {"scheme": weights(4)}}]},
         ("W4A8", "rtn, one range"): nearest(4, ONE_RANGE),
-        ("W4A8", "qdiffusion (one range, learned)"): ("qdiffusion-w4a8", []),
+        ("W4A8", "rtn, a scale a token"): {"steps": [{"rtn": {"scheme": "W4A8"}}]},
+        ("W4A8", "brecq, one range, learned"): {"steps": [{"brecq": {"scheme": weights(4)}}, {"operands": {}}, {"ranges": {}}]},
         ("W4A8", "brecq, a scale a token"): "brecq-w4a8-token",
     },
 }

@@ -238,10 +238,26 @@ class Run:
         for block in visits:
             at = Event("compress", number * block.total + block.position, stages * block.total, block.name or "around the blocks")
             self.tell(at)
+            block.step_sizes = self._step_sizes(block.name)
             with _seeded(self.seed, number, block.position):
                 for place, step in enumerate(steps):
                     with watched(partial(self._inside, at, place, len(steps))):
                         _compress(block, step)
+
+    def _step_sizes(self, block: str) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for measured in self.policies:
+            assert isinstance(measured.step.method, RuntimePolicy)
+            found |= dict.fromkeys(measured.step.method.step_sizes(measured.state, block), measured.state)
+        return found
+
+    def _restore(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Take over what an earlier process wrote down about blocks that it finished, step sizes that it learned included."""
+        for line in lines:
+            self.journal.append(line)
+            for measured in self.policies if "step_size" in line else ():
+                if line["name"] in measured.state:
+                    measured.state[line["name"]] = torch.full_like(measured.state[line["name"]], line["step_size"])
 
     def _inside(self, at: Event, place: int, places: int, share: float) -> None:
         """Tell how far the step in hand has come with the part in hand."""
@@ -258,7 +274,7 @@ class Run:
             around=reaches_around(self.network, steps),
         )
         if stage:
-            self.journal += stage.restore(walk.order[: walk.position])
+            self._restore(stage.restore(walk.order[: walk.position]))
         if any("teacher" in step.method.needs for step in steps):
             assert self.network.teacher is not None, "go() makes one"
             return taught(walk, self.network.teacher, self.calibration.calls, stage.folder / "teacher" if stage else None)
@@ -269,7 +285,7 @@ class Run:
         finish = self._finish(stage)
         done = stage.committed() if stage else set()
         if stage:
-            self.journal += stage.restore(name for name in self.network.blocks() if name in done)
+            self._restore(stage.restore(name for name in self.network.blocks() if name in done))
         for block in blocks_of(self.network):
             if block.name in done:
                 continue
@@ -350,7 +366,7 @@ def _compress(block: Block, step: Step) -> None:
 
 def _scheme_of(block: Block, name: str) -> dict[str, str]:
     """What a part of the block is stored in now, if in codes."""
-    part = block.module.get_submodule(name.removeprefix(f"{block.name}."))
+    part = dict(block.module.named_modules()).get(name.removeprefix(f"{block.name}."))  # operands have names, but are no modules
     part = part.inner if isinstance(part, ScaledInput) else part
     return {"scheme": str(part.scheme)} if isinstance(part, QuantLinear) else {}
 

@@ -65,6 +65,10 @@ class RuntimePolicy(ABC):
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Measure what the policy needs: small tensors and numbers."""
 
+    def step_sizes(self, state: Mapping[str, Any], block: str) -> tuple[str, ...]:
+        """The step sizes in the state that act inside a block, by key: block methods may learn them; none unless a policy says so."""
+        return ()
+
     @abstractmethod
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[None]:
         """Put the policy on; after the context the network is bit for bit what it was."""

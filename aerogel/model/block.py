@@ -52,6 +52,8 @@ class Block:
     """What methods wrote down for the report."""
     targets: list[Any] | None = None
     """What the float network's block gives for the same calls, on inputs of its own; None where no method asked for a teacher."""
+    step_sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The step sizes inside this block of policies that are on, by full name, with the state that holds each under that name."""
     outputs: list[Any] | None = None
     """What the block as it is now gives for its calls, one by one, where a method came to know it; None when it has to be run."""
 

@@ -290,7 +290,7 @@ def _kept(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def _fallback_note(run: Run, fallen: int) -> str:
-    linears = len({entry.name for entry in run.journal})
+    linears = len({entry.name for entry in run.journal if entry.step_size is None})
     return f"{fallen or 'None'} of {linears:,} linears fell back to a simpler way{' (outlined)' if fallen else ''}."
 
 

@@ -218,6 +218,8 @@ class Line(_Part):
     error: float | None = None
     """Relative squared error of its output."""
     fallback: str | None = None
+    step_size: float | None = None
+    """The learned step size of an operand; a line with one is of no linear."""
 
     @property
     def kind(self) -> str:

@@ -22,6 +22,14 @@ from tests.folders import digests, model_folder, text_file
 
 BLOCKS = 4
 RECIPE = {"name": "tested", "steps": [{"gptq": {"scheme": "W4A16_G32", "overrides": {"*.down_proj": "W3A16_G32_ASYM"}}}]}
+LEARNED = {
+    "name": "tested",
+    "steps": [
+        {"rtn": {"scheme": "W8A16_CHANNEL"}},
+        {"operands": {"bits": 3}},
+        {"ranges": {"steps": 4, "batch": 2, "rate": 0.05, "start": "minmax"}},
+    ],
+}
 TWO_STAGES = {"name": "tested", "steps": [{"rotate": {}}, {"gptq": {"scheme": "W4A16_G32"}}]}
 
 
@@ -98,6 +106,15 @@ def test_steps_on_the_whole_network_are_done_again(
     killed(source, output, TWO_STAGES, Doom("block", done))
     run(source, output, TWO_STAGES, resume=True)
     assert outcome(output) == unbroken(TWO_STAGES)
+
+
+def test_step_sizes_that_were_learned_are_not_lost(source: Path, tmp_path: Path, unbroken: Callable[[Any], dict[str, str]]) -> None:
+    output = tmp_path / "out"
+    killed(source, output, LEARNED, Doom("block", 2 * BLOCKS + 2))
+    run(source, output, LEARNED, resume=True)
+    assert outcome(output) == unbroken(LEARNED)
+    journal = json.loads((output / "aerogel.json").read_text())["journal"]
+    assert len([line for line in journal if "step_size" in line]) == 4 * BLOCKS
 
 
 @pytest.fixture(scope="module")

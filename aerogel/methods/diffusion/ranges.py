@@ -1,6 +1,7 @@
 """Static ranges of inputs: found from a few samples, averaged over batches, then learned as step sizes (LSQ, arXiv:1902.08153).
 
-The activation side of Q-Diffusion (arXiv:2302.04304): zero points stay, step sizes are learned block by block against the float network.
+The activation side of Q-Diffusion (arXiv:2302.04304): zero points stay, step sizes are learned block by block against the float network,
+together with those of attention operands in the block where `operands` stands before.
 """
 
 from __future__ import annotations
@@ -99,11 +100,14 @@ class Ranges(BlockMethod):
         samples = block.samples()
         # Logarithms: a step stays positive, and one learning rate suits all sizes.
         logs = {name: nn.Parameter(grid.scale.log()) for name, grid in grids.items()}
+        others = {key: nn.Parameter(state[key].float().log()) for key, state in block.step_sizes.items()}
 
         def now(name: str) -> Grid:
             return grids[name]._replace(scale=logs[name].exp())
 
         def loss(chosen: Sequence[int]) -> Tensor:
+            for key, log in others.items():
+                block.step_sizes[key][key] = log.exp()
             errors = [
                 share * power_error(block.module(*call.args, **call.kwargs), wanted, self.exponent)
                 for call, wanted, share in samples.take(chosen)
@@ -114,7 +118,12 @@ class Ranges(BlockMethod):
         with ExitStack() as stack:
             for name, layer in layers.items():
                 stack.callback(layer.register_forward_pre_hook(partial(_quantized, now, name)).remove)
-            history = fit(list(logs.values()), loss, len(samples), how, torch.Generator().manual_seed(int(torch.randint(2**62, ()))))
+            history = fit(
+                [*logs.values(), *others.values()], loss, len(samples), how, torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+            )
+        for key, log in others.items():
+            block.step_sizes[key][key] = log.detach().exp()
+            block.note(key.removeprefix(f"{block.name}."), step_size=float(block.step_sizes[key][key]))
         before, after = history.checks[0], history.checks[history.best]
         for name in layers:
             block.note(name, range_error=after, range_error_before=before)

@@ -22,7 +22,7 @@ from aerogel.model.calls import Call
 from aerogel.model.match import matches
 from aerogel.model.modules import held
 from aerogel.model.network import Network
-from aerogel.numerics.attention import attention
+from aerogel.numerics.attention import OPERANDS, attention
 from aerogel.numerics.formats import format_named
 from aerogel.numerics.observers import Searched
 from aerogel.numerics.quantize import Grid, fake_quantize
@@ -79,6 +79,11 @@ class Operands(RuntimePolicy):
             state |= {f"{name}.{operand}": grid.scale, f"{name}.{operand}_zero_point": grid.zero}
         return state
 
+    def step_sizes(self, state: Mapping[str, Any], block: str) -> tuple[str, ...]:
+        """Those of the attentions in the block."""
+        inside = [name for name in state["attentions"] if name == block or name.startswith(f"{block}.")]
+        return tuple(f"{name}.{operand}" for name in inside for operand in OPERANDS)
+
     @contextmanager
     def on(self, network: Network, state: dict[str, Any]) -> Iterator[None]:
         """Round operands while attentions run, with straight-through gradients."""
@@ -100,6 +105,6 @@ class Operands(RuntimePolicy):
 
 
 def rounded(x: Tensor, step: Tensor, most: int) -> Tensor:
-    """Return x on the grid 0, step, ..., most * step; the gradient passes through inside of it."""
-    clamped = x.clamp(max=step * most)
-    return clamped + (torch.round(clamped / step) * step - clamped).detach()
+    """Return x on the grid 0, step, ..., most * step; gradients are straight-through for x and those of LSQ for the step."""
+    steps = (x / step).clamp(max=most)
+    return (torch.round(steps).detach() + (steps - steps.detach())) * step

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import aerogel
+from aerogel.engine import policies
 from aerogel.errors import AerogelError
 from aerogel.kernels import conv2d
 from aerogel.methods.diffusion.ranges import INPUTS, power_error
 from aerogel.model.convs import QuantConv2d
 from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
+from aerogel.numerics.attention import OPERANDS
 from aerogel.numerics.quantize import grid_from_range
 from tests.methods.diffusion.test_fsc import calls
 from tests.tiny import FAMILIES, opened, output
@@ -77,6 +79,30 @@ def test_learned_step_sizes_are_better() -> None:
     first = image_error(compressed(narrow | {"steps": 0}))
     learned = image_error(compressed(narrow | {"steps": 150, "rate": 0.02}))
     assert learned < first
+
+
+def test_step_sizes_of_operands_are_learned_with_them() -> None:
+    tiny = FAMILIES["dit"]
+    plain = opened("dit")
+
+    def made(steps: int) -> tuple[float, dict[str, Any]]:
+        recipe = {
+            "steps": [
+                {"rtn": {"scheme": "W8A16_CHANNEL"}},
+                {"operands": {"bits": 3, "probability_bits": 3}},
+                {"ranges": {"start": "average", "steps": steps, "rate": 0.02, "batch": 8}},
+            ]
+        }
+        result = aerogel.compress(tiny.build(), recipe, samples=tiny.calls(3), measures=())
+        with policies.on(result.network, result.policies):
+            error = sum(float((output(result.network.module, call) - output(plain.module, call)).square().mean()) for call in tiny.calls(3))
+        return error, result.policies[0].state
+
+    (first, before), (learned, after) = made(0), made(150)
+    assert learned < first
+    moved = [key for key in before if isinstance(before[key], torch.Tensor) and not torch.equal(before[key], after[key])]
+    assert moved == [key for key in before if key.rpartition(".")[2] in OPERANDS], "all step sizes, no zero point"
+    assert not any(after[key].requires_grad for key in moved)
 
 
 def test_integers_are_really_multiplied() -> None:

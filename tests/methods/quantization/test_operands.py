@@ -98,6 +98,14 @@ def test_gradients_pass_through() -> None:
     assert x.grad.tolist() == [1.0, 1.0, 0.0]
 
 
+def test_the_gradient_of_a_step_size_is_that_of_lsq() -> None:
+    """Rounding error inside of the grid, its largest code outside (arXiv:1902.08153, equation 3)."""
+    x, step = torch.tensor([0.1, 0.52, 3.0]), torch.tensor(0.25, requires_grad=True)
+    for value, wanted in zip(x, (0 - 0.4, 2 - 2.08, 4.0), strict=True):
+        (gradient,) = torch.autograd.grad(rounded(value, step, 4), step)
+        assert float(gradient) == pytest.approx(wanted, abs=1e-5)
+
+
 def test_a_folder_keeps_them(tmp_path: Path) -> None:
     tiny = FAMILIES["pixart"]
     calls = tiny.calls(2)
