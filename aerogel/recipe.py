@@ -151,6 +151,15 @@ def parse_override(override: str, expected: str) -> tuple[str, str, Any]:
         raise AerogelError(f"override {override!r}: the value is not YAML: {_one_line(error)}") from error
 
 
+def knobs_of(overrides: Iterable[str], expected: str) -> dict[str, dict[str, Any]]:
+    """Return {name: {knob: value}} of many `name.knob=value`; raises AerogelError like parse_override."""
+    knobs: dict[str, dict[str, Any]] = {}
+    for override in overrides:
+        name, knob, value = parse_override(override, expected)
+        knobs.setdefault(name, {})[knob] = value
+    return knobs
+
+
 def _nearest_step(document: _Document, name: str) -> str:
     return catalog.nearest(name, {key for step in document.steps for key in step})
 

@@ -196,15 +196,15 @@ def export(
     folder: Annotated[Path, typer.Argument(help="A folder that `aerogel compress` wrote.", show_default=False)],
     format: Annotated[str, typer.Option("--format", "-f", help="Name of an exporter; `aerogel list exporters` lists them.")],  # noqa: A002
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist or be empty.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FORMAT.KNOB=VALUE", help="Set a knob of the exporter; may be repeated.")
+    ] = None,
 ) -> None:
     """Rewrite a compressed folder for another engine, without calibrating again."""
     _start()
-    from aerogel import catalog
-    from aerogel.model import save
+    from aerogel.engine import exporting
 
-    exporter = catalog.find("exporters", format)()
-    save.preflight(output, origin=folder)
-    exporter.write(folder, output)
+    exporting.export(folder, format, output, overrides or ())
     typer.echo(output)
 
 

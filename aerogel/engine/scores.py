@@ -18,7 +18,7 @@ from aerogel.evaluate.speed import Speed
 from aerogel.evaluate.timing import Timed
 from aerogel.model.load import load
 from aerogel.model.network import Network
-from aerogel.recipe import build, parse_override
+from aerogel.recipe import build, knobs_of
 
 Scores = dict[str, dict[str, Any]]
 
@@ -39,7 +39,7 @@ def measure(
     By default every measure that fits the network and need not be asked for, with `speed` a short measurement of speed too;
     `overrides` are `measure.knob=value`, for measures that are taken by name. Raises AerogelError for an unknown measure or knob.
     """
-    knobs = _knobs(overrides)
+    knobs = knobs_of(overrides, "measure.knob=value, for example realism.count=512")
     chosen = _named(measures if measures is not None else [*_usual(network), *(_timed(network) if speed else ())], knobs)
     takes = [take for name, found in chosen for take in _takes(name, found, network, against, must=measures is not None)]
     scores: dict[str, Scores] = {"original": {}, "compressed": {}} if against is not None else {"compressed": {}}
@@ -137,11 +137,3 @@ def _named(measures: Sequence[str | Measure], knobs: Mapping[str, Mapping[str, A
 def _made(name: str, knobs: Mapping[str, Any]) -> Measure:
     found: type[Measure] = catalog.find("measures", name)
     return build(found, knobs, f"measure {name!r}")
-
-
-def _knobs(overrides: Iterable[str]) -> dict[str, dict[str, Any]]:
-    knobs: dict[str, dict[str, Any]] = {}
-    for override in overrides:
-        name, knob, value = parse_override(override, "measure.knob=value, for example realism.count=512")
-        knobs.setdefault(name, {})[knob] = value
-    return knobs

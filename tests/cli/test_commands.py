@@ -126,6 +126,21 @@ def test_bench_times_both_and_adds_to_the_record(desk: Path, compressed: Any) ->
     assert "Decode, tokens per second" in run("bench", desk / "out", "--prompt", 8, "--new-tokens", 3)
 
 
+def test_knobs_of_exporters_can_be_set(desk: Path, compressed: Any, tmp_path: Path) -> None:
+    run("export", desk / "out", "-f", "gptq", "-o", tmp_path / "gptq", "--set", "gptq.max_shard_size=20000")
+    assert len(list((tmp_path / "gptq").glob("*.safetensors"))) > 1
+    for setting, message in {
+        "gptq.max_shard": "exporter 'gptq': unknown knob 'max_shard'; did you mean max_shard_size",
+        "gguf.requantize": "a knob of 'gguf' is set, but the folder is exported by 'gptq'",
+    }.items():
+        refused = CliRunner().invoke(
+            cli.app, ["export", str(desk / "out"), "-f", "gptq", "-o", str(tmp_path / "no"), "--set", f"{setting}=1"]
+        )
+        assert refused.exit_code == 2
+        assert message in refused.stderr
+    assert not (tmp_path / "no").exists()
+
+
 def test_bench_of_pictures(tmp_path: Path) -> None:
     unconditional().save_pretrained(tmp_path / "pipeline")
     metrics = as_json("bench", tmp_path / "pipeline", "--steps", 2, "--rounds", 1, "--batch", 2)
