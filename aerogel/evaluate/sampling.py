@@ -13,7 +13,7 @@ from aerogel.data import denoising
 from aerogel.data.denoising import Denoising
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import pipeline_of
-from aerogel.evaluate.timing import Timed, growth_of, limited, take_turns, weights_of
+from aerogel.evaluate.timing import Facts, Timed, growth_of, take_turns, weights_of
 from aerogel.model.network import Network
 
 
@@ -40,7 +40,7 @@ class Sampling(Timed):
     threads: int | None = None
     """Threads that torch may use; all it has when None."""
 
-    def compare(self, networks: dict[str, Network]) -> dict[str, dict[str, Any]]:
+    def compare(self, networks: dict[str, Network]) -> Facts:
         """Return for each name pictures a minute, milliseconds of a denoiser's run, peak memory and the settings.
 
         `speedup` and `denoiser_speedup` are over the first network. Peak memory is the weights of the denoiser and what the process grew
@@ -48,13 +48,7 @@ class Sampling(Timed):
         """
         if min(self.batch, self.steps, self.rounds) < 1:
             raise AerogelError(f"batch {self.batch}, steps {self.steps}, rounds {self.rounds}: each is at least 1")
-        with limited(self.threads):
-            runners = {name: _Runner(network, self) for name, network in networks.items()}
-            for runner in runners.values():
-                runner.warm()
-            take_turns(runners, self.rounds)
-            first = next(iter(runners.values()))
-            return {name: runner.facts(first) for name, runner in runners.items()}
+        return take_turns(lambda _, network: _Runner(network, self), networks, self.rounds, self.threads)
 
 
 class _Runner:

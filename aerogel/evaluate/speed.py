@@ -10,7 +10,7 @@ import torch
 
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import positions
-from aerogel.evaluate.timing import Timed, growth_of, limited, take_turns, weights_of
+from aerogel.evaluate.timing import Facts, Timed, growth_of, take_turns, weights_of
 from aerogel.model.generate import Generation, Generator
 from aerogel.model.network import Network
 
@@ -36,7 +36,7 @@ class Speed(Timed):
     threads: int | None = None
     """Threads that torch may use; all it has when None."""
 
-    def compare(self, networks: dict[str, Network]) -> dict[str, dict[str, Any]]:
+    def compare(self, networks: dict[str, Network]) -> Facts:
         """Return for each name tokens per second, median latencies (in the unit of their name), peak memory and the settings.
 
         `prefill_speedup` and `decode_speedup` are over the first network. Peak memory is the network's weights and what the process grew by
@@ -47,13 +47,7 @@ class Speed(Timed):
                 f"batch {self.batch}, prompt {self.prompt}, rounds {self.rounds}, new_tokens {self.new_tokens}: "
                 "at least 1, 1, 1 and 2 are expected"
             )
-        with limited(self.threads):
-            runners = {name: _Runner(name, network, self) for name, network in networks.items()}
-            for runner in runners.values():
-                runner.warm()
-            take_turns(runners, self.rounds)
-            first = next(iter(runners.values()))
-            return {name: runner.facts(first) for name, runner in runners.items()}
+        return take_turns(lambda name, network: _Runner(name, network, self), networks, self.rounds, self.threads)
 
 
 class _Runner:

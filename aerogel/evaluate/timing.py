@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from aerogel.model.network import Network
 
 _STATUS = Path("/proc/self/status")
 _PAGE = 4096
+Facts = dict[str, dict[str, Any]]
+"""What was found, by network."""
 
 
 @dataclass(frozen=True)
@@ -36,22 +38,34 @@ class Timed(Measure):
         return self.compare(sides)["network"]
 
     @abstractmethod
-    def compare(self, networks: dict[str, Network]) -> dict[str, dict[str, Any]]:
+    def compare(self, networks: dict[str, Network]) -> Facts:
         """Return the facts of each network by name, speed-ups over the first; raises AerogelError for what cannot be timed."""
 
 
 class Runner(Protocol):
     """One network's turns."""
 
+    def warm(self) -> None:
+        """The turn that does not count: kernels are chosen and weights packed, memory grows to its peak."""
+
     def turn(self) -> None:
         """One turn that counts."""
 
+    def facts(self, first: Any) -> dict[str, Any]:
+        """What the turns amount to, with speed-ups over the first runner."""
 
-def take_turns(runners: Mapping[str, Runner], rounds: int) -> None:
-    """Let each runner have its turn, round after round."""
-    for _ in range(rounds):
+
+def take_turns(make: Callable[[str, Network], Runner], networks: Mapping[str, Network], rounds: int, threads: int | None) -> Facts:
+    """Let each network have its turn, round after round, and return the facts of each by name."""
+    with limited(threads):
+        runners = {name: make(name, network) for name, network in networks.items()}
         for runner in runners.values():
-            runner.turn()
+            runner.warm()
+        for _ in range(rounds):
+            for runner in runners.values():
+                runner.turn()
+        first = next(iter(runners.values()))
+        return {name: runner.facts(first) for name, runner in runners.items()}
 
 
 def weights_of(network: Network) -> list[Tensor]:
