@@ -29,12 +29,8 @@ def build() -> DiTTransformer2DModel:
         block.norm1.linear.bias.data.zero_()
         # Every block of diffusers' DiT drops labels by dice of its own; no block would ever see the others without one, as guidance needs.
         block.norm1.emb.class_embedder.dropout_prob = 0.0
-        # Small, as in the paper's code. Rows as long as torch draws them (11) share nothing: that of "no class" then learns from a tenth
-        # of the images alone, and guidance, which subtracts what it says, adds its mistakes to every picture.
-        table = block.norm1.emb.class_embedder.embedding_table.weight.data.normal_(std=0.02)
+        table = block.norm1.emb.class_embedder.embedding_table.weight.data
         table[len(fashion.CLASSES) : 1000] = 0
-        for part in (block.norm1.emb.timestep_embedder.linear_1, block.norm1.emb.timestep_embedder.linear_2):
-            part.weight.data.normal_(std=0.02)
     for layer in (made.proj_out_1, made.proj_out_2):
         layer.weight.data.zero_()
         layer.bias.data.zero_()
