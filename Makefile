@@ -46,7 +46,6 @@ bench: $(READY)
 	$(BIN)/python benchmarks/diffusion_speed.py
 	$(BIN)/python benchmarks/diffusion_time.py
 	$(BIN)/python benchmarks/diffusion_quality.py unet
-	$(BIN)/python benchmarks/diffusion_quality.py dit
 	$(BIN)/python benchmarks/results.py
 
 docs: $(READY)

@@ -24,11 +24,11 @@ import aerogel
 from aerogel.data.denoising import Denoising, Made, pictures, record
 from aerogel.engine import policies
 from aerogel.engine.result import Result
-from aerogel.evaluate import features
+from aerogel.evaluate import features, realism
 from aerogel.evaluate.reference import Reference
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.numerics.images import frechet, moments, ssim
+from aerogel.numerics.images import ssim
 
 ZOO = Path(__file__).parents[1] / "zoo"
 CLASSES = ("top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -81,6 +81,8 @@ ROWS: dict[str, dict[tuple[str, str], Any]] = {
 
 def pipeline_of(name: str) -> Any:
     """The zoo's pipeline in float32."""
+    if not (ZOO / f"fashion-{name}").exists():
+        raise SystemExit(f"zoo/fashion-{name} is not there; train it: python zoo/fashion_{name}.py")
     opened = diffusers.DiffusionPipeline.from_pretrained(ZOO / f"fashion-{name}", dtype=torch.float32)
     opened.set_progress_bar_config(disable=True)
     return opened
@@ -130,11 +132,8 @@ def figures(made: Made, original: Made) -> dict[str, float]:
     for name, folder in JUDGES.items():
         judge, real = features.load(folder, torch.device("cpu")), Reference.load(ZOO / f"reference/{name}.safetensors")
         real.check(judge)
-        sights = [judge.look(some_NCHW) for some_NCHW in made.images_NCHW.split(50)]
-        found[f"frechet[{name}]"] = frechet(real.features, moments(torch.cat([sight.features_ND for sight in sights])))
-        if asked := features.asked_classes(judge, list(made.subjects)):
-            seen = torch.cat([sight.logits_NK for sight in sights]).argmax(1)
-            found[f"accuracy[{name}]"] = float((seen == torch.tensor(asked)).double().mean())
+        sights = [judge.look(some_NCHW)._replace(maps=()) for some_NCHW in made.images_NCHW.split(50)]
+        found |= {f"{figure}[{name}]": value for figure, value in realism.figures(real, judge, sights, list(made.subjects)).items()}
     return found
 
 

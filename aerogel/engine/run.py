@@ -360,13 +360,15 @@ def _compress(block: Block, step: Step) -> None:
     with torch.set_grad_enabled("gradients" in step.method.needs):
         step.method.compress(block)
     block.notes[before:] = [
-        {"block": block.name, "method": step.name, **_scheme_of(block, note["name"]), **note} for note in block.notes[before:]
+        # Operands, whose notes tell a step size, have names but are no modules.
+        {"block": block.name, "method": step.name, **({} if "step_size" in note else _scheme_of(block, note["name"])), **note}
+        for note in block.notes[before:]
     ]
 
 
 def _scheme_of(block: Block, name: str) -> dict[str, str]:
     """What a part of the block is stored in now, if in codes."""
-    part = dict(block.module.named_modules()).get(name.removeprefix(f"{block.name}."))  # operands have names, but are no modules
+    part = block.module.get_submodule(name.removeprefix(f"{block.name}."))
     part = part.inner if isinstance(part, ScaledInput) else part
     return {"scheme": str(part.scheme)} if isinstance(part, QuantLinear) else {}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -97,10 +96,7 @@ def _timing(knobs: Mapping[str, Any], network: Network) -> list[Measure]:
     found = next((cls for cls in (Speed, Sampling) if modality in cls.modalities), None)
     if found is None:
         raise AerogelError(f"there is no benchmark for {modality} networks yet; text and image networks can be timed")
-    known = [field.name for field in fields(found)]
-    if unknown := [name for name in knobs if name not in known]:
-        raise AerogelError(f"{unknown[0]!r} means nothing to a benchmark of {modality} networks; it knows {', '.join(known)}")
-    return [found(**knobs)]
+    return [build(found, knobs, f"a benchmark of {modality} networks")]
 
 
 class _Take(NamedTuple):

@@ -45,17 +45,18 @@ class Realism(ImageMeasure):
             # Maps of all pictures together would not fit into memory.
             sights.append(judge.look(made.images_NCHW)._replace(maps=()))
             subjects += made.subjects
-        figures = _figures(real, judge, sights, subjects)
+        found = figures(real, judge, sights, subjects)
         about = {"reference": real.about, "real_images": real.images}
-        return {**{f"{name}[{judge.name}]": value for name, value in figures.items()}, **self.conditions, **about}
+        return {**{f"{name}[{judge.name}]": value for name, value in found.items()}, **self.conditions, **about}
 
 
-def _figures(real: Reference, judge: FeatureNetwork, sights: list[Sight], subjects: list[str]) -> dict[str, float]:
+def figures(real: Reference, judge: FeatureNetwork, sights: list[Sight], subjects: list[str]) -> dict[str, float]:
+    """Return the figures of pictures that a judge has looked at; accuracy only where the subjects name classes."""
     features_ND = torch.cat([sight.features_ND for sight in sights])
     spatial_NS = torch.cat([sight.spatial_NS for sight in sights])
     logits_NK = torch.cat([sight.logits_NK for sight in sights])
     among = precision_recall(real.features_MD, features_ND)
-    figures = {
+    found = {
         "frechet": frechet(real.features, moments(features_ND)),
         "spatial_frechet": frechet(real.spatial, moments(spatial_NS)),
         "inception_score": inception_score(logits_NK),
@@ -63,5 +64,5 @@ def _figures(real: Reference, judge: FeatureNetwork, sights: list[Sight], subjec
         "recall": among.recall,
     }
     if asked := features.asked_classes(judge, subjects):
-        figures["accuracy"] = float((logits_NK.argmax(1) == torch.tensor(asked)).double().mean())
-    return figures
+        found["accuracy"] = float((logits_NK.argmax(1) == torch.tensor(asked)).double().mean())
+    return found

@@ -88,8 +88,6 @@ class Sampling(_Part):
 
     pictures_per_minute: float | None = None
     denoiser_milliseconds: float | None = None
-    speedup: float | None = None
-    denoiser_speedup: float | None = None
     peak_memory_bytes: int | None = None
     batch: int | None = None
     steps: int | None = None

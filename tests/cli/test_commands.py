@@ -147,7 +147,7 @@ def test_bench_of_pictures(tmp_path: Path) -> None:
     assert metrics["compressed"]["sampling"]["pictures_per_minute"] > 0
     refused = CliRunner().invoke(cli.app, ["bench", str(tmp_path / "pipeline"), "--prompt", "8"])
     assert refused.exit_code == 2
-    assert "'prompt' means nothing to a benchmark of image networks; it knows batch, steps" in refused.stderr
+    assert "a benchmark of image networks: unknown knob 'prompt'" in refused.stderr
 
 
 def test_export_rewrites_for_another_engine(desk: Path, compressed: Any, tmp_path: Path) -> None:
