@@ -112,8 +112,7 @@ def main() -> None:
     }  # fmt: skip
     notes = [
         "Equal steps: 20,000 a block for weights; 5,000 for learned ranges, or for the temporal path; here the same share of each.",
-        "Hours are what the optimisers would take at all steps, with the rest (passes over all samples, checks of fits) "
-        "as it is. Recipes take turns.",
+        "Hours are what the optimisers would take at all steps, with the rest (passes over all samples, checks of fits) as it is.",
         "Target: at most half of qdiffusion's. The published claim is 2.0x, without the networks' coverage.",
     ]
     print(write("diffusion_time", "Quantizing a denoiser: where the time goes", settings, columns, rows, notes).read_text())
