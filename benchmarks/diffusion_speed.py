@@ -1,6 +1,6 @@
 """One denoising step of large random-weight networks, float and quantized, in turns; writes benchmarks/results/diffusion_speed.json.
 
-python benchmarks/diffusion_speed.py                 # the UNets of Stable Diffusion 1 (860 M) and LDM-4 (400 M), and DiT-XL/2 (750 M)
+python benchmarks/diffusion_speed.py                 # UNets of Stable Diffusion 1 (860 M), XL (2.6 G) and LDM-4 (400 M); DiT-XL/2 (750 M)
 python benchmarks/diffusion_speed.py --only dit --rounds 3
 """
 
@@ -25,6 +25,7 @@ from aerogel.model.calls import Call
 
 STEP, SEED = 500, 0
 CACHED = "W8A8, temporal path cached"
+ATTENTION = "W8A8, attention too"
 
 
 def unet() -> tuple[nn.Module, dict[str, Tensor]]:
@@ -43,6 +44,19 @@ def ldm() -> tuple[nn.Module, dict[str, Tensor]]:
     return made, {"sample": torch.randn(2, 3, 64, 64), "encoder_hidden_states": torch.randn(2, 1, 512)}
 
 
+def sdxl() -> tuple[nn.Module, dict[str, Any]]:
+    """Stable Diffusion XL's UNet and a call of both guidance branches at 512 x 512."""
+    made = UNet2DConditionModel(
+        sample_size=64, cross_attention_dim=2048, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20),
+        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 2), up_block_types=(*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+    )  # fmt: skip
+    added = {"text_embeds": torch.randn(2, 1280), "time_ids": torch.tensor([[512.0, 512, 0, 0, 512, 512]] * 2)}
+    text = torch.randn(2, 77, 2048)
+    return made, {"sample": torch.randn(2, 4, 64, 64), "encoder_hidden_states": text, "added_cond_kwargs": added}
+
+
 def dit() -> tuple[nn.Module, dict[str, Tensor]]:
     """DiT-XL/2 and a call of both guidance branches of four pictures at 256 x 256."""
     made = DiTTransformer2DModel(
@@ -51,47 +65,67 @@ def dit() -> tuple[nn.Module, dict[str, Tensor]]:
     return made, {"hidden_states": torch.randn(8, 4, 32, 32), "class_labels": torch.tensor([1, 1000] * 4)}
 
 
-NETWORKS = {"unet": unet, "ldm": ldm, "dit": dit}
-A_STEP = {
-    f"W{bits}A8": [{"rtn": {"scheme": f"W{bits}A16_CHANNEL", "targets": ["Linear", "Conv2d"]}}, {"fsc": {"scope": "all"}}]
-    for bits in (8, 4)
-}
+NETWORKS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {"unet": unet, "ldm": ldm, "sdxl": sdxl, "dit": dit}
+ONE_RANGE = {"ranges": {"start": "minmax", "steps": 0}}
+A_STEP = {"fsc": {"scope": "all"}}
+
+
+def static(bits: int, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Weights rounded to nearest and ranges of inputs that are known before."""
+    return [{"rtn": {"scheme": f"W{bits}A16_CHANNEL", "targets": ["Linear", "Conv2d"]}}, inputs]
+
+
 RECIPES: dict[str, dict[str, list[dict[str, Any]]]] = {
-    "unet": A_STEP,
-    "ldm": A_STEP,
-    "dit": {f"W{bits}A8": [{"rtn": {"scheme": f"W{bits}A8"}}] for bits in (8, 4)},
+    "unet": {**{f"W{bits}A8": static(bits, A_STEP) for bits in (8, 4)}, ATTENTION: [{"operands": {}}, *static(8, A_STEP)]},
+    "ldm": {f"W{bits}A8": static(bits, A_STEP) for bits in (8, 4)},
+    "sdxl": {f"W{bits}A8": static(bits, ONE_RANGE) for bits in (8, 4)},  # its time path knows the picture's size: no ranges by step
+    "dit": {
+        **{f"W{bits}A8, a scale a token": [{"rtn": {"scheme": f"W{bits}A8"}}] for bits in (8, 4)},
+        **{f"W{bits}A8": static(bits, ONE_RANGE) for bits in (8, 4)},
+    },
 }
 
+Turns = dict[str, Callable[[], object]]
 
-def variants(name: str) -> tuple[dict[str, Callable[[], object]], int]:
+
+def variants(name: str) -> tuple[Turns, int]:
     """What takes turns, and the parameters of the network."""
     torch.manual_seed(SEED)
     base, inputs = NETWORKS[name]()
     base.eval().requires_grad_(False)
-    unets = name != "dit"
     inputs["timestep"] = torch.full((len(next(iter(inputs.values()))),), STEP)
     parameters = sum(parameter.numel() for parameter in base.parameters())
-    turns: dict[str, Callable[[], object]] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        label = str(dtype).removeprefix("torch.")
-        module = base if dtype == torch.float32 else copy.deepcopy(base).to(dtype)
-        turns[label] = forward(module, inputs, dtype)
-        if unets:
-            turns[f"{label}, channels last"] = forward(
-                copy.deepcopy(module).to(memory_format=torch.channels_last), inputs, dtype, last=True
-            )
-        elif dtype == torch.bfloat16:
-            turns[f"{label}, compiled"] = forward(compiled(module), inputs, dtype)
+    half = copy.deepcopy(base).bfloat16()
+    return {**floats(name, base, half, inputs), **quantized(name, half, inputs)}, parameters
+
+
+def floats(name: str, base: nn.Module, half: nn.Module, inputs: dict[str, Any]) -> Turns:
+    """The network in float32 and bfloat16; UNets in both orders of memory too, where there is room, and DiT compiled."""
+    turns = {"float32": forward(base, inputs, torch.float32), "bfloat16": forward(half, inputs, torch.bfloat16)}
+    for module, dtype in ((base, torch.float32), (half, torch.bfloat16)):
+        if name != "dit" and not (name == "sdxl" and module is base):
+            last = copy.deepcopy(module).to(memory_format=torch.channels_last)
+            turns[f"{str(dtype).removeprefix('torch.')}, channels last"] = forward(last, inputs, dtype, last=True)
+    if name == "dit":
+        turns["bfloat16, compiled"] = forward(compiled(half), inputs, torch.bfloat16)
+    return turns
+
+
+def quantized(name: str, half: nn.Module, inputs: dict[str, Any]) -> Turns:
+    """The recipes; the first UNet recipe with its temporal path cached too, and a scale a token compiled."""
+    turns, unets = {}, name != "dit"
+    cached = [{"time_table": {"content": "path"}}] if name in ("unet", "ldm") else []
+    calls = [Call((), cast(inputs, torch.bfloat16))]
     for label, steps in RECIPES[name].items():
-        cached = [{"time_table": {"content": "path"}}] if unets else []
-        calls = [Call((), {key: cast(value, torch.bfloat16) for key, value in inputs.items()})]
-        result = aerogel.compress(copy.deepcopy(base).bfloat16(), {"steps": [*steps, *cached]}, samples=calls, measures=())
+        result = aerogel.compress(copy.deepcopy(half), {"steps": [*steps, *cached]}, samples=calls, measures=())
         turns[label] = forward(result.network.module, inputs, torch.bfloat16, last=unets)
         if cached and label == "W8A8":
             turns[CACHED] = forward(result.network.module, inputs, torch.bfloat16, last=True, on=(result.network, result.policies))
-        if not unets:
+        if label == ATTENTION:
+            turns[label] = forward(result.network.module, inputs, torch.bfloat16, last=True, on=(result.network, result.policies[:1]))
+        if "token" in label:
             turns[f"{label}, compiled"] = forward(compiled(result.network.module), inputs, torch.bfloat16)
-    return turns, parameters
+    return turns
 
 
 def compiled(transformer: nn.Module) -> nn.Module:
@@ -102,16 +136,18 @@ def compiled(transformer: nn.Module) -> nn.Module:
     return made
 
 
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float tensor in another dtype; others as they are."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def cast(given: Any, dtype: torch.dtype) -> Any:
+    """Float tensors, also in dictionaries, in another dtype; the rest as it is."""
+    if isinstance(given, dict):
+        return {key: cast(value, dtype) for key, value in given.items()}
+    return given.to(dtype) if given.is_floating_point() else given
 
 
-def forward(module: nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype, last: bool = False, on: Any = None) -> Callable[[], object]:
+def forward(module: nn.Module, inputs: dict[str, Any], dtype: torch.dtype, last: bool = False, on: Any = None) -> Callable[[], object]:
     """One forward, to be called again and again; with `on`, (network, policies), these are on while it lasts."""
-    given = {key: cast(value, dtype) for key, value in inputs.items()}
+    given = cast(inputs, dtype)
     if last:
-        given = {key: value.to(memory_format=torch.channels_last) if value.ndim == 4 else value for key, value in given.items()}
+        given["sample"] = given["sample"].to(memory_format=torch.channels_last)
 
     def turn() -> float:
         with torch.no_grad(), policies.on(*on) if on else nullcontext():
@@ -158,15 +194,16 @@ def main() -> None:
     settings = {
         "unet": "Stable Diffusion 1's shape, 2 x 4 x 64 x 64 latents and 77 x 768 text",
         "ldm": "LDM-4's, 2 x 3 x 64 x 64 latents and one class of 512",
+        "sdxl": "Stable Diffusion XL's, 2 x 4 x 64 x 64 latents and 77 x 2048 text",
         "dit": "DiT-XL/2's, 8 x 4 x 32 x 32 latents (256 tokens each)", "seed": SEED,
         "rounds": given.rounds, "threads": given.threads,
     }  # fmt: skip
     notes = [
         "Random weights; both guidance branches in one batch; all variants take turns in one process, ratios are taken within a round.",
         "Outside of their integer layers quantized networks compute in bfloat16. W4 weights are held as int8 while they are multiplied.",
-        "The UNets' inputs have static ranges, one a step; the DiT's have a scale for each token.",
+        "Inputs have static ranges: one a step in unet and ldm, one in all in sdxl and dit; in rows that say so each token has a scale.",
         "In Stable Diffusion 1's shape attention in float is a third of the float step and half of the quantized one.",
-        "Compiled: each transformer block by torch.compile, once for all.",
+        "Compiled: each transformer block by torch.compile, once for all; static ranges run through oneDNN, which is not traced.",
         "Target: at least 1.5 times the fastest float variant, and nothing measurable for the temporal path once it is cached.",
     ]
     columns = ["network", "parameters", "variant", "seconds a step", "times the fastest float"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aerogel.kernels.kernel import Kernel, Weight
+from aerogel.numerics.formats import Format
 from aerogel.numerics.quantize import Grid
 from aerogel.numerics.scheme import PerChannel, PerStep, PerTensor
 
@@ -119,16 +120,21 @@ def quantized(x: Tensor, weight: Weight) -> tuple[Tensor, float, int]:
     grid, inputs = weight.input_grid(), weight.scheme.inputs
     assert grid is not None, "accepted() said so"
     assert inputs is not None, "accepted() said so"
+    zero = 128 if grid.zero is None else int(grid.zero) + 128
+    return unsigned(codes(x, grid, inputs.format)), float(grid.scale), zero
+
+
+def codes(x: Tensor, grid: Grid, fmt: Format) -> Tensor:
+    """Return the int8 codes of numerics.quantize under one scale, in x's order of memory."""
     x = x if dense(x) else x.contiguous()
-    codes = torch.empty_like(x, dtype=torch.int8)
+    made = torch.empty_like(x, dtype=torch.int8)
     # Floats in 32 bits would be fetched from memory and written to it once an operation; a piece stays in the cache.
-    for part, made in zip(in_memory(x).split(_PIECE), in_memory(codes).split(_PIECE), strict=True):
+    for part, place in zip(in_memory(x).split(_PIECE), in_memory(made).split(_PIECE), strict=True):
         scaled = part / grid.scale.float().reshape(1)  # of one dimension, so that the quotient has its dtype
         if grid.zero is not None:
             scaled += grid.zero
-        made.copy_(scaled.clamp_(inputs.format.low, inputs.format.high).round_())
-    zero = 128 if grid.zero is None else int(grid.zero) + 128
-    return unsigned(codes), float(grid.scale), zero
+        place.copy_(scaled.clamp_(fmt.low, fmt.high).round_())
+    return made
 
 
 def unsigned(codes: Tensor) -> Tensor:

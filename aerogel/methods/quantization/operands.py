@@ -1,6 +1,6 @@
 """Quantized operands of attention: queries, keys, values and the probabilities, as Q-Diffusion quantizes them (arXiv:2302.04304).
 
-The products are computed in float on rounded operands: torch has no integer attention for CPUs. It measures quality and costs time.
+On CPUs both products are computed by integers where that is faster, elsewhere in float32 on rounded operands.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
+from aerogel.kernels import attention as kernel
 from aerogel.methods.method import RuntimePolicy
 from aerogel.model.attention import Attend, attending, attentions
 from aerogel.model.calls import Call
@@ -23,10 +24,11 @@ from aerogel.model.match import matches
 from aerogel.model.modules import held
 from aerogel.model.network import Network
 from aerogel.numerics.attention import OPERANDS, attention
-from aerogel.numerics.formats import format_named
 from aerogel.numerics.observers import Searched
-from aerogel.numerics.quantize import Grid, fake_quantize
-from aerogel.numerics.scheme import PerTensor, TensorScheme
+from aerogel.numerics.quantize import Grid
+
+KEPT = (*OPERANDS, "query_zero_point", "key_zero_point", "value_zero_point")
+"""What the state holds for each attention."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ class Operands(RuntimePolicy):
                 f"{len(named)} modules of this network call scaled_dot_product_attention and {len(named)} are ignored; "
                 "expected at least one to be left: use torch's attention (attn_implementation='sdpa'), or leave operands out"
             )
-        searches: dict[tuple[str, str], Searched] = defaultdict(partial(Searched, self._scheme, max(1, self.searched // len(calls))))
+        searches: dict[tuple[str, str], Searched] = defaultdict(
+            partial(Searched, kernel.scheme_of(self.bits), max(1, self.searched // len(calls)))
+        )
         largest: dict[str, Tensor] = {}
 
         def see(name: str, operand: str, x: Tensor) -> Tensor:
@@ -90,21 +94,11 @@ class Operands(RuntimePolicy):
         with attending(network, state["attentions"], partial(self._attend, state)):
             yield
 
-    @property
-    def _scheme(self) -> TensorScheme:
-        return TensorScheme(format_named(f"int{self.bits}"), PerTensor(), symmetric=False)
-
     def _attend(self, state: Mapping[str, Any], name: str) -> Attend:
-        def change(operand: str, x: Tensor) -> Tensor:
-            if operand == "probabilities":
-                return rounded(x, state[f"{name}.probabilities"].to(x.device), 2**self.probability_bits - 1)
-            grid = Grid(state[f"{name}.{operand}"].to(x.device), state[f"{name}.{operand}_zero_point"].to(x.device))
-            return fake_quantize(x, grid, self._scheme)
+        def answer(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            here = {key: state[f"{name}.{key}"].to(query.device) for key in KEPT}
+            grids = {operand: Grid(here[operand], here[f"{operand}_zero_point"]) for operand in ("query", "key", "value")}
+            operands = kernel.Operands(grids, self.bits, here["probabilities"], 2**self.probability_bits - 1)
+            return kernel.run(query, *args, operands=operands, **kwargs)
 
-        return partial(attention, change=change)
-
-
-def rounded(x: Tensor, step: Tensor, most: int) -> Tensor:
-    """Return x on the grid 0, step, ..., most * step; gradients are straight-through for x and those of LSQ for the step."""
-    steps = (x / step).clamp(max=most)
-    return (torch.round(steps).detach() + (steps - steps.detach())) * step
+        return answer

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import aerogel
 from aerogel.engine import policies
 from aerogel.errors import AerogelError
-from aerogel.methods.quantization.operands import Operands, rounded
+from aerogel.methods.quantization.operands import Operands
 from aerogel.model.attention import attending, attentions
 from aerogel.model.network import Network
 from tests.tiny import FAMILIES, output
@@ -87,23 +87,6 @@ def test_fewer_bits_are_worse_and_widths_are_separate() -> None:
 
     assert error(Operands(bits=4)) > error(Operands(bits=8)) > error(Operands(bits=8, probability_bits=16)) > 0
     assert error(Operands(probability_bits=3)) > error(Operands())
-
-
-def test_gradients_pass_through() -> None:
-    x = torch.tensor([0.1, 0.52, 3.0], requires_grad=True)
-    y = rounded(x, torch.tensor(0.25), 4)
-    assert y.tolist() == [0.0, 0.5, 1.0]
-    y.sum().backward()
-    assert x.grad is not None
-    assert x.grad.tolist() == [1.0, 1.0, 0.0]
-
-
-def test_the_gradient_of_a_step_size_is_that_of_lsq() -> None:
-    """Rounding error inside of the grid, its largest code outside (arXiv:1902.08153, equation 3)."""
-    x, step = torch.tensor([0.1, 0.52, 3.0]), torch.tensor(0.25, requires_grad=True)
-    for value, wanted in zip(x, (0 - 0.4, 2 - 2.08, 4.0), strict=True):
-        (gradient,) = torch.autograd.grad(rounded(value, step, 4), step)
-        assert float(gradient) == pytest.approx(wanted, abs=1e-5)
 
 
 def test_a_folder_keeps_them(tmp_path: Path) -> None:
