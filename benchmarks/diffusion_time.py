@@ -79,7 +79,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     pipeline = diffusion_quality.pipeline_of("unet")
-    wanted = Denoising(diffusion_quality.SHOWN, diffusion_quality.STEPS, diffusion_quality.GUIDANCE, diffusion_quality.CLASSES, 10)
+    wanted = Denoising(diffusion_quality.SHOWN, diffusion_quality.STEPS, diffusion_quality.GUIDANCE["unet"], diffusion_quality.CLASSES, 10)
     calls = record(pipeline, pipeline.unet, wanted)
     share = given.steps / PUBLISHED["brecq"]
     taken: dict[str, list[Counter[str]]] = {recipe: [] for recipe in RECIPES}
