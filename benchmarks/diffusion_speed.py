@@ -1,5 +1,7 @@
 """One denoising step of large random-weight networks, float and quantized, in turns; writes benchmarks/results/diffusion_speed.json.
 
+Each network's rows are written as soon as they are there, beside those of the others.
+
 python benchmarks/diffusion_speed.py                 # UNets of Stable Diffusion 1 (860 M), XL (2.6 G) and LDM-4 (400 M); DiT-XL/2 (750 M)
 python benchmarks/diffusion_speed.py --only dit --rounds 3
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -16,7 +19,7 @@ from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel
-from results import write
+from results import FOLDER, write
 from torch import Tensor, nn
 
 import aerogel
@@ -102,13 +105,13 @@ def variants(name: str) -> tuple[Turns, int]:
 
 
 def floats(name: str, base: nn.Module, half: nn.Module, inputs: dict[str, Any]) -> Turns:
-    """The network in float32, where it was made in it, and bfloat16; UNets in both orders of memory, DiT compiled too."""
+    """The network in float32, where it was made in it, and bfloat16; in that UNets in both orders of memory, DiT compiled too."""
     turns: Turns = {}
     for module in dict.fromkeys((base, half)):
         dtype = next(module.parameters()).dtype
         label = str(dtype).removeprefix("torch.")
         turns[label] = forward(module, inputs, dtype)
-        if name != "dit":
+        if name != "dit" and module is half:
             last = copy.deepcopy(module).to(memory_format=torch.channels_last)
             turns[f"{label}, channels last"] = forward(last, inputs, dtype, last=True)
     if name == "dit":
@@ -189,13 +192,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    rows: list[list[Any]] = []
-    for name in [given.only] if given.only else NETWORKS:
-        rows += measure(name, given.rounds)
-        for row in rows:
-            print(row, flush=True)
-    if given.only:
-        return
     settings = {
         "unet": "Stable Diffusion 1's shape, 2 x 4 x 64 x 64 latents and 77 x 768 text",
         "ldm": "LDM-4's, 2 x 3 x 64 x 64 latents and one class of 512",
@@ -209,11 +205,18 @@ def main() -> None:
         "Outside of their integer layers quantized networks compute in bfloat16. W4 weights are held as int8 while they are multiplied.",
         "Inputs have static ranges: one a step in unet and ldm, one in all in sdxl and dit; in rows that say so each token has a scale.",
         "In Stable Diffusion 1's shape attention in float is a third of the float step and half of the quantized one.",
+        "Attention too: its operands are in 8 bits as well, by integers; in all other rows attention is torch's own, in bfloat16.",
         "Compiled: each transformer block by torch.compile, once for all; static ranges run through oneDNN, which is not traced.",
         "Target: at least 1.5 times the fastest float variant, and nothing measurable for the temporal path once it is cached.",
     ]
     columns = ["network", "parameters", "variant", "seconds a step", "times the fastest float"]
-    print(write("diffusion_speed", "One denoising step on a CPU", settings, columns, rows, notes).read_text())
+    path = FOLDER / "diffusion_speed.json"
+    for name in [given.only] if given.only else NETWORKS:
+        before = json.loads(path.read_text())["rows"] if path.exists() else []
+        rows = sorted(
+            [*(row for row in before if row[0] != name), *measure(name, given.rounds)], key=lambda row: list(NETWORKS).index(row[0])
+        )
+        print(write(path.stem, "One denoising step on a CPU", settings, columns, rows, notes).read_text(), flush=True)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def takes(query: Tensor, key: Tensor, value: Tensor, args: tuple[Any, ...], kwar
         return False
     plain = not args and kwargs.get("attn_mask") is None and not any(kwargs.get(name) for name in ("dropout_p", "is_causal", "enable_gqa"))
     alike = query.ndim == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2] and query.shape[-1] == value.shape[-1]
-    small = operands.most <= 255 and key.shape[-2] <= _KEYS and query.numel() > 0
+    small = operands.most <= 255 and key.shape[-2] <= _KEYS and min(query.numel(), key.numel()) > 0
     return plain and alike and small and query.device.type == "cpu" and query.dtype in _FLOATS and affine.exact()
 
 
