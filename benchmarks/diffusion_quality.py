@@ -189,6 +189,7 @@ def main() -> None:
         "Means and standard deviations over seeds of the pictures' noise, after one calibration. Pictures have values from 0 to 1.",
         "Rows but W4A32 cover all layers with 8-bit inputs and 8-bit attention operands; rtn rows are without any learning.",
         "Fréchet distances compare only within a column: they are of few pictures, and of this reference.",
+        "Seconds were taken beside other work: read them as an order of size.",
         "Target at W4A8: the best recipe's distances at most 10 % above float's and not above qdiffusion's, accuracy within a point.",
     ]
     for row in rows_of(given.network, given):

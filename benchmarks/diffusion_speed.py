@@ -205,7 +205,7 @@ def main() -> None:
         "Outside of their integer layers quantized networks compute in bfloat16. W4 weights are held as int8 while they are multiplied.",
         "Inputs have static ranges: one a step in unet and ldm, one in all in sdxl and dit; in rows that say so each token has a scale.",
         "In Stable Diffusion 1's shape attention in float is a third of the float step and half of the quantized one.",
-        "Attention too: its operands are in 8 bits as well, by integers; in all other rows attention is torch's own, in bfloat16.",
+        "Attention too: its operands are in 8 bits as well, by integers where that was faster; elsewhere it is torch's own, in bfloat16.",
         "Compiled: each transformer block by torch.compile, once for all; static ranges run through oneDNN, which is not traced.",
         "Target: at least 1.5 times the fastest float variant, and nothing measurable for the temporal path once it is cached.",
     ]

@@ -1,4 +1,4 @@
-"""Trains zoo/fashion-dit, a DiT pipeline of pixels: `python zoo/fashion_dit.py --images 200000`."""
+"""Trains zoo/fashion-dit, a DiT pipeline of pixels: `python zoo/fashion_dit.py --images 200000` (75 minutes at 44 images/s, one thread)."""
 
 from __future__ import annotations
 
