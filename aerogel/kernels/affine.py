@@ -115,13 +115,40 @@ def bias_of(weight: Weight, rows: Signed) -> Tensor | None:
     return bias_O if rows.zero_O is None else torch.cat([bias_O, torch.zeros(len(rows.scale_O) - len(bias_O))])
 
 
+class _Coded(NamedTuple):
+    """The input that was quantized last: query, key and value of an attention are often asked for the codes of the same one."""
+
+    x: Tensor
+    """Held, so that no other tensor can come to lie in its memory."""
+    version: int
+    by: weakref.ref[Weight]
+    grid: tuple[float, int]
+    codes: Tensor
+
+    def serves(self, x: Tensor, weight: Weight, grid: tuple[float, int]) -> bool:
+        """Whether these are the codes of x; never for the layer they were made for: its next call is a new one, whatever its address."""
+        if self.by() is weight or self.grid != grid or x.is_inference() or self.version != x._version:
+            return False
+        same = self.x.data_ptr() == x.data_ptr() and self.x.dtype == x.dtype
+        return same and self.x.shape == x.shape and self.x.stride() == x.stride()
+
+
+_coded: _Coded | None = None
+
+
 def quantized(x: Tensor, weight: Weight) -> tuple[Tensor, float, int]:
-    """Return unsigned codes of any layout with their scale and zero point."""
+    """Return unsigned codes of any layout with their scale and zero point; they may be another layer's too, so they are read only."""
+    global _coded
     grid, inputs = weight.input_grid(), weight.scheme.inputs
     assert grid is not None, "accepted() said so"
     assert inputs is not None, "accepted() said so"
-    zero = 128 if grid.zero is None else int(grid.zero) + 128
-    return unsigned(codes(x, grid, inputs.format)), float(grid.scale), zero
+    scale, zero = float(grid.scale), 128 if grid.zero is None else int(grid.zero) + 128
+    last = _coded  # one look: another thread may put its own there
+    if last is not None and last.serves(x, weight, (scale, zero)):
+        return last.codes, scale, zero
+    made = unsigned(codes(x, grid, inputs.format))
+    _coded = None if x.is_inference() else _Coded(x, x._version, weakref.ref(weight), (scale, zero), made)
+    return made, scale, zero
 
 
 def codes(x: Tensor, grid: Grid, fmt: Format) -> Tensor:

@@ -75,3 +75,35 @@ def test_sums_of_extremes_are_tried_before_it_is_used(monkeypatch: pytest.Monkey
     assert exact() == ("affine" in candidates(twin, x.device, x.dtype))
     monkeypatch.setattr("aerogel.kernels.affine.exact", lambda: False)
     assert "affine" not in candidates(twin, x.device, x.dtype)
+
+
+def test_layers_of_one_input_share_its_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    (first, x), (second, _) = made("W8A8_AFFINE"), made("W8A8_AFFINE", bias=False)
+    kernels, coded = [Affine(twin, x.dtype) for twin in (first, second)], []
+    plain = affine.codes
+    monkeypatch.setattr(affine, "codes", lambda *given: coded.append(given) or plain(*given))
+
+    def give() -> None:
+        for twin, kernel in zip((first, second), kernels, strict=True):
+            # As the callers do: each time another view of the same memory.
+            torch.testing.assert_close(kernel(x.view(7, 40)).double(), literal(twin, x), rtol=1e-5, atol=1e-5)
+
+    give()
+    assert len(coded) == 1
+    give()
+    assert len(coded) == 2, "a layer that comes around again has a new input, even where the old one was"
+    kernels[0](x)
+    x.mul_(0.5)
+    torch.testing.assert_close(kernels[1](x).double(), literal(second, x), rtol=1e-5, atol=1e-5)
+    x = x + 0.25
+    torch.testing.assert_close(kernels[0](x).double(), literal(first, x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kernels[1](x[:4]).double(), literal(second, x[:4]), rtol=1e-5, atol=1e-5)
+
+
+def test_inputs_of_inference_mode_have_no_version_and_are_coded_each_time() -> None:
+    (first, x), (second, _) = made("W8A8_AFFINE"), made("W8A8_AFFINE")
+    with torch.inference_mode():
+        x = x.clone()
+        for twin in (first, second):
+            torch.testing.assert_close(Affine(twin, x.dtype)(x).double(), literal(twin, x), rtol=1e-5, atol=1e-5)
+            x.mul_(0.5)
