@@ -106,8 +106,7 @@ def overrides(recipe: Any, given: argparse.Namespace) -> list[str]:
 def compress(pipeline: Any, recipe: Any, calls: list[Call], given: argparse.Namespace) -> tuple[Network, Result, float]:
     """A network in a pipeline of its own, and the seconds it took."""
     recipe, more = recipe if isinstance(recipe, tuple) else (recipe, [])
-    own = type(pipeline)(**{**pipeline.components, **({"requires_safety_checker": False} if hasattr(pipeline, "unet") else {})})
-    own.set_progress_bar_config(disable=True)
+    own = copy.copy(pipeline)
     module = copy.deepcopy(getattr(pipeline, denoiser(pipeline)))
     setattr(own, denoiser(own), module)
     fitted = [] if isinstance(recipe, dict) and "brecq" not in str(recipe) else overrides(recipe, given)

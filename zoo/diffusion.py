@@ -34,6 +34,8 @@ class Training:
     """Share of the averaged weights that a step leaves as it was."""
     gamma: float = 5.0
     """Signal-to-noise ratio from which on no step weighs more."""
+    floor: float = 0.0
+    """Added to the weights' ratio of signal to noise: with 0 the noisiest steps, which decide what a picture shows, hardly count."""
     seed: int = 0
 
     def rate_at(self, step: int) -> float:
@@ -41,15 +43,15 @@ class Training:
         return min(1.0, (step + 1) / 300) * (1 + math.cos(math.pi * step * self.batch / self.images)) / 2
 
 
-def sampler() -> DDIMScheduler:
+def sampler(clip: bool = True) -> DDIMScheduler:
     """The sampler that the pipelines are saved with; its noise is the one of training."""
-    return DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=True, timestep_spacing="trailing")
+    return DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=clip, timestep_spacing="trailing")
 
 
-def arguments(about: str | None) -> tuple[Training, Path]:
-    """Read the command line of a training script."""
+def arguments(about: str | None, images: int = Training.images) -> tuple[Training, Path]:
+    """Read the command line of a training script, which learns from so many images if not told otherwise."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=Training.images, help="Images to learn from, all passes together.")
+    parser.add_argument("--images", type=int, default=images, help="Images to learn from, all passes together.")
     parser.add_argument("--data", type=Path, default=fashion.INSTALLED, help="Folder with the files of Fashion-MNIST.")
     given = parser.parse_args()
     return Training(images=given.images), given.data
@@ -59,7 +61,7 @@ def train(parts: nn.Module, predict: Predict, images: Tensor, labels: Tensor, ho
     """Train the parameters of `parts` and leave their average in them."""
     generator = torch.Generator().manual_seed(how.seed)
     parameters = list(parts.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=how.rate, weight_decay=0.01, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(parameters, lr=how.rate, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, how.rate_at)
     average = EMAModel(parameters, decay=how.average, use_ema_warmup=True, power=0.75, foreach=True)
     noises = sampler()
@@ -73,7 +75,7 @@ def train(parts: nn.Module, predict: Predict, images: Tensor, labels: Tensor, ho
             predicted = predict(noises.add_noise(clean, noise, steps), steps, labels[chosen])
         snr = compute_snr(noises, steps)
         errors = (predicted.float() - noises.get_velocity(clean, noise, steps)).square().mean((1, 2, 3))
-        loss = (errors * snr.clamp(max=how.gamma) / (snr + 1)).mean()
+        loss = (errors * (snr.clamp(max=how.gamma) + how.floor) / (snr + 1)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
