@@ -14,7 +14,7 @@ import yaml
 from markupsafe import Markup, escape
 
 from aerogel.errors import AerogelError
-from aerogel.report import compare, coverage, phrases, record, temporal
+from aerogel.report import compare, coverage, inputs, phrases, record, temporal
 from aerogel.report.layers import error_map, towers
 from aerogel.report.parts import parts_bars
 from aerogel.report.record import Pictures, Realism, Run, Sample, Side
@@ -147,6 +147,7 @@ def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
             tower: Figure(error_map(table, WIDE), error_map(table, NARROW, tall=True)) for tower, table in towers(run.journal).items()
         },
         "time": _time(after),
+        "inputs": {"sentence": inputs.sentence(after.inputs), "rows": list(inputs.rows(after.inputs))} if after.inputs else None,
         "coverage": _coverage(run),
         "fallback_note": _fallback_note(run, len({entry.name for entry in fallen})),
         "fallen": fallen,

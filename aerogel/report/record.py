@@ -162,6 +162,22 @@ class Temporal(_Part):
         return self
 
 
+class Inputs(_Part):
+    """What 8 bits lose of each layer's inputs, by what shares a scale."""
+
+    layers: list[str]
+    one: list[float]
+    step: list[float]
+    channel: list[float]
+    token: list[float]
+
+    @model_validator(mode="after")
+    def _complete(self) -> Inputs:
+        if not self.layers or any(len(errors) != len(self.layers) for errors in (self.one, self.step, self.channel, self.token)):
+            raise ValueError("one, step, channel and token must have a number for each layer")
+        return self
+
+
 class Side(_Part):
     """All measures of one network."""
 
@@ -174,6 +190,7 @@ class Side(_Part):
     pictures: Pictures | None = None
     realism: Realism | None = None
     temporal: Temporal | None = None
+    inputs: Inputs | None = None
     lm_eval: dict[str, dict[str, float]] = {}
 
     @property

@@ -122,6 +122,18 @@ def temporal(layers: int = 5, steps: int = 20) -> dict[str, Any]:
     }
 
 
+def inputs() -> dict[str, Any]:
+    """What 8 bits lose of the inputs of two blocks and of what stands around them; the numbers are made up."""
+    layers = ["proj_in", *(f"blocks.{block}.<b>to_q</b>" for block in range(2)), "proj_out"]
+    return {
+        "layers": layers,
+        "one": [0.002, 0.01, 0.03, 0.0],
+        "step": [0.002] * 4,
+        "channel": [0.001] * 4,
+        "token": [0.001, 0.002, 0.002, 0.0],
+    }
+
+
 def coverage() -> dict[str, Any]:
     """A coverage with everything in it: 10 layers, of which some have weights, fewer inputs in codes."""
     weights = ["conv_in", "conv_out", *(f"up_blocks.{block}.resnets.0.conv_shortcut" for block in range(3))]
@@ -155,7 +167,7 @@ def pictures() -> dict[str, Any]:
     content["metrics"]["compressed"]["pictures"] = {
         "mse": 0.0031, "psnr": 25.1, "ssim": 0.913, "perceptual[efficientnet-lite0, unlearned]": 0.0712, **made, "pairs": pairs,
     }  # fmt: skip
-    content["metrics"]["compressed"]["temporal"] = temporal()
+    content["metrics"]["compressed"] |= {"temporal": temporal(), "inputs": inputs()}
     content["coverage"] = coverage()
     return content
 

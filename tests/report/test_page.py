@@ -190,6 +190,28 @@ def test_a_denoisers_sense_of_time_is_shown_and_said() -> None:
         assert absent not in read(page.page(record.parse(full()))).words, "records of before have neither"
 
 
+def test_what_shares_a_scale_is_compared_place_by_place() -> None:
+    reader = read(page.page(record.parse(pictures())))
+    for said in (
+        "How inputs fit into 8 bits",
+        "proj_in 1 0.200 % 0.200 % 0.100 % 0.100 %",
+        "blocks. *. <b>to_q</b> 2 2.00 % 0.200 % 0.100 % 0.200 %",
+        "proj_out 1 0 % 0.200 % 0.100 % 0 %",
+        "1 of 3 kinds of layers lose more than twice what they lose with a scale a token",
+        "at the most 10.0 times as much (blocks.*.<b>to_q</b>).",
+    ):
+        assert said in reader.words, said
+    assert "b" not in reader.seen, "names are escaped"
+    assert "How inputs fit" not in read(page.page(record.parse(full()))).words
+
+
+def test_inputs_with_holes_are_named() -> None:
+    content = pictures()
+    content["metrics"]["compressed"]["inputs"]["token"].pop()
+    with pytest.raises(AerogelError, match=r"aerogel\.json: metrics\.compressed\.inputs"):
+        record.parse(content)
+
+
 def test_a_sense_of_time_that_nothing_hurt_is_said_so() -> None:
     content = pictures()
     unhurt = temporal(steps=2) | {"cosines": [[1.0, 1.0]] * 5, "errors": [[0.0, 0.0]] * 5, "mismatches": [[False] * 2] * 5}
