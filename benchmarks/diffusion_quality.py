@@ -36,6 +36,10 @@ STEPS, SHOWN = 20, 10
 GUIDANCE = {"unet": 2.0, "dit": 1.5}
 JUDGES = {"fashion-judge": str(ZOO / "fashion-judge"), "efficientnet-lite0@128": "efficientnet-lite0@128"}
 LAYERS = ["Linear", "Conv2d"]
+COVERAGE = {
+    "unet": "Rows but W4A32 cover all layers with 8-bit inputs and 8-bit attention operands; rtn rows are without any learning.",
+    "dit": "All rows cover all linears; the patch embedding and attention operands are in float. One range is learned in brecq rows.",
+}
 
 
 def weights(bits: int) -> str:
@@ -46,6 +50,12 @@ def weights(bits: int) -> str:
 def nearest(bits: int, inputs: list[dict[str, Any]]) -> dict[str, Any]:
     """Rounding to nearest, with inputs quantized by the given steps."""
     return {"steps": [{"rtn": {"scheme": weights(bits), "targets": LAYERS}}, *inputs]}
+
+
+def linears(bits: int, method: str, *ranges: dict[str, Any] | None) -> dict[str, Any]:
+    """All linears of a transformer with symmetric channels: float inputs, static ranges with these knobs, or (None) a scale a token."""
+    scheme = f"W{bits}A8" if None in ranges else f"W{bits}A16_CHANNEL"
+    return {"steps": [{method: {"scheme": scheme, "targets": ["Linear"]}}, *({"ranges": knobs} for knobs in ranges if knobs is not None)]}
 
 
 ONE_RANGE = [{"operands": {}}, {"ranges": {"start": "minmax", "steps": 0}}]
@@ -69,13 +79,13 @@ ROWS: dict[str, dict[tuple[str, str], Any]] = {
         ("W3A8", "tfmq"): ("tfmq-w4a8", [f"brecq.scheme={weights(3)}", f"tiar.scheme={weights(3)}"]),
     },
     "dit": {
-        ("W8A8", "rtn, one range"): nearest(8, ONE_RANGE),
-        ("W8A8", "rtn, a scale a token"): {"steps": [{"rtn": {"scheme": "W8A8"}}]},
-        ("W4A32", "brecq"): {"steps": [{"brecq": {"scheme": weights(4)}}]},
-        ("W4A8", "rtn, one range"): nearest(4, ONE_RANGE),
-        ("W4A8", "rtn, a scale a token"): {"steps": [{"rtn": {"scheme": "W4A8"}}]},
-        ("W4A8", "brecq, one range, learned"): {"steps": [{"brecq": {"scheme": weights(4)}}, {"operands": {}}, {"ranges": {}}]},
-        ("W4A8", "brecq, a scale a token"): "brecq-w4a8-token",
+        ("W4A32", "rtn"): linears(4, "rtn"),
+        ("W4A32", "brecq"): linears(4, "brecq"),
+        **{
+            (f"W{bits}A8", f"{method}, {name}"): linears(bits, method, inputs)
+            for bits, method in ((8, "rtn"), (4, "rtn"), (4, "brecq"), (3, "brecq"))
+            for name, inputs in (("one range", {"start": "minmax", "steps": 0} if method == "rtn" else {}), ("a scale a token", None))
+        },
     },
 }
 
@@ -155,6 +165,7 @@ def rows_of(name: str, given: argparse.Namespace) -> Iterator[list[Any]]:
         yield [scheme, method, round(taken), *_summary([figures(*pair) for pair in zip(ours, theirs, strict=True)])]
 
 
+TARGET = ("Target at W4A8: the best recipe's distances at most 10 % above float's and not above qdiffusion's, accuracy within a point.",)
 FIGURES = ("mse", "ssim", "frechet[fashion-judge]", "frechet[efficientnet-lite0@128]", "accuracy[fashion-judge]")
 
 
@@ -186,10 +197,10 @@ def main() -> None:
     }  # fmt: skip
     notes = [
         "Means and standard deviations over seeds of the pictures' noise, after one calibration. Pictures have values from 0 to 1.",
-        "Rows but W4A32 cover all layers with 8-bit inputs and 8-bit attention operands; rtn rows are without any learning.",
+        COVERAGE[given.network],
         "Fréchet distances compare only within a column: they are of few pictures, and of this reference.",
         "Seconds were taken beside other work: read them as an order of size.",
-        "Target at W4A8: the best recipe's distances at most 10 % above float's and not above qdiffusion's, accuracy within a point.",
+        *(TARGET if given.network == "unet" else ()),
     ]
     for row in rows_of(given.network, given):
         print(json.dumps(row), flush=True)

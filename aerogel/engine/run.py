@@ -40,6 +40,7 @@ from aerogel.model.heap import slim
 from aerogel.model.load import load
 from aerogel.model.modules import QuantLinear, ScaledInput
 from aerogel.model.network import Network
+from aerogel.model.quantized import fuse_activations
 from aerogel.model.walk import Walk
 from aerogel.recipe import Recipe, Step
 from aerogel.training.fit import watched
@@ -179,6 +180,7 @@ class _Job:
 
     def _run_live(self, run: Run, facts: dict[str, Any], watch: Watch) -> Result:
         self._go(run, facts, watch)
+        fuse_activations(self.network.module)
         result = Result(self.recipe, facts, run.policies, network=self.network)
         if self.output is not None:
             with watch.stage("save"):

@@ -24,6 +24,8 @@ _BLOCK = 16
 _PIECE = 2**19
 """Inputs that are quantized at once."""
 _FLOATS = (torch.float32, torch.bfloat16)
+_AFTER = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
+"""What oneDNN calls activations."""
 
 
 def accepted(weight: Weight, device: torch.device, dtype: torch.dtype) -> bool:
@@ -98,11 +100,20 @@ class Affine(Kernel):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Quantize all rows with the scale of the step, multiply integers, scale."""
+        return self._product(x_TI, "none", "")
+
+    def followed(self, x_TI: Tensor, after: str) -> Tensor:
+        """The activation is applied to float32 sums before they are rounded, save where zero points are still to be subtracted."""
+        if self.rows.zero_O is not None:
+            return super().followed(x_TI, after)
+        return self._product(x_TI, *_AFTER[after])
+
+    def _product(self, x_TI: Tensor, *after: str) -> Tensor:
         weight = self._weight()
         assert weight is not None, "a kernel of this kind is used by the weight it was made for"
         codes, scale, zero = quantized(x_TI, weight)
         kind = x_TI.dtype if self.rows.zero_O is None else torch.float32
-        rest: tuple[Any, ...] = (self.packed, self.rows.scale_O, self.none, self.bias, 1.0, 0, kind, "none", [], "")
+        rest: tuple[Any, ...] = (self.packed, self.rows.scale_O, self.none, self.bias, 1.0, 0, kind, after[0], [], after[1])
         y = torch.ops.onednn.qlinear_pointwise(codes, scale, zero, *rest)
         return without_zeros(y, self.rows, 1).to(x_TI.dtype)
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from aerogel.numerics.quantize import Grid
 from aerogel.numerics.scheme import Scheme
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "gelu_tanh": partial(gelu, approximate="tanh")}
+"""What may follow a product in the same kernel."""
 
 
 class Weight(Protocol):
@@ -58,3 +64,7 @@ class Kernel(nn.Module):
     def accepts(weight: Weight, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether this kernel multiplies inputs of `dtype` on `device` by `weight` exactly enough to stand for the reference."""
         raise TypeError("a kernel says what it accepts")
+
+    def followed(self, x_TI: Tensor, after: str) -> Tensor:
+        """The product and the activation `after` it, in x's dtype."""
+        return ACTIVATIONS[after](self(x_TI))

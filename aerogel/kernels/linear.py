@@ -21,7 +21,7 @@ from aerogel.kernels.affine import Affine
 from aerogel.kernels.fp8 import Fp8
 from aerogel.kernels.int4 import Int4
 from aerogel.kernels.int8 import Int8
-from aerogel.kernels.kernel import Kernel, Weight
+from aerogel.kernels.kernel import ACTIVATIONS, Kernel, Weight
 from aerogel.kernels.reference import Reference, Sliced, reference
 
 KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in (Int4, Int8, Affine, Fp8, Sliced, Reference)}
@@ -32,20 +32,21 @@ _TRIALS = 3
 _choices: dict[tuple[Any, ...], str] = {}
 
 
-def run(x: Tensor, weight: Weight, cache: dict[Any, Any]) -> Tensor:
-    """Return y (..., O) for the unquantized input x (..., I), in x's dtype.
+def run(x: Tensor, weight: Weight, cache: dict[Any, Any], after: str = "") -> Tensor:
+    """Return y (..., O) for the unquantized input x (..., I), in x's dtype; `after` names an activation that follows (ACTIVATIONS).
 
     `cache` belongs to the weight; packed copies live there and die with it. The reference runs where a gradient is needed. torch.compile
     can trace neither a measurement nor a packed copy: it gets the integer product where that is exact, else the reference.
     """
-    if not x.numel() or (torch.is_grad_enabled() and x.requires_grad):
-        return reference(x, weight)
-    if torch.compiler.is_compiling():
-        return int8.traced(x, weight) if int8.accepted(weight, x.device) else reference(x, weight)
+    exact = not x.numel() or (torch.is_grad_enabled() and x.requires_grad)
+    if exact or torch.compiler.is_compiling():
+        y = reference(x, weight) if exact or not int8.accepted(weight, x.device) else int8.traced(x, weight)
+        return ACTIVATIONS[after](y) if after else y
     with torch.no_grad():
         x_TI = x.reshape(-1, weight.in_features)
         kernel = packed(choose(x_TI, weight, cache), weight, x_TI, cache)
-        return kernel(x_TI).view(*x.shape[:-1], weight.out_features)
+        y_TO = kernel.followed(x_TI, after) if after else kernel(x_TI)
+        return y_TO.view(*x.shape[:-1], weight.out_features)
 
 
 def candidates(weight: Weight, device: torch.device, dtype: torch.dtype) -> list[str]:

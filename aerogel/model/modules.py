@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from aerogel.errors import AerogelError
+from aerogel.kernels.kernel import ACTIVATIONS
 from aerogel.kernels.linear import run
 from aerogel.model.clock import Clock
 from aerogel.model.layout import Stored, blank, decode, decode_input, encode
@@ -142,6 +143,13 @@ class QuantLinear(nn.Module):
             with clock.at((row,)):
                 parts.append(self._multiply(x[number : number + 1]))
         return torch.cat(parts)
+
+    def followed(self, x: Tensor, after: str) -> Tensor:
+        """Forward and the activation `after` it (see ACTIVATIONS), by one kernel where one does both, unless somebody looks between."""
+        watched = self._forward_pre_hooks or self._forward_hooks or "forward" in vars(self)
+        if watched or self._held is not None or (self.clock is not None and len(set(self.clock.rows)) > 1):
+            return ACTIVATIONS[after](self(x))
+        return run(x, self, {} if torch.compiler.is_compiling() else self.cache, after)
 
     def _multiply(self, x: Tensor) -> Tensor:
         """By the fastest kernel, or by the held float weight."""

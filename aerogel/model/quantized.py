@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -94,6 +95,15 @@ def attach(module: nn.Module, config: Mapping[str, Any]) -> None:
         module.set_submodule(name, empty(layer, assigned.scheme, assigned.act_order))
     if told := config.get("clock"):
         set_clock(module, Clock(told["steps"], told["sampler"]), told["alone"])
+    fuse_activations(module)
+
+
+def fuse_activations(module: nn.Module) -> None:
+    """Let kernels compute the activations behind quantized linears where they can; see fused.fuse."""
+    if "diffusers.models.activations" in sys.modules:  # where it was never imported, nothing of it is in the module
+        from aerogel.model.fused import fuse
+
+        fuse(module)
 
 
 def clock_of(module: nn.Module) -> Clock | None:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from aerogel.kernels import affine
 from aerogel.kernels.affine import Affine, exact
-from aerogel.kernels.linear import candidates
+from aerogel.kernels.kernel import ACTIVATIONS
+from aerogel.kernels.linear import candidates, pack, run
 from aerogel.model.clock import Clock
 from aerogel.model.convs import quantized, with_inputs
 from aerogel.model.modules import QuantLinear
@@ -107,3 +108,18 @@ def test_inputs_of_inference_mode_have_no_version_and_are_coded_each_time() -> N
         for twin in (first, second):
             torch.testing.assert_close(Affine(twin, x.dtype)(x).double(), literal(twin, x), rtol=1e-5, atol=1e-5)
             x.mul_(0.5)
+
+
+@pytest.mark.parametrize("name", ["W8A8_AFFINE", "W8A8_STATIC", "W8A8_ASYM_AFFINE"])
+@pytest.mark.parametrize("after", sorted(ACTIVATIONS))
+def test_an_activation_may_follow_every_kernel(name: str, after: str) -> None:
+    twin, x = made(name)
+    wanted = ACTIVATIONS[after](literal(twin, x))
+    assert "affine" in candidates(twin, x.device, x.dtype)
+    for kernel in candidates(twin, x.device, x.dtype):
+        torch.testing.assert_close(pack(kernel, twin, x.dtype).followed(x, after).double(), wanted, rtol=1e-5, atol=1e-5)
+    assert run(x[:0], twin, {}, after).shape == (0, 24)
+    x.requires_grad_()
+    y = run(x, twin, {}, after)
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert y.requires_grad
