@@ -199,7 +199,7 @@ def main() -> None:
         "Means and standard deviations over seeds of the pictures' noise, after one calibration. Pictures have values from 0 to 1.",
         COVERAGE[given.network],
         "Fréchet distances compare only within a column: they are of few pictures, and of this reference.",
-        "Seconds were taken beside other work and not all on one machine: read them as an order of size.",
+        "Rows are kept from run to run: seconds may be of several machines and beside other work, an order of size.",
         *(TARGET if given.network == "unet" else ()),
     ]
     for row in rows_of(given.network, given):

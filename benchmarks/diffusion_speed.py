@@ -201,11 +201,10 @@ def main() -> None:
     }  # fmt: skip
     notes = [
         "Random weights; both guidance branches in one batch; all variants take turns in one process, ratios are taken within a round.",
-        "Rows of one network are from one run; unet's are of an older processor, on which sdxl's W8A8 was 1.56 times as fast as float.",
+        "Rows of one network are from one run; networks are kept from run to run, so they compare only where the processor was the same.",
         "The largest was made in bfloat16 alone: in float32 it does not fit into 24 GB beside the others.",
         "Outside of their integer layers quantized networks compute in bfloat16. W4 weights are held as int8 while they are multiplied.",
         "Inputs have static ranges: one a step in unet and ldm, one in all in sdxl and dit; in rows that say so each token has a scale.",
-        "In Stable Diffusion 1's shape attention in float is a third of the float step and half of the quantized one.",
         "Attention too: its operands are in 8 bits as well, by integers where that was faster; elsewhere it is torch's own, in bfloat16.",
         "Compiled: each transformer block by torch.compile, once for all; static ranges run through oneDNN, which is not traced.",
         "Target: at least 1.5 times the fastest float variant, and nothing measurable for the temporal path once it is cached.",

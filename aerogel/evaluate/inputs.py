@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -93,14 +93,14 @@ def _ranges(network: Network, calls: Sequence[Call], clock: Clock, layers: Mappi
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(name: str, x: Tensor) -> None:
-        for row, x_RC in _parts(x, clock.rows, layers[name]):
-            low_C, high_C = torch.aminmax(x_RC, dim=0)
-            if name not in found:
-                shape = (len(clock.steps), x_RC.shape[1])
-                found[name] = torch.full(shape, torch.inf), torch.full(shape, -torch.inf)
-            lows_TC, highs_TC = found[name]
-            lows_TC[row] = torch.minimum(lows_TC[row], low_C)
-            highs_TC[row] = torch.maximum(highs_TC[row], high_C)
+        row, x_RC = clock.rows[0], _rows(x, layers[name])
+        low_C, high_C = torch.aminmax(x_RC, dim=0)
+        if name not in found:
+            shape = (len(clock.steps), x_RC.shape[1])
+            found[name] = torch.full(shape, torch.inf), torch.full(shape, -torch.inf)
+        lows_TC, highs_TC = found[name]
+        lows_TC[row] = torch.minimum(lows_TC[row], low_C)
+        highs_TC[row] = torch.maximum(highs_TC[row], high_C)
 
     with watching(layers, see):
         for call in calls:
@@ -116,10 +116,10 @@ def _errors(
     sizes: dict[str, float] = defaultdict(float)
 
     def see(name: str, x: Tensor) -> None:
-        for row, x_RC in _parts(x, clock.rows, layers[name]):
-            sizes[name] += float(x_RC.double().square().sum())
-            for kind, loss in losses(x_RC, *ranges[name], row).items():
-                sums[name][kind] += float(loss)
+        x_RC = _rows(x, layers[name])
+        sizes[name] += float(x_RC.double().square().sum())
+        for kind, loss in losses(x_RC, *ranges[name], clock.rows[0]).items():
+            sums[name][kind] += float(loss)
 
     with watching(layers, see):
         for call in calls:
@@ -127,13 +127,8 @@ def _errors(
     return {name: {kind: loss / (sizes[name] or 1.0) for kind, loss in kinds.items()} for name, kinds in sums.items()}
 
 
-def _parts(x: Tensor, rows: Sequence[int], layer: nn.Module) -> Iterator[tuple[int, Tensor]]:
-    """The rows of tables that an input is of, each with its tokens_RC; what does not follow the batch is of the first."""
+def _rows(x: Tensor, layer: nn.Module) -> Tensor:
+    """Tokens (or pixels) by channels; a pipeline's call is of one step, so all of them are."""
     x = x.detach().float().cpu()
     x = x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x
-    steps = tuple(dict.fromkeys(rows))
-    for row in steps:
-        own = x[torch.tensor([at == row for at in rows])] if len(steps) > 1 and len(x) == len(rows) else x
-        yield row, own.reshape(-1, own.shape[-1])
-        if own is x:
-            return
+    return x.reshape(-1, x.shape[-1])

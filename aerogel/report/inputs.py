@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from statistics import fmean
@@ -31,7 +32,7 @@ def rows(found: Inputs) -> Iterator[Row]:
         places[pattern(name)].append(tuple(errors))
     for name, layers in places.items():
         means = [fmean(values) for values in zip(*layers, strict=True)]
-        yield Row(name, len(layers), tuple(map(percent, means)), means[0] / means[-1] if means[-1] else 1.0)
+        yield Row(name, len(layers), tuple(map(percent, means)), means[0] / means[-1] if means[-1] else math.inf if means[0] else 1.0)
 
 
 def sentence(found: Inputs) -> str:

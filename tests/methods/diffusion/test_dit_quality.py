@@ -61,7 +61,7 @@ def test_the_judge_sees_what_was_asked_for() -> None:
     made = images(pipeline().transformer, Denoising(count=60, steps=20, guidance=1.5, batch=30))
     judge = features.load(str(ZOO / "fashion-judge"), torch.device("cpu"))
     seen = judge.look(made).logits_NK.argmax(-1)
-    assert float((seen == torch.arange(60) % 10).float().mean()) >= 0.85
+    assert float((seen == torch.arange(60) % 10).float().mean()) >= 0.9
 
 
 def test_a_scale_for_each_token_is_better_than_one_range() -> None:
