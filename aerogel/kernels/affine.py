@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from aerogel.kernels import onepass
 from aerogel.kernels.kernel import Kernel, Weight
 from aerogel.numerics.formats import Format
 from aerogel.numerics.quantize import Grid
@@ -165,10 +166,14 @@ def quantized(x: Tensor, weight: Weight) -> tuple[Tensor, float, int]:
 def codes(x: Tensor, grid: Grid, fmt: Format) -> Tensor:
     """Return the int8 codes of numerics.quantize under one scale, in x's order of memory."""
     x = x if dense(x) else x.contiguous()
+    scale = grid.scale.float().reshape(1)  # of one dimension, so that the quotient has its dtype
+    if x.numel() >= onepass.FEWEST and onepass.works():
+        zero = torch.zeros_like(scale) if grid.zero is None else grid.zero.float().reshape(1)
+        return onepass.codes(in_memory(x), scale, zero, fmt.low, fmt.high).as_strided(x.shape, x.stride())
     made = torch.empty_like(x, dtype=torch.int8)
     # Floats in 32 bits would be fetched from memory and written to it once an operation; a piece stays in the cache.
     for part, place in zip(in_memory(x).split(_PIECE), in_memory(made).split(_PIECE), strict=True):
-        scaled = part / grid.scale.float().reshape(1)  # of one dimension, so that the quotient has its dtype
+        scaled = part / scale
         if grid.zero is not None:
             scaled += grid.zero
         place.copy_(scaled.clamp_(fmt.low, fmt.high).round_())
