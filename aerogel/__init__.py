@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from aerogel.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["AerogelError", "Plan", "Recipe", "Result", "__version__", "compress", "load", "measure", "plan", "register_diffusers"]
+__all__ = ["AerogelError", "Plan", "Recipe", "Result", "__version__", "cached", "compress", "load", "measure", "plan", "register_diffusers"]
 
 # Where each name lives; imported when first asked for, because torch alone takes longer to import than `aerogel --help` may take.
 _HOMES = {
@@ -24,6 +24,7 @@ _HOMES = {
     "Plan": "aerogel.engine.planning",
     "Recipe": "aerogel.recipe",
     "Result": "aerogel.engine.result",
+    "cached": "aerogel.engine.cached",
     "compress": "aerogel.engine.run",
     "load": "aerogel.engine.opening",
     "measure": "aerogel.engine.scores",

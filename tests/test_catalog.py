@@ -19,7 +19,19 @@ PACKAGE = Path(catalog.__file__).parent
 
 
 def test_the_face_is_exactly_what_is_intended() -> None:
-    intended = ["AerogelError", "Plan", "Recipe", "Result", "__version__", "compress", "load", "measure", "plan", "register_diffusers"]
+    intended = [
+        "AerogelError",
+        "Plan",
+        "Recipe",
+        "Result",
+        "__version__",
+        "cached",
+        "compress",
+        "load",
+        "measure",
+        "plan",
+        "register_diffusers",
+    ]
     assert sorted(aerogel.__all__) == intended == dir(aerogel)
     assert all(callable(getattr(aerogel, name)) for name in intended if name != "__version__")
     with pytest.raises(AttributeError, match="comprss"):

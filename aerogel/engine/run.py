@@ -230,7 +230,7 @@ class Run:
                 stack.enter_context(policies.on(self.network, [measured]))
 
     def _calibrate(self, number: int, step: Step, policy: RuntimePolicy) -> Measured:
-        with self._resident(), _seeded(self.seed, number):
+        with self._resident(), seeded(self.seed, number):
             self.policies.append(Measured(step, policy.calibrate(self.network, self.calibration.calls)))
         return self.policies[-1]
 
@@ -241,7 +241,7 @@ class Run:
             at = Event("compress", number * block.total + block.position, stages * block.total, block.name or "around the blocks")
             self.tell(at)
             block.step_sizes = self._step_sizes(block.name)
-            with _seeded(self.seed, number, block.position):
+            with seeded(self.seed, number, block.position):
                 for place, step in enumerate(steps):
                     with watched(partial(self._inside, at, place, len(steps))):
                         _compress(block, step)
@@ -309,7 +309,7 @@ class Run:
     def _change_whole(self, number: int, method: Method) -> None:
         """Whole-network steps need the whole network in memory, and are done again when a run is resumed."""
         stage = self.progress.stage(number) if self.progress else None
-        with _seeded(self.seed, number), self._resident(stage), torch.set_grad_enabled("gradients" in method.needs):
+        with seeded(self.seed, number), self._resident(stage), torch.set_grad_enabled("gradients" in method.needs):
             method.apply(self.network, self.calibration.calls)
 
     @contextmanager
@@ -376,7 +376,7 @@ def _scheme_of(block: Block, name: str) -> dict[str, str]:
 
 
 @contextmanager
-def _seeded(*parts: int) -> Iterator[None]:
+def seeded(*parts: int) -> Iterator[None]:
     """Random numbers that depend on the run's seed and the place in it only, so that a resumed run draws the same."""
     seed = 0
     for part in parts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Family, TimePath, Tower
+from aerogel.model.family import Edge, Family, TimePath, Tower, Unit
 
 FAMILY = Family(
     name="dit",
@@ -13,6 +13,10 @@ FAMILY = Family(
         embedders=("transformer_blocks.*.norm1.emb.timestep_embedder",),
         projections=("transformer_blocks.*.norm1.linear", "proj_out_1"),
         others=(("num_embeds_ada_norm", "the class label"),),
+    ),
+    units=(
+        Unit("transformer_blocks.*.attn1", "self-attention", norms=("norm1.norm",)),
+        Unit("transformer_blocks.*.ff", "feed-forward", norms=("norm3",)),
     ),
     modality="image",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Family, TimePath, Tower
+from aerogel.model.family import Edge, Family, TimePath, Tower, Unit
 
 FAMILY = Family(
     name="pixart",
@@ -16,6 +16,11 @@ FAMILY = Family(
         embedders=("adaln_single.emb.timestep_embedder",),
         projections=("adaln_single.linear",),
         others=(("use_additional_conditions", "the sizes of the picture"),),
+    ),
+    units=(
+        Unit("transformer_blocks.*.attn1", "self-attention", norms=("norm1",)),
+        Unit("transformer_blocks.*.attn2", "cross-attention"),
+        Unit("transformer_blocks.*.ff", "feed-forward", norms=("norm2",)),
     ),
     modality="image",
 )

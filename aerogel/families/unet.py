@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Family, TimePath, Tower
+from aerogel.model.family import Edge, Family, TimePath, Tower, Unit
 
 FAMILY = Family(
     name="unet",
@@ -55,6 +55,15 @@ FAMILY = Family(
             ),
         ),
         ("released_tfmq_inputs", ("time_embedding.linear_2", "down_blocks.0.resnets.0.conv1")),
+    ),
+    units=tuple(
+        unit
+        for place in ("down_blocks.*", "mid_block", "up_blocks.*")
+        for unit in (
+            Unit(f"{place}.attentions.*.transformer_blocks.*.attn1", "self-attention", norms=("norm1",)),
+            Unit(f"{place}.attentions.*.transformer_blocks.*.attn2", "cross-attention", norms=("norm2",)),
+            Unit(f"{place}.attentions.*.transformer_blocks.*.ff", "feed-forward", norms=("norm3",)),
+        )
     ),
     modality="image",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Family, Tower
+from aerogel.model.family import Edge, Family, Tower, Unit
 
 FAMILY = Family(
     name="wan",
@@ -13,6 +13,11 @@ FAMILY = Family(
         Edge("norm2", ("attn2.to_q",), when=(("cross_attn_norm", True),)),
         # Image-to-video adds a second value projection to what to_out reads.
         Edge("attn2.to_v", ("attn2.to_out.0",), heads=True, when=(("added_kv_proj_dim", None),)),
+    ),
+    units=(
+        Unit("blocks.*.attn1", "self-attention", norms=("norm1",)),
+        Unit("blocks.*.attn2", "cross-attention", norms=("norm2",)),
+        Unit("blocks.*.ffn", "feed-forward", norms=("norm3",)),
     ),
     modality="video",
 )

@@ -51,15 +51,10 @@ class Clock:
         if unknown := [step for step in found if float(step) not in self._row_of]:
             first, last = self.steps[0], self.steps[-1]
             raise AerogelError(
-                f"time step {unknown[0]}{self._in_use()} is not among the {len(self.steps)} of {self.sampler or 'the sampler'} "
+                f"time step {unknown[0]}{in_use(self._pipeline() if self._pipeline else None)} is not among the {len(self.steps)} of {self.sampler or 'the sampler'} "
                 f"({first:g} to {last:g}) that this denoiser was calibrated for; use that sampler with that many steps, or calibrate again"
             )
         return tuple(self._row_of[float(step)] for step in found)
-
-    def _in_use(self) -> str:
-        scheduler = getattr(self._pipeline() if self._pipeline else None, "scheduler", None)
-        steps = getattr(scheduler, "timesteps", None)
-        return "" if steps is None else f", one of the {len(set(steps.tolist()))} steps of {type(scheduler).__name__},"
 
     @contextmanager
     def at(self, rows: Sequence[int]) -> Iterator[None]:
@@ -126,6 +121,13 @@ class Clock:
         if not isinstance(y, Tensor):  # the module failed
             return y
         return y.expand(len(rows), -1) if len(narrow) == 1 else y[[narrow.index(row) for row in rows]]
+
+
+def in_use(pipeline: Any) -> str:
+    """The sampler that a pipeline has now, for messages about a time step; empty without one."""
+    scheduler = getattr(pipeline, "scheduler", None)
+    steps = getattr(scheduler, "timesteps", None)
+    return "" if steps is None else f", one of the {len(set(steps.tolist()))} steps of {type(scheduler).__name__},"
 
 
 def timestep_of(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -96,6 +96,18 @@ class TimePath:
 
 
 @dataclass(frozen=True)
+class Unit:
+    """A part of a denoiser's blocks whose output can be kept for later steps: it is added to the stream, through a gate if there is one."""
+
+    modules: str
+    """Glob of their full names."""
+    kind: Literal["self-attention", "cross-attention", "feed-forward"]
+    norms: tuple[str, ...] = ()
+    """What nothing but the unit reads, by name beside it: norms that need not run where it does not. Only operations that work token by
+    token may stand between the two, since they get no tokens then."""
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture family."""
 
@@ -111,6 +123,8 @@ class Family:
     experts: Experts | None = None
     residual: Residual | None = None
     time: TimePath | None = None
+    units: tuple[Unit, ...] = ()
+    """Of a denoiser, in the order in which a block runs them."""
     lists: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """Patterns that a recipe may name in `targets` and `ignore` as `@name`, such as what published code leaves in float."""
     modality: Modality = "text"

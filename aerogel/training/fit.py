@@ -36,6 +36,11 @@ def watched(see: Callable[[float], None]) -> Iterator[None]:
         _watcher.reset(token)
 
 
+def progressed(share: float) -> None:
+    """Tell whoever watches how much of a long computation is done."""
+    _watcher.get()(share)
+
+
 @dataclass(frozen=True)
 class Fit:
     """How to fit."""

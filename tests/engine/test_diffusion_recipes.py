@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import aerogel
 from aerogel import catalog
+from aerogel.data.denoising import Denoising, record
 from aerogel.engine import policies
 from aerogel.errors import AerogelError
 from aerogel.model.modules import QuantLinear
+from aerogel.model.reuse import Schedule
 from aerogel.recipe import Recipe
+from tests.data.test_replay import painter
 from tests.engine.test_shipped_recipes import CLOSE as LANGUAGE
 from tests.methods.diffusion.test_fsc import calls
 from tests.tiny import FAMILIES, output
@@ -21,7 +25,7 @@ from tests.tiny import FAMILIES, output
 # Largest relative error of what a small UNet with random weights predicts.
 CLOSE = {
     "qdiffusion-w4a8": 0.25, "tfmq-w4a32": 0.25, "tfmq-w4a8": 0.25, "tfmq-w8a8": 0.05, "tfm-w4a8-cache": 0.25, "tfm-w4a8-select": 0.25,
-    "brecq-w4a8-token": 0.25,
+    "brecq-w4a8-token": 0.25, "harmonica": 1.0,
 }  # fmt: skip
 
 
@@ -36,7 +40,7 @@ def test_every_recipe_is_tested() -> None:
     assert set(catalog.names("recipes")) == CLOSE.keys() | LANGUAGE.keys()
 
 
-@pytest.mark.parametrize("recipe", [name for name in CLOSE if name != "brecq-w4a8-token"])
+@pytest.mark.parametrize("recipe", [name for name in CLOSE if name not in ("brecq-w4a8-token", "harmonica")])
 def test_recipe_on_a_unet(recipe: str, tmp_path: Path) -> None:
     tiny = FAMILIES["unet"]
     result = aerogel.compress(tiny.build(), recipe, samples=calls(), overrides=quicker(recipe), output=tmp_path / "out", measures=())
@@ -58,6 +62,17 @@ def test_recipe_for_transformers(tmp_path: Path) -> None:
         before, answer = output(plain.module, call), output(result.network.module, call)
         assert 0 < (answer - before).norm() < CLOSE[recipe] * before.norm()
         assert (output(reopened.module, call) - answer).norm() <= 1e-6 * answer.norm()
+
+
+def test_recipe_for_caching(tmp_path: Path) -> None:
+    """Counted in multiply-accumulates: seconds of a network as small as this are its overhead."""
+    wanted, quick = Denoising(count=2, steps=5, batch=2), ["harmonica.trajectories=2", "harmonica.by=macs"]
+    result = aerogel.compress(painter().processor, "harmonica", samples=wanted, overrides=quick, output=tmp_path / "out", measures=())
+    assert 0 < Schedule.of(result.network, result.policies[0].state).reused < 0.8
+    reopened = aerogel.load(tmp_path / "out", lazy=False)
+    with policies.on(result.network, result.policies):
+        for call in record(result.network.processor, result.network.module, wanted):
+            assert torch.equal(output(reopened.module, call), output(result.network.module, call))
 
 
 def test_inputs_may_be_smoothed_first(tmp_path: Path) -> None:

@@ -1,0 +1,244 @@
+"""HarmoniCa: a router of one score a step and unit is trained along whole trajectories, without images (arXiv:2410.01723).
+
+T steps, N units, B samples. A score is the share of a unit's new output that goes into what it gives; the rest is what it gave before.
+Published: step-wise denoising training (SDT) and the image error proxy-guided objective (IEPO). Ours: losses in relative units, the
+penalty's weight steered to the asked budget, exact decoding, forked proxies at half the cost, and the local search behind.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from aerogel.data.replay import Replay, State, output_of, replays
+from aerogel.errors import AerogelError
+from aerogel.methods.method import RuntimePolicy
+from aerogel.model.calls import Call
+from aerogel.model.driven import Driven, Held, Row, driven
+from aerogel.model.network import Network
+from aerogel.model.reuse import Schedule, reusing, sampler_of
+from aerogel.model.units import units_of
+from aerogel.training.budgets import Budget, Measure, budget_of
+from aerogel.training.fit import progressed
+from aerogel.training.masks import Search, Trials, mean_square
+
+Proxy = Literal["leave_one_out", "cumulative", "none"]
+_BOUND = 5.0
+"""Scores before the sigmoid stay within it; the first step's are there from the start and never move, so that it always computes."""
+_STEERING = 0.05
+"""How fast the penalty's weight follows the budget: its logarithm moves by so much a trajectory while nothing is saved."""
+
+
+@dataclass(frozen=True)
+class Harmonica(RuntimePolicy):
+    """Learns which attentions and feed-forwards of a denoiser to reuse at which steps, for an exact budget."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"calls"})
+
+    ratio: float | None = None
+    """Share of slots (steps x units) to reuse; this or `target_speedup`."""
+    target_speedup: float | None = None
+    """How many times faster the denoiser has to be."""
+    by: Measure = "latency"
+    """What a target speed-up is counted in: measured seconds of the units, or their multiply-accumulates."""
+    trajectories: int = 200
+    """Generations to train on (published: 2000 for 10 steps); each is of as many pictures as were recorded at once."""
+    rate: float = 0.1
+    """Learning rate of Adam (published: 0.01 for ten times as many trajectories)."""
+    threshold: float = 0.1
+    """A unit with a score above it refreshes what is kept."""
+    proxy: Proxy = "leave_one_out"
+    """What weighs the steps: how the final image moves when a step alone computes everything, or when it joins those before it that
+    reuse (as the released code has it); `none` weighs all alike."""
+    refresh: int = 50
+    """Trajectories between two measurements of the proxy."""
+    penalty: float = 0.02
+    """Weight of the scores' sum at the start, against relative errors; from there it is steered to the budget."""
+    search: int = 0
+    """Trials of a local search that starts from the learned schedule, or from the best of whole steps if that is better."""
+
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+        """Train, decode, search; raises AerogelError when the calls do not replay or the budget cannot be met."""
+        if min(self.trajectories, self.refresh) < 1 or self.search < 0:
+            raise AerogelError(
+                f"trajectories {self.trajectories} and refresh {self.refresh} are at least 1, search {self.search} at least 0"
+            )
+        budget = budget_of(network, calls, self.ratio, self.target_speedup, self.by)
+        runs, units = replays(network, calls), tuple(units_of(network))
+        generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+        with driven(network) as denoiser:
+            training = _Training(self, denoiser, runs, budget, len(units), generator)
+            training.run()
+            mask_TN = training.decoded()
+            training.note(mask_TN)
+            if self.search:
+                mask_TN = training.searched(mask_TN)
+            unseen = Trials(denoiser, runs[:1], [runs[0].noise(generator)])
+            error = unseen.error(mask_TN)
+        state = Schedule(runs[0].steps, sampler_of(network), units, mask_TN).as_state()
+        return state | {
+            "scores": training.scores(), "lambda": training.lambda_T, "penalty": training.penalty, "guidance": runs[0].guidance,
+            "error": error, "log": training.log,
+        }  # fmt: skip
+
+    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
+        """Reuse by the table that was decoded; scores are not looked at any more."""
+        return reusing(network, Schedule.of(network, state))
+
+
+@dataclass
+class _Training:
+    """A router on its way."""
+
+    knobs: Harmonica
+    denoiser: Driven
+    runs: Sequence[Replay]
+    budget: Budget
+    units: int
+    generator: torch.Generator
+    log: list[dict[str, float]] = field(default_factory=list)
+    """At each measurement of the proxy: trajectories so far, share of slots reused, error of the soft and of the hard schedule."""
+
+    def __post_init__(self) -> None:
+        self.steps = len(self.runs[0].calls)
+        logits_TN = 1 + 0.3 * torch.randn(self.steps, self.units, generator=self.generator)
+        logits_TN[0] = _BOUND
+        self.rows = [nn.Parameter(row_N) for row_N in logits_TN]
+        self.rows[0].requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.rows[1:], lr=self.knobs.rate, weight_decay=0.0)
+        self.lambda_T = torch.ones(self.steps)
+        self.penalty = self.knobs.penalty
+        cost_N = torch.tensor(self.budget.cost_N)
+        self.weight_N = cost_N / cost_N.mean()
+        self.fixed = self._begin()
+        """Of the proxies: always the same noise."""
+
+    def run(self) -> None:
+        """Train on all trajectories."""
+        for number in range(self.knobs.trajectories):
+            if number % self.knobs.refresh == 0:
+                self.refresh(number)
+            self.trajectory(*self._begin())
+            self._steer()
+            progressed((number + 1) / self.knobs.trajectories)
+
+    def _begin(self) -> tuple[Replay, State]:
+        """New noise for one of the recorded generations."""
+        run = self.runs[int(torch.randint(len(self.runs), (), generator=self.generator))]
+        return run, run.noise(self.generator)
+
+    def trajectory(self, run: Replay, state: State) -> None:
+        """One generation: the student goes its own way, and each row is moved once, by the step that it belongs to."""
+        with torch.no_grad():
+            made, held = self.denoiser.step(run.call(state), self.rows[0].sigmoid(), self.denoiser.empty)
+        state = run.advance(state, output_of(made))
+        while state.step < self.steps:
+            state, held = self._step(run, state, held)
+
+    def _step(self, run: Replay, state: State, held: Held) -> tuple[State, Held]:
+        call, row_N = run.call(state), self.rows[state.step]
+        with torch.no_grad():
+            wanted = run.guided(output_of(self.denoiser.plain(call)))
+        with torch.enable_grad():
+            score_N = row_N.sigmoid()
+            made, held = self.denoiser.step(call, score_N, held, self.knobs.threshold)
+            given = output_of(made)
+            apart = (run.guided(given) - wanted).float().square().mean() / wanted.float().var()
+            loss = self.lambda_T[state.step] * apart + self.penalty * (self.weight_N * score_N).sum()
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+        with torch.no_grad():
+            row_N.clamp_(-_BOUND, _BOUND)
+        return run.advance(state, given), held
+
+    def scores(self) -> Tensor:
+        """The scores (T, N) as they are."""
+        return torch.stack([row_N.detach() for row_N in self.rows]).sigmoid()
+
+    def hard(self) -> Tensor:
+        """Which units compute (T, N) if scores up to the threshold reuse."""
+        return self.scores() > self.knobs.threshold
+
+    def _steer(self) -> None:
+        """Move the penalty's weight towards the budget."""
+        reached = self.budget.saved(self.hard()) / max(self.budget.saving, 1e-12)
+        self.penalty *= math.exp(_STEERING * max(-1.0, 1 - reached))
+
+    @torch.no_grad()
+    def refresh(self, number: int) -> None:
+        """Measure anew what the final image owes to each step, and what thresholds make of the scores."""
+        soft, along = self._along()
+        if self.knobs.proxy != "none":
+            found_T = self._left_out(soft, along) if self.knobs.proxy == "leave_one_out" else self._joined(along)
+            self.lambda_T = found_T / found_T[1:].mean().clamp(min=torch.finfo(torch.float32).tiny)
+        exact = self.fixed[0].finish(self.fixed[1], lambda _, call: output_of(self.denoiser.plain(call)))
+        hard = self._finish(self.fixed[1], self.denoiser.empty, self.hard().tolist())
+        self.log.append({
+            "trajectories": float(number), "reused": 1 - float(self.hard().float().mean()), "penalty": self.penalty,
+            "soft_error": mean_square([soft], [exact]), "hard_error": mean_square([hard], [exact]),
+        })  # fmt: skip
+
+    def _along(self) -> tuple[Tensor, list[tuple[State, Held]]]:
+        """The final image under soft scores, and what the trajectory and the slots were before each step and at the end."""
+        run, state = self.fixed
+        along, held, state = [], self.denoiser.empty, state.fork()
+        for score_N in self.scores():
+            along.append((state.fork(), held))
+            made, held = self.denoiser.step(run.call(state), score_N, held, self.knobs.threshold)
+            state = run.advance(state, output_of(made))
+        return state.x_BCHW, [*along, (state, held)]
+
+    def _left_out(self, soft: Tensor, along: list[tuple[State, Held]]) -> Tensor:
+        """How the final image (mean square) moves when a step alone computes everything; the first step does anyway."""
+        scores_TN, found = self.scores(), [0.0]
+        for step in range(1, self.steps):
+            rows: list[Row] = [[True] * self.units, *scores_TN[step + 1 :]]
+            found.append(mean_square([self._finish(*along[step], rows)], [soft]))
+        return torch.tensor(found)
+
+    def _joined(self, along: list[tuple[State, Held]]) -> Tensor:
+        """How the final image moves when a step reuses too, after all steps before it do and none behind it does."""
+        everything = [[True] * self.units] * self.steps
+        images = [self._finish(*along[step + 1], everything[step + 1 :]) for step in range(self.steps)]
+        return torch.tensor([0.0, *(mean_square([after], [before]) for before, after in pairwise(images))])
+
+    def _finish(self, state: State, held: Held, rows: Sequence[Row]) -> Tensor:
+        run, state = self.fixed[0], state.fork()
+        for row in rows:
+            made, held = self.denoiser.step(run.call(state), row, held, self.knobs.threshold)
+            state = run.advance(state, output_of(made))
+        return state.x_BCHW
+
+    def decoded(self) -> Tensor:
+        """The schedule of the budget: lowest scores first; of equal ones those that cost the image least for what they save."""
+        scores_TN = self.scores()
+        slots = [(step, unit) for step in range(1, self.steps) for unit in range(self.units)]
+        order = sorted(
+            slots, key=lambda slot: (float(scores_TN[slot]), float(self.lambda_T[slot[0]]) / max(self.budget.cost_N[slot[1]], 1e-12))
+        )
+        return self.budget.decoded(order, (self.steps, self.units))
+
+    @torch.no_grad()
+    def note(self, mask_TN: Tensor) -> None:
+        """Measure once more, for the log: what was learned, and the schedule that came out."""
+        self.refresh(self.knobs.trajectories)
+        exact = self.fixed[0].finish(self.fixed[1], lambda _, call: output_of(self.denoiser.plain(call)))
+        made = self._finish(self.fixed[1], self.denoiser.empty, mask_TN.tolist())
+        self.log[-1]["decoded_error"] = mean_square([made], [exact])
+
+    @torch.no_grad()
+    def searched(self, mask_TN: Tensor) -> Tensor:
+        """Improve by trials on noise of their own."""
+        run, state = self._begin()
+        trials = Trials(self.denoiser, [run], [state])
+        search = Search(trials, self.budget, self.knobs.search)
+        other_TN = search.single_units(search.whole_steps((self.steps, self.units)))
+        return search.swaps(min((mask_TN, other_TN), key=trials.error))

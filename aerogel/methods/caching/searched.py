@@ -1,0 +1,60 @@
+"""A schedule found by trial: real generations say which reuse the final image minds least. Ours; exhaustive searches of this kind are slow.
+
+T steps, N units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from aerogel.data.replay import replays
+from aerogel.methods.method import RuntimePolicy
+from aerogel.model.calls import Call
+from aerogel.model.driven import driven
+from aerogel.model.network import Network
+from aerogel.model.reuse import Schedule, reusing, sampler_of
+from aerogel.model.units import units_of
+from aerogel.training.budgets import Measure, budget_of
+from aerogel.training.masks import Search, Trials
+
+
+@dataclass(frozen=True)
+class Searched(RuntimePolicy):
+    """Reuses what was found to move the final images least: whole steps first, then single units, then exchanges."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"calls"})
+
+    ratio: float | None = None
+    """Share of slots (steps x units) to reuse; this or `target_speedup`."""
+    target_speedup: float | None = None
+    """How many times faster the denoiser has to be."""
+    by: Measure = "latency"
+    """What a target speed-up is counted in: measured seconds of the units, or their multiply-accumulates."""
+    trials: int = 2000
+    """Generations it may take, forked where they differ."""
+    samples: int = 8
+    """Recorded pictures that are made in each."""
+
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+        """Search on the recorded generations; raises AerogelError when they do not replay or the budget cannot be met."""
+        budget = budget_of(network, calls, self.ratio, self.target_speedup, self.by)
+        recorded, units = replays(network, calls), tuple(units_of(network))
+        runs = recorded[: max(1, math.ceil(self.samples / len(recorded[0].start().x_BCHW)))]
+        shape = (len(runs[0].calls), len(units))
+        with driven(network) as denoiser, torch.no_grad():
+            trials = Trials(denoiser, runs, [run.start() for run in runs])
+            search = Search(trials, budget, self.trials)
+            mask_TN = search.swaps(search.single_units(search.whole_steps(shape)))
+            error = trials.error(mask_TN)
+        state = Schedule(runs[0].steps, sampler_of(network), units, mask_TN).as_state()
+        return state | {"error": error, "trials": trials.count, "guidance": runs[0].guidance}
+
+    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
+        """Reuse by the table."""
+        return reusing(network, Schedule.of(network, state))

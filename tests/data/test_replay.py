@@ -1,0 +1,138 @@
+"""Replayed generations are those of the pipeline, whatever sampler and guidance, and forks of them are other futures of one past."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from aerogel.data.denoising import Denoising, record
+from aerogel.data.replay import Replay, output_of, replays
+from aerogel.errors import AerogelError
+from aerogel.model.calls import Call
+from aerogel.model.load import load
+from aerogel.model.network import Network
+from tests import painters
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' samplers
+
+SAMPLERS: dict[str, Callable[[], Any]] = {
+    "ddim": lambda: diffusers.DDIMScheduler(clip_sample=False),
+    "ddim of v": lambda: diffusers.DDIMScheduler(clip_sample=False, prediction_type="v_prediction", timestep_spacing="linspace"),
+    "dpm solver": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+}
+
+
+def painter(sampler: str = "ddim", seed: int = 0) -> Network:
+    pipeline = painters.classes(seed)
+    pipeline.scheduler = SAMPLERS[sampler]()
+    return load(pipeline)
+
+
+def recorded(network: Network, **knobs: Any) -> list[Call]:
+    return record(network.processor, network.module, Denoising(**{"count": 4, "steps": 5, "batch": 2, "guidance": 3.0} | knobs))
+
+
+def whole(network: Network) -> Callable[[int, Call], Tensor]:
+    return lambda _, call: output_of(network.run(call))
+
+
+def last_of(network: Network, run: Replay) -> Tensor:
+    """The last input of a recorded generation, one branch."""
+    last: Tensor = run.calls[-1].kwargs[run.name]
+    return last.chunk(2)[0] if run.halves else last
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+def test_a_replay_goes_where_the_pipeline_went(sampler: str, guidance: float) -> None:
+    network = painter(sampler)
+    runs = replays(network, recorded(network, guidance=guidance))
+    assert len(runs) == 2
+    for run in runs:
+        assert run.halves == (guidance > 1)
+        assert run.guidance == pytest.approx(guidance if run.halves else 0.0, rel=1e-3)
+        state = run.start()
+        for step in range(4):
+            assert state.step == step
+            state = run.advance(state, output_of(network.run(run.call(state))))
+        wanted = last_of(network, run)
+        torch.testing.assert_close(run.call(state).kwargs[run.name][: len(wanted)], wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_pipeline_without_classes_replays_too() -> None:
+    network = load(painters.unconditional())
+    network.processor.scheduler = SAMPLERS["ddim"]()
+    (run,) = replays(network, recorded(network, guidance=None, count=2))
+    assert (run.halves, run.name) == (False, "sample")
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm solver"])
+def test_a_fork_has_the_past_of_its_trajectory(sampler: str) -> None:
+    """Also where the sampler remembers earlier steps."""
+    network = painter(sampler)
+    run = replays(network, recorded(network))[0]
+    wanted = run.finish(run.start(), whole(network))
+    state = run.start()
+    for _ in range(2):
+        state = run.advance(state, output_of(network.run(run.call(state))))
+    fork = state.fork()
+    other = run.finish(fork, lambda _, call: 2 * output_of(network.run(call)))
+    assert torch.equal(run.finish(state, whole(network)), wanted)
+    assert torch.equal(run.finish(fork, whole(network)), wanted)
+    assert not torch.allclose(other, wanted)
+
+
+def test_new_noise_depends_on_its_generator_alone() -> None:
+    network = painter()
+    run = replays(network, recorded(network))[0]
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, second, third = (run.noise(torch.Generator().manual_seed(seed)).x_BCHW for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)
+    assert first.shape == run.start().x_BCHW.shape
+
+
+def test_a_sampler_that_draws_noise_is_refused() -> None:
+    network = painter()
+    network.processor.scheduler = diffusers.DDPMScheduler(clip_sample=False)
+    with pytest.raises(AerogelError, match=r"does not replay: at step 2 of 5 .*DDPMScheduler may draw noise"):
+        replays(network, recorded(network))
+
+
+def test_a_pipeline_that_does_something_else_is_refused() -> None:
+    """diffusers' DiTPipeline steps from the input that Euler's sampler scaled for the denoiser, not from the sample."""
+    network = painter()
+    network.processor.scheduler = diffusers.EulerDiscreteScheduler()
+    with pytest.raises(AerogelError, match="does not replay: .*or the pipeline do more than classifier-free guidance"):
+        replays(network, recorded(network))
+
+
+def test_a_sampler_with_two_calls_a_step_is_refused() -> None:
+    network = painter()
+    network.processor.scheduler = diffusers.HeunDiscreteScheduler()
+    with pytest.raises(
+        AerogelError, match="HeunDiscreteScheduler has other steps than|not generations of equal length|call the denoiser several"
+    ):
+        replays(network, recorded(network))
+
+
+def test_calls_that_are_no_generation_are_refused() -> None:
+    network = painter()
+    calls = recorded(network)
+    with pytest.raises(AerogelError, match="not generations of equal length"):
+        replays(network, calls[:-1])
+    with pytest.raises(AerogelError, match="1 recorded calls are no generation"):
+        replays(network, calls[:1])
+    with pytest.raises(AerogelError, match="came without its pipeline"):
+        replays(Network(network.module, network.family), calls)
+    network.processor.scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing")
+    with pytest.raises(AerogelError, match="has other steps than the 5 recorded ones from step 1 on"):
+        replays(network, calls)

@@ -1,0 +1,55 @@
+"""A policy for a while: inside the pipeline paints by it, outside it is what it was to the last bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import aerogel
+from aerogel.data.denoising import Denoising
+from aerogel.errors import AerogelError
+from tests.data.test_replay import painter
+
+WANTED = Denoising(count=2, steps=4, batch=2)
+FORA = {"steps": [{"fora": {}}]}
+
+
+def paint(pipeline: Any, **knobs: Any) -> Tensor:
+    made = pipeline(class_labels=[0, 7], num_inference_steps=4, generator=torch.Generator().manual_seed(1), output_type="pt", **knobs)
+    return torch.as_tensor(made.images)
+
+
+def test_it_is_on_inside_and_off_outside() -> None:
+    pipeline = painter().processor
+    weights = {name: tensor.clone() for name, tensor in pipeline.transformer.state_dict().items()}
+    before = paint(pipeline)
+    with aerogel.cached(pipeline, FORA, samples=WANTED) as found:
+        inside = paint(pipeline)
+        assert torch.equal(paint(pipeline), inside)
+    assert found[0].state["computed"].tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]
+    assert not torch.equal(inside, before)
+    assert torch.equal(paint(pipeline), before)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in pipeline.transformer.state_dict().items())
+
+
+def test_a_saved_folder_and_a_result_are_policies(tmp_path: Path) -> None:
+    pipeline = painter().processor
+    with aerogel.cached(pipeline, FORA, samples=WANTED):
+        wanted = paint(pipeline)
+    result = aerogel.compress(pipeline, FORA, samples=WANTED, output=tmp_path / "out", measures=())
+    for policy in (result, tmp_path / "out", str(tmp_path / "out")):
+        with aerogel.cached(pipeline, policy):
+            assert torch.equal(paint(pipeline), wanted)
+
+
+def test_what_is_no_policy_is_refused(tmp_path: Path) -> None:
+    pipeline = painter().processor
+    with pytest.raises(AerogelError, match="rtn changes the network for good"), aerogel.cached(pipeline, "rtn-w8a8", samples=WANTED):
+        pass
+    aerogel.compress(painter().processor, "rtn-w8a8", samples=WANTED, output=tmp_path / "out", measures=())
+    with pytest.raises(AerogelError, match="has no runtime policies"), aerogel.cached(pipeline, tmp_path / "out"):
+        pass

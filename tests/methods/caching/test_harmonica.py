@@ -1,0 +1,199 @@
+"""HarmoniCa's router against loops written out, what it may touch and what it may not, and what is saved of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import aerogel
+from aerogel.data.denoising import Denoising
+from aerogel.data.replay import Replay, State, output_of, replays
+from aerogel.errors import AerogelError
+from aerogel.methods.caching.harmonica import Harmonica, _Training
+from aerogel.model.driven import Driven, driven
+from aerogel.model.network import Network
+from aerogel.model.reuse import Schedule
+from aerogel.model.units import units_of
+from aerogel.training.budgets import Budget, budget_of
+from tests.data.test_replay import painter, recorded
+
+SHORT: dict[str, Any] = {"ratio": 0.4, "trajectories": 6, "refresh": 3}
+
+
+def training(network: Network, denoiser: Driven, runs: list[Replay], **knobs: Any) -> _Training:
+    method = Harmonica(**SHORT | knobs)
+    budget = Budget((1.0,) * len(units_of(network)), 4.0)
+    return _Training(method, denoiser, runs, budget, len(units_of(network)), torch.Generator().manual_seed(0))
+
+
+def soft(denoiser: Driven, run: Replay, state: State, scores_TN: Tensor, full: set[int]) -> Tensor:
+    """A whole generation under scores, in which some steps compute everything."""
+    state, held = state.fork(), denoiser.empty
+    for step, score_N in enumerate(scores_TN):
+        made, held = denoiser.step(run.call(state), [True] * len(score_N) if step in full else score_N, held, 0.1)
+        state = run.advance(state, output_of(made))
+    return state.x_BCHW
+
+
+@torch.no_grad()
+def test_leave_one_out_is_what_whole_generations_say() -> None:
+    network = painter()
+    with driven(network) as denoiser:
+        made = training(network, denoiser, replays(network, recorded(network)))
+        made.refresh(0)
+        run, start = made.fixed
+        scores_TN = made.scores()
+        image = soft(denoiser, run, start, scores_TN, set())
+        literal = torch.tensor([float((soft(denoiser, run, start, scores_TN, {step}) - image).square().mean()) for step in range(5)])
+    assert literal[0] == 0
+    torch.testing.assert_close(made.lambda_T, literal / literal[1:].mean(), rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_cumulative_is_what_whole_generations_say() -> None:
+    network = painter()
+    with driven(network) as denoiser:
+        made = training(network, denoiser, replays(network, recorded(network)), proxy="cumulative")
+        made.refresh(0)
+        run, start = made.fixed
+        images = [soft(denoiser, run, start, made.scores(), set(range(step + 1, 5))) for step in range(5)]
+        literal = torch.tensor([0.0, *(float((b - a).square().mean()) for a, b in zip(images, images[1:], strict=False))])
+    torch.testing.assert_close(made.lambda_T, literal / literal[1:].mean(), rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_step_that_computes_everything_has_no_weight() -> None:
+    network = painter()
+    with driven(network) as denoiser:
+        made = training(network, denoiser, replays(network, recorded(network)))
+        made.rows[3].fill_(torch.inf)
+        made.refresh(0)
+    assert made.lambda_T[3] == 0
+    assert (made.lambda_T[[1, 2, 4]] > 0).all()
+
+
+def test_a_trajectory_moves_each_row_once_by_its_own_loss() -> None:
+    """Against the loop of the paper written out, with gradients of the row at hand only."""
+    network = painter()
+    with driven(network) as denoiser:
+        made = training(network, denoiser, replays(network, recorded(network)))
+        before = torch.stack([row_N.detach().clone() for row_N in made.rows])
+        run, start = made._begin()
+        made.trajectory(run, start.fork())
+        after = torch.stack([row_N.detach() for row_N in made.rows])
+        state, held = start.fork(), denoiser.empty
+        for step in range(5):
+            logits_N = before[step].clone().requires_grad_()
+            call = run.call(state)
+            with torch.no_grad():
+                wanted = run.guided(output_of(denoiser.plain(call)))
+            output, held = denoiser.step(call, logits_N.sigmoid(), held, 0.1)
+            given = output_of(output)
+            if step:
+                loss = (run.guided(given) - wanted).square().mean() / wanted.var() + made.penalty * logits_N.sigmoid().sum()
+                (gradient_N,) = torch.autograd.grad(loss, logits_N)
+                # The first step of Adam is the learning rate against the gradient's sign, whatever its size.
+                moved_N = before[step] - made.knobs.rate * gradient_N / (gradient_N.abs() + 1e-8)
+                torch.testing.assert_close(after[step], moved_N.clamp(-5, 5), rtol=1e-3, atol=1e-4)
+            state = run.advance(state, given)
+    assert torch.equal(after[0], torch.full_like(after[0], 5.0)), "the first row never moves"
+
+
+def test_nothing_but_scores_is_touched() -> None:
+    network = painter()
+    network.module.requires_grad_(True)
+    calls, before = recorded(network), {name: tensor.clone() for name, tensor in network.module.state_dict().items()}
+    torch.manual_seed(7)
+    random = torch.get_rng_state()
+    state = Harmonica(**SHORT).calibrate(network, calls)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.module.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in network.module.parameters())
+    torch.manual_seed(7)
+    again = Harmonica(**SHORT).calibrate(network, calls)
+    assert torch.equal(state["scores"], again["scores"])
+    torch.manual_seed(8)
+    assert not torch.equal(state["scores"], Harmonica(**SHORT).calibrate(network, calls)["scores"])
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.4, 0.8])
+def test_the_budget_is_met_exactly(ratio: float) -> None:
+    network = painter()
+    calls = recorded(network)
+    state = Harmonica(**SHORT | {"ratio": ratio}).calibrate(network, calls)
+    schedule = Schedule.of(network, state)
+    assert schedule.reused == pytest.approx(ratio, abs=0.5 / schedule.computed_TN.numel())
+    assert schedule.computed_TN[0].all()
+
+
+def test_a_target_speedup_is_met_by_the_costs() -> None:
+    network = painter()
+    calls = recorded(network)
+    state = Harmonica(target_speedup=1.15, by="macs", trajectories=2).calibrate(network, calls)
+    budget = budget_of(network, calls, None, 1.15, "macs")
+    assert budget.met(Schedule.of(network, state).computed_TN)
+
+
+def test_lowest_scores_are_reused_first_and_ties_fall_to_what_costs_the_image_least() -> None:
+    network = painter()
+    with driven(network) as denoiser:
+        made = training(network, denoiser, replays(network, recorded(network)))
+        for row, logits in enumerate([[5.0, 5.0], [-5.0, -5.0], [1.0, -2.0], [-5.0, -5.0], [3.0, 0.0]]):
+            made.rows[row].data = torch.tensor(logits)
+        made.lambda_T = torch.tensor([0.0, 1.0, 1.0, 0.1, 1.0])
+        for saving, reused in ((2.0, [[3, 0], [3, 1]]), (5.0, [[1, 0], [1, 1], [2, 1], [3, 0], [3, 1]])):
+            made.budget = Budget((1.0, 1.0), saving)
+            assert (~made.decoded()).nonzero().tolist() == reused
+
+
+def test_the_search_behind_it_only_betters_the_error() -> None:
+    network = painter()
+    with driven(network) as denoiser:
+        made = training(network, denoiser, replays(network, recorded(network)))
+        made.run()
+        decoded = made.decoded()
+        found = made.searched(decoded)
+        assert made.budget.met(found)
+    state = Harmonica(**SHORT, search=60).calibrate(network, recorded(network))
+    assert Schedule.of(network, state).reused == pytest.approx(0.4)
+
+
+def test_the_penalty_follows_the_budget() -> None:
+    network = painter()
+    calls = recorded(network)
+    little, much = (Harmonica(**SHORT | {"ratio": ratio, "trajectories": 12}).calibrate(network, calls) for ratio in (0.1, 0.8))
+    assert little["penalty"] < much["penalty"]
+
+
+def test_compress_keeps_it_beside_the_weights(tmp_path: Path) -> None:
+    source = painter().processor
+    source.save_pretrained(tmp_path / "source")
+    recipe = {"name": "router", "steps": [{"harmonica": SHORT | {"search": 30}}]}
+    wanted = Denoising(count=2, steps=5, batch=2, guidance=3.0)
+    result = aerogel.compress(tmp_path / "source", recipe, samples=wanted, output=tmp_path / "out", measures=())
+    state = result.policies[0].state
+    opened = aerogel.load(tmp_path / "out", lazy=False)
+    plain = aerogel.load(tmp_path / "source", lazy=False)
+    seed = {"class_labels": [0], "num_inference_steps": 5, "guidance_scale": 3.0, "output_type": "pt"}
+    cached, whole = (network.processor(generator=torch.Generator().manual_seed(0), **seed).images for network in (opened, plain))
+    assert not torch.equal(torch.as_tensor(cached), torch.as_tensor(whole))
+    assert {"scores", "lambda", "computed", "steps", "units", "sampler", "guidance", "error", "log"} <= state.keys()
+    assert state["log"][0]["hard_error"] >= 0
+    assert "decoded_error" in state["log"][-1]
+    with pytest.raises(
+        AerogelError, match=r"852, one of the 7 steps of DDIMScheduler, is not the 800 that comes at step 1 of the 5 of DDIMScheduler"
+    ):
+        opened.processor(class_labels=[0], num_inference_steps=7)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"), [({"trajectories": 0}, "at least 1"), ({"refresh": 0}, "at least 1"), ({"search": -1}, "at least 0")]
+)
+def test_knobs_out_of_range_are_refused(knobs: dict[str, Any], message: str) -> None:
+    network = painter()
+    with pytest.raises(AerogelError, match=message):
+        Harmonica(**SHORT | knobs).calibrate(network, recorded(network))
