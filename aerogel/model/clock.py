@@ -50,8 +50,9 @@ class Clock:
         found = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [timestep]
         if unknown := [step for step in found if float(step) not in self._row_of]:
             first, last = self.steps[0], self.steps[-1]
+            use = in_use(self._pipeline() if self._pipeline else None)
             raise AerogelError(
-                f"time step {unknown[0]}{in_use(self._pipeline() if self._pipeline else None)} is not among the {len(self.steps)} of {self.sampler or 'the sampler'} "
+                f"time step {unknown[0]}{use} is not among the {len(self.steps)} of {self.sampler or 'the sampler'} "
                 f"({first:g} to {last:g}) that this denoiser was calibrated for; use that sampler with that many steps, or calibrate again"
             )
         return tuple(self._row_of[float(step)] for step in found)

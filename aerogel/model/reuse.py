@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -87,9 +87,14 @@ def steps_in(network: Network, calls: Sequence[Call]) -> tuple[float, ...]:
 class Slot:
     """Stands in for a unit's forward: runs it, or gives what it kept; flags are set before each step, for compiled blocks to read."""
 
+    remembers: ClassVar[bool] = False
+    """Whether what it keeps is of use at the unit's own next run too, so that it stays until the unit is reused no more."""
+
     def __init__(self, own: Callable[..., Any]) -> None:
         self.own = own
         self.computes, self.keeps = True, False
+        self.row = 0
+        """The step at hand."""
         self.value: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -158,12 +163,13 @@ class Reuse:
         if self._shape.get(self._stream) != like:  # what was kept fits no more
             self._held.pop(self._stream, None)
         self._shape[self._stream] = like
-        held, following = self._held.pop(self._stream, {}), self._rows[row + 1] if row + 1 < len(self._rows) else None
+        held = self._held.pop(self._stream, {})
         ran = []
         for place, (name, slot) in enumerate(self.slots.items()):
             slot.value = held.get(name)
             slot.computes = self._rows[row][place] or slot.value is None
-            slot.keeps = following is not None and not following[place]
+            later = self._rows[row + 1 :] if slot.remembers else self._rows[row + 1 : row + 2]
+            slot.keeps, slot.row = any(not one[place] for one in later), row
             if slot.computes:
                 ran.append(name)
         self._next[self._stream] = row + 1

@@ -111,16 +111,14 @@ def test_a_pipeline_that_does_something_else_is_refused() -> None:
     """diffusers' DiTPipeline steps from the input that Euler's sampler scaled for the denoiser, not from the sample."""
     network = painter()
     network.processor.scheduler = diffusers.EulerDiscreteScheduler()
-    with pytest.raises(AerogelError, match="does not replay: .*or the pipeline do more than classifier-free guidance"):
+    with pytest.raises(AerogelError, match=r"does not replay: .*or the pipeline do more than classifier-free guidance"):
         replays(network, recorded(network))
 
 
 def test_a_sampler_with_two_calls_a_step_is_refused() -> None:
     network = painter()
     network.processor.scheduler = diffusers.HeunDiscreteScheduler()
-    with pytest.raises(
-        AerogelError, match="HeunDiscreteScheduler has other steps than|not generations of equal length|call the denoiser several"
-    ):
+    with pytest.raises(AerogelError, match="HeunDiscreteScheduler has other steps than"):
         replays(network, recorded(network))
 
 

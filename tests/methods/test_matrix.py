@@ -48,11 +48,14 @@ REFUSED = {
     "split": (set(FAMILIES) - {"unet"}, "reads concatenated channels"),
     "fsc": (set(FAMILIES), "names no temporal path|also depend on the class label|put tiar"),
     "fora": (NO_UNITS, "names no units"),
-    "evenly": (NO_UNITS, "names no units"),
+    **dict.fromkeys(("evenly", "pab", "smoothcache", "taylorseer"), (NO_UNITS, "names no units")),
     # Both learn from whole generations of a pipeline's sampler: tests of their own have pipelines.
     "harmonica": (set(FAMILIES), "give one of ratio"),
     "searched": (set(FAMILIES), "give one of ratio"),
 }
+
+CACHING = {"fora", "evenly", "pab", "smoothcache", "taylorseer"}
+"""Methods that follow one sampler: all samples of a call are at one step."""
 
 # Largest relative error of the output. Eight bits on random weights: 0.03; where a router picks experts, a rounding can change its
 # choice: 0.15. Methods that keep the function are held to float32.
@@ -60,7 +63,7 @@ CLOSE, ROUTED, EXACT = 0.03, 0.15, 1e-5
 # One grid for the probabilities of all rows: coarser where rows attend to many tokens.
 LOOSER = {"operands": 0.05}
 # Calls of a tiny network have noise of their own each, so what one gave is far from what the next would.
-LOOSER |= {"fora": 2.0, "evenly": 2.0}
+LOOSER |= dict.fromkeys(CACHING, 2.0)
 KEEP_FUNCTION = {"rotate", "smoothquant", "split"}
 
 
@@ -73,10 +76,6 @@ def pairs(*, refused: bool) -> list[tuple[str, str]]:
 def expected() -> dict[str, list[Tensor]]:
     """What the untouched networks answer."""
     return {name: [output(tiny.build(), call) for call in tiny.calls(3)] for name, tiny in FAMILIES.items()}
-
-
-CACHING = {"fora", "evenly"}
-"""Methods that follow one sampler: all samples of a call are at one step."""
 
 
 def calls(tiny: Tiny, method: str) -> list[Call]:

@@ -1,4 +1,4 @@
-"""Masks by trial: errors are those of the runtime, forks change nothing, budgets are met exactly, and searches find what trying all finds."""
+"""Masks by trial: errors are those of the runtime, forks change nothing, budgets are exact, searches find what trying all finds."""
 
 from __future__ import annotations
 

@@ -19,25 +19,27 @@ from aerogel.model.reuse import Schedule, reusing, scheduled
 
 @dataclass(frozen=True)
 class Evenly(RuntimePolicy):
-    """Reuses all outputs at some steps, which are spread as evenly as they can be."""
+    """Reuses all outputs at some steps, spread evenly from the first that may to the last."""
 
     ratio: float = 0.5
-    """Share of the steps that reuse; the first never does."""
+    """Share of the steps that reuse."""
+    first: int = 1
+    """The first step that may reuse, counted from 0; FORA's is 1, from 3 on the final image suffers far less."""
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
-        """Read the sampler's steps off the calls; raises AerogelError for a ratio that is not from 0 to below 1."""
-        if not 0 <= self.ratio < 1:
-            raise AerogelError(f"ratio is {self.ratio}; it is from 0 to below 1")
-        return scheduled(network, calls, lambda steps, units: spread(steps, self.ratio)[:, None].expand(-1, units))
+        """Read the sampler's steps off the calls; raises AerogelError when so many steps cannot reuse."""
+        return scheduled(network, calls, lambda steps, units: spread(steps, self.ratio, self.first)[:, None].expand(-1, units))
 
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
         """Reuse by the table."""
         return reusing(network, Schedule.of(network, state))
 
 
-def spread(steps: int, ratio: float) -> Tensor:
-    """Return which of T steps compute: the first, and from there as evenly as it goes."""
-    computing = max(1, steps - round(ratio * steps))
-    computes_T = torch.zeros(steps, dtype=torch.bool)
-    computes_T[[number * steps // computing for number in range(computing)]] = True
+def spread(steps: int, ratio: float, first: int) -> Tensor:
+    """Return which of T steps compute; the others lie evenly from `first` to the last."""
+    count, room = round(ratio * steps), steps - first
+    if first < 1 or not 0 <= count <= room:
+        raise AerogelError(f"a ratio of {ratio} means that {count} of {steps} steps reuse; from step {first} on there are {max(room, 0)}")
+    computes_T = torch.ones(steps, dtype=torch.bool)
+    computes_T[torch.linspace(first, steps - 1, count).round().long()] = False
     return computes_T

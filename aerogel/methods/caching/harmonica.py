@@ -32,6 +32,8 @@ from aerogel.training.masks import Search, Trials, mean_square
 Proxy = Literal["leave_one_out", "cumulative", "none"]
 _BOUND = 5.0
 """Scores before the sigmoid stay within it; the first step's are there from the start and never move, so that it always computes."""
+_START, _SPREAD = 1.0, 0.3
+"""Mean and deviation of the others at the start (published: 0 and 1, for ten times as many trajectories)."""
 _STEERING = 0.05
 """How fast the penalty's weight follows the budget: its logarithm moves by so much a trajectory while nothing is saved."""
 
@@ -108,7 +110,7 @@ class _Training:
 
     def __post_init__(self) -> None:
         self.steps = len(self.runs[0].calls)
-        logits_TN = 1 + 0.3 * torch.randn(self.steps, self.units, generator=self.generator)
+        logits_TN = _START + _SPREAD * torch.randn(self.steps, self.units, generator=self.generator)
         logits_TN[0] = _BOUND
         self.rows = [nn.Parameter(row_N) for row_N in logits_TN]
         self.rows[0].requires_grad_(False)
@@ -123,6 +125,7 @@ class _Training:
     def run(self) -> None:
         """Train on all trajectories."""
         for number in range(self.knobs.trajectories):
+            self.optimizer.param_groups[0]["lr"] = self.knobs.rate * (1 + math.cos(math.pi * number / self.knobs.trajectories)) / 2
             if number % self.knobs.refresh == 0:
                 self.refresh(number)
             self.trajectory(*self._begin())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_cumulative_is_what_whole_generations_say() -> None:
         made.refresh(0)
         run, start = made.fixed
         images = [soft(denoiser, run, start, made.scores(), set(range(step + 1, 5))) for step in range(5)]
-        literal = torch.tensor([0.0, *(float((b - a).square().mean()) for a, b in zip(images, images[1:], strict=False))])
+        literal = torch.tensor([0.0, *(float((b - a).square().mean()) for a, b in pairwise(images))])
     torch.testing.assert_close(made.lambda_T, literal / literal[1:].mean(), rtol=1e-4, atol=1e-6)
 
 
