@@ -119,6 +119,7 @@ def compress(
         _print_json({"folder": str(output), "report": str(report), **result.facts})
         return
     terminal.print_coverage(result.facts["coverage"])
+    terminal.print_reuse(result.facts.get("policies", ()))
     terminal.print_comparison(result.metrics)
     typer.echo(f"folder  {output}\nreport  {report}")
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from aerogel.engine.planning import Kept, Plan
 from aerogel.engine.progress import Clock, Tell, bar
-from aerogel.report import compare, coverage, phrases, record
+from aerogel.report import compare, coverage, phrases, record, reuse
 
 
 @contextmanager
@@ -52,12 +52,19 @@ def print_coverage(facts: Mapping[str, Any]) -> None:
         console.print(f"operands rounded in {len(found.attentions)} attentions")
 
 
+def print_reuse(facts: Sequence[Mapping[str, Any]]) -> None:
+    """Print what policies reuse, a line each."""
+    for policy in map(record.Policy.model_validate, facts):
+        if found := policy.reuse:
+            Console(soft_wrap=True, highlight=False).print(f"{found.policy}: {reuse.sentence(found)}", markup=False)
+
+
 def print_plan(plan: Plan) -> None:
     """Print what a recipe will do, and what stands in its way."""
     console = Console(soft_wrap=True, highlight=False)
     for (method, scheme), count in Counter((linear.method, linear.scheme) for linear in plan.touched).items():
         console.print(f"{method} stores {count} linears in {scheme}")
-    for line in _grouped(plan.kept):
+    for line in _grouped(plan.kept) if plan.touched else ():
         console.print(f"kept in float: {line}", markup=False)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("weights reached", f"{phrases.percent(plan.share_reached)} of {phrases.number(plan.parameters)}")

@@ -48,10 +48,9 @@ class Schedule:
         return 1 - float(self.computed_TN.float().mean())
 
     def as_state(self) -> dict[str, Any]:
-        """What a policy keeps of it."""
-        return {
-            "steps": list(self.steps), "sampler": self.sampler, "units": list(self.units), "computed": self.computed_TN.to(torch.uint8),
-        }  # fmt: skip
+        """What a policy keeps of it: the table as a line of 1 (runs) and 0 a step, for anybody to read."""
+        computed = ["".join("1" if one else "0" for one in row) for row in self.computed_TN.tolist()]
+        return {"steps": list(self.steps), "sampler": self.sampler, "units": list(self.units), "computed": computed}
 
     @classmethod
     def of(cls, network: Network, state: Mapping[str, Any]) -> Schedule:
@@ -60,7 +59,8 @@ class Schedule:
         if units != ours:
             other = next((name for name in units if name not in ours), None) or next(name for name in ours if name not in units)
             raise AerogelError(f"the schedule is of {len(units)} units, this denoiser has {len(ours)}; {other} is in one of them only")
-        return cls(tuple(state["steps"]), state["sampler"], units, state["computed"].bool())
+        computed_TN = torch.tensor([[one == "1" for one in row] for row in state["computed"]])
+        return cls(tuple(state["steps"]), state["sampler"], units, computed_TN)
 
 
 def scheduled(network: Network, calls: Sequence[Call], decide: Callable[[int, int], Tensor]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import yaml
 from markupsafe import Markup, escape
 
 from aerogel.errors import AerogelError
-from aerogel.report import compare, coverage, inputs, phrases, record, temporal
+from aerogel.report import compare, coverage, inputs, phrases, record, reuse, temporal
 from aerogel.report.layers import error_map, towers
 from aerogel.report.parts import parts_bars
 from aerogel.report.record import Pictures, Realism, Run, Sample, Side
@@ -149,11 +149,12 @@ def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
         "time": _time(after),
         "inputs": {"sentence": inputs.sentence(after.inputs), "rows": list(inputs.rows(after.inputs))} if after.inputs else None,
         "coverage": _coverage(run),
+        "reused": list(_reused(run)),
         "fallback_note": _fallback_note(run, len({entry.name for entry in fallen})),
         "fallen": fallen,
         "lines": lines[:LISTED],
         "lines_title": f"All {len(lines):,} linears" if len(lines) <= LISTED else f"The {LISTED} largest errors of {len(lines):,}",
-        "kept": list(_kept(run)),
+        "kept": list(_kept(run)) if run.plan.get("share_reached", 1) else [],  # who only reuses was not asked for codes
         "kept_note": _kept_note(run),
         "recipe": yaml.safe_dump({"steps": run.recipe.steps}, sort_keys=False, allow_unicode=True, width=60).rstrip(),
         "provenance": list(_provenance(run)),
@@ -169,7 +170,7 @@ def _lead(run: Run) -> str:
     facts = [f"Recipe {run.label}"]
     if run.model.parameters:
         facts.append(f"{phrases.number(run.model.parameters)} parameters")
-    if run.plan.get("share_reached") is not None:
+    if run.plan.get("share_reached"):
         facts.append(f"{phrases.percent(run.plan['share_reached'])} of them reached")
     if run.timings:
         facts.append(f"made in {phrases.seconds(sum(run.timings.values()) - run.timings.get('evaluate', 0))}")
@@ -243,9 +244,16 @@ def _time(after: Side) -> dict[str, Any] | None:
     return {"figure": figure, "sentence": temporal.sentence(found), "rows": list(temporal.rows(found))}
 
 
+def _reused(run: Run) -> Iterator[dict[str, Any]]:
+    for policy in run.policies:
+        if found := policy.reuse:
+            drawn = Figure(reuse.reuse_map(found, WIDE), reuse.reuse_map(found, NARROW))
+            yield {"policy": found.policy, "figure": drawn, "sentence": reuse.sentence(found)}
+
+
 def _coverage(run: Run) -> dict[str, Any] | None:
     found = run.coverage
-    if found is None:
+    if found is None or not found.any:
         return None
     return {
         "shares": list(coverage.shares(found)),

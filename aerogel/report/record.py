@@ -262,6 +262,49 @@ class Coverage(_Part):
     float_inputs: list[str] = []
     attentions: list[str] = []
 
+    @property
+    def any(self) -> bool:
+        """Whether anything is in codes."""
+        return bool(self.weights or self.inputs or self.attentions)
+
+
+class Reuse(_Part):
+    """Which units of a denoiser run at which steps; at the others they give what they gave before."""
+
+    policy: str = ""
+    steps: list[float] = Field(min_length=1)
+    units: list[str] = Field(min_length=1)
+    computed: list[str]
+    """A line of 1 (runs) and 0 for each step."""
+    sampler: str = ""
+    error: float | None = None
+    """Mean squared error of final images of noise that it was not made on."""
+
+    @model_validator(mode="after")
+    def _rectangular(self) -> Reuse:
+        if len(self.computed) != len(self.steps) or any(len(row) != len(self.units) or set(row) - set("01") for row in self.computed):
+            raise ValueError(f"a table of {len(self.steps)} steps and {len(self.units)} units was expected")
+        return self
+
+    @property
+    def share(self) -> float:
+        """Share of the slots (steps x units) that are reused."""
+        return sum(row.count("0") for row in self.computed) / (len(self.steps) * len(self.units))
+
+
+class Policy(_Part):
+    """A runtime policy and what was measured for it."""
+
+    step: dict[str, Any]
+    state: dict[str, Any] = {}
+
+    @property
+    def reuse(self) -> Reuse | None:
+        """Its schedule, if it has one."""
+        if "computed" not in self.state:
+            return None
+        return Reuse.model_validate({"policy": next(iter(self.step), ""), **self.state})
+
 
 class Run(_Part):
     """One run: the content of aerogel.json."""
@@ -273,6 +316,7 @@ class Run(_Part):
     journal: list[Line] = []
     kept: list[Kept] = []
     coverage: Coverage | None = None
+    policies: list[Policy] = []
     plan: dict[str, Any] = {}
     timings: dict[str, float] = {}
     folder: str = Field(default="", exclude=True)

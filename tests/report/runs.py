@@ -122,6 +122,19 @@ def temporal(layers: int = 5, steps: int = 20) -> dict[str, Any]:
     }
 
 
+def reuse() -> dict[str, Any]:
+    """A router's schedule of two blocks and four steps, one of which reuses all; the numbers are made up."""
+    state = {
+        "steps": [900.0, 600.0, 300.0, 0.0],
+        "sampler": "DDIMScheduler",
+        "units": [f"blocks.{block}.{part}" for block in range(2) for part in ("<b>attn", "ff")],
+        "computed": ["1111", "1101", "0000", "1111"],
+        "error": 0.00123,
+        "log": [],
+    }
+    return {"step": {"harmonica": {"ratio": 0.3}}, "state": state}
+
+
 def inputs() -> dict[str, Any]:
     """What 8 bits lose of the inputs of two blocks and of what stands around them; the numbers are made up."""
     layers = ["proj_in", *(f"blocks.{block}.<b>to_q</b>" for block in range(2)), "proj_out"]

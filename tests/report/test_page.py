@@ -14,7 +14,8 @@ import pytest
 
 from aerogel.errors import AerogelError
 from aerogel.report import page, record
-from tests.report.runs import MINIMAL, folders, full, pictures, temporal
+from aerogel.report.reuse import reuse_map
+from tests.report.runs import MINIMAL, folders, full, pictures, reuse, temporal
 
 VOID = {"meta", "link", "br", "wbr", "img", "input", "hr"}
 
@@ -188,6 +189,36 @@ def test_a_denoisers_sense_of_time_is_shown_and_said() -> None:
         assert said in words, said
     for absent in ("Sense of time", "What is in codes", "temporal"):
         assert absent not in read(page.page(record.parse(full()))).words, "records of before have neither"
+
+
+def test_what_is_reused_is_drawn_and_said() -> None:
+    content = pictures() | {"policies": [{"step": {"operands": {}}, "state": {"softmax": 1.0}}, reuse()]}
+    words = read(page.page(record.parse(content))).words
+    for said in (
+        "What is reused",
+        "Of 4 parts and 4 steps of DDIMScheduler 31.2 % are reused; 1 step reuses everything.",
+        "Final images of other noise move by 0.00123 (mean square).",
+    ):
+        assert said in words, said
+    drawn = str(reuse_map(record.parse(content).policies[1].reuse))  # type: ignore[arg-type]
+    assert "blocks.0.&lt;b&gt;attn, step 300: reused" in drawn
+    assert "blocks.0.ff, step 600: runs" in drawn
+    assert drawn.count("reused") == 5
+    assert "What is reused" not in read(page.page(record.parse(pictures()))).words
+
+
+def test_who_only_reuses_is_not_told_what_is_in_float() -> None:
+    nothing = {"coverage": {"layers": 3, "float_weights": ["a", "b", "c"], "float_inputs": ["a", "b", "c"]}, "plan": {"share_reached": 0.0}}
+    words = read(page.page(record.parse(pictures() | nothing | {"policies": [reuse()]}))).words
+    for absent in ("What is in codes", "Left in float", "of them reached"):
+        assert absent not in words
+
+
+def test_a_schedule_with_holes_is_named() -> None:
+    broken = reuse()
+    broken["state"]["computed"][1] = "11"
+    with pytest.raises(ValueError, match="a table of 4 steps and 4 units was expected"):
+        page.page(record.parse(pictures() | {"policies": [broken]}))
 
 
 def test_what_shares_a_scale_is_compared_place_by_place() -> None:

@@ -61,7 +61,7 @@ class Harmonica(RuntimePolicy):
     reuse (as the released code has it); `none` weighs all alike."""
     refresh: int = 50
     """Trajectories between two measurements of the proxy."""
-    penalty: float = 0.02
+    penalty: float = 3e-4
     """Weight of the scores' sum at the start, against relative errors; from there it is steered to the budget."""
     search: int = 0
     """Trials of a local search that starts from the learned schedule, or from the best of whole steps if that is better."""
@@ -125,7 +125,6 @@ class _Training:
     def run(self) -> None:
         """Train on all trajectories."""
         for number in range(self.knobs.trajectories):
-            self.optimizer.param_groups[0]["lr"] = self.knobs.rate * (1 + math.cos(math.pi * number / self.knobs.trajectories)) / 2
             if number % self.knobs.refresh == 0:
                 self.refresh(number)
             self.trajectory(*self._begin())

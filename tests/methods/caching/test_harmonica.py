@@ -166,7 +166,9 @@ def test_the_search_behind_it_only_betters_the_error() -> None:
 def test_the_penalty_follows_the_budget() -> None:
     network = painter()
     calls = recorded(network)
-    little, much = (Harmonica(**SHORT | {"ratio": ratio, "trajectories": 12}).calibrate(network, calls) for ratio in (0.1, 0.8))
+    little, much = (
+        Harmonica(**SHORT | {"ratio": ratio, "trajectories": 60, "refresh": 60}).calibrate(network, calls) for ratio in (0.1, 0.8)
+    )
     assert little["penalty"] < much["penalty"]
 
 
