@@ -14,7 +14,7 @@ from torch import nn
 from aerogel.engine.calibration import Given, Reading, reading, shown
 from aerogel.engine.progress import StageName
 from aerogel.evaluate.measure import TextMeasure
-from aerogel.methods.method import BlockMethod, Method, WeightMethod
+from aerogel.methods.method import BlockMethod, Method, ReusePolicy, RuntimePolicy, WeightMethod
 from aerogel.model import layout
 from aerogel.model.block import Block
 from aerogel.model.convs import Layer, refuse, size
@@ -119,7 +119,7 @@ def plan_network(network: Network, recipe: Recipe, read: Reading) -> Plan:
         seconds=_seconds(recipe, sizes, touched, read),
         touched=tuple(touched),
         kept=tuple(_kept(network, recipe, {linear.name for linear in touched})),
-        problems=tuple(problems),
+        problems=(*problems, *_out_of_order(recipe)),
     )
 
 
@@ -128,6 +128,16 @@ def blocks_of(network: Network) -> Iterator[Block]:
     modules = {**network.blocks(), AROUND: network.module}
     for position, (name, module) in enumerate(modules.items()):
         yield Block(name, module, position, len(modules), (), network)
+
+
+def _out_of_order(recipe: Recipe) -> Iterator[str]:
+    """What comes behind a step that lets parts of the network rest, and cannot."""
+    for number, step in enumerate(recipe.steps):
+        for later in recipe.steps[number + 1 :] if isinstance(step.method, ReusePolicy) else ():
+            if not isinstance(later.method, RuntimePolicy):
+                yield f"{later.name} comes after {step.name}, but needs a network all of whose parts run; put {step.name} last"
+            elif isinstance(later.method, ReusePolicy):
+                yield f"{later.name} comes after {step.name}: parts of a network follow one schedule; leave one of them out"
 
 
 def _touched(network: Network, recipe: Recipe) -> tuple[list[Touched], list[str]]:

@@ -14,6 +14,7 @@ from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.match import matches
 from aerogel.model.network import Network
+from aerogel.model.reuse import Schedule, reusing
 from aerogel.numerics.scheme import Scheme
 
 
@@ -72,6 +73,14 @@ class RuntimePolicy(ABC):
     @abstractmethod
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[None]:
         """Put the policy on; after the context the network is bit for bit what it was."""
+
+
+class ReusePolicy(RuntimePolicy):
+    """Lets units of a denoiser give again what they gave at earlier steps, by a schedule that is its state."""
+
+    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
+        """Reuse by the schedule; raises AerogelError when it is of other units, and at steps that are not its own."""
+        return reusing(network, Schedule.of(network, state))
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,30 @@ def test_a_saved_folder_and_a_result_are_policies(tmp_path: Path) -> None:
             assert torch.equal(paint(pipeline), wanted)
 
 
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([{"fora": {}}, {"rtn": {}}], "rtn comes after fora, but needs a network all of whose parts run; put fora last"),
+        ([{"fora": {}}, {"fsc": {}}], "fsc comes after fora"),
+        ([{"evenly": {}}, {"fora": {}}], "fora comes after evenly: parts of a network follow one schedule"),
+    ],
+)
+def test_what_cannot_come_after_reuse_is_refused(steps: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(AerogelError, match=message):
+        aerogel.compress(painter().processor, {"steps": steps}, samples=WANTED, measures=())
+
+
+def test_quantization_comes_before(tmp_path: Path) -> None:
+    """The schedule is made for the quantized network, and the folder has both."""
+    steps = [{"rtn": {"scheme": "W8A8"}}, {"harmonica": {"ratio": 0.3, "trajectories": 2}}]
+    result = aerogel.compress(painter().processor, {"steps": steps}, samples=WANTED, output=tmp_path / "out", measures=())
+    opened = aerogel.load(tmp_path / "out", lazy=False)
+    with aerogel.cached(result.network, result):
+        wanted = paint(result.network.processor)
+    assert torch.equal(paint(opened.processor), wanted)
+    assert not torch.equal(paint(result.network.processor), wanted)
+
+
 def test_what_is_no_policy_is_refused(tmp_path: Path) -> None:
     pipeline = painter().processor
     with pytest.raises(AerogelError, match="rtn changes the network for good"), aerogel.cached(pipeline, "rtn-w8a8", samples=WANTED):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +10,14 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import RuntimePolicy
+from aerogel.methods.method import ReusePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.reuse import Schedule, reusing, scheduled
+from aerogel.model.reuse import scheduled
 
 
 @dataclass(frozen=True)
-class Evenly(RuntimePolicy):
+class Evenly(ReusePolicy):
     """Reuses all outputs at some steps, spread evenly from the first that may to the last."""
 
     ratio: float = 0.5
@@ -29,10 +28,6 @@ class Evenly(RuntimePolicy):
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Read the sampler's steps off the calls; raises AerogelError when so many steps cannot reuse."""
         return scheduled(network, calls, lambda steps, units: spread(steps, self.ratio, self.first)[:, None].expand(-1, units))
-
-    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
-        """Reuse by the table."""
-        return reusing(network, Schedule.of(network, state))
 
 
 def spread(steps: int, ratio: float, first: int) -> Tensor:

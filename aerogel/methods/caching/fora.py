@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import RuntimePolicy
+from aerogel.methods.method import ReusePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.reuse import Schedule, reusing, scheduled
+from aerogel.model.reuse import scheduled
 
 
 @dataclass(frozen=True)
-class Fora(RuntimePolicy):
+class Fora(ReusePolicy):
     """Runs all attentions and feed-forwards of a denoiser every `interval` steps, and reuses their outputs in between."""
 
     interval: int = 2
@@ -28,7 +27,3 @@ class Fora(RuntimePolicy):
         if self.interval < 1:
             raise AerogelError(f"interval is {self.interval}; it is at least 1")
         return scheduled(network, calls, lambda steps, units: torch.arange(steps).remainder(self.interval).eq(0)[:, None].expand(-1, units))
-
-    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
-        """Reuse by the table."""
-        return reusing(network, Schedule.of(network, state))

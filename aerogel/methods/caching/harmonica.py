@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -19,11 +18,11 @@ from torch import Tensor, nn
 
 from aerogel.data.replay import Replay, State, output_of, replays
 from aerogel.errors import AerogelError
-from aerogel.methods.method import RuntimePolicy
+from aerogel.methods.method import ReusePolicy
 from aerogel.model.calls import Call
 from aerogel.model.driven import Driven, Held, Row, driven
 from aerogel.model.network import Network
-from aerogel.model.reuse import Schedule, reusing, sampler_of
+from aerogel.model.reuse import Schedule, sampler_of
 from aerogel.model.units import units_of
 from aerogel.training.budgets import Budget, Measure, budget_of
 from aerogel.training.fit import progressed
@@ -39,7 +38,7 @@ _STEERING = 0.05
 
 
 @dataclass(frozen=True)
-class Harmonica(RuntimePolicy):
+class Harmonica(ReusePolicy):
     """Learns which attentions and feed-forwards of a denoiser to reuse at which steps, for an exact budget."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"calls"})
@@ -89,10 +88,6 @@ class Harmonica(RuntimePolicy):
             "scores": training.scores(), "lambda": training.lambda_T, "penalty": training.penalty, "guidance": runs[0].guidance,
             "error": error, "log": training.log,
         }  # fmt: skip
-
-    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
-        """Reuse by the table that was decoded; scores are not looked at any more."""
-        return reusing(network, Schedule.of(network, state))
 
 
 @dataclass

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import RuntimePolicy
+from aerogel.methods.method import ReusePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.reuse import Schedule, reusing, scheduled, steps_in
+from aerogel.model.reuse import scheduled, steps_in
 from aerogel.model.units import units_of
 
 
 @dataclass(frozen=True)
-class Pab(RuntimePolicy):
+class Pab(ReusePolicy):
     """Broadcasts attention outputs to the next steps while the time step is within a window; feed-forwards always run."""
 
     self_every: int = 2
@@ -39,10 +38,6 @@ class Pab(RuntimePolicy):
         steps = steps_in(network, calls)
         columns = {interval: broadcast(steps, interval, self.first, self.last) for interval in set(kinds)}
         return scheduled(network, calls, lambda *_: torch.tensor([columns[interval] for interval in kinds]).T)
-
-    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
-        """Reuse by the table."""
-        return reusing(network, Schedule.of(network, state))
 
 
 def broadcast(steps: Sequence[float], every: int, first: float, last: float) -> list[bool]:

@@ -7,25 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from aerogel.data.replay import replays
-from aerogel.methods.method import RuntimePolicy
+from aerogel.methods.method import ReusePolicy
 from aerogel.model.calls import Call
 from aerogel.model.driven import driven
 from aerogel.model.network import Network
-from aerogel.model.reuse import Schedule, reusing, sampler_of
+from aerogel.model.reuse import Schedule, sampler_of
 from aerogel.model.units import units_of
 from aerogel.training.budgets import Measure, budget_of
 from aerogel.training.masks import Search, Trials
 
 
 @dataclass(frozen=True)
-class Searched(RuntimePolicy):
+class Searched(ReusePolicy):
     """Reuses what was found to move the final images least: whole steps first, then single units, then exchanges."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"calls"})
@@ -54,7 +53,3 @@ class Searched(RuntimePolicy):
             error = trials.error(mask_TN)
         state = Schedule(runs[0].steps, sampler_of(network), units, mask_TN).as_state()
         return state | {"error": error, "trials": trials.count, "guidance": runs[0].guidance}
-
-    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
-        """Reuse by the table."""
-        return reusing(network, Schedule.of(network, state))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import RuntimePolicy
+from aerogel.methods.method import ReusePolicy
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
-from aerogel.model.reuse import Schedule, reusing, scheduled, steps_in
+from aerogel.model.reuse import scheduled, steps_in
 from aerogel.model.units import units_of
 
 
 @dataclass(frozen=True)
-class Smoothcache(RuntimePolicy):
+class Smoothcache(ReusePolicy):
     """Reuses all units of a kind as long as their outputs changed by at most `alpha` since they ran."""
 
     alpha: float = 0.08
@@ -39,10 +39,6 @@ class Smoothcache(RuntimePolicy):
         columns = {kind: smooth(change_TA, self.alpha) for kind, change_TA in changes.items()}
         state = scheduled(network, calls, lambda *_: torch.tensor([columns[kind] for kind in kinds]).T)
         return state | {f"{kind}.change": change_TA for kind, change_TA in changes.items()}
-
-    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
-        """Reuse by the table."""
-        return reusing(network, Schedule.of(network, state))
 
     def _changes(self, network: Network, calls: Sequence[Call], steps: int) -> Tensor:
         """Relative L1 distance (N, T, A) of each unit's output at a step to that 1 to A steps before, over all generations."""

@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import RuntimePolicy
+from aerogel.methods.method import ReusePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.reuse import Schedule, Slot, reusing, scheduled
 
 
 @dataclass(frozen=True)
-class Taylorseer(RuntimePolicy):
+class Taylorseer(ReusePolicy):
     """Runs all units every `interval` steps, and predicts them in between by a Taylor series of finite differences."""
 
     interval: int = 4
