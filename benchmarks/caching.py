@@ -59,7 +59,7 @@ def rows(ratios: list[float]) -> Iterator[tuple[str, float | None, dict[str, Any
         yield "random slots", ratio, {}
         yield "harmonica", ratio, {"harmonica": {"ratio": ratio}}
         yield "harmonica and local search", ratio, {"harmonica": {"ratio": ratio, "search": TRIALS}}
-        yield "searched", ratio, {"searched": {"ratio": ratio, "trials": TRIALS, "samples": 32}}
+        yield "searched", ratio, {"searched": {"ratio": ratio, "trials": TRIALS}}
     for interval in (2, 3):
         yield f"fora, every {interval}", None, {"fora": {"interval": interval}}
     for interval in (2, 3):

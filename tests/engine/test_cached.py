@@ -49,7 +49,10 @@ def test_a_saved_folder_and_a_result_are_policies(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        ([{"fora": {}}, {"rtn": {}}], "rtn comes after fora, but needs a network all of whose parts run; put fora last"),
+        (
+            [{"fora": {}}, {"rtn": {"scheme": "W8A16_CHANNEL"}}],
+            "rtn comes after fora, but needs a network all of whose parts run; put fora last",
+        ),
         ([{"fora": {}}, {"fsc": {}}], "fsc comes after fora"),
         ([{"evenly": {}}, {"fora": {}}], "fora comes after evenly: parts of a network follow one schedule"),
     ],

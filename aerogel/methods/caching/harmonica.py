@@ -64,12 +64,15 @@ class Harmonica(ReusePolicy):
     """Weight of the scores' sum at the start, against relative errors; from there it is steered to the budget."""
     search: int = 0
     """Trials of a local search that starts from the learned schedule, or from the best of whole steps if that is better."""
+    samples: int = 32
+    """Pictures that are made in each trial."""
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Train, decode, search; raises AerogelError when the calls do not replay or the budget cannot be met."""
-        if min(self.trajectories, self.refresh) < 1 or self.search < 0:
+        if min(self.trajectories, self.refresh, self.samples) < 1 or self.search < 0:
             raise AerogelError(
-                f"trajectories {self.trajectories} and refresh {self.refresh} are at least 1, search {self.search} at least 0"
+                f"trajectories {self.trajectories}, refresh {self.refresh} and samples {self.samples} are at least 1, "
+                f"search {self.search} at least 0"
             )
         budget = budget_of(network, calls, self.ratio, self.target_speedup, self.by)
         runs, units = replays(network, calls), tuple(units_of(network))
@@ -234,8 +237,9 @@ class _Training:
     @torch.no_grad()
     def searched(self, mask_TN: Tensor) -> Tensor:
         """Improve by trials on noise of their own."""
-        run, state = self._begin()
-        trials = Trials(self.denoiser, [run], [state])
+        count = math.ceil(self.knobs.samples / len(self.fixed[1].x_BCHW))
+        runs, states = zip(*(self._begin() for _ in range(count)), strict=True)
+        trials = Trials(self.denoiser, runs, states)
         search = Search(trials, self.budget, self.knobs.search)
         other_TN = search.single_units(search.whole_steps((self.steps, self.units)))
         return search.swaps(min((mask_TN, other_TN), key=trials.error))

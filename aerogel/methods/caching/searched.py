@@ -37,8 +37,8 @@ class Searched(ReusePolicy):
     """What a target speed-up is counted in: measured seconds of the units, or their multiply-accumulates."""
     trials: int = 2000
     """Generations it may take, forked where they differ."""
-    samples: int = 8
-    """Recorded pictures that are made in each."""
+    samples: int = 32
+    """Pictures that are made in each, of those that were recorded."""
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Search on the recorded generations; raises AerogelError when they do not replay or the budget cannot be met."""

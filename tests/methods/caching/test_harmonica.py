@@ -194,7 +194,13 @@ def test_compress_keeps_it_beside_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"), [({"trajectories": 0}, "at least 1"), ({"refresh": 0}, "at least 1"), ({"search": -1}, "at least 0")]
+    ("knobs", "message"),
+    [
+        ({"trajectories": 0}, "at least 1"),
+        ({"refresh": 0}, "at least 1"),
+        ({"search": -1}, "at least 0"),
+        ({"samples": 0}, "samples 0 are at least 1"),
+    ],
 )
 def test_knobs_out_of_range_are_refused(knobs: dict[str, Any], message: str) -> None:
     network = painter()
