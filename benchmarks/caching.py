@@ -24,7 +24,7 @@ from aerogel.data.denoising import Denoising, record
 from aerogel.data.replay import Replay, output_of, replays
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.reuse import Schedule, slot_bytes
+from aerogel.model.reuse import Schedule
 from aerogel.model.units import costs_of, units_of
 from aerogel.recipe import Recipe
 
@@ -39,7 +39,7 @@ COLUMNS = [
     "slots' KB a picture",
     "error of x0",
     "of even spacing's",
-    "least, most",
+    "seeds: least to most",
     "seconds to make",
 ]
 NOTES = [
@@ -105,11 +105,11 @@ class Bench:
         start = time.perf_counter()
         state = method.calibrate(self.network, self.few if "harmonica" in step else self.calls) if step else self.random(ratio or 0, seed)
         taken = time.perf_counter() - start
-        with method.on(self.network, state):
+        with method.on(self.network, state) as reuse:
             error = float((self._images(self.unseen) - self.exact).square().mean())
         schedule = Schedule.of(self.network, state)
         left = (schedule.computed_TN.double() * torch.tensor(self.costs.unit_macs)).sum() + len(schedule.steps) * self.costs.fixed
-        held = slot_bytes(schedule, self.costs.unit_bytes) / len(self.calls[0].kwargs["class_labels"]) * 2 / 1024
+        held = reuse.peak_bytes / len(self.exact) / 1024
         return {
             "reused": schedule.reused,
             "macs": len(schedule.steps) * self.costs.macs / float(left),
@@ -143,7 +143,7 @@ def main() -> None:
         bench = Bench(steps)
         settings = {
             "network": "zoo/fashion-dit, 12 units", "guidance": GUIDANCE, "sampler": type(bench.network.processor.scheduler).__name__,
-            "held-out pictures": HELD, "seeds": len(given.seeds), "threads": given.threads, "variance": round(float(bench.exact.var()), 4),
+            "held-out pictures": HELD, "threads": given.threads, "variance": round(float(bench.exact.var()), 4),
         }  # fmt: skip
         for label, ratio, step in rows(given.ratios):
             if given.only and label != given.only:
@@ -152,7 +152,8 @@ def main() -> None:
             judged = [bench.judge(step, ratio, seed) for seed in seeds]
             row: list[Any] = [steps, label, *(statistics.median(one[key] for one in judged) for key in ("reused", "macs", "kb", "error"))]
             errors = [one["error"] for one in judged]
-            row += [None, f"{min(errors):.2g}, {max(errors):.2g}" if len(errors) > 1 else "", statistics.median(one["s"] for one in judged)]
+            spread = f"{len(errors)}: {min(errors):.2g} to {max(errors):.2g}" if len(errors) > 1 else str(len(errors))
+            row += [None, spread, statistics.median(one["s"] for one in judged)]
             before = json.loads(path.read_text())["rows"] if path.exists() else []
             kept = [*(old for old in before if old[:2] != row[:2] or abs(old[2] - row[2]) > 1e-6), row]
             for one in kept:
