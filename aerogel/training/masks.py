@@ -111,7 +111,9 @@ class Search:
         heapq.heapify(queue)
         picks = 0
         while queue and not self.budget.met(mask_TN):
-            _, step, unit, tried_at = heapq.heappop(queue)
+            if self._spent():  # the best by what is known; slots that were never tried come last, early steps after late ones
+                queue.sort(key=lambda entry: (math.isinf(entry[0]), entry[0], -entry[1]))
+            _, step, unit, tried_at = queue.pop(0) if self._spent() else heapq.heappop(queue)
             if tried_at != picks and not self._spent():
                 error = self.trials.error(_without(mask_TN, step, unit))
                 heapq.heappush(queue, ((error - best) / self.budget.cost_N[unit], step, unit, picks))
@@ -129,14 +131,12 @@ class Search:
         best = self._settle(mask_TN)
         while not self._spent():
             gains, losses = self._alone(mask_TN, best)
-            pairs = sorted((losses[add] - gains[drop], drop, add) for drop in gains for add in losses if drop != add)
-            promising = [(drop, add) for change, drop, add in pairs if change < 0 and self._fits(mask_TN, drop, add)]
+            pairs = sorted((losses[add] - gains[drop], drop, add) for drop in gains for add in losses)
+            promising = [(drop, add) for change, drop, add in pairs if change < 0 and self._swapped(mask_TN, drop, add) is not None]
             better = False
             for drop, add in promising[: 4 * len(mask_TN)]:
-                if self._spent() or not (self._can_drop(mask_TN, drop) and bool(mask_TN[add])) or not self._fits(mask_TN, drop, add):
-                    continue
-                tried = _swapped(mask_TN, drop, add)
-                if self.trials.error(tried) < best:
+                tried = self._swapped(mask_TN, drop, add)  # by now another exchange may have taken one of them
+                if tried is not None and not self._spent() and self.trials.error(tried) < best:
                     mask_TN, better = tried, True
                     best = self._settle(mask_TN)
             if not better:
@@ -160,12 +160,13 @@ class Search:
                     gains[step, unit] = -change
         return gains, losses
 
-    def _fits(self, mask_TN: Tensor, drop: tuple[int, int], add: tuple[int, int]) -> bool:
-        return self.budget.met(_swapped(mask_TN, drop, add))
-
-    @staticmethod
-    def _can_drop(mask_TN: Tensor, drop: tuple[int, int]) -> bool:
-        return not bool(mask_TN[drop])
+    def _swapped(self, mask_TN: Tensor, drop: tuple[int, int], add: tuple[int, int]) -> Tensor | None:
+        """The mask in which `drop` runs again and `add` is reused; None where that is not so now, or the budget would not be met."""
+        if bool(mask_TN[drop]) or not bool(mask_TN[add]):
+            return None
+        made = mask_TN.clone()
+        made[drop], made[add] = True, False
+        return made if self.budget.met(made) else None
 
     def _settle(self, mask_TN: Tensor) -> float:
         error = self.trials.settle(mask_TN)
@@ -185,10 +186,4 @@ def _reused(mask_TN: Tensor, step: int) -> Tensor:
 def _without(mask_TN: Tensor, step: int, unit: int) -> Tensor:
     made = mask_TN.clone()
     made[step, unit] = False
-    return made
-
-
-def _swapped(mask_TN: Tensor, drop: tuple[int, int], add: tuple[int, int]) -> Tensor:
-    made = mask_TN.clone()
-    made[drop], made[add] = True, False
     return made

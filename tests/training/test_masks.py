@@ -103,6 +103,11 @@ def test_a_search_stops_at_its_limit(trials: Trials) -> None:
     assert trials.count <= 10 + T
 
 
+def test_a_search_without_trials_left_takes_late_steps(trials: Trials) -> None:
+    found = Search(trials, Budget((1.0, 1.0), 3.0), 0).single_units(mask())
+    assert found.tolist() == mask((4, 0), (4, 1), (3, 0)).tolist()
+
+
 def test_decoding_is_exact() -> None:
     """What is not needed runs again, so that no single slot could be taken back."""
     generator = torch.Generator().manual_seed(0)
