@@ -132,11 +132,13 @@ class Reuse:
 
     def __init__(self, schedule: Schedule, slots: Mapping[str, Slot], pipeline: Any = None) -> None:
         self.schedule, self.slots, self._pipeline = schedule, slots, pipeline
-        self.ran: list[list[str]] = []
-        """The units that were computed, forward after forward, since it was put on."""
+        self.forwards, self.computed = 0, 0
+        """Forwards of the denoiser, and units that ran in them, since it was put on."""
         self.peak_bytes = 0
         """The most that the slots held between two forwards."""
         self._rows = schedule.computed_TN.tolist()
+        self._timesteps: Any = None
+        """The list of the run at hand, which a pipeline's sampler makes anew for each."""
         self._named: str | None = None
         self._stream = ""
         self._last: tuple[float, int] | None = None
@@ -156,6 +158,10 @@ class Reuse:
     def start(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward: find the stream and the step, and set the slots."""
         step = _one(timestep_of(denoiser, args, kwargs))
+        timesteps = getattr(getattr(self._pipeline, "scheduler", None), "timesteps", None)
+        if timesteps is not self._timesteps:  # also where the last run was given up
+            self.reset()
+            self._timesteps = timesteps
         self._stream = self._named or self._branch(step)
         row = self._place(step)
         first = tensors_in((args, kwargs))[0]
@@ -164,16 +170,14 @@ class Reuse:
             self._held.pop(self._stream, None)
         self._shape[self._stream] = like
         held = self._held.pop(self._stream, {})
-        ran = []
         for place, (name, slot) in enumerate(self.slots.items()):
             slot.value = held.get(name)
             slot.computes = self._rows[row][place] or slot.value is None
             later = self._rows[row + 1 :] if slot.remembers else self._rows[row + 1 : row + 2]
             slot.keeps, slot.row = any(not one[place] for one in later), row
-            if slot.computes:
-                ran.append(name)
+            self.computed += slot.computes
         self._next[self._stream] = row + 1
-        self.ran.append(ran)
+        self.forwards += 1
 
     def stop(self, _: nn.Module, __: Any, output: Any) -> None:
         """After a forward: put the stream's slots away; after one that failed, forget all."""

@@ -36,6 +36,27 @@ def test_it_is_on_inside_and_off_outside() -> None:
     assert all(torch.equal(tensor, weights[name]) for name, tensor in pipeline.transformer.state_dict().items())
 
 
+@pytest.mark.parametrize("given_up_after", [1, 2, 3])
+def test_a_run_that_was_given_up_leaves_nothing_to_the_next(given_up_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside of the denoiser, where only the sampler can tell that a new run begins."""
+    pipeline = painter().processor
+    with aerogel.cached(pipeline, FORA, samples=WANTED):
+        wanted = paint(pipeline)
+        own, done = pipeline.scheduler.step, []
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            done.append(args)
+            if len(done) == given_up_after:
+                raise KeyboardInterrupt
+            return own(*args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(pipeline.scheduler, "step", step)
+            with pytest.raises(KeyboardInterrupt):
+                pipeline(class_labels=[7, 7], num_inference_steps=4, generator=torch.Generator().manual_seed(5))
+        assert torch.equal(paint(pipeline), wanted)
+
+
 def test_a_saved_folder_and_a_result_are_policies(tmp_path: Path) -> None:
     pipeline = painter().processor
     with aerogel.cached(pipeline, FORA, samples=WANTED):

@@ -102,7 +102,7 @@ def test_a_table_answers_like_hooks_that_throw_outputs_away(name: str) -> None:
         given = [output(network.module, call) for call in calls(name)]
     assert all(torch.equal(a, b) for a, b in zip(given, wanted, strict=True))
     assert len(set(ran)) == len(units_of(network))
-    assert len(ran) == int(computed_TN.sum()) == sum(len(row) for row in reuse.ran)
+    assert len(ran) == int(computed_TN.sum()) == reuse.computed
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -191,7 +191,7 @@ def test_branches_of_guidance_in_calls_of_their_own_answer_like_one_batch() -> N
             for place in range(2):
                 part = output(network.module, Call((), {key: value[place : place + 1] for key, value in call.kwargs.items()}))
                 torch.testing.assert_close(part, wanted[place : place + 1], rtol=1e-4, atol=1e-5)
-    assert len(reuse.ran) == 2 * len(STEPS)
+    assert reuse.forwards == 2 * len(STEPS)
 
 
 def test_branches_that_the_pipeline_names_are_told_apart() -> None:
