@@ -158,16 +158,21 @@ def quantized(x: Tensor, weight: Weight) -> tuple[Tensor, float, int]:
     last = _coded  # one look: another thread may put its own there
     if last is not None and last.serves(x, weight, (scale, zero)):
         return last.codes, scale, zero
-    made = unsigned(codes(x, grid, inputs.format))
+    made = unsigned_codes(x, grid, inputs.format)
     _coded = None if x.is_inference() else _Coded(x, x._version, weakref.ref(weight), (scale, zero), made)
     return made, scale, zero
 
 
 def codes(x: Tensor, grid: Grid, fmt: Format) -> Tensor:
     """Return the int8 codes of numerics.quantize under one scale, in x's order of memory."""
+    return unsigned_codes(x, grid, fmt).bitwise_xor_(128).view(torch.int8)
+
+
+def unsigned_codes(x: Tensor, grid: Grid, fmt: Format) -> Tensor:
+    """The same, plus 128."""
     x = x if dense(x) else x.contiguous()
     scale = grid.scale.float().reshape(1)  # of one dimension, so that the quotient has its dtype
-    if x.numel() >= onepass.FEWEST and onepass.works():
+    if onepass.takes(x):
         zero = torch.zeros_like(scale) if grid.zero is None else grid.zero.float().reshape(1)
         return onepass.codes(in_memory(x), scale, zero, fmt.low, fmt.high).as_strided(x.shape, x.stride())
     made = torch.empty_like(x, dtype=torch.int8)
@@ -177,7 +182,7 @@ def codes(x: Tensor, grid: Grid, fmt: Format) -> Tensor:
         if grid.zero is not None:
             scaled += grid.zero
         place.copy_(scaled.clamp_(fmt.low, fmt.high).round_())
-    return made
+    return unsigned(made)
 
 
 def unsigned(codes: Tensor) -> Tensor:

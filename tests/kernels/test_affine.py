@@ -81,8 +81,8 @@ def test_sums_of_extremes_are_tried_before_it_is_used(monkeypatch: pytest.Monkey
 def test_layers_of_one_input_share_its_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     (first, x), (second, _) = made("W8A8_AFFINE"), made("W8A8_AFFINE", bias=False)
     kernels, coded = [Affine(twin, x.dtype) for twin in (first, second)], []
-    plain = affine.codes
-    monkeypatch.setattr(affine, "codes", lambda *given: coded.append(given) or plain(*given))
+    plain = affine.unsigned_codes
+    monkeypatch.setattr(affine, "unsigned_codes", lambda *given: coded.append(given) or plain(*given))
 
     def give() -> None:
         for twin, kernel in zip((first, second), kernels, strict=True):

@@ -8,16 +8,19 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from diffusers.models.activations import GELU
+from diffusers.models.activations import GEGLU, GELU
 from torch import Tensor, nn
 
 import aerogel
 from aerogel.data.denoising import Denoising
+from aerogel.kernels import onepass
 from aerogel.kernels.affine import Affine
-from aerogel.model.fused import FusedGELU, fuse, part_again
+from aerogel.model.fused import FusedGEGLU, FusedGELU, fuse, part_again
 from aerogel.model.hooks import watching
 from aerogel.model.modules import QuantLinear, held
+from tests.methods.diffusion.test_fsc import calls
 from tests.painters import classes
+from tests.tiny import FAMILIES
 
 STATIC = {"steps": [{"rtn": {"scheme": "W8A16_CHANNEL"}}, {"ranges": {"start": "minmax", "steps": 0}}]}
 WANTED = Denoising(2, 2, batch=2)
@@ -51,6 +54,26 @@ def test_it_gives_what_the_two_gave(monkeypatch: pytest.MonkeyPatch) -> None:
         apart = module(**given()).sample
     assert fused == ["gelu_tanh"]
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [3, 600])
+def test_a_gated_activation_gives_what_it_gave(rows: int) -> None:
+    """Small inputs by torch's own operations, large ones by one pass."""
+    tiny = FAMILIES["unet"]
+    module = aerogel.compress(tiny.build(), STATIC, samples=calls(), measures=()).network.module
+    name, part = next((name, part) for name, part in module.named_modules() if isinstance(part, GEGLU))
+    assert type(part) is FusedGEGLU
+    x = torch.randn(1, rows, part.proj.in_features)
+    with torch.no_grad():
+        assert onepass.takes(part.proj(x)) == (rows == 600 and onepass.works())
+        together = part(x)
+        part_again(module)
+        assert type(module.get_submodule(name)) is GEGLU
+        torch.testing.assert_close(together, part(x), rtol=1e-5, atol=1e-6)
+    fuse(module)
+    x.requires_grad_()
+    part(x).sum().backward()
+    assert x.grad is not None
 
 
 def test_who_looks_at_the_linear_sees_it_run() -> None:
