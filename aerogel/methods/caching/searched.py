@@ -50,6 +50,8 @@ class Searched(ReusePolicy):
             trials = Trials(denoiser, runs, [run.start() for run in runs])
             search = Search(trials, budget, self.trials)
             mask_TN = search.swaps(search.single_units(search.whole_steps(shape)))
-            error = trials.error(mask_TN)
+            generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+            unseen = Trials(denoiser, runs, [run.noise(generator) for run in runs])
+            seen, error = trials.settle(mask_TN), unseen.error(mask_TN)
         state = Schedule(runs[0].steps, sampler_of(network), units, mask_TN).as_state()
-        return state | {"error": error, "trials": trials.count, "guidance": runs[0].guidance}
+        return state | {"error": error, "error_of_trials": seen, "trials": trials.count, "guidance": runs[0].guidance}
