@@ -20,8 +20,8 @@ from torch import Tensor
 
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
-from aerogel.model.clock import timestep_of
 from aerogel.model.network import Network
+from aerogel.model.reuse import step_of
 
 _CLOSE = 1e-2
 """Largest relative distance between a recorded and a replayed input; half precision needs that much."""
@@ -134,7 +134,7 @@ def output_of(given: Any) -> Tensor:
 
 def _runs(network: Network, calls: Sequence[Call]) -> list[tuple[Call, ...]]:
     """Calls cut where the first time step comes again."""
-    steps = [_step(network, call) for call in calls]
+    steps = [step_of(network.module, call.args, call.kwargs) for call in calls]
     if len(steps) < 2:
         raise AerogelError(f"{len(steps)} recorded calls are no generation; give all steps of one")
     starts = [place for place, step in enumerate(steps) if step == steps[0]]
@@ -146,17 +146,12 @@ def _runs(network: Network, calls: Sequence[Call]) -> list[tuple[Call, ...]]:
     return runs
 
 
-def _step(network: Network, call: Call) -> float:
-    given = timestep_of(network.module, call.args, call.kwargs)
-    return float(given.flatten()[0]) if isinstance(given, Tensor) else float(given)
-
-
 def _replay(network: Network, sampler: Any, run: tuple[Call, ...]) -> Replay:
     names = list(inspect.signature(type(network.module).forward).parameters)[1:]
     name, run = names[0], tuple(Call((), dict(zip(names, call.args, strict=False)) | call.kwargs) for call in run)
     fresh = copy.deepcopy(sampler)
     fresh.set_timesteps(len(run))
-    wanted, given = [float(step) for step in fresh.timesteps], [_step(network, call) for call in run]
+    wanted, given = [float(step) for step in fresh.timesteps], [step_of(network.module, call.args, call.kwargs) for call in run]
     if wanted != given:
         apart = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(wanted, given, strict=False))))
         raise AerogelError(

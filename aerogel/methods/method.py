@@ -16,6 +16,7 @@ from aerogel.model.match import matches
 from aerogel.model.network import Network
 from aerogel.model.reuse import Schedule, reusing
 from aerogel.numerics.scheme import Scheme
+from aerogel.training.budgets import Budget, Measure, budget_of
 
 
 class BlockMethod(ABC):
@@ -81,6 +82,22 @@ class ReusePolicy(RuntimePolicy):
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
         """Reuse by the schedule; raises AerogelError when it is of other units, and at steps that are not its own."""
         return reusing(network, Schedule.of(network, state))
+
+
+@dataclass(frozen=True)
+class BudgetPolicy(ReusePolicy):
+    """Reuses until an exact budget is met."""
+
+    ratio: float | None = None
+    """Share of slots (steps x units) to reuse; this or `target_speedup`."""
+    target_speedup: float | None = None
+    """How many times faster the denoiser has to be."""
+    by: Measure = "latency"
+    """What a target speed-up is counted in: measured seconds of the units, or their multiply-accumulates."""
+
+    def budget(self, network: Network, calls: Sequence[Call]) -> Budget:
+        """What has to be saved; raises AerogelError when that is not said, said twice or cannot be had."""
+        return budget_of(network, calls, self.ratio, self.target_speedup, self.by)
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from aerogel.model.calls import Call, map_tensors
 from aerogel.model.hooks import answering
 from aerogel.model.network import Network
-from aerogel.model.reuse import Slot, Unread
-from aerogel.model.units import units_of
+from aerogel.model.reuse import Slot, stand_ins
 
 Held = tuple[Any, ...]
 """What each unit gave last, None where it has not run yet."""
@@ -82,14 +81,9 @@ class Driven:
 @contextmanager
 def driven(network: Network) -> Iterator[Driven]:
     """Take over the units of a denoiser for a while; its weights get no gradients meanwhile."""
-    units, module = units_of(network), network.module
-    slots = {name: _Blend(module.get_submodule(name).forward) for name in units}
-    answers: dict[nn.Module, Callable[..., Any]] = {module.get_submodule(name): slot for name, slot in slots.items()}
-    for name, unit in units.items():
-        for norm in map(module.get_submodule, unit.norms):
-            answers[norm] = Unread(norm.forward, slots[name])
+    slots, answers = stand_ins(network, _Blend)
     with ExitStack() as stack:
-        for parameter in module.parameters():
+        for parameter in network.module.parameters():
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
                 stack.callback(parameter.requires_grad_, True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ def sampler_of(network: Network) -> str:
 
 def steps_in(network: Network, calls: Sequence[Call]) -> tuple[float, ...]:
     """The time steps of the first recorded generation, in order; branches of guidance in calls of their own count once."""
-    steps = [_one(timestep_of(network.module, call.args, call.kwargs)) for call in calls]
+    steps = [step_of(network.module, call.args, call.kwargs) for call in calls]
     if not steps:
         raise AerogelError("no recorded calls: give samples, or a pipeline that they can be recorded from")
     again = next((place for place in range(1, len(steps)) if steps[place] == steps[0] != steps[place - 1]), len(steps))
@@ -157,7 +157,7 @@ class Reuse:
 
     def start(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward: find the stream and the step, and set the slots."""
-        step = _one(timestep_of(denoiser, args, kwargs))
+        step = step_of(denoiser, args, kwargs)
         timesteps = getattr(getattr(self._pipeline, "scheduler", None), "timesteps", None)
         if timesteps is not self._timesteps:  # also where the last run was given up
             self.reset()
@@ -217,16 +217,23 @@ class Reuse:
         )
 
 
+Kind = TypeVar("Kind", bound=Slot)
+
+
+def stand_ins(network: Network, make: Callable[[Callable[..., Any]], Kind]) -> tuple[dict[str, Kind], dict[nn.Module, Callable[..., Any]]]:
+    """A slot for each unit by full name, and what answers for which module: slots for units, and for norms that only units read."""
+    units, find = units_of(network), network.module.get_submodule
+    slots = {name: make(find(name).forward) for name in units}
+    answers: dict[nn.Module, Callable[..., Any]] = {find(name): slot for name, slot in slots.items()}
+    for name, unit in units.items():
+        answers |= {norm: Unread(norm.forward, slots[name]) for norm in map(find, unit.norms)}
+    return slots, answers
+
+
 @contextmanager
 def reusing(network: Network, schedule: Schedule, make: Callable[[Callable[..., Any]], Slot] = Slot) -> Iterator[Reuse]:
     """Put a schedule on the denoiser for a while; afterwards it is what it was."""
-    denoiser, units = network.module, units_of(network)
-    modules = {name: denoiser.get_submodule(name) for name in units}
-    slots = {name: make(module.forward) for name, module in modules.items()}
-    answers: dict[nn.Module, Callable[..., Any]] = {modules[name]: slot for name, slot in slots.items()}
-    for name, unit in units.items():
-        for norm in map(denoiser.get_submodule, unit.norms):
-            answers[norm] = Unread(norm.forward, slots[name])
+    denoiser, (slots, answers) = network.module, stand_ins(network, make)
     reuse = Reuse(schedule, slots, network.processor)
     hooks = [
         denoiser.register_forward_pre_hook(reuse.start, with_kwargs=True),
@@ -274,8 +281,9 @@ def slot_bytes(schedule: Schedule, unit_bytes: Sequence[int]) -> int:
     return int(held_T.max()) if len(held_T) else 0
 
 
-def _one(timestep: Any) -> float:
-    """The step of a forward; raises AerogelError where its samples are at several."""
+def step_of(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+    """The time step of a forward; raises AerogelError where its samples are at several."""
+    timestep = timestep_of(denoiser, args, kwargs)
     found = set(timestep.flatten().tolist()) if isinstance(timestep, Tensor) else {timestep}
     if len(found) != 1:
         raise AerogelError(f"a forward over {len(found)} different time steps: a cache needs all samples at one step")

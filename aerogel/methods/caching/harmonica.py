@@ -11,20 +11,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from aerogel.data.replay import Replay, State, output_of, replays
 from aerogel.errors import AerogelError
-from aerogel.methods.method import ReusePolicy
+from aerogel.methods.method import BudgetPolicy
 from aerogel.model.calls import Call
 from aerogel.model.driven import Driven, Held, Row, driven
 from aerogel.model.network import Network
 from aerogel.model.reuse import Schedule, sampler_of
 from aerogel.model.units import units_of
-from aerogel.training.budgets import Budget, Measure, budget_of
+from aerogel.training.budgets import Budget
 from aerogel.training.fit import progressed
 from aerogel.training.masks import Search, Trials, mean_square
 
@@ -38,17 +38,9 @@ _STEERING = 0.05
 
 
 @dataclass(frozen=True)
-class Harmonica(ReusePolicy):
+class Harmonica(BudgetPolicy):
     """Learns which attentions and feed-forwards of a denoiser to reuse at which steps, for an exact budget."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"calls"})
-
-    ratio: float | None = None
-    """Share of slots (steps x units) to reuse; this or `target_speedup`."""
-    target_speedup: float | None = None
-    """How many times faster the denoiser has to be."""
-    by: Measure = "latency"
-    """What a target speed-up is counted in: measured seconds of the units, or their multiply-accumulates."""
     trajectories: int = 200
     """Generations to train on (published: 2000 for 10 steps); each is of as many pictures as were recorded at once."""
     rate: float = 0.1
@@ -74,7 +66,7 @@ class Harmonica(ReusePolicy):
                 f"trajectories {self.trajectories}, refresh {self.refresh} and samples {self.samples} are at least 1, "
                 f"search {self.search} at least 0"
             )
-        budget = budget_of(network, calls, self.ratio, self.target_speedup, self.by)
+        budget = self.budget(network, calls)
         runs, units = replays(network, calls), tuple(units_of(network))
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
         with driven(network) as denoiser:
@@ -119,6 +111,7 @@ class _Training:
         self.weight_N = cost_N / cost_N.mean()
         self.fixed = self._begin()
         """Of the proxies: always the same noise."""
+        self.exact = self.fixed[0].finish(self.fixed[1], lambda _, call: output_of(self.denoiser.plain(call)))
 
     def run(self) -> None:
         """Train on all trajectories."""
@@ -179,12 +172,16 @@ class _Training:
         if self.knobs.proxy != "none":
             found_T = self._left_out(soft, along) if self.knobs.proxy == "leave_one_out" else self._joined(along)
             self.lambda_T = found_T / found_T[1:].mean().clamp(min=torch.finfo(torch.float32).tiny)
-        exact = self.fixed[0].finish(self.fixed[1], lambda _, call: output_of(self.denoiser.plain(call)))
-        hard = self._finish(self.fixed[1], self.denoiser.empty, self.hard().tolist())
-        self.log.append({
-            "trajectories": float(number), "reused": 1 - float(self.hard().float().mean()), "penalty": self.penalty,
-            "soft_error": mean_square([soft], [exact]), "hard_error": mean_square([hard], [exact]),
-        })  # fmt: skip
+        self._log(number, soft=soft, hard=self._hardened(self.hard()))
+
+    def _log(self, number: int, **images: Tensor) -> None:
+        errors = {f"{name}_error": mean_square([image], [self.exact]) for name, image in images.items()}
+        reused = 1 - float(self.hard().float().mean())
+        self.log.append({"trajectories": float(number), "reused": reused, "penalty": self.penalty, **errors})
+
+    def _hardened(self, mask_TN: Tensor) -> Tensor:
+        """The final image under a mask."""
+        return self._finish(self.fixed[1], self.denoiser.empty, mask_TN.tolist())
 
     def _along(self) -> tuple[Tensor, list[tuple[State, Held]]]:
         """The final image under soft scores, and what the trajectory and the slots were before each step and at the end."""
@@ -229,10 +226,8 @@ class _Training:
     @torch.no_grad()
     def note(self, mask_TN: Tensor) -> None:
         """Measure once more, for the log: what was learned, and the schedule that came out."""
-        self.refresh(self.knobs.trajectories)
-        exact = self.fixed[0].finish(self.fixed[1], lambda _, call: output_of(self.denoiser.plain(call)))
-        made = self._finish(self.fixed[1], self.denoiser.empty, mask_TN.tolist())
-        self.log[-1]["decoded_error"] = mean_square([made], [exact])
+        soft, _ = self._along()
+        self._log(self.knobs.trajectories, soft=soft, hard=self._hardened(self.hard()), decoded=self._hardened(mask_TN))
 
     @torch.no_grad()
     def searched(self, mask_TN: Tensor) -> Tensor:

@@ -8,33 +8,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from aerogel.data.replay import replays
-from aerogel.methods.method import ReusePolicy
+from aerogel.methods.method import BudgetPolicy
 from aerogel.model.calls import Call
 from aerogel.model.driven import driven
 from aerogel.model.network import Network
 from aerogel.model.reuse import Schedule, sampler_of
 from aerogel.model.units import units_of
-from aerogel.training.budgets import Measure, budget_of
 from aerogel.training.masks import Search, Trials
 
 
 @dataclass(frozen=True)
-class Searched(ReusePolicy):
+class Searched(BudgetPolicy):
     """Reuses what was found to move the final images least: whole steps first, then single units, then exchanges."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"calls"})
-
-    ratio: float | None = None
-    """Share of slots (steps x units) to reuse; this or `target_speedup`."""
-    target_speedup: float | None = None
-    """How many times faster the denoiser has to be."""
-    by: Measure = "latency"
-    """What a target speed-up is counted in: measured seconds of the units, or their multiply-accumulates."""
     trials: int = 2000
     """Generations it may take, forked where they differ."""
     samples: int = 32
@@ -42,7 +33,7 @@ class Searched(ReusePolicy):
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Search on the recorded generations; raises AerogelError when they do not replay or the budget cannot be met."""
-        budget = budget_of(network, calls, self.ratio, self.target_speedup, self.by)
+        budget = self.budget(network, calls)
         recorded, units = replays(network, calls), tuple(units_of(network))
         runs = recorded[: max(1, math.ceil(self.samples / len(recorded[0].start().x_BCHW)))]
         shape = (len(runs[0].calls), len(units))
