@@ -142,6 +142,44 @@ def _image_to_video(number: int, generator: torch.Generator) -> dict[str, Any]:
     return inputs | {"encoder_hidden_states_image": torch.randn(1, 5, 16, generator=generator)}
 
 
+def _joint_inputs(number: int, generator: torch.Generator) -> dict[str, Any]:
+    return _pixart_inputs(number, generator) | {"pooled_projections": torch.randn(2, 32, generator=generator)}
+
+
+def _packed_image(number: int, generator: torch.Generator) -> dict[str, Any]:
+    """Latents of 4 x 4 patches as a row, with the place of each; time steps are shares of the way."""
+    rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
+    return {
+        "hidden_states": torch.randn(2, 16, 32, generator=generator),
+        "timestep": torch.tensor([0.9 - 0.3 * (number % 3), 0.04]),
+        "encoder_hidden_states": torch.randn(2, 7, 32, generator=generator),
+        "pooled_projections": torch.randn(2, 32, generator=generator),
+        "img_ids": torch.stack([torch.zeros(16), rows.flatten(), columns.flatten()], dim=1),
+        "txt_ids": torch.zeros(7, 3),
+    }
+
+
+def _guided_image(number: int, generator: torch.Generator) -> dict[str, Any]:
+    """Where the guidance scale is an input."""
+    return _packed_image(number, generator) | {"guidance": torch.full((2,), 3.5)}
+
+
+def _joint_video(number: int, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(2, 3, 4, 8, 8, generator=generator),
+        "timestep": torch.tensor([900 - 300 * (number % 3), 40]),
+        "encoder_hidden_states": torch.randn(2, 7, 32, generator=generator),
+    }
+
+
+def _rotary_video(number: int, generator: torch.Generator) -> dict[str, Any]:
+    """With angles for 2 x 4 x 4 patches and an offset."""
+    inputs = _joint_video(number, generator)
+    inputs["hidden_states"] = torch.randn(2, 4, 4, 8, 8, generator=generator)
+    angles = torch.outer(torch.arange(32.0), 0.1 * torch.arange(1.0, 9.0)).repeat_interleave(2, dim=1)
+    return inputs | {"image_rotary_emb": (angles.cos(), angles.sin()), "ofs": torch.full((1,), 2.0)}
+
+
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": 2,
     "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "max_position_embeddings": 128,
@@ -221,6 +259,27 @@ def _wan(**knobs: Any) -> nn.Module:
     )  # fmt: skip
 
 
+def _sd3(**knobs: Any) -> nn.Module:
+    return diffusers.SD3Transformer2DModel(
+        num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2, sample_size=8, patch_size=2,
+        joint_attention_dim=32, caption_projection_dim=WIDTH, pooled_projection_dim=32, pos_embed_max_size=8, **knobs,
+    )  # fmt: skip
+
+
+def _flux(**knobs: Any) -> nn.Module:
+    return diffusers.FluxTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=16, in_channels=32, num_layers=1, num_single_layers=2, joint_attention_dim=32,
+        pooled_projection_dim=32, axes_dims_rope=(4, 6, 6), **knobs,
+    )  # fmt: skip
+
+
+def _cogvideox(**knobs: Any) -> nn.Module:
+    return diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=32, text_embed_dim=32, num_layers=2,
+        sample_width=8, sample_height=8, sample_frames=9, max_text_seq_length=7, **knobs,
+    )  # fmt: skip
+
+
 _EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "norm_topk_prob": True}
 _SOFT_CAPS = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
 
@@ -242,6 +301,9 @@ FAMILIES: dict[str, Tiny] = {
     "wan": Tiny("wan", _wan, _latent_video),
     "unet": Tiny("unet", _unet, _text_to_image),
     "pixart": Tiny("pixart", _pixart, _pixart_inputs),
+    "sd3": Tiny("sd3", partial(_sd3, dual_attention_layers=(0,), qk_norm="rms_norm"), _joint_inputs),
+    "flux": Tiny("flux", partial(_flux, guidance_embeds=True), _guided_image),
+    "cogvideox": Tiny("cogvideox", _cogvideox, _joint_video),
 }
 
 VARIANTS: dict[str, Tiny] = {
@@ -249,6 +311,11 @@ VARIANTS: dict[str, Tiny] = {
     "galactica": Tiny("opt", partial(_opt, activation_function="gelu", enable_bias=False), text),
     "qwen3_moe_dense": Tiny("qwen3_moe", partial(_language, "Qwen3Moe", head_dim=16, mlp_only_layers=[1], **_EXPERTS), text),
     "unet_pixels": Tiny("unet", _unet_pixels, _unconditional),
+    "sd3_medium": Tiny("sd3", _sd3, _joint_inputs),
+    "flux_schnell": Tiny("flux", _flux, _packed_image),
+    "cogvideox_i2v": Tiny(
+        "cogvideox", partial(_cogvideox, use_rotary_positional_embeddings=True, patch_size_t=2, ofs_embed_dim=32), _rotary_video
+    ),
     "wan_i2v": Tiny("wan", partial(_wan, image_dim=16, added_kv_proj_dim=WIDTH), _image_to_video),
 }
 """Members of a family for which some of its data does not hold or looks otherwise; for the families' own tests."""

@@ -147,6 +147,47 @@ def plan(
 
 
 @app.command()
+def search(
+    model: Model,
+    task: Annotated[str, typer.Option("--task", help="What to search for: cache, a policy of reuse between steps.")] = "cache",
+    budget: Annotated[str, typer.Option("--budget", help="How many times faster denoising has to be.")] = "1.5x",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the best policy and the report.")] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", metavar="METHOD", help="Policy to try; may be repeated [all].")] = None,
+    overrides: Overrides = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Pictures to calibrate on, and as many to judge by [64].")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="A file with a prompt on each line.")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring all caching policies of a pipeline to one measured speed, and keep the one that moves its pictures least."""
+    _start(threads)
+    from aerogel.cli import terminal
+    from aerogel.engine import searching
+    from aerogel.engine.calibration import Asked
+
+    with terminal.progress(as_json) as tell:
+        findings = searching.search(
+            model,
+            task,
+            budget,
+            samples=Asked(data, samples, None, steps, guidance),
+            only=only or (),
+            overrides=overrides or (),
+            output=output,
+            seed=seed,
+            tell=tell,
+        )
+    _print_json(findings.facts) if as_json else terminal.print_search(findings.facts)
+    if output is not None and not as_json:
+        typer.echo(f"folder  {output}\nreport  {output / 'report.html'}")
+    if findings.best is None:
+        raise typer.Exit(_FAILED)
+
+
+@app.command()
 def evaluate(
     model: Model,
     against: Against = None,
@@ -211,13 +252,13 @@ def export(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="A folder that `aerogel compress` wrote.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="A folder that `aerogel compress` or `search` wrote.", show_default=False)],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file; by default report.html in the folder.")] = None,
 ) -> None:
-    """Write the report of a compressed folder as one self-contained HTML file."""
-    from aerogel.report import page
+    """Write the report of a compressed folder, or of a search, as one self-contained HTML file."""
+    from aerogel.report import page, search
 
-    typer.echo(page.write(folder, output))
+    typer.echo((search if (folder / search.FILE).is_file() else page).write(folder, output))
 
 
 @app.command("list")

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from aerogel.engine.planning import Kept, Plan
 from aerogel.engine.progress import Clock, Tell, bar
-from aerogel.report import compare, coverage, phrases, record, reuse
+from aerogel.report import compare, coverage, phrases, record, reuse, search
 
 
 @contextmanager
@@ -57,6 +57,22 @@ def print_reuse(facts: Sequence[Mapping[str, Any]]) -> None:
     for policy in map(record.Policy.model_validate, facts):
         if found := policy.reuse:
             Console(soft_wrap=True, highlight=False).print(f"{found.policy}: {reuse.sentence(found)}", markup=False)
+
+
+def print_search(facts: Mapping[str, Any]) -> None:
+    """Print the policies of a search, best first, and why others are not among them."""
+    found, console = search.parse(dict(facts)), Console(soft_wrap=True, highlight=False)
+    table = Table("policy", "set to", *("times faster", "error", "times the best", "reused", "time to make"), box=None, pad_edge=False)
+    for number, column in enumerate(table.columns):
+        column.justify, column.no_wrap = "left" if number < 2 else "right", True
+    for line in search.lines(found):
+        table.add_row(*map(escape, line[:-1]), style="bold" if line.best else None)
+    if table.row_count:
+        console.print(table)
+    for row in found.left_out:
+        console.print(f"{row.policy}: {row.reason}", markup=False)
+    for sentence in (search.headline(found), search.lead(found)):
+        console.print(sentence, markup=False)
 
 
 def print_plan(plan: Plan) -> None:

@@ -65,6 +65,17 @@ def pictures(pipeline: Any, wanted: Denoising, seed: int = 0) -> Iterator[Made]:
         yield Made(images_NCHW.detach().float().cpu().contiguous(), run.subjects)
 
 
+def denoised(pipeline: Any, wanted: Denoising, seed: int = 0) -> Iterator[tuple[str, ...]]:
+    """Make the same pictures as far as latents where the pipeline can stop there; yields the subjects of each batch once it is made.
+
+    Raises AerogelError when the pipeline needs something that is not given.
+    """
+    for run in _runs(pipeline, wanted, seed, "latent"):
+        with _quiet(pipeline), torch.no_grad():
+            run.make()
+        yield run.subjects
+
+
 @contextmanager
 def _quiet(pipeline: Any) -> Iterator[None]:
     """The pipeline without its progress bars."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.reuse import step_of
+from aerogel.model.streams import generations, step_of
 
 _CLOSE = 1e-2
 """Largest relative distance between a recorded and a replayed input; half precision needs that much."""
@@ -77,7 +77,7 @@ class Replay:
     def call(self, state: State) -> Call:
         """What the denoiser gets at a state."""
         x_BCHW = torch.cat([state.x_BCHW] * 2) if self.halves else state.x_BCHW
-        given = state.sampler.scale_model_input(x_BCHW, self.sampler.timesteps[state.step])
+        given = _scaled(state.sampler, x_BCHW, state.step)
         call = self.calls[state.step]
         return Call(call.args, call.kwargs | {self.name: given})
 
@@ -108,8 +108,7 @@ class Replay:
 
     def _scale(self) -> float:
         """What the sampler multiplies the first input with."""
-        one = torch.ones(1, 1, 1, 1)
-        return float(copy.deepcopy(self.sampler).scale_model_input(one, self.sampler.timesteps[0]))
+        return _scale_at(self.sampler, 0)
 
 
 def replays(network: Network, calls: Sequence[Call]) -> list[Replay]:
@@ -120,9 +119,9 @@ def replays(network: Network, calls: Sequence[Call]) -> list[Replay]:
     sampler = getattr(network.processor, "scheduler", None)
     if sampler is None:
         raise AerogelError("the network came without its pipeline: give the pipeline or its folder, so that its sampler can be replayed")
-    runs = _runs(network, calls)
-    made = [_replay(network, sampler, run) for run in runs]
-    _prove(network, made[0])
+    recorded = network.teacher or network  # what is compressed meanwhile goes another way
+    made = [_replay(recorded, sampler, run) for run in generations(recorded, calls)]
+    _prove(recorded, made[0])
     return made
 
 
@@ -132,35 +131,35 @@ def output_of(given: Any) -> Tensor:
     return tensor
 
 
-def _runs(network: Network, calls: Sequence[Call]) -> list[tuple[Call, ...]]:
-    """Calls cut where the first time step comes again."""
-    steps = [step_of(network.module, call.args, call.kwargs) for call in calls]
-    if len(steps) < 2:
-        raise AerogelError(f"{len(steps)} recorded calls are no generation; give all steps of one")
-    starts = [place for place, step in enumerate(steps) if step == steps[0]]
-    runs = [tuple(calls[start:end]) for start, end in zip(starts, [*starts[1:], len(calls)], strict=True)]
-    if len({len(run) for run in runs}) > 1 or len(runs[0]) < 2:
-        raise AerogelError(
-            f"{len(calls)} calls are not generations of equal length: branches of guidance in calls of their own are not replayed"
-        )
-    return runs
-
-
-def _replay(network: Network, sampler: Any, run: tuple[Call, ...]) -> Replay:
+def _replay(network: Network, sampler: Any, calls: Sequence[Call]) -> Replay:
     names = list(inspect.signature(type(network.module).forward).parameters)[1:]
-    name, run = names[0], tuple(Call((), dict(zip(names, call.args, strict=False)) | call.kwargs) for call in run)
+    name, run = names[0], tuple(Call((), dict(zip(names, call.args, strict=False)) | call.kwargs) for call in calls)
     fresh = copy.deepcopy(sampler)
-    fresh.set_timesteps(len(run))
+    try:
+        fresh.set_timesteps(len(run))
+    except (TypeError, ValueError) as error:  # some have to be told the picture's size too
+        raise AerogelError(
+            f"{type(sampler).__name__} cannot be set to {len(run)} steps by their number alone ({error}): not replayed"
+        ) from error
     wanted, given = [float(step) for step in fresh.timesteps], [step_of(network.module, call.args, call.kwargs) for call in run]
     if wanted != given:
         apart = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(wanted, given, strict=False))))
         raise AerogelError(
-            f"{type(sampler).__name__} has other steps than the {len(run)} recorded ones from step {apart + 1} on; "
-            "samplers that call the denoiser several times a step are not replayed"
+            f"{type(sampler).__name__} has other steps than the {len(run)} recorded ones from step {apart + 1} on: not replayed"
         )
     halves = _same_halves(run[0].kwargs[name])
     found = Replay(run, fresh, name, halves)
     return Replay(run, fresh, name, halves, _guidance(network, found)) if halves else found
+
+
+def _scaled(sampler: Any, x: Tensor, step: int) -> Tensor:
+    """What the denoiser gets of a sample; flow-matching samplers scale nothing and do not say so."""
+    given: Tensor = sampler.scale_model_input(x, sampler.timesteps[step]) if hasattr(sampler, "scale_model_input") else x
+    return given
+
+
+def _scale_at(sampler: Any, step: int) -> float:
+    return float(_scaled(copy.deepcopy(sampler), torch.ones(1, 1, 1, 1), step))
 
 
 def _same_halves(x_BCHW: Tensor) -> bool:
@@ -173,10 +172,7 @@ def _guidance(network: Network, run: Replay) -> float:
     start = run.start()
     first, second = output_of(network.run(run.call(start))).float().chunk(2)
     ends = [run.advance(run.start(), torch.cat([branch, branch]).to(start.x_BCHW.dtype)).x_BCHW.double() for branch in (first, second)]
-    scale = (
-        float(copy.deepcopy(run.sampler).scale_model_input(torch.ones(1, 1, 1, 1), run.sampler.timesteps[1])) if len(run.calls) > 1 else 1.0
-    )
-    target = run._recorded(1).double() / scale
+    target = run._recorded(1).double() / _scale_at(run.sampler, 1)
     along, by = target - ends[1], ends[0] - ends[1]
     return float((along * by).sum() / (by * by).sum().clamp(min=torch.finfo(torch.float64).tiny))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +16,11 @@ from aerogel.engine.result import Result
 from aerogel.engine.run import seeded
 from aerogel.errors import AerogelError
 from aerogel.methods.method import RuntimePolicy
+from aerogel.model.fingerprint import fingerprint
 from aerogel.model.load import load
 from aerogel.model.network import Network
+from aerogel.model.save import resident
+from aerogel.model.states import FACTS
 from aerogel.recipe import Recipe
 
 Policy = Result | Recipe | str | Path | Mapping[str, Any]
@@ -25,14 +30,19 @@ Policy = Result | Recipe | str | Path | Mapping[str, Any]
 def cached(model: Any, policy: Policy, *, samples: Given | None = None, seed: int = 0) -> Iterator[Sequence[Measured]]:
     """Put a policy on a pipeline (or a network, or a module) inside the context; what is measured of it is given back.
 
-    `policy` is a folder that was saved with policies, a Result, or what a recipe is (a name, a file, a mapping) whose steps are all runtime
-    policies: these are calibrated first, on `samples`. Raises AerogelError for anything else.
+    `policy` is a folder that was saved with policies or that the exporter `cache_policy` wrote, a Result, or what a recipe is (a name, a
+    file, a mapping) whose steps are all runtime policies: these are calibrated first, on `samples`. Raises AerogelError for anything else,
+    and for a network of another family, with other units or blocks. A folder of that exporter also says which weights it was made for;
+    others are a warning.
     """
     network = model if isinstance(model, Network) else load(model, lazy=False)
     found = _saved(policy)
     if found is None:
         found = _measured(network, Recipe.parse(policy), samples, seed)  # type: ignore[arg-type]
+    made_for = _made_for(policy)
+    _require_family(network, made_for)
     with policies.on(network, found):
+        _compare_weights(network, made_for)
         yield found
 
 
@@ -49,14 +59,39 @@ def _saved(policy: Policy) -> Sequence[Measured] | None:
     return found
 
 
+def _made_for(policy: Policy) -> Mapping[str, Any]:
+    """What is known of the network that saved policies were made for; nothing of those that are made on the spot."""
+    if isinstance(policy, Result):
+        return policy.facts["model"]
+    if isinstance(policy, str | Path) and Path(policy).is_dir():
+        return json.loads((Path(policy) / FACTS).read_text())["model"]
+    return {}
+
+
+def _require_family(network: Network, made_for: Mapping[str, Any]) -> None:
+    if made_for and made_for["family"] != network.family.name:
+        raise AerogelError(
+            f"the policy was made for {made_for['name']}, of the {made_for['family']} family, and this network is of the "
+            f"{network.family.name} family; make one for it"
+        )
+
+
+def _compare_weights(network: Network, made_for: Mapping[str, Any]) -> None:
+    """Warn where it is known which weights a policy was made for, and these are others."""
+    if "fingerprint" in made_for and (ours := fingerprint(resident(network.module))) != made_for["fingerprint"]:
+        warnings.warn(
+            f"the policy was made for {made_for['name']} with weights {made_for['fingerprint']}, this network has {ours}: "
+            "it runs, but what was measured of it holds for those",
+            stacklevel=4,  # of who enters the context
+        )
+
+
 def _measured(network: Network, recipe: Recipe, samples: Given | None, seed: int) -> list[Measured]:
     if changing := [step.name for step in recipe.steps if not isinstance(step.method, RuntimePolicy)]:
         raise AerogelError(f"{changing[0]} changes the network for good, so it cannot be put on for a while; use aerogel.compress")
     calls = prepare(network, shown(network, samples), seed, head=False).calls
     made: list[Measured] = []
     for number, step in enumerate(recipe.steps):
-        assert isinstance(step.method, RuntimePolicy), "all are"
         with policies.on(network, made), seeded(seed, number):
-            state = step.method.calibrate(network, calls)
-        made.append(Measured(step, state))
+            made.append(policies.calibrated(network, step, calls))
     return made

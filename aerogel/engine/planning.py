@@ -134,7 +134,7 @@ def _out_of_order(recipe: Recipe) -> Iterator[str]:
     """What comes behind a step that lets parts of the network rest, and cannot."""
     for number, step in enumerate(recipe.steps):
         for later in recipe.steps[number + 1 :] if isinstance(step.method, ReusePolicy) else ():
-            if not isinstance(later.method, RuntimePolicy):
+            if not isinstance(later.method, RuntimePolicy) and not (isinstance(later.method, Method) and later.method.beside_reuse):
                 yield f"{later.name} comes after {step.name}, but needs a network all of whose parts run; put {step.name} last"
             elif isinstance(later.method, ReusePolicy):
                 yield f"{later.name} comes after {step.name}: parts of a network follow one schedule; leave one of them out"
@@ -246,7 +246,7 @@ def _peak_memory(network: Network, recipe: Recipe, read: Reading) -> int:
         holds = max((step.method.holds for step in recipe.steps if isinstance(step.method, BlockMethod)), default=0.0)
         working = max([working, *(_calibrating(module, read, holds) for module in blocks.values())])
     resident = total + 2 * max(sizes.values(), default=0)
-    return resident * (2 if any("teacher" in step.method.needs for step in recipe.steps) else 1) + working
+    return resident * (2 if needs_teacher(recipe) else 1) + working
 
 
 def _calibrating(block: nn.Module, read: Reading, holds: float) -> int:
@@ -273,6 +273,12 @@ def _shapes(block: nn.Module) -> set[tuple[int, int]]:
 def needs_calls(recipe: Recipe) -> bool:
     """Whether a step of the recipe looks at what passes through the network."""
     return any("calls" in step.method.needs for step in recipe.steps)
+
+
+def needs_teacher(recipe: Recipe) -> bool:
+    """Whether a step asks for the network as it was before any step; to a policy that comes before all changes it is the network itself."""
+    changing = [number for number, step in enumerate(recipe.steps) if not isinstance(step.method, RuntimePolicy)]
+    return any("teacher" in step.method.needs for step in recipe.steps[min(changing, default=len(recipe.steps)) :])
 
 
 def _seconds(recipe: Recipe, sizes: _Sizes, touched: list[Touched], read: Reading) -> dict[StageName, float]:

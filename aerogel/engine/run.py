@@ -23,14 +23,14 @@ from torch import nn
 from aerogel.engine import policies, provenance
 from aerogel.engine.calibration import Calibration, Given, prepare, reading, shown
 from aerogel.engine.coverage import coverage
-from aerogel.engine.planning import Plan, blocks_of, needs_calls, plan_network
+from aerogel.engine.planning import Plan, blocks_of, needs_calls, needs_teacher, plan_network
 from aerogel.engine.policies import Measured
 from aerogel.engine.preflight import check_output, check_plan, check_weights, partial_of
 from aerogel.engine.progress import Event, Tell, Watch
 from aerogel.engine.result import Result, write
 from aerogel.engine.resume import Progress, Stage, fingerprint_of
 from aerogel.engine.scores import Scores, measure
-from aerogel.engine.teacher import taught, teacher_of
+from aerogel.engine.teacher import awake, taught, teacher_of
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure
 from aerogel.methods.method import BlockMethod, Method, RuntimePolicy, WeightMethod
@@ -211,7 +211,7 @@ class Run:
     def go(self) -> None:
         """Do every step; neighbouring block methods share one walk, and a policy is on while later steps run."""
         stages = _stages(self.recipe)
-        if any("teacher" in step.method.needs for step in self.recipe.steps):
+        if needs_teacher(self.recipe):
             self.network.teacher = teacher_of(self.network)
         with ExitStack() as stack:
             stack.callback(setattr, self.network, "teacher", None)
@@ -230,9 +230,12 @@ class Run:
                 stack.enter_context(policies.on(self.network, [measured]))
 
     def _calibrate(self, number: int, step: Step, policy: RuntimePolicy) -> Measured:
-        with self._resident(), seeded(self.seed, number):
-            self.policies.append(Measured(step, policy.calibrate(self.network, self.calibration.calls)))
+        with self._resident(), awake(self._teacher(policy)), seeded(self.seed, number):
+            self.policies.append(policies.calibrated(self.network, step, self.calibration.calls))
         return self.policies[-1]
+
+    def _teacher(self, method: Method | RuntimePolicy) -> Network | None:
+        return self.network.teacher if "teacher" in method.needs else None
 
     def _visit_blocks(self, number: int, steps: Sequence[Step], stages: int) -> None:
         stage = self.progress.stage(number) if self.progress else None
@@ -309,7 +312,12 @@ class Run:
     def _change_whole(self, number: int, method: Method) -> None:
         """Whole-network steps need the whole network in memory, and are done again when a run is resumed."""
         stage = self.progress.stage(number) if self.progress else None
-        with seeded(self.seed, number), self._resident(stage), torch.set_grad_enabled("gradients" in method.needs):
+        with (
+            seeded(self.seed, number),
+            self._resident(stage),
+            awake(self._teacher(method)),
+            torch.set_grad_enabled("gradients" in method.needs),
+        ):
             method.apply(self.network, self.calibration.calls)
 
     @contextmanager

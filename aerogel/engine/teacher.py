@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,22 @@ class _Resident:
         """Let the weights of this block go."""
         if self._teacher.checkpoint is not None:
             self._teacher.checkpoint.release(self._blocks[name])
+
+
+@contextmanager
+def awake(teacher: Network | None) -> Iterator[None]:
+    """Hold the whole teacher in memory for a while, for steps that run it."""
+    if teacher is None:
+        yield
+        return
+    resident = _Resident(teacher)
+    for name in teacher.blocks():
+        resident.enter(name)
+    try:
+        yield
+    finally:
+        for name in teacher.blocks():
+            resident.release(name)
 
 
 def taught(walk: Walk, teacher: Network, calls: Sequence[Call], folder: Path | None) -> Iterator[Block]:

@@ -22,5 +22,6 @@ FAMILY = Family(
         Unit("transformer_blocks.*.attn2", "cross-attention"),
         Unit("transformer_blocks.*.ff", "feed-forward", norms=("norm2",)),
     ),
+    streams=("hidden_states",),
     modality="image",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Family, TimePath, Tower, Unit
+from aerogel.model.family import Edge, Family, Skips, TimePath, Tower, Unit
 
 FAMILY = Family(
     name="unet",
@@ -43,6 +43,10 @@ FAMILY = Family(
             ("addition_embed_type", "the pooled text and the sizes"),
             ("time_cond_proj_dim", "the guidance scale"),
         ),
+    ),
+    skips=Skips(
+        given=("down_blocks.*.resnets.*", "down_blocks.*.downsamplers.*", "mid_block.resnets.0"),
+        read=("up_blocks.*.resnets.*",),
     ),
     lists=(
         ("ends", ("conv_in", "conv_out")),

@@ -6,15 +6,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import nn
 
+from aerogel.errors import AerogelError
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.match import matches
 from aerogel.model.network import Network
 from aerogel.model.reuse import Schedule, reusing
+from aerogel.model.spans import Rule, spanning
+from aerogel.model.stored import Slots, store_named
 from aerogel.numerics.scheme import Scheme
 from aerogel.training.budgets import Budget, Measure, budget_of
 
@@ -46,6 +50,8 @@ class Method(ABC):
     """Changes a whole network for good."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    beside_reuse: ClassVar[bool] = False
+    """Whether it may come behind a step that lets parts of the network rest."""
 
     def stores(self, network: Network) -> dict[str, tuple[Any, Scheme]]:
         """The float layers that it puts into codes: full name -> (layer, scheme); for the plan."""
@@ -76,17 +82,53 @@ class RuntimePolicy(ABC):
         """Put the policy on; after the context the network is bit for bit what it was."""
 
 
+@dataclass(frozen=True)
 class ReusePolicy(RuntimePolicy):
     """Lets units of a denoiser give again what they gave at earlier steps, by a schedule that is its state."""
 
+    strengths: ClassVar[tuple[str, tuple[float, ...]] | None] = None
+    """The knob that sets how much is reused and values to try, the least first, for who looks for a speed; None where there is none."""
+    rounds: ClassVar[bool] = True
+    """Whether what it keeps may be rounded to float8; not where a policy puts itself on in its own way, unless that says so."""
+
+    slots: Slots = field(default="compute", kw_only=True)
+    """How kept tensors are stored: in the dtype they are computed in, or as float8 (e4m3) with one scale a token."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "on" in vars(cls) and "rounds" not in vars(cls):
+            cls.rounds = False
+
+    def __post_init__(self) -> None:
+        store_named(self.slots)
+        if self.slots != "compute" and not self.rounds:
+            name = type(self).__name__.lower()
+            raise AerogelError(f"{name} needs what it keeps as it was computed: set slots to compute, not {self.slots}")
+
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
         """Reuse by the schedule; raises AerogelError when it is of other units, and at steps that are not its own."""
-        return reusing(network, Schedule.of(network, state))
+        return reusing(network, Schedule.of(network, state), store=self.slots)
+
+
+class SpanPolicy(ReusePolicy):
+    """Leaves out stretches of a denoiser's blocks by a rule, and adds what they added before."""
+
+    rounds: ClassVar[bool] = True
+
+    @abstractmethod
+    def rule(self, state: dict[str, Any]) -> Rule:
+        """A new rule, for one guidance stream of one run."""
+
+    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
+        """Leave out blocks by the rule; raises AerogelError when the state is of another network, and at steps that are not its own."""
+        return spanning(network, state, partial(self.rule, state), self.slots)
 
 
 @dataclass(frozen=True)
 class BudgetPolicy(ReusePolicy):
-    """Reuses until an exact budget is met."""
+    """Reuses until an exact budget is met, so that the network stays close to what it was before any step of the recipe."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"calls", "teacher"})
 
     ratio: float | None = None
     """Share of slots (steps x units) to reuse; this or `target_speedup`."""

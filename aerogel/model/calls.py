@@ -40,6 +40,12 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+def bytes_in(tree: Any) -> int:
+    """The bytes of memory that the tensors of a tree keep: a view keeps all of what it is a view of, and what two share counts once."""
+    storages = (tensor.untyped_storage() for tensor in tensors_in(tree))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def record(module: nn.Module, runs: Iterable[Callable[[], object]]) -> list[Call]:
     """Watch real generations and keep every call that `module` gets, with copies of its tensors.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from aerogel.model.calls import Call, map_tensors
+from aerogel.model.compiled import uncompiled
 from aerogel.model.hooks import answering
 from aerogel.model.network import Network
 from aerogel.model.reuse import Slot, stand_ins
@@ -63,6 +64,11 @@ class Driven:
         made, _ = self.step(call, [True] * len(self._slots), self.empty)
         return made
 
+    def wanted(self, call: Call) -> Any:
+        """What to come close to: what the network gave before any step of the run; where it has no teacher, the plain forward."""
+        teacher = self.network.teacher
+        return self.plain(call) if teacher is None else teacher.run(call)
+
     def step(self, call: Call, row: Row, held: Held, threshold: float = 0.0) -> tuple[Any, Held]:
         """A forward by a row; scores above the threshold refresh what is kept. Returns the output and what is kept then."""
         for place, (slot, kept) in enumerate(zip(self._slots.values(), held, strict=True)):
@@ -87,6 +93,7 @@ def driven(network: Network) -> Iterator[Driven]:
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
                 stack.callback(parameter.requires_grad_, True)
+        stack.enter_context(uncompiled(network.module))  # gradients and blends are not for kernels made for use
         stack.enter_context(answering(answers))
         yield Driven(network, slots)
 

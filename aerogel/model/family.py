@@ -101,10 +101,23 @@ class Unit:
 
     modules: str
     """Glob of their full names."""
-    kind: Literal["self-attention", "cross-attention", "feed-forward"]
+    kind: Literal["self-attention", "cross-attention", "feed-forward", "block"]
+    """Attention of text and image together is self-attention; `block` is attention and feed-forward that one linear joins."""
     norms: tuple[str, ...] = ()
-    """What nothing but the unit reads, by name beside it: norms that need not run where it does not. Only operations that work token by
-    token may stand between the two, since they get no tokens then."""
+    """What nothing but the unit reads, by name beside it: norms that need not run where it does not; two units may share one. Only
+    operations that work token by token may stand between the two, since they get no tokens then."""
+    parts: tuple[str, ...] = ()
+    """Modules beside it that work for nothing but the unit and count as its own work; they run no more than it does."""
+
+
+@dataclass(frozen=True)
+class Skips:
+    """The skip connections of a denoiser that goes down and up again."""
+
+    given: tuple[str, ...]
+    """Globs of the blocks whose input is also handed across: one skip each, the outermost runs first."""
+    read: tuple[str, ...]
+    """Globs of the blocks that read a skip each beside what the block before gives; the outermost runs last."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +138,12 @@ class Family:
     time: TimePath | None = None
     units: tuple[Unit, ...] = ()
     """Of a denoiser, in the order in which a block runs them."""
+    streams: tuple[str, ...] = ()
+    """Of a denoiser whose blocks are one row: the arguments that hold what blocks pass on, in the order in which they give it."""
+    image_stream: str = "hidden_states"
+    """Which of the streams is the image's."""
+    skips: Skips | None = None
+    """Of a denoiser that goes down and up again."""
     lists: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """Patterns that a recipe may name in `targets` and `ignore` as `@name`, such as what published code leaves in float."""
     modality: Modality = "text"

@@ -83,7 +83,7 @@ def find(network: Network) -> TemporalPath:
     """Find the path by the names that the family gives; raises AerogelError when there is none or a part is missing."""
     time = network.family.time
     if time is None:
-        raise AerogelError(f"the {network.family.name} family names no temporal path; expected a diffusion UNet, DiT or PixArt")
+        raise AerogelError(f"the {network.family.name} family names no temporal path; expected a diffusion UNet, DiT, PixArt or CogVideoX")
     embedders, projections = network.named(*time.embedders), network.named(*time.projections)
     for what, found, names in (("embedder", embedders, time.embedders), ("projection", projections, time.projections)):
         if not found:

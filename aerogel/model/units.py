@@ -11,16 +11,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import conv2d, linear
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from aerogel.errors import AerogelError
-from aerogel.model.calls import Call, tensors_in
+from aerogel.model.calls import Call, bytes_in
+from aerogel.model.compiled import uncompiled
 from aerogel.model.convs import QuantConv2d
 from aerogel.model.hooks import answering
 from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    count: int = sdpa_flop_count(query, key, value)
+    return count
+
+
+_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+"""Operations that torch's counter does not know."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,9 @@ class BoundUnit:
     """Full name of its module."""
     kind: str
     norms: tuple[str, ...]
-    """Full names of the modules that only it reads."""
+    """Full names of the modules that only it reads, and maybe another unit that names them too."""
+    parts: tuple[str, ...]
+    """Full names of the modules whose work is the unit's own."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,8 @@ def units_of(network: Network) -> dict[str, BoundUnit]:
     for unit in network.family.units:
         for name in network.named(unit.modules):
             beside = name.rpartition(".")[0]
-            found[name] = BoundUnit(name, unit.kind, tuple(f"{beside}.{norm}" for norm in unit.norms))
+            norms, parts = ([f"{beside}.{other}" for other in others] for others in (unit.norms, unit.parts))
+            found[name] = BoundUnit(name, unit.kind, tuple(norms), tuple(parts))
     if not found:
         raise AerogelError(f"the {network.family.name} family names no units whose outputs could be kept (units in aerogel/families)")
     places = {name: place for place, (name, _) in enumerate(network.module.named_modules())}
@@ -67,22 +79,22 @@ def units_of(network: Network) -> dict[str, BoundUnit]:
 
 @torch.no_grad()
 def costs_of(network: Network, call: Call) -> Costs:
-    """Count one forward; attention and quantized layers count like the floats they stand for."""
+    """Count one forward as it is written; attention and quantized layers count like the floats they stand for."""
     names = list(units_of(network))
     macs, sizes = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
     written_out: dict[nn.Module, Callable[..., Any]] = {
         module: partial(_written_out, module) for module in network.module.modules() if isinstance(module, QuantLinear)
     }
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), answering(written_out):
+    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter, answering(written_out):
 
-        def counted(name: str, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def counted(name: str, part: str, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             before = counter.get_total_flops()
             made = own(*args, **kwargs)
             macs[name] += (counter.get_total_flops() - before) / 2
-            sizes[name] += sum(tensor.nbytes for tensor in tensors_in(made))
+            sizes[name] += bytes_in(made) if part == name else 0
             return made
 
-        with answering(_around(network, names, counted)):
+        with uncompiled(network.module), answering(_around(network, counted)):
             network.run(call)
         total = counter.get_total_flops() / 2
     return Costs(total, tuple(macs.values()), tuple(sizes.values()))
@@ -90,7 +102,7 @@ def costs_of(network: Network, call: Call) -> Costs:
 
 @torch.no_grad()
 def seconds_of(network: Network, call: Call, rounds: int = 5) -> tuple[float, tuple[float, ...]]:
-    """The median wall-clock seconds of a forward, and of each unit in it."""
+    """The median wall-clock seconds of a forward, and of each unit in it; compiled blocks run as they are written."""
     names = list(units_of(network))
     taken: dict[str, list[float]] = {name: [] for name in names}
     whole: list[float] = []
@@ -100,23 +112,27 @@ def seconds_of(network: Network, call: Call, rounds: int = 5) -> tuple[float, tu
             torch.cuda.synchronize(network.device)
         return time.perf_counter()
 
-    def timed(name: str, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def timed(name: str, _: str, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         start = now()
         made = own(*args, **kwargs)
-        taken[name].append(now() - start)
+        taken[name][-1] += now() - start
         return made
 
-    with answering(_around(network, names, timed)):
+    with uncompiled(network.module), answering(_around(network, timed)):
         for _ in range(rounds + 1):
+            for seconds in taken.values():
+                seconds.append(0.0)
             start = now()
             network.run(call)
             whole.append(now() - start)
     return median(whole[1:]), tuple(median(seconds[1:]) for seconds in taken.values())
 
 
-def _around(network: Network, names: list[str], do: Callable[..., Any]) -> dict[nn.Module, Callable[..., Any]]:
-    modules = {name: network.module.get_submodule(name) for name in names}
-    return {module: partial(do, name, module.forward) for name, module in modules.items()}
+def _around(network: Network, do: Callable[..., Any]) -> dict[nn.Module, Callable[..., Any]]:
+    """What answers for each unit and its parts: `do` gets the names of both and the module's own forward."""
+    find = network.module.get_submodule
+    pairs = [(name, part) for name, unit in units_of(network).items() for part in (name, *unit.parts)]
+    return {find(part): partial(do, name, part, find(part).forward) for name, part in pairs}
 
 
 def _written_out(layer: QuantLinear, x: Tensor) -> Tensor:

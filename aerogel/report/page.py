@@ -157,7 +157,7 @@ def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
         "kept": list(_kept(run)) if run.plan.get("share_reached", 1) else [],  # who only reuses was not asked for codes
         "kept_note": _kept_note(run),
         "recipe": yaml.safe_dump({"steps": run.recipe.steps}, sort_keys=False, allow_unicode=True, width=60).rstrip(),
-        "provenance": list(_provenance(run)),
+        "provenance": list(provenance(run)),
         "glossary": (
             *(OF_PICTURES if after.pictures or after.realism else ()),
             *(OF_TIME if after.temporal else ()),
@@ -310,7 +310,8 @@ def _kept_note(run: Run) -> str:
     )
 
 
-def _provenance(run: Run) -> Iterator[tuple[str, str]]:
+def provenance(run: Run) -> Iterator[tuple[str, str]]:
+    """What is needed to make a run again, in words."""
     given = run.provenance
     if "date" in given:
         yield "Date", str(given["date"]).replace("T", " ").replace("+00:00", " UTC")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from markupsafe import Markup
 
 from aerogel.report.heat import cell
@@ -12,26 +14,32 @@ from aerogel.report.temporal import short
 
 FOOT = 22.0
 """Below the rows, for the steps."""
+_WORK = {0.0: "reused", 1.0: "runs"}
 
 
 def reuse_map(found: Reuse, width: float = 960) -> Markup:
     """Draw a cell for every unit at every step, filled where it runs."""
-    names = short(found.units)
+    return work_map(found.steps, found.units, [[float(one) for one in row] for row in found.computed], width)
+
+
+def work_map(steps: Sequence[float], units: Sequence[str], done: Sequence[Sequence[float]], width: float = 960) -> Markup:
+    """Draw a cell for every unit at every step, the fuller the larger the share of its work that is done there."""
+    names = short(units)
     pitch = 18.0 if len(names) <= 30 else 11.0
     left = 12 + 6.6 * max(map(len, names))
-    wide = (width - left) / len(found.steps)
+    wide = (width - left) / len(steps)
     gap = 1.0 if wide >= 5 else 0.0
     drawn = []
     for row, name in enumerate(names):
         y = row * pitch
         drawn.append(label(left - 10, y + pitch / 2 + 4, name, "small", "end"))
-        for column, step in enumerate(found.steps):
-            runs = found.computed[column][row] == "1"
-            said = f"{found.units[row]}, step {step:g}: {'runs' if runs else 'reused'}"
+        for column, step in enumerate(steps):
+            share = done[column][row]
+            said = f"{units[row]}, step {step:g}: {_WORK.get(share) or f'{percent(share)} of its work'}"
             box = {"x": left + column * wide, "y": y + 1, "width": wide - gap, "height": pitch - 2}
-            drawn.append(cell(0.75 if runs else 0.0, 1.0, said, **box))
+            drawn.append(cell(0.75 * share, 1.0, said, **box))
     foot = len(names) * pitch + 14
-    drawn += [label(left, foot, f"step {found.steps[0]:g}", "small"), label(width, foot, f"{found.steps[-1]:g}", "small", "end")]
+    drawn += [label(left, foot, f"step {steps[0]:g}", "small"), label(width, foot, f"{steps[-1]:g}", "small", "end")]
     return picture(width, len(names) * pitch + FOOT, "Which parts run at which step", element("g", *drawn))
 
 

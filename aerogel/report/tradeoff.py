@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from markupsafe import Markup
@@ -31,6 +32,8 @@ class Axis:
     scale: float
     """From the measured unit to the one in the title."""
     better: Literal["left", "right"]
+    start: float = 0.0
+    """Where it begins."""
 
 
 SIZE = Axis("Weights on disk, MB", "size", "bytes", 1e-6, "left")
@@ -49,13 +52,15 @@ class Point:
     role: Role = "other"
 
 
-def tradeoff(points: Sequence[Point], axis: Axis, y_title: str, *, width: float = 460, height: float = HEIGHT) -> Markup:
-    """Draw points with finite positive y, of which less is better, along an axis.
+def tradeoff(
+    points: Sequence[Point], axis: Axis, y_title: str, *, joined: Sequence[Point] = (), width: float = 460, height: float = HEIGHT
+) -> Markup:
+    """Draw points with finite positive y, of which less is better, along an axis, and a line through those that are `joined`.
 
-    The x axis starts at zero. The y axis shows the range there is, by ratio when it spans more than a factor of four.
+    The y axis shows the range there is, by ratio when it spans more than a factor of four.
     """
     points = [point for point in points if math.isfinite(point.y) and point.y > 0]
-    x, y = _scales(points, width, height)
+    x, y = _scales(points, axis, width, height)
     return picture(
         width,
         height,
@@ -64,18 +69,19 @@ def tradeoff(points: Sequence[Point], axis: Axis, y_title: str, *, width: float 
         label(0, 16, f"{y_title} ↓ better", "small"),
         label(LEFT, height - 8, f"{axis.title} {'←' if axis.better == 'left' else '→'} better", "small"),
         *_moves(points, x, y),
+        *(line(x(one.x), y(one.y), x(next_.x), y(next_.y), "move") for one, next_ in pairwise(joined)),
         *(_dot(point, x, y) for point in sorted(points, key=lambda point: point.role == "this")),
         *_names(points, x, y, width),
     )
 
 
-def _scales(points: Sequence[Point], width: float, height: float) -> tuple[Scale, Scale]:
-    right = max((point.x for point in points), default=1.0) * 1.12
+def _scales(points: Sequence[Point], axis: Axis, width: float, height: float) -> tuple[Scale, Scale]:
+    right = axis.start + (max((point.x for point in points), default=axis.start + 1.0) - axis.start) * 1.12
     low, high = min((point.y for point in points), default=0.0), max((point.y for point in points), default=1.0)
     log = low > 0 and high / low > 4
     room = 1.25 if log else max(0.18 * (high - low), 0.02 * high, 1e-9)
     low, high = (low / room, high * room) if log else (max(0.0, low - room), high + room)
-    return Scale(0, right, LEFT, width - RIGHT), Scale(low, high, height - BOTTOM, TOP, log)
+    return Scale(axis.start, right, LEFT, width - RIGHT), Scale(low, high, height - BOTTOM, TOP, log)
 
 
 def _grid(x: Scale, y: Scale, width: float, height: float) -> list[Markup]:

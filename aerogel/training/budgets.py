@@ -12,7 +12,7 @@ from torch import Tensor
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.reuse import steps_in
+from aerogel.model.streams import steps_in
 from aerogel.model.units import costs_of, seconds_of, units_of
 
 Measure = Literal["latency", "macs"]

@@ -19,7 +19,7 @@ from aerogel.training.budgets import Budget
 
 
 class Trials:
-    """Generations of the same noise under different masks, against those of the whole network."""
+    """Generations of the same noise under different masks, against those that are wanted of the network."""
 
     def __init__(self, driven: Driven, replays: Sequence[Replay], states: Sequence[State]) -> None:
         self.driven, self._replays = driven, replays
@@ -27,7 +27,7 @@ class Trials:
         self.count = 0
         """Masks that were tried."""
         self.exact = [
-            replay.finish(state, lambda _, call: output_of(driven.plain(call))) for replay, state in zip(replays, states, strict=True)
+            replay.finish(state, lambda _, call: output_of(driven.wanted(call))) for replay, state in zip(replays, states, strict=True)
         ]
         self._mask: Tensor | None = None
         self._along: list[list[tuple[State, Held]]] = self._starts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from torch import Tensor
 import aerogel
 from aerogel.data.denoising import Denoising
 from aerogel.errors import AerogelError
+from aerogel.model.calls import Call
+from aerogel.model.units import costs_of
 from tests.data.test_replay import painter
+from tests.tiny import opened
 
 WANTED = Denoising(count=2, steps=4, batch=2)
 FORA = {"steps": [{"fora": {}}]}
@@ -65,6 +69,30 @@ def test_a_saved_folder_and_a_result_are_policies(tmp_path: Path) -> None:
     for policy in (result, tmp_path / "out", str(tmp_path / "out")):
         with aerogel.cached(pipeline, policy):
             assert torch.equal(paint(pipeline), wanted)
+
+
+def test_a_schedule_says_what_it_saves() -> None:
+    """Half of the steps reuse all units, which are most of the network, but not the embedders."""
+    network = painter()
+    with aerogel.cached(network, FORA, samples=WANTED) as found:
+        paint(network.processor)
+    state = found[0].state
+    one = {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([0]), "class_labels": torch.tensor([0])}
+    costs = costs_of(network, Call((), one))
+    assert state["macs"] == costs.macs
+    assert state["macs_saved"] == pytest.approx(sum(costs.unit_macs) / costs.macs / 2)
+    assert 0 < state["macs_saved"] < 0.5
+    assert state["slot_bytes"] == sum(costs.unit_bytes)
+    assert json.loads(json.dumps(state)) == state
+
+
+def test_a_result_of_another_family_is_refused() -> None:
+    result = aerogel.compress(painter().processor, FORA, samples=WANTED, measures=())
+    with (
+        pytest.raises(AerogelError, match="of the dit family, and this network is of the wan family"),
+        aerogel.cached(opened("wan"), result),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

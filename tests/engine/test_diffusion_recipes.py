@@ -25,7 +25,7 @@ from tests.tiny import FAMILIES, output
 # Largest relative error of what a small UNet with random weights predicts.
 CLOSE = {
     "qdiffusion-w4a8": 0.25, "tfmq-w4a32": 0.25, "tfmq-w4a8": 0.25, "tfmq-w8a8": 0.05, "tfm-w4a8-cache": 0.25, "tfm-w4a8-select": 0.25,
-    "brecq-w4a8-token": 0.25, "harmonica": 1.0,
+    "brecq-w4a8-token": 0.25, "harmonica": 1.0, "harmonica-w8a8": 1.0, "harmonica-w4a8": 1.0,
 }  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def test_every_recipe_is_tested() -> None:
     assert set(catalog.names("recipes")) == CLOSE.keys() | LANGUAGE.keys()
 
 
-@pytest.mark.parametrize("recipe", [name for name in CLOSE if name not in ("brecq-w4a8-token", "harmonica")])
+@pytest.mark.parametrize("recipe", [name for name in CLOSE if name != "brecq-w4a8-token" and "harmonica" not in name])
 def test_recipe_on_a_unet(recipe: str, tmp_path: Path) -> None:
     tiny = FAMILIES["unet"]
     result = aerogel.compress(tiny.build(), recipe, samples=calls(), overrides=quicker(recipe), output=tmp_path / "out", measures=())
@@ -64,10 +64,19 @@ def test_recipe_for_transformers(tmp_path: Path) -> None:
         assert (output(reopened.module, call) - answer).norm() <= 1e-6 * answer.norm()
 
 
-def test_recipe_for_caching(tmp_path: Path) -> None:
+@pytest.mark.parametrize("opened", ["live", "from a folder"])
+@pytest.mark.parametrize("recipe", ["harmonica", "harmonica-w8a8", "harmonica-w4a8"])
+def test_recipe_for_caching(recipe: str, opened: str, tmp_path: Path) -> None:
     """Counted in multiply-accumulates: seconds of a network as small as this are its overhead."""
-    wanted, quick = Denoising(count=2, steps=5, batch=2), ["harmonica.trajectories=2", "harmonica.by=macs"]
-    result = aerogel.compress(painter().processor, "harmonica", samples=wanted, overrides=quick, output=tmp_path / "out", measures=())
+    wanted, quick = Denoising(count=2, steps=5, batch=2), ["harmonica.trajectories=2", "harmonica.by=macs", *quicker(recipe)]
+    given: Any = painter().processor
+    if opened == "from a folder":
+        given.save_pretrained(tmp_path / "in")
+        given = tmp_path / "in"
+    result = aerogel.compress(given, recipe, samples=wanted, overrides=quick, output=tmp_path / "out", measures=())
+    layers = [part for part in result.network.module.modules() if isinstance(part, QuantLinear)]
+    assert all(part.scheme.inputs is not None for part in layers)
+    assert bool(layers) == (recipe != "harmonica")
     assert 0 < Schedule.of(result.network, result.policies[0].state).reused < 0.8
     reopened = aerogel.load(tmp_path / "out", lazy=False)
     with policies.on(result.network, result.policies):

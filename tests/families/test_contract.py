@@ -30,10 +30,13 @@ UNREAD = {"model.vision_tower.encoder.layers.2"}
 # The share of the weights of linears in blocks, routers and experts included, that a method with default patterns reaches.
 SHARE = {"qwen3_moe": 0.995, "qwen3_moe_dense": 0.995, "mixtral": 0.997}
 
-DENOISERS = {"dit", "wan", "wan_i2v", "unet", "unet_pixels", "pixart"}
+DENOISERS = {
+    *("dit", "unet", "unet_pixels", "pixart", "sd3", "sd3_medium", "flux", "flux_schnell"),
+    *("wan", "wan_i2v", "cogvideox", "cogvideox_i2v"),
+}
 
 # Norms stand between what a block writes and the stream, or other towers write into it, or its norms depend on the time step.
-NO_STREAM = {"gemma2", "gemma3", "opt_350m", "qwen2_5_vl", "llava", "dit", "wan", "wan_i2v", "unet", "unet_pixels", "pixart"}
+NO_STREAM = {"gemma2", "gemma3", "opt_350m", "qwen2_5_vl", "llava", *DENOISERS}
 
 
 def blocks_of(network: Network) -> list[Block]:

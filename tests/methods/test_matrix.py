@@ -36,25 +36,51 @@ KNOBS: dict[str, dict[str, Any]] = {name: {"scheme": "W8A16_G32"} for name in WE
 KNOBS["brecq"] = {"scheme": "W8A16_G32", "targets": ["Linear"], "steps": 20, "batch": 4}
 KNOBS["tiar"] = {"scheme": "W8A16_CHANNEL_ASYM", "steps": 20}
 
+# Three steps are two pairs to fit a polynomial to.
+KNOBS["teacache"] = {"degree": 1}
 
 # Methods that leave some families alone, and why.
-NO_TIME = set(FAMILIES) - {"unet", "pixart"}
-NO_UNITS = set(FAMILIES) - {"dit", "wan", "unet", "pixart"}
+DENOISERS = {"dit", "wan", "unet", "pixart", "sd3", "flux", "cogvideox"}
+NO_TIME = set(FAMILIES) - {"unet", "pixart", "cogvideox"}
+OF_MORE = "names no temporal path|also depend on the (class label|pooled text)"
+NO_UNITS = set(FAMILIES) - DENOISERS
+NO_ROW = NO_UNITS | {"unet"}  # skips join its blocks
 REFUSED = {
-    "rotate": ({"gemma2", "gemma3", "qwen2_5_vl", "llava", "dit", "wan", "unet", "pixart"}, "no residual stream"),
-    "tiar": (NO_TIME, "names no temporal path|also depend on the class label"),
-    "time_table": (NO_TIME, "names no temporal path|also depend on the class label"),
+    "rotate": ({"gemma2", "gemma3", "qwen2_5_vl", "llava"} | DENOISERS, "no residual stream"),
+    "tiar": (NO_TIME, OF_MORE),
+    "time_table": (NO_TIME, OF_MORE),
     "operands": ({"gemma2"}, "0 modules of this network call scaled_dot_product_attention"),  # its soft-caps are written out
-    "split": (set(FAMILIES) - {"unet"}, "reads concatenated channels"),
-    "fsc": (set(FAMILIES), "names no temporal path|also depend on the class label|put tiar"),
+    "split": (set(FAMILIES) - {"unet", "flux"}, "reads concatenated channels"),
+    "fsc": (set(FAMILIES), f"{OF_MORE}|put tiar"),
     "fora": (NO_UNITS, "names no units"),
     **dict.fromkeys(("evenly", "pab", "smoothcache", "taylorseer"), (NO_UNITS, "names no units")),
-    # Both learn from whole generations of a pipeline's sampler: tests of their own have pipelines.
+    **dict.fromkeys(("delta_dit", "first_block", "magcache", "teacache"), (NO_ROW, "names no streams")),
+    **dict.fromkeys(
+        ("toca", "duca"), (NO_UNITS | {"sd3", "flux", "cogvideox"}, "names no units|no self-attention beside it|set cell to 1")
+    ),
+    "deepcache": (set(FAMILIES) - {"unet"}, "names no skip connections"),
+    "fastercache": (set(FAMILIES), "names no units|different time steps|not the same samples twice"),
+    "recalibrate": (set(FAMILIES), "no layer has inputs with static ranges"),
+    # All three learn from whole generations of a pipeline's sampler: tests of their own have pipelines.
     "harmonica": (set(FAMILIES), "give one of ratio"),
     "searched": (set(FAMILIES), "give one of ratio"),
+    "l2c": (set(FAMILIES), "give one of ratio"),
 }
 
-CACHING = {"fora", "evenly", "pab", "smoothcache", "taylorseer"}
+CACHING = {
+    "fora",
+    "evenly",
+    "pab",
+    "smoothcache",
+    "taylorseer",
+    "delta_dit",
+    "first_block",
+    "magcache",
+    "teacache",
+    "toca",
+    "duca",
+    "deepcache",
+}
 """Methods that follow one sampler: all samples of a call are at one step."""
 
 # Largest relative error of the output. Eight bits on random weights: 0.03; where a router picks experts, a rounding can change its
@@ -96,7 +122,7 @@ def test_method_on_family(method: str, name: str, expected: dict[str, list[Tenso
     given = calls(tiny, method)
     result = aerogel.compress(live, steps(method), samples=given, output=tmp_path / "out", measures=())
     network = result.network
-    assert reached(network) == (temporal(network) if method == "tiar" else reachable(name) if method in KNOBS else set())
+    assert reached(network) == (temporal(network) if method == "tiar" else reachable(name) if method in WEIGHTS else set())
     with policies.on(network, result.policies):
         answers = [output(network.module, call) for call in given]
     bound = EXACT if method in KEEP_FUNCTION else ROUTED if network.family.experts else LOOSER.get(method, CLOSE)

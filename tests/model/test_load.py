@@ -26,7 +26,8 @@ from aerogel.numerics.quantize import quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
 from tests.tiny import FAMILIES, output
 
-TRANSFORMERS = [name for name in FAMILIES if name not in ("dit", "wan", "unet", "pixart")]
+LANGUAGE = ("text", "image-text")
+TRANSFORMERS = [name for name, tiny in FAMILIES.items() if catalog.find("families", tiny.family).modality in LANGUAGE]
 AUTO = {"qwen2_5_vl": transformers.AutoModelForImageTextToText, "llava": transformers.AutoModelForImageTextToText}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from aerogel.model.reuse import scheduled
 @dataclass(frozen=True)
 class Evenly(ReusePolicy):
     """Reuses all outputs at some steps, spread evenly from the first that may to the last."""
+
+    strengths: ClassVar[tuple[str, tuple[float, ...]] | None] = ("ratio", tuple(step / 20 for step in range(2, 20)))
 
     ratio: float = 0.5
     """Share of the steps that reuse."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,6 +18,8 @@ from aerogel.model.reuse import scheduled
 @dataclass(frozen=True)
 class Fora(ReusePolicy):
     """Runs all attentions and feed-forwards of a denoiser every `interval` steps, and reuses their outputs in between."""
+
+    strengths: ClassVar[tuple[str, tuple[float, ...]] | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
     interval: int = 2
     """Steps from one that computes to the next; the first computes."""

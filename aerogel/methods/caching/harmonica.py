@@ -22,7 +22,8 @@ from aerogel.methods.method import BudgetPolicy
 from aerogel.model.calls import Call
 from aerogel.model.driven import Driven, Held, Row, driven
 from aerogel.model.network import Network
-from aerogel.model.reuse import Schedule, sampler_of
+from aerogel.model.reuse import Schedule
+from aerogel.model.streams import sampler_of
 from aerogel.model.units import units_of
 from aerogel.training.budgets import Budget
 from aerogel.training.fit import progressed
@@ -55,7 +56,7 @@ class Harmonica(BudgetPolicy):
     penalty: float = 3e-4
     """Weight of the scores' sum at the start, against relative errors; from there it is steered to the budget."""
     search: int = 0
-    """Trials of a local search that starts from the learned schedule, or from the best of whole steps if that is better."""
+    """Trials of a local search from the learned schedule, and as many of one from the best of whole steps; the better result stays."""
     samples: int = 32
     """Pictures that are made in each trial."""
 
@@ -77,11 +78,11 @@ class Harmonica(BudgetPolicy):
             if self.search:
                 mask_TN = training.searched(mask_TN)
             unseen = Trials(denoiser, runs[:1], [runs[0].noise(generator)])
-            error = unseen.error(mask_TN)
+            error, without = unseen.error(mask_TN), unseen.error(torch.ones_like(mask_TN))
         state = Schedule(runs[0].steps, sampler_of(network), units, mask_TN).as_state()
         return state | {
             "scores": training.scores(), "lambda": training.lambda_T, "penalty": training.penalty, "guidance": runs[0].guidance,
-            "error": error, "log": training.log,
+            "error": error, "error_without_reuse": without, "log": training.log,
         }  # fmt: skip
 
 
@@ -111,7 +112,7 @@ class _Training:
         self.weight_N = cost_N / cost_N.mean()
         self.fixed = self._begin()
         """Of the proxies: always the same noise."""
-        self.exact = self.fixed[0].finish(self.fixed[1], lambda _, call: output_of(self.denoiser.plain(call)))
+        self.exact = self.fixed[0].finish(self.fixed[1], lambda _, call: output_of(self.denoiser.wanted(call)))
 
     def run(self) -> None:
         """Train on all trajectories."""
@@ -138,7 +139,7 @@ class _Training:
     def _step(self, run: Replay, state: State, held: Held) -> tuple[State, Held]:
         call, row_N = run.call(state), self.rows[state.step]
         with torch.no_grad():
-            wanted = run.guided(output_of(self.denoiser.plain(call)))
+            wanted = run.guided(output_of(self.denoiser.wanted(call)))
         with torch.enable_grad():
             score_N = row_N.sigmoid()
             made, held = self.denoiser.step(call, score_N, held, self.knobs.threshold)
@@ -231,10 +232,17 @@ class _Training:
 
     @torch.no_grad()
     def searched(self, mask_TN: Tensor) -> Tensor:
-        """Improve by trials on noise of their own."""
+        """Improve by trials on noise of their own, from the learned schedule and from the best of whole steps; keep the better."""
+        trials, judge = self._trials(), self._trials()
+        found = []
+        for start_TN in (mask_TN, None):
+            search = Search(trials, self.budget, trials.count + self.knobs.search)
+            if start_TN is None:
+                start_TN = search.single_units(search.whole_steps((self.steps, self.units)))
+            found.append(search.swaps(start_TN))
+        return min(found, key=judge.error)
+
+    def _trials(self) -> Trials:
         count = math.ceil(self.knobs.samples / len(self.fixed[1].x_BCHW))
         runs, states = zip(*(self._begin() for _ in range(count)), strict=True)
-        trials = Trials(self.denoiser, runs, states)
-        search = Search(trials, self.budget, self.knobs.search)
-        other_TN = search.single_units(search.whole_steps((self.steps, self.units)))
-        return search.swaps(min((mask_TN, other_TN), key=trials.error))
+        return Trials(self.denoiser, runs, states)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -12,13 +12,16 @@ from aerogel.errors import AerogelError
 from aerogel.methods.method import ReusePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.reuse import scheduled, steps_in
+from aerogel.model.reuse import scheduled
+from aerogel.model.streams import steps_in
 from aerogel.model.units import units_of
 
 
 @dataclass(frozen=True)
 class Pab(ReusePolicy):
     """Broadcasts attention outputs to the next steps while the time step is within a window; feed-forwards always run."""
+
+    strengths: ClassVar[tuple[str, tuple[float, ...]] | None] = ("self_every", (2, 3, 4, 6, 8, 10))
 
     self_every: int = 2
     """Within the window self-attention runs every so many steps."""

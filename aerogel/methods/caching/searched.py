@@ -17,7 +17,8 @@ from aerogel.methods.method import BudgetPolicy
 from aerogel.model.calls import Call
 from aerogel.model.driven import driven
 from aerogel.model.network import Network
-from aerogel.model.reuse import Schedule, sampler_of
+from aerogel.model.reuse import Schedule
+from aerogel.model.streams import sampler_of
 from aerogel.model.units import units_of
 from aerogel.training.masks import Search, Trials
 
@@ -43,6 +44,8 @@ class Searched(BudgetPolicy):
             mask_TN = search.swaps(search.single_units(search.whole_steps(shape)))
             generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
             unseen = Trials(denoiser, runs, [run.noise(generator) for run in runs])
-            seen, error = trials.settle(mask_TN), unseen.error(mask_TN)
+            seen, error, without = trials.settle(mask_TN), unseen.error(mask_TN), unseen.error(torch.ones_like(mask_TN))
         state = Schedule(runs[0].steps, sampler_of(network), units, mask_TN).as_state()
-        return state | {"error": error, "error_of_trials": seen, "trials": trials.count, "guidance": runs[0].guidance}
+        return state | {
+            "error": error, "error_without_reuse": without, "error_of_trials": seen, "trials": trials.count, "guidance": runs[0].guidance
+        }  # fmt: skip

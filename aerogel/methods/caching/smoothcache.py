@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,16 @@ from aerogel.errors import AerogelError
 from aerogel.methods.method import ReusePolicy
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
-from aerogel.model.reuse import scheduled, steps_in
+from aerogel.model.reuse import scheduled
+from aerogel.model.streams import generations, steps_in
 from aerogel.model.units import units_of
 
 
 @dataclass(frozen=True)
 class Smoothcache(ReusePolicy):
     """Reuses all units of a kind as long as their outputs changed by at most `alpha` since they ran."""
+
+    strengths: ClassVar[tuple[str, tuple[float, ...]] | None] = ("alpha", (0.02, 0.04, 0.06, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0))
 
     alpha: float = 0.08
     """Largest relative L1 distance, averaged over the units of a kind; the authors use 0.08 to 0.35."""
@@ -42,22 +45,18 @@ class Smoothcache(ReusePolicy):
 
     def _changes(self, network: Network, calls: Sequence[Call], steps: int) -> Tensor:
         """Relative L1 distance (N, T, A) of each unit's output at a step to that 1 to A steps before, over all generations."""
-        if len(calls) % steps:
-            raise AerogelError(
-                f"{len(calls)} calls are not generations of {steps} steps: guidance in calls of its own is not calibrated on"
-            )
         names = list(units_of(network))
         total_NTA = torch.zeros(len(names), steps, self.longest)
         recent: list[list[Tensor]] = []
-        for number, call in enumerate(calls):
-            step = number % steps
+        runs = generations(network, calls)
+        for step, call in ((step, call) for run in runs for step, call in enumerate(run)):
             recent = [] if step == 0 else recent
             given = _outputs(network, names, call)
             for ago, before in enumerate(reversed(recent[-self.longest :])):
                 for place, (new, old) in enumerate(zip(given, before, strict=True)):
                     total_NTA[place, step, ago] += (new - old).abs().sum() / old.abs().sum().clamp(min=torch.finfo(torch.float32).tiny)
             recent = [*recent[1 - self.longest :], given] if self.longest > 1 else [given]
-        return total_NTA / (len(calls) // steps)
+        return total_NTA / len(runs)
 
 
 def _outputs(network: Network, names: Sequence[str], call: Call) -> list[Tensor]:

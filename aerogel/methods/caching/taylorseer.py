@@ -24,6 +24,8 @@ from aerogel.model.reuse import Schedule, Slot, reusing, scheduled
 class Taylorseer(ReusePolicy):
     """Runs all units every `interval` steps, and predicts them in between by a Taylor series of finite differences."""
 
+    strengths: ClassVar[tuple[str, tuple[float, ...]] | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
+
     interval: int = 4
     """Steps from one that computes to the next."""
     order: int = 4

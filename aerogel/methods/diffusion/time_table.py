@@ -54,8 +54,7 @@ class TimeTable(RuntimePolicy):
         find(network).require_alone()
         steps = steps_of(network.module, calls)
         own = features_of(network, calls[0], steps)
-        teacher = network.teacher if self.content == "features" else network
-        assert teacher is not None, "the engine gives one to those that need it"
+        teacher = (network.teacher or network) if self.content == "features" else network
         wanted = own if teacher is network else features_of(teacher, calls[0], steps)
         scheduler = getattr(network.processor, "scheduler", None)
         state: dict[str, Any] = {"steps": list(steps), "sampler": "" if scheduler is None else type(scheduler).__name__}

@@ -132,7 +132,7 @@ def test_smoothcache_measures_changes_of_outputs() -> None:
     literal = sum(float((outputs[2] - outputs[0]).abs().sum() / outputs[0].abs().sum()) for outputs in made.values()) / len(every)
     assert float(state["cross-attention.change"][2, 1]) == pytest.approx(literal, rel=1e-5)
     assert name in made
-    with pytest.raises(AerogelError, match="7 calls are not generations of 4 steps"):
+    with pytest.raises(AerogelError, match="7 recorded calls are not generations of 4 steps"):
         Smoothcache().calibrate(network, [*given, *given[:3]])
 
 

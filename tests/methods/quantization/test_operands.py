@@ -17,7 +17,10 @@ from aerogel.model.network import Network
 from tests.tiny import FAMILIES, output
 
 
-@pytest.mark.parametrize(("family", "count"), [("unet", None), ("dit", 2), ("pixart", 4), ("llama", None), ("wan", None)])
+@pytest.mark.parametrize(
+    ("family", "count"),
+    [("unet", None), ("dit", 2), ("pixart", 4), ("llama", None), ("wan", None), ("sd3", 3), ("flux", 3), ("cogvideox", 2)],
+)
 def test_attentions_are_found_and_answered_in_each(family: str, count: int | None) -> None:
     tiny = FAMILIES[family]
     network, (call,) = aerogel.load(tiny.build()), tiny.calls(1)

@@ -1,0 +1,211 @@
+"""Policies brought to a speed: a pipeline denoises with one and without in turns, and the weakest setting that is fast enough is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
+
+from aerogel import catalog
+from aerogel.data.denoising import Denoising
+from aerogel.data.trajectories import seconds
+from aerogel.engine import policies
+from aerogel.engine.policies import Measured
+from aerogel.engine.run import seeded
+from aerogel.errors import AerogelError
+from aerogel.methods.method import BudgetPolicy, ReusePolicy
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
+from aerogel.recipe import Step, build, knobs_of
+
+_NEAR, _OVER = 0.98, 1.1
+"""A speed is enough from this share of the budget on, since measured times tremble; above the other one a target is asked for again."""
+_ASKS = 3
+"""Times that a policy with a target speed-up is made anew until its measured speed fits."""
+_TARGETS = ("target_speedup", "ratio")
+
+
+@dataclass
+class Pace:
+    """How fast denoising has to become, and how that is found out."""
+
+    network: Network
+    wanted: Denoising
+    """What is made in a turn."""
+    budget: float
+    """Times faster."""
+    seed: int
+    rounds: int
+    """Turns that count, after one that does not: kernels are chosen and memory grows in it."""
+    clock: Callable[[], float]
+    whole: list[float] = field(default_factory=list)
+    """Seconds of the turns without a policy."""
+
+    def speedup(self, on: Callable[[], AbstractContextManager[Any]] = nullcontext, steps: int | None = None) -> float:
+        """How many times faster denoising is under a policy, or with fewer steps: the median of the ratios within rounds."""
+        wanted, ratios = replace(self.wanted, steps=steps or self.wanted.steps), []
+        if not self.whole:
+            self._turn(self.wanted)
+        self._turn(wanted, on)
+        for _ in range(self.rounds):
+            self.whole.append(self._turn(self.wanted))
+            ratios.append(self.whole[-1] / self._turn(wanted, on))
+        return median(ratios)
+
+    def met(self, speedup: float) -> bool:
+        """Whether that is fast enough."""
+        return speedup >= _NEAR * self.budget
+
+    def _turn(self, wanted: Denoising, on: Callable[[], AbstractContextManager[Any]] = nullcontext) -> float:
+        with seeded(self.seed), on():
+            return seconds(self.network.processor, self.network.module, wanted, self.seed, self.clock)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy that may be chosen."""
+
+    name: str
+    cls: type[ReusePolicy]
+    knobs: Mapping[str, Any]
+    """What was said about it."""
+
+    @property
+    def knob(self) -> str:
+        """The knob that sets its speed; empty where it has none."""
+        if self.cls.strengths is not None:
+            return self.cls.strengths[0]
+        return next((name for name in _TARGETS if name in self.knobs), _TARGETS[0]) if issubclass(self.cls, BudgetPolicy) else ""
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """Values of that knob to try, in order of rising speed: the one that was said, else those that the policy names."""
+        if self.knob in self.knobs:
+            return (self.knobs[self.knob],)
+        return self.cls.strengths[1] if self.cls.strengths is not None else ()
+
+    def step(self, value: Any) -> Step:
+        """The policy with a value of that knob; raises AerogelError for a knob that it lacks."""
+        method = build(self.cls, {**self.knobs, self.knob: value}, f"policy {self.name!r}")
+        return Step(self.name, method)
+
+
+def candidates(only: Sequence[str] = (), overrides: Iterable[str] = ()) -> list[Candidate]:
+    """The policies to compare: all that reuse, or those that are named; `overrides` are `policy.knob=value`.
+
+    Raises AerogelError for a name that no such policy bears, and for unknown knobs and wrong values.
+    """
+    classes = {name: catalog.find("methods", name) for name in only or catalog.names("methods")}
+    reusing = {name: cls for name, cls in classes.items() if issubclass(cls, ReusePolicy)}
+    if other := [name for name in only if name not in reusing]:
+        raise AerogelError(f"{other[0]} does not reuse anything, so it is no cache to choose; leave it out")
+    knobs = knobs_of(overrides, "policy.knob=value, for example harmonica.search=400")
+    if unused := [name for name in knobs if name not in reusing]:
+        raise AerogelError(f"a knob of {unused[0]!r} is set, but that policy is not tried{catalog.nearest(unused[0], reusing)}")
+    for name, given in knobs.items():
+        build(reusing[name], given, f"policy {name!r}")
+    return [Candidate(name, cls, knobs.get(name, {})) for name, cls in reusing.items()]
+
+
+class Try(NamedTuple):
+    """A setting of a policy."""
+
+    value: Any
+    """Of the knob that sets its speed."""
+    speedup: float
+    """Measured."""
+    seconds: float
+    """To make it."""
+
+
+class Brought(NamedTuple):
+    """A policy at the speed that is wanted."""
+
+    measured: Measured
+    at: Try
+
+
+class Attempt:
+    """A policy on its way to the speed that is wanted."""
+
+    def __init__(self, candidate: Candidate, calls: Sequence[Call], pace: Pace) -> None:
+        self.candidate = candidate
+        self.tries: list[Try] = []
+        self.brought: Brought | None = None
+        self._enough: list[Brought] = []
+        self._calls, self._pace = calls, pace
+        self._refusal = "it names no knob that makes it faster (strengths), and takes no target"
+
+    def run(self) -> None:
+        """Try settings, and keep the weakest that is fast enough, or the slowest where a target is asked for."""
+        if self.candidate.values:
+            self._halve(self.candidate.values)
+            self.brought = self._enough[-1] if self._enough else None
+        elif self.candidate.knob:
+            self._ask()
+            self.brought = min(self._enough, key=lambda one: one.at.speedup, default=None)
+
+    @property
+    def reason(self) -> str:
+        """Why it was not brought there."""
+        if not self.tries:
+            return self._refusal
+        fastest = max(self.tries, key=lambda one: one.speedup)
+        return f"it makes denoising {fastest.speedup:.2f} times as fast at the most ({self.candidate.knob} {fastest.value:g})"
+
+    def _halve(self, values: Sequence[Any]) -> None:
+        """Halve the values that are left, towards the weakest that is fast enough; what is refused is too strong."""
+        low, high = 0, len(values)
+        while low < high:
+            middle = (low + high) // 2
+            speedup = self._at(values[middle])
+            if speedup is None or self._pace.met(speedup):
+                high = middle
+            else:
+                low = middle + 1
+
+    def _ask(self) -> None:
+        """Ask for the speed that is wanted, and for more or less where what comes is another one."""
+        budget = self._pace.budget
+        asked = budget
+        for _ in range(_ASKS):
+            speedup = self._at(round(asked, 4))
+            if speedup is None or (self._pace.met(speedup) and speedup <= _OVER * budget):
+                return
+            asked = 1 + (asked - 1) * (budget - 1) / max(speedup - 1, 0.1 * (budget - 1))
+
+    def _at(self, value: Any) -> float | None:
+        """The measured speed-up at a value; None where the policy refuses it."""
+        pace = self._pace
+        try:
+            step = self.candidate.step(value)
+            assert isinstance(step.method, ReusePolicy)
+            start = pace.clock()
+            with seeded(pace.seed, 0):
+                measured = Measured(step, step.method.calibrate(pace.network, self._calls))
+            taken = pace.clock() - start
+            speedup = pace.speedup(partial(policies.on, pace.network, [measured]))
+        except AerogelError as error:
+            self._refusal = str(error)
+            return None
+        self.tries.append(Try(value, speedup, taken))
+        if pace.met(speedup):
+            self._enough.append(Brought(measured, self.tries[-1]))
+        return speedup
+
+
+def fewer_steps(pace: Pace) -> tuple[int, float]:
+    """The most steps with which the pipeline alone is fast enough, and how many times faster it is then.
+
+    Raises AerogelError when it cannot run with fewer steps, or not so fast with any.
+    """
+    whole = pace.wanted.steps
+    for steps in range(min(whole - 1, math.ceil(whole / pace.budget)), 0, -1):
+        speedup = pace.speedup(steps=steps)
+        if pace.met(speedup):
+            return steps, speedup
+    raise AerogelError(f"with none of the numbers of steps below {whole} denoising is {pace.budget:g} times as fast")

@@ -1,0 +1,24 @@
+"""CogVideoX, the text-to-video and image-to-video denoiser of diffusers; text and video share all weights but their modulation."""
+
+from __future__ import annotations
+
+from aerogel.model.family import Edge, Family, TimePath, Tower, Unit
+
+FAMILY = Family(
+    name="cogvideox",
+    matches=("CogVideoXTransformer3DModel",),
+    towers=(Tower("", "transformer_blocks.*"),),
+    # Norms have a gain here, but their shift comes from the time step and would need the scale too: they are no sources.
+    edges=(Edge("attn1.to_v", ("attn1.to_out.0",), heads=True),),
+    time=TimePath(
+        embedders=("time_embedding",),
+        projections=("transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm2.linear", "norm_out.linear"),
+        others=(("ofs_embed_dim", "the offset (ofs)"),),
+    ),
+    units=(
+        Unit("transformer_blocks.*.attn1", "self-attention", norms=("norm1.norm",)),
+        Unit("transformer_blocks.*.ff", "feed-forward", norms=("norm2.norm",)),
+    ),
+    streams=("hidden_states", "encoder_hidden_states"),
+    modality="video",
+)

@@ -1,0 +1,31 @@
+"""Flux: blocks with weights of their own for text and image, then blocks that run attention and MLP side by side on both as one."""
+
+from __future__ import annotations
+
+from aerogel.model.family import Family, TimePath, Tower, Unit
+
+FAMILY = Family(
+    name="flux",
+    matches=("FluxTransformer2DModel",),
+    towers=(Tower("", ("transformer_blocks.*", "single_transformer_blocks.*")),),
+    # No edges: to_out reads a mixture of the values of to_v and of add_v_proj; proj_out reads those of to_v beside what a GELU gave.
+    time=TimePath(
+        embedders=("time_text_embed.timestep_embedder",),
+        projections=(
+            "transformer_blocks.*.norm1.linear",
+            "transformer_blocks.*.norm1_context.linear",
+            "single_transformer_blocks.*.norm.linear",
+            "norm_out.linear",
+        ),
+        others=(("pooled_projection_dim", "the pooled text"), ("guidance_embeds", "the guidance scale")),
+    ),
+    units=(
+        Unit("transformer_blocks.*.attn", "self-attention", norms=("norm1.norm", "norm1_context.norm")),
+        Unit("transformer_blocks.*.ff", "feed-forward", norms=("norm2",)),
+        Unit("transformer_blocks.*.ff_context", "feed-forward", norms=("norm2_context",)),
+        # What proj_out gives is all that such a block adds to the stream.
+        Unit("single_transformer_blocks.*.proj_out", "block", norms=("norm.norm",), parts=("attn", "proj_mlp")),
+    ),
+    streams=("encoder_hidden_states", "hidden_states"),
+    modality="image",
+)

@@ -1,0 +1,26 @@
+"""Stable Diffusion 3 and 3.5: text and image attend to each other in every block, each with weights of its own."""
+
+from __future__ import annotations
+
+from aerogel.model.family import Edge, Family, TimePath, Tower, Unit
+
+FAMILY = Family(
+    name="sd3",
+    matches=("SD3Transformer2DModel",),
+    towers=(Tower("", "transformer_blocks.*"),),
+    # No edge out of attn: what to_out reads is mixed from the values of to_v and of add_v_proj. Images alone attend in attn2 (3.5).
+    edges=(Edge("attn2.to_v", ("attn2.to_out.0",), heads=True),),
+    time=TimePath(
+        embedders=("time_text_embed.timestep_embedder",),
+        projections=("transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm1_context.linear", "norm_out.linear"),
+        others=(("pooled_projection_dim", "the pooled text"),),
+    ),
+    units=(
+        Unit("transformer_blocks.*.attn", "self-attention", norms=("norm1.norm", "norm1_context.norm")),
+        Unit("transformer_blocks.*.attn2", "self-attention", norms=("norm1.norm",)),
+        Unit("transformer_blocks.*.ff", "feed-forward", norms=("norm2",)),
+        Unit("transformer_blocks.*.ff_context", "feed-forward", norms=("norm2_context",)),
+    ),
+    streams=("encoder_hidden_states", "hidden_states"),
+    modality="image",
+)

@@ -1,0 +1,90 @@
+"""Static ranges of inputs measured anew on the trajectory that the compressed network takes, a cache's included; ours.
+
+Where units rest, what comes after them gets other inputs than the ranges were made for, and the sampler goes another way.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from aerogel.data.replay import output_of, replays
+from aerogel.errors import AerogelError
+from aerogel.methods.method import Method
+from aerogel.model.calls import Call
+from aerogel.model.convs import with_inputs
+from aerogel.model.hooks import watching
+from aerogel.model.modules import QuantLinear, stored_grid
+from aerogel.model.network import Network
+from aerogel.numerics.observers import MovingAverage, RunningMinMax
+from aerogel.numerics.quantize import Grid
+from aerogel.numerics.scheme import PerStep, PerTensor, TensorScheme
+
+
+@dataclass(frozen=True)
+class Recalibrate(Method):
+    """Gives quantized layers with static inputs new ranges, those of the generations that the network makes by now."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"calls", "teacher"})
+    beside_reuse: ClassVar[bool] = True
+
+    ranges: Literal["average", "minmax"] = "average"
+    """Of the calls' extremes the moving average, or the widest."""
+    momentum: float = 0.95
+    """What a range keeps of its average at each further call."""
+
+    @torch.no_grad()
+    def apply(self, network: Network, calls: Sequence[Call]) -> None:
+        """Generate what was recorded again, under all policies that are on, and take its ranges; steps at which a layer rests keep theirs.
+
+        Raises AerogelError where no layer has static inputs, and where calls do not replay.
+        """
+        layers = {name: part for name, part in network.module.named_modules() if isinstance(part, QuantLinear) and _static(part)}
+        if not layers:
+            raise AerogelError("no layer has inputs with static ranges; put ranges or fsc before recalibrate")
+        one = TensorScheme(next(iter(layers.values())).scheme.inputs.format, PerTensor(), symmetric=False)  # type: ignore[union-attr]
+        seen: dict[str, dict[int, MovingAverage | RunningMinMax]] = defaultdict(lambda: defaultdict(partial(self._observer, one)))
+
+        def see(name: str, x: Tensor) -> None:
+            clock = layers[name].clock
+            for row in dict.fromkeys(clock.rows) if clock is not None and _by_step(layers[name]) else (0,):
+                seen[name][row].update(x)
+
+        with watching(layers, see):
+            for run in replays(network, calls):
+                run.finish(run.start(), lambda _, call: output_of(network.run(call)))
+        for name, layer in layers.items():
+            _give(network, name, layer, {row: observer.grid() for row, observer in seen[name].items()})
+
+    def _observer(self, scheme: TensorScheme) -> MovingAverage | RunningMinMax:
+        return MovingAverage(scheme, 1 - self.momentum) if self.ranges == "average" else RunningMinMax(scheme)
+
+
+def _static(layer: QuantLinear) -> bool:
+    inputs = layer.scheme.inputs
+    return inputs is not None and not inputs.dynamic and not inputs.symmetric and isinstance(inputs.granularity, PerTensor | PerStep)
+
+
+def _by_step(layer: QuantLinear) -> bool:
+    return layer.scheme.inputs is not None and isinstance(layer.scheme.inputs.granularity, PerStep)
+
+
+def _give(network: Network, name: str, layer: QuantLinear, found: dict[int, Grid]) -> None:
+    """Put the layer's twin with new ranges in its place; rows that were not found stay."""
+    before = layer.stored().input_grid
+    assert before is not None, "its inputs are static"
+    assert before.zero is not None, "they are asymmetric"
+    assert layer.scheme.inputs is not None, "as above"
+    scale, zero = before.scale.float().clone(), before.zero.clone()
+    for row, grid in found.items():
+        assert grid.zero is not None, "it was observed with a zero point"
+        at = row if _by_step(layer) else ...
+        scale[at], zero[at] = grid.scale.reshape(scale[at].shape), grid.zero.reshape(zero[at].shape).to(zero.dtype)
+    dtype = network.stored_dtype or layer.get_buffer("weight_scale").dtype
+    network.module.set_submodule(name, with_inputs(layer, layer.scheme.inputs, stored_grid(Grid(scale, zero), dtype), dtype))

@@ -1,0 +1,368 @@
+"""The search for a cache: equal measured speed, errors of other noise, fewer steps beside, and a folder that puts the best one on.
+
+Time is told by a clock that moves when a unit of the denoiser runs, or the denoiser itself: no test waits for a busy machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+import aerogel
+from aerogel.data.denoising import Denoising, pictures, record
+from aerogel.data.replay import output_of, replays
+from aerogel.engine.pacing import Attempt, Candidate, Pace, candidates
+from aerogel.engine.progress import Event
+from aerogel.engine.searching import Findings, search
+from aerogel.errors import AerogelError
+from aerogel.evaluate.pictures import png
+from aerogel.methods.caching.evenly import spread
+from aerogel.methods.caching.fora import Fora
+from aerogel.methods.method import BudgetPolicy, ReusePolicy
+from aerogel.model.calls import Call
+from aerogel.model.load import load
+from aerogel.model.network import Network
+from aerogel.model.reuse import scheduled
+from aerogel.model.units import units_of
+from tests import painters
+
+WANTED = Denoising(count=3, steps=6, batch=2, guidance=3.0)
+EVERY_SECOND = [[1.0, 1.0], [0.0, 0.0]] * 3
+
+
+class Ticks:
+    """A clock that a denoiser moves: by one at each forward, and by one for each unit that runs in it."""
+
+    def __init__(self, network: Network) -> None:
+        self.now = 0
+        network.module.register_forward_pre_hook(self._tick)
+        for name in units_of(network):
+            self._count(network.module.get_submodule(name))
+
+    def __call__(self) -> float:
+        return float(self.now)
+
+    def _tick(self, *_: Any) -> None:
+        self.now += 1
+
+    def _count(self, unit: torch.nn.Module) -> None:
+        own = unit.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.now += 1
+            return own(*args, **kwargs)
+
+        unit.forward = forward  # type: ignore[method-assign]
+
+
+def painter() -> diffusers.DiTPipeline:
+    pipeline = painters.classes()
+    pipeline.scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    return pipeline
+
+
+def searched(pipeline: Any, *only: str, **knobs: Any) -> Findings:
+    clock = knobs.pop("clock", None) or Ticks(load(pipeline))
+    return search(pipeline, **{"samples": WANTED, "only": only, "clock": clock, "rounds": 1} | knobs)
+
+
+def rows(findings: Findings) -> dict[str, Any]:
+    return {row["policy"]: row for row in findings.facts["rows"]}
+
+
+def reasons(findings: Findings) -> dict[str, str]:
+    return {row["policy"]: row["reason"] for row in findings.facts["left_out"]}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Findings, Path]:
+    pipeline, folder = painter(), tmp_path_factory.mktemp("search") / "out"
+    return pipeline, searched(pipeline, "fora", "evenly", "taylorseer", "pab", "first_block", output=folder), folder
+
+
+def test_the_weakest_setting_that_is_fast_enough_is_taken(found: Any) -> None:
+    """A run is 6 x (1 + 2 units) = 18 ticks; with half of the units 12."""
+    made = rows(found[1])
+    assert {name: (row["knob"], row["value"], row["speedup"]) for name, row in made.items()} == {
+        "fora": ("interval", 2, 1.5),
+        "evenly": ("ratio", 0.45, 1.5),
+        "taylorseer": ("interval", 3, 1.5),
+    }
+    assert made["fora"]["step"]["fora"]["interval"] == 2
+    assert {one["value"]: one["speedup"] for one in made["evenly"]["tries"]} == pytest.approx(
+        {0.55: 1.5, 0.3: 18 / 14, 0.45: 1.5, 0.4: 18 / 14}
+    )
+
+
+def test_who_is_too_slow_or_refuses_is_told_with_a_reason(found: Any) -> None:
+    assert reasons(found[1]) == {
+        "pab": "it makes denoising 1.29 times as fast at the most (self_every 6)",
+        "first_block": "first 1 and last 0 leave nothing of 1 blocks to be left out",
+    }
+
+
+def test_more_is_reused_for_more_speed() -> None:
+    findings = searched(painter(), "fora", "evenly", budget="1.7x")
+    assert (rows(findings)["fora"]["value"], rows(findings)["fora"]["speedup"]) == (3, 1.8)
+    assert rows(findings)["evenly"]["speedup"] == 1.8
+    none = searched(painter(), "fora", budget=3)
+    assert none.best is None
+    assert reasons(none) == {"fora": "it makes denoising 2.25 times as fast at the most (interval 8)"}
+    assert none.facts["fewer"]["value"] == 2, "fewer steps stand there all the same"
+
+
+def test_a_knob_that_was_set_stays(found: Any) -> None:
+    findings = searched(painter(), "fora", "evenly", overrides=["fora.interval=6", "evenly.first=2"])
+    assert rows(findings)["fora"]["speedup"] == 2.25
+    assert rows(findings)["evenly"]["step"]["evenly"].items() >= {"ratio": 0.45, "first": 2}.items()
+    slow = searched(painter(), "evenly", overrides=["evenly.ratio=0.2"])
+    assert reasons(slow) == {"evenly": "it makes denoising 1.12 times as fast at the most (ratio 0.2)"}
+
+
+def test_errors_are_those_of_replays(found: Any) -> None:
+    """An independent way to the same latents: the recorded generation, replayed outside of the pipeline."""
+    _, findings, _ = found
+    network = load(painter())
+    runs = replays(network, record(network.processor, network.module, WANTED, findings.facts["held_out_seed"]))
+
+    def along() -> list[list[Tensor]]:
+        made = []
+        for run in runs:
+            state, passed = run.start(), []
+            for _ in run.calls:
+                state = run.advance(state, output_of(network.run(run.call(state))))
+                passed.append(state.x_BCHW)
+            made.append(passed)
+        return made
+
+    def apart(made: list[list[Tensor]], step: int) -> float:
+        squares = [(a[step] - b[step]).square().flatten() for a, b in zip(made, exact, strict=True)]
+        return float(torch.cat(squares).mean())
+
+    exact = along()
+    with aerogel.cached(network, {"steps": [{"fora": {}}]}, samples=WANTED):
+        made = along()
+    row = rows(findings)["fora"]
+    assert row["step_errors"] == pytest.approx([apart(made, step) for step in range(6)], rel=1e-2, abs=1e-9)
+    assert row["step_errors"][0] == 0 < row["error"] == row["step_errors"][-1]
+    assert findings.facts["variance"] == pytest.approx(float(torch.cat([one[-1].flatten() for one in exact]).var()), rel=1e-2)
+
+    fewer = findings.facts["fewer"]
+    assert (fewer["value"], fewer["speedup"]) == (4, 1.5)
+    runs = replays(network, record(network.processor, network.module, replace(WANTED, steps=4), findings.facts["held_out_seed"]))
+    assert fewer["error"] == pytest.approx(apart(along(), -1), rel=1e-2)
+
+
+def test_noise_of_the_judgement_is_not_that_of_the_calibration(found: Any) -> None:
+    facts = found[1].facts
+    assert facts["held_out_seed"] != facts["provenance"]["seed"]
+
+
+def test_the_table_says_what_ran(found: Any) -> None:
+    made = rows(found[1])
+    assert made["fora"]["ran"] == EVERY_SECOND
+    computed_T = spread(6, 0.45, 1)
+    assert made["evenly"]["ran"] == [[float(one)] * 2 for one in computed_T]
+    assert found[1].facts["units"] == ["transformer_blocks.0.attn1", "transformer_blocks.0.ff"]
+    assert found[1].facts["steps"] == [float(step) for step in _timesteps(6)]
+
+
+def _timesteps(steps: int) -> Any:
+    scheduler = diffusers.DDIMScheduler()
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps
+
+
+def test_pictures_are_of_equal_seeds(found: Any) -> None:
+    _, findings, _ = found
+    pipeline, facts = painter(), findings.facts
+
+    def painted(wanted: Denoising = WANTED) -> list[str]:
+        made = pictures(pipeline, wanted, facts["held_out_seed"])
+        return [png(image_CHW) for batch in made for image_CHW in batch.images_NCHW]
+
+    assert facts["pictures"] == painted()
+    assert facts["fewer"]["pictures"] == painted(replace(WANTED, steps=4))
+    with aerogel.cached(pipeline, {"steps": [{"fora": {}}]}, samples=WANTED):
+        assert rows(findings)["fora"]["pictures"] == painted()
+    assert facts["subjects"] == ["cat", "dog", "cat"]
+
+
+def test_the_best_is_the_one_of_least_error_and_its_folder_puts_it_on(found: Any) -> None:
+    _, findings, folder = found
+    errors = [row["error"] for row in findings.facts["rows"]]
+    assert errors == sorted(errors)
+    assert findings.best.step.name == findings.facts["rows"][0]["policy"]
+    assert {path.name for path in folder.iterdir()} == {"aerogel.json", "search.json", "report.html"}, "no weights"
+    assert json.loads((folder / "search.json").read_text()) == json.loads(json.dumps(findings.facts))
+    pipeline = painter()
+    knobs = {"class_labels": [0, 7], "num_inference_steps": 6, "guidance_scale": 3.0, "output_type": "pt"}
+
+    def paint() -> Tensor:
+        return torch.as_tensor(pipeline(generator=torch.Generator().manual_seed(1), **knobs).images)
+
+    before = paint()
+    with aerogel.cached(pipeline, folder) as on:
+        inside = paint()
+    assert on[0].step == findings.best.step
+    with aerogel.cached(pipeline, {"steps": [findings.best.step.as_dict()]}, samples=WANTED):
+        assert torch.equal(paint(), inside)
+    assert not torch.equal(inside, before)
+
+
+def test_states_with_tensors_are_saved_too(tmp_path: Path) -> None:
+    findings = searched(painter(), "smoothcache", budget=1.2)
+    findings.save(tmp_path / "out")
+    assert (tmp_path / "out" / "aerogel.safetensors").is_file()
+    with aerogel.cached(painter(), tmp_path / "out") as on:
+        assert torch.equal(on[0].state["feed-forward.change"], findings.best.state["feed-forward.change"])
+    with pytest.raises(AerogelError, match="not empty"):
+        findings.save(tmp_path / "out")
+
+
+def test_what_goes_on_comes_off() -> None:
+    pipeline = painter()
+    clock = Ticks(load(pipeline))
+    own = {name: module.__dict__.get("forward") for name, module in pipeline.transformer.named_modules()}
+    weights = {name: tensor.clone() for name, tensor in pipeline.transformer.state_dict().items()}
+    hooks = len(pipeline.transformer._forward_pre_hooks)
+    searched(pipeline, "fora", "first_block", clock=clock)
+    assert {name: module.__dict__.get("forward") for name, module in pipeline.transformer.named_modules()} == own
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in pipeline.transformer.state_dict().items())
+    assert "step" not in pipeline.scheduler.__dict__
+    assert (len(pipeline.transformer._forward_pre_hooks), len(pipeline.transformer._forward_hooks)) == (hooks, 0)
+
+
+def test_noise_that_a_sampler_draws_is_no_error() -> None:
+    """A replay refuses such a sampler; here it draws the same each time."""
+    pipeline = painter()
+    pipeline.scheduler = diffusers.DDPMScheduler(clip_sample=False)
+    findings = searched(pipeline, "fora", overrides=["fora.interval=2"])
+    assert rows(findings)["fora"]["step_errors"][0] == 0 < rows(findings)["fora"]["error"]
+    assert rows(findings)["fora"]["error"] < findings.facts["variance"]
+
+
+def test_progress_is_told() -> None:
+    told: list[Event] = []
+    searched(painter(), "fora", "evenly", tell=told.append)
+    assert [event.what for event in told if event.stage == "compress"] == ["", "fora", "evenly", "fewer steps"]
+    assert [event.what for event in told if event.stage == "evaluate"] == ["", "the whole network", "fora", "evenly", "fewer steps"]
+
+
+@dataclass(frozen=True)
+class Toy(BudgetPolicy):
+    """Takes a target."""
+
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+        if (self.target_speedup or 0) > 2.5:
+            raise AerogelError("cannot be had")
+        return scheduled(network, calls, lambda steps, units: torch.ones(steps, units, dtype=torch.bool))
+
+
+@dataclass(frozen=True)
+class Plain(ReusePolicy):
+    """Has nothing to turn."""
+
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+        raise AssertionError("is not tried")
+
+
+def attempt(cls: type[ReusePolicy], *speeds: float, **knobs: Any) -> Attempt:
+    """An attempt whose measured speeds are these, one after the other."""
+    network = load(painter())
+    pace = Pace(network, WANTED, 1.5, 0, 1, Ticks(network))
+    left = iter(speeds)
+    pace.speedup = lambda on: next(left)  # type: ignore[method-assign,assignment,misc]
+    made = Attempt(Candidate("toy", cls, knobs), record(network.processor, network.module, WANTED), pace)
+    made.run()
+    return made
+
+
+def test_a_target_is_asked_for_again_until_the_measured_speed_fits() -> None:
+    short = attempt(Toy, 1.3, 1.55)
+    assert [one.value for one in short.tries] == [1.5, 1.8333], "0.5 more than 1 gave 0.3: ask for 0.5 / 0.3 as much"
+    assert short.brought is not None
+    assert short.brought.at.speedup == 1.55
+    far = attempt(Toy, 2.0, 1.4, 1.52)
+    assert [one.value for one in far.tries] == [1.5, 1.25, 1.3125]
+    assert far.brought is not None
+    assert far.brought.at.speedup == 1.52, "the slowest that is fast enough"
+    assert attempt(Toy, 1.48).brought is not None, "2 % are within what measured times tremble by"
+
+
+def test_a_target_that_cannot_be_had_is_told() -> None:
+    refused = attempt(Toy, 1.2, 1.3, target_speedup=3.0)
+    assert (refused.brought, refused.reason) == (None, "cannot be had")
+    slow = attempt(Toy, 1.1, 1.2)
+    assert slow.brought is None
+    assert slow.reason == "it makes denoising 1.10 times as fast at the most (target_speedup 1.5)"
+    assert [one.value for one in attempt(Toy, 1.6, ratio=0.4).tries] == [0.4], "what was said is not turned"
+
+
+def test_who_has_nothing_to_turn_is_left_out() -> None:
+    assert attempt(Plain).reason.startswith("it names no knob that makes it faster")
+
+
+def test_every_policy_of_ours_is_a_candidate() -> None:
+    names = {one.name for one in candidates()}
+    assert {"fora", "evenly", "smoothcache", "taylorseer", "pab", "searched", "harmonica", "first_block", "teacache"} <= names
+    assert not {"gptq", "operands"} & names
+
+
+@pytest.mark.parametrize(("name", "knob"), [(one.name, one.cls.strengths[0]) for one in candidates() if one.cls.strengths])
+def test_strengths_are_values_of_a_knob(name: str, knob: str) -> None:
+    (candidate,) = candidates([name])
+    assert candidate.knob == knob
+    assert list(candidate.values) == sorted(set(candidate.values))
+    for value in candidate.values:
+        assert getattr(candidate.step(value).method, knob) == value
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"task": "tokens"}, "'tokens' is nothing that can be searched for; known is cache"),
+        ({"budget": "fast"}, "budget 'fast' is no speed-up; give how many times faster denoising has to be, for example 1.5x"),
+        ({"budget": 1.0}, r"budget 1\.0 is no speed-up"),
+        ({"rounds": 0}, "rounds is 0; it is at least 1"),
+        ({"only": ["gptq"]}, "gptq does not reuse anything, so it is no cache to choose"),
+        ({"only": ["fore"]}, "did you mean fora"),
+        ({"overrides": ["fora.intervall=2"]}, "policy 'fora': unknown knob 'intervall'; did you mean interval"),
+        ({"overrides": ["evenly.ratio=0.2"]}, "a knob of 'evenly' is set, but that policy is not tried; known are fora"),
+        ({"samples": [Call((), {})]}, "give a Denoising as samples, not recorded calls"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(AerogelError, match=message):
+        search(painter(), **{"only": ["fora"], "samples": WANTED, **knobs})
+
+
+def test_models_that_cannot_be_searched_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(AerogelError, match="came without its pipeline and makes no pictures"):
+        search(painter().transformer, only=["fora"], samples=WANTED)
+    network = load(painter())
+    network.family = replace(network.family, units=())
+    with pytest.raises(AerogelError, match="names no units whose outputs could be kept"):
+        search(network, samples=WANTED)
+    aerogel.compress(painter(), {"steps": [{"fora": {}}]}, samples=WANTED, output=tmp_path / "cached", measures=())
+    with pytest.raises(AerogelError, match="has fora on already; give the pipeline that it was made for"):
+        search(tmp_path / "cached", only=["fora"], samples=WANTED)
+    with pytest.raises(AerogelError, match="this folder exists and is not empty"):
+        search(painter(), only=["fora"], samples=WANTED, output=tmp_path / "cached")
+
+
+def test_findings_in_memory_report_where_they_are_told(tmp_path: Path) -> None:
+    findings = searched(painter(), "fora")
+    with pytest.raises(AerogelError, match="live in memory only"):
+        findings.report()
+    assert "fora" in findings.report(tmp_path / "r.html").read_text()
+    assert findings.best is not None
+    assert findings.best.step.method == Fora(interval=2)
