@@ -26,7 +26,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"

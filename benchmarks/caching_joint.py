@@ -82,7 +82,7 @@ def main() -> None:
                 found.setdefault((width, "on the quantized, then ranges anew"), []).append(error(both))
             print(maker, seed, {key: values[-1] for key, values in found.items()}, flush=True)
         for (width, order), errors in found.items():
-            apart = found[width, "apart"] if (width, "apart") in found else None
+            apart = found.get((width, "apart"))
             ratios = [one / other for one, other in zip(errors, apart, strict=True)] if apart else None
             spread = f"{min(errors):.2g} to {max(errors):.2g}"
             rows.append([maker, width, order, statistics.median(errors), spread, None if ratios is None else statistics.median(ratios)])

@@ -39,6 +39,7 @@ class Pace:
     budget: float
     """Times faster."""
     seed: int
+    """Of the noise."""
     rounds: int
     """Turns that count, after one that does not: kernels are chosen and memory grows in it."""
     clock: Callable[[], float]
@@ -132,12 +133,12 @@ class Brought(NamedTuple):
 class Attempt:
     """A policy on its way to the speed that is wanted."""
 
-    def __init__(self, candidate: Candidate, calls: Sequence[Call], pace: Pace) -> None:
+    def __init__(self, candidate: Candidate, calls: Sequence[Call], pace: Pace, seed: int) -> None:
         self.candidate = candidate
         self.tries: list[Try] = []
         self.brought: Brought | None = None
         self._enough: list[Brought] = []
-        self._calls, self._pace = calls, pace
+        self._calls, self._pace, self._seed = calls, pace, seed
         self._refusal = "it names no knob that makes it faster (strengths), and takes no target"
 
     def run(self) -> None:
@@ -183,10 +184,9 @@ class Attempt:
         pace = self._pace
         try:
             step = self.candidate.step(value)
-            assert isinstance(step.method, ReusePolicy)
             start = pace.clock()
-            with seeded(pace.seed, 0):
-                measured = Measured(step, step.method.calibrate(pace.network, self._calls))
+            with seeded(self._seed, 0):
+                measured = policies.calibrated(pace.network, step, self._calls)
             taken = pace.clock() - start
             speedup = pace.speedup(partial(policies.on, pace.network, [measured]))
         except AerogelError as error:

@@ -25,6 +25,8 @@ from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import pipeline_of
 from aerogel.methods.method import ReusePolicy
 from aerogel.model import save
+from aerogel.model.compiled import uncompiled
+from aerogel.model.fingerprint import fingerprint
 from aerogel.model.network import Network
 from aerogel.model.states import FACTS
 from aerogel.model.units import units_of
@@ -56,12 +58,10 @@ class Findings:
         made = [self.best] if self.best is not None else []
         recipe = {"name": made[0].step.name, "steps": [made[0].step.as_dict()]} if made else {}
         with save.new_folder(output) as folder:
-            record = {
-                "schema": provenance.SCHEMA, "model": self.facts["model"], "recipe": recipe, "provenance": self.facts["provenance"],
-                "metrics": {}, "journal": [], "policies": policies.save(made, folder),
-            }  # fmt: skip
-            (folder / FACTS).write_text(json.dumps(record, indent=2, default=str) + "\n")
-            (folder / page.FILE).write_text(json.dumps(self.facts, indent=1, default=str) + "\n")
+            told = {key: self.facts[key] for key in ("schema", "model", "provenance")}
+            record = told | {"recipe": recipe, "metrics": {}, "policies": policies.save(made, folder)}
+            for name, content in {FACTS: record, page.FILE: self.facts}.items():
+                (folder / name).write_text(json.dumps(content, indent=2, default=str) + "\n")
             page.write(folder)
         self.folder = output
         return output
@@ -71,11 +71,12 @@ class Findings:
 
         Raises AerogelError when nothing was saved and no path is given.
         """
-        if path is None and self.folder is None:
+        if self.folder is not None:
+            return page.write(self.folder, path)
+        if path is None:
             raise AerogelError("these findings live in memory only; give the report a path, or save them first")
-        target = Path(path) if path is not None else Path(self.folder or "") / "report.html"
-        target.write_text(page.page(page.parse(self.facts)), encoding="utf-8")
-        return target
+        Path(path).write_text(page.page(page.parse(self.facts)), encoding="utf-8")
+        return Path(path)
 
 
 def search(
@@ -112,16 +113,20 @@ def search(
         calibration = prepare(network, wanted, seed, head=False)
     turn = replace(wanted, count=min(wanted.count, wanted.batch))
     pace = Pace(network, turn, wanted_speed, seed + 1, rounds, clock)
-    made = _Search(network, wanted, calibration, pace, tell)
+    made = _Search(network, wanted, calibration, pace, seed, tell)
     with watch.stage("compress"):
         made.bring(tried)
-    with watch.stage("evaluate"):
+    with watch.stage("evaluate"), uncompiled(network.module):  # what runs inside of blocks is looked at
         facts = made.judge()
     name = model if isinstance(model, str) and not Path(model).exists() else None
     facts |= {
-        "schema": provenance.SCHEMA, "task": task, "budget": wanted_speed, "model": provenance.model_facts(network, name),
-        "provenance": provenance.run_facts(network, seed, calibration.facts), "timings": watch.seconds,
-    }  # fmt: skip
+        "schema": provenance.SCHEMA,
+        "task": task,
+        "budget": wanted_speed,
+        "model": provenance.model_facts(network, name) | {"fingerprint": fingerprint(save.resident(network.module))},
+        "provenance": provenance.run_facts(network, seed, calibration.facts),
+        "timings": watch.seconds,
+    }
     findings = Findings(facts, made.best)
     if output is not None:
         findings.save(output)
@@ -154,9 +159,9 @@ def _pictures_of(network: Network, samples: Given | None) -> Denoising:
 class _Search:
     """A search on its way."""
 
-    def __init__(self, network: Network, wanted: Denoising, calibration: Calibration, pace: Pace, tell: Tell) -> None:
+    def __init__(self, network: Network, wanted: Denoising, calibration: Calibration, pace: Pace, seed: int, tell: Tell) -> None:
         self.network, self.wanted, self.pace, self.tell = network, wanted, pace, tell
-        self._calls = calibration.calls
+        self._calls, self._seed = calibration.calls, seed
         self._attempts: list[Attempt] = []
         self._fewer: tuple[int, float] | None = None
         self._without = ""
@@ -168,7 +173,7 @@ class _Search:
         for number, candidate in enumerate(tried):
             at = Event("compress", number, total, candidate.name)
             self.tell(at)
-            self._attempts.append(Attempt(candidate, self._calls, self.pace))
+            self._attempts.append(Attempt(candidate, self._calls, self.pace, self._seed))
             with watched(partial(self._inside, at)):
                 self._attempts[-1].run()
         self.tell(Event("compress", total - 1, total, "fewer steps"))

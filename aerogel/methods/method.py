@@ -22,6 +22,9 @@ from aerogel.model.stored import Slots, store_named
 from aerogel.numerics.scheme import Scheme
 from aerogel.training.budgets import Budget, Measure, budget_of
 
+Strengths = tuple[str, tuple[float, ...]]
+"""A knob, and values of it in order of what they save, the least first."""
+
 
 class BlockMethod(ABC):
     """Changes one block for good, seeing that block and its calls only."""
@@ -86,8 +89,8 @@ class RuntimePolicy(ABC):
 class ReusePolicy(RuntimePolicy):
     """Lets units of a denoiser give again what they gave at earlier steps, by a schedule that is its state."""
 
-    strengths: ClassVar[tuple[str, tuple[float, ...]] | None] = None
-    """The knob that sets how much is reused and values to try, the least first, for who looks for a speed; None where there is none."""
+    strengths: ClassVar[Strengths | None] = None
+    """What sets how much is reused, for who looks for a speed; None where nothing does."""
     rounds: ClassVar[bool] = True
     """Whether what it keeps may be rounded to float8; not where a policy puts itself on in its own way, unless that says so."""
 

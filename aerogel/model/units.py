@@ -32,6 +32,11 @@ _ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _atten
 """Operations that torch's counter does not know."""
 
 
+def operations() -> FlopCounterMode:
+    """A context that counts floating-point operations of products, convolutions and attentions: two for each multiply-accumulate."""
+    return FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+
+
 @dataclass(frozen=True)
 class BoundUnit:
     """A unit of one network."""
@@ -85,7 +90,7 @@ def costs_of(network: Network, call: Call) -> Costs:
     written_out: dict[nn.Module, Callable[..., Any]] = {
         module: partial(_written_out, module) for module in network.module.modules() if isinstance(module, QuantLinear)
     }
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter, answering(written_out):
+    with operations() as counter, answering(written_out):
 
         def counted(name: str, part: str, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             before = counter.get_total_flops()

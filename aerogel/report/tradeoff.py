@@ -53,10 +53,11 @@ class Point:
 
 
 def tradeoff(
-    points: Sequence[Point], axis: Axis, y_title: str, *, joined: Sequence[Point] = (), width: float = 460, height: float = HEIGHT
+    points: Sequence[Point], axis: Axis, y_title: str, *, joined: Sequence[Point] | None = None, width: float = 460, height: float = HEIGHT
 ) -> Markup:
-    """Draw points with finite positive y, of which less is better, along an axis, and a line through those that are `joined`.
+    """Draw points with finite positive y, of which less is better, along an axis.
 
+    A line goes from the original to this run, or through the points that are `joined`.
     The y axis shows the range there is, by ratio when it spans more than a factor of four.
     """
     points = [point for point in points if math.isfinite(point.y) and point.y > 0]
@@ -68,10 +69,9 @@ def tradeoff(
         *_grid(x, y, width, height),
         label(0, 16, f"{y_title} ↓ better", "small"),
         label(LEFT, height - 8, f"{axis.title} {'←' if axis.better == 'left' else '→'} better", "small"),
-        *_moves(points, x, y),
-        *(line(x(one.x), y(one.y), x(next_.x), y(next_.y), "move") for one, next_ in pairwise(joined)),
-        *(_dot(point, x, y) for point in sorted(points, key=lambda point: point.role == "this")),
+        *_moves(_from_original(points) if joined is None else joined, x, y),
         *_names(points, x, y, width),
+        *(_dot(point, x, y) for point in sorted(points, key=lambda point: point.role == "this")),
     )
 
 
@@ -98,10 +98,14 @@ def _tick(value: float) -> str:
     return f"{value:,.6g}" if value < 1e5 else digits(value, 2)
 
 
-def _moves(points: Sequence[Point], x: Scale, y: Scale) -> list[Markup]:
-    """A thin line from the original to this run."""
-    start, end = (next((point for point in points if point.role == role), None) for role in ("original", "this"))
-    return [line(x(start.x), y(start.y), x(end.x), y(end.y), "move")] if start and end else []
+def _from_original(points: Sequence[Point]) -> list[Point]:
+    """The original and this run, as far as they are there."""
+    return [point for role in ("original", "this") for point in points if point.role == role]
+
+
+def _moves(joined: Sequence[Point], x: Scale, y: Scale) -> list[Markup]:
+    """A thin line from point to point."""
+    return [line(x(start.x), y(start.y), x(end.x), y(end.y), "move") for start, end in pairwise(joined)]
 
 
 def _dot(point: Point, x: Scale, y: Scale) -> Markup:

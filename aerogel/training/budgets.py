@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -26,6 +26,8 @@ class Budget:
     """Cost of running each unit once."""
     saving: float
     """What all units that do not run must cost together, at least."""
+    max_age: int = 0
+    """Steps in a row at which a unit may be reused, at most; 0 is without bound."""
 
     def saved(self, mask_TN: Tensor) -> float:
         """What a mask saves."""
@@ -35,20 +37,81 @@ class Budget:
         """Whether it is enough, but for rounding."""
         return self.saved(mask_TN) >= self.saving * (1 - 1e-9)
 
+    def aged(self, max_age: int, steps: int) -> Budget:
+        """The same with a bound on the steps in a row; raises AerogelError where so many steps cannot save enough then."""
+        made, units = replace(self, max_age=max_age), len(self.cost_N)
+        if made.reachable(torch.ones(steps, units, dtype=torch.bool)):
+            return made
+        most = _most([False] * steps, [step > 0 for step in range(steps)], max_age) or 0
+        raise AerogelError(
+            f"the budget means to save {self.saving:.3g}; with max_age {max_age} each of the {units} units is reused at {most} of {steps} "
+            f"steps at most, which saves {most * sum(self.cost_N):.3g}: ask for less, or set max_age higher (0 is without bound)"
+        )
+
+    def allowed(self, mask_TN: Tensor) -> bool:
+        """Whether no unit is reused at more steps in a row than it may be."""
+        return not self.max_age or None not in self._most(mask_TN, torch.zeros_like(mask_TN))
+
+    def reachable(self, mask_TN: Tensor, open_TN: Tensor | None = None) -> bool:
+        """Whether a mask is allowed and can be made to meet it by reusing more: of what is open, or of all behind the first step.
+
+        Without a bound on the steps in a row each is.
+        """
+        if not self.max_age:
+            return True
+        if open_TN is None:
+            open_TN = torch.ones_like(mask_TN)
+            open_TN[0] = False
+        most_N = self._most(mask_TN, open_TN)
+        if None in most_N:
+            return False
+        return sum(cost * (most or 0) for cost, most in zip(self.cost_N, most_N, strict=True)) >= self.saving * (1 - 1e-9)
+
+    def _most(self, mask_TN: Tensor, open_TN: Tensor) -> list[int | None]:
+        columns = zip((~mask_TN).T.tolist(), open_TN.T.tolist(), strict=True)
+        return [_most(reused_T, open_T, self.max_age) for reused_T, open_T in columns]
+
     def decoded(self, order: Sequence[tuple[int, int]], shape: tuple[int, int]) -> Tensor:
-        """Reuse slots (step, unit) in this order until it is met, then run again those that it does not need, the last first."""
-        mask_TN = torch.ones(shape, dtype=torch.bool)
+        """Reuse slots (step, unit) in this order until it is met, then run again those that it does not need, the last first.
+
+        With a bound on the steps in a row, those are left out with which it could not be met any more.
+        """
+        mask_TN, open_TN = torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+        for slot in order:
+            open_TN[slot] = True
         taken = []
-        for step, unit in order:
+        for slot in order:
             if self.met(mask_TN):
                 break
-            mask_TN[step, unit] = False
-            taken.append((step, unit))
-        for step, unit in reversed(taken):
-            mask_TN[step, unit] = True
+            mask_TN[slot] = False
+            if self.reachable(mask_TN, open_TN):
+                taken.append(slot)
+            else:
+                mask_TN[slot] = True
+        for slot in reversed(taken):
+            mask_TN[slot] = True
             if not self.met(mask_TN):
-                mask_TN[step, unit] = False
+                mask_TN[slot] = False
         return mask_TN
+
+
+def _most(reused_T: Sequence[bool], open_T: Sequence[bool], max_age: int) -> int | None:
+    """At how many steps a unit is reused at most, of those at which it is and those that are open; None where it is at too many in a row.
+
+    Where too many come in a row it runs at the last of them that is free, so that the next ones begin as late as they can.
+    """
+    count, ran, free = 0, -1, -1
+    for step, (reused, is_open) in enumerate(zip(reused_T, open_T, strict=True)):
+        if not reused and not is_open:
+            ran = step
+            continue
+        count += 1
+        free = free if reused else step
+        if step - ran > max_age:
+            if free <= ran:
+                return None
+            ran, count = free, count - 1
+    return count
 
 
 def budget_of(network: Network, calls: Sequence[Call], ratio: float | None, speedup: float | None, by: Measure) -> Budget:

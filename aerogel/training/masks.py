@@ -16,13 +16,17 @@ from torch import Tensor
 from aerogel.data.replay import Replay, State, output_of
 from aerogel.model.driven import Driven, Held
 from aerogel.training.budgets import Budget
+from aerogel.training.processes import averaged
 
 
 class Trials:
-    """Generations of the same noise under different masks, against those that are wanted of the network."""
+    """Generations of the same noise under different masks, against those that are wanted of the network.
 
-    def __init__(self, driven: Driven, replays: Sequence[Replay], states: Sequence[State]) -> None:
-        self.driven, self._replays = driven, replays
+    Where they are `shared`, each process of a group makes its share of the pictures, and errors are those of all.
+    """
+
+    def __init__(self, driven: Driven, replays: Sequence[Replay], states: Sequence[State], *, shared: bool = False) -> None:
+        self.driven, self._replays, self._shares = driven, replays, shared
         self._starts = [[(state, driven.empty)] for state in states]
         self.count = 0
         """Masks that were tried."""
@@ -41,7 +45,7 @@ class Trials:
 
     def error(self, mask_TN: Tensor) -> float:
         """The mean squared error of the final images under a mask."""
-        return mean_square(self.images(mask_TN), self.exact)
+        return self._error(self.images(mask_TN))
 
     @torch.no_grad()
     def settle(self, mask_TN: Tensor) -> float:
@@ -56,7 +60,11 @@ class Trials:
                 state = replay.advance(state, output_of(made))
             along.append([*states, (state, held)])
         self._mask, self._along = mask_TN.clone(), along
-        return mean_square([states[-1][0].x_BCHW for states in along], self.exact)
+        return self._error([states[-1][0].x_BCHW for states in along])
+
+    def _error(self, images: Sequence[Tensor]) -> float:
+        error = mean_square(images, self.exact)
+        return float(averaged(torch.tensor(error, dtype=torch.float64))) if self._shares else error
 
     def _shared(self, mask_TN: Tensor) -> int:
         """The steps that a mask shares with the settled one, from the start."""
@@ -90,15 +98,29 @@ class Search:
     """(trials so far, error) whenever a mask was settled on."""
 
     def whole_steps(self, shape: tuple[int, int]) -> Tensor:
-        """Greedily reuse whole steps, each time the one that costs least error, while the budget allows another."""
+        """Reuse whole steps, each time the one that costs least error, while the budget allows another; then exchange them for better."""
         mask_TN = torch.ones(shape, dtype=torch.bool)
         self._settle(mask_TN)
         while True:
-            room = [step for step in range(1, shape[0]) if bool(mask_TN[step].all())]
+            room = [step for step in range(1, shape[0]) if bool(mask_TN[step].all()) and self.budget.reachable(_reused(mask_TN, step))]
             if not room or self.budget.saved(_reused(mask_TN, room[0])) > self.budget.saving * (1 + 1e-9) or self._spent():
-                return mask_TN
+                return self._exchanged(mask_TN)
             errors = {step: self.trials.error(_reused(mask_TN, step)) for step in room}
             mask_TN = _reused(mask_TN, min(errors, key=errors.__getitem__))
+            self._settle(mask_TN)
+
+    def _exchanged(self, mask_TN: Tensor) -> Tensor:
+        """Let a whole step run and another rest in its place, the best such exchange first, until none lessens the error."""
+        best = self.trials.error(mask_TN)
+        while True:
+            out, back = ([step for step in range(1, len(mask_TN)) if bool(mask_TN[step].all()) == runs] for runs in (True, False))
+            exchanged = (_reused(_running(mask_TN, again), step) for again in back for step in out)
+            tries = [tried_TN for tried_TN in exchanged if self.budget.reachable(tried_TN)]
+            errors = [self.trials.error(tried_TN) for tried_TN in tries if not self._spent()]
+            if min(errors, default=math.inf) >= best:
+                return mask_TN
+            best = min(errors)
+            mask_TN = tries[errors.index(best)]
             self._settle(mask_TN)
 
     def single_units(self, mask_TN: Tensor) -> Tensor:
@@ -114,6 +136,8 @@ class Search:
             if self._spent():  # the best by what is known; slots that were never tried come last, early steps after late ones
                 queue.sort(key=lambda entry: (math.isinf(entry[0]), entry[0], -entry[1]))
             _, step, unit, tried_at = queue.pop(0) if self._spent() else heapq.heappop(queue)
+            if not self.budget.reachable(_without(mask_TN, step, unit)):  # nor would it be after further picks
+                continue
             if tried_at != picks and not self._spent():
                 error = self.trials.error(_without(mask_TN, step, unit))
                 heapq.heappush(queue, ((error - best) / self.budget.cost_N[unit], step, unit, picks))
@@ -161,12 +185,12 @@ class Search:
         return gains, losses
 
     def _swapped(self, mask_TN: Tensor, drop: tuple[int, int], add: tuple[int, int]) -> Tensor | None:
-        """The mask in which `drop` runs again and `add` is reused; None where that is not so now, or the budget would not be met."""
+        """The mask in which `drop` runs again and `add` is reused; None where that is not so now, or the budget does not have it."""
         if bool(mask_TN[drop]) or not bool(mask_TN[add]):
             return None
         made = mask_TN.clone()
         made[drop], made[add] = True, False
-        return made if self.budget.met(made) else None
+        return made if self.budget.met(made) and self.budget.allowed(made) else None
 
     def _settle(self, mask_TN: Tensor) -> float:
         error = self.trials.settle(mask_TN)
@@ -180,6 +204,12 @@ class Search:
 def _reused(mask_TN: Tensor, step: int) -> Tensor:
     made = mask_TN.clone()
     made[step] = False
+    return made
+
+
+def _running(mask_TN: Tensor, step: int) -> Tensor:
+    made = mask_TN.clone()
+    made[step] = True
     return made
 
 

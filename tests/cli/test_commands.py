@@ -202,7 +202,7 @@ def test_help_names_every_command_and_starts_at_once() -> None:
         before = _children()
         said = subprocess.run([sys.executable, "-m", "aerogel", "--help"], capture_output=True, text=True, check=True).stdout
         seconds.append(_children() - before)
-    for command in ("compress", "plan", "evaluate", "bench", "export", "report", "list", "show"):
+    for command in ("compress", "plan", "search", "evaluate", "bench", "export", "report", "list", "show"):
         assert f" {command} " in said
     assert min(seconds) < 0.5
 

@@ -281,7 +281,7 @@ def attempt(cls: type[ReusePolicy], *speeds: float, **knobs: Any) -> Attempt:
     pace = Pace(network, WANTED, 1.5, 0, 1, Ticks(network))
     left = iter(speeds)
     pace.speedup = lambda on: next(left)  # type: ignore[method-assign,assignment,misc]
-    made = Attempt(Candidate("toy", cls, knobs), record(network.processor, network.module, WANTED), pace)
+    made = Attempt(Candidate("toy", cls, knobs), record(network.processor, network.module, WANTED), pace, 0)
     made.run()
     return made
 
@@ -366,3 +366,11 @@ def test_findings_in_memory_report_where_they_are_told(tmp_path: Path) -> None:
     assert "fora" in findings.report(tmp_path / "r.html").read_text()
     assert findings.best is not None
     assert findings.best.step.method == Fora(interval=2)
+
+
+def test_every_policy_has_a_row_or_a_reason() -> None:
+    """Also those that learn, of which the target is met in real seconds of units: whether they are fast enough is not asked here."""
+    few = ["harmonica.trajectories=1", "l2c.iterations=1", "searched.trials=3", "searched.samples=2"]
+    findings = searched(painter(), overrides=few)
+    assert sorted([*rows(findings), *reasons(findings)]) == sorted(one.name for one in candidates())
+    assert all(reasons(findings).values())

@@ -61,10 +61,8 @@ REFUSED = {
     "deepcache": (set(FAMILIES) - {"unet"}, "names no skip connections"),
     "fastercache": (set(FAMILIES), "names no units|different time steps|not the same samples twice"),
     "recalibrate": (set(FAMILIES), "no layer has inputs with static ranges"),
-    # All three learn from whole generations of a pipeline's sampler: tests of their own have pipelines.
-    "harmonica": (set(FAMILIES), "give one of ratio"),
-    "searched": (set(FAMILIES), "give one of ratio"),
-    "l2c": (set(FAMILIES), "give one of ratio"),
+    # These learn from whole generations of a pipeline's sampler: tests of their own have pipelines.
+    **dict.fromkeys(("harmonica", "searched", "l2c"), (set(FAMILIES), "give one of ratio|names no units")),
 }
 
 CACHING = {
@@ -177,7 +175,7 @@ def test_a_folder_gives_the_bits_of_a_live_network(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["dit", "wan", "unet"])
 def test_formats_of_language_engines_refuse_denoisers(name: str, tmp_path: Path) -> None:
     aerogel.compress(FAMILIES[name].build(), steps("rtn"), samples=FAMILIES[name].calls(1), output=tmp_path / "out", measures=())
-    formats = set(catalog.names("exporters")) - {"compressed_tensors", "onnx"}  # the one that is made for denoisers
+    formats = set(catalog.names("exporters")) - {"compressed_tensors", "onnx", "cache_policy", "cache_dit"}  # made for denoisers
     assert formats
     for exporter in formats:
         (reason,) = catalog.find("exporters", exporter)().refuse(tmp_path / "out")

@@ -94,6 +94,8 @@ def test_whole_steps_stay_within_the_budget(trials: Trials) -> None:
     assert int((~found).sum()) == 4
     assert (found[0]).all()
     assert (found.all(-1) | ~found.any(-1)).all()
+    pairs = [mask(*((step, unit) for step in chosen for unit in range(N))) for chosen in combinations(range(1, T), 2)]
+    assert trials.error(found) == pytest.approx(min(map(trials.error, pairs)), rel=1e-6), "exchanges mend what greed has missed"
 
 
 def test_a_search_stops_at_its_limit(trials: Trials) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import ReusePolicy
+from aerogel.methods.method import ReusePolicy, Strengths
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.skips import followed_skips, resting, skips_of
@@ -20,6 +20,8 @@ from aerogel.model.streams import steps_in
 @dataclass(frozen=True)
 class Deepcache(ReusePolicy):
     """Runs all blocks of a UNet every `interval` steps, and in between only those outside of a skip connection."""
+
+    strengths: ClassVar[Strengths | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
     interval: int = 3
     """Steps from one at which all blocks run to the next, from the first on (as in the authors' README)."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import SpanPolicy
+from aerogel.methods.method import SpanPolicy, Strengths
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.spans import Rule, Tabled, followed_steps
@@ -20,7 +20,7 @@ from aerogel.model.spans import Rule, Tabled, followed_steps
 class DeltaDit(SpanPolicy):
     """Runs all blocks every `interval` steps, and leaves out a stretch of them in between: the last ones first, the first ones later."""
 
-    strengths: ClassVar[tuple[str, tuple[float, ...]] | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
+    strengths: ClassVar[Strengths | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
     interval: int = 2
     """Steps from one at which all blocks run to the next."""

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from aerogel.methods.method import ReusePolicy
+from aerogel.methods.method import ReusePolicy, Strengths
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.tokens import Tokenwise, recomputing, tokenwise
@@ -17,7 +17,7 @@ from aerogel.model.tokens import Tokenwise, recomputing, tokenwise
 class Duca(Tokenwise, ReusePolicy):
     """Runs all units now and then; in between it reuses everything, and at every second step computes important tokens anew."""
 
-    strengths: ClassVar[tuple[str, tuple[float, ...]] | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
+    strengths: ClassVar[Strengths | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
     ratio: float = 0.05
     """Share of the tokens that these steps compute anew, before the factors below (PixArt: 0.75)."""

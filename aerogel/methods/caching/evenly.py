@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import ReusePolicy
+from aerogel.methods.method import ReusePolicy, Strengths
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.reuse import scheduled
@@ -20,7 +20,7 @@ from aerogel.model.reuse import scheduled
 class Evenly(ReusePolicy):
     """Reuses all outputs at some steps, spread evenly from the first that may to the last."""
 
-    strengths: ClassVar[tuple[str, tuple[float, ...]] | None] = ("ratio", tuple(step / 20 for step in range(2, 20)))
+    strengths: ClassVar[Strengths | None] = ("ratio", tuple(step / 20 for step in range(2, 20)))
 
     ratio: float = 0.5
     """Share of the steps that reuse."""

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from aerogel.data.replay import replays
 from aerogel.errors import AerogelError
-from aerogel.methods.method import ReusePolicy
+from aerogel.methods.method import ReusePolicy, Strengths
 from aerogel.model.calls import Call, map_tensors
 from aerogel.model.guidance import Guess, Half, HalfSlot, Halves, denoised, guided, require_pair
 from aerogel.model.network import Network
@@ -29,6 +29,8 @@ from aerogel.model.units import units_of
 @dataclass(frozen=True)
 class Fastercache(ReusePolicy):
     """Extrapolates self-attention outputs, and makes guidance's unconditional half of the conditional one, at some steps."""
+
+    strengths: ClassVar[Strengths | None] = ("unconditional_every", (2, 3, 4, 5, 6, 8, 10))
 
     self_every: int = 2
     """Within its window self-attention runs at the steps that this divides."""

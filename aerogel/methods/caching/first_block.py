@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import SpanPolicy
+from aerogel.methods.method import SpanPolicy, Strengths
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.spans import Rule, Stretch, followed_steps
@@ -19,7 +19,7 @@ from aerogel.model.spans import Rule, Stretch, followed_steps
 class FirstBlock(SpanPolicy):
     """Leaves out what is behind the first blocks as long as these add nearly what they added when all blocks ran last."""
 
-    strengths: ClassVar[tuple[str, tuple[float, ...]] | None] = ("threshold", (0.02, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0))
+    strengths: ClassVar[Strengths | None] = ("threshold", (0.02, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0))
 
     threshold: float = 0.05
     """Largest relative L1 distance between what the first blocks add now and then (diffusers: 0.05, cache-dit: 0.08)."""

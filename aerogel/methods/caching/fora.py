@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import ReusePolicy
+from aerogel.methods.method import ReusePolicy, Strengths
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.reuse import scheduled
@@ -19,7 +19,7 @@ from aerogel.model.reuse import scheduled
 class Fora(ReusePolicy):
     """Runs all attentions and feed-forwards of a denoiser every `interval` steps, and reuses their outputs in between."""
 
-    strengths: ClassVar[tuple[str, tuple[float, ...]] | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
+    strengths: ClassVar[Strengths | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
     interval: int = 2
     """Steps from one that computes to the next; the first computes."""

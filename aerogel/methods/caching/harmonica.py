@@ -2,14 +2,16 @@
 
 T steps, N units, B samples. A score is the share of a unit's new output that goes into what it gives; the rest is what it gave before.
 Published: step-wise denoising training (SDT) and the image error proxy-guided objective (IEPO). Ours: losses in relative units, the
-penalty's weight steered to the asked budget, exact decoding, forked proxies at half the cost, and the local search behind.
+penalty's weight steered to the asked budget, exact decoding, forked proxies at half the cost, and the local search behind. In a group of
+processes each goes along with its share of the pictures, and what comes out is what one process makes of all of them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -23,11 +25,13 @@ from aerogel.model.calls import Call
 from aerogel.model.driven import Driven, Held, Row, driven
 from aerogel.model.network import Network
 from aerogel.model.reuse import Schedule
-from aerogel.model.streams import sampler_of
+from aerogel.model.streams import sampler_of, steps_in
 from aerogel.model.units import units_of
 from aerogel.training.budgets import Budget
 from aerogel.training.fit import progressed
 from aerogel.training.masks import Search, Trials, mean_square
+from aerogel.training.processes import averaged, group_size, of_first, share, shares_of, variance
+from aerogel.training.recompute import recomputing
 
 Proxy = Literal["leave_one_out", "cumulative", "none"]
 _BOUND = 5.0
@@ -56,28 +60,39 @@ class Harmonica(BudgetPolicy):
     penalty: float = 3e-4
     """Weight of the scores' sum at the start, against relative errors; from there it is steered to the budget."""
     search: int = 0
-    """Trials of a local search from the learned schedule, and as many of one from the best of whole steps; the better result stays."""
+    """Trials of a local search: half of them from the learned schedule, half from the best of whole steps; the better result stays."""
     samples: int = 32
     """Pictures that are made in each trial."""
+    max_age: int = 0
+    """Steps in a row at which a unit may be reused, in the schedule that comes out; 0 is without bound (as published)."""
+    checkpointing: bool = False
+    """Whether training keeps only what goes into each block and computes the rest again for gradients: slower, and less memory (published:
+    no)."""
+
+    def budget(self, network: Network, calls: Sequence[Call]) -> Budget:
+        """What has to be saved, by the costs that the first process measures; raises AerogelError also where max_age forbids it."""
+        mine = super().budget(network, calls)
+        saving, *cost_N = of_first(torch.tensor([mine.saving, *mine.cost_N], dtype=torch.float64)).tolist()
+        return Budget(tuple(cost_N), saving).aged(self.max_age, len(steps_in(network, calls)))
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Train, decode, search; raises AerogelError when the calls do not replay or the budget cannot be met."""
-        if min(self.trajectories, self.refresh, self.samples) < 1 or self.search < 0:
+        if min(self.trajectories, self.refresh, self.samples) < 1 or min(self.search, self.max_age) < 0:
             raise AerogelError(
                 f"trajectories {self.trajectories}, refresh {self.refresh} and samples {self.samples} are at least 1, "
-                f"search {self.search} at least 0"
+                f"search {self.search} and max_age {self.max_age} at least 0"
             )
         budget = self.budget(network, calls)
         runs, units = replays(network, calls), tuple(units_of(network))
-        generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-        with driven(network) as denoiser:
+        generator = torch.Generator().manual_seed(int(of_first(torch.tensor(torch.initial_seed() % 2**63))))
+        with driven(network) as denoiser, recomputing(denoiser) if self.checkpointing else nullcontext():
             training = _Training(self, denoiser, runs, budget, len(units), generator)
             training.run()
             mask_TN = training.decoded()
             training.note(mask_TN)
             if self.search:
                 mask_TN = training.searched(mask_TN)
-            unseen = Trials(denoiser, runs[:1], [runs[0].noise(generator)])
+            unseen = training.unseen()
             error, without = unseen.error(mask_TN), unseen.error(torch.ones_like(mask_TN))
         state = Schedule(runs[0].steps, sampler_of(network), units, mask_TN).as_state()
         return state | {
@@ -100,6 +115,8 @@ class _Training:
     """At each measurement of the proxy: trajectories so far, share of slots reused, error of the soft and of the hard schedule."""
 
     def __post_init__(self) -> None:
+        self.shares = shares_of(self.runs)
+        """Of each generation, what this process makes of it; noise is drawn for the whole, so that it is the same in any number of them."""
         self.steps = len(self.runs[0].calls)
         logits_TN = _START + _SPREAD * torch.randn(self.steps, self.units, generator=self.generator)
         logits_TN[0] = _BOUND
@@ -125,8 +142,12 @@ class _Training:
 
     def _begin(self) -> tuple[Replay, State]:
         """New noise for one of the recorded generations."""
-        run = self.runs[int(torch.randint(len(self.runs), (), generator=self.generator))]
-        return run, run.noise(self.generator)
+        number = int(torch.randint(len(self.runs), (), generator=self.generator))
+        return self.shares[number], self._noise(number)
+
+    def _noise(self, number: int) -> State:
+        whole = self.runs[number].noise(self.generator)
+        return replace(whole, x_BCHW=share(whole.x_BCHW))
 
     def trajectory(self, run: Replay, state: State) -> None:
         """One generation: the student goes its own way, and each row is moved once, by the step that it belongs to."""
@@ -144,10 +165,10 @@ class _Training:
             score_N = row_N.sigmoid()
             made, held = self.denoiser.step(call, score_N, held, self.knobs.threshold)
             given = output_of(made)
-            apart = (run.guided(given) - wanted).float().square().mean() / wanted.float().var()
+            apart = (run.guided(given) - wanted).float().square().mean() / variance(wanted)
             loss = self.lambda_T[state.step] * apart + self.penalty * (self.weight_N * score_N).sum()
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            row_N.grad = averaged(torch.autograd.grad(loss, row_N)[0])
             self.optimizer.step()
         with torch.no_grad():
             row_N.clamp_(-_BOUND, _BOUND)
@@ -171,12 +192,13 @@ class _Training:
         """Measure anew what the final image owes to each step, and what thresholds make of the scores."""
         soft, along = self._along()
         if self.knobs.proxy != "none":
-            found_T = self._left_out(soft, along) if self.knobs.proxy == "leave_one_out" else self._joined(along)
+            found_T = averaged(self._left_out(soft, along) if self.knobs.proxy == "leave_one_out" else self._joined(along))
             self.lambda_T = found_T / found_T[1:].mean().clamp(min=torch.finfo(torch.float32).tiny)
         self._log(number, soft=soft, hard=self._hardened(self.hard()))
 
     def _log(self, number: int, **images: Tensor) -> None:
-        errors = {f"{name}_error": mean_square([image], [self.exact]) for name, image in images.items()}
+        mine = [mean_square([image], [self.exact]) for image in images.values()]
+        errors = dict(zip((f"{name}_error" for name in images), averaged(torch.tensor(mine, dtype=torch.float64)).tolist(), strict=True))
         reused = 1 - float(self.hard().float().mean())
         self.log.append({"trajectories": float(number), "reused": reused, "penalty": self.penalty, **errors})
 
@@ -236,13 +258,17 @@ class _Training:
         trials, judge = self._trials(), self._trials()
         found = []
         for start_TN in (mask_TN, None):
-            search = Search(trials, self.budget, trials.count + self.knobs.search)
+            search = Search(trials, self.budget, trials.count + self.knobs.search // 2)
             if start_TN is None:
                 start_TN = search.single_units(search.whole_steps((self.steps, self.units)))
             found.append(search.swaps(start_TN))
         return min(found, key=judge.error)
 
     def _trials(self) -> Trials:
-        count = math.ceil(self.knobs.samples / len(self.fixed[1].x_BCHW))
-        runs, states = zip(*(self._begin() for _ in range(count)), strict=True)
-        return Trials(self.denoiser, runs, states)
+        pictures = len(self.fixed[1].x_BCHW) * group_size()
+        runs, states = zip(*(self._begin() for _ in range(math.ceil(self.knobs.samples / pictures))), strict=True)
+        return Trials(self.denoiser, runs, states, shared=True)
+
+    def unseen(self) -> Trials:
+        """Trials of the first recorded generation, with noise of their own."""
+        return Trials(self.denoiser, self.shares[:1], [self._noise(0)], shared=True)

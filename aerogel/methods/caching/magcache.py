@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import SpanPolicy
+from aerogel.methods.method import SpanPolicy, Strengths
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.spans import Rule, Tabled, followed_steps, residuals
@@ -23,7 +23,7 @@ from aerogel.model.spans import Rule, Tabled, followed_steps, residuals
 class Magcache(SpanPolicy):
     """Adds what all blocks added at the last step that ran, until the product of magnitude ratios since then strays too far from 1."""
 
-    strengths: ClassVar[tuple[str, tuple[float, ...]] | None] = ("threshold", (0.02, 0.04, 0.06, 0.09, 0.12, 0.18, 0.24, 0.4, 0.8, 2.0))
+    strengths: ClassVar[Strengths | None] = ("threshold", (0.02, 0.04, 0.06, 0.09, 0.12, 0.18, 0.24, 0.4, 0.8, 2.0))
 
     threshold: float = 0.06
     """Largest sum of the product's distances from 1 since blocks ran last (diffusers: 0.06; the authors up to 0.24)."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import ReusePolicy
+from aerogel.methods.method import ReusePolicy, Strengths
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.reuse import scheduled
@@ -21,7 +21,7 @@ from aerogel.model.units import units_of
 class Pab(ReusePolicy):
     """Broadcasts attention outputs to the next steps while the time step is within a window; feed-forwards always run."""
 
-    strengths: ClassVar[tuple[str, tuple[float, ...]] | None] = ("self_every", (2, 3, 4, 6, 8, 10))
+    strengths: ClassVar[Strengths | None] = ("self_every", (2, 3, 4, 6, 8, 10))
 
     self_every: int = 2
     """Within the window self-attention runs every so many steps."""

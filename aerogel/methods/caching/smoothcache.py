@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import ReusePolicy
+from aerogel.methods.method import ReusePolicy, Strengths
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
 from aerogel.model.reuse import scheduled
@@ -23,7 +23,7 @@ from aerogel.model.units import units_of
 class Smoothcache(ReusePolicy):
     """Reuses all units of a kind as long as their outputs changed by at most `alpha` since they ran."""
 
-    strengths: ClassVar[tuple[str, tuple[float, ...]] | None] = ("alpha", (0.02, 0.04, 0.06, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0))
+    strengths: ClassVar[Strengths | None] = ("alpha", (0.02, 0.04, 0.06, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0))
 
     alpha: float = 0.08
     """Largest relative L1 distance, averaged over the units of a kind; the authors use 0.08 to 0.35."""

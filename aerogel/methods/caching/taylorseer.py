@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import ReusePolicy
+from aerogel.methods.method import ReusePolicy, Strengths
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.reuse import Schedule, Slot, reusing, scheduled
@@ -24,7 +24,7 @@ from aerogel.model.reuse import Schedule, Slot, reusing, scheduled
 class Taylorseer(ReusePolicy):
     """Runs all units every `interval` steps, and predicts them in between by a Taylor series of finite differences."""
 
-    strengths: ClassVar[tuple[str, tuple[float, ...]] | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
+    strengths: ClassVar[Strengths | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
     interval: int = 4
     """Steps from one that computes to the next."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import SpanPolicy
+from aerogel.methods.method import SpanPolicy, Strengths
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.hooks import watching
 from aerogel.model.network import Network
@@ -23,7 +23,7 @@ from aerogel.model.units import units_of
 class Teacache(SpanPolicy):
     """Adds what all blocks added at the last step that ran, while a polynomial of the first block's input says that little has changed."""
 
-    strengths: ClassVar[tuple[str, tuple[float, ...]] | None] = ("threshold", (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 2.0))
+    strengths: ClassVar[Strengths | None] = ("threshold", (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 2.0))
 
     threshold: float = 0.15
     """Sum of the estimated relative changes at which all blocks run again (the authors: 0.05 to 0.8, by model)."""

@@ -1,0 +1,98 @@
+"""`aerogel search` from the command line: what it prints, what it writes, how it ends."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from aerogel.cli import commands as cli
+from aerogel.data.denoising import Denoising, denoised
+from aerogel.engine import pacing
+from tests.engine.test_searching import painter
+
+
+def work(pipeline: Any, denoiser: nn.Module, wanted: Denoising, seed: int, _: Callable[[], float]) -> float:
+    """Instead of seconds, which nobody can foretell: the multiplications that the denoiser does."""
+    counts: list[int] = []
+    with FlopCounterMode(display=False) as counter:
+        hooks = [
+            denoiser.register_forward_pre_hook(lambda *_: counts.append(counter.get_total_flops())),
+            denoiser.register_forward_hook(lambda *_: counts.append(counter.get_total_flops() - counts.pop())),
+        ]
+        for _run in denoised(pipeline, wanted, seed):
+            pass
+    for hook in hooks:
+        hook.remove()
+    return float(sum(counts))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(pacing, "seconds", work)
+    painter().save_pretrained(tmp_path / "painter")
+    return tmp_path
+
+
+def run(folder: Path, *options: object) -> Any:
+    given = ["search", str(folder / "painter"), "--steps", "6", "--samples", "2", "--guidance", "3", *map(str, options)]
+    return CliRunner().invoke(cli.app, given)
+
+
+def test_it_prints_a_table_and_writes_a_folder(folder: Path) -> None:
+    done = run(folder, "--budget", "1.3x", "--only", "fora", "--only", "evenly", "--only", "first_block", "-o", folder / "out")
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert re.split(" {2,}", lines[0].strip()) == ["policy", "set to", "times faster", "error", "of the best", "to make"]
+    facts = json.loads((folder / "out" / "search.json").read_text())
+    ranked = sorted([*facts["rows"], facts["fewer"]], key=lambda row: row["error"])
+    assert [line.split("  ")[0] for line in lines[1:4]] == [row["policy"] for row in ranked]
+    assert "first_block: first 1 and last 0 leave nothing of 1 blocks to be left out" in done.stdout
+    assert f"painter denoises {facts['rows'][0]['speedup']:.2f} times as fast with {facts['rows'][0]['policy']}" in done.stdout
+    assert lines[-2:] == [f"folder  {folder / 'out'}", f"report  {folder / 'out' / 'report.html'}"]
+    assert facts["rows"][0]["speedup"] >= 1.3 * 0.98
+    assert len(json.loads((folder / "out" / "aerogel.json").read_text())["policies"]) == 1
+
+    (folder / "out" / "report.html").unlink()
+    again = CliRunner().invoke(cli.app, ["report", str(folder / "out")])
+    assert again.exit_code == 0, again.output
+    assert "Aerogel search for a cache" in (folder / "out" / "report.html").read_text()
+
+
+def test_json_is_all_that_is_printed(folder: Path) -> None:
+    done = run(folder, "--budget", "1.2", "--only", "fora", "--set", "fora.interval=3", "--json")
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    assert facts["rows"][0]["value"] == 3
+    assert (facts["count"], facts["guidance"], len(facts["steps"]), facts["budget"]) == (2, 3.0, 6, 1.2)
+
+
+def test_a_search_that_finds_nothing_fails_and_says_why(folder: Path) -> None:
+    done = run(folder, "--budget", "50x", "--only", "fora", "-o", folder / "out")
+    assert done.exit_code == 2
+    assert "fora: it makes denoising" in done.stdout
+    assert "No policy makes painter 50 times as fast." in done.stdout
+    assert (folder / "out" / "report.html").is_file()
+    assert json.loads((folder / "out" / "aerogel.json").read_text())["policies"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--task", "experts"), "'experts' is nothing that can be searched for; known is cache"),
+        (("--budget", "0.5x"), "budget '0.5x' is no speed-up"),
+        (("--only", "rtn"), "rtn does not reuse anything"),
+        (("--set", "rtn.scheme=W8A8"), "a knob of 'rtn' is set, but that policy is not tried"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(folder: Path, options: tuple[str, ...], message: str) -> None:
+    done = run(folder, *options)
+    assert done.exit_code == 2
+    assert message in done.stderr
