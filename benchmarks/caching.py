@@ -11,7 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,8 @@ NOTES = [
 ]  # fmt: skip
 
 
-def rows(ratios: list[float]) -> Iterator[tuple[str, float | None, dict[str, Any]]]:
-    """Label, ratio where it is asked for, and the step; those whose name starts with harmonica are trained for each seed."""
+def budgeted(ratios: list[float]) -> Iterator[tuple[str, float | None, dict[str, Any]]]:
+    """Label, ratio and step of what meets a ratio; what is trained is trained for each seed."""
     for ratio in ratios:
         yield "evenly", ratio, {"evenly": {"ratio": ratio}}
         if ratio < 0.7:
@@ -75,6 +75,10 @@ def rows(ratios: list[float]) -> Iterator[tuple[str, float | None, dict[str, Any
         yield "searched", ratio, {"searched": {"ratio": ratio, "trials": TRIALS}}
         for penalty in (1e-6, 1e-3) if ratio <= 0.5 else ():
             yield f"l2c, penalty {penalty}", ratio, {"l2c": {"ratio": ratio, "penalty": penalty}}
+
+
+def ruled() -> Iterator[tuple[str, float | None, dict[str, Any]]]:
+    """Label, nothing and step of what stands where its rule puts it."""
     for interval in (2, 3):
         yield f"fora, every {interval}", None, {"fora": {"interval": interval}}
     for interval in (2, 3):
@@ -176,7 +180,7 @@ def main() -> None:
             "network": "zoo/fashion-dit, 12 units", "guidance": GUIDANCE, "sampler": type(bench.network.processor.scheduler).__name__,
             "held-out pictures": HELD, "threads": given.threads, "variance": round(float(bench.exact.var()), 4),
         }  # fmt: skip
-        for label, ratio, step in rows(given.ratios):
+        for label, ratio, step in chain(budgeted(given.ratios), ruled()):
             if given.only and label not in given.only and label.partition(",")[0] not in given.only:
                 continue
             seeds = given.seeds if "harmonica" in label or "l2c" in label or not step else [0]

@@ -19,6 +19,7 @@ import aerogel
 from aerogel.data.denoising import Denoising, record
 from aerogel.data.replay import output_of, replays
 from aerogel.engine import policies
+from aerogel.methods.diffusion.recalibrate import Recalibrate
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 
@@ -77,8 +78,11 @@ def main() -> None:
                 quantized = made(quantizing)
                 found.setdefault((width, "no reuse"), []).append(error(quantized))
                 found.setdefault((width, "apart"), []).append(error(quantized, alone.policies))
-                found.setdefault((width, "on the quantized"), []).append(error(made([*quantizing, step])))
-                both = made([*quantizing, step, {"recalibrate": {"ranges": "minmax"}}])
+                both = made([*quantizing, step])
+                found.setdefault((width, "on the quantized"), []).append(error(both))
+                both.network.teacher, both.network.processor = plain, plain.processor
+                with policies.on(both.network, both.policies):  # as the recipe's next step would
+                    Recalibrate("minmax").apply(both.network, calls)
                 found.setdefault((width, "on the quantized, then ranges anew"), []).append(error(both))
             print(maker, seed, {key: values[-1] for key, values in found.items()}, flush=True)
         for (width, order), errors in found.items():

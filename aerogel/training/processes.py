@@ -76,8 +76,8 @@ def _share_of(run: Replay) -> Replay:
     parts, samples = 2 if run.halves else 1, len(run.calls[0].kwargs[run.name])
     if samples // parts % group_size():
         raise AerogelError(
-            f"a recorded batch of {samples // parts} pictures does not divide by the {group_size()} processes that train: record as many at "
-            "once as do (the batch of the samples), and of all a whole number of batches (their count)"
+            f"a recorded batch of {samples // parts} pictures does not divide by the {group_size()} processes that train: record as many "
+            "at once as do (the batch of the samples), and of all a whole number of batches (their count)"
         )
 
     cuts: dict[int, Tensor] = {}  # what calls have in common, such as texts, they have in common afterwards too

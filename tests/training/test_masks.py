@@ -98,6 +98,24 @@ def test_whole_steps_stay_within_the_budget(trials: Trials) -> None:
     assert trials.error(found) == pytest.approx(min(map(trials.error, pairs)), rel=1e-6), "exchanges mend what greed has missed"
 
 
+@pytest.mark.parametrize("max_age", [1, 2])
+@pytest.mark.parametrize("spent", [False, True])
+def test_a_search_keeps_to_a_bound_on_age(max_age: int, spent: bool, trials: Trials) -> None:
+    """All that can be saved under it: every pick has to leave room for the rest."""
+    most = 2.0 * {1: 2, 2: 3}[max_age]
+    budget = Budget((1.0, 1.0), most).aged(max_age, T)
+    search = Search(trials, budget, 0 if spent else 10**6)
+    starts = [mask(), search.whole_steps((T, N))]
+    found = [search.swaps(search.single_units(start)) for start in starts]
+    for made in found:
+        assert budget.met(made)
+        assert budget.allowed(made)
+    if not spent:
+        slots = [(step, unit) for step in range(1, T) for unit in range(N)]
+        every = [made for chosen in combinations(slots, int(most)) if budget.allowed(made := mask(*chosen))]
+        assert min(map(trials.error, found)) == pytest.approx(min(map(trials.error, every)), rel=1e-6)
+
+
 def test_a_search_stops_at_its_limit(trials: Trials) -> None:
     search = Search(trials, Budget((1.0, 1.0), 4.0), 10)
     found = search.swaps(search.single_units(search.whole_steps((T, N))))

@@ -76,7 +76,10 @@ class Harmonica(BudgetPolicy):
         return Budget(tuple(cost_N), saving).aged(self.max_age, len(steps_in(network, calls)))
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
-        """Train, decode, search; raises AerogelError when the calls do not replay or the budget cannot be met."""
+        """Train, decode, search.
+
+        Raises AerogelError when the calls do not replay or do not divide by the processes, or the budget cannot be met.
+        """
         if min(self.trajectories, self.refresh, self.samples) < 1 or min(self.search, self.max_age) < 0:
             raise AerogelError(
                 f"trajectories {self.trajectories}, refresh {self.refresh} and samples {self.samples} are at least 1, "

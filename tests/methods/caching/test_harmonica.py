@@ -131,6 +131,52 @@ def test_the_budget_is_met_exactly(ratio: float) -> None:
     assert schedule.computed_TN[0].all()
 
 
+@pytest.mark.parametrize("search", [0, 30])
+@pytest.mark.parametrize(("max_age", "ratio"), [(1, 0.4), (2, 0.6)])
+def test_no_unit_is_reused_longer_than_it_may(max_age: int, ratio: float, search: int) -> None:
+    """Where the budget is all that the bound leaves room for."""
+    network = painter()
+    knobs = SHORT | {"ratio": ratio, "search": search, "samples": 4, "max_age": max_age}
+    schedule = Schedule.of(network, Harmonica(**knobs).calibrate(network, recorded(network)))
+    lines = ["".join("1" if runs else "0" for runs in unit_T) for unit_T in schedule.computed_TN.T.tolist()]
+    assert max(len(stretch) for line in lines for stretch in line.split("1")) == max_age
+    assert schedule.reused == pytest.approx(ratio)
+
+
+def test_a_bound_on_age_passes_over_low_scores() -> None:
+    network = painter()
+    with driven(network) as denoiser:
+        made = training(network, denoiser, replays(network, recorded(network)))
+        for row, logits in enumerate([[5.0, 5.0], [1.0, 3.0], [-2.0, 3.0], [-3.0, 3.0], [-1.0, 2.0]]):
+            made.rows[row].data = torch.tensor(logits)
+        for max_age, reused in ((0, [[2, 0], [3, 0], [4, 0]]), (1, [[1, 0], [3, 0], [4, 1]]), (2, [[2, 0], [3, 0], [4, 1]])):
+            made.budget = Budget((1.0, 1.0), 3.0, max_age)
+            assert (~made.decoded()).nonzero().tolist() == reused
+
+
+def test_a_budget_that_the_bound_on_age_forbids_is_refused_before_any_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = painter()
+    monkeypatch.setattr(_Training, "run", lambda _: pytest.fail("it has begun"))
+    with pytest.raises(
+        AerogelError, match=r"means to save 5; with max_age 1 each of the 2 units is reused at 2 of 5 steps at most, .* saves 4"
+    ):
+        Harmonica(**SHORT | {"ratio": 0.5, "max_age": 1}).calibrate(network, recorded(network))
+
+
+def test_checkpointing_changes_no_score() -> None:
+    """Forks, measurements and search included."""
+    states = []
+    for checkpointing in (False, True):
+        network = painter()
+        torch.manual_seed(7)
+        knobs = SHORT | {"search": 10, "samples": 4, "checkpointing": checkpointing}
+        states.append(Harmonica(**knobs).calibrate(network, recorded(network)))
+        assert not any("forward" in vars(module) for module in network.module.modules())
+    torch.testing.assert_close(states[1]["scores"], states[0]["scores"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(states[1]["lambda"], states[0]["lambda"], rtol=1e-4, atol=1e-6)
+    assert states[1]["computed"] == states[0]["computed"]
+
+
 def test_a_target_speedup_is_met_by_the_costs() -> None:
     network = painter()
     calls = recorded(network)
@@ -200,6 +246,7 @@ def test_compress_keeps_it_beside_the_weights(tmp_path: Path) -> None:
         ({"refresh": 0}, "at least 1"),
         ({"search": -1}, "at least 0"),
         ({"samples": 0}, "samples 0 are at least 1"),
+        ({"max_age": -1}, "max_age -1 at least 0"),
     ],
 )
 def test_knobs_out_of_range_are_refused(knobs: dict[str, Any], message: str) -> None:
