@@ -52,16 +52,16 @@ class Driven:
 
     def __init__(self, network: Network, slots: dict[str, _Blend]) -> None:
         self.network = network
-        self._slots = slots
+        self.slots = slots
 
     @property
     def empty(self) -> Held:
         """What is kept before the first step."""
-        return (None,) * len(self._slots)
+        return (None,) * len(self.slots)
 
     def plain(self, call: Call) -> Any:
         """A forward in which every unit runs; of what is kept it knows nothing."""
-        made, _ = self.step(call, [True] * len(self._slots), self.empty)
+        made, _ = self.step(call, [True] * len(self.slots), self.empty)
         return made
 
     def wanted(self, call: Call) -> Any:
@@ -71,15 +71,15 @@ class Driven:
 
     def step(self, call: Call, row: Row, held: Held, threshold: float = 0.0) -> tuple[Any, Held]:
         """A forward by a row; scores above the threshold refresh what is kept. Returns the output and what is kept then."""
-        for place, (slot, kept) in enumerate(zip(self._slots.values(), held, strict=True)):
+        for place, (slot, kept) in enumerate(zip(self.slots.values(), held, strict=True)):
             scored = isinstance(row, Tensor)
             slot.score = row[place] if isinstance(row, Tensor) else None
             slot.computes = scored or kept is None or bool(row[place])
             slot.refreshes = bool(row[place] > threshold)
             slot.keeps, slot.value = True, kept
         made = self.network.module(*call.args, **call.kwargs)
-        after = tuple(slot.value for slot in self._slots.values())
-        for slot in self._slots.values():
+        after = tuple(slot.value for slot in self.slots.values())
+        for slot in self.slots.values():
             slot.value = slot.score = None
         return made, after
 

@@ -25,7 +25,7 @@ def recomputing(denoiser: Driven) -> Iterator[None]:
     """Keep only what goes into each block for the backward pass, for a while; gradients stay the same."""
     answers: dict[nn.Module, Callable[..., Any]] = {}
     for name, block in denoiser.network.blocks().items():
-        inside = [slot for unit, slot in denoiser._slots.items() if f"{unit}.".startswith(f"{name}.")]
+        inside = [slot for unit, slot in denoiser.slots.items() if f"{unit}.".startswith(f"{name}.")]
         answers[block] = partial(_run, block.forward, inside)
     with answering(answers):
         yield

@@ -60,7 +60,7 @@ def test_slots_notice_nothing_and_nothing_is_read_of_them(name: str) -> None:
         made, after = forward(network, denoiser, name, scores_N)
         with torch.no_grad():
             denoiser.step(calls(name)[2], [False] * len(scores_N), after)
-        slots = list(denoiser._slots.values())
+        slots = list(denoiser.slots.values())
         for slot in slots:
             slot.value = torch.full((1,), torch.nan)
         before = [dict(vars(slot)) for slot in slots]
