@@ -34,8 +34,8 @@ from aerogel.model.calls import Call
 from aerogel.model.hooks import answering
 from aerogel.model.load import load
 from aerogel.model.network import Network
-from aerogel.model.reuse import Schedule, reusing
-from aerogel.model.units import Costs, costs_of, units_of
+from aerogel.model.reuse.slots import Schedule, reusing
+from aerogel.model.reuse.units import Costs, costs_of, units_of
 
 STEPS, SEED = (999.0, 749.0, 499.0, 249.0), 0
 THRESHOLD = 0.35

@@ -15,9 +15,9 @@ from torch import Tensor
 from aerogel.methods.method import ReusePolicy, RuntimePolicy
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
-from aerogel.model.reuse import Schedule, slot_bytes
+from aerogel.model.reuse.slots import Schedule, slot_bytes
+from aerogel.model.reuse.units import Costs, costs_of
 from aerogel.model.states import STATES, stored
-from aerogel.model.units import Costs, costs_of
 from aerogel.recipe import Recipe, Step
 
 

@@ -25,11 +25,11 @@ from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import pipeline_of
 from aerogel.methods.method import ReusePolicy
 from aerogel.model import save
-from aerogel.model.compiled import uncompiled
 from aerogel.model.fingerprint import fingerprint
 from aerogel.model.network import Network
+from aerogel.model.reuse.compiled import uncompiled
+from aerogel.model.reuse.units import units_of
 from aerogel.model.states import FACTS
-from aerogel.model.units import units_of
 from aerogel.report import search as page
 from aerogel.training.fit import watched
 

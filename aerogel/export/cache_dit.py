@@ -20,8 +20,8 @@ from aerogel.errors import AerogelError
 from aerogel.export.cache_policy import caching
 from aerogel.export.exporter import Exporter
 from aerogel.model.family import Family
+from aerogel.model.reuse.spans import Tabled
 from aerogel.model.save import new_folder
-from aerogel.model.spans import Tabled
 from aerogel.model.states import FACTS
 
 _OURS, _THEIRS = "cache_dit.yaml", "diffusers.yaml"

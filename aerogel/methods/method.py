@@ -16,9 +16,9 @@ from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.match import matches
 from aerogel.model.network import Network
-from aerogel.model.reuse import Schedule, reusing
-from aerogel.model.spans import Rule, spanning
-from aerogel.model.stored import Slots, store_named
+from aerogel.model.reuse.slots import Schedule, reusing
+from aerogel.model.reuse.spans import Rule, spanning
+from aerogel.model.reuse.stored import Slots, store_named
 from aerogel.numerics.scheme import Scheme
 from aerogel.training.budgets import Budget, Measure, budget_of
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.streams import steps_in
-from aerogel.model.units import costs_of, seconds_of, units_of
+from aerogel.model.reuse.streams import steps_in
+from aerogel.model.reuse.units import costs_of, seconds_of, units_of
 
 Measure = Literal["latency", "macs"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aerogel.data.replay import Replay, State, output_of
-from aerogel.model.driven import Driven, Held
+from aerogel.model.reuse.driven import Driven, Held
 from aerogel.training.budgets import Budget
 from aerogel.training.processes import averaged
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from aerogel.model.driven import Driven
 from aerogel.model.hooks import answering
-from aerogel.model.reuse import Slot
+from aerogel.model.reuse.driven import Driven
+from aerogel.model.reuse.slots import Slot
 
 
 @contextmanager

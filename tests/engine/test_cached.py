@@ -14,7 +14,7 @@ import aerogel
 from aerogel.data.denoising import Denoising
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
-from aerogel.model.units import costs_of
+from aerogel.model.reuse.units import costs_of
 from tests.data.test_replay import painter
 from tests.tiny import opened
 

@@ -30,8 +30,8 @@ from aerogel.methods.method import BudgetPolicy, ReusePolicy
 from aerogel.model.calls import Call
 from aerogel.model.load import load
 from aerogel.model.network import Network
-from aerogel.model.reuse import scheduled
-from aerogel.model.units import units_of
+from aerogel.model.reuse.slots import scheduled
+from aerogel.model.reuse.units import units_of
 from tests import painters
 
 WANTED = Denoising(count=3, steps=6, batch=2, guidance=3.0)

@@ -26,10 +26,10 @@ from aerogel.export.cache_dit import CacheDit, _spaced
 from aerogel.export.cache_policy import CachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.units import units_of
+from aerogel.model.reuse.units import units_of
 from tests import painters
-from tests.model.test_reuse import calls, counted
-from tests.model.test_spans import deep, ran
+from tests.model.reuse.test_slots import calls, counted
+from tests.model.reuse.test_spans import deep, ran
 from tests.tiny import FAMILIES, output
 
 SEVEN = tuple(900.0 - 100 * step for step in range(7))

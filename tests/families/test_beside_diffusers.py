@@ -15,7 +15,7 @@ from aerogel.methods.caching.magcache import Magcache
 from aerogel.methods.method import ReusePolicy
 from aerogel.model.network import Network
 from tests.methods.caching.test_residuals import TEN, drifting, theirs, under
-from tests.model.test_spans import deep
+from tests.model.reuse.test_spans import deep
 from tests.tiny import output
 
 # diffusers has no cache for the class of SD3, and its hooks fail on a last block that drops the text.

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from aerogel.data.replay import Replay, output_of, replays
 from aerogel.errors import AerogelError
-from aerogel.model.driven import driven
 from aerogel.model.network import Network
-from aerogel.model.reuse import Schedule, reusing
-from aerogel.model.units import units_of
+from aerogel.model.reuse.driven import driven
+from aerogel.model.reuse.slots import Schedule, reusing
+from aerogel.model.reuse.units import units_of
 from aerogel.training.budgets import Budget, budget_of
 from aerogel.training.masks import Search, Trials
 from tests.data.test_replay import painter, recorded

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from aerogel.model.driven import Driven, Held, driven
 from aerogel.model.load import load
 from aerogel.model.network import Network
-from aerogel.model.units import units_of
+from aerogel.model.reuse.driven import Driven, Held, driven
+from aerogel.model.reuse.units import units_of
 from aerogel.training.recompute import recomputing
-from tests.model.test_reuse import NAMES, calls
+from tests.model.reuse.test_slots import NAMES, calls
 from tests.tiny import opened
 
 

@@ -13,8 +13,8 @@ from aerogel.errors import AerogelError
 from aerogel.methods.method import ReusePolicy, Strengths
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.skips import followed_skips, resting, skips_of
-from aerogel.model.streams import steps_in
+from aerogel.model.reuse.skips import followed_skips, resting, skips_of
+from aerogel.model.reuse.streams import steps_in
 
 
 @dataclass(frozen=True)

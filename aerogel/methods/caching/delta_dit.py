@@ -13,7 +13,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.method import SpanPolicy, Strengths
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.spans import Rule, Tabled, followed_steps
+from aerogel.model.reuse.spans import Rule, Tabled, followed_steps
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from aerogel.data.replay import replays
 from aerogel.errors import AerogelError
 from aerogel.methods.method import ReusePolicy, Strengths
 from aerogel.model.calls import Call, map_tensors
-from aerogel.model.guidance import Guess, Half, HalfSlot, Halves, denoised, guided, require_pair
 from aerogel.model.network import Network
-from aerogel.model.reuse import Schedule, reusing, scheduled
-from aerogel.model.streams import steps_in
-from aerogel.model.units import units_of
+from aerogel.model.reuse.guidance import Guess, Half, HalfSlot, Halves, denoised, guided, require_pair
+from aerogel.model.reuse.slots import Schedule, reusing, scheduled
+from aerogel.model.reuse.streams import steps_in
+from aerogel.model.reuse.units import units_of
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.method import SpanPolicy, Strengths
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.spans import Rule, Stretch, followed_steps
+from aerogel.model.reuse.spans import Rule, Stretch, followed_steps
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from aerogel.data.replay import Replay, State, output_of, replays
 from aerogel.errors import AerogelError
 from aerogel.methods.method import BudgetPolicy
 from aerogel.model.calls import Call
-from aerogel.model.driven import Driven, driven
 from aerogel.model.network import Network
-from aerogel.model.reuse import Schedule
-from aerogel.model.streams import sampler_of, steps_in
-from aerogel.model.units import units_of
+from aerogel.model.reuse.driven import Driven, driven
+from aerogel.model.reuse.slots import Schedule
+from aerogel.model.reuse.streams import sampler_of, steps_in
+from aerogel.model.reuse.units import units_of
 from aerogel.training.budgets import Budget
 from aerogel.training.fit import progressed
 from aerogel.training.masks import Trials, mean_square

@@ -16,7 +16,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.method import SpanPolicy, Strengths
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.spans import Rule, Tabled, followed_steps, residuals
+from aerogel.model.reuse.spans import Rule, Tabled, followed_steps, residuals
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from aerogel.errors import AerogelError
 from aerogel.methods.method import ReusePolicy, Strengths
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.reuse import scheduled
-from aerogel.model.streams import steps_in
-from aerogel.model.units import units_of
+from aerogel.model.reuse.slots import scheduled
+from aerogel.model.reuse.streams import steps_in
+from aerogel.model.reuse.units import units_of
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import torch
 from aerogel.data.replay import replays
 from aerogel.methods.method import BudgetPolicy
 from aerogel.model.calls import Call
-from aerogel.model.driven import driven
 from aerogel.model.network import Network
-from aerogel.model.reuse import Schedule
-from aerogel.model.streams import sampler_of
-from aerogel.model.units import units_of
+from aerogel.model.reuse.driven import driven
+from aerogel.model.reuse.slots import Schedule
+from aerogel.model.reuse.streams import sampler_of
+from aerogel.model.reuse.units import units_of
 from aerogel.training.masks import Search, Trials
 
 

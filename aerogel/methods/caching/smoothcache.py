@@ -14,9 +14,9 @@ from aerogel.errors import AerogelError
 from aerogel.methods.method import ReusePolicy, Strengths
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
-from aerogel.model.reuse import scheduled
-from aerogel.model.streams import generations, steps_in
-from aerogel.model.units import units_of
+from aerogel.model.reuse.slots import scheduled
+from aerogel.model.reuse.streams import generations, steps_in
+from aerogel.model.reuse.units import units_of
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from aerogel.methods.method import SpanPolicy, Strengths
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.hooks import watching
 from aerogel.model.network import Network
-from aerogel.model.spans import Rule, Stretch, followed_steps
-from aerogel.model.streams import generations
-from aerogel.model.units import units_of
+from aerogel.model.reuse.spans import Rule, Stretch, followed_steps
+from aerogel.model.reuse.streams import generations
+from aerogel.model.reuse.units import units_of
 
 
 @dataclass(frozen=True)

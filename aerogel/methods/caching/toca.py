@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from aerogel.methods.method import ReusePolicy, Strengths
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.tokens import Tokenwise, recomputing, tokenwise
+from aerogel.model.reuse.tokens import Tokenwise, recomputing, tokenwise
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from aerogel.methods.caching.taylorseer import Taylorseer
 from aerogel.methods.method import ReusePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.units import units_of
+from aerogel.model.reuse.units import units_of
 from tests.methods.caching.test_fastercache import TEN, paired
-from tests.model.test_reuse import calls
+from tests.model.reuse.test_slots import calls
 from tests.tiny import opened, output
 
 SEVENTEEN = tuple(960.0 - 60 * place for place in range(17))

@@ -15,10 +15,10 @@ from aerogel.data.denoising import Denoising
 from aerogel.data.replay import Replay, State, output_of, replays
 from aerogel.errors import AerogelError
 from aerogel.methods.caching.harmonica import Harmonica, _Training
-from aerogel.model.driven import Driven, driven
 from aerogel.model.network import Network
-from aerogel.model.reuse import Schedule
-from aerogel.model.units import units_of
+from aerogel.model.reuse.driven import Driven, driven
+from aerogel.model.reuse.slots import Schedule
+from aerogel.model.reuse.units import units_of
 from aerogel.training.budgets import Budget, budget_of
 from tests.data.test_replay import painter, recorded
 

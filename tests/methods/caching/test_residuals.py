@@ -21,9 +21,9 @@ from aerogel.methods.caching.teacache import Teacache
 from aerogel.methods.method import ReusePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.spans import residuals
-from tests.model.test_reuse import calls
-from tests.model.test_spans import DEPTH, deep, ran
+from aerogel.model.reuse.spans import residuals
+from tests.model.reuse.test_slots import calls
+from tests.model.reuse.test_spans import DEPTH, deep, ran
 from tests.tiny import output
 
 TEN = tuple(99.0 - place for place in range(10))

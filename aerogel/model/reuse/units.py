@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call, bytes_in
-from aerogel.model.compiled import uncompiled
 from aerogel.model.convs import QuantConv2d
 from aerogel.model.hooks import answering
 from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
+from aerogel.model.reuse.compiled import uncompiled
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

@@ -16,8 +16,8 @@ from aerogel import catalog
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.skips import followed_skips, inner, resting
-from tests.model.test_reuse import STEPS
+from aerogel.model.reuse.skips import followed_skips, inner, resting
+from tests.model.reuse.test_slots import STEPS
 from tests.tiny import FAMILIES, VARIANTS, fill, opened, output
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call, tensors_in
-from aerogel.model.compiled import called, standing_in
 from aerogel.model.family import Skips
 from aerogel.model.network import Network
-from aerogel.model.streams import Following, followed, sampler_of, step_of, steps_in
+from aerogel.model.reuse.compiled import called, standing_in
+from aerogel.model.reuse.streams import Following, followed, sampler_of, step_of, steps_in
 from aerogel.model.trace import trace
 
 _CLOSE = 1e-2

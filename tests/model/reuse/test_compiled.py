@@ -19,13 +19,13 @@ from torch.overrides import TorchFunctionMode
 from aerogel.errors import AerogelError
 from aerogel.kernels import onepass
 from aerogel.methods.caching.taylorseer import _Series
-from aerogel.model.compiled import uncompiled
 from aerogel.model.network import Network
-from aerogel.model.reuse import Schedule, Slot, reusing
-from aerogel.model.spans import Tabled, spanning
-from aerogel.model.units import costs_of, units_of
-from tests.model.test_reuse import calls, scattered, table
-from tests.model.test_spans import AT, DEPTH, _Odd, deep
+from aerogel.model.reuse.compiled import uncompiled
+from aerogel.model.reuse.slots import Schedule, Slot, reusing
+from aerogel.model.reuse.spans import Tabled, spanning
+from aerogel.model.reuse.units import costs_of, units_of
+from tests.model.reuse.test_slots import calls, scattered, table
+from tests.model.reuse.test_spans import AT, DEPTH, _Odd, deep
 from tests.tiny import FAMILIES, fill, opened, output
 
 

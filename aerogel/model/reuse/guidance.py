@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call, map_tensors, tensors_in
 from aerogel.model.network import Network
-from aerogel.model.reuse import Reuse, Schedule, Slot, in_place, stand_ins
-from aerogel.model.streams import followed
+from aerogel.model.reuse.slots import Reuse, Schedule, Slot, in_place, stand_ins
+from aerogel.model.reuse.streams import followed
 
 Half = Literal["first", "second"]
 

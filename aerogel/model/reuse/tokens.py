@@ -20,12 +20,12 @@ from torch.nn.functional import max_pool2d, normalize, scaled_dot_product_attent
 from aerogel.errors import AerogelError
 from aerogel.model.attention import Attend, attending
 from aerogel.model.calls import Call
-from aerogel.model.compiled import compiled_around
 from aerogel.model.hooks import watching
 from aerogel.model.network import Network
-from aerogel.model.reuse import Reuse, Schedule, Slot, in_place, scheduled, stand_ins
-from aerogel.model.streams import followed
-from aerogel.model.units import units_of
+from aerogel.model.reuse.compiled import compiled_around
+from aerogel.model.reuse.slots import Reuse, Schedule, Slot, in_place, scheduled, stand_ins
+from aerogel.model.reuse.streams import followed
+from aerogel.model.reuse.units import units_of
 
 _MAP = 2**25
 """The most entries of attention maps that are held at once: 128 MiB of float32."""

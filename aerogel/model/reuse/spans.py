@@ -1,6 +1,6 @@
 """Denoisers that leave out stretches of blocks: what a stretch added to the stream when it last ran is added again.
 
-A stretch is blocks first..last-1, one behind the other. Unlike reuse of units (model/reuse.py) it costs one slot however long it is, and
+A stretch is blocks first..last-1, one behind the other. Unlike reuse of units (slots.py) it costs one slot however long it is, and
 the blocks' norms and modulations do not run either. Compiled blocks run, or do not, as they are; only a rule that sees what the first unit
 reads has the first block run as it is written.
 """
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call, bytes_in
-from aerogel.model.compiled import called, compiled, compiled_around, standing_in
 from aerogel.model.hooks import Stop, until
 from aerogel.model.network import Network
-from aerogel.model.stored import Slots, store_named, versions
-from aerogel.model.streams import Following, followed, generations, sampler_of, steps_in
-from aerogel.model.units import units_of
+from aerogel.model.reuse.compiled import called, compiled, compiled_around, standing_in
+from aerogel.model.reuse.stored import Slots, store_named, versions
+from aerogel.model.reuse.streams import Following, followed, generations, sampler_of, steps_in
+from aerogel.model.reuse.units import units_of
 
 Stretch = tuple[int, int]
 """The first block and the one behind the last."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aerogel.model.driven import driven
-from aerogel.model.reuse import reusing
-from aerogel.model.units import units_of
-from tests.model.test_reuse import NAMES, calls, everything, scattered, table
+from aerogel.model.reuse.driven import driven
+from aerogel.model.reuse.slots import reusing
+from aerogel.model.reuse.units import units_of
+from tests.model.reuse.test_slots import NAMES, calls, everything, scattered, table
 from tests.tiny import opened, output
 
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call, bytes_in
-from aerogel.model.compiled import by_pattern, called, compiled_around, standing_in
 from aerogel.model.network import Network
-from aerogel.model.stored import Slots, store_named, versions
-from aerogel.model.streams import Following, followed, sampler_of, steps_in
-from aerogel.model.units import units_of
+from aerogel.model.reuse.compiled import by_pattern, called, compiled_around, standing_in
+from aerogel.model.reuse.stored import Slots, store_named, versions
+from aerogel.model.reuse.streams import Following, followed, sampler_of, steps_in
+from aerogel.model.reuse.units import units_of
 
 
 @dataclass(frozen=True)
