@@ -24,7 +24,7 @@ from aerogel.data.denoising import Denoising, record
 from aerogel.data.replay import Replay, output_of, replays
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.reuse.slots import Schedule
+from aerogel.model.reuse.schedule import Schedule
 from aerogel.model.reuse.units import operations, units_of
 from aerogel.recipe import Recipe
 

@@ -34,7 +34,7 @@ from aerogel.model.calls import Call
 from aerogel.model.hooks import answering
 from aerogel.model.load import load
 from aerogel.model.network import Network
-from aerogel.model.reuse.slots import Schedule, reusing
+from aerogel.model.reuse.schedule import Schedule, reusing
 from aerogel.model.reuse.units import Costs, costs_of, units_of
 
 STEPS, SEED = (999.0, 749.0, 499.0, 249.0), 0

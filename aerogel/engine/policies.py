@@ -15,7 +15,7 @@ from torch import Tensor
 from aerogel.methods.method import ReusePolicy, RuntimePolicy
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
-from aerogel.model.reuse.slots import Schedule, slot_bytes
+from aerogel.model.reuse.schedule import Schedule, slot_bytes
 from aerogel.model.reuse.units import Costs, costs_of
 from aerogel.model.states import STATES, stored
 from aerogel.recipe import Recipe, Step

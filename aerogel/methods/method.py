@@ -16,7 +16,7 @@ from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.match import matches
 from aerogel.model.network import Network
-from aerogel.model.reuse.slots import Schedule, reusing
+from aerogel.model.reuse.schedule import Schedule, reusing
 from aerogel.model.reuse.spans import Rule, spanning
 from aerogel.model.reuse.stored import Slots, store_named
 from aerogel.numerics.scheme import Scheme

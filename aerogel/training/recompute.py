@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aerogel.model.hooks import answering
 from aerogel.model.reuse.driven import Driven
-from aerogel.model.reuse.slots import Slot
+from aerogel.model.reuse.schedule import Slot
 
 
 @contextmanager

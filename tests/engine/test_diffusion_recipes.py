@@ -15,7 +15,7 @@ from aerogel.data.denoising import Denoising, record
 from aerogel.engine import policies
 from aerogel.errors import AerogelError
 from aerogel.model.modules import QuantLinear
-from aerogel.model.reuse.slots import Schedule
+from aerogel.model.reuse.schedule import Schedule
 from aerogel.recipe import Recipe
 from tests.data.test_replay import painter
 from tests.engine.test_shipped_recipes import CLOSE as LANGUAGE

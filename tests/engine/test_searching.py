@@ -30,7 +30,7 @@ from aerogel.methods.method import BudgetPolicy, ReusePolicy
 from aerogel.model.calls import Call
 from aerogel.model.load import load
 from aerogel.model.network import Network
-from aerogel.model.reuse.slots import scheduled
+from aerogel.model.reuse.schedule import scheduled
 from aerogel.model.reuse.units import units_of
 from tests import painters
 

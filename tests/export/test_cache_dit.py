@@ -28,7 +28,7 @@ from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.reuse.units import units_of
 from tests import painters
-from tests.model.reuse.test_slots import calls, counted
+from tests.model.reuse.test_schedule import calls, counted
 from tests.model.reuse.test_spans import deep, ran
 from tests.tiny import FAMILIES, output
 

@@ -20,7 +20,7 @@ from aerogel.errors import AerogelError
 from aerogel.export.cache_policy import CachePolicy
 from aerogel.model.fingerprint import fingerprint
 from aerogel.model.load import load
-from aerogel.model.reuse.slots import Schedule, reusing
+from aerogel.model.reuse.schedule import Schedule, reusing
 from aerogel.model.save import resident
 from tests import painters
 from tests.tiny import FAMILIES, fill

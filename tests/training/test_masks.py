@@ -14,7 +14,7 @@ from aerogel.data.replay import Replay, output_of, replays
 from aerogel.errors import AerogelError
 from aerogel.model.network import Network
 from aerogel.model.reuse.driven import driven
-from aerogel.model.reuse.slots import Schedule, reusing
+from aerogel.model.reuse.schedule import Schedule, reusing
 from aerogel.model.reuse.units import units_of
 from aerogel.training.budgets import Budget, budget_of
 from aerogel.training.masks import Search, Trials

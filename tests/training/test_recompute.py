@@ -15,7 +15,7 @@ from aerogel.model.network import Network
 from aerogel.model.reuse.driven import Driven, Held, driven
 from aerogel.model.reuse.units import units_of
 from aerogel.training.recompute import recomputing
-from tests.model.reuse.test_slots import NAMES, calls
+from tests.model.reuse.test_schedule import NAMES, calls
 from tests.tiny import opened
 
 

@@ -21,7 +21,7 @@ from aerogel.methods.method import ReusePolicy, Strengths
 from aerogel.model.calls import Call, map_tensors
 from aerogel.model.network import Network
 from aerogel.model.reuse.guidance import Guess, Half, HalfSlot, Halves, denoised, guided, require_pair
-from aerogel.model.reuse.slots import Schedule, reusing, scheduled
+from aerogel.model.reuse.schedule import Schedule, reusing, scheduled
 from aerogel.model.reuse.streams import steps_in
 from aerogel.model.reuse.units import units_of
 

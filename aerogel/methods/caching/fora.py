@@ -12,7 +12,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.method import ReusePolicy, Strengths
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.reuse.slots import scheduled
+from aerogel.model.reuse.schedule import scheduled
 
 
 @dataclass(frozen=True)

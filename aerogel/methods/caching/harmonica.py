@@ -24,7 +24,7 @@ from aerogel.methods.method import BudgetPolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.reuse.driven import Driven, Held, Row, driven
-from aerogel.model.reuse.slots import Schedule
+from aerogel.model.reuse.schedule import Schedule
 from aerogel.model.reuse.streams import sampler_of, steps_in
 from aerogel.model.reuse.units import units_of
 from aerogel.training.budgets import Budget

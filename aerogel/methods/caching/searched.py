@@ -17,7 +17,7 @@ from aerogel.methods.method import BudgetPolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.reuse.driven import driven
-from aerogel.model.reuse.slots import Schedule
+from aerogel.model.reuse.schedule import Schedule
 from aerogel.model.reuse.streams import sampler_of
 from aerogel.model.reuse.units import units_of
 from aerogel.training.masks import Search, Trials

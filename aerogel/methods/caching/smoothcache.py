@@ -14,7 +14,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.method import ReusePolicy, Strengths
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
-from aerogel.model.reuse.slots import scheduled
+from aerogel.model.reuse.schedule import scheduled
 from aerogel.model.reuse.streams import generations, steps_in
 from aerogel.model.reuse.units import units_of
 

@@ -17,7 +17,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.method import ReusePolicy, Strengths
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.reuse.slots import Schedule, Slot, reusing, scheduled
+from aerogel.model.reuse.schedule import Schedule, Slot, reusing, scheduled
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from aerogel.model.calls import Call, map_tensors
 from aerogel.model.hooks import answering
 from aerogel.model.network import Network
 from aerogel.model.reuse.compiled import uncompiled
-from aerogel.model.reuse.slots import Slot, stand_ins
+from aerogel.model.reuse.schedule import Slot, stand_ins
 
 Held = tuple[Any, ...]
 """What each unit gave last, None where it has not run yet."""

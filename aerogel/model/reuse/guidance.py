@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call, map_tensors, tensors_in
 from aerogel.model.network import Network
-from aerogel.model.reuse.slots import Reuse, Schedule, Slot, in_place, stand_ins
+from aerogel.model.reuse.schedule import Reuse, Schedule, Slot, in_place, stand_ins
 from aerogel.model.reuse.streams import followed
 
 Half = Literal["first", "second"]

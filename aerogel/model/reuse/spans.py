@@ -1,6 +1,6 @@
 """Denoisers that leave out stretches of blocks: what a stretch added to the stream when it last ran is added again.
 
-A stretch is blocks first..last-1, one behind the other. Unlike reuse of units (slots.py) it costs one slot however long it is, and
+A stretch is blocks first..last-1, one behind the other. Unlike reuse of units (schedule.py) it costs one slot however long it is, and
 the blocks' norms and modulations do not run either. Compiled blocks run, or do not, as they are; only a rule that sees what the first unit
 reads has the first block run as it is written.
 """

@@ -23,7 +23,7 @@ from aerogel.model.calls import Call
 from aerogel.model.hooks import watching
 from aerogel.model.network import Network
 from aerogel.model.reuse.compiled import compiled_around
-from aerogel.model.reuse.slots import Reuse, Schedule, Slot, in_place, scheduled, stand_ins
+from aerogel.model.reuse.schedule import Reuse, Schedule, Slot, in_place, scheduled, stand_ins
 from aerogel.model.reuse.streams import followed
 from aerogel.model.reuse.units import units_of
 

@@ -26,7 +26,7 @@ from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.reuse.units import units_of
 from tests.methods.caching.test_fastercache import TEN, paired
-from tests.model.reuse.test_slots import calls
+from tests.model.reuse.test_schedule import calls
 from tests.tiny import opened, output
 
 SEVENTEEN = tuple(960.0 - 60 * place for place in range(17))

@@ -16,8 +16,8 @@ from aerogel.errors import AerogelError
 from aerogel.methods.caching.deepcache import Deepcache, gathered
 from aerogel.model.load import load
 from tests import painters
+from tests.model.reuse.test_schedule import calls as generation
 from tests.model.reuse.test_skips import calls, literal, made
-from tests.model.reuse.test_slots import calls as generation
 from tests.tiny import fill, opened, output
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' samplers

@@ -18,7 +18,7 @@ from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.reuse.units import units_of
 from tests.data.test_replay import painter, recorded
-from tests.model.reuse.test_slots import calls, counted
+from tests.model.reuse.test_schedule import calls, counted
 from tests.tiny import opened, output
 
 TEN = tuple(900.0 - 100 * place for place in range(10))

@@ -17,7 +17,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.caching.harmonica import Harmonica, _Training
 from aerogel.model.network import Network
 from aerogel.model.reuse.driven import Driven, driven
-from aerogel.model.reuse.slots import Schedule
+from aerogel.model.reuse.schedule import Schedule
 from aerogel.model.reuse.units import units_of
 from aerogel.training.budgets import Budget, budget_of
 from tests.data.test_replay import painter, recorded

@@ -20,7 +20,7 @@ from aerogel.methods.caching.l2c import L2c, _Training
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.reuse.driven import Driven, driven
-from aerogel.model.reuse.slots import Schedule
+from aerogel.model.reuse.schedule import Schedule
 from aerogel.model.reuse.units import units_of
 from aerogel.training.budgets import Budget, budget_of
 from tests.data.test_replay import SAMPLERS, painter, recorded

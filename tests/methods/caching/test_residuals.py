@@ -22,7 +22,7 @@ from aerogel.methods.method import ReusePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.reuse.spans import residuals
-from tests.model.reuse.test_slots import calls
+from tests.model.reuse.test_schedule import calls
 from tests.model.reuse.test_spans import DEPTH, deep, ran
 from tests.tiny import output
 

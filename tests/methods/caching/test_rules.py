@@ -15,10 +15,10 @@ from aerogel.methods.caching.fora import Fora
 from aerogel.methods.caching.pab import Pab, broadcast
 from aerogel.methods.caching.smoothcache import Smoothcache, smooth
 from aerogel.methods.caching.taylorseer import Taylorseer, _Series
-from aerogel.model.reuse.slots import Schedule, reusing
+from aerogel.model.reuse.schedule import Schedule, reusing
 from aerogel.model.reuse.units import units_of
 from tests.data.test_replay import painter, recorded
-from tests.model.reuse.test_slots import calls as generation
+from tests.model.reuse.test_schedule import calls as generation
 from tests.tiny import opened, output
 
 

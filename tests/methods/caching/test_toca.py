@@ -21,12 +21,12 @@ from aerogel.model import tokens
 from aerogel.model.attention import attending
 from aerogel.model.calls import Call, bytes_in
 from aerogel.model.network import Network
-from aerogel.model.reuse.slots import Schedule, reusing
+from aerogel.model.reuse.schedule import Schedule, reusing
 from aerogel.model.reuse.tokens import favoured, grid_of, received
 from aerogel.model.reuse.units import units_of
 from aerogel.numerics.attention import attention
 from tests.data.test_replay import painter, recorded
-from tests.model.reuse.test_slots import calls
+from tests.model.reuse.test_schedule import calls
 from tests.tiny import opened, output
 
 NINE = tuple(900.0 - 100 * row for row in range(9))

@@ -21,10 +21,10 @@ from aerogel.kernels import onepass
 from aerogel.methods.caching.taylorseer import _Series
 from aerogel.model.network import Network
 from aerogel.model.reuse.compiled import uncompiled
-from aerogel.model.reuse.slots import Schedule, Slot, reusing
+from aerogel.model.reuse.schedule import Schedule, Slot, reusing
 from aerogel.model.reuse.spans import Tabled, spanning
 from aerogel.model.reuse.units import costs_of, units_of
-from tests.model.reuse.test_slots import calls, scattered, table
+from tests.model.reuse.test_schedule import calls, scattered, table
 from tests.model.reuse.test_spans import AT, DEPTH, _Odd, deep
 from tests.tiny import FAMILIES, fill, opened, output
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from aerogel.model.reuse.driven import driven
-from aerogel.model.reuse.slots import reusing
+from aerogel.model.reuse.schedule import reusing
 from aerogel.model.reuse.units import units_of
-from tests.model.reuse.test_slots import NAMES, calls, everything, scattered, table
+from tests.model.reuse.test_schedule import NAMES, calls, everything, scattered, table
 from tests.tiny import opened, output
 
 

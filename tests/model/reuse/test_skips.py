@@ -17,7 +17,7 @@ from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.reuse.skips import followed_skips, inner, resting
-from tests.model.reuse.test_slots import STEPS
+from tests.model.reuse.test_schedule import STEPS
 from tests.tiny import FAMILIES, VARIANTS, fill, opened, output
 
 

@@ -15,7 +15,7 @@ from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.reuse.spans import Rule, Stretch, Tabled, followed_steps, residuals, spanning
-from tests.model.reuse.test_slots import STEPS, calls
+from tests.model.reuse.test_schedule import STEPS, calls
 from tests.tiny import FAMILIES, fill, opened, output
 
 NAMES = ["dit", "pixart", "wan", "sd3", "flux", "cogvideox"]

@@ -17,12 +17,12 @@ from aerogel.methods.caching.taylorseer import _Series
 from aerogel.methods.method import ReusePolicy, SpanPolicy
 from aerogel.model.calls import tensors_in
 from aerogel.model.network import Network
-from aerogel.model.reuse.slots import Schedule, Slot, reusing, slot_bytes, slot_sizes
+from aerogel.model.reuse.schedule import Schedule, Slot, reusing, slot_bytes, slot_sizes
 from aerogel.model.reuse.spans import Tabled, spanning
 from aerogel.model.reuse.stored import Float8, store_named
 from aerogel.model.reuse.units import costs_of, units_of
 from aerogel.recipe import Recipe
-from tests.model.reuse.test_slots import STEPS, calls, table
+from tests.model.reuse.test_schedule import STEPS, calls, table
 from tests.model.reuse.test_spans import AT, DEPTH, deep
 from tests.tiny import opened, output
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.reuse.slots import Schedule, reusing, scheduled, slot_bytes
+from aerogel.model.reuse.schedule import Schedule, reusing, scheduled, slot_bytes
 from aerogel.model.reuse.streams import steps_in
 from aerogel.model.reuse.units import costs_of, seconds_of, units_of
 from tests.tiny import FAMILIES, opened, output
