@@ -17,10 +17,10 @@ import aerogel
 from aerogel.errors import AerogelError
 from aerogel.methods.caching.duca import Duca
 from aerogel.methods.caching.toca import Toca
-from aerogel.model import tokens
 from aerogel.model.attention import attending
 from aerogel.model.calls import Call, bytes_in
 from aerogel.model.network import Network
+from aerogel.model.reuse import tokens
 from aerogel.model.reuse.schedule import Schedule, reusing
 from aerogel.model.reuse.tokens import favoured, grid_of, received
 from aerogel.model.reuse.units import units_of
