@@ -60,7 +60,7 @@ class Harmonica(BudgetPolicy):
     penalty: float = 3e-4
     """Weight of the scores' sum at the start, against relative errors; from there it is steered to the budget."""
     search: int = 0
-    """Trials of a local search: half of them from the learned schedule, half from the best of whole steps; the better result stays."""
+    """Trials of a local search that starts from the learned schedule, or from the best of whole steps if that is better."""
     samples: int = 32
     """Pictures that are made in each trial."""
     max_age: int = 0
@@ -257,15 +257,11 @@ class _Training:
 
     @torch.no_grad()
     def searched(self, mask_TN: Tensor) -> Tensor:
-        """Improve by trials on noise of their own, from the learned schedule and from the best of whole steps; keep the better."""
-        trials, judge = self._trials(), self._trials()
-        found = []
-        for start_TN in (mask_TN, None):
-            search = Search(trials, self.budget, trials.count + self.knobs.search // 2)
-            if start_TN is None:
-                start_TN = search.single_units(search.whole_steps((self.steps, self.units)))
-            found.append(search.swaps(start_TN))
-        return min(found, key=judge.error)
+        """Improve by trials on noise of their own."""
+        trials = self._trials()
+        search = Search(trials, self.budget, self.knobs.search)
+        other_TN = search.single_units(search.whole_steps((self.steps, self.units)))
+        return search.swaps(min((mask_TN, other_TN), key=trials.error))
 
     def _trials(self) -> Trials:
         pictures = len(self.fixed[1].x_BCHW) * group_size()
