@@ -129,7 +129,7 @@ class Bench:
         (run,) = replays(self.network, self._recorded(round(share * len(self.unseen.calls)), HELD, UNSEEN))
         with operations() as left:
             error = float((self._images(run) - self.exact).square().mean())
-        return {"reused": 1 - share, "macs": self.macs / left.get_total_flops(), "kb": 0.0, "error": error, "s": 0.0}
+        return {"reused": round(1 - share, 6), "macs": self.macs / left.get_total_flops(), "kb": 0.0, "error": error, "s": 0.0}
 
     def judge(self, step: dict[str, Any], ratio: float | None, seed: int) -> dict[str, float]:
         """Calibrate once and measure."""
@@ -146,7 +146,7 @@ class Bench:
         out = [stretch is not None for _, stretch in getattr(reuse, "decisions", [])]
         held = reuse.peak_bytes / len(self.exact) / 1024
         return {
-            "reused": Schedule.of(self.network, state).reused if "computed" in state else sum(out) / len(out),
+            "reused": round(Schedule.of(self.network, state).reused if "computed" in state else sum(out) / len(out), 6),
             "macs": self.macs / left.get_total_flops(),
             "kb": held,
             "error": error,
