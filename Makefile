@@ -46,6 +46,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/diffusion_speed.py
 	$(BIN)/python benchmarks/diffusion_time.py
 	$(BIN)/python benchmarks/diffusion_quality.py unet
+	$(BIN)/python benchmarks/caching_speed.py
+	$(BIN)/python benchmarks/caching.py
+	$(BIN)/python benchmarks/caching_joint.py
+	$(BIN)/python benchmarks/router_training.py
 	$(BIN)/python benchmarks/results.py
 
 docs: $(READY)

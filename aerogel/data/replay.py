@@ -9,7 +9,6 @@ B samples, C channels, H height, W width.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.model.calls import Call
+from aerogel.model.calls import Call, arguments_of
 from aerogel.model.network import Network
-from aerogel.model.reuse.streams import generations, step_of
+from aerogel.model.reuse.streams import generations, same_twice, step_of
 
 _CLOSE = 1e-2
 """Largest relative distance between a recorded and a replayed input; half precision needs that much."""
@@ -132,7 +131,7 @@ def output_of(given: Any) -> Tensor:
 
 
 def _replay(network: Network, sampler: Any, calls: Sequence[Call]) -> Replay:
-    names = list(inspect.signature(type(network.module).forward).parameters)[1:]
+    names = arguments_of(network.module)
     name, run = names[0], tuple(Call((), dict(zip(names, call.args, strict=False)) | call.kwargs) for call in calls)
     fresh = copy.deepcopy(sampler)
     try:
@@ -147,7 +146,7 @@ def _replay(network: Network, sampler: Any, calls: Sequence[Call]) -> Replay:
         raise AerogelError(
             f"{type(sampler).__name__} has other steps than the {len(run)} recorded ones from step {apart + 1} on: not replayed"
         )
-    halves = _same_halves(run[0].kwargs[name])
+    halves = same_twice(run[0].kwargs[name])
     found = Replay(run, fresh, name, halves)
     return Replay(run, fresh, name, halves, _guidance(network, found)) if halves else found
 
@@ -160,10 +159,6 @@ def _scaled(sampler: Any, x: Tensor, step: int) -> Tensor:
 
 def _scale_at(sampler: Any, step: int) -> float:
     return float(_scaled(copy.deepcopy(sampler), torch.ones(1, 1, 1, 1), step))
-
-
-def _same_halves(x_BCHW: Tensor) -> bool:
-    return len(x_BCHW) % 2 == 0 and torch.equal(*x_BCHW.chunk(2))
 
 
 @torch.no_grad()

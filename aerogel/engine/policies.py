@@ -38,7 +38,7 @@ def calibrated(network: Network, step: Step, calls: Sequence[Call]) -> Measured:
     """
     method = step.method
     assert isinstance(method, RuntimePolicy)
-    plain = isinstance(method, ReusePolicy) and type(method).on is ReusePolicy.on
+    plain = isinstance(method, ReusePolicy) and method.plain
     # Before the policy is made, which may take hours: what cannot be counted fails now.
     costs = costs_of(network, calls[0]) if plain and calls else None
     state = method.calibrate(network, calls)

@@ -25,8 +25,6 @@ from aerogel.model.save import new_folder
 from aerogel.model.states import FACTS
 
 _OURS, _THEIRS = "cache_dit.yaml", "diffusers.yaml"
-_PLAIN = "fora"
-"""A method whose units run or give their last output again, and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def _read(folder: Path) -> _Mask:
     if not family.streams:
         raise AerogelError(f"cache-dit runs transformers, whose blocks stand one behind the other, not {family.name} networks")
     policy = catalog.find("methods", name)(**knobs)
-    if type(policy).on is catalog.find("methods", _PLAIN).on:
+    if policy.plain:
         runs, first, last, blocks = _of_units(state)
     elif hasattr(policy, "rule"):
         runs, first, last, blocks = _of_stretches(name, policy.rule(state), state)

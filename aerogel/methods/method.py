@@ -97,6 +97,11 @@ class ReusePolicy(RuntimePolicy):
     slots: Slots = field(default="compute", kw_only=True)
     """How kept tensors are stored: in the dtype they are computed in, or as float8 (e4m3) with one scale a token."""
 
+    @property
+    def plain(self) -> bool:
+        """Whether it gives outputs again by its schedule and does nothing else: it puts itself on as this class does."""
+        return type(self).on is ReusePolicy.on
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "on" in vars(cls) and "rounds" not in vars(cls):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from aerogel.errors import AerogelError
-from aerogel.model.calls import Call
+from aerogel.model.calls import Call, arguments_of
 
 
 class Clock:
@@ -133,7 +132,7 @@ def in_use(pipeline: Any) -> str:
 
 def timestep_of(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The time step that a call of a denoiser has; raises AerogelError when its forward takes none."""
-    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+    names = arguments_of(denoiser)
     if "timestep" not in names:
         raise AerogelError(f"{type(denoiser).__name__} takes no timestep; temporal features are a matter of denoisers")
     return kwargs["timestep"] if "timestep" in kwargs else args[names.index("timestep")]

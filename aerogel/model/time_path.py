@@ -6,7 +6,6 @@ T steps, C channels of the sinusoid.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from aerogel.errors import AerogelError
-from aerogel.model.calls import Call, map_tensors
+from aerogel.model.calls import Call, arguments_of, map_tensors
 from aerogel.model.convs import size
 from aerogel.model.hooks import Stop, until, watching
 from aerogel.model.network import Network
@@ -158,7 +157,7 @@ def _entered(network: Network, path: TemporalPath, call: Call, step: float, look
 
 def _at(network: Network, call: Call, step: float) -> Call:
     """The same call at another step."""
-    names = list(inspect.signature(type(network.module).forward).parameters)[1:]
+    names = arguments_of(network.module)
     given = dict(zip(names, call.args, strict=False)) | call.kwargs
     before = given["timestep"]
     if isinstance(before, Tensor):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from aerogel.errors import AerogelError
 
 FILE = "aerogel.json"
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class _Part(BaseModel):
@@ -347,12 +348,17 @@ def read(folder: str | Path) -> Run:
 
 def parse(content: dict[str, Any], path: str | Path = FILE) -> Run:
     """Check a record that was read already; raises AerogelError that names the field."""
+    return checked(Run, content, path, "aerogel compress")
+
+
+def checked(kind: type[Kind], content: dict[str, Any], path: str | Path, command: str) -> Kind:
+    """The same for any kind of record; `command` wrote it."""
     try:
-        return Run.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the whole file"
-        raise AerogelError(f"{path}: {place}: {first['msg'].lower()}; it was changed after `aerogel compress` wrote it") from error
+        raise AerogelError(f"{path}: {place}: {first['msg'].lower()}; it was changed after `{command}` wrote it") from error
 
 
 def beside(folder: str | Path, run: Run) -> list[Run]:

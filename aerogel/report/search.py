@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from aerogel.errors import AerogelError
 from aerogel.report import phrases
 from aerogel.report.courses import Course, courses
 from aerogel.report.page import HERE, NARROW, WIDE, Figure, provenance
-from aerogel.report.record import Model, Png, Run
+from aerogel.report.record import Model, Png, Run, checked
 from aerogel.report.reuse import work_map
 from aerogel.report.svg import PALETTE
 from aerogel.report.tradeoff import Axis, Point, tradeoff
@@ -135,12 +135,7 @@ class Strip(NamedTuple):
 
 def parse(content: dict[str, Any], path: str | Path = FILE) -> Search:
     """Check a record that was read already; raises AerogelError that names the field."""
-    try:
-        return Search.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the whole file"
-        raise AerogelError(f"{path}: {place}: {first['msg'].lower()}; it was changed after `aerogel search` wrote it") from error
+    return checked(Search, content, path, "aerogel search")
 
 
 def write(folder: str | Path, path: str | Path | None = None) -> Path:

@@ -100,18 +100,17 @@ class Search:
     def whole_steps(self, shape: tuple[int, int]) -> Tensor:
         """Reuse whole steps, each time the one that costs least error, while the budget allows another; then exchange them for better."""
         mask_TN = torch.ones(shape, dtype=torch.bool)
-        self._settle(mask_TN)
+        best = self._settle(mask_TN)
         while True:
             room = [step for step in range(1, shape[0]) if bool(mask_TN[step].all()) and self.budget.reachable(_reused(mask_TN, step))]
             if not room or self.budget.saved(_reused(mask_TN, room[0])) > self.budget.saving * (1 + 1e-9) or self._spent():
-                return self._exchanged(mask_TN)
+                return self._exchanged(mask_TN, best)
             errors = {step: self.trials.error(_reused(mask_TN, step)) for step in room}
             mask_TN = _reused(mask_TN, min(errors, key=errors.__getitem__))
-            self._settle(mask_TN)
+            best = self._settle(mask_TN)
 
-    def _exchanged(self, mask_TN: Tensor) -> Tensor:
+    def _exchanged(self, mask_TN: Tensor, best: float) -> Tensor:
         """Let a whole step run and another rest in its place, the best such exchange first, until none lessens the error."""
-        best = self.trials.error(mask_TN)
         while True:
             out, back = ([step for step in range(1, len(mask_TN)) if bool(mask_TN[step].all()) == runs] for runs in (True, False))
             exchanged = (_reused(_running(mask_TN, again), step) for again in back for step in out)
@@ -119,9 +118,8 @@ class Search:
             errors = [self.trials.error(tried_TN) for tried_TN in tries if not self._spent()]
             if min(errors, default=math.inf) >= best:
                 return mask_TN
-            best = min(errors)
-            mask_TN = tries[errors.index(best)]
-            self._settle(mask_TN)
+            mask_TN = tries[errors.index(min(errors))]
+            best = self._settle(mask_TN)
 
     def single_units(self, mask_TN: Tensor) -> Tensor:
         """Greedily reuse single units until the budget is met, each time the one with the least error for what it saves.

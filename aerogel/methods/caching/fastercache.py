@@ -20,9 +20,9 @@ from aerogel.errors import AerogelError
 from aerogel.methods.method import ReusePolicy, Strengths
 from aerogel.model.calls import Call, map_tensors
 from aerogel.model.network import Network
-from aerogel.model.reuse.guidance import Guess, Half, HalfSlot, Halves, denoised, guided, require_pair
+from aerogel.model.reuse.guidance import Guess, Half, HalfSlot, Halves, guided, require_pair
 from aerogel.model.reuse.schedule import Schedule, reusing, scheduled
-from aerogel.model.reuse.streams import steps_in
+from aerogel.model.reuse.streams import latent_of, steps_in
 from aerogel.model.reuse.units import units_of
 
 
@@ -86,7 +86,7 @@ class Fastercache(ReusePolicy):
     def _conditional(self, network: Network, calls: Sequence[Call]) -> Half:
         """Which half has the condition: guidance goes from the other one towards it and beyond."""
         alone = "set unconditional_every to 1 to leave out attention only"
-        x = denoised(network.module, calls[0])
+        x = latent_of(network.module, calls[0].args, calls[0].kwargs)
         require_pair(x, alone)
         if x.ndim < 4:
             raise AerogelError(

@@ -5,7 +5,6 @@ Pipelines with classifier-free guidance give the denoiser the same samples twice
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.model.calls import Call, map_tensors, tensors_in
+from aerogel.model.calls import map_tensors, tensors_in
 from aerogel.model.network import Network
 from aerogel.model.reuse.schedule import Reuse, Schedule, Slot, in_place, stand_ins
-from aerogel.model.reuse.streams import followed
+from aerogel.model.reuse.streams import followed, latent_of, same_twice
 
 Half = Literal["first", "second"]
 
@@ -76,16 +75,13 @@ class Guided(Reuse):
         self._known: list[Any] | None = None
         """What is remembered of each output's two halves; None where no step needs it."""
 
-    def start(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Nothing: `narrow` has done it."""
-
-    def narrow(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def start(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a forward: find its step, and take the conditional half out of all that is of the batch's length if that runs alone.
 
         Raises AerogelError when a run begins whose batch is not the same samples twice.
         """
         super().start(denoiser, args, kwargs)
-        x = denoised(denoiser, Call(args, kwargs))
+        x = latent_of(denoiser, args, kwargs)
         if self._begins and not same_twice(x):
             raise AerogelError(
                 f"the batch of {len(x)} samples is not the same samples twice, but this cache was made for both branches of guidance in "
@@ -93,10 +89,7 @@ class Guided(Reuse):
             )
         if not self._alone:
             return None
-        halved: tuple[tuple[Any, ...], dict[str, Any]] = map_tensors(
-            lambda given: self._halves.cut(given) if given.ndim and len(given) == len(x) else given, (args, kwargs)
-        )
-        return halved
+        return map_tensors(lambda given: self._halves.cut(given) if given.ndim and len(given) == len(x) else given, (args, kwargs))
 
     def begin(self, row: int, memory: Any) -> None:
         """Set the slots, and find out which half runs."""
@@ -107,8 +100,13 @@ class Guided(Reuse):
             slot.half = self._halves.cut if self._alone else None
         super().begin(row, held)
 
-    def widen(self, _: nn.Module, __: Any, output: Any) -> Any:
+    def stop(self, denoiser: nn.Module, given: Any, output: Any) -> Any:
         """After a forward: put the guessed half beside the one that ran, or see how the two differ."""
+        made = None if output is None else self._widened(output)
+        super().stop(denoiser, given, output)
+        return made
+
+    def _widened(self, output: Any) -> Any:
         needed = not all(self._halves.both[self._row + 1 : self._row + 2])
         if not self._alone:
             halves = [self._halves.parted(given) for given in tensors_in(output)] if needed else []
@@ -143,29 +141,8 @@ def guided(
     """Put a schedule and the halves on the denoiser for a while; afterwards it is what it was."""
     slots, answers = stand_ins(network, make)
     guidance = Guided(schedule, slots, halves, guess, network.processor)
-    # Ahead of all other hooks, such as those that read the steps of the samples in the batch.
-    hooks = [
-        network.module.register_forward_pre_hook(guidance.narrow, with_kwargs=True, prepend=True),
-        network.module.register_forward_hook(guidance.widen),
-    ]
-    try:
-        with in_place(network.module, slots, answers), followed(network.module, guidance):
-            yield guidance
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def denoised(denoiser: nn.Module, call: Call) -> Tensor:
-    """What a call denoises: the first argument of the denoiser's forward."""
-    name = list(inspect.signature(type(denoiser).forward).parameters)[1]
-    given: Tensor = call.kwargs[name] if name in call.kwargs else call.args[0]
-    return given
-
-
-def same_twice(x: Tensor) -> bool:
-    """Whether the second half of a batch is the first once more."""
-    return len(x) % 2 == 0 and torch.equal(*x.chunk(2))
+    with in_place(network.module, slots, answers), followed(network.module, guidance):
+        yield guidance
 
 
 def require_pair(x: Tensor, otherwise: str) -> None:

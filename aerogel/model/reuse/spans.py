@@ -7,7 +7,6 @@ reads has the first block run as it is written.
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.model.calls import Call, bytes_in
+from aerogel.model.calls import Call, arguments_of, bytes_in
 from aerogel.model.hooks import Stop, until
 from aerogel.model.network import Network
 from aerogel.model.reuse.compiled import called, compiled, compiled_around, standing_in
@@ -175,7 +174,8 @@ class Spans(Following):
 
     def _decide(self, seen: Tensor | None) -> None:
         assert self._memory is not None, "begin() set it"
-        self._out = self._memory.rule.leaves_out(self._row, seen)
+        out = self._memory.rule.leaves_out(self._row, seen)
+        self._out = out if out in self._memory.changes else None  # without what it added, a stretch runs whatever the rule says
         self._memory.versions = versions(self._memory.rule.kept)
 
     def _left_out(self, place: int) -> bool:
@@ -272,8 +272,8 @@ def _require_same(kept: Any, before: tuple[int, ...]) -> None:
 
 
 def _read(block: nn.Module, streams: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> Parts:
-    places = list(inspect.signature(type(block).forward).parameters)[1:]
-    return tuple(kwargs[name] if name in kwargs else args[places.index(name)] for name in streams)
+    names = arguments_of(block)
+    return tuple(kwargs[name] if name in kwargs else args[names.index(name)] for name in streams)
 
 
 def _unpacked(made: Any) -> Parts:

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.model.calls import Call, bytes_in, tensors_in
+from aerogel.model.calls import Call, arguments_of, bytes_in, tensors_in
 from aerogel.model.clock import in_use, timestep_of
 from aerogel.model.network import Network
 
@@ -65,8 +66,8 @@ class Following(ABC):
         self._last = None
         self.drop()
 
-    def start(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a forward: find the stream and the step."""
+    def start(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before a forward: find the stream and the step; what is returned takes the place of (args, kwargs)."""
         step = step_of(denoiser, args, kwargs)
         timesteps = getattr(getattr(self._pipeline, "scheduler", None), "timesteps", None)
         if timesteps is not self._timesteps:  # also where the last run was given up
@@ -83,8 +84,8 @@ class Following(ABC):
         self.forwards += 1
         self.begin(row, self._memories.pop(self._stream, None))
 
-    def stop(self, _: nn.Module, __: Any, output: Any) -> None:
-        """After a forward: put the stream's memory away; after one that failed, forget all."""
+    def stop(self, _: nn.Module, __: Any, output: Any) -> Any:
+        """After a forward: put the stream's memory away; after one that failed, forget all. What is returned takes the output's place."""
         if output is None:
             self.reset()
             return
@@ -121,9 +122,9 @@ class Following(ABC):
 
 @contextmanager
 def followed(denoiser: nn.Module, by: Following) -> Iterator[None]:
-    """Let forwards be followed for a while."""
+    """Let forwards be followed for a while, ahead of all other hooks: these see what `by` makes of the arguments."""
     hooks = [
-        denoiser.register_forward_pre_hook(by.start, with_kwargs=True),
+        denoiser.register_forward_pre_hook(by.start, with_kwargs=True, prepend=True),
         denoiser.register_forward_hook(by.stop, always_call=True),
     ]
     try:
@@ -186,6 +187,18 @@ def generations(network: Network, calls: Sequence[Call]) -> list[Sequence[Call]]
             "branches of guidance in calls of their own, and samplers that call the denoiser several times a step, do not serve here"
         )
     return [calls[start : start + len(once)] for start in range(0, len(calls), len(once))]
+
+
+def latent_of(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a forward denoises: the first argument."""
+    name = arguments_of(denoiser)[0]
+    given: Tensor = kwargs[name] if name in kwargs else args[0]
+    return given
+
+
+def same_twice(x: Tensor) -> bool:
+    """Whether the second half of a batch is the first once more, as with both branches of guidance in one batch."""
+    return len(x) % 2 == 0 and torch.equal(*x.chunk(2))
 
 
 def step_of(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:

@@ -5,7 +5,6 @@ B batch, H heads, L queries, S keys, N tokens, K of them that are computed anew,
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from aerogel.model.hooks import watching
 from aerogel.model.network import Network
 from aerogel.model.reuse.compiled import compiled_around
 from aerogel.model.reuse.schedule import Reuse, Schedule, Slot, in_place, scheduled, stand_ins
-from aerogel.model.reuse.streams import followed
+from aerogel.model.reuse.streams import followed, latent_of
 from aerogel.model.reuse.units import units_of
 
 _MAP = 2**25
@@ -293,9 +292,9 @@ class _Recomputing(Reuse):
     slots: Mapping[str, _Some]
     _latent: Sequence[int] = ()
 
-    def start(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def start(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a forward."""
-        self._latent = _latent(denoiser, args, kwargs)
+        self._latent = latent_of(denoiser, args, kwargs).shape
         super().start(denoiser, args, kwargs)
 
     def begin(self, row: int, memory: Any) -> None:
@@ -361,7 +360,7 @@ def _scored_by(network: Network, call: Call, names: Sequence[str], cell: int) ->
             )
         found[name] = beside[0]
         if cell > 1:
-            grid_of(_latent(network.module, call.args, call.kwargs), tokens[name])
+            grid_of(latent_of(network.module, call.args, call.kwargs).shape, tokens[name])
     return found
 
 
@@ -373,13 +372,6 @@ def _require_written(network: Network) -> None:
             f"the {type(next(iter(around))).__name__} around {next(iter(around.values()))[0]} is compiled, and how many tokens run inside "
             "of it changes from step to step: take a denoiser that is not compiled, or a policy that reuses whole units (fora)"
         )
-
-
-def _latent(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[int]:
-    """The shape of what is denoised: the first argument."""
-    first = list(inspect.signature(type(denoiser).forward).parameters)[1]
-    given: Tensor = args[0] if args else kwargs[first]
-    return tuple(given.shape)
 
 
 def _wide(index_BK: Tensor, like_BND: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
 from aerogel.numerics.quantize import Grid
 from aerogel.recipe import Recipe
+from tests import painters
 from tests.data.test_replay import painter, recorded
 
 QUANTIZED: list[dict[str, Any]] = [
@@ -69,8 +71,6 @@ def test_ranges_are_those_of_the_generation_under_the_cache(fora: dict[str, Any]
 
 
 def test_steps_at_which_a_layer_rests_keep_their_ranges() -> None:
-    from tests import painters
-
     network = aerogel.load(painters.unconditional())
     calls = recorded(network, guidance=None, count=2)
     steps = [{"tiar": {"scheme": "W8A16_CHANNEL", "steps": 0}}, {"rtn": {"scheme": "W8A16_CHANNEL", "targets": ["Conv2d"]}}]
@@ -86,6 +86,20 @@ def test_steps_at_which_a_layer_rests_keep_their_ranges() -> None:
     assert int(after.zero[2]) == 7
     assert torch.equal(after.scale[others], before.scale[others])
     assert torch.equal(after.zero[others], before.zero[others])
+
+
+def test_a_folder_and_a_live_pipeline_get_the_same_ranges(tmp_path: Path) -> None:
+    """From a folder blocks come in and go again, the float network's too."""
+    recipe = {"steps": [*QUANTIZED, {"fora": {"interval": 2}}, {"recalibrate": {}}]}
+    wanted = Denoising(count=2, steps=4, batch=2)
+    painter().processor.save_pretrained(tmp_path / "in")
+    lazy = aerogel.compress(tmp_path / "in", recipe, samples=wanted, output=tmp_path / "out", measures=())
+    live, before = (
+        aerogel.compress(aerogel.load(tmp_path / "in", lazy=False), {"steps": steps}, samples=wanted, measures=())
+        for steps in (recipe["steps"], recipe["steps"][:-1])
+    )
+    assert torch.equal(grid(lazy.network).scale, grid(live.network).scale)
+    assert not torch.equal(grid(live.network).scale, grid(before.network).scale)
 
 
 def test_a_network_without_static_inputs_is_refused() -> None:

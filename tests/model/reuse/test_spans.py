@@ -162,6 +162,18 @@ def test_runs_and_branches_do_not_see_each_other() -> None:
             assert torch.equal(output(network.module, second), wanted[1])
 
 
+def test_another_shape_in_the_middle_of_a_run_runs_all_blocks() -> None:
+    network = deep("dit")
+    first, second, third, *_ = calls("dit")
+    one = [Call((), {key: value[:1] for key, value in call.kwargs.items()}) for call in (second, third)]
+    wanted = output(network.module, one[0])
+    with spanning(network, AT, partial(Tabled, ((1, DEPTH),), [None, 0, 0, None])) as spans:
+        output(network.module, first)
+        assert torch.equal(output(network.module, one[0]), wanted)
+        output(network.module, one[1])
+    assert [out for _, out in spans.decisions] == [None, None, 0], "what it then added is there at the next step"
+
+
 def test_a_failure_leaves_nothing_behind() -> None:
     network = deep("dit")
     with spanning(network, AT, partial(Tabled, ((1, DEPTH),), [None, 0, 0, None])):
