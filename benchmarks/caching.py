@@ -1,7 +1,7 @@
 """What reuse costs the zoo's DiT in its final pictures, policy beside policy at equal cache ratios; writes benchmarks/results/caching.json.
 
 python benchmarks/caching.py                         # 10 steps, all ratios and policies: hours on one thread; rows are written as they come
-python benchmarks/caching.py --only harmonica --ratios 0.3 --seeds 0
+python benchmarks/caching.py --only "harmonica and local search" --ratios 0.3 --seeds 0
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from aerogel.model.reuse.units import operations, units_of
 from aerogel.recipe import Recipe
 
 DIT = Path(__file__).parents[1] / "zoo" / "fashion-dit"
-GUIDANCE, HELD, UNSEEN, TRIALS = 1.5, 64, 99, 800
+GUIDANCE, HELD, UNSEEN, TRIALS = 1.5, 64, 99, 1200
 LEFT_OUT: list[tuple[str, str, tuple[float, ...]]] = [
     ("first_block", "threshold", (0.2, 0.3, 0.4)),
     ("teacache", "threshold", (0.2, 0.3, 0.4)),
@@ -70,7 +70,6 @@ def budgeted(ratios: list[float]) -> Iterator[tuple[str, float | None, dict[str,
         if ratio < 0.7:
             yield "evenly, from the fourth step", ratio, {"evenly": {"ratio": ratio, "first": 3}}
         yield "random slots", ratio, {}
-        yield "harmonica", ratio, {"harmonica": {"ratio": ratio}}
         yield "harmonica and local search", ratio, {"harmonica": {"ratio": ratio, "search": TRIALS}}
         yield "searched", ratio, {"searched": {"ratio": ratio, "trials": TRIALS}}
         for penalty in (1e-6, 1e-3) if ratio <= 0.5 else ():
@@ -100,7 +99,7 @@ class Bench:
 
     def __init__(self, steps: int) -> None:
         self.network: Network = aerogel.load(DIT, lazy=False)
-        self.calls = self._recorded(steps, 32, 0)
+        self.steps = steps
         self.few = self._recorded(steps, 32, 0, batch=4)
         (self.unseen,) = replays(self.network, self._recorded(steps, HELD, UNSEEN))
         with operations() as whole:
@@ -131,16 +130,23 @@ class Bench:
             error = float((self._images(run) - self.exact).square().mean())
         return {"reused": round(1 - share, 6), "macs": self.macs / left.get_total_flops(), "kb": 0.0, "error": error, "s": 0.0}
 
-    def judge(self, step: dict[str, Any], ratio: float | None, seed: int) -> dict[str, float]:
-        """Calibrate once and measure."""
+    def judge(self, label: str, step: dict[str, Any], ratio: float | None, seed: int) -> dict[str, dict[str, Any]]:
+        """Calibrate once and measure, by label: where a search is behind a router, the router's own schedule is measured too."""
         if "fewer steps" in step:
-            return self.fewer(step["fewer steps"])
+            return {label: self.fewer(step["fewer steps"])}
         (method,) = (one.method for one in Recipe.parse({"steps": [step or {"evenly": {"ratio": ratio}}]}).steps)
         torch.manual_seed(seed)
         start = time.process_time()
         trained = "harmonica" in step or "l2c" in step
-        state = method.calibrate(self.network, self.few if trained else self.calls) if step else self.random(ratio or 0, seed)
+        calls = self.few if trained else self._recorded(self.steps, 32, seed)
+        state = method.calibrate(self.network, calls) if step else self.random(ratio or 0, seed)
         taken = time.process_time() - start
+        found = {label: self._measured(method, state, taken)}
+        if "decoded" in state:
+            found["harmonica"] = self._measured(method, state | {"computed": state["decoded"]}, None)
+        return found
+
+    def _measured(self, method: Any, state: dict[str, Any], taken: float | None) -> dict[str, Any]:
         with method.on(self.network, state) as reuse, operations() as left:
             error = float((self._images(self.unseen) - self.exact).square().mean())
         out = [stretch is not None for _, stretch in getattr(reuse, "decisions", [])]
@@ -173,7 +179,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    path = FOLDER / "caching.json"
     for steps in given.steps:
         bench = Bench(steps)
         settings = {
@@ -183,26 +188,32 @@ def main() -> None:
         for label, ratio, step in chain(budgeted(given.ratios), ruled()):
             if given.only and label not in given.only and label.partition(",")[0] not in given.only:
                 continue
-            seeds = given.seeds if "harmonica" in label or "l2c" in label or not step else [0]
-            judged = [bench.judge(step, ratio, seed) for seed in seeds]
-            row: list[Any] = [steps, label, *(statistics.median(one[key] for one in judged) for key in ("reused", "macs", "kb", "error"))]
-            errors = [one["error"] for one in judged]
-            spread = f"{len(errors)}: {min(errors):.2g} to {max(errors):.2g}" if len(errors) > 1 else str(len(errors))
-            row += [None, spread, statistics.median(one["s"] for one in judged)]
-            before = json.loads(path.read_text())["rows"] if path.exists() else []
-            kept = [*(old for old in before if old[:2] != row[:2] or abs(old[2] - row[2]) > 1e-6), row]
-            for one in kept:
-                spaced = even(kept, one[0], one[2])
-                one[6] = None if spaced is None else one[5] / spaced
-            write(
-                path.stem,
-                "Reuse in a DiT: error of the final picture",
-                settings,
-                COLUMNS,
-                sorted(kept, key=lambda one: (one[0], one[2], one[5])),
-                NOTES,
-            )
-            print(row, flush=True)
+            anew = not step or not {"harmonica", "l2c", "searched"}.isdisjoint(step)
+            judged = [bench.judge(label, step, ratio, seed) for seed in (given.seeds if anew else [0])]
+            for name in judged[0]:
+                row = [steps, name, *summary([one[name] for one in judged])]
+                print(row, flush=True)
+                keep(row, settings)
+
+
+def summary(judged: list[dict[str, Any]]) -> list[Any]:
+    """The median of all seeds, and how far they lie apart."""
+    errors = [one["error"] for one in judged]
+    spread = f"{len(errors)}: {min(errors):.2g} to {max(errors):.2g}" if len(errors) > 1 else "1"
+    medians = [statistics.median(one[key] for one in judged) for key in ("reused", "macs", "kb", "error")]
+    return [*medians, None, spread, None if judged[0]["s"] is None else statistics.median(one["s"] for one in judged)]
+
+
+def keep(row: list[Any], settings: dict[str, Any]) -> None:
+    """Write a row among those that are there, and what all are of even spacing."""
+    path = FOLDER / "caching.json"
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = [*(old for old in before if old[:2] != row[:2] or abs(old[2] - row[2]) > 1e-6), row]
+    for one in kept:
+        spaced = even(kept, one[0], one[2])
+        one[6] = None if spaced is None else one[5] / spaced
+    kept.sort(key=lambda one: (one[0], one[2], one[5]))
+    write(path.stem, "Reuse in a DiT: error of the final picture", settings, COLUMNS, kept, NOTES)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,15 @@ class Budget:
         """Whether no unit is reused at more steps in a row than it may be."""
         return not self.max_age or None not in self._most(mask_TN, torch.zeros_like(mask_TN))
 
+    def young(self, mask_TN: Tensor) -> Tensor:
+        """The mask with as few more units running as the bound on steps in a row asks for."""
+        made_TN, age_N = mask_TN.clone(), torch.zeros(mask_TN.shape[1], dtype=torch.long)
+        for row_N in made_TN:
+            if self.max_age:
+                row_N |= age_N >= self.max_age
+            age_N = torch.where(row_N, 0, age_N + 1)
+        return made_TN
+
     def reachable(self, mask_TN: Tensor, open_TN: Tensor | None = None) -> bool:
         """Whether a mask is allowed and can be made to meet it by reusing more: of what is open, or of all behind the first step.
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -17,6 +19,11 @@ from aerogel.data.replay import Replay, State, output_of
 from aerogel.model.reuse.driven import Driven, Held
 from aerogel.training.budgets import Budget
 from aerogel.training.processes import averaged
+
+Exchange = tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+"""Pairs of a slot (step, unit) that is reused and is to run, and one that runs and is to be reused."""
+_NUMBERS = 2**16
+"""Most numbers that are kept of how a slot moves the images."""
 
 
 class Trials:
@@ -46,6 +53,23 @@ class Trials:
     def error(self, mask_TN: Tensor) -> float:
         """The mean squared error of the final images under a mask."""
         return self._error(self.images(mask_TN))
+
+    def apart(self, mask_TN: Tensor | None = None) -> Tensor:
+        """What the final images under a mask, or the settled one, are off by: all in one vector, hashed to fewer numbers if it is long."""
+        images = [along[-1][0].x_BCHW for along in self._along] if mask_TN is None else self.images(mask_TN)
+        apart = torch.cat([(a - b).flatten().float() for a, b in zip(images, self.exact, strict=True)])
+        if len(apart) <= _NUMBERS:
+            return apart
+        generator = torch.Generator().manual_seed(0)  # the same places and signs each time, so that inner products stay, nearly
+        places = torch.randint(_NUMBERS, apart.shape, generator=generator).to(apart.device)
+        signs = torch.randint(2, apart.shape, generator=generator).to(apart.device) * 2.0 - 1
+        return torch.zeros(_NUMBERS, device=apart.device).index_add_(0, places, signs * apart)
+
+    def products(self, vectors: Sequence[Tensor]) -> Tensor:
+        """The inner products of such vectors, as shares of the mean squared error; of all processes where they are shared."""
+        vectors_VX = torch.stack(list(vectors))
+        made_VV = (vectors_VX @ vectors_VX.T).double().cpu() / sum(image.numel() for image in self.exact)
+        return averaged(made_VV) if self._shares else made_VV
 
     @torch.no_grad()
     def settle(self, mask_TN: Tensor) -> float:
@@ -84,6 +108,51 @@ class Trials:
 def mean_square(images: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """The mean squared error over all images."""
     return sum(float((a.float() - b.float()).square().sum()) for a, b in zip(images, exact, strict=True)) / sum(x.numel() for x in exact)
+
+
+@dataclass(frozen=True)
+class _Moves:
+    """What exchanges promise, if what single slots do to the final images adds up."""
+
+    slots: list[tuple[int, int]]
+    runs: list[bool]
+    """Whether each runs as it is."""
+    products: Tensor
+    """Inner products (1 + slots, 1 + slots): of what images are off by as it is, and of how each slot, the other way, moves them."""
+
+    def pairs(self) -> list[Exchange]:
+        """Exchanges of two slots that lessen the error, the best first."""
+        return [((self.slots[rests], self.slots[runs]),) for rests, runs in self._best(self.products[0, 1:], set())]
+
+    def chains(self, allowed: Callable[[Exchange], Tensor | None], most: int = 16) -> Iterator[Exchange]:
+        """Several exchanges at once, each chosen as the best after those before it: all of them first, then half, and so on."""
+        chosen: list[tuple[tuple[int, int], tuple[int, int]]] = []
+        taken: set[int] = set()
+        along_S = self.products[0, 1:].clone()
+        while len(chosen) < most:
+            for rests, runs in self._best(along_S, taken):
+                if allowed((*chosen, (self.slots[rests], self.slots[runs]))) is not None:
+                    break
+            else:
+                break
+            chosen.append((self.slots[rests], self.slots[runs]))
+            taken |= {rests, runs}
+            along_S += self.products[1 + rests, 1:] + self.products[1 + runs, 1:]
+        length = len(chosen)
+        while length > 1:
+            yield tuple(chosen[:length])
+            length //= 2
+
+    def _best(self, along_S: Tensor, taken: set[int]) -> list[tuple[int, int]]:
+        """Places of a slot that rests and one that runs, by what exchanging them takes from the error; only those that do."""
+        resting, running = (
+            [place for place, runs in enumerate(self.runs) if runs == want and place not in taken] for want in (False, True)
+        )
+        gram_SS = self.products[1:, 1:]
+        alone_S = 2 * along_S + gram_SS.diagonal()
+        change_RR = alone_S[resting, None] + alone_S[None, running] + 2 * gram_SS[resting][:, running]
+        order = change_RR.flatten().argsort()[: int((change_RR < 0).sum())].tolist()
+        return [(resting[place // len(running)], running[place % len(running)]) for place in order]
 
 
 @dataclass
@@ -148,46 +217,38 @@ class Search:
     def swaps(self, mask_TN: Tensor) -> Tensor:
         """Exchange slots that are reused for slots that are not, as long as that lessens the error and trials are left.
 
-        Each round tries every slot alone for what it would change, then the pairs that promise most.
+        Each round tries every slot alone for how it moves the images, then the exchanges, several at once and one at a time, that promise
+        most if such moves add up.
         """
-        best = self._settle(mask_TN)
-        while not self._spent():
-            gains, losses = self._alone(mask_TN, best)
-            pairs = sorted((losses[add] - gains[drop], drop, add) for drop in gains for add in losses)
-            promising = [(drop, add) for change, drop, add in pairs if change < 0 and self._swapped(mask_TN, drop, add) is not None]
-            better = False
-            for drop, add in promising[: 4 * len(mask_TN)]:
-                tried = self._swapped(mask_TN, drop, add)  # by now another exchange may have taken one of them
+        best, better = self._settle(mask_TN), True
+        while better and not self._spent():
+            moves, better = self._moves(mask_TN), False
+            for exchange in chain(moves.chains(partial(self._swapped, mask_TN)), moves.pairs()[: 4 * len(mask_TN)]):
+                tried = self._swapped(mask_TN, exchange)  # by now another exchange may have taken one of its slots
                 if tried is not None and not self._spent() and self.trials.error(tried) < best:
                     mask_TN, better = tried, True
                     best = self._settle(mask_TN)
-            if not better:
-                break
         return mask_TN
 
-    def _alone(self, mask_TN: Tensor, best: float) -> tuple[dict[tuple[int, int], float], dict[tuple[int, int], float]]:
-        """What running each reused slot would take from the error, and what reusing each of the others would add."""
-        gains: dict[tuple[int, int], float] = {}
-        losses: dict[tuple[int, int], float] = {}
-        for step in range(len(mask_TN) - 1, 0, -1):  # the last are the cheapest to try
-            for unit in range(mask_TN.shape[1]):
-                if self._spent():
-                    return gains, losses
-                tried = mask_TN.clone()
-                tried[step, unit] ^= True
-                change = self.trials.error(tried) - best
-                if bool(mask_TN[step, unit]):
-                    losses[step, unit] = change
-                else:
-                    gains[step, unit] = -change
-        return gains, losses
+    def _moves(self, mask_TN: Tensor) -> _Moves:
+        """How each slot alone would move the images, the last first, which are the cheapest to try; of as many as trials are left for."""
+        slots = [(step, unit) for step in range(len(mask_TN) - 1, 0, -1) for unit in range(mask_TN.shape[1])]
+        moved = [self.trials.apart()]
+        for slot in slots:
+            if self._spent():
+                break
+            tried = mask_TN.clone()
+            tried[slot] ^= True
+            moved.append(self.trials.apart(tried) - moved[0])
+        return _Moves(slots[: len(moved) - 1], [bool(mask_TN[slot]) for slot in slots[: len(moved) - 1]], self.trials.products(moved))
 
-    def _swapped(self, mask_TN: Tensor, drop: tuple[int, int], add: tuple[int, int]) -> Tensor | None:
-        """The mask in which `drop` runs again and `add` is reused; None where that is not so now, or the budget does not have it."""
-        if bool(mask_TN[drop]) or not bool(mask_TN[add]):
-            return None
+    def _swapped(self, mask_TN: Tensor, exchange: Exchange) -> Tensor | None:
+        """The mask after an exchange; None where one of its slots is not what it was, or the budget does not have it."""
         made = mask_TN.clone()
-        made[drop], made[add] = True, False
+        for rests, runs in exchange:
+            if bool(made[rests]) or not bool(made[runs]):
+                return None
+            made[rests], made[runs] = True, False
         return made if self.budget.met(made) and self.budget.allowed(made) else None
 
     def _settle(self, mask_TN: Tensor) -> float:

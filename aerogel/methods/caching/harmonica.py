@@ -44,23 +44,26 @@ _STEERING = 0.05
 
 @dataclass(frozen=True)
 class Harmonica(BudgetPolicy):
-    """Learns which attentions and feed-forwards of a denoiser to reuse at which steps, for an exact budget."""
+    """Learns which attentions and feed-forwards of a denoiser to reuse at which steps, for an exact budget.
+
+    Without a budget (neither `ratio` nor `target_speedup`) the penalty stays as it is and the threshold decides, as published.
+    """
 
     trajectories: int = 200
     """Generations to train on (published: 2000 for 10 steps); each is of as many pictures as were recorded at once."""
     rate: float = 0.1
     """Learning rate of Adam (published: 0.01 for ten times as many trajectories)."""
     threshold: float = 0.1
-    """A unit with a score above it refreshes what is kept."""
+    """A unit with a score above it refreshes what is kept; without a budget, one with a score up to it is reused."""
     proxy: Proxy = "leave_one_out"
     """What weighs the steps: how the final image moves when a step alone computes everything, or when it joins those before it that
     reuse (as the released code has it); `none` weighs all alike."""
     refresh: int = 50
     """Trajectories between two measurements of the proxy."""
     penalty: float = 3e-4
-    """Weight of the scores' sum at the start, against relative errors; from there it is steered to the budget."""
+    """Weight of the scores' sum at the start, against relative errors; from there it is steered to the budget, if there is one."""
     search: int = 0
-    """Trials of a local search that starts from the learned schedule, or from the best of whole steps if that is better."""
+    """Trials of a local search: a first half from the best of whole steps, the rest from the learned schedule; the better is kept."""
     samples: int = 32
     """Pictures that are made in each trial."""
     max_age: int = 0
@@ -69,9 +72,17 @@ class Harmonica(BudgetPolicy):
     """Whether training keeps only what goes into each block and computes the rest again for gradients: slower, and less memory (published:
     no)."""
 
+    @property
+    def budgeted(self) -> bool:
+        """Whether a budget is asked for."""
+        return self.ratio is not None or self.target_speedup is not None
+
     def budget(self, network: Network, calls: Sequence[Call]) -> Budget:
-        """What has to be saved, by the costs that the first process measures; raises AerogelError also where max_age forbids it."""
-        mine = super().budget(network, calls)
+        """What has to be saved, by the costs that the first process measures; raises AerogelError also where max_age forbids it.
+
+        Nothing, and all units cost the same, where a threshold decides.
+        """
+        mine = super().budget(network, calls) if self.budgeted else Budget((1.0,) * len(units_of(network)), 0.0)
         saving, *cost_N = of_first(torch.tensor([mine.saving, *mine.cost_N], dtype=torch.float64)).tolist()
         return Budget(tuple(cost_N), saving).aged(self.max_age, len(steps_in(network, calls)))
 
@@ -91,16 +102,17 @@ class Harmonica(BudgetPolicy):
         with driven(network) as denoiser, recomputing(denoiser) if self.checkpointing else nullcontext():
             training = _Training(self, denoiser, runs, budget, len(units), generator)
             training.run()
-            mask_TN = training.decoded()
+            mask_TN = decoded_TN = training.decoded()
             training.note(mask_TN)
             if self.search:
                 mask_TN = training.searched(mask_TN)
             unseen = training.unseen()
             error, without = unseen.error(mask_TN), unseen.error(torch.ones_like(mask_TN))
-        state = Schedule(runs[0].steps, sampler_of(network), units, mask_TN).as_state()
-        return state | {
-            "scores": training.scores(), "lambda": training.lambda_T, "penalty": training.penalty, "guidance": runs[0].guidance,
-            "error": error, "error_without_reuse": without, "log": training.log,
+        found = Schedule(runs[0].steps, sampler_of(network), units, mask_TN)
+        return found.as_state() | {
+            "decoded": replace(found, computed_TN=decoded_TN).as_state()["computed"], "guidance": runs[0].guidance, "error": error,
+            "error_without_reuse": without, "scores": training.scores(), "lambda": training.lambda_T, "penalty": training.penalty,
+            "log": training.log,
         }  # fmt: skip
 
 
@@ -187,6 +199,8 @@ class _Training:
 
     def _steer(self) -> None:
         """Move the penalty's weight towards the budget."""
+        if not self.knobs.budgeted:
+            return
         reached = self.budget.saved(self.hard()) / max(self.budget.saving, 1e-12)
         self.penalty *= math.exp(_STEERING * max(-1.0, 1 - reached))
 
@@ -241,7 +255,14 @@ class _Training:
         return state.x_BCHW
 
     def decoded(self) -> Tensor:
-        """The schedule of the budget: lowest scores first; of equal ones those that cost the image least for what they save."""
+        """The schedule of the budget: lowest scores first; of equal ones those that cost the image least for what they save.
+
+        Without a budget the schedule of the threshold, which from then on is the budget.
+        """
+        if not self.knobs.budgeted:
+            mask_TN = self.budget.young(self.hard())
+            self.budget = replace(self.budget, saving=self.budget.saved(mask_TN))
+            return mask_TN
         scores_TN = self.scores()
         slots = [(step, unit) for step in range(1, self.steps) for unit in range(self.units)]
         order = sorted(
@@ -257,16 +278,17 @@ class _Training:
 
     @torch.no_grad()
     def searched(self, mask_TN: Tensor) -> Tensor:
-        """Improve by trials on noise of their own."""
+        """Improve by trials on noise of their own: once from whole steps, with half of them or fewer, then from the router's schedule."""
         trials = self._trials()
-        search = Search(trials, self.budget, self.knobs.search)
-        other_TN = search.single_units(search.whole_steps((self.steps, self.units)))
-        return search.swaps(min((mask_TN, other_TN), key=trials.error))
+        search = Search(trials, self.budget, self.knobs.search // 2)
+        other_TN = search.swaps(search.single_units(search.whole_steps((self.steps, self.units))))
+        search.limit = self.knobs.search
+        return min((search.swaps(mask_TN), other_TN), key=trials.error)
 
     def _trials(self) -> Trials:
         pictures = len(self.fixed[1].x_BCHW) * group_size()
-        runs, states = zip(*(self._begin() for _ in range(math.ceil(self.knobs.samples / pictures))), strict=True)
-        return Trials(self.denoiser, runs, states, shared=True)
+        numbers = [number % len(self.runs) for number in range(math.ceil(self.knobs.samples / pictures))]
+        return Trials(self.denoiser, [self.shares[number] for number in numbers], [self._noise(number) for number in numbers], shared=True)
 
     def unseen(self) -> Trials:
         """Trials of the first recorded generation, with noise of their own."""

@@ -20,6 +20,7 @@ from aerogel.model.reuse.driven import Driven, driven
 from aerogel.model.reuse.schedule import Schedule
 from aerogel.model.reuse.units import units_of
 from aerogel.training.budgets import Budget, budget_of
+from aerogel.training.masks import Search
 from tests.data.test_replay import painter, recorded
 
 SHORT: dict[str, Any] = {"ratio": 0.4, "trajectories": 6, "refresh": 3}
@@ -126,6 +127,30 @@ def test_no_unit_is_reused_longer_than_it_may(max_age: int, ratio: float, search
     assert schedule.reused == pytest.approx(ratio)
 
 
+@pytest.mark.parametrize("search", [0, 20])
+def test_without_a_budget_the_threshold_decides_and_the_penalty_stays(search: int) -> None:
+    network = painter()
+    knobs = SHORT | {"ratio": None, "penalty": 3e-2, "trajectories": 30, "threshold": 0.5, "search": search, "samples": 4}
+    state = Harmonica(**knobs).calibrate(network, recorded(network))
+    schedule, low_TN = Schedule.of(network, state), state["scores"] <= 0.5
+    assert state["penalty"] == 3e-2
+    assert low_TN.any()
+    assert int((~schedule.computed_TN).sum()) == int(low_TN.sum()), "a search keeps the count"
+    if not search:
+        assert torch.equal(schedule.computed_TN, ~low_TN)
+
+
+def test_a_threshold_with_a_bound_on_age_runs_what_would_grow_too_old() -> None:
+    network = painter()
+    with driven(network) as denoiser:
+        made = training(network, denoiser, replays(network, recorded(network)), ratio=None, max_age=2)
+        for row, logits in enumerate([[5.0, 5.0], [-5.0, 3.0], [-5.0, -5.0], [-5.0, -5.0], [-5.0, -5.0]]):
+            made.rows[row].data = torch.tensor(logits)
+        made.budget = Budget((1.0, 1.0), 0.0, 2)
+        assert (~made.decoded()).nonzero().tolist() == [[1, 0], [2, 0], [2, 1], [3, 1], [4, 0]]
+        assert made.budget.saving == 5
+
+
 def test_a_bound_on_age_passes_over_low_scores() -> None:
     network = painter()
     with driven(network) as denoiser:
@@ -180,16 +205,28 @@ def test_lowest_scores_are_reused_first_and_ties_fall_to_what_costs_the_image_le
             assert (~made.decoded()).nonzero().tolist() == reused
 
 
-def test_the_search_behind_it_only_betters_the_error() -> None:
+def test_the_search_behind_it_keeps_the_better_of_two_starts() -> None:
     network = painter()
-    with driven(network) as denoiser:
-        made = training(network, denoiser, replays(network, recorded(network)))
-        made.run()
+    with driven(network) as denoiser, torch.no_grad():
+        made = training(network, denoiser, replays(network, recorded(network)), search=200, samples=4)
         decoded = made.decoded()
+        generator = made.generator.get_state()
         found = made.searched(decoded)
+        made.generator.set_state(generator)
+        search = Search(made._trials(), made.budget, 10**6)
         assert made.budget.met(found)
-    state = Harmonica(**SHORT, search=60).calibrate(network, recorded(network))
-    assert Schedule.of(network, state).reused == pytest.approx(0.4)
+        ends = [search.swaps(decoded), search.swaps(search.single_units(search.whole_steps(tuple(decoded.shape))))]
+        assert search.trials.error(found) == pytest.approx(min(map(search.trials.error, ends)), rel=1e-5)
+
+
+def test_the_router_s_own_schedule_stays_beside_what_the_search_made_of_it() -> None:
+    states = []
+    for search in (0, 60):
+        torch.manual_seed(3)
+        network = painter()
+        states.append(Harmonica(**SHORT, search=search, samples=4).calibrate(network, recorded(network)))
+    assert states[1]["decoded"] == states[0]["decoded"] == states[0]["computed"]
+    assert sum(row.count("0") for row in states[1]["computed"]) == 4
 
 
 def test_the_penalty_follows_the_budget() -> None:
