@@ -125,7 +125,7 @@ def test_chains_take_the_best_exchange_after_those_before(seed: int, trials: Tri
     search._settle(settled)
     found = search._moves(settled)
     vectors = torch.randn(1 + len(found.slots), 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    vectors[1:] -= vectors[0] / 4
+    vectors[1:] = vectors[1:] / 2 - vectors[0] / 6
     moves = _Moves(found.slots, found.runs, vectors @ vectors.T)
 
     def promised(slots: list[int]) -> float:
