@@ -92,6 +92,8 @@ def _measured(network: Network, recipe: Recipe, samples: Given | None, seed: int
     calls = prepare(network, shown(network, samples), seed, head=False).calls
     made: list[Measured] = []
     for number, step in enumerate(recipe.steps):
+        before = policies.revised(step, made)
+        made = made if before is None else made[:-1]
         with policies.on(network, made), seeded(seed, number):
-            made.append(policies.calibrated(network, step, calls))
+            made.append(policies.calibrated(network, step, calls, before))
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from aerogel.engine.calibration import Given, Reading, reading, shown
 from aerogel.engine.progress import StageName
 from aerogel.evaluate.measure import TextMeasure
-from aerogel.methods.method import BlockMethod, Method, ReusePolicy, RuntimePolicy, WeightMethod
+from aerogel.methods.method import BlockMethod, Method, ReusePolicy, RevisingPolicy, RuntimePolicy, WeightMethod
 from aerogel.model import layout
 from aerogel.model.block import Block
 from aerogel.model.convs import Layer, refuse, size
@@ -25,7 +25,7 @@ from aerogel.model.network import Network
 from aerogel.model.slots import Slot, slots
 from aerogel.model.trace import AROUND
 from aerogel.numerics.scheme import Scheme
-from aerogel.recipe import Recipe
+from aerogel.recipe import Recipe, Step
 
 _GROUPS = (32, 48, 64, 96, 128, 192, 256)
 _BYTES_A_SECOND = 300e6
@@ -131,13 +131,22 @@ def blocks_of(network: Network) -> Iterator[Block]:
 
 
 def _out_of_order(recipe: Recipe) -> Iterator[str]:
-    """What comes behind a step that lets parts of the network rest, and cannot."""
+    """What comes behind a step that lets parts of the network rest, and cannot; and what goes on from a schedule that is not there."""
     for number, step in enumerate(recipe.steps):
         for later in recipe.steps[number + 1 :] if isinstance(step.method, ReusePolicy) else ():
             if not isinstance(later.method, RuntimePolicy) and not (isinstance(later.method, Method) and later.method.beside_reuse):
                 yield f"{later.name} comes after {step.name}, but needs a network all of whose parts run; put {step.name} last"
-            elif isinstance(later.method, ReusePolicy):
+            elif isinstance(later.method, ReusePolicy) and not isinstance(later.method, RevisingPolicy):
                 yield f"{later.name} comes after {step.name}: parts of a network follow one schedule; leave one of them out"
+        if isinstance(step.method, RevisingPolicy):
+            yield from _unrevisable(step.name, [one for one in recipe.steps[:number] if isinstance(one.method, RuntimePolicy)])
+
+
+def _unrevisable(name: str, policies: Sequence[Step]) -> Iterator[str]:
+    before = policies[-1].method if policies else None
+    if not isinstance(before, ReusePolicy) or not before.plain:
+        behind = f"the policy before it is {policies[-1].name}" if policies else "there is no policy before it"
+        yield f"{name} goes on from a schedule of reuse, and {behind}; put one such as harmonica or searched right before it"
 
 
 def _touched(network: Network, recipe: Recipe) -> tuple[list[Touched], list[str]]:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aerogel.methods.method import ReusePolicy, RuntimePolicy
+from aerogel.methods.method import ReusePolicy, RevisingPolicy, RuntimePolicy
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
 from aerogel.model.reuse.schedule import Schedule, slot_bytes
@@ -30,8 +30,8 @@ class Measured:
     """Tensors, numbers and texts by name."""
 
 
-def calibrated(network: Network, step: Step, calls: Sequence[Call]) -> Measured:
-    """Calibrate a policy; one that reuses by a schedule and does nothing else is also told what that saves.
+def calibrated(network: Network, step: Step, calls: Sequence[Call], before: Measured | None = None) -> Measured:
+    """Calibrate a policy, or let it revise the one before; one that reuses by a schedule and does nothing else is told what that saves.
 
     Of one sample, of which a picture under guidance has two: `macs` are the multiply-accumulates of a forward, `macs_saved` the share of
     a whole run's that is left out, `slot_bytes` the most that is held between two steps.
@@ -41,10 +41,18 @@ def calibrated(network: Network, step: Step, calls: Sequence[Call]) -> Measured:
     plain = isinstance(method, ReusePolicy) and method.plain
     # Before the policy is made, which may take hours: what cannot be counted fails now.
     costs = costs_of(network, calls[0]) if plain and calls else None
-    state = method.calibrate(network, calls)
+    if isinstance(method, RevisingPolicy) and before is not None:
+        state = method.revise(network, calls, before.state)
+    else:
+        state = method.calibrate(network, calls)
     if costs is not None:
         state = state | _saving(Schedule.of(network, state), costs, len(tensors_in((calls[0].args, calls[0].kwargs))[0]))
     return Measured(step, state)
+
+
+def revised(step: Step, before: Sequence[Measured]) -> Measured | None:
+    """The last of the policies before, if this step goes on from it."""
+    return before[-1] if before and isinstance(step.method, RevisingPolicy) else None
 
 
 def _saving(schedule: Schedule, costs: Costs, samples: int) -> dict[str, Any]:

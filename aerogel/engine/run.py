@@ -215,6 +215,7 @@ class Run:
             self.network.teacher = teacher_of(self.network)
         with ExitStack() as stack:
             stack.callback(setattr, self.network, "teacher", None)
+            last = ExitStack()
             for number, steps in enumerate(stages):
                 method = steps[0].method
                 if isinstance(method, BlockMethod):
@@ -226,12 +227,16 @@ class Run:
                     if isinstance(method, Method):
                         self._change_whole(number, method)
                         continue
-                    measured = self._calibrate(number, steps[0], method)
-                stack.enter_context(policies.on(self.network, [measured]))
+                    if (before := policies.revised(steps[0], self.policies)) is not None:
+                        last.close()
+                        self.policies.pop()
+                    measured = self._calibrate(number, steps[0], method, before)
+                last = stack.enter_context(ExitStack())
+                last.enter_context(policies.on(self.network, [measured]))
 
-    def _calibrate(self, number: int, step: Step, policy: RuntimePolicy) -> Measured:
+    def _calibrate(self, number: int, step: Step, policy: RuntimePolicy, before: Measured | None) -> Measured:
         with self._resident(), awake(self._teacher(policy)), seeded(self.seed, number):
-            self.policies.append(policies.calibrated(self.network, step, self.calibration.calls))
+            self.policies.append(policies.calibrated(self.network, step, self.calibration.calls, before))
         return self.policies[-1]
 
     def _teacher(self, method: Method | RuntimePolicy) -> Network | None:

@@ -118,6 +118,18 @@ class ReusePolicy(RuntimePolicy):
         return reusing(network, Schedule.of(network, state), store=self.slots)
 
 
+class RevisingPolicy(ReusePolicy):
+    """Goes on from the schedule of the policy before it, which it takes the place of."""
+
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+        """Refuse: by itself it has nothing to go on from."""
+        raise AerogelError(f"{type(self).__name__.lower()} goes on from a schedule: put a policy that reuses by one before it")
+
+    @abstractmethod
+    def revise(self, network: Network, calls: Sequence[Call], before: dict[str, Any]) -> dict[str, Any]:
+        """Return the state that takes the place of the one before; that policy is off meanwhile."""
+
+
 class SpanPolicy(ReusePolicy):
     """Leaves out stretches of a denoiser's blocks by a rule, and adds what they added before."""
 

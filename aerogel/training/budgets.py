@@ -148,6 +148,13 @@ def budget_of(network: Network, calls: Sequence[Call], ratio: float | None, spee
     return made
 
 
+def budget_like(network: Network, call: Call, mask_TN: Tensor, by: Measure) -> Budget:
+    """The budget that a mask meets by what it saves."""
+    _, cost_N = _costs(network, call, by)
+    made = Budget(cost_N, 0.0)
+    return replace(made, saving=made.saved(mask_TN))
+
+
 def _costs(network: Network, call: Call, by: Measure) -> tuple[float, tuple[float, ...]]:
     if by == "latency":
         return seconds_of(network, call)

@@ -8,15 +8,19 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from aerogel.data.replay import Replay, State, output_of
-from aerogel.model.reuse.driven import Driven, Held
+from aerogel.data.replay import Replay, State, output_of, replays
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
+from aerogel.model.reuse.driven import Driven, Held, driven
 from aerogel.training.budgets import Budget
 from aerogel.training.processes import averaged
 
@@ -103,6 +107,37 @@ class Trials:
             made, held = self.driven.step(replay.call(state), row, held)
             state = replay.advance(state, output_of(made))
         return state.x_BCHW
+
+
+@dataclass(frozen=True)
+class Generations:
+    """Recorded generations to try masks on, and as many of other noise to judge what was found."""
+
+    runs: Sequence[Replay]
+    trials: Trials
+    unseen: Trials
+
+    def facts(self, mask_TN: Tensor) -> dict[str, Any]:
+        """What a policy's state says of a mask that was found: errors on both, the unseen ones' without reuse, trials, guidance."""
+        seen, count = self.trials.settle(mask_TN), self.trials.count
+        error, without = self.unseen.error(mask_TN), self.unseen.error(torch.ones_like(mask_TN))
+        return {
+            "error": error, "error_without_reuse": without, "error_of_trials": seen, "trials": count, "guidance": self.runs[0].guidance
+        }  # fmt: skip
+
+
+@contextmanager
+def generating(network: Network, calls: Sequence[Call], samples: int) -> Iterator[Generations]:
+    """Take over a denoiser to try masks on the first of its recorded generations, about as many pictures as `samples` says.
+
+    Raises AerogelError when the calls do not replay.
+    """
+    recorded = replays(network, calls)
+    runs = recorded[: max(1, math.ceil(samples / len(recorded[0].start().x_BCHW)))]
+    generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+    with driven(network) as denoiser, torch.no_grad():
+        trials = Trials(denoiser, runs, [run.start() for run in runs])
+        yield Generations(runs, trials, Trials(denoiser, runs, [run.noise(generator) for run in runs]))
 
 
 def mean_square(images: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

@@ -63,6 +63,7 @@ REFUSED = {
     "recalibrate": (set(FAMILIES), "no layer has inputs with static ranges"),
     # These learn from whole generations of a pipeline's sampler: tests of their own have pipelines.
     **dict.fromkeys(("searched", "l2c"), (set(FAMILIES), "give one of ratio|names no units")),
+    "refined": (set(FAMILIES), "goes on from a schedule|different time steps|names no units"),
     "harmonica": (set(FAMILIES), "different time steps|came without its pipeline|names no units"),
 }
 

@@ -5,22 +5,17 @@ T steps, N units.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from aerogel.data.replay import replays
 from aerogel.methods.method import BudgetPolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.reuse.driven import driven
 from aerogel.model.reuse.schedule import Schedule
 from aerogel.model.reuse.streams import sampler_of
 from aerogel.model.reuse.units import units_of
-from aerogel.training.masks import Search, Trials
+from aerogel.training.masks import Search, generating
 
 
 @dataclass(frozen=True)
@@ -34,18 +29,9 @@ class Searched(BudgetPolicy):
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Search on the recorded generations; raises AerogelError when they do not replay or the budget cannot be met."""
-        budget = self.budget(network, calls)
-        recorded, units = replays(network, calls), tuple(units_of(network))
-        runs = recorded[: max(1, math.ceil(self.samples / len(recorded[0].start().x_BCHW)))]
-        shape = (len(runs[0].calls), len(units))
-        with driven(network) as denoiser, torch.no_grad():
-            trials = Trials(denoiser, runs, [run.start() for run in runs])
-            search = Search(trials, budget, self.trials)
-            mask_TN = search.swaps(search.single_units(search.whole_steps(shape)))
-            generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-            unseen = Trials(denoiser, runs, [run.noise(generator) for run in runs])
-            seen, error, without = trials.settle(mask_TN), unseen.error(mask_TN), unseen.error(torch.ones_like(mask_TN))
-        state = Schedule(runs[0].steps, sampler_of(network), units, mask_TN).as_state()
-        return state | {
-            "error": error, "error_without_reuse": without, "error_of_trials": seen, "trials": trials.count, "guidance": runs[0].guidance
-        }  # fmt: skip
+        budget, units = self.budget(network, calls), tuple(units_of(network))
+        with generating(network, calls, self.samples) as generations:
+            search, steps = Search(generations.trials, budget, self.trials), generations.runs[0].steps
+            mask_TN = search.swaps(search.single_units(search.whole_steps((len(steps), len(units)))))
+            facts = generations.facts(mask_TN)
+        return Schedule(steps, sampler_of(network), units, mask_TN).as_state() | facts

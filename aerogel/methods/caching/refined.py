@@ -1,0 +1,51 @@
+"""A schedule bettered by exchanges on the network as it is by now: decoded once more, after ranges or weights have changed. Ours.
+
+T steps, N units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from aerogel.errors import AerogelError
+from aerogel.methods.method import RevisingPolicy
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
+from aerogel.model.reuse.schedule import Schedule
+from aerogel.training.budgets import Measure, budget_like
+from aerogel.training.masks import Search, generating
+
+
+@dataclass(frozen=True)
+class Refined(RevisingPolicy):
+    """Goes on from the schedule of the policy before it, saves as much, and takes its place."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"calls", "teacher"})
+
+    trials: int = 400
+    """Generations it may take, forked where they differ."""
+    samples: int = 32
+    """Pictures that are made in each, of those that were recorded."""
+    by: Measure = "macs"
+    """What has to be saved as before: multiply-accumulates, or measured seconds of the units."""
+
+    def revise(self, network: Network, calls: Sequence[Call], before: dict[str, Any]) -> dict[str, Any]:
+        """Exchange slots; on noise of its own it has to be better, or the schedule stays. Raises AerogelError for calls of other steps."""
+        schedule = Schedule.of(network, before)
+        with generating(network, calls, self.samples) as generations:
+            if generations.runs[0].steps != schedule.steps:
+                raise AerogelError(
+                    f"the schedule before refined is of {len(schedule.steps)} steps, the recorded generations have "
+                    f"{len(generations.runs[0].steps)} others: record them with the steps that it was made for"
+                )
+            budget = budget_like(network, calls[0], schedule.computed_TN, self.by)
+            found_TN = Search(generations.trials, budget, self.trials).swaps(schedule.computed_TN)
+            kept_TN = min((schedule.computed_TN, found_TN), key=generations.unseen.error)
+            facts = generations.facts(kept_TN) | {"error_before": generations.unseen.error(schedule.computed_TN)}
+        changed = int((kept_TN != schedule.computed_TN).sum())
+        kept = {key: value for key, value in before.items() if isinstance(value, torch.Tensor)}  # a router's scores stay true
+        return kept | replace(schedule, computed_TN=kept_TN).as_state() | facts | {"changed": changed}

@@ -1,0 +1,116 @@
+"""A schedule that is gone on with: what it starts from, what it keeps, and what a recipe makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import aerogel
+from aerogel.data.denoising import Denoising
+from aerogel.data.replay import replays
+from aerogel.engine import policies
+from aerogel.engine.planning import plan
+from aerogel.errors import AerogelError
+from aerogel.methods.caching.evenly import Evenly
+from aerogel.methods.caching.refined import Refined
+from aerogel.model.network import Network
+from aerogel.model.reuse.driven import driven
+from aerogel.model.reuse.schedule import Schedule
+from aerogel.model.reuse.units import costs_of
+from aerogel.recipe import Recipe
+from aerogel.training.masks import Trials
+from tests.data.test_replay import painter, recorded
+
+QUANTIZED: list[dict[str, Any]] = [
+    {"rtn": {"scheme": "W8A16_CHANNEL", "targets": ["Linear"]}},
+    {"ranges": {"start": "minmax", "steps": 0, "targets": ["Linear"]}},
+]
+
+
+def error(network: Network, calls: Any, state: dict[str, Any]) -> float:
+    """On the recorded generations, with nothing on."""
+    runs = replays(network, calls)
+    with driven(network) as denoiser, torch.no_grad():
+        return Trials(denoiser, runs, [run.start() for run in runs]).error(Schedule.of(network, state).computed_TN)
+
+
+def test_it_goes_on_from_the_schedule_and_saves_as_much() -> None:
+    network = painter()
+    calls = recorded(network)
+    before = Evenly(ratio=0.4).calibrate(network, calls)
+    torch.manual_seed(0)
+    after = Refined(trials=300, samples=4).revise(network, calls, before)
+    macs = torch.tensor(costs_of(network, calls[0]).unit_macs)
+    saved = [float((~Schedule.of(network, state).computed_TN * macs).sum()) for state in (before, after)]
+    assert saved[1] >= saved[0]
+    assert after["changed"] > 0, "even spacing is not the best that there is"
+    assert error(network, calls, after) < error(network, calls, before)
+    assert after["error"] <= after["error_before"]
+
+
+def test_without_trials_the_schedule_stays_and_so_does_what_was_learned() -> None:
+    network = painter()
+    calls = recorded(network)
+    before = Evenly(ratio=0.4).calibrate(network, calls) | {"scores": torch.rand(5, 2)}
+    after = Refined(trials=0, samples=2).revise(network, calls, before)
+    assert after["computed"] == before["computed"]
+    assert after["changed"] == 0
+    assert after["error"] == after["error_before"]
+    assert torch.equal(after["scores"], before["scores"])
+
+
+def test_generations_of_other_steps_are_refused() -> None:
+    network = painter()
+    before = Evenly(ratio=0.4).calibrate(network, recorded(network))
+    with pytest.raises(AerogelError, match="the schedule before refined is of 5 steps, the recorded generations have 4 others"):
+        Refined().revise(network, recorded(network, steps=4), before)
+
+
+def test_a_recipe_alternates(tmp_path: Path) -> None:
+    """Quantize, search on that, measure ranges under the cache, search again: one schedule is on at the end, the last one."""
+    steps = [
+        *QUANTIZED,
+        {"searched": {"ratio": 0.4, "trials": 30, "samples": 2}},
+        {"recalibrate": {}},
+        {"refined": {"trials": 60, "samples": 2}},
+    ]
+    painter().processor.save_pretrained(tmp_path / "in")
+    wanted = Denoising(count=2, steps=5, batch=2, guidance=3.0)
+    result = aerogel.compress(tmp_path / "in", {"steps": steps}, samples=wanted, output=tmp_path / "out", measures=())
+    (only,) = result.policies
+    assert only.step.name == "refined"
+    assert {"changed", "error_before", "computed", "macs_saved"} <= only.state.keys()
+    (again,) = policies.load(tmp_path / "out")
+    assert again.state["computed"] == only.state["computed"]
+    opened = aerogel.load(tmp_path / "out", lazy=False)
+    assert torch.as_tensor(opened.processor(class_labels=[0], num_inference_steps=5, output_type="pt").images).isfinite().all()
+
+
+def test_a_live_pipeline_goes_on_too() -> None:
+    network = painter()
+    recipe = {"steps": [{"evenly": {"ratio": 0.4}}, {"refined": {"trials": 60, "samples": 2}}]}
+    with aerogel.cached(network.processor, recipe, samples=Denoising(count=2, steps=5, batch=2, guidance=3.0)) as found:
+        assert [one.step.name for one in found] == ["refined"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([{"refined": {}}], "refined goes on from a schedule of reuse, and there is no policy before it; put one such as harmonica"),
+        ([{"taylorseer": {}}, {"refined": {}}], "and the policy before it is taylorseer"),
+        ([{"first_block": {}}, {"refined": {}}], "and the policy before it is first_block"),
+        ([{"evenly": {"ratio": 0.4}}, {"refined": {}}, {"fora": {}}], "fora comes after refined: parts of a network follow one schedule"),
+    ],
+)
+def test_a_plan_says_what_it_cannot_go_on_from(steps: list[dict[str, Any]], message: str) -> None:
+    assert any(message in problem for problem in plan(painter(), {"steps": steps}).problems)
+
+
+def test_by_itself_it_is_refused() -> None:
+    network = painter()
+    (step,) = Recipe.parse({"steps": [{"refined": {}}]}).steps
+    with pytest.raises(AerogelError, match="refined goes on from a schedule: put a policy that reuses by one before it"):
+        policies.calibrated(network, step, recorded(network))
