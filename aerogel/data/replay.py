@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -24,6 +24,8 @@ from aerogel.model.reuse.streams import generations, same_twice, step_of
 
 _CLOSE = 1e-2
 """Largest relative distance between a recorded and a replayed input; half precision needs that much."""
+_ROUNDED = 2**-8
+"""Relative rounding of bfloat16, which a time step may be given in."""
 
 Denoise = Callable[[int, Call], Tensor]
 """Takes the number of a step and its call and returns what the denoiser gives, guidance branches apart."""
@@ -48,6 +50,8 @@ class Replay:
     """One recorded generation."""
 
     calls: tuple[Call, ...]
+    steps: tuple[float, ...]
+    """Time step of each call, as the denoiser is given it."""
     sampler: Any
     """The scheduler at its first step."""
     name: str
@@ -56,11 +60,6 @@ class Replay:
     """Whether both branches of guidance are in one batch."""
     guidance: float = 0.0
     """With halves, the guided output is second + guidance x (first - second)."""
-
-    @property
-    def steps(self) -> tuple[float, ...]:
-        """Time step of each call."""
-        return tuple(float(self.sampler.timesteps[row]) for row in range(len(self.calls)))
 
     def start(self) -> State:
         """The recorded beginning."""
@@ -133,22 +132,41 @@ def output_of(given: Any) -> Tensor:
 def _replay(network: Network, sampler: Any, calls: Sequence[Call]) -> Replay:
     names = arguments_of(network.module)
     name, run = names[0], tuple(Call((), dict(zip(names, call.args, strict=False)) | call.kwargs) for call in calls)
+    given = tuple(step_of(network.module, call.args, call.kwargs) for call in run)
+    fresh = _at_start(sampler, given)
+    halves = same_twice(run[0].kwargs[name])
+    found = Replay(run, given, fresh, name, halves)
+    return replace(found, guidance=_guidance(network, found)) if halves else found
+
+
+def _at_start(sampler: Any, given: Sequence[float]) -> Any:
+    """The sampler before the first of the steps that the denoiser was given: set by their number, or else as the pipeline has left it.
+
+    Pipelines may tell it more than a number, such as the picture's size; then the last generation has to be one of those recorded.
+    """
     fresh = copy.deepcopy(sampler)
     try:
-        fresh.set_timesteps(len(run))
-    except (TypeError, ValueError) as error:  # some have to be told the picture's size too
-        raise AerogelError(
-            f"{type(sampler).__name__} cannot be set to {len(run)} steps by their number alone ({error}): not replayed"
-        ) from error
-    wanted, given = [float(step) for step in fresh.timesteps], [step_of(network.module, call.args, call.kwargs) for call in run]
-    if wanted != given:
+        fresh.set_timesteps(len(given))
+    except (TypeError, ValueError) as error:
+        why = f"cannot be set to {len(given)} steps by their number alone ({error})"
+    else:
+        wanted = [float(step) for step in fresh.timesteps]
+        if _same(wanted, given):
+            return fresh
         apart = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(wanted, given, strict=False))))
-        raise AerogelError(
-            f"{type(sampler).__name__} has other steps than the {len(run)} recorded ones from step {apart + 1} on: not replayed"
-        )
-    halves = same_twice(run[0].kwargs[name])
-    found = Replay(run, fresh, name, halves)
-    return Replay(run, fresh, name, halves, _guidance(network, found)) if halves else found
+        why = f"has other steps than the {len(given)} recorded ones from step {apart + 1} on"
+    left = copy.deepcopy(sampler)
+    if not hasattr(left, "_step_index") or hasattr(left, "model_outputs") or not _same(left.timesteps.tolist(), given):
+        raise AerogelError(f"{type(sampler).__name__} {why}: not replayed")
+    left._step_index = None  # it has no other memory of the run before
+    return left
+
+
+def _same(wanted: Sequence[float], given: Sequence[float]) -> bool:
+    """Whether steps are the same; some denoisers are given thousandths of them, in their own precision."""
+    if len(wanted) != len(given):
+        return False
+    return list(wanted) == list(given) or all(abs(step - 1000 * one) <= _ROUNDED * step for step, one in zip(wanted, given, strict=True))
 
 
 def _scaled(sampler: Any, x: Tensor, step: int) -> Tensor:

@@ -17,6 +17,7 @@ from aerogel.model.calls import Call
 from aerogel.model.load import load
 from aerogel.model.network import Network
 from tests import painters
+from tests.tiny import FAMILIES
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' samplers
 
@@ -98,6 +99,51 @@ def test_new_noise_depends_on_its_generator_alone() -> None:
     assert torch.equal(first, second)
     assert not torch.equal(first, third)
     assert first.shape == run.start().x_BCHW.shape
+
+
+def packed(dtype: torch.dtype = torch.float32, shifts: bool = True) -> tuple[Network, list[Call]]:
+    """A Flux pipeline, which tells its sampler sigmas and a shift by the picture's size, and its denoiser thousandths of steps."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=8, down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    sampler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=shifts, shift=1.0 if shifts else 3.0)
+    denoiser = FAMILIES["flux"].build().to(dtype)
+    pipeline = diffusers.FluxPipeline(sampler, vae.to(dtype), None, None, None, None, denoiser)
+    pipeline.set_progress_bar_config(disable=True)
+    calls: list[Call] = []
+    hook = denoiser.register_forward_pre_hook(lambda _, args, kwargs: calls.append(Call(args, kwargs)), with_kwargs=True)
+    for seed in (0, 1):
+        pipeline(
+            prompt_embeds=torch.randn(1, 7, 32, dtype=dtype), pooled_prompt_embeds=torch.randn(1, 32, dtype=dtype), height=16, width=16,
+            num_inference_steps=5, output_type="latent", num_images_per_prompt=2, generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+    hook.remove()
+    return load(pipeline), calls
+
+
+@pytest.mark.parametrize("shifts", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sampler_that_was_told_more_than_a_number_goes_on_as_it_was_left(dtype: torch.dtype, shifts: bool) -> None:
+    network, calls = packed(dtype, shifts)
+    before = network.processor.scheduler._step_index
+    runs = replays(network, calls)
+    assert [run.steps for run in runs] == [tuple(float(call.kwargs["timestep"][0]) for call in calls[:5])] * 2
+    assert not runs[0].halves
+    for run, recorded_calls in zip(runs, (calls[:5], calls[5:]), strict=True):
+        state = run.start()
+        for call in recorded_calls:
+            torch.testing.assert_close(run.call(state).kwargs["hidden_states"], call.kwargs["hidden_states"], rtol=1e-2, atol=1e-2)
+            state = run.advance(state, output_of(network.run(run.call(state))))
+    assert network.processor.scheduler._step_index == before
+
+
+def test_a_sampler_that_was_set_anew_since_is_refused() -> None:
+    network, calls = packed()
+    network.processor.scheduler.set_timesteps(4, mu=0.5)
+    with pytest.raises(AerogelError, match=r"cannot be set to 5 steps by their number alone .*mu.*not replayed"):
+        replays(network, calls)
 
 
 def test_a_sampler_that_draws_noise_is_refused() -> None:

@@ -20,8 +20,8 @@ from aerogel.model.reuse.driven import Driven, driven
 from aerogel.model.reuse.schedule import Schedule
 from aerogel.model.reuse.units import units_of
 from aerogel.training.budgets import Budget, budget_of
-from aerogel.training.masks import Search
-from tests.data.test_replay import painter, recorded
+from aerogel.training.masks import Search, Trials
+from tests.data.test_replay import packed, painter, recorded
 
 SHORT: dict[str, Any] = {"ratio": 0.4, "trajectories": 6, "refresh": 3}
 
@@ -125,6 +125,25 @@ def test_no_unit_is_reused_longer_than_it_may(max_age: int, ratio: float, search
     lines = ["".join("1" if runs else "0" for runs in unit_T) for unit_T in schedule.computed_TN.T.tolist()]
     assert max(len(stretch) for line in lines for stretch in line.split("1")) == max_age
     assert schedule.reused == pytest.approx(ratio)
+
+
+def test_a_denoiser_of_tuples_whose_sampler_is_told_more_than_a_number_learns_too() -> None:
+    """Flux: joint blocks give text and image, single blocks rest as wholes, time steps come in thousandths."""
+    network, calls = packed()
+    torch.manual_seed(0)
+    method = Harmonica(**SHORT, search=20, samples=2)
+    state = method.calibrate(network, calls)
+    schedule = Schedule.of(network, state)
+    assert schedule.reused == pytest.approx(0.4, abs=0.5 / schedule.computed_TN.numel())
+    assert max(schedule.steps) <= 1
+    run = replays(network, calls)[0]
+    whole = run.finish(run.start(), lambda _, call: output_of(network.run(call)))
+    with method.on(network, state):
+        cached = run.finish(run.start(), lambda _, call: output_of(network.run(call)))
+    with driven(network) as denoiser, torch.no_grad():
+        error = Trials(denoiser, [run], [run.start()]).error(schedule.computed_TN)
+    assert float((cached - whole).square().mean()) == pytest.approx(error, rel=1e-4)
+    assert error > 0
 
 
 @pytest.mark.parametrize("search", [0, 20])
