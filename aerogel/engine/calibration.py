@@ -52,6 +52,8 @@ class Reading(NamedTuple):
     """Positions of the largest call."""
     sample: int
     """Positions of the largest sample: a sequence, a picture."""
+    steps: int = 1
+    """Calls that a generation takes, where generations are recorded."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def reading(samples: Shown) -> Reading:
     if isinstance(samples, Denoising):
         # Under guidance a call has twice the pictures; a picture counts as the tokens of a small one, its size is not known here.
         each = _TOKENS_OF_A_PICTURE
-        return Reading(2 * samples.count * samples.steps * each, 2 * samples.batch * each, each)
+        return Reading(2 * samples.count * samples.steps * each, 2 * samples.batch * each, each, samples.steps)
     if isinstance(samples, Samples):
         return Reading(samples.count * samples.length, samples.batch * samples.length, samples.length)
     tensors = [[tensor for tensor in tensors_in((call.args, call.kwargs)) if tensor.ndim] for call in samples]

@@ -295,11 +295,14 @@ def _seconds(recipe: Recipe, sizes: _Sizes, touched: list[Touched], read: Readin
     weights = sum(linear.inputs * linear.outputs for linear in touched)
     blockwise = [step.method for step in recipe.steps if isinstance(step.method, BlockMethod) and "calls" in step.method.needs]
     passed = read.tokens * sum(method.forwards for method in blockwise) + _FITTING * read.sample * sum(m.fitted for m in blockwise)
+    policies = [step.method for step in recipe.steps if isinstance(step.method, RuntimePolicy)]
+    through = sum(policy.passed(read.steps, read.at_once, read.sample) for policy in policies)
     moments = sum(linear.inputs**2 for linear in touched) if blockwise else 0
     return {
         "load": sizes.source / _BYTES_A_SECOND,
         "check": sizes.source / _BYTES_A_SECOND,
-        "compress": (2 * weights * passed + moments * read.tokens) / rate + 20 * weights / rate + sizes.source / _BYTES_A_SECOND,
+        "compress": (2 * (weights * passed + sizes.parameters * through) + moments * read.tokens + 20 * weights) / rate
+        + sizes.source / _BYTES_A_SECOND,
         "save": sizes.source / _BYTES_A_SECOND,
         "evaluate": 2 * sizes.parameters * _EVALUATED_TOKENS / rate,
     }

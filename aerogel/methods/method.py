@@ -72,6 +72,13 @@ class RuntimePolicy(ABC):
     by_step: ClassVar[bool] = False
     """Whether all it does is let modules answer out of tables by the step (model/lookup.py), which a static graph can say."""
 
+    def passed(self, steps: int, at_once: int, sample: int) -> float:
+        """Positions that pass the network beyond those recorded, for the estimate of time; none unless a policy says so.
+
+        A generation takes so many steps, the largest call has `at_once` positions, a picture `sample`.
+        """
+        return 0.0
+
     @abstractmethod
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Measure what the policy needs: small tensors and numbers."""

@@ -38,6 +38,8 @@ _BOUND = 5.0
 """Scores before the sigmoid stay within it; the first step's are there from the start and never move, so that it always computes."""
 _START, _SPREAD = 1.0, 0.3
 """Mean and deviation of the others at the start (published: 0 and 1, for ten times as many trajectories)."""
+_FORWARDS = 4
+"""About how many forwards an update takes: the teacher's, the student's and twice as much for gradients."""
 _STEERING = 0.05
 """How fast the penalty's weight follows the budget: its logarithm moves by so much a trajectory while nothing is saved."""
 
@@ -85,6 +87,12 @@ class Harmonica(BudgetPolicy):
         mine = super().budget(network, calls) if self.budgeted else Budget((1.0,) * len(units_of(network)), 0.0)
         saving, *cost_N = of_first(torch.tensor([mine.saving, *mine.cost_N], dtype=torch.float64)).tolist()
         return Budget(tuple(cost_N), saving).aged(self.max_age, len(steps_in(network, calls)))
+
+    def passed(self, steps: int, at_once: int, sample: int) -> float:
+        """A teacher, a student and its gradients at each step; proxies, each of half a generation; trials, the same, in both branches."""
+        trained = self.trajectories * steps * _FORWARDS
+        proxies = self.trajectories / self.refresh * steps * steps / 2
+        return (trained + proxies) * at_once + self.search * steps * self.samples * sample
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Train, decode, search.

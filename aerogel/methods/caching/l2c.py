@@ -50,6 +50,10 @@ class L2c(BudgetPolicy):
     check: int = 500
     """Updates between two measurements for the log."""
 
+    def passed(self, steps: int, at_once: int, sample: int) -> float:
+        """A forward that fills what is kept, a teacher, a student and its gradients at each update."""
+        return self.iterations * 5 * at_once
+
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Train and decode; raises AerogelError when the calls do not replay or every second step cannot meet the budget."""
         if min(self.iterations, self.check) < 1:

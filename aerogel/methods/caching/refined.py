@@ -33,6 +33,10 @@ class Refined(RevisingPolicy):
     by: Measure = "macs"
     """What has to be saved as before: multiply-accumulates, or measured seconds of the units."""
 
+    def passed(self, steps: int, at_once: int, sample: int) -> float:
+        """Half a generation a trial, in both branches of guidance."""
+        return self.trials * steps * self.samples * sample
+
     def revise(self, network: Network, calls: Sequence[Call], before: dict[str, Any]) -> dict[str, Any]:
         """Exchange slots; on noise of its own it has to be better, or the schedule stays. Raises AerogelError for calls of other steps."""
         schedule = Schedule.of(network, before)

@@ -27,6 +27,10 @@ class Searched(BudgetPolicy):
     samples: int = 32
     """Pictures that are made in each, of those that were recorded."""
 
+    def passed(self, steps: int, at_once: int, sample: int) -> float:
+        """Half a generation a trial, in both branches of guidance."""
+        return self.trials * steps * self.samples * sample
+
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Search on the recorded generations; raises AerogelError when they do not replay or the budget cannot be met."""
         budget, units = self.budget(network, calls), tuple(units_of(network))
