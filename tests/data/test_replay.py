@@ -123,6 +123,63 @@ def packed(dtype: torch.dtype = torch.float32, shifts: bool = True) -> tuple[Net
     return load(pipeline), calls
 
 
+def apart(calls: list[Call]) -> list[Call]:
+    """Each call under guidance as two, one behind the other."""
+    return [call.map(lambda x, half=half: x.chunk(2)[half] if x.ndim else x) for call in calls for half in (0, 1)]
+
+
+def test_branches_of_guidance_in_calls_of_their_own_are_joined() -> None:
+    network = painter()
+    calls = recorded(network)
+    whole_runs, runs = replays(network, calls), replays(network, apart(calls))
+    assert [run.halves for run in runs] == [True, True]
+    assert runs[0].guidance == pytest.approx(whole_runs[0].guidance)
+    for one, other in zip(runs, whole_runs, strict=True):
+        assert torch.equal(one.finish(one.start(), whole(network)), other.finish(other.start(), whole(network)))
+
+
+def clips(guidance: float = 4.0) -> tuple[Network, list[Call]]:
+    """A Wan pipeline, which calls its denoiser twice a step."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+    )
+    sampler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    denoiser = FAMILIES["wan"].build()
+    pipeline = diffusers.WanPipeline(None, None, vae, sampler, denoiser)
+    pipeline.set_progress_bar_config(disable=True)
+    calls: list[Call] = []
+    hook = denoiser.register_forward_pre_hook(lambda _, args, kwargs: calls.append(Call(args, kwargs)), with_kwargs=True)
+    for seed in (0, 1):
+        pipeline(
+            prompt_embeds=torch.randn(2, 7, 32), negative_prompt_embeds=torch.randn(2, 7, 32), height=32, width=32, num_frames=5,
+            num_inference_steps=5, guidance_scale=guidance, output_type="latent", generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+    hook.remove()
+    return load(pipeline), calls
+
+
+def test_clips_whose_branches_come_one_behind_the_other_replay() -> None:
+    network, calls = clips()
+    assert len(calls) == 20
+    runs = replays(network, calls)
+    assert len(runs) == 2
+    assert all(run.halves and len(run.calls) == 5 for run in runs)
+    assert runs[0].guidance == pytest.approx(4.0, rel=1e-3)
+    state = runs[1].start()
+    for first in calls[10::2]:
+        torch.testing.assert_close(state.x_BCHW, first.kwargs["hidden_states"], rtol=1e-3, atol=1e-3)
+        state = runs[1].advance(state, output_of(network.run(runs[1].call(state))))
+
+
+def test_branches_of_other_lengths_are_refused() -> None:
+    network, calls = clips()
+    calls = [Call(call.args, call.kwargs | {"encoder_hidden_states": call.kwargs["encoder_hidden_states"][:, : 7 - place % 2]})
+             for place, call in enumerate(calls)]  # fmt: skip
+    with pytest.raises(AerogelError, match=r"calls of their own, with \(2, 7, 32\) and \(2, 6, 32\): pad their prompts"):
+        replays(network, calls)
+
+
 @pytest.mark.parametrize("shifts", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sampler_that_was_told_more_than_a_number_goes_on_as_it_was_left(dtype: torch.dtype, shifts: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from aerogel.data.denoising import Denoising
 from aerogel.data.replay import Replay, State, output_of, replays
 from aerogel.errors import AerogelError
 from aerogel.methods.caching.harmonica import Harmonica, _Training
+from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.reuse.driven import Driven, driven
 from aerogel.model.reuse.schedule import Schedule
+from aerogel.model.reuse.streams import steps_in
 from aerogel.model.reuse.units import units_of
 from aerogel.training.budgets import Budget, budget_of
 from aerogel.training.masks import Search, Trials
-from tests.data.test_replay import packed, painter, recorded
+from tests.data.test_replay import apart, clips, packed, painter, recorded
 
 SHORT: dict[str, Any] = {"ratio": 0.4, "trajectories": 6, "refresh": 3}
 
@@ -127,21 +130,27 @@ def test_no_unit_is_reused_longer_than_it_may(max_age: int, ratio: float, search
     assert schedule.reused == pytest.approx(ratio)
 
 
-def test_a_denoiser_of_tuples_whose_sampler_is_told_more_than_a_number_learns_too() -> None:
-    """Flux: joint blocks give text and image, single blocks rest as wholes, time steps come in thousandths."""
-    network, calls = packed()
+@pytest.mark.parametrize("pipeline", [packed, clips])
+def test_denoisers_whose_pipelines_do_it_otherwise_learn_too(pipeline: Callable[[], tuple[Network, list[Call]]]) -> None:
+    """Flux: joint blocks give text and image, single blocks rest as wholes, its sampler is told a shift. Wan: two calls a step."""
+    network, calls = pipeline()
     torch.manual_seed(0)
     method = Harmonica(**SHORT, search=20, samples=2)
     state = method.calibrate(network, calls)
     schedule = Schedule.of(network, state)
     assert schedule.reused == pytest.approx(0.4, abs=0.5 / schedule.computed_TN.numel())
-    assert max(schedule.steps) <= 1
+    assert schedule.steps == steps_in(network, calls)
     run = replays(network, calls)[0]
-    whole = run.finish(run.start(), lambda _, call: output_of(network.run(call)))
-    with method.on(network, state):
-        cached = run.finish(run.start(), lambda _, call: output_of(network.run(call)))
     with driven(network) as denoiser, torch.no_grad():
         error = Trials(denoiser, [run], [run.start()]).error(schedule.computed_TN)
+    whole = run.finish(run.start(), lambda _, call: output_of(network.run(call)))
+
+    def one_by_one(_: int, call: Call) -> Tensor:
+        halves = apart([call]) if run.halves else [call]
+        return torch.cat([output_of(network.run(half)) for half in halves])
+
+    with method.on(network, state):
+        cached = run.finish(run.start(), one_by_one)
     assert float((cached - whole).square().mean()) == pytest.approx(error, rel=1e-4)
     assert error > 0
 
