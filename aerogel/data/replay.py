@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call, arguments_of
 from aerogel.model.network import Network
-from aerogel.model.reuse.streams import generations, latent_of, same_twice, step_of
+from aerogel.model.reuse.streams import generations, same_twice, step_of
 
 _CLOSE = 1e-2
 """Largest relative distance between a recorded and a replayed input; half precision needs that much."""
@@ -119,7 +118,7 @@ def replays(network: Network, calls: Sequence[Call]) -> list[Replay]:
     if sampler is None:
         raise AerogelError("the network came without its pipeline: give the pipeline or its folder, so that its sampler can be replayed")
     recorded = network.teacher or network  # what is compressed meanwhile goes another way
-    made = [_replay(recorded, sampler, run) for run in generations(recorded, _joined(recorded, calls))]
+    made = [_replay(recorded, sampler, run) for run in generations(recorded, calls)]
     _prove(recorded, made[0])
     return made
 
@@ -128,36 +127,6 @@ def output_of(given: Any) -> Tensor:
     """The tensor among what a denoiser returns."""
     tensor: Tensor = given if isinstance(given, Tensor) else given[0]
     return tensor
-
-
-def _joined(network: Network, calls: Sequence[Call]) -> Sequence[Call]:
-    """The calls, with branches of guidance that came one behind the other (Wan, true guidance of Flux) as halves of one batch.
-
-    Raises AerogelError where branches are of other sizes.
-    """
-    module, found = network.module, []
-    for first, second in zip(calls[::2], calls[1::2], strict=False):
-        latents = [latent_of(module, call.args, call.kwargs) for call in (first, second)]
-        at = {step_of(module, call.args, call.kwargs) for call in (first, second)}
-        if len(at) > 1 or not torch.equal(*latents):
-            return calls
-        found.append(_both(first, second, len(latents[0])))
-    return found if 2 * len(found) == len(calls) else calls
-
-
-def _both(first: Call, second: Call, samples: int) -> Call:
-    def join(one: Any, other: Any) -> Any:
-        if not isinstance(one, Tensor) or not one.ndim or len(one) != samples:
-            return one
-        if one.shape != other.shape:
-            raise AerogelError(
-                f"the branches of guidance come in calls of their own, with {tuple(one.shape)} and {tuple(other.shape)}: "
-                "pad their prompts to one length"
-            )
-        return torch.cat([one, other])
-
-    args, kwargs = pytree.tree_map(join, (first.args, first.kwargs), (second.args, second.kwargs))
-    return Call(args, kwargs)
 
 
 def _replay(network: Network, sampler: Any, calls: Sequence[Call]) -> Replay:

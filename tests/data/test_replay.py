@@ -221,7 +221,7 @@ def test_a_pipeline_that_does_something_else_is_refused() -> None:
 def test_a_sampler_with_two_calls_a_step_is_refused() -> None:
     network = painter()
     network.processor.scheduler = diffusers.HeunDiscreteScheduler()
-    with pytest.raises(AerogelError, match="samplers that call the denoiser several times a step, do not serve"):
+    with pytest.raises(AerogelError, match="samplers that call the denoiser several times a step do not serve"):
         replays(network, recorded(network))
 
 

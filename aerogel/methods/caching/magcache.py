@@ -46,7 +46,7 @@ class Magcache(SpanPolicy):
             norm_BN = residual_BND.float().norm(dim=-1)
             ratio_T[step] += 1.0 if step == 0 else (norm_BN / (before + 1e-8)).mean()
             before = norm_BN
-        ratio_T /= len(calls) // len(ratio_T)
+        ratio_T /= ratio_T[0].clone()  # as many as there were generations
         return state | {"ratios": ratio_T, "left_out": left_out(ratio_T, self)}
 
     def rule(self, state: dict[str, Any]) -> Rule:

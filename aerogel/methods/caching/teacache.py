@@ -34,7 +34,7 @@ class Teacache(SpanPolicy):
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Fit the polynomial; raises AerogelError for knobs out of range and too few recorded steps."""
         state, runs = followed_steps(network, calls), generations(network, calls)
-        pairs = len(calls) - len(runs)
+        pairs = sum(len(run) - 1 for run in runs)
         if self.threshold < 0 or not 1 <= self.degree < pairs:
             raise AerogelError(
                 f"threshold {self.threshold} is at least 0, degree {self.degree} at least 1 and below the {pairs} recorded pairs of steps"

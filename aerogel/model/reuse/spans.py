@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -205,12 +205,12 @@ def followed_steps(network: Network, calls: Sequence[Call]) -> dict[str, Any]:
 
 
 def residuals(network: Network, calls: Sequence[Call]) -> Iterator[Tensor]:
-    """What all blocks together add to the image's stream (B, N, D) in each of the recorded calls.
+    """What all blocks together add to the image's stream (B, N, D) in each step of the recorded generations.
 
     Raises AerogelError when the calls are not whole generations.
     """
     streams, image = streams_of(network), _image_of(network)
-    generations(network, calls)
+    runs = generations(network, calls)
     blocks = list(network.blocks().values())
     seen: list[Tensor | None] = []
     hooks = [
@@ -220,7 +220,7 @@ def residuals(network: Network, calls: Sequence[Call]) -> Iterator[Tensor]:
         blocks[-1].register_forward_hook(lambda own, args, made: seen.append(_unpacked(made)[image])),
     ]
     try:
-        for call in calls:
+        for call in chain.from_iterable(runs):
             seen.clear()
             network.run(call)
             (change,) = _minus((seen[1],), (seen[0],))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call, arguments_of, bytes_in, tensors_in
@@ -178,15 +179,45 @@ def steps_in(network: Network, calls: Sequence[Call]) -> tuple[float, ...]:
 
 
 def generations(network: Network, calls: Sequence[Call]) -> list[Sequence[Call]]:
-    """Cut recorded calls into whole generations, one call a step; raises AerogelError where they are not that."""
+    """Cut recorded calls into whole generations, one call a step; branches of guidance in calls of their own become halves of a batch.
+
+    Raises AerogelError where they are not that, and where such branches are of other sizes.
+    """
+    once, calls = steps_in(network, calls), _joined(network.module, calls)
     steps = [step_of(network.module, call.args, call.kwargs) for call in calls]
-    once = steps_in(network, calls)
     if len(once) < 2 or steps != list(once) * (len(calls) // len(once)):
         raise AerogelError(
             f"{len(calls)} recorded calls are not generations of {len(once)} steps, one call a step: "
-            "branches of guidance in calls of their own, and samplers that call the denoiser several times a step, do not serve here"
+            "samplers that call the denoiser several times a step do not serve here"
         )
     return [calls[start : start + len(once)] for start in range(0, len(calls), len(once))]
+
+
+def _joined(denoiser: nn.Module, calls: Sequence[Call]) -> Sequence[Call]:
+    """The calls, with branches of guidance that came one behind the other (Wan, true guidance of Flux) as halves of one batch."""
+    found = []
+    for first, second in zip(calls[::2], calls[1::2], strict=False):
+        latents = [latent_of(denoiser, call.args, call.kwargs) for call in (first, second)]
+        at = {step_of(denoiser, call.args, call.kwargs) for call in (first, second)}
+        if len(at) > 1 or not torch.equal(*latents):
+            return calls
+        found.append(_both(first, second, len(latents[0])))
+    return found if 2 * len(found) == len(calls) else calls
+
+
+def _both(first: Call, second: Call, samples: int) -> Call:
+    def join(one: Any, other: Any) -> Any:
+        if not isinstance(one, Tensor) or not one.ndim or len(one) != samples:
+            return one
+        if one.shape != other.shape:
+            raise AerogelError(
+                f"the branches of guidance come in calls of their own, with {tuple(one.shape)} and {tuple(other.shape)}: "
+                "pad their prompts to one length"
+            )
+        return torch.cat([one, other])
+
+    args, kwargs = pytree.tree_map(join, (first.args, first.kwargs), (second.args, second.kwargs))
+    return Call(args, kwargs)
 
 
 def latent_of(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:

@@ -17,11 +17,13 @@ from aerogel.errors import AerogelError
 from aerogel.methods.caching.delta_dit import DeltaDit
 from aerogel.methods.caching.first_block import FirstBlock
 from aerogel.methods.caching.magcache import Magcache, left_out
+from aerogel.methods.caching.smoothcache import Smoothcache
 from aerogel.methods.caching.teacache import Teacache
 from aerogel.methods.method import ReusePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.reuse.spans import residuals
+from tests.data.test_replay import apart, painter, recorded
 from tests.model.reuse.test_schedule import calls
 from tests.model.reuse.test_spans import DEPTH, deep, ran
 from tests.tiny import output
@@ -105,6 +107,19 @@ def test_magcache_measures_ratios_of_token_norms() -> None:
     literal = [(norms[3] / norms[2]).mean(), (norms[13] / norms[12]).mean()]
     assert float(ratio_T[3]) == pytest.approx(float(sum(literal)) / 2, rel=1e-5)
     assert float(ratio_T[0]) == 1
+
+
+@pytest.mark.parametrize("policy", [Magcache(), Teacache(), Smoothcache()])
+def test_branches_in_calls_of_their_own_are_measured_as_in_one_batch(policy: ReusePolicy) -> None:
+    network = painter()
+    together = recorded(network, steps=8)
+    ours, wanted = (policy.calibrate(network, given) for given in (apart(together), together))
+    assert ours.keys() == wanted.keys()
+    for key, value in wanted.items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6)
+        else:
+            assert ours[key] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), key
 
 
 def test_magcache_counts_from_the_last_step_that_ran() -> None:
