@@ -19,9 +19,11 @@ import aerogel
 from aerogel.data.denoising import Denoising, record
 from aerogel.data.replay import output_of, replays
 from aerogel.engine import policies
+from aerogel.engine.policies import Measured
 from aerogel.methods.diffusion.recalibrate import Recalibrate
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.recipe import Recipe
 
 STEPS = 10
 QUANTIZED: dict[str, list[dict[str, Any]]] = {
@@ -31,6 +33,7 @@ QUANTIZED: dict[str, list[dict[str, Any]]] = {
 NOTES = [
     "Error: mean squared, of final pictures of held-out noise against those of the float network without reuse; median, least and most.",
     "Apart: the schedule of the float network is put on the quantized one. On the quantized: it is made there, against the float network.",
+    "Refined: exchanges on the quantized network from the schedule that is there, each confirmed on 128 pictures of other noise.",
     "Then ranges anew: static ranges of inputs are measured once more on the generations that the cache leads to (recalibrate).",
     "Weights are rounded to nearest, inputs have one static range each: what differs between rows is the order alone.",
     "Target: made together, an error below that of both made apart.",
@@ -64,6 +67,11 @@ def main() -> None:
             made = unseen.finish(unseen.start(), lambda _, call: output_of(network.run(call)))
         return float((made - exact).square().mean())
 
+    def refined(network: Network, before: Any, calls: list[Call], seed: int) -> list[Measured]:
+        torch.manual_seed(seed)
+        (step,) = Recipe.parse({"steps": [{"refined": {"trials": given.trials}}]}).steps
+        return [policies.calibrated(network, step, calls, before.policies[-1])]
+
     makers = {"searched": {"ratio": given.ratio, "trials": given.trials}, "harmonica": {"ratio": given.ratio}}
     rows = []
     for maker in given.by:
@@ -84,9 +92,16 @@ def main() -> None:
                 both = made([*quantizing, step])
                 found.setdefault((width, "on the quantized"), []).append(error(both))
                 both.network.teacher, both.network.processor = plain, plain.processor
+                quantized.network.teacher, quantized.network.processor = plain, plain.processor
+                found.setdefault((width, "apart, then refined"), []).append(
+                    error(quantized, refined(quantized.network, alone, calls, seed))
+                )
                 with policies.on(both.network, both.policies):  # as the recipe's next step would
                     Recalibrate("minmax").apply(both.network, calls)
                 found.setdefault((width, "on the quantized, then ranges anew"), []).append(error(both))
+                again = refined(both.network, both, calls, seed)
+                both.policies.pop()
+                found.setdefault((width, "alternate: then refined too"), []).append(error(both, again))
             print(maker, seed, {key: values[-1] for key, values in found.items()}, flush=True)
         for (width, order), errors in found.items():
             apart = found.get((width, "apart"))

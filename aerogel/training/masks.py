@@ -116,6 +116,12 @@ class Generations:
     runs: Sequence[Replay]
     trials: Trials
     unseen: Trials
+    generator: torch.Generator
+
+    def others(self, times: int) -> Trials:
+        """So many times as many, of other noise again."""
+        runs = [*self.runs] * times
+        return Trials(self.trials.driven, runs, [run.noise(self.generator) for run in runs])
 
     def facts(self, mask_TN: Tensor) -> dict[str, Any]:
         """What a policy's state says of a mask that was found: errors on both, the unseen ones' without reuse, trials, guidance."""
@@ -137,7 +143,8 @@ def generating(network: Network, calls: Sequence[Call], samples: int) -> Iterato
     generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
     with driven(network) as denoiser, torch.no_grad():
         trials = Trials(denoiser, runs, [run.start() for run in runs])
-        yield Generations(runs, trials, Trials(denoiser, runs, [run.noise(generator) for run in runs]))
+        unseen = Trials(denoiser, runs, [run.noise(generator) for run in runs])
+        yield Generations(runs, trials, unseen, generator)
 
 
 def mean_square(images: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
@@ -198,6 +205,8 @@ class Search:
     budget: Budget
     limit: int
     """Trials it may take."""
+    others: Trials | None = None
+    """Generations of other noise, on which an exchange has to lessen the error too."""
     log: list[tuple[int, float]] = field(default_factory=list)
     """(trials so far, error) whenever a mask was settled on."""
 
@@ -260,7 +269,7 @@ class Search:
             moves, better = self._moves(mask_TN), False
             for exchange in chain(moves.chains(partial(self._swapped, mask_TN)), moves.pairs()[: 4 * len(mask_TN)]):
                 tried = self._swapped(mask_TN, exchange)  # by now another exchange may have taken one of its slots
-                if tried is not None and not self._spent() and self.trials.error(tried) < best:
+                if tried is not None and not self._spent() and self.trials.error(tried) < best and self._confirmed(tried):
                     mask_TN, better = tried, True
                     best = self._settle(mask_TN)
         return mask_TN
@@ -286,8 +295,13 @@ class Search:
             made[rests], made[runs] = True, False
         return made if self.budget.met(made) and self.budget.allowed(made) else None
 
+    def _confirmed(self, mask_TN: Tensor) -> bool:
+        return self.others is None or self.others.error(mask_TN) < self._others_error
+
     def _settle(self, mask_TN: Tensor) -> float:
         error = self.trials.settle(mask_TN)
+        if self.others is not None:
+            self._others_error = self.others.settle(mask_TN)
         self.log.append((self.trials.count, error))
         return error
 

@@ -149,6 +149,16 @@ def test_chains_take_the_best_exchange_after_those_before(seed: int, trials: Tri
     assert all(error < promised([]) for error in errors)
 
 
+def test_exchanges_have_to_please_others_too(trials: Trials, runs: list[Replay]) -> None:
+    """Others for whom all is well as it is let nothing pass."""
+    start = mask((1, 0), (2, 1))
+    budget = Budget((1.0, 1.0), 2.0)
+    assert not torch.equal(Search(trials, budget, 10**6).swaps(start), start)
+    others = Trials(trials.driven, runs, [run.noise(torch.Generator().manual_seed(5)) for run in runs])
+    others.exact = others.images(start)
+    assert torch.equal(Search(trials, budget, 10**6, others).swaps(start), start)
+
+
 def test_exchanges_keep_to_an_uneven_budget(trials: Trials) -> None:
     """A dear unit rests for a cheap one only where there is something to spare."""
     budget = Budget((2.0, 1.0), 3.0)
