@@ -48,6 +48,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/diffusion_quality.py unet
 	$(BIN)/python benchmarks/caching_speed.py
 	$(BIN)/python benchmarks/caching.py
+	$(BIN)/python benchmarks/caching_judged.py
 	$(BIN)/python benchmarks/caching_joint.py
 	$(BIN)/python benchmarks/router_training.py
 	$(BIN)/python benchmarks/results.py

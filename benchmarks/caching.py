@@ -58,7 +58,8 @@ NOTES = [
     "Operations are counted while the held-out pictures are made; shares of toca and duca count partly computed units as reused.",
     "Stretches of blocks (first_block, teacache, magcache, delta_dit): the share of steps at which one is left out.",
     "Policies with a ratio meet it exactly; the others stand at what their rules give, beside even spacing interpolated between ratios.",
-    "Trained rows are the median of the seeds, and the least and most; searches saw 32 pictures of other noise, training any number.",
+    "Trained and searched rows are the median of the seeds, and the least and most; searches saw 32 pictures of other noise.",
+    f"Searches take up to {TRIALS} trials and end where no exchange helps; those of one seed are of an earlier search of up to 800.",
     "Target: harmonica alone at most a third of even spacing's error at 0.2 and 0.3; with the local search the best row at every ratio.",
 ]  # fmt: skip
 
