@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,7 @@ class Bench:
             self.exact = self._images(self.unseen)
         self.macs = whole.get_total_flops()
 
+    @cache  # noqa: B019 - one bench a number of steps, which lives as long as the run
     def _recorded(self, steps: int, count: int, seed: int, batch: int | None = None) -> list[Call]:
         wanted = Denoising(count=count, steps=steps, guidance=GUIDANCE, batch=batch or count)
         return record(self.network.processor, self.network.module, wanted, seed)

@@ -29,9 +29,10 @@ from aerogel.model.reuse.streams import sampler_of, steps_in
 from aerogel.model.reuse.units import units_of
 from aerogel.training.budgets import Budget
 from aerogel.training.fit import progressed
-from aerogel.training.masks import Search, Trials, mean_square
+from aerogel.training.masks import Search
 from aerogel.training.processes import averaged, group_size, of_first, share, shares_of, variance
 from aerogel.training.recompute import recomputing
+from aerogel.training.trials import Trials, mean_square
 
 Proxy = Literal["leave_one_out", "cumulative", "none"]
 _BOUND = 5.0

@@ -27,7 +27,7 @@ from aerogel.model.reuse.streams import sampler_of, steps_in
 from aerogel.model.reuse.units import units_of
 from aerogel.training.budgets import Budget
 from aerogel.training.fit import progressed
-from aerogel.training.masks import Trials, mean_square
+from aerogel.training.trials import Trials, mean_square
 
 _BOUND = 5.0
 """Scores before the sigmoid stay within it."""

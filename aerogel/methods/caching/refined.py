@@ -17,7 +17,8 @@ from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.reuse.schedule import Schedule
 from aerogel.training.budgets import Measure, budget_like
-from aerogel.training.masks import Search, generating
+from aerogel.training.masks import Search
+from aerogel.training.trials import generating
 
 _CONFIRMING = 4
 """Times as many pictures as are searched on confirm an exchange: what rounding does to few of them is soon learned by heart."""

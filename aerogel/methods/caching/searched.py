@@ -15,7 +15,8 @@ from aerogel.model.network import Network
 from aerogel.model.reuse.schedule import Schedule
 from aerogel.model.reuse.streams import sampler_of
 from aerogel.model.reuse.units import units_of
-from aerogel.training.masks import Search, generating
+from aerogel.training.masks import Search
+from aerogel.training.trials import generating
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from aerogel.model.reuse.schedule import Schedule
 from aerogel.model.reuse.streams import steps_in
 from aerogel.model.reuse.units import units_of
 from aerogel.training.budgets import Budget, budget_of
-from aerogel.training.masks import Search, Trials
+from aerogel.training.masks import Search
+from aerogel.training.trials import Trials
 from tests.data.test_replay import apart, clips, packed, painter, recorded
 
 SHORT: dict[str, Any] = {"ratio": 0.4, "trajectories": 6, "refresh": 3}

@@ -21,7 +21,7 @@ from aerogel.model.reuse.driven import driven
 from aerogel.model.reuse.schedule import Schedule
 from aerogel.model.reuse.units import costs_of
 from aerogel.recipe import Recipe
-from aerogel.training.masks import Trials
+from aerogel.training.trials import Trials
 from tests.data.test_replay import painter, recorded
 
 QUANTIZED: list[dict[str, Any]] = [
