@@ -38,8 +38,8 @@ class Refined(RevisingPolicy):
     """What has to be saved as before: multiply-accumulates, or measured seconds of the units."""
 
     def passed(self, steps: int, at_once: int, sample: int) -> float:
-        """Half a generation a trial, in both branches of guidance."""
-        return self.trials * steps * self.samples * sample
+        """Half a generation a trial, in both branches of guidance, and what confirms: made exactly, and as the schedule has it."""
+        return (self.trials + 4 * _CONFIRMING) * steps * self.samples * sample
 
     def revise(self, network: Network, calls: Sequence[Call], before: dict[str, Any]) -> dict[str, Any]:
         """Exchange slots where pictures of other noise gain by it too; raises AerogelError for calls of other steps."""
