@@ -1,6 +1,6 @@
 """How judges see the zoo's DiT at 1.5 times fewer operations, reuse beside fewer steps; writes benchmarks/results/caching_judged.json.
 
-python benchmarks/caching_judged.py                 # 10 steps, three seeds: about half an hour on one thread
+python benchmarks/caching_judged.py                 # 10 steps, three seeds: about an hour on one thread
 python benchmarks/caching_judged.py --steps 20 --seeds 0
 """
 
@@ -65,6 +65,7 @@ class Bench:
         self.network: Network = aerogel.load(DIT, lazy=False)
         self.steps, self.count = steps, count
         self.plain, self.macs = made(self.network, steps, count)
+        self.figures = figures(self.plain, self.plain)
 
     def row(self, policy: str, seeds: list[int]) -> list[Any]:
         """Calibrate, make pictures, look at them."""
@@ -89,10 +90,10 @@ class Bench:
         return [self.steps, f"{steps} steps", *self._seen(*made(self.network, steps, self.count))]
 
     def _seen(self, these: Made, macs: float) -> list[float]:
-        ours, plain = figures(these, self.plain), figures(self.plain, self.plain)
+        ours = self.figures if these is self.plain else figures(these, self.plain)
         cells = [self.macs / macs, ours.get("mse", 0.0)]
         for judge in ("fashion-judge", "efficientnet-lite0@128"):
-            cells += [ours[f"frechet[{judge}]"], ours[f"frechet[{judge}]"] / plain[f"frechet[{judge}]"]]
+            cells += [ours[f"frechet[{judge}]"], ours[f"frechet[{judge}]"] / self.figures[f"frechet[{judge}]"]]
         return [*cells, ours["accuracy[fashion-judge]"]]
 
 

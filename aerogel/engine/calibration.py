@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from aerogel.data.denoising import Denoising
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
+from aerogel.model.reuse.streams import steps_in
 
 TOKENS_OF_A_CALL = 4096
 """Sequences are batched up to this many tokens, so that activations stay small and matrix products stay efficient."""
@@ -53,7 +55,7 @@ class Reading(NamedTuple):
     sample: int
     """Positions of the largest sample: a sequence, a picture."""
     steps: int = 1
-    """Calls that a generation takes, where generations are recorded."""
+    """Steps that a generation takes, of a network that makes pictures."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def shown(network: Network, samples: Given | None) -> Shown:
     return samples.shown(network) if isinstance(samples, Asked) else samples
 
 
-def reading(samples: Shown) -> Reading:
+def reading(network: Network, samples: Shown) -> Reading:
     """How much there is to read."""
     if isinstance(samples, Denoising):
         # Under guidance a call has twice the pictures; a picture counts as the tokens of a small one, its size is not known here.
@@ -126,7 +128,14 @@ def reading(samples: Shown) -> Reading:
     tensors = [[tensor for tensor in tensors_in((call.args, call.kwargs)) if tensor.ndim] for call in samples]
     sizes = [max(map(_positions, given), default=0) for given in tensors]
     of_one = [size // max(map(len, given), default=1) for size, given in zip(sizes, tensors, strict=True)]
-    return Reading(sum(sizes), max(sizes, default=0), max(of_one, default=0))
+    return Reading(sum(sizes), max(sizes, default=0), max(of_one, default=0), _steps(network, samples))
+
+
+def _steps(network: Network, calls: Sequence[Call]) -> int:
+    if network.family.modality in ("image", "video"):
+        with suppress(AerogelError):  # samples of one call at several steps are no generation: what needs one says so
+            return len(steps_in(network, calls))
+    return 1
 
 
 def prepare(network: Network, samples: Shown, seed: int, head: bool) -> Calibration:

@@ -17,7 +17,7 @@ from aerogel.engine import policies
 from aerogel.engine.policies import Measured
 from aerogel.engine.run import seeded
 from aerogel.errors import AerogelError
-from aerogel.methods.method import BudgetPolicy, ReusePolicy
+from aerogel.methods.method import BudgetPolicy, ReusePolicy, RevisingPolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.recipe import Step, build, knobs_of
@@ -96,14 +96,15 @@ class Candidate:
 
 
 def candidates(only: Sequence[str] = (), overrides: Iterable[str] = ()) -> list[Candidate]:
-    """The policies to compare: all that reuse, or those that are named; `overrides` are `policy.knob=value`.
+    """The policies to compare: all that reuse by themselves, or those that are named; `overrides` are `policy.knob=value`.
 
     Raises AerogelError for a name that no such policy bears, and for unknown knobs and wrong values.
     """
     classes = {name: catalog.find("methods", name) for name in only or catalog.names("methods")}
-    reusing = {name: cls for name, cls in classes.items() if issubclass(cls, ReusePolicy)}
+    reusing = {name: cls for name, cls in classes.items() if issubclass(cls, ReusePolicy) and not issubclass(cls, RevisingPolicy)}
     if other := [name for name in only if name not in reusing]:
-        raise AerogelError(f"{other[0]} does not reuse anything, so it is no cache to choose; leave it out")
+        why = "goes on from another policy's schedule" if issubclass(classes[other[0]], RevisingPolicy) else "does not reuse anything"
+        raise AerogelError(f"{other[0]} {why}, so it is no cache to choose; leave it out")
     knobs = knobs_of(overrides, "policy.knob=value, for example harmonica.search=400")
     if unused := [name for name in knobs if name not in reusing]:
         raise AerogelError(f"a knob of {unused[0]!r} is set, but that policy is not tried{catalog.nearest(unused[0], reusing)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from aerogel.engine.calibration import Given, Reading, reading, shown
+from aerogel.engine.policies import unrevisable
 from aerogel.engine.progress import StageName
 from aerogel.evaluate.measure import TextMeasure
 from aerogel.methods.method import BlockMethod, Method, ReusePolicy, RevisingPolicy, RuntimePolicy, WeightMethod
@@ -25,7 +26,7 @@ from aerogel.model.network import Network
 from aerogel.model.slots import Slot, slots
 from aerogel.model.trace import AROUND
 from aerogel.numerics.scheme import Scheme
-from aerogel.recipe import Recipe, Step
+from aerogel.recipe import Recipe
 
 _GROUPS = (32, 48, 64, 96, 128, 192, 256)
 _BYTES_A_SECOND = 300e6
@@ -102,7 +103,7 @@ def plan(
 ) -> Plan:
     """Say what a recipe will do to a model without changing a weight; raises AerogelError when either cannot be read."""
     network = load(model)
-    return plan_network(network, Recipe.parse(recipe, overrides), reading(shown(network, samples)))
+    return plan_network(network, Recipe.parse(recipe, overrides), reading(network, shown(network, samples)))
 
 
 def plan_network(network: Network, recipe: Recipe, read: Reading) -> Plan:
@@ -138,15 +139,9 @@ def _out_of_order(recipe: Recipe) -> Iterator[str]:
                 yield f"{later.name} comes after {step.name}, but needs a network all of whose parts run; put {step.name} last"
             elif isinstance(later.method, ReusePolicy) and not isinstance(later.method, RevisingPolicy):
                 yield f"{later.name} comes after {step.name}: parts of a network follow one schedule; leave one of them out"
-        if isinstance(step.method, RevisingPolicy):
-            yield from _unrevisable(step.name, [one for one in recipe.steps[:number] if isinstance(one.method, RuntimePolicy)])
-
-
-def _unrevisable(name: str, policies: Sequence[Step]) -> Iterator[str]:
-    before = policies[-1].method if policies else None
-    if not isinstance(before, ReusePolicy) or not before.plain:
-        behind = f"the policy before it is {policies[-1].name}" if policies else "there is no policy before it"
-        yield f"{name} goes on from a schedule of reuse, and {behind}; put one such as harmonica or searched right before it"
+        before = [one for one in recipe.steps[:number] if isinstance(one.method, RuntimePolicy)]
+        if isinstance(step.method, RevisingPolicy) and (why := unrevisable(step, before)):
+            yield why
 
 
 def _touched(network: Network, recipe: Recipe) -> tuple[list[Touched], list[str]]:

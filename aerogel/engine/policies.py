@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from aerogel.errors import AerogelError
 from aerogel.methods.method import ReusePolicy, RevisingPolicy, RuntimePolicy
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
@@ -42,6 +43,8 @@ def calibrated(network: Network, step: Step, calls: Sequence[Call], before: Meas
     # Before the policy is made, which may take hours: what cannot be counted fails now.
     costs = costs_of(network, calls[0]) if plain and calls else None
     if isinstance(method, RevisingPolicy) and before is not None:
+        if why := unrevisable(step, [before.step]):
+            raise AerogelError(why)
         state = method.revise(network, calls, before.state)
     else:
         state = method.calibrate(network, calls)
@@ -53,6 +56,15 @@ def calibrated(network: Network, step: Step, calls: Sequence[Call], before: Meas
 def revised(step: Step, before: Sequence[Measured]) -> Measured | None:
     """The last of the policies before, if this step goes on from it."""
     return before[-1] if before and isinstance(step.method, RevisingPolicy) else None
+
+
+def unrevisable(step: Step, policies: Sequence[Step]) -> str:
+    """Why a step that goes on from a schedule cannot do so behind these policies; empty where it can."""
+    last = policies[-1] if policies else None
+    if last is not None and isinstance(last.method, ReusePolicy) and last.method.plain:
+        return ""
+    behind = f"the policy before it is {last.name}" if last else "there is no policy before it"
+    return f"{step.name} goes on from a schedule of reuse, and {behind}; put one such as harmonica or searched right before it"
 
 
 def _saving(schedule: Schedule, costs: Costs, samples: int) -> dict[str, Any]:

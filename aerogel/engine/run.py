@@ -106,7 +106,7 @@ class _Job:
         network, read = self.network, shown(self.network, samples)
         if resume and (network.checkpoint is None or self.output is None):
             raise AerogelError("only a model opened from a folder and saved to an output can be resumed")
-        self.plan = plan_network(network, self.recipe, reading(read))
+        self.plan = plan_network(network, self.recipe, reading(network, read))
         check_plan(self.plan)
         if self.output is not None:
             check_output(self.output, 2 * self.plan.predicted_bytes + self.plan.activation_bytes, network.origin, resume)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, islice, takewhile
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ class Search:
         best, better = self._settle(mask_TN), True
         while better and not self._spent():
             moves, better = self._moves(mask_TN, parts), False
-            for exchange in chain(moves.chains(partial(self._swapped, mask_TN)), moves.pairs()[:_TRIES]):
+            for exchange in chain(moves.chains(partial(self._swapped, mask_TN)), islice(moves.pairs(), _TRIES)):
                 tried = self._swapped(mask_TN, exchange)  # by now another exchange may have taken one of its parts
                 if tried is not None and not self._spent() and self.trials.error(tried) < best and self._confirmed(tried):
                     mask_TN, better = tried, True
@@ -121,7 +121,7 @@ class Search:
     def _settle(self, mask_TN: Tensor) -> float:
         error = self.trials.settle(mask_TN)
         if self.others is not None:
-            self._others_error = self.others.settle(mask_TN)
+            self._others_error = self.others.error(mask_TN)  # not settled on: what forks need is kept for each step, of many pictures
         self.log.append((self.trials.count, error))
         return error
 
@@ -139,9 +139,10 @@ class Moves:
     products: Tensor
     """Inner products (1 + parts, 1 + parts): of what images are off by as it is, and of how each part, the other way, moves them."""
 
-    def pairs(self) -> list[Exchange]:
+    def pairs(self) -> Iterator[Exchange]:
         """All exchanges of two parts, the most promising first."""
-        return [((self.parts[rests], self.parts[runs]),) for rests, runs, _ in self._best(self.products[0, 1:], set())]
+        for rests, runs, _ in self._best(self.products[0, 1:], set()):
+            yield ((self.parts[rests], self.parts[runs]),)
 
     def chains(self, allowed: Callable[[Exchange], Tensor | None], most: int = 16) -> Iterator[Exchange]:
         """Several exchanges at once, each chosen as the best after those before it: all that lessen the error, then half, and so on."""
@@ -149,12 +150,13 @@ class Moves:
         taken: set[int] = set()
         along_S = self.products[0, 1:].clone()
         while len(chosen) < most:
-            for rests, runs, change in self._best(along_S, taken):
-                if change < 0 and allowed((*chosen, (self.parts[rests], self.parts[runs]))) is not None:
-                    break
-            else:
+            promising = takewhile(lambda found: found[2] < 0, self._best(along_S, taken))
+            pairs = ((rests, runs, (self.parts[rests], self.parts[runs])) for rests, runs, _ in promising)
+            best = next((found for found in pairs if allowed((*chosen, found[2])) is not None), None)
+            if best is None:
                 break
-            chosen.append((self.parts[rests], self.parts[runs]))
+            rests, runs, pair = best
+            chosen.append(pair)
             taken |= {rests, runs}
             along_S += self.products[1 + rests, 1:] + self.products[1 + runs, 1:]
         length = len(chosen)
@@ -162,7 +164,7 @@ class Moves:
             yield tuple(chosen[:length])
             length //= 2
 
-    def _best(self, along_S: Tensor, taken: set[int]) -> list[tuple[int, int, float]]:
+    def _best(self, along_S: Tensor, taken: set[int]) -> Iterator[tuple[int, int, float]]:
         """Places of a part that rests and one that runs, and what exchanging them adds to the error, the least first."""
         free = [place for place in range(len(self.parts)) if place not in taken]
         resting, running = ([place for place in free if self.runs[place] == runs] for runs in (False, True))
@@ -170,10 +172,8 @@ class Moves:
         alone_S = 2 * along_S + gram_SS.diagonal()
         change_RR = alone_S[resting, None] + alone_S[None, running] + 2 * gram_SS[resting][:, running]
         changes, order = change_RR.flatten().sort()
-        return [
-            (resting[place // len(running)], running[place % len(running)], change)
-            for place, change in zip(order.tolist(), changes.tolist(), strict=True)
-        ]
+        for place, change in zip(order.tolist(), changes.tolist(), strict=True):
+            yield resting[place // len(running)], running[place % len(running)], change
 
 
 def _slots(mask_TN: Tensor) -> list[Part]:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,10 +59,15 @@ class Trials:
         apart = torch.cat([(a - b).flatten().float() for a, b in zip(images, self.exact, strict=True)])
         if len(apart) <= _NUMBERS:
             return apart
-        generator = torch.Generator().manual_seed(0)  # the same places and signs each time, so that inner products stay, nearly
-        places = torch.randint(_NUMBERS, apart.shape, generator=generator).to(apart.device)
-        signs = torch.randint(2, apart.shape, generator=generator).to(apart.device) * 2.0 - 1
+        places, signs = self._hash
         return torch.zeros(_NUMBERS, device=apart.device).index_add_(0, places, signs * apart)
+
+    @cached_property
+    def _hash(self) -> tuple[Tensor, Tensor]:
+        """A place and a sign for each number of the images: the same for all vectors, so that inner products stay, nearly."""
+        count, generator = sum(image.numel() for image in self.exact), torch.Generator().manual_seed(0)
+        places, signs = torch.randint(_NUMBERS, (count,), generator=generator), torch.randint(2, (count,), generator=generator) * 2.0 - 1
+        return places.to(self.exact[0].device), signs.to(self.exact[0].device)
 
     def products(self, vectors: Sequence[Tensor]) -> Tensor:
         """The inner products of such vectors, as shares of the mean squared error; of all processes where they are shared."""

@@ -118,7 +118,7 @@ def test_long_vectors_are_hashed_to_nearly_the_same_products(trials: Trials, mon
     assert len(hashed[0]) == len(whole[0]) // 2
     exact, near = trials.products(whole), trials.products(hashed)
     norms = exact.diagonal().sqrt()
-    assert float(((near - exact) / (norms[:, None] * norms)).abs().max()) < 0.3
+    assert float(((near - exact) / (norms[:, None] * norms)).abs().max()) < 0.15
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -146,7 +146,7 @@ def test_chains_take_the_best_exchange_after_those_before(seed: int, trials: Tri
     chains = list(moves.chains(partial(search._swapped, settled)))
     assert [len(one) for one in chains] == [length for length in (len(wanted) >> shift for shift in range(9)) if length > 1]
     assert all(list(one) == wanted[: len(one)] for one in chains)
-    singles = moves.pairs()
+    singles = list(moves.pairs())
     assert [one[0] for one in singles[:1]] == wanted[:1]
     errors = [promised([moves.parts.index(part) for part in one[0]]) for one in singles]
     assert errors == sorted(errors)

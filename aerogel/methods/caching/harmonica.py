@@ -37,6 +37,7 @@ from aerogel.training.trials import Trials, mean_square
 Proxy = Literal["leave_one_out", "cumulative", "none"]
 _BOUND = 5.0
 """Scores before the sigmoid stay within it; the first step's are there from the start and never move, so that it always computes."""
+_HIGHEST = 1 / (1 + math.exp(-_BOUND))
 _START, _SPREAD = 1.0, 0.3
 """Mean and deviation of the others at the start (published: 0 and 1, for ten times as many trajectories)."""
 _FORWARDS = 4
@@ -105,6 +106,8 @@ class Harmonica(BudgetPolicy):
                 f"trajectories {self.trajectories}, refresh {self.refresh} and samples {self.samples} are at least 1, "
                 f"search {self.search} and max_age {self.max_age} at least 0"
             )
+        if not 0 <= self.threshold < _HIGHEST:
+            raise AerogelError(f"threshold {self.threshold} is at least 0 and below {_HIGHEST:.3f}, the score of the first step")
         budget = self.budget(network, calls)
         runs, units = replays(network, calls), tuple(units_of(network))
         generator = torch.Generator().manual_seed(int(of_first(torch.tensor(torch.initial_seed() % 2**63))))
@@ -118,10 +121,10 @@ class Harmonica(BudgetPolicy):
             unseen = training.unseen()
             error, without = unseen.error(mask_TN), unseen.error(torch.ones_like(mask_TN))
         found = Schedule(runs[0].steps, sampler_of(network), units, mask_TN)
-        return found.as_state() | {
-            "decoded": replace(found, computed_TN=decoded_TN).as_state()["computed"], "guidance": runs[0].guidance, "error": error,
-            "error_without_reuse": without, "scores": training.scores(), "lambda": training.lambda_T, "penalty": training.penalty,
-            "log": training.log,
+        router = {"decoded": replace(found, computed_TN=decoded_TN).as_state()["computed"]} if self.search else {}
+        return found.as_state() | router | {
+            "scores": training.scores(), "lambda": training.lambda_T, "penalty": training.penalty, "guidance": runs[0].guidance,
+            "error": error, "error_without_reuse": without, "log": training.log,
         }  # fmt: skip
 
 

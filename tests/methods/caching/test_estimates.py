@@ -29,7 +29,7 @@ def test_positions_that_pass_are_about_those_of_the_plan(name: str) -> None:
     (step,) = Recipe.parse({"steps": [{name.partition(" ")[0]: LEARNED[name]}]}).steps
     method = step.method
     assert isinstance(method, RuntimePolicy)
-    read, passed = reading(calls), 0
+    read, passed = reading(network, calls), 0
 
     def see(_: Any, args: Any, kwargs: dict[str, Any], *__: Any) -> None:
         nonlocal passed
@@ -44,8 +44,9 @@ def test_positions_that_pass_are_about_those_of_the_plan(name: str) -> None:
         torch.manual_seed(0)
         method.calibrate(network, calls)
     hook.remove()
+    assert read.steps == 10
     # Gradients are in the estimate and make no forward; a search may end before its trials do.
-    assert 0.3 < passed / method.passed(10, read.at_once, read.sample) < 2
+    assert 0.3 < passed / method.passed(read.steps, read.at_once, read.sample) < 2
 
 
 def test_a_plan_counts_what_is_learned() -> None:

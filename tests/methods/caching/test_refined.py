@@ -12,6 +12,7 @@ import aerogel
 from aerogel.data.denoising import Denoising
 from aerogel.data.replay import replays
 from aerogel.engine import policies
+from aerogel.engine.pacing import candidates
 from aerogel.engine.planning import plan
 from aerogel.errors import AerogelError
 from aerogel.methods.caching.evenly import Evenly
@@ -107,6 +108,21 @@ def test_a_live_pipeline_goes_on_too() -> None:
 )
 def test_a_plan_says_what_it_cannot_go_on_from(steps: list[dict[str, Any]], message: str) -> None:
     assert any(message in problem for problem in plan(painter(), {"steps": steps}).problems)
+
+
+def test_a_live_pipeline_says_what_it_cannot_go_on_from() -> None:
+    recipe = {"steps": [{"taylorseer": {}}, {"refined": {}}]}
+    with (
+        pytest.raises(AerogelError, match="and the policy before it is taylorseer"),
+        aerogel.cached(painter().processor, recipe, samples=Denoising(count=2, steps=5, batch=2, guidance=3.0)),
+    ):
+        pass
+
+
+def test_a_search_for_a_cache_does_not_try_it() -> None:
+    assert "refined" not in [candidate.name for candidate in candidates()]
+    with pytest.raises(AerogelError, match="refined goes on from another policy's schedule, so it is no cache to choose"):
+        candidates(["refined"])
 
 
 def test_by_itself_it_is_refused() -> None:
