@@ -16,7 +16,20 @@ if TYPE_CHECKING:
     from aerogel.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["AerogelError", "Plan", "Recipe", "Result", "__version__", "cached", "compress", "load", "measure", "plan", "register_diffusers"]
+__all__ = [
+    "AerogelError",
+    "Plan",
+    "Recipe",
+    "Result",
+    "__version__",
+    "cached",
+    "compress",
+    "load",
+    "measure",
+    "plan",
+    "register_diffusers",
+    "skipping",
+]
 
 # Where each name lives; imported when first asked for, because torch alone takes longer to import than `aerogel --help` may take.
 _HOMES = {
@@ -30,6 +43,7 @@ _HOMES = {
     "measure": "aerogel.engine.scores",
     "plan": "aerogel.engine.planning",
     "register_diffusers": "aerogel.model.pipelines",
+    "skipping": "aerogel.engine.cached",
 }
 
 

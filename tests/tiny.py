@@ -222,6 +222,29 @@ def _llava() -> nn.Module:
     return transformers.LlavaForConditionalGeneration(config)
 
 
+def _qwen3_vl_moe() -> nn.Module:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
+    config = transformers.Qwen3VLMoeConfig(
+        text_config={**_SHAPE, **_EXPERTS, "head_dim": 16, "rope_parameters": rope},
+        vision_config={
+            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": WIDTH, "patch_size": 4,
+            "temporal_patch_size": 2, "spatial_merge_size": 2, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+        },
+        image_token_id=IMAGE_TOKEN, video_token_id=122, vision_start_token_id=VISION_START, vision_end_token_id=123,
+    )  # fmt: skip
+    return transformers.Qwen3VLMoeForConditionalGeneration(config)
+
+
+def _internvl() -> nn.Module:
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": [16, 16],
+        "patch_size": [4, 4],
+    }  # fmt: skip
+    language = transformers.Qwen3MoeConfig(**_SHAPE, **_EXPERTS, head_dim=16)
+    config = transformers.InternVLConfig(vision_config=vision, text_config=language, image_token_id=IMAGE_TOKEN, downsample_ratio=0.5)
+    return transformers.InternVLForConditionalGeneration(config)
+
+
 def _dit() -> nn.Module:
     return diffusers.DiTTransformer2DModel(
         num_attention_heads=4, attention_head_dim=16, in_channels=4, num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=10,
@@ -281,6 +304,12 @@ def _cogvideox(**knobs: Any) -> nn.Module:
 
 
 _EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "norm_topk_prob": True}
+_LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+_SHARED = {
+    "num_key_value_heads": HEADS, "moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+_PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 _SOFT_CAPS = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
 
 FAMILIES: dict[str, Tiny] = {
@@ -295,6 +324,14 @@ FAMILIES: dict[str, Tiny] = {
     "phi3": Tiny("phi3", partial(_language, "Phi3"), text),
     "qwen3_moe": Tiny("qwen3_moe", partial(_language, "Qwen3Moe", head_dim=16, **_EXPERTS), text),
     "mixtral": Tiny("mixtral", partial(_language, "Mixtral", num_local_experts=4, num_experts_per_tok=2), text),
+    "deepseek_v3": Tiny("deepseek_v3", partial(_language, "DeepseekV3", **_LATENT, **_SHARED), text),
+    "gpt_oss": Tiny(
+        "gpt_oss",
+        partial(_language, "GptOss", head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8, **_PLAIN_ROPE),
+        text,
+    ),
+    "qwen3_vl_moe": Tiny("qwen3_vl_moe", _qwen3_vl_moe, _image_grid),
+    "internvl": Tiny("internvl", _internvl, partial(_image_text, images={"pixel_values": (2, 3, 16, 16)}, tokens=4)),
     "qwen2_5_vl": Tiny("qwen2_5_vl", _qwen2_5_vl, _image_grid),
     "llava": Tiny("llava", _llava, partial(_image_text, images={"pixel_values": (2, 3, 16, 16)}, tokens=4)),
     "dit": Tiny("dit", _dit, _latent_image),

@@ -1,4 +1,4 @@
-"""Runs a live pipeline under a policy for a while, saved or measured on the spot; afterwards the pipeline is what it was."""
+"""Runs a live pipeline or model under a policy for a while, saved or measured on the spot; afterwards it is what it was."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Policy = Result | Recipe | str | Path | Mapping[str, Any]
 
 @contextmanager
 def cached(model: Any, policy: Policy, *, samples: Given | None = None, seed: int = 0) -> Iterator[Sequence[Measured]]:
-    """Put a policy on a pipeline (or a network, or a module) inside the context; what is measured of it is given back.
+    """Put a policy on a pipeline (or a network, a module, a pair of module and processor) inside the context and give back what is known.
 
     `policy` is a folder that was saved with policies or that the exporter `cache_policy` wrote, a Result, or what a recipe is (a name, a
     file, a mapping) whose steps are all runtime policies: these are calibrated first, on `samples`. Raises AerogelError for anything else,
     and for a network of another family, with other units or blocks. A folder of that exporter also says which weights it was made for;
     others are a warning.
     """
-    network = model if isinstance(model, Network) else load(model, lazy=False)
+    network = model if isinstance(model, Network) else load(model, lazy=False, apart=False)
     found = _saved(policy)
     if found is None:
         found = _measured(network, Recipe.parse(policy), samples, seed)  # type: ignore[arg-type]
@@ -44,6 +44,10 @@ def cached(model: Any, policy: Policy, *, samples: Given | None = None, seed: in
     with policies.on(network, found):
         _compare_weights(network, made_for)
         yield found
+
+
+skipping = cached
+"""The same, as it is called where experts are skipped: fused experts stay fused, and run through the implementation `aerogel`."""
 
 
 def _saved(policy: Policy) -> Sequence[Measured] | None:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from aerogel.data import denoising, text
+from aerogel.data import chats, denoising, text
+from aerogel.data.chats import Chats
 from aerogel.data.denoising import Denoising
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call, tensors_in
@@ -40,9 +41,10 @@ class Samples:
         return min(self.count, max(1, TOKENS_OF_A_CALL // self.length))
 
 
-Shown = Samples | Denoising | Sequence[Call]
-"""What a network can be shown: text, its own pictures in the making, or calls that were recorded."""
+Shown = Samples | Chats | Denoising | Sequence[Call]
+"""What a network can be shown: text, chats about images, its own pictures in the making, or calls that were recorded."""
 _TOKENS_OF_A_PICTURE = 256
+_TOKENS_OF_A_CHAT = 512
 
 
 class Reading(NamedTuple):
@@ -72,7 +74,7 @@ class Asked:
     """What somebody said about calibration before it is known whether the network reads text or makes pictures; None is the default."""
 
     source: str | None = None
-    """Text by name or path; for pictures, a file with a prompt on each line."""
+    """Text by name or path, or a .jsonl of chats about images; for pictures, a file with a prompt on each line."""
     count: int | None = None
     """Sequences, or pictures."""
     length: int | None = None
@@ -92,6 +94,10 @@ class Asked:
         if paints:
             prompts = None if self.source is None else _prompts(Path(self.source))
             return Denoising(**_said(count=self.count, steps=self.steps, guidance=self.guidance, prompts=prompts))
+        if network.family.modality == "image-text" and self.source is not None and chats.are_at(self.source):
+            if self.length is not None:
+                raise AerogelError("length means nothing to chats, which are read whole; leave it out")
+            return Chats(**_said(source=self.source, count=self.count))
         return Samples(**_said(source=self.source, count=self.count, length=self.length))
 
 
@@ -123,6 +129,8 @@ def reading(network: Network, samples: Shown) -> Reading:
         # Under guidance a call has twice the pictures; a picture counts as the tokens of a small one, its size is not known here.
         each = _TOKENS_OF_A_PICTURE
         return Reading(2 * samples.count * samples.steps * each, 2 * samples.batch * each, each, samples.steps)
+    if isinstance(samples, Chats):  # how long a chat is, is known only when it was read
+        return Reading(samples.count * _TOKENS_OF_A_CHAT, samples.batch * _TOKENS_OF_A_CHAT, _TOKENS_OF_A_CHAT)
     if isinstance(samples, Samples):
         return Reading(samples.count * samples.length, samples.batch * samples.length, samples.length)
     tensors = [[tensor for tensor in tensors_in((call.args, call.kwargs)) if tensor.ndim] for call in samples]
@@ -145,6 +153,8 @@ def prepare(network: Network, samples: Shown, seed: int, head: bool) -> Calibrat
     """
     if isinstance(samples, Denoising):
         return _recorded(network, samples, seed)
+    if isinstance(samples, Chats):
+        return _read(network, samples, seed)
     if not isinstance(samples, Samples):
         calls = list(samples)
         return Calibration(calls, {"source": "given calls", "count": len(calls), "fingerprint": _fingerprint(calls)})
@@ -158,6 +168,12 @@ def prepare(network: Network, samples: Shown, seed: int, head: bool) -> Calibrat
     if not head and "logits_to_keep" in inspect.signature(network.module.forward).parameters:
         calls = [Call(call.args, {**call.kwargs, "logits_to_keep": 1}) for call in calls]
     return Calibration(calls, facts)
+
+
+def _read(network: Network, wanted: Chats, seed: int) -> Calibration:
+    found = chats.drawn(chats.read(wanted.source), wanted.count, seed)
+    calls = chats.calls(found, network.processor, wanted.batch, network.device)
+    return Calibration(calls, {"source": str(wanted.source), "count": len(found), "fingerprint": chats.fingerprint(found)})
 
 
 def _recorded(network: Network, wanted: Denoising, seed: int) -> Calibration:

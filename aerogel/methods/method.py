@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar
 
@@ -19,7 +19,11 @@ from aerogel.model.network import Network
 from aerogel.model.reuse.schedule import Schedule, reusing
 from aerogel.model.reuse.spans import Rule, spanning
 from aerogel.model.reuse.stored import Slots, store_named
+from aerogel.model.skipping.kinds import Vocabulary
+from aerogel.model.skipping.routing import Rule as SkipRule
+from aerogel.model.skipping.routing import Shape, Skipping, shape_of, skipping
 from aerogel.numerics.scheme import Scheme
+from aerogel.training.answers import Answers
 from aerogel.training.budgets import Budget, Measure, budget_of
 
 Strengths = tuple[str, tuple[float, ...]]
@@ -167,6 +171,54 @@ class BudgetPolicy(ReusePolicy):
     def budget(self, network: Network, calls: Sequence[Call]) -> Budget:
         """What has to be saved; raises AerogelError when that is not said, said twice or cannot be had."""
         return budget_of(network, calls, self.ratio, self.target_speedup, self.by)
+
+
+@dataclass(frozen=True)
+class SkipPolicy(RuntimePolicy):
+    """Lets tokens of a mixture do without some of the experts they were routed to; what is dropped is not computed."""
+
+    attends: ClassVar[bool] = False
+    """Whether its rule asks what attention each token received."""
+
+    renormalise: bool = field(default=False, kw_only=True)
+    """Whether the weights of the experts that are left are raised to what all weighed together."""
+    keep_top1: bool = field(default=False, kw_only=True)
+    """Whether a token keeps its best expert whatever the rule says."""
+    protect_special: bool = field(default=True, kw_only=True)
+    """Whether marks of a chat keep all experts; they count in the ratio all the same."""
+
+    @abstractmethod
+    def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
+        """Measure what the rule needs."""
+
+    @abstractmethod
+    def rule(self, state: Mapping[str, Any]) -> SkipRule:
+        """The rule that a state stands for."""
+
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+        """Fit the rule on the calls and say what it costs there; raises AerogelError without routed experts."""
+        shape, vocabulary = shape_of(network), Vocabulary.of(network)
+        answers = Answers(network, calls, vocabulary)
+        state = {**vars(shape), "vision": list(vocabulary.vision), "special": list(vocabulary.special)}
+        state |= self.fitted(answers, shape)
+        error, ratio = answers.judge(self.skip(state), self.attends)
+        return state | {"kl": error, "skipped": ratio, "answer_tokens": answers.tokens}
+
+    def skip(self, state: Mapping[str, Any]) -> Skipping:
+        """The rule of a state with this policy's switches."""
+        vocabulary = Vocabulary(tuple(state["vision"]), tuple(state["special"]))
+        return Skipping(self.rule(state), vocabulary, self.renormalise, self.keep_top1, self.protect_special)
+
+    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
+        """Skip by the rule; raises AerogelError when the state is of a network with other layers or experts."""
+        ours, theirs = shape_of(network), Shape(*(state[key.name] for key in fields(Shape)))
+        if ours != theirs:
+            raise AerogelError(
+                f"{type(self).__name__.lower()} was calibrated for {theirs.layers} layers of {theirs.experts} experts, {theirs.top_k} a "
+                "token; "
+                f"this network has {ours.layers} of {ours.experts}, {ours.top_k} a token: calibrate it anew"
+            )
+        return skipping(network, self.skip(state), self.attends)
 
 
 @dataclass(frozen=True)

@@ -5,22 +5,31 @@ Legend: E experts, I inner width, H hidden width, T tokens, K experts a token go
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
+from aerogel.kernels.experts import loop
 from aerogel.model.family import Experts, Family
+from aerogel.model.slots import slots
 
 
 class Expert(nn.Module):
     """One gated MLP whose linears are called what they are called on disk."""
 
-    def __init__(self, names: Experts, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: nn.Module) -> None:
+    def __init__(self, names: Experts, gate: nn.Linear, up: nn.Linear, down: nn.Linear, fused: nn.Module) -> None:
         super().__init__()
         self._names = (names.gate, names.up, names.down)
         for name, linear in zip(self._names, (gate, up, down), strict=True):
             self.add_module(name, linear)
-        self.act_fn = activation
+        if names.interleaved:
+            self._fused = (fused,)
+        else:
+            self.act_fn = fused.get_submodule("act_fn")
 
     @property
     def linears(self) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -31,42 +40,49 @@ class Expert(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Activated gate times up, then down: (tokens, H) -> (tokens, H)."""
         gate, up, down = self.linears
-        result: Tensor = down(self.act_fn(gate(x)) * up(x))
+        result: Tensor = down(self._gated(gate(x), up(x)))
         return result
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        if hasattr(self, "act_fn"):
+            return self.act_fn(gate) * up
+        return self._fused[0]._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))  # type: ignore[operator]
 
 
 class ExpertList(nn.ModuleList):
     """A block's experts as modules `0`, `1`, ...; an expert runs on the tokens routed to it and not at all when there are none."""
 
-    def __init__(self, experts: list[Expert], fused: nn.Module) -> None:
+    def __init__(self, experts: list[Expert], fused: nn.Module, names: Experts) -> None:
         super().__init__(experts)
         self._fused = (fused,)  # in a tuple: it has no weights now, and no module here should list it
+        self.names = names
+
+    def keep(self, numbers: Sequence[int]) -> None:
+        """Let go of all experts but these, which move up."""
+        kept = [self[number] for number in numbers]
+        del self[:]
+        self.extend(kept)
+        self._fused[0].num_experts = len(kept)  # type: ignore[assignment]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum of each token's experts: (T, H), (T, K), (T, K) -> (T, H).
 
-        Expert parallelism marks tokens of other machines' experts with the number E; they add nothing.
+        Pairs with the number E are nobody's: expert parallelism marks tokens of other machines so, skipping those it drops.
         """
-        chosen = top_k_index.reshape(-1)
-        order = chosen.argsort(stable=True)
-        counts = chosen.bincount(minlength=len(self)).tolist()
-        each = hidden_states.new_zeros(len(chosen), hidden_states.shape[-1])
-        for number, places in enumerate(order.split(counts)[: len(self)]):
-            if len(places):
-                each[places] = self[number](hidden_states[places // top_k_index.shape[-1]])
-        weighted = each * top_k_weights.reshape(-1, 1)
-        return weighted.view(*top_k_index.shape, -1).sum(dim=1).to(hidden_states.dtype)
+        return loop(hidden_states, top_k_index, top_k_weights, len(self), lambda number, x_PH: self[number](x_PH))
 
 
 def unfuse(module: nn.Module, family: Family) -> list[str]:
     """Turn every fused experts module below `module` into an ExpertList, in place, and return their names.
 
-    Weights on the meta device stay there. Raises AerogelError when the fused parameters are not those of gated MLPs without bias.
+    Weights on the meta device stay there. Raises AerogelError when the fused parameters are not laid out as the family says.
     """
     if family.experts is None:
         return []
     end = family.experts.module
-    found = {name: part for name, part in module.named_modules() if f".{name}".endswith(f".{end}") and _is_fused(name, part)}
+    found = {
+        name: part for name, part in module.named_modules() if f".{name}".endswith(f".{end}") and _is_fused(name, part, family.experts)
+    }
     for name, fused in found.items():
         module.set_submodule(name, _split(fused, family.experts))
     return list(found)
@@ -81,52 +97,124 @@ def fuse(module: nn.Module) -> list[str]:
     return list(whole)
 
 
-def _is_fused(name: str, module: nn.Module) -> bool:
-    parameters = dict(module.named_parameters(recurse=False))
-    if not any(parameter.ndim == 3 for parameter in parameters.values()):
+def narrow(router: Any, numbers: Sequence[int]) -> None:
+    """Let a router know these experts only, in this order."""
+    for slot in slots(router):
+        if len(slot.tensor) == router.num_experts:
+            slot.put(slot.like(slot.tensor.detach()[list(numbers)]))
+    router.num_experts = len(numbers)
+
+
+@contextmanager
+def narrowed(router: Any, numbers: Sequence[int]) -> Iterator[None]:
+    """The same for a while."""
+    before, count = list(slots(router)), router.num_experts
+    narrow(router, numbers)
+    try:
+        yield
+    finally:
+        for slot in before:
+            slot.put(slot.tensor)
+        router.num_experts = count
+
+
+def joined(module: nn.Module, family: Family, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Pass tensors on by full name; those of experts in float as fused parameters, where checkpoints of the family hold these.
+
+    The experts of one block are in memory at a time, if they come one block after another. Nothing is passed on from meta.
+    """
+    whole = {name: part for name, part in module.named_modules() if isinstance(part, ExpertList) and _all_float(part)}
+    if family.experts is None or not family.experts.fused:
+        whole = {}
+    waiting: dict[str, dict[str, Tensor]] = {name: {} for name in whole}
+    for name, tensor in tensors:
+        home = next((home for home in whole if name.startswith(f"{home}.")), None)
+        if home is None:
+            yield name, tensor
+            continue
+        waiting[home][name.removeprefix(f"{home}.")] = tensor
+        if len(waiting[home]) == len(whole[home].state_dict()):
+            for key, parameter in _fused_of(waiting.pop(home), whole[home].names).items():
+                yield f"{home}.{key}", parameter
+
+
+def _is_fused(name: str, module: nn.Module, names: Experts) -> bool:
+    shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters(recurse=False)}
+    if not any(len(shape) == 3 for shape in shapes.values()):
         return False
-    gate_up, down = parameters.get("gate_up_proj"), parameters.get("down_proj")
-    if len(parameters) != 2 or gate_up is None or down is None or gate_up.shape[1:] != (2 * down.shape[2], down.shape[1]):
-        shapes = {key: tuple(parameter.shape) for key, parameter in parameters.items()}
-        raise AerogelError(f"{name}: fused experts have {shapes}; expected gate_up_proj (E, 2I, H) and down_proj (E, H, I) only")
+    experts, *down = shapes.get("down_proj", (0, 0, 0))
+    inner, hidden = down if names.interleaved else down[::-1]
+    expected: dict[str, tuple[int, ...]] = {"gate_up_proj": (experts, 2 * inner, hidden), "down_proj": (experts, hidden, inner)}
+    if names.interleaved:
+        expected = {key: (shape[0], shape[2], shape[1]) for key, shape in expected.items()}
+        expected |= {"gate_up_proj_bias": (experts, 2 * inner), "down_proj_bias": (experts, hidden)}
+    if shapes != expected:
+        layout = (
+            "gate_up_proj (E, H, 2I), down_proj (E, I, H) and a bias of each"
+            if names.interleaved
+            else "gate_up_proj (E, 2I, H) and down_proj (E, H, I) only"
+        )
+        raise AerogelError(f"{name}: fused experts have {shapes}; expected {layout}")
     return True
 
 
 def _split(fused: nn.Module, names: Experts) -> ExpertList:
-    gate_up_E, down_E = fused.gate_up_proj, fused.down_proj
-    assert isinstance(gate_up_E, nn.Parameter)
-    assert isinstance(down_E, nn.Parameter)
-    inner, activation = down_E.shape[2], fused.get_submodule("act_fn")
+    parameters = dict(fused.named_parameters(recurse=False))
     experts = []
-    for gate_up, down in zip(gate_up_E, down_E, strict=True):
-        gate, up, last = (_linear(weight, gate_up_E.requires_grad) for weight in (gate_up[:inner], gate_up[inner:], down))
-        experts.append(Expert(names, gate, up, last, activation))
-    for key, parameter in (("gate_up_proj", gate_up_E), ("down_proj", down_E)):
+    for number in range(len(parameters["down_proj"])):
+        weights = _weights({key: parameter[number] for key, parameter in parameters.items()}, names)
+        gate, up, down = (_linear(*pair, trains=parameters["down_proj"].requires_grad) for pair in weights)
+        experts.append(Expert(names, gate, up, down, fused))
+    for key, parameter in parameters.items():
         setattr(fused, key, nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad))
-    return ExpertList(experts, fused).train(fused.training)
+    return ExpertList(experts, fused, names).train(fused.training)
 
 
-def _linear(weight_OI: Tensor, trains: bool) -> nn.Linear:
-    linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
-    # A copy, so that an expert that is quantized or released lets its memory go.
-    linear.weight = nn.Parameter(weight_OI.detach().clone(memory_format=torch.contiguous_format), requires_grad=trains)
+def _weights(one: Mapping[str, Tensor], names: Experts) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Weight_OI and bias_O of one expert's gate, up and down."""
+    gate_up, down = one["gate_up_proj"], one["down_proj"]
+    if not names.interleaved:
+        yield from ((weight, None) for weight in (*gate_up.chunk(2), down))
+        return
+    for turn in (0, 1):
+        yield gate_up.T[turn::2], one["gate_up_proj_bias"][turn::2]
+    yield down.T, one["down_proj_bias"]
+
+
+def _linear(weight_OI: Tensor, bias_O: Tensor | None, trains: bool) -> nn.Linear:
+    linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=bias_O is not None, device="meta")
+    for key, value in (("weight", weight_OI), ("bias", bias_O)):
+        if value is not None:
+            # A copy, so that an expert that is quantized or released lets its memory go.
+            setattr(linear, key, nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format), requires_grad=trains))
     return linear
 
 
 def _join(experts: ExpertList) -> nn.Module:
     (fused,) = experts._fused
-    weights = [[_weight(linear) for linear in expert.linears] for expert in experts if isinstance(expert, Expert)]
-    trains = weights[0][0].requires_grad
-    gate_up_E = torch.stack([torch.cat([gate, up]) for gate, up, _ in weights]).detach()
-    down_E = torch.stack([down for _, _, down in weights]).detach()
-    fused.gate_up_proj = nn.Parameter(gate_up_E, requires_grad=trains)
-    fused.down_proj = nn.Parameter(down_E, requires_grad=trains)
+    trains = next(experts.parameters()).requires_grad
+    for key, value in _fused_of(experts.state_dict(), experts.names).items():
+        setattr(fused, key, nn.Parameter(value, requires_grad=trains))
     return fused
 
 
-def _weight(linear: nn.Module) -> Tensor:
-    assert isinstance(linear, nn.Linear)
-    return linear.weight
+def _fused_of(state: Mapping[str, Tensor], names: Experts) -> dict[str, Tensor]:
+    """The fused parameters, out of the tensors of experts one by one."""
+    count = 1 + max(int(key.partition(".")[0]) for key in state)
+
+    def stacked(part: str, kind: str) -> Tensor:
+        return torch.stack([state[f"{number}.{part}.{kind}"] for number in range(count)])
+
+    gate, up, down = (stacked(part, "weight") for part in (names.gate, names.up, names.down))
+    if not names.interleaved:
+        return {"gate_up_proj": torch.cat([gate, up], dim=1), "down_proj": down}
+    biases = [stacked(part, "bias") for part in (names.gate, names.up, names.down)]
+    return {
+        "gate_up_proj": torch.stack([gate, up], dim=2).flatten(1, 2).transpose(1, 2).contiguous(),
+        "gate_up_proj_bias": torch.stack(biases[:2], dim=2).flatten(1),
+        "down_proj": down.transpose(1, 2).contiguous(),
+        "down_proj_bias": biases[2],
+    }
 
 
 def _all_float(experts: ExpertList) -> bool:

@@ -61,6 +61,8 @@ class Residual:
     final_norm: str
     head: str
     """The linear that reads the stream after the final norm, by full name."""
+    inner: tuple[str, ...] = ()
+    """Norms of a block that read something else, though no writer reads them, relative to the block."""
     when: When = ()
     """Values in the network's config without which there is no such stream."""
 
@@ -71,13 +73,21 @@ class Residual:
 
 @dataclass(frozen=True)
 class Experts:
-    """Where a block keeps its experts as fused 3-D parameters, and what they are called one by one on disk."""
+    """Where a block keeps its experts as fused 3-D parameters, how, and what they are called one by one."""
 
     module: str
     """Fused module relative to a block, for example `mlp.experts`."""
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    router: str = "mlp.gate"
+    """What chooses among them, relative to the block."""
+    attention: str = "self_attn"
+    """The block's attention, relative to it: what tokens it passes over may lose their experts."""
+    interleaved: bool = False
+    """Whether the fused parameters are (E, inputs, outputs) with biases, and gate and up take turns among the outputs."""
+    fused: bool = False
+    """Whether checkpoints hold the fused parameters themselves."""
 
 
 @dataclass(frozen=True)

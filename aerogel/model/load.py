@@ -24,6 +24,7 @@ from aerogel.model.checkpoint import Checkpoint
 from aerogel.model.experts import unfuse
 from aerogel.model.family import Family
 from aerogel.model.network import Network
+from aerogel.model.processors import Pair
 from aerogel.model.quantized import attach
 from aerogel.model.reference import REFERENCES, folder_of
 from aerogel.model.slots import Slot, replace, slots
@@ -35,16 +36,21 @@ _DENOISERS = ("transformer", "transformer_2", "unet")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
-def load(source: Any, *, dtype: torch.dtype | None = None, lazy: bool = True, trust_remote_code: bool = False) -> Network:
-    """Open a network without runtime policies; `aerogel.load`, which puts them on, says what the arguments are."""
+def load(
+    source: Any, *, dtype: torch.dtype | None = None, lazy: bool = True, trust_remote_code: bool = False, apart: bool = True
+) -> Network:
+    """Open a network without runtime policies; `aerogel.load`, which puts them on, says what the arguments are.
+
+    A live module's fused experts become linears in place, unless `apart` is false: who only runs it can leave it as it is.
+    """
     if isinstance(source, Network):
         return source
     if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], nn.Module):
-        return _live(source[0], source[1], dtype)
+        return _live(source[0], source[1], dtype, apart)
     if isinstance(source, nn.Module):
-        return _live(source, None, dtype)
+        return _live(source, None, dtype, apart)
     if _is_pipeline(source):
-        return _live(_denoiser(source), source, dtype)
+        return _live(_denoiser(source), source, dtype, apart)
     if isinstance(source, str | Path):
         return _open(_find(str(source), trust_remote_code), dtype, lazy, trust_remote_code)
     raise AerogelError(
@@ -86,7 +92,7 @@ def part_of(folder: Path) -> Path:
     return folder / parts[0]
 
 
-def _live(module: nn.Module, processor: Any, dtype: torch.dtype | None) -> Network:
+def _live(module: nn.Module, processor: Any, dtype: torch.dtype | None, apart: bool) -> Network:
     family = family_of(getattr(getattr(module, "config", None), "model_type", None), type(module).__name__)
     stored = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     if absent := [name for name, parameter in module.named_parameters() if parameter.is_meta]:
@@ -95,7 +101,8 @@ def _live(module: nn.Module, processor: Any, dtype: torch.dtype | None) -> Netwo
         )
     if dtype is not None:
         module.to(dtype)
-    unfuse(module, family)
+    if apart:
+        unfuse(module, family)
     return Network(module.eval(), family, processor=processor, stored_dtype=stored)
 
 
@@ -284,10 +291,21 @@ def _processor(folder: Path, family: Family, trust_remote_code: bool) -> Any:
         return None
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     if family.modality == "image-text":
-        # Without torchvision some processors cannot be built; their tokenizer can.
+        # Without torchvision some processors cannot be built; their parts can.
         with suppress(ImportError):
-            return transformers.AutoProcessor.from_pretrained(folder, **options)
-    return transformers.AutoTokenizer.from_pretrained(folder, **options)
+            found = transformers.AutoProcessor.from_pretrained(folder, **options)
+            return found if hasattr(found, "image_processor") else _pair(folder, found, options)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    return _pair(folder, tokenizer, options) if family.modality == "image-text" else tokenizer
+
+
+def _pair(folder: Path, tokenizer: Any, options: dict[str, Any]) -> Any:
+    """The tokenizer with the folder's image processor, where it has one and says which token stands for an image."""
+    number = _read_json(folder / "config.json").get("image_token_id")
+    if number is None or not (folder / "preprocessor_config.json").is_file():
+        return tokenizer
+    images = transformers.AutoImageProcessor.from_pretrained(folder, **options)
+    return Pair(tokenizer, images, tokenizer.convert_ids_to_tokens(number))
 
 
 def _diffusers(folder: Path) -> Any:

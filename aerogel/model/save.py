@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
+from aerogel.model.experts import joined
 from aerogel.model.network import Network
 from aerogel.model.quantized import describe
 from aerogel.model.shards import write_shards
@@ -101,7 +102,7 @@ def resident(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _as_on_disk(network: Network, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for given, tensor in tensors:
+    for given, tensor in joined(network.module, network.family, tensors):
         if tensor.is_meta:
             raise AerogelError(f"{given}: its values are not in memory; give save the stream of tensors")
         name = _name_on_disk(network, given)

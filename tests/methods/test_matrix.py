@@ -36,6 +36,11 @@ KNOBS: dict[str, dict[str, Any]] = {name: {"scheme": "W8A16_G32"} for name in WE
 KNOBS["brecq"] = {"scheme": "W8A16_G32", "targets": ["Linear"], "steps": 20, "batch": 4}
 KNOBS["tiar"] = {"scheme": "W8A16_CHANNEL_ASYM", "steps": 20}
 
+# Two experts a token: half of the pairs can go before a token has none.
+SKIPPING = {"modes", "single_threshold", "naee", "odp", "diep"}
+KNOBS |= {name: {"ratio": 0.2} for name in SKIPPING} | {"lower_k": {"k": 1}}
+KNOBS["modes"] = {"ratio": 0.2, "points": 5}
+
 # Three steps are two pairs to fit a polynomial to.
 KNOBS["teacache"] = {"degree": 1}
 
@@ -44,12 +49,14 @@ DENOISERS = {"dit", "wan", "unet", "pixart", "sd3", "flux", "cogvideox"}
 NO_TIME = set(FAMILIES) - {"unet", "pixart", "cogvideox"}
 OF_MORE = "names no temporal path|also depend on the (class label|pooled text)"
 NO_UNITS = set(FAMILIES) - DENOISERS
+NO_EXPERTS = set(FAMILIES) - {"qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "qwen3_vl_moe", "internvl"}
 NO_ROW = NO_UNITS | {"unet"}  # skips join its blocks
 REFUSED = {
-    "rotate": ({"gemma2", "gemma3", "qwen2_5_vl", "llava"} | DENOISERS, "no residual stream"),
+    "rotate": ({"gemma2", "gemma3", "qwen2_5_vl", "llava", "qwen3_vl_moe", "internvl"} | DENOISERS, "no residual stream"),
     "tiar": (NO_TIME, OF_MORE),
     "time_table": (NO_TIME, OF_MORE),
-    "operands": ({"gemma2"}, "0 modules of this network call scaled_dot_product_attention"),  # its soft-caps are written out
+    # Soft-caps and sinks are written out.
+    "operands": ({"gemma2", "gpt_oss"}, "0 modules of this network call scaled_dot_product_attention"),
     "split": (set(FAMILIES) - {"unet", "flux"}, "reads concatenated channels"),
     "fsc": (set(FAMILIES), f"{OF_MORE}|put tiar"),
     "fora": (NO_UNITS, "names no units"),
@@ -58,6 +65,7 @@ REFUSED = {
     **dict.fromkeys(
         ("toca", "duca"), (NO_UNITS | {"sd3", "flux", "cogvideox"}, "names no units|no self-attention beside it|set cell to 1")
     ),
+    **dict.fromkeys((*SKIPPING, "lower_k", "prune_experts"), (NO_EXPERTS, "has no routed experts")),
     "deepcache": (set(FAMILIES) - {"unet"}, "names no skip connections"),
     "fastercache": (set(FAMILIES), "names no units|different time steps|not the same samples twice"),
     "recalibrate": (set(FAMILIES), "no layer has inputs with static ranges"),
@@ -90,6 +98,10 @@ CLOSE, ROUTED, EXACT = 0.03, 0.15, 1e-5
 LOOSER = {"operands": 0.05}
 # Calls of a tiny network have noise of their own each, so what one gave is far from what the next would.
 LOOSER |= dict.fromkeys(CACHING, 2.0)
+# Here four roundings change a choice.
+TURNED = {"internvl": 0.3}
+# Random experts all say something else, so what they say is missed where they do not speak.
+LOOSER |= dict.fromkeys((*SKIPPING, "lower_k", "prune_experts"), 1.0)
 KEEP_FUNCTION = {"rotate", "smoothquant", "split"}
 
 
@@ -125,10 +137,13 @@ def test_method_on_family(method: str, name: str, expected: dict[str, list[Tenso
     assert reached(network) == (temporal(network) if method == "tiar" else reachable(name) if method in WEIGHTS else set())
     with policies.on(network, result.policies):
         answers = [output(network.module, call) for call in given]
-    bound = EXACT if method in KEEP_FUNCTION else ROUTED if network.family.experts else LOOSER.get(method, CLOSE)
+    usual = TURNED.get(name, ROUTED) if network.family.experts else CLOSE
+    bound = EXACT if method in KEEP_FUNCTION else LOOSER.get(method, usual) if method != "operands" else max(usual, LOOSER[method])
     before_all = expected[name] if method not in CACHING else [output(tiny.build(), call) for call in given]
-    for answer, before in zip(answers, before_all, strict=True):
+    for call, answer, before in zip(given, answers, before_all, strict=True):
         assert answer.isfinite().all()
+        if method in SKIPPING | {"lower_k"}:  # what pads a prompt gets no experts, and nobody reads what it gives
+            answer, before = (one[call.kwargs["attention_mask"].bool()] for one in (answer, before))
         assert (answer - before).norm() / before.norm() < bound
     reopened = aerogel.load(tmp_path / "out", lazy=False)
     for call, answer in zip(given, answers, strict=True):
@@ -171,6 +186,10 @@ def test_a_folder_gives_the_bits_of_a_live_network(name: str, tmp_path: Path) ->
     assert live.keys() == lazy.keys()
     assert all(torch.equal(live[key], tensor) for key, tensor in lazy.items())
     before = stored(tmp_path / "source")
+    experts = opened(name).family.experts
+    if experts is not None and experts.fused:  # codes have no fused form: quantized experts lie one by one
+        before = {key: tensor for key, tensor in before.items() if ".experts." not in key}
+        lazy = {key: tensor for key, tensor in lazy.items() if ".experts." not in key}
     assert {key.removesuffix("_packed").removesuffix("_scale").removesuffix("_shape") for key in lazy} == before.keys()
 
 

@@ -89,7 +89,7 @@ def _stream(network: Network) -> _Stream:
     for name, module in network.blocks().items():
         block = Block(name, module, 0, 1, (), network)
         writing = _writers(block, residual)
-        reading = _norms(block, set(writing))
+        reading = _norms(block, set(writing), residual.inner)
         if not writing or not reading:
             raise AerogelError(
                 f"cannot rotate: {name} has no {'norm' if writing else 'linear'} by which family {family!r} knows its stream"
@@ -106,10 +106,11 @@ def _writers(block: Block, residual: Residual) -> dict[str, nn.Linear]:
     return {name: linear for name, linear in linears.items() if any(fnmatchcase(name, pattern) for pattern in residual.writers)}
 
 
-def _norms(block: Block, writers: set[str]) -> list[tuple[nn.Module, list[nn.Module]]]:
+def _norms(block: Block, writers: set[str], inner: tuple[str, ...]) -> list[tuple[nn.Module, list[nn.Module]]]:
     """The block's norms on the stream and their readers; a norm that a writer reads lies inside the block."""
     find = block.module.get_submodule
-    edges = [edge for edge in block.edges() if not writers & set(edge.sinks) and not isinstance(find(edge.source), nn.Linear)]
+    edges = [edge for edge in block.edges() if not writers & set(edge.sinks) and edge.source not in inner]
+    edges = [edge for edge in edges if not isinstance(find(edge.source), nn.Linear)]
     return [(find(edge.source), [find(name) for name in edge.sinks]) for edge in edges]
 
 

@@ -1,0 +1,92 @@
+"""What a vision-language model replies to questions about images, and what its experts were spared while it did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from aerogel.data import chats
+from aerogel.data.chats import Chat
+from aerogel.errors import AerogelError
+from aerogel.evaluate.measure import Measure, tokenizer_of
+from aerogel.model.network import Network
+from aerogel.model.skipping.counting import DECODING, PREFILL, Tally, counting
+from aerogel.model.skipping.kinds import PADDING, TEXT, VISION, Vocabulary
+from aerogel.numerics.metrics import kl_divergence, top1_agreement
+
+
+@dataclass(frozen=True)
+class Replies(Measure):
+    """The share of replies that are word for word the expected ones, and how far predictions of the expected ones moved.
+
+    Replies are written greedily. KL(original || network) in nats and the share of tokens for which both rank the same one first are
+    means over the tokens of the expected replies, each after the true ones before it.
+    """
+
+    asked: ClassVar[bool] = True
+    modalities: ClassVar[frozenset[str]] = frozenset({"image-text"})
+
+    source: str = ""
+    """A .jsonl whose lines have `messages`, the last of them the expected reply, and `images` (paths beside it)."""
+    count: int = 128
+    """Chats, drawn by seed."""
+    new_tokens: int = 96
+    """Tokens of a reply at most."""
+    batch: int = 16
+    """Chats at once."""
+    seed: int = 0
+    """Which chats are drawn."""
+
+    def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
+        """Return right (share), count, what was read; against an original kl and top1; of a mixture, `skipped` where experts were.
+
+        Raises AerogelError without a source.
+        """
+        if not self.source:
+            raise AerogelError("replies need chats with expected answers: --set replies.source=FILE.jsonl")
+        asked = chats.drawn(chats.read(self.source), self.count, self.seed)
+        mixture = network.family.experts is not None
+        with counting(network, Vocabulary.of(network)) if mixture else nullcontext() as tally:
+            right = self._right(network, asked)
+        facts: dict[str, Any] = {"right": right, "count": len(asked), "source": self.source, "fingerprint": chats.fingerprint(asked)}
+        if against is not None:
+            facts |= self._moved(network, against, asked)
+        return facts | ({"skipped": skipped(tally)} if tally is not None and tally.ratio() > 0 else {})
+
+    def _right(self, network: Network, asked: Sequence[Chat]) -> float:
+        tokenizer, module, right, start = tokenizer_of(network), network.module, 0, 0
+        for inputs in chats.prompts(asked, network.processor, self.batch, network.device):
+            with torch.no_grad():
+                made_BS = module.generate(**inputs, max_new_tokens=self.new_tokens, do_sample=False)  # type: ignore[operator]
+            said = tokenizer.batch_decode(made_BS[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            right += sum(one.strip() == chat.answer.strip() for one, chat in zip(said, asked[start:], strict=False))
+            start += len(said)
+        return right / len(asked)
+
+    def _moved(self, network: Network, against: Network, asked: Sequence[Chat]) -> dict[str, float]:
+        divergence = same = tokens = 0.0
+        for call in chats.calls(asked, network.processor, self.batch, network.device):
+            at_BS = call.kwargs.pop("labels")[:, 1:] != chats.IGNORED
+            theirs_NV, ours_NV = (one.run(call).logits[:, :-1][at_BS] for one in (against, network))
+            divergence += kl_divergence(theirs_NV, ours_NV) * len(ours_NV)
+            same += top1_agreement(theirs_NV, ours_NV) * len(ours_NV)
+            tokens += len(ours_NV)
+        return {"kl": divergence / tokens, "top1": same / tokens, "tokens": tokens}
+
+
+def skipped(tally: Tally) -> dict[str, Any]:
+    """A tally as facts: shares of pairs dropped in prefill and decoding, of tokens without experts, and by layer of text and vision."""
+    alive = slice(None, PADDING)
+    kept, pairs = (counts[:, [TEXT, VISION]].sum(2).double() for counts in (tally.kept_LKP, tally.pairs_LKP))
+    tokens = tally.tokens_LKP[:, alive].sum(2).double()
+    return {
+        "prefill": tally.ratio(PREFILL),
+        "decode": tally.ratio(DECODING),
+        "lost": float(tally.lost_LKP[:, alive].sum() / tokens.sum()),
+        "layers": (1 - kept / pairs.clamp(min=1)).tolist(),
+        "lost_of_layers": (tally.lost_LKP[:, alive].sum((1, 2)) / tokens.sum(1)).tolist(),
+    }

@@ -1,0 +1,19 @@
+"""GPT-OSS: attention with sinks and biases, experts with biases and a clamped gate."""
+
+from __future__ import annotations
+
+from aerogel.model.family import Edge, Experts, Family, Residual, Tower
+
+FAMILY = Family(
+    name="gpt_oss",
+    matches=("gpt_oss",),
+    towers=(Tower("model", "model.layers.*"),),
+    edges=(
+        Edge("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Edge("self_attn.v_proj", ("self_attn.o_proj",), heads=True),
+        Edge("post_attention_layernorm", ("mlp.router", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")),
+    ),
+    keep=("*.mlp.router",),
+    experts=Experts("mlp.experts", router="mlp.router", interleaved=True, fused=True),
+    residual=Residual(("model.embed_tokens",), ("self_attn.o_proj", "mlp.experts.*.down_proj"), "model.norm", "lm_head"),
+)

@@ -1,0 +1,1 @@
+"""Skipping and pruning experts."""

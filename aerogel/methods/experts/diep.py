@@ -1,0 +1,66 @@
+"""DiEP's skipping as we read it (arXiv:2509.16105): NAEE's rule, readier where the experts are alike.
+
+The paper's formula was not to be confirmed; ours scales beta by how alike an expert's outputs are to those of the token's best expert.
+
+E experts, L layers, T tokens, K experts a token is routed to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aerogel.methods.method import SkipPolicy
+from aerogel.model.skipping.routing import Routed, Rule, Shape
+from aerogel.model.skipping.seen import outputs_of_each
+from aerogel.training.answers import Answers
+from aerogel.training.thresholds import keeping, met, seen, tail_over_head
+
+
+@dataclass(frozen=True)
+class Diep(SkipPolicy):
+    """Drops experts that weigh less than beta times their likeness to the best one times what stands before them."""
+
+    ratio: float | None = None
+    """Share of all pairs to drop: beta is scaled until it is met. None leaves the median of the calibration tokens."""
+    tokens: int = 256
+    """Tokens of each layer on which the outputs of all experts are compared."""
+    renormalise: bool = field(default=True, kw_only=True)
+    """Whether the weights of the experts that are left are raised to what all weighed together."""
+
+    def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
+        """Likeness of all experts, then beta."""
+        inputs = answers.inputs(self.tokens)
+        alike = [likeness(outputs_of_each(answers.network, layer, x_TH)) for layer, x_TH in enumerate(inputs)]
+        state: dict[str, Any] = {"alike": torch.stack(alike)}
+        score = _score(state["alike"])
+        values = seen(answers, score)
+        state["beta"] = float(values.median()) if len(values) else 1.0
+        if self.ratio is not None:
+            known = {"vision": answers.vocabulary.vision, "special": answers.vocabulary.special}
+            state["beta"], _ = met(answers, lambda tried: self.skip(state | known | {"beta": tried}), score, self.ratio)
+        return state
+
+    def rule(self, state: Mapping[str, Any]) -> Rule:
+        """Drop what weighs too little, or says too much the same."""
+        return keeping(_score(state["alike"]), state["beta"])
+
+
+def likeness(y_ETH: Tensor) -> Tensor:
+    """Linear CKA (E, E) of what the experts give for the same tokens, from 0 to 1."""
+    y_ETH = y_ETH.float() - y_ETH.float().mean(1, keepdim=True)
+    gram_ED = torch.nn.functional.normalize((y_ETH @ y_ETH.transpose(1, 2)).flatten(1), dim=1)
+    return (gram_ED @ gram_ED.T).clamp(0, 1)
+
+
+def _score(alike_LEE: Tensor) -> Any:
+    def score(routed: Routed) -> Tensor:
+        best_T1 = routed.index_TK.gather(1, routed.share_TK.argmax(-1, keepdim=True))
+        alike_TK = alike_LEE[routed.layer].to(routed.share_TK.device)[best_T1, routed.index_TK]
+        return tail_over_head(routed.share_TK) / alike_TK.clamp(min=torch.finfo(torch.float32).tiny)
+
+    return score

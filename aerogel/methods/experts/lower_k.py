@@ -1,0 +1,43 @@
+"""Lower k: every token keeps its best few experts, in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import AerogelError
+from aerogel.methods.method import SkipPolicy
+from aerogel.model.skipping.routing import Routed, Rule, Shape
+from aerogel.training.answers import Answers
+
+
+@dataclass(frozen=True)
+class LowerK(SkipPolicy):
+    """Keeps the best `k` experts of each token; give `k`, or the ratio that it has to drop at least."""
+
+    k: int | None = None
+    """Experts that are left to each token."""
+    ratio: float | None = None
+    """Share of a token's experts to drop, at least; what is left is rounded down."""
+
+    def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
+        """Count; raises AerogelError for numbers that the router does not have."""
+        if (self.k is None) == (self.ratio is None):
+            raise AerogelError("lower_k needs one of k and ratio")
+        kept = self.k if self.k is not None else int(shape.top_k * (1 - (self.ratio or 0.0)) + 1e-9)
+        if not 0 <= kept <= shape.top_k:
+            raise AerogelError(f"k {kept}: this router chooses {shape.top_k} experts, so 0 to {shape.top_k} can be left")
+        return {"k": kept}
+
+    def rule(self, state: Mapping[str, Any]) -> Rule:
+        """Keep the best."""
+
+        def rule(routed: Routed) -> Tensor:
+            best_TK = routed.share_TK.topk(state["k"], dim=-1).indices
+            return torch.zeros_like(routed.index_TK, dtype=torch.bool).scatter_(1, best_TK, True)
+
+        return rule

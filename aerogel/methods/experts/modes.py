@@ -1,0 +1,147 @@
+"""MoDES: experts are dropped by layer importance times router weight, with thresholds of text and vision of their own (arXiv:2511.15690).
+
+L layers, M modalities (text, vision), T tokens, K experts a token is routed to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import AerogelError
+from aerogel.methods.method import SkipPolicy
+from aerogel.model.skipping.kinds import KINDS, MODALITIES, TEXT, VISION
+from aerogel.model.skipping.routing import Lost, Routed, Rule, Shape, Skipping
+from aerogel.training.answers import Answers
+from aerogel.training.frontier import Evaluations, Found, exhaustive, frontier, violations
+from aerogel.training.thresholds import POINTS, checked, grid, seen, unreachable
+
+_PUBLISHED = {TEXT: 0.71, VISION: 0.6}
+"""Where the grid of the public code ends, before its sigmoid."""
+
+
+@dataclass(frozen=True)
+class Modes(SkipPolicy):
+    """Drops a pair where the layer's importance times the expert's share of the token is below the threshold of the token's modality."""
+
+    ratio: float = 0.67
+    """Share of all pairs of token and expert to drop, over all layers."""
+    importance: Literal["modality", "layer", "none"] = "modality"
+    """How much the answers change without a layer's experts: told apart by modality, one number a layer, or all layers alike."""
+    bypass: Lost = "zero"
+    """What stands for a layer's experts while its importance is measured: nothing, or their own input (as the public code has it)."""
+    thresholds: Literal["modality", "single"] = "modality"
+    """Whether text and vision have thresholds of their own."""
+    grid: Literal["quantiles", "published"] = "quantiles"
+    """Where thresholds are looked for: where the scores are, or on the grid of the public code."""
+    points: int = POINTS
+    """Thresholds of each modality that are looked at."""
+    exhaustive: bool = False
+    """Whether all pairs of thresholds are tried; for small grids."""
+    evaluations: str = ""
+    """A file in which evaluations are kept, so that a search that was stopped goes on."""
+
+    def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
+        """Importance, then thresholds; raises AerogelError for a ratio that no threshold reaches."""
+        checked(self.ratio)
+        importance_LM = self._importance(answers, shape)
+        grids = {kind: self._grid(answers, importance_LM, kind) for kind in (TEXT, VISION)}
+        if self.thresholds == "single":
+            grids = {TEXT: sorted({*grids[TEXT], *grids[VISION]} if answers.pictured else grids[TEXT]), VISION: [0.0]}
+        evaluations = self._evaluations(answers, importance_LM, grids)
+        search = exhaustive if self.exhaustive else frontier
+        rows, columns = (len(grids[kind]) for kind in (TEXT, VISION))
+        found: Found | None = search(evaluations, rows, columns, self.ratio)
+        if found is None:
+            raise unreachable(self.ratio, evaluations((rows - 1, columns - 1)))
+        tried = [[*cell, *value] for cell, value in evaluations.known.items()]
+        return {
+            "importance": importance_LM,
+            "thresholds": torch.tensor(self._pair(grids, found.cell), dtype=torch.float64),
+            "ratio": self.ratio,
+            "tried": torch.tensor(tried, dtype=torch.float64),
+            "evaluations": len(tried),
+            "against_monotony": violations(evaluations.known),
+        }
+
+    def rule(self, state: Mapping[str, Any]) -> Rule:
+        """Drop what scores below the threshold of its token; marks of a chat count as text where they are not protected."""
+        return _rule(state["importance"], state["thresholds"].tolist())
+
+    def _importance(self, answers: Answers, shape: Shape) -> Tensor:
+        """Importance (L, M) that sums to one in each modality; zero where a modality does not occur."""
+        if self.importance == "none":
+            return torch.full((shape.layers, len(MODALITIES)), 1 / shape.layers)
+        told = [(TEXT,), (VISION,)] if self.importance == "modality" else [(TEXT, VISION)]
+        columns = []
+        for kinds in told:
+            occurs = answers.pictured or TEXT in kinds
+            errors = [answers.judge(self._without(answers, layer, kinds)).error if occurs else 0.0 for layer in range(shape.layers)]
+            columns.append(torch.tensor(errors))
+        importance_LM = torch.stack(columns * (len(MODALITIES) // len(columns)), dim=1)
+        return importance_LM / importance_LM.sum(0).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def _without(self, answers: Answers, layer: int, kinds: tuple[int, ...]) -> Skipping:
+        """One layer loses all experts of tokens of some kinds."""
+
+        def rule(routed: Routed) -> Tensor:
+            own_T = torch.isin(routed.kind_T, torch.tensor(kinds, device=routed.kind_T.device))
+            return ~((routed.layer == layer) & own_T)[:, None].expand_as(routed.index_TK)
+
+        return Skipping(rule, answers.vocabulary, lost=self.bypass)
+
+    def _grid(self, answers: Answers, importance_LM: Tensor, kind: int) -> list[float]:
+        if kind == VISION and not answers.pictured:
+            return [0.0]
+        if self.grid == "published":
+            places = torch.linspace(0, _PUBLISHED[kind], self.points, dtype=torch.float64).tolist()
+            return [2 / (1 + math.exp(-10 * (place - 1))) for place in places]
+        return grid(seen(answers, lambda routed: _score(routed, importance_LM), (kind,)), self.points)
+
+    def _pair(self, grids: Mapping[int, list[float]], cell: tuple[int, int]) -> list[float]:
+        text = grids[TEXT][cell[0]]
+        return [text, text if self.thresholds == "single" else grids[VISION][cell[1]]]
+
+    def _evaluations(self, answers: Answers, importance_LM: Tensor, grids: Mapping[int, list[float]]) -> Evaluations:
+        def evaluate(cell: tuple[int, int]) -> Any:
+            return answers.judge(self.skip(self._state(answers, importance_LM, self._pair(grids, cell))))
+
+        about = {
+            "importance": importance_LM.tolist(), "grids": [grids[TEXT], grids[VISION]], "answer tokens": answers.tokens,
+            "switches": [self.renormalise, self.keep_top1, self.protect_special, self.thresholds],
+        }  # fmt: skip
+        return Evaluations(evaluate, Path(self.evaluations) if self.evaluations else None, about)
+
+    def _state(self, answers: Answers, importance_LM: Tensor, thresholds: list[float]) -> dict[str, Any]:
+        known = answers.vocabulary
+        pair = torch.tensor(thresholds, dtype=torch.float64)
+        return {"importance": importance_LM, "thresholds": pair, "vision": known.vision, "special": known.special}
+
+
+def _score(routed: Routed, importance_LM: Tensor) -> Tensor:
+    """Importance of the layer to the token's modality times what the router gives each expert, score_TK."""
+    of_kind = _by_kind(importance_LM[routed.layer].tolist(), routed.share_TK)
+    return routed.share_TK * of_kind[routed.kind_T][:, None]
+
+
+def _rule(importance_LM: Tensor, thresholds: list[float]) -> Rule:
+    if importance_LM.shape[1] != len(MODALITIES):
+        raise AerogelError(f"importance of {importance_LM.shape[1]} modalities; expected {len(MODALITIES)}")
+
+    def rule(routed: Routed) -> Tensor:
+        threshold_T1 = _by_kind(thresholds, routed.share_TK)[routed.kind_T][:, None]
+        return ~(_score(routed, importance_LM) < threshold_T1)
+
+    return rule
+
+
+def _by_kind(of_modality: list[float], like: Tensor) -> Tensor:
+    """A value for each kind of token; what is neither text nor vision counts as text."""
+    text, vision = of_modality
+    return torch.tensor([vision if kind == VISION else text for kind in range(len(KINDS))], dtype=like.dtype, device=like.device)

@@ -1,0 +1,68 @@
+"""NAEE's dynamic skipping: the last experts go where they weigh little beside those before them (arXiv:2402.14800).
+
+L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aerogel.methods.method import SkipPolicy
+from aerogel.model.skipping.routing import Routed, Rule, Shape
+from aerogel.training.answers import Answers
+from aerogel.training.thresholds import keeping, met, seen, tail_over_head
+
+
+@dataclass(frozen=True)
+class Naee(SkipPolicy):
+    """Drops the experts from rank i on where together they weigh less than beta times those before; beta is the layer's median of that.
+
+    With two experts a token this is the published rule: the second goes where it weighs less than beta times the first.
+    """
+
+    ratio: float | None = None
+    """Share of all pairs to drop: all betas are scaled alike until it is met. None leaves the medians as they are."""
+    renormalise: bool = field(default=True, kw_only=True)
+    """Whether the weights of the experts that are left are raised to what all weighed together; the authors do."""
+
+    def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
+        """Medians of the calibration tokens, then the scale that meets the ratio."""
+        betas = [_median(seen(answers, _of_layer(layer))) for layer in range(shape.layers)]
+        state: dict[str, Any] = {"beta": torch.tensor(betas, dtype=torch.float64), "scale": 1.0}
+        if self.ratio is not None:
+            known = {"vision": answers.vocabulary.vision, "special": answers.vocabulary.special}
+            score = _score(state["beta"])
+            state["scale"], _ = met(answers, lambda tried: self.skip(state | known | {"scale": tried}), score, self.ratio)
+        return state
+
+    def rule(self, state: Mapping[str, Any]) -> Rule:
+        """Drop what weighs too little beside the better ones."""
+        return keeping(_score(state["beta"]), state["scale"])
+
+
+def _score(beta_L: Tensor) -> Any:
+    betas = beta_L.tolist()
+
+    def score(routed: Routed) -> Tensor:
+        return tail_over_head(routed.share_TK) / betas[routed.layer]
+
+    return score
+
+
+def _of_layer(layer: int) -> Any:
+    """The last expert's weight beside all before it, of one layer's tokens; infinite elsewhere."""
+
+    def score(routed: Routed) -> Tensor:
+        smallest_T1 = tail_over_head(routed.share_TK).amin(-1, keepdim=True)
+        return smallest_T1 if routed.layer == layer else torch.full_like(smallest_T1, torch.inf)
+
+    return score
+
+
+def _median(values: Tensor) -> float:
+    return float(values.median()) if len(values) else 1.0

@@ -1,0 +1,85 @@
+"""MC-MoE's online pruning: NAEE's rule, but what matters most keeps all experts and what matters least has none (arXiv:2410.06270).
+
+B rows, S positions, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import AerogelError
+from aerogel.methods.method import SkipPolicy
+from aerogel.model.skipping.kinds import PADDING
+from aerogel.model.skipping.routing import Routed, Rule, Shape
+from aerogel.training.answers import Answers
+from aerogel.training.thresholds import met, tail_over_head
+
+
+@dataclass(frozen=True)
+class Odp(SkipPolicy):
+    """Drops experts that weigh less than beta times those before; in a prompt, by what attention a token receives, all or none of them."""
+
+    attends: ClassVar[bool] = True
+
+    ratio: float | None = None
+    """Share of all pairs to drop: beta is chosen for it. None leaves `beta`."""
+    beta: float = 0.5
+    """How little the last experts weigh beside those before them to be dropped; the authors' value."""
+    kept: float = 0.1
+    """Share of a prompt's tokens that keep all experts: the most important ones."""
+    lost: float = 0.1
+    """Share of a prompt's tokens that lose all experts: the least important ones."""
+    layers: int = 20
+    """First layers in which tokens are told apart so."""
+    as_published: bool = False
+    """Whether attention is summed over the wrong side, as the public code does: each token then counts one over those that see it."""
+    renormalise: bool = field(default=True, kw_only=True)
+    """Whether the weights of the experts that are left are raised to what all weighed together; the authors do."""
+
+    def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
+        """Find beta where a ratio is asked for; raises AerogelError for shares that are none."""
+        if min(self.kept, self.lost) < 0 or self.kept + self.lost > 1:
+            raise AerogelError(f"kept {self.kept} and lost {self.lost}: shares of tokens, together at most 1, are expected")
+        if self.ratio is None:
+            return {"beta": self.beta}
+        known = {"vision": answers.vocabulary.vision, "special": answers.vocabulary.special}
+        beta, _ = met(answers, lambda tried: self.skip({"beta": tried, **known}), _score, self.ratio, attention=True)
+        return {"beta": beta, "ratio": self.ratio}
+
+    def rule(self, state: Mapping[str, Any]) -> Rule:
+        """NAEE's rule, and the tokens' own."""
+
+        def rule(routed: Routed) -> Tensor:
+            kept_TK = _score(routed) >= state["beta"]
+            if routed.received_BS is None or routed.layer >= self.layers:
+                return kept_TK
+            order_T = _order(routed, self.as_published).reshape(-1, 1)
+            return (kept_TK & (order_T >= self.lost)) | (order_T >= 1 - self.kept)
+
+        return rule
+
+
+def _score(routed: Routed) -> Tensor:
+    return tail_over_head(routed.share_TK)
+
+
+def importance(norm_BS: Tensor, received_BS: Tensor, alive_BS: Tensor, as_published: bool) -> Tensor:
+    """Return L1 norm times attention received, over the number of positions that can see each (BS); padding gives minus infinity."""
+    seen_by_BS = alive_BS.long().flip(1).cumsum(1).flip(1).clamp(min=1)
+    received_BS = torch.ones_like(received_BS) if as_published else received_BS
+    return (norm_BS * received_BS / seen_by_BS).masked_fill(~alive_BS, -torch.inf)
+
+
+def _order(routed: Routed, as_published: bool) -> Tensor:
+    """Where each token stands in its row by importance, from 0 (least) to below 1; padding is not counted."""
+    assert routed.received_BS is not None
+    alive_BS = routed.kind_BS != PADDING
+    norm_BS = routed.x_TH.float().abs().sum(-1).view_as(routed.kind_BS)
+    rank_BS = importance(norm_BS, routed.received_BS, alive_BS, as_published).argsort(dim=1, stable=True).argsort(dim=1)
+    padded_B1 = (~alive_BS).sum(1, keepdim=True)
+    return (rank_BS - padded_B1) / alive_BS.sum(1, keepdim=True).clamp(min=1)

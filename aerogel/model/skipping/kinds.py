@@ -1,0 +1,60 @@
+"""What each token of a forward is: text, vision, special or padding.
+
+B rows, S positions of a forward, L positions of the attention mask (the cache's among them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import AerogelError
+from aerogel.model.network import Network
+
+TEXT, VISION, SPECIAL, PADDING = range(4)
+KINDS = ("text", "vision", "special", "padding")
+MODALITIES = KINDS[:2]
+_PICTURED = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_MARKS = ("bos_token_id", "eos_token_id", "pad_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which token ids stand for features of images and video, and which are marks of a chat rather than words."""
+
+    vision: tuple[int, ...]
+    special: tuple[int, ...]
+
+    @classmethod
+    def of(cls, network: Network) -> Vocabulary:
+        """As the configuration and the tokenizer, where there is one, say."""
+        config = network.config
+        configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
+        vision = {number for one in configs for key in _PICTURED for number in _numbers(getattr(one, key, None))}
+        special = {number for one in configs for key in _MARKS for number in _numbers(getattr(one, key, None))}
+        tokenizer = getattr(network.processor, "tokenizer", network.processor)
+        special |= set(getattr(tokenizer, "all_special_ids", ()))
+        special |= {number for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+        return cls(tuple(sorted(vision)), tuple(sorted(special - vision)))
+
+    def kinds(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return kind_BS of a forward's inputs; raises AerogelError when they have no token ids, which tell text from images."""
+        ids_BS = inputs.get("input_ids")
+        if ids_BS is None:
+            raise AerogelError("a forward without input_ids: text cannot be told from images; pass input_ids instead of inputs_embeds")
+        kind_BS = torch.full_like(ids_BS, TEXT)
+        for numbers, kind in ((self.special, SPECIAL), (self.vision, VISION)):
+            if numbers:
+                kind_BS.masked_fill_(torch.isin(ids_BS, torch.tensor(numbers, device=ids_BS.device)), kind)
+        mask_BL = inputs.get("attention_mask")
+        if isinstance(mask_BL, Tensor) and mask_BL.ndim == 2:
+            kind_BS.masked_fill_(mask_BL[:, -ids_BS.shape[1] :] == 0, PADDING)
+        return kind_BS
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    return () if value is None else (value,) if isinstance(value, int) else tuple(value)

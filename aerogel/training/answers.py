@@ -1,0 +1,106 @@
+"""How far a mixture with skipped experts moves from the whole one, where answers are predicted.
+
+L layers, N tokens of answers, V vocabulary, B rows, S positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from aerogel.errors import AerogelError
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
+from aerogel.model.skipping.counting import counting
+from aerogel.model.skipping.kinds import PADDING, VISION, Vocabulary
+from aerogel.model.skipping.routing import Skipping, skipping
+from aerogel.model.skipping.seen import arrivals
+from aerogel.training.frontier import Value
+
+_ROWS = 1024
+"""Rows of logits compared at once."""
+
+
+class Answers:
+    """The whole network's predictions of the answers in some calls, and what skipping does to them.
+
+    Answers are what `labels` of a call say, where it has any, else every token but the first and padding. Logits of the whole network are
+    kept: N x V numbers of four bytes.
+    """
+
+    def __init__(self, network: Network, calls: Sequence[Call], vocabulary: Vocabulary) -> None:
+        """Run the whole network; raises AerogelError for calls without token ids, or when there is nothing to predict."""
+        self.network, self.vocabulary = network, vocabulary
+        self._calls = [_bare(call) for call in calls]
+        self._predicted = [_predicted(call, vocabulary) for call in calls]
+        self.tokens = sum(int(at_BS.sum()) for at_BS in self._predicted)
+        if not self.tokens:
+            raise AerogelError("these calls hold no answer to predict; give chats with answers, or longer text")
+        self._whole = [self._logits(call, at_BS) for call, at_BS in zip(self._calls, self._predicted, strict=True)]
+        shown = [vocabulary.kinds(call.kwargs) for call in self._calls]
+        self.pictured = any(bool((kind_BS == VISION).any()) for kind_BS in shown)
+        """Whether any token is an image's."""
+
+    def judge(self, skip: Skipping, attention: bool = False) -> Value:
+        """Mean KL(whole || skipping) in nats an answer token, and the share of pairs that were dropped; one pass over the calls."""
+        total = 0.0
+        with skipping(self.network, skip, attention), counting(self.network, self.vocabulary) as tally:
+            for call, at_BS, whole_NV in zip(self._calls, self._predicted, self._whole, strict=True):
+                total += divergence(whole_NV, self._logits(call, at_BS))
+        return Value(total / self.tokens, tally.ratio())
+
+    def walk(self, skip: Skipping, attention: bool = False) -> None:
+        """Let a rule see every forward, when what it gives is not asked for."""
+        with skipping(self.network, skip, attention):
+            for call in self._calls:
+                self.network.run(call)
+
+    def inputs(self, tokens: int) -> list[Tensor]:
+        """For each layer, what its experts read of up to so many tokens (T, H)."""
+        return [arrived.x_TH for arrived in arrivals(self.network, self._calls, tokens, self.vocabulary)]
+
+    def _logits(self, call: Call, at_BS: Tensor) -> Tensor:
+        if not bool(at_BS.any()):
+            return torch.empty(0, 1)
+        with _rows_of_head(self.network, at_BS):
+            return self.network.run(call).logits[0].float()
+
+
+def divergence(whole_NV: Tensor, other_NV: Tensor) -> float:
+    """Sum over rows of KL(whole || other) in nats, no row below zero."""
+    total = 0.0
+    for p_RV, q_RV in zip(whole_NV.split(_ROWS), other_NV.split(_ROWS), strict=True):
+        p_RV, q_RV = log_softmax(p_RV, -1), log_softmax(q_RV, -1)
+        total += float((p_RV.exp() * (p_RV - q_RV)).sum(-1).clamp(min=0).sum())
+    return total
+
+
+def _bare(call: Call) -> Call:
+    """The forward without loss, and with the logits of all positions."""
+    return Call(call.args, {key: value for key, value in call.kwargs.items() if key not in ("labels", "logits_to_keep")})
+
+
+def _predicted(call: Call, vocabulary: Vocabulary) -> Tensor:
+    """Positions at_BS whose next token is part of an answer."""
+    labels_BS = call.kwargs.get("labels")
+    kind_BS = vocabulary.kinds(call.kwargs)
+    answer_BS = kind_BS != PADDING if labels_BS is None else labels_BS != -100
+    at_BS = torch.zeros_like(answer_BS)
+    at_BS[:, :-1] = answer_BS[:, 1:] & (kind_BS[:, :-1] != PADDING)
+    return at_BS
+
+
+@contextmanager
+def _rows_of_head(network: Network, at_BS: Tensor) -> Iterator[None]:
+    """Compute logits of some positions only: (1, N, V)."""
+    head: Any = network.module.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0][at_BS][None],))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,67 @@
+"""Replies are judged word for word, and what experts were spared is counted in both phases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aerogel.data import chats
+from aerogel.engine import policies
+from aerogel.engine.policies import Measured
+from aerogel.errors import AerogelError
+from aerogel.evaluate.replies import Replies
+from aerogel.methods.experts.lower_k import LowerK
+from aerogel.model.load import load
+from aerogel.recipe import Recipe
+from tests.questions import untrained, written
+
+
+@pytest.fixture(scope="module")
+def network() -> Any:
+    torch.manual_seed(0)
+    return load(untrained(), dtype=torch.float32)
+
+
+def test_replies_that_are_the_expected_ones_count(network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = written(tmp_path, 10)
+    asked = chats.drawn(chats.read(source), 6, 0)
+    pad, tokenizer = network.processor.tokenizer.pad_token_id, network.processor.tokenizer
+    said = [chat.answer if number % 2 else "No idea." for number, chat in enumerate(asked)]
+
+    def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        some, left = said[: len(input_ids)], said[len(input_ids) :]
+        said[:] = left
+        rows = [tokenizer(f"{one}<|im_end|>")["input_ids"] for one in some]
+        width = max(map(len, rows))
+        return torch.cat([input_ids, torch.tensor([row + [pad] * (width - len(row)) for row in rows])], dim=1)
+
+    monkeypatch.setattr(network.module, "generate", generate)
+    facts = Replies(source=str(source), count=6, batch=4).measure(network)
+    assert facts["right"] == 0.5
+    assert facts["count"] == 6
+    assert "skipped" not in facts
+
+
+def test_predictions_are_compared_and_skipping_is_counted(network: Any, tmp_path: Path) -> None:
+    source = written(tmp_path, 5)
+    measure = Replies(source=str(source), count=5, new_tokens=3)
+    same = measure.measure(network, network)
+    assert same["kl"] == pytest.approx(0, abs=1e-9)
+    assert same["top1"] == 1
+    (call,) = chats.calls(chats.read(source), network.processor, 5)
+    (step,) = Recipe.parse({"steps": [{"lower_k": {"k": 1, "protect_special": False}}]}).steps
+    assert isinstance(step.method, LowerK)
+    with policies.on(network, [Measured(step, step.method.calibrate(network, [call]))]):
+        facts = measure.measure(network, network)
+    skipped = facts["skipped"]
+    assert skipped["prefill"] == skipped["decode"] == 0.75
+    assert skipped["lost"] == 0
+    assert skipped["layers"] == [[0.75, 0.75]] * 6
+
+
+def test_a_source_is_asked_for(network: Any) -> None:
+    with pytest.raises(AerogelError, match=r"--set replies\.source=FILE\.jsonl"):
+        Replies().measure(network)
