@@ -84,6 +84,8 @@ _COMPARED = (
     _Compared("Perplexity", "perplexity", "perplexity", _four, phrases.change),
     _Compared("KL from the original, nats per token", "agreement", "kl", phrases.digits, _nothing),
     _Compared("Same next token", "agreement", "top1", phrases.percent, _nothing),
+    _Compared("Replies that are the expected ones", "replies", "right", phrases.percent, phrases.change),
+    _Compared("KL where replies are expected, nats per token", "replies", "kl", phrases.digits, _nothing),
     _Compared("PSNR against the original's pictures, dB", "pictures", "psnr", phrases.digits, _nothing),
     _Compared("SSIM with the original's pictures", "pictures", "ssim", phrases.digits, _nothing),
     _Compared("Squared error of pixels (0 to 1)", "pictures", "mse", phrases.digits, _nothing),

@@ -14,7 +14,7 @@ import yaml
 from markupsafe import Markup, escape
 
 from aerogel.errors import AerogelError
-from aerogel.report import compare, coverage, inputs, phrases, record, reuse, temporal
+from aerogel.report import compare, coverage, inputs, phrases, record, reuse, skips, temporal
 from aerogel.report.layers import error_map, towers
 from aerogel.report.parts import parts_bars
 from aerogel.report.record import Pictures, Realism, Run, Sample, Side
@@ -150,6 +150,7 @@ def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
         "inputs": {"sentence": inputs.sentence(after.inputs), "rows": list(inputs.rows(after.inputs))} if after.inputs else None,
         "coverage": _coverage(run),
         "reused": list(_reused(run)),
+        "skipped": _skipped(after),
         "fallback_note": _fallback_note(run, len({entry.name for entry in fallen})),
         "fallen": fallen,
         "lines": lines[:LISTED],
@@ -184,7 +185,7 @@ def _picture_note(others: Sequence[Run]) -> str:
 
 def _missing(run: Run) -> Iterator[str]:
     after = run.metrics.compressed
-    if not (after.perplexity or after.pictures or after.realism):
+    if not (after.perplexity or after.pictures or after.realism or after.replies):
         yield "Quality was not measured: run aerogel evaluate on the folder, --against the original; of pictures, with --measure pictures."
     if not (after.speed or after.sampling):
         yield "Speed was not measured: run aerogel bench on the folder, --against the original."
@@ -209,6 +210,8 @@ def _conditions(after: Side) -> str:
         said.append(f"Compared with the original's pictures: {_made(after.pictures)}")
     if real := after.realism:
         said.append(f"Compared with real images ({real.reference or 'unnamed'}): {_made(real)}")
+    if replies := after.replies:
+        said.append(f"Replies to {replies.count or 0:,} questions of {Path(replies.source or 'unnamed').name}")
     if time := after.temporal:
         said.append(f"Temporal features at the {len(time.steps)} steps of {time.sampler or 'the sampler'}")
     if speed := after.speed:
@@ -249,6 +252,13 @@ def _reused(run: Run) -> Iterator[dict[str, Any]]:
         if found := policy.reuse:
             drawn = Figure(reuse.reuse_map(found, WIDE), reuse.reuse_map(found, NARROW))
             yield {"policy": found.policy, "figure": drawn, "sentence": reuse.sentence(found)}
+
+
+def _skipped(after: Side) -> dict[str, Any] | None:
+    found = after.replies.skipped if after.replies else None
+    if found is None:
+        return None
+    return {"figure": Figure(skips.skip_map(found, WIDE), skips.skip_map(found, NARROW)), "sentence": skips.sentence(found)}
 
 
 def _coverage(run: Run) -> dict[str, Any] | None:

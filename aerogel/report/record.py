@@ -179,6 +179,35 @@ class Inputs(_Part):
         return self
 
 
+class Skipped(_Part):
+    """Which share of the pairs of token and expert was dropped."""
+
+    prefill: float
+    decode: float
+    lost: float
+    layers: list[tuple[float, float]] = Field(min_length=1)
+    """Of text and of images, layer by layer."""
+    lost_of_layers: list[float]
+    """Share of tokens without any routed expert."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Skipped:
+        if len(self.lost_of_layers) != len(self.layers):
+            raise ValueError("lost_of_layers must have a number for each layer")
+        return self
+
+
+class Replies(_Part):
+    """What was replied to questions about images."""
+
+    right: float
+    count: int | None = None
+    source: str | None = None
+    kl: float | None = None
+    top1: float | None = None
+    skipped: Skipped | None = None
+
+
 class Side(_Part):
     """All measures of one network."""
 
@@ -192,6 +221,7 @@ class Side(_Part):
     realism: Realism | None = None
     temporal: Temporal | None = None
     inputs: Inputs | None = None
+    replies: Replies | None = None
     lm_eval: dict[str, dict[str, float]] = {}
 
     @property

@@ -135,6 +135,12 @@ def reuse() -> dict[str, Any]:
     return {"step": {"harmonica": {"ratio": 0.3}}, "state": state}
 
 
+def replies() -> dict[str, Any]:
+    """What a mixture replied while experts were skipped."""
+    skipped = {"prefill": 0.7, "decode": 0.45, "lost": 0.21, "layers": [[0.1, 0.5], [0.9, 1.0]], "lost_of_layers": [0.0, 0.42]}
+    return {"right": 0.81, "count": 128, "source": "/some/where/held-out.jsonl", "kl": 0.012, "top1": 0.98, "skipped": skipped}
+
+
 def inputs() -> dict[str, Any]:
     """What 8 bits lose of the inputs of two blocks and of what stands around them; the numbers are made up."""
     layers = ["proj_in", *(f"blocks.{block}.<b>to_q</b>" for block in range(2)), "proj_out"]

@@ -15,7 +15,8 @@ import pytest
 from aerogel.errors import AerogelError
 from aerogel.report import page, record
 from aerogel.report.reuse import reuse_map
-from tests.report.runs import MINIMAL, folders, full, pictures, reuse, temporal
+from aerogel.report.skips import skip_map
+from tests.report.runs import MINIMAL, folders, full, pictures, replies, reuse, temporal
 
 VOID = {"meta", "link", "br", "wbr", "img", "input", "hr"}
 
@@ -343,3 +344,24 @@ def test_report_needs_no_torch(folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()) == folder / "report.html"
     assert "<!doctype html>" in (folder / "report.html").read_text("utf-8")
+
+
+def test_experts_that_were_spared_are_drawn_and_said() -> None:
+    content = full()
+    content["metrics"]["original"]["replies"] = {"right": 0.84, "count": 128}
+    content["metrics"]["compressed"]["replies"] = replies()
+    words = read(page.page(record.parse(content))).words
+    for said in (
+        "Which experts were spared",
+        "Of all pairs of token and expert 70.0 % were dropped in prompts and 45.0 % while replies were written; 21.0 % of the tokens",
+        "Replies to 128 questions of held-out.jsonl",
+        "Replies that are the expected ones",
+    ):
+        assert said in words, said
+    side = record.parse(content).metrics.compressed
+    assert side.replies is not None
+    assert side.replies.skipped is not None
+    drawn = str(skip_map(side.replies.skipped)).replace("\u202f", " ")
+    for cell in ("Text, layer 1: 90.0 %", "Images, layer 0: 50.0 %", "No expert at all, layer 1: 42.0 %"):
+        assert cell in drawn
+    assert "Which experts were spared" not in read(page.page(record.parse(full()))).words

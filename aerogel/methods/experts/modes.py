@@ -34,6 +34,8 @@ class Modes(SkipPolicy):
     """Share of all pairs of token and expert to drop, over all layers."""
     importance: Literal["modality", "layer", "none"] = "modality"
     """How much the answers change without a layer's experts: told apart by modality, one number a layer, or all layers alike."""
+    power: float = 1.0
+    """Power of the importance in the score: 1 as published, less to tell layers apart less sharply."""
     bypass: Lost = "zero"
     """What stands for a layer's experts while its importance is measured: nothing, or their own input (as the public code has it)."""
     thresholds: Literal["modality", "single"] = "modality"
@@ -72,7 +74,7 @@ class Modes(SkipPolicy):
 
     def rule(self, state: Mapping[str, Any]) -> Rule:
         """Drop what scores below the threshold of its token; marks of a chat count as text where they are not protected."""
-        return _rule(state["importance"], state["thresholds"].tolist())
+        return _rule(state["importance"] ** self.power, state["thresholds"].tolist())
 
     def _importance(self, answers: Answers, shape: Shape) -> Tensor:
         """Importance (L, M) that sums to one in each modality; zero where a modality does not occur."""
@@ -102,7 +104,7 @@ class Modes(SkipPolicy):
         if self.grid == "published":
             places = torch.linspace(0, _PUBLISHED[kind], self.points, dtype=torch.float64).tolist()
             return [2 / (1 + math.exp(-10 * (place - 1))) for place in places]
-        return grid(seen(answers, lambda routed: _score(routed, importance_LM), (kind,)), self.points)
+        return grid(seen(answers, lambda routed: _score(routed, importance_LM**self.power), (kind,)), self.points)
 
     def _pair(self, grids: Mapping[int, list[float]], cell: tuple[int, int]) -> list[float]:
         text = grids[TEXT][cell[0]]
@@ -114,7 +116,7 @@ class Modes(SkipPolicy):
 
         about = {
             "importance": importance_LM.tolist(), "grids": [grids[TEXT], grids[VISION]], "answer tokens": answers.tokens,
-            "switches": [self.renormalise, self.keep_top1, self.protect_special, self.thresholds],
+            "switches": [self.renormalise, self.keep_top1, self.protect_special, self.thresholds, self.power],
         }  # fmt: skip
         return Evaluations(evaluate, Path(self.evaluations) if self.evaluations else None, about)
 

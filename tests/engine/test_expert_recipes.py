@@ -1,0 +1,47 @@
+"""The recipes for mixtures do their whole job on the zoo's vision-language mixture, from a folder with chats to a report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import aerogel
+from aerogel.data import chats
+from aerogel.engine.calibration import Asked
+from aerogel.evaluate.replies import Replies
+from aerogel.model.modules import QuantLinear
+from tests.questions import ZOO, written
+from tests.tiny import output
+
+SOURCE = ZOO / "fashion-vlm"
+KNOBS = ["modes.points=8", "modes.ratio=0.5"]
+
+
+@pytest.mark.parametrize(("recipe", "knobs"), [("modes", KNOBS), ("modes-w4a16", [*KNOBS, "rtn.scheme=W4A16_G32"])])
+def test_recipe(recipe: str, knobs: list[str], tmp_path: Path) -> None:
+    source = written(tmp_path, 12)
+    measures = [Replies(source=str(source), count=6, new_tokens=40)]
+    result = aerogel.compress(
+        SOURCE, recipe, overrides=knobs, samples=Asked(source=str(source), count=8), output=tmp_path / "out", measures=measures
+    )
+    skipped = result.metrics["compressed"]["replies"]["skipped"]
+    assert 0 < skipped["decode"] < skipped["prefill"] < 0.7
+    assert len(skipped["layers"]) == 6
+    page = result.report().read_text()
+    assert "Which experts were spared" in page
+    reopened = aerogel.load(tmp_path / "out", lazy=False)
+    (call,) = chats.calls(chats.read(source)[:3], reopened.processor)
+    with aerogel.skipping(result.network, result):
+        assert torch.equal(output(reopened.module, call), output(result.network.module, call))
+    coded = [part for part in reopened.module.modules() if isinstance(part, QuantLinear)]
+    assert (len(coded) > 6 * 16 * 3) == (recipe == "modes-w4a16")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "qwen3_vl_moe"
+    if not coded:  # and plain transformers opens the weights, whole and as they were
+        theirs, info = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not any(info.values())
+        original = aerogel.load(SOURCE, lazy=False)
+        torch.testing.assert_close(output(theirs.float().eval(), call), output(original.module, call), rtol=0, atol=1e-4)
