@@ -52,7 +52,8 @@ Guidance = Annotated[float | None, typer.Option("--guidance", help="Denoisers: g
 Data = Annotated[
     str | None,
     typer.Option(
-        "--data", help="Calibration text [sotu]: shipped name, .txt, .jsonl, or a datasets folder; denoisers: a prompt on each line."
+        "--data",
+        help="Calibration text [sotu]: shipped name, .txt, .jsonl (with images: chats), or a datasets folder; denoisers: a prompt a line.",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]

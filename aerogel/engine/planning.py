@@ -19,10 +19,12 @@ from aerogel.methods.method import BlockMethod, Method, ReusePolicy, RevisingPol
 from aerogel.model import layout
 from aerogel.model.block import Block
 from aerogel.model.convs import Layer, refuse, size
+from aerogel.model.experts import ExpertList
 from aerogel.model.load import load
 from aerogel.model.match import matches
 from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
+from aerogel.model.skipping.routing import shape_of
 from aerogel.model.slots import Slot, slots
 from aerogel.model.trace import AROUND
 from aerogel.numerics.scheme import Scheme
@@ -202,6 +204,8 @@ class _Sizes:
     source: int
     untouched: int
     """Bytes on disk of the tensors that the recipe leaves."""
+    active: float
+    """Parameters that a token passes: of a mixture's experts those that it goes to."""
 
     @classmethod
     def of(cls, network: Network, touched: set[str]) -> _Sizes:
@@ -209,7 +213,15 @@ class _Sizes:
         left = sum(size for slot, size in stored if slot.name.rpartition(".")[0] not in touched)
         source = network.checkpoint.bytes() if network.checkpoint is not None else sum(size for _, size in stored)
         parameters = sum(slot.tensor.numel() for slot, _ in stored if isinstance(slot.tensor, nn.Parameter))
-        return cls(parameters + _coded_weights(network), source, left)
+        parameters += _coded_weights(network)
+        return cls(parameters, source, left, parameters - _resting(network))
+
+
+def _resting(network: Network) -> float:
+    """Weights of experts that an average token does not go to."""
+    found = [part for part in network.module.modules() if isinstance(part, ExpertList)]
+    weights = sum(inputs * outputs for part in found for inputs, outputs in (size(one) for one in part.modules() if isinstance(one, Layer)))
+    return weights * (1 - shape_of(network).top_k / shape_of(network).experts) if found else 0.0
 
 
 def _coded_weights(network: Network) -> int:
@@ -291,12 +303,12 @@ def _seconds(recipe: Recipe, sizes: _Sizes, touched: list[Touched], read: Readin
     blockwise = [step.method for step in recipe.steps if isinstance(step.method, BlockMethod) and "calls" in step.method.needs]
     passed = read.tokens * sum(method.forwards for method in blockwise) + _FITTING * read.sample * sum(m.fitted for m in blockwise)
     policies = [step.method for step in recipe.steps if isinstance(step.method, RuntimePolicy)]
-    through = sum(policy.passed(read.steps, read.at_once, read.sample) for policy in policies)
+    through = sum(policy.passed(read.steps, read.at_once, read.sample, read.tokens) for policy in policies)
     moments = sum(linear.inputs**2 for linear in touched) if blockwise else 0
     return {
         "load": sizes.source / _BYTES_A_SECOND,
         "check": sizes.source / _BYTES_A_SECOND,
-        "compress": (2 * (weights * passed + sizes.parameters * through) + moments * read.tokens + 20 * weights) / rate
+        "compress": (2 * (weights * passed + sizes.active * through) + moments * read.tokens + 20 * weights) / rate
         + sizes.source / _BYTES_A_SECOND,
         "save": sizes.source / _BYTES_A_SECOND,
         "evaluate": 2 * sizes.parameters * _EVALUATED_TOKENS / rate,

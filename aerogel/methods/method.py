@@ -76,10 +76,10 @@ class RuntimePolicy(ABC):
     by_step: ClassVar[bool] = False
     """Whether all it does is let modules answer out of tables by the step (model/lookup.py), which a static graph can say."""
 
-    def passed(self, steps: int, at_once: int, sample: int) -> float:
+    def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
         """Positions that pass the network beyond those recorded, for the estimate of time; none unless a policy says so.
 
-        A generation takes so many steps, the largest call has `at_once` positions, a picture `sample`.
+        A generation takes so many steps, the largest call has `at_once` positions, a picture `sample`, all calls `tokens`.
         """
         return 0.0
 
@@ -186,6 +186,10 @@ class SkipPolicy(RuntimePolicy):
     """Whether a token keeps its best expert whatever the rule says."""
     protect_special: bool = field(default=True, kw_only=True)
     """Whether marks of a chat keep all experts; they count in the ratio all the same."""
+
+    def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
+        """Once whole, once to look at scores, a bisection of a hundred thresholds, and once for what it says in the end."""
+        return 10.0 * tokens
 
     @abstractmethod
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class Harmonica(BudgetPolicy):
         saving, *cost_N = of_first(torch.tensor([mine.saving, *mine.cost_N], dtype=torch.float64)).tolist()
         return Budget(tuple(cost_N), saving).aged(self.max_age, len(steps_in(network, calls)))
 
-    def passed(self, steps: int, at_once: int, sample: int) -> float:
+    def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
         """A teacher, a student and its gradients at each step; proxies, each of half a generation; trials, the same, in both branches."""
         trained = self.trajectories * steps * _FORWARDS
         proxies = self.trajectories / self.refresh * steps * steps / 2

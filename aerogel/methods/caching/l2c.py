@@ -50,7 +50,7 @@ class L2c(BudgetPolicy):
     check: int = 500
     """Updates between two measurements for the log."""
 
-    def passed(self, steps: int, at_once: int, sample: int) -> float:
+    def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
         """A forward that fills what is kept, a teacher, a student and its gradients at each update."""
         return self.iterations * 5 * at_once
 

@@ -37,7 +37,7 @@ class Refined(RevisingPolicy):
     by: Measure = "macs"
     """What has to be saved as before: multiply-accumulates, or measured seconds of the units."""
 
-    def passed(self, steps: int, at_once: int, sample: int) -> float:
+    def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
         """Half a generation a trial, in both branches of guidance, and what confirms: made exactly, and as the schedule has it."""
         return (self.trials + 4 * _CONFIRMING) * steps * self.samples * sample
 

@@ -28,7 +28,7 @@ class Searched(BudgetPolicy):
     samples: int = 32
     """Pictures that are made in each, of those that were recorded."""
 
-    def passed(self, steps: int, at_once: int, sample: int) -> float:
+    def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
         """Half a generation a trial, in both branches of guidance."""
         return self.trials * steps * self.samples * sample
 

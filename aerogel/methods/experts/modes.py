@@ -49,6 +49,10 @@ class Modes(SkipPolicy):
     evaluations: str = ""
     """A file in which evaluations are kept, so that a search that was stopped goes on."""
 
+    def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
+        """A walk along the border of the grid, or all of it; two a layer for importance are left out, as layers are not known here."""
+        return float(tokens) * (self.points**2 if self.exhaustive else 2 * self.points)
+
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
         """Importance, then thresholds; raises AerogelError for a ratio that no threshold reaches."""
         checked(self.ratio)
