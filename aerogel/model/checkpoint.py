@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,28 +52,53 @@ class Entry:
     bytes: int
 
 
+Apart = Callable[[str, Callable[[], tuple[int, ...]]], Mapping[str, "Piece"]]
+"""(name, what gives its shape) -> pieces by the names that they answer to; none where the tensor stays whole."""
+
+
+def _whole(name: str, shape: Callable[[], tuple[int, ...]]) -> Mapping[str, Piece]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor that lies on disk as a part of a larger one: what `take` makes of the larger one's entry `number`."""
+
+    number: int
+    take: Callable[[Tensor], Tensor]
+
+
 class Checkpoint:
     """Named tensors in the safetensors files of one folder; nothing is read before it is asked for."""
 
-    def __init__(self, folder: Path, files: dict[str, str], rename: Callable[[str], str] = str) -> None:
-        """`files` says which file of the folder holds each tensor by its name on disk; `rename` gives the name it answers to."""
+    def __init__(self, folder: Path, files: dict[str, str], rename: Callable[[str], str] = str, apart: Apart = _whole) -> None:
+        """`files` says which file of the folder holds each tensor by its name on disk; `rename` gives the name it answers to.
+
+        `apart` gives, for a name that it answers to, the pieces that it answers to instead.
+        """
         self.folder = folder
         self._on_disk = {rename(name): name for name in files}
         self._modules = {ours.rpartition(".")[0]: theirs.rpartition(".")[0] for ours, theirs in self._on_disk.items()}
         self._files = files
         self._headers: dict[str, dict[str, Entry]] = {}
+        self._pieces: dict[str, Piece] = {}
+        for name, on_disk in list(self._on_disk.items()):
+            if pieces := apart(name, lambda name=name: self.shape(name)):  # type: ignore[misc]
+                self._on_disk |= dict.fromkeys(pieces, on_disk)
+                self._pieces |= pieces
+                del self._on_disk[name]
 
     @classmethod
-    def open(cls, folder: str | Path, rename: Callable[[str], str] = str) -> Checkpoint:
+    def open(cls, folder: str | Path, rename: Callable[[str], str] = str, apart: Apart = _whole) -> Checkpoint:
         """Open the checkpoint in `folder`; raises AerogelError when there is none, or only one in pickle format."""
         folder = Path(folder)
         for stem in _STEMS:
             if (folder / f"{stem}.safetensors").is_file():
                 file = f"{stem}.safetensors"
-                return cls(folder, dict.fromkeys(_read_header(folder / file), file), rename)
+                return cls(folder, dict.fromkeys(_read_header(folder / file), file), rename, apart)
             index = folder / f"{stem}.safetensors.index.json"
             if index.is_file():
-                return cls(folder, _read_index(index), rename)
+                return cls(folder, _read_index(index), rename, apart)
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         if pickled:
             raise AerogelError(
@@ -199,7 +224,11 @@ class Checkpoint:
             for batch in self._batches(members):
                 with safe_open(file, framework="pt") as handle:
                     for name in batch:
-                        yield name, handle.get_tensor(self.on_disk(name))
+                        piece = self._pieces.get(name)
+                        if piece is None:
+                            yield name, handle.get_tensor(self.on_disk(name))
+                        else:
+                            yield name, piece.take(handle.get_slice(self.on_disk(name))[piece.number]).contiguous()
                 trim()
 
     def _batches(self, names: list[str]) -> Iterator[list[str]]:
@@ -219,7 +248,11 @@ class Checkpoint:
         header, on_disk = self._header(file.name), self.on_disk(name)
         if on_disk not in header:
             raise AerogelError(f"{file}: the index says that {on_disk!r} is in this file, and it is not; {_REPAIR}, or the index")
-        return header[on_disk]
+        entry, piece = header[on_disk], self._pieces.get(name)
+        if piece is None:
+            return entry
+        shape = tuple(piece.take(torch.empty(entry.shape[1:], device="meta")).shape)
+        return Entry(entry.dtype, shape, math.prod(shape) * entry.dtype.itemsize)
 
     def _header(self, file: str) -> dict[str, Entry]:
         if file not in self._headers:

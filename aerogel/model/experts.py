@@ -5,8 +5,9 @@ Legend: E experts, I inner width, H hidden width, T tokens, K experts a token go
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,12 @@ from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
 from aerogel.kernels.experts import loop
+from aerogel.model.checkpoint import Piece
 from aerogel.model.family import Experts, Family
 from aerogel.model.slots import slots
+
+
+_FUSED = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 
 
 class Expert(nn.Module):
@@ -97,6 +102,28 @@ def fuse(module: nn.Module) -> list[str]:
     return list(whole)
 
 
+def pieces(family: Family, name: str, shape: Callable[[], tuple[int, ...]]) -> dict[str, Piece]:
+    """What a fused parameter of a checkpoint is made of, by the names that these have in memory; nothing for any other tensor."""
+    names = family.experts
+    home, _, key = name.rpartition(".")
+    if names is None or not names.fused or not f".{home}".endswith(f".{names.module}") or key not in _FUSED:
+        return {}
+    kind = "bias" if key.endswith("_bias") else "weight"
+    parts = (names.gate, names.up) if key.startswith("gate_up") else (names.down,)
+    found = {}
+    for number in range(shape()[0]):
+        for turn, part in enumerate(parts):
+            found[f"{home}.{number}.{part}.{kind}"] = Piece(number, partial(_part, turn=turn, of=len(parts), interleaved=names.interleaved))
+    return found
+
+
+def _part(fused: Tensor, turn: int, of: int, interleaved: bool) -> Tensor:
+    """One of the parts that a single expert's fused parameter holds, outputs first."""
+    if not interleaved:
+        return fused.chunk(of)[turn]
+    return (fused.T if fused.ndim > 1 else fused)[turn::of]
+
+
 def narrow(router: Any, numbers: Sequence[int]) -> None:
     """Let a router know these experts only, in this order."""
     for slot in slots(router):
@@ -172,13 +199,14 @@ def _split(fused: nn.Module, names: Experts) -> ExpertList:
 
 def _weights(one: Mapping[str, Tensor], names: Experts) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Weight_OI and bias_O of one expert's gate, up and down."""
-    gate_up, down = one["gate_up_proj"], one["down_proj"]
-    if not names.interleaved:
-        yield from ((weight, None) for weight in (*gate_up.chunk(2), down))
-        return
-    for turn in (0, 1):
-        yield gate_up.T[turn::2], one["gate_up_proj_bias"][turn::2]
-    yield down.T, one["down_proj_bias"]
+    for key, of in (("gate_up_proj", 2), ("down_proj", 1)):
+        for turn in range(of):
+            weight, bias = (one.get(name) for name in (key, f"{key}_bias"))
+            assert weight is not None
+            yield (
+                _part(weight, turn, of, names.interleaved),
+                None if bias is None else _part(bias, turn, of, names.interleaved),
+            )
 
 
 def _linear(weight_OI: Tensor, bias_O: Tensor | None, trains: bool) -> nn.Linear:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import nn
 from aerogel import catalog
 from aerogel.errors import AerogelError
 from aerogel.model.checkpoint import Checkpoint
-from aerogel.model.experts import unfuse
+from aerogel.model.experts import pieces, unfuse
 from aerogel.model.family import Family
 from aerogel.model.network import Network
 from aerogel.model.processors import Pair
@@ -206,7 +207,7 @@ class _Folder:
     def read(cls, path: Path, dtype: torch.dtype | None) -> _Folder:
         settings = _read_json(path / "config.json")
         family = family_of(settings.get("model_type"), settings.get("_class_name"))
-        checkpoint = Checkpoint.open(path, family.in_memory)
+        checkpoint = Checkpoint.open(path, family.in_memory, partial(pieces, family))
         checkpoint.verify()
         stored = checkpoint.main_dtype()
         return cls(path, settings, family, checkpoint, stored, dtype or computing_dtype(stored))

@@ -28,7 +28,7 @@ from tests.tiny import FAMILIES, output
 
 LANGUAGE = ("text", "image-text")
 TRANSFORMERS = [name for name, tiny in FAMILIES.items() if catalog.find("families", tiny.family).modality in LANGUAGE]
-AUTO = {"qwen2_5_vl": transformers.AutoModelForImageTextToText, "llava": transformers.AutoModelForImageTextToText}
+AUTO = dict.fromkeys(("qwen2_5_vl", "llava", "qwen3_vl_moe", "internvl"), transformers.AutoModelForImageTextToText)
 
 
 @pytest.fixture(autouse=True)
@@ -52,10 +52,13 @@ def test_lazy_opening_gives_the_logits_of_transformers_bit_for_bit(name: str, tm
     whole = AUTO.get(name, transformers.AutoModelForCausalLM).from_pretrained(saved(name, tmp_path)).eval()
     network = load(tmp_path)
     for call in FAMILIES[name].calls(2):
-        assert torch.equal(output(resident(network), call), output(whole, call))
+        if network.family.experts is not None and network.family.experts.interleaved:  # columns in turns are summed in another order
+            torch.testing.assert_close(output(resident(network), call), output(whole, call), rtol=0, atol=2e-6)
+        else:
+            assert torch.equal(output(resident(network), call), output(whole, call))
 
 
-@pytest.mark.parametrize("name", ["qwen2", "mixtral", "llava"])
+@pytest.mark.parametrize("name", ["qwen2", "mixtral", "llava", "qwen3_vl_moe", "gpt_oss"])
 def test_only_the_blocks_stay_on_disk(name: str, tmp_path: Path) -> None:
     network = load(saved(name, tmp_path))
     blocks = tuple(f"{block}." for block in network.blocks())
