@@ -51,7 +51,7 @@ NOTES = [
 
 def contenders(ratio: float, keep: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Label and step."""
-    kept = {"ratio": ratio, "points": 30}
+    kept = {"ratio": ratio, "points": 24}
     for power in (1.0, 0.25):
         own = {**kept, "power": power}
         yield f"modes, power {power:g}", {"modes": {**own, "evaluations": str(keep / f"both{power}.jsonl")}}
@@ -81,7 +81,7 @@ class Bench:
 
     def judge(self, network: Network) -> dict[str, Any]:
         """Replies and predictions beside the whole network's."""
-        return Replies(source=str(self.source), count=HELD, batch=16).measure(network, self.whole)
+        return Replies(source=str(self.source), count=HELD, batch=32).measure(network, self.whole)
 
     def run(self, step: dict[str, Any], seed: int, ratio: float) -> dict[str, Any]:
         """Calibrate and judge; a rule that cannot drop so much drops what it can."""

@@ -30,6 +30,10 @@ PLOTS = {
     "gptq_rivals": Plot(("GPTQ W4 g64 symmetric",), "seconds", "seconds for the whole model, lower is better", skip=("float",)),
     "memory": Plot(("recipe", "blocks"), "peak MB over the interpreter", "peak MB over the interpreter, lower is better"),
     "generation": Plot(("engine",), "tok/s", "tokens a second, higher is better"),
+    "expert_skipping": Plot(
+        ("ratio asked for", "policy"), "KL, nats an answer token", "KL where answers are predicted, nats a token, lower is better", True
+    ),
+    "expert_speed": Plot(("phase", "variant"), "times the fastest stock", "times the fastest stock implementation, higher is better"),
     "decode": Plot(("network",), "decode tok/s", "tokens a second while decoding, higher is better"),
 }
 

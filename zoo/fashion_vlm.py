@@ -128,10 +128,12 @@ def check(folder: Path, count: int, seed: int) -> None:
             blind[number] = collages.Turn(turns[number].kind, turns[other].pictures, turns[number].question, turns[number].answer)
     for name, asked in (("seeing", turns), ("blind", blind)):
         right: dict[str, list[bool]] = defaultdict(list)
-        for turn, inputs in zip(asked, chats.prompts([chat(turn) for turn in asked], network.processor), strict=True):
+        said: list[str] = []
+        for inputs in chats.prompts([chat(turn) for turn in asked], network.processor, BATCH):
             made = network.module.generate(**inputs, max_new_tokens=96, do_sample=False)
-            said = network.processor.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            right[turn.kind].append(said == turn.answer)
+            said += network.processor.tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for turn, reply in zip(asked, said, strict=True):
+            right[turn.kind].append(reply == turn.answer)
         shares = ", ".join(f"{kind} {np.mean(found):.2f}" for kind, found in right.items())
         print(f"{name}: {np.mean([one for found in right.values() for one in found]):.3f} of {count} ({shares})", flush=True)
 

@@ -19,7 +19,6 @@ from aerogel.model.checkpoint import Piece
 from aerogel.model.family import Experts, Family
 from aerogel.model.slots import slots
 
-
 _FUSED = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 
 

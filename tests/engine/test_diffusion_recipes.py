@@ -18,6 +18,7 @@ from aerogel.model.modules import QuantLinear
 from aerogel.model.reuse.schedule import Schedule
 from aerogel.recipe import Recipe
 from tests.data.test_replay import painter
+from tests.engine.test_expert_recipes import MIXTURES
 from tests.engine.test_shipped_recipes import CLOSE as LANGUAGE
 from tests.methods.diffusion.test_fsc import calls
 from tests.tiny import FAMILIES, output
@@ -37,7 +38,7 @@ def quicker(name: str) -> list[str]:
 
 
 def test_every_recipe_is_tested() -> None:
-    assert set(catalog.names("recipes")) == CLOSE.keys() | LANGUAGE.keys()
+    assert set(catalog.names("recipes")) == CLOSE.keys() | LANGUAGE.keys() | MIXTURES.keys()
 
 
 @pytest.mark.parametrize("recipe", [name for name in CLOSE if name != "brecq-w4a8-token" and "harmonica" not in name])

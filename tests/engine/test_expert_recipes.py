@@ -21,12 +21,15 @@ SOURCE = ZOO / "fashion-vlm"
 KNOBS = ["modes.points=8", "modes.ratio=0.5"]
 
 
-@pytest.mark.parametrize(("recipe", "knobs"), [("modes", KNOBS), ("modes-w4a16", [*KNOBS, "rtn.scheme=W4A16_G32"])])
-def test_recipe(recipe: str, knobs: list[str], tmp_path: Path) -> None:
+MIXTURES = {"modes": KNOBS, "modes-w4a16": [*KNOBS, "rtn.scheme=W4A16_G32"]}
+
+
+@pytest.mark.parametrize("recipe", MIXTURES)
+def test_recipe(recipe: str, tmp_path: Path) -> None:
     source = written(tmp_path, 12)
     measures = [Replies(source=str(source), count=6, new_tokens=40)]
     result = aerogel.compress(
-        SOURCE, recipe, overrides=knobs, samples=Asked(source=str(source), count=8), output=tmp_path / "out", measures=measures
+        SOURCE, recipe, overrides=MIXTURES[recipe], samples=Asked(source=str(source), count=8), output=tmp_path / "out", measures=measures
     )
     skipped = result.metrics["compressed"]["replies"]["skipped"]
     assert 0 < skipped["decode"] < skipped["prefill"] < 0.7
