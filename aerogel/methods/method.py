@@ -205,12 +205,11 @@ class SkipPolicy(RuntimePolicy):
         answers = Answers(network, calls, vocabulary)
         state = {**vars(shape), "vision": list(vocabulary.vision), "special": list(vocabulary.special)}
         state |= self.fitted(answers, shape)
-        error, ratio = answers.judge(self.skip(state), self.attends)
+        error, ratio = answers.judge(self.skip(state, vocabulary), self.attends)
         return state | {"kl": error, "skipped": ratio, "answer_tokens": answers.tokens}
 
-    def skip(self, state: Mapping[str, Any]) -> Skipping:
+    def skip(self, state: Mapping[str, Any], vocabulary: Vocabulary) -> Skipping:
         """The rule of a state with this policy's switches."""
-        vocabulary = Vocabulary(tuple(state["vision"]), tuple(state["special"]))
         return Skipping(self.rule(state), vocabulary, self.renormalise, self.keep_top1, self.protect_special)
 
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
@@ -222,7 +221,8 @@ class SkipPolicy(RuntimePolicy):
                 "token; "
                 f"this network has {ours.layers} of {ours.experts}, {ours.top_k} a token: calibrate it anew"
             )
-        return skipping(network, self.skip(state), self.attends)
+        vocabulary = Vocabulary(tuple(state["vision"]), tuple(state["special"]))
+        return skipping(network, self.skip(state, vocabulary), self.attends)
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,7 @@ class Diep(SkipPolicy):
         values = seen(answers, score)
         state["beta"] = float(values.median()) if len(values) else 1.0
         if self.ratio is not None:
-            known = {"vision": answers.vocabulary.vision, "special": answers.vocabulary.special}
-            state["beta"], _ = met(answers, lambda tried: self.skip(state | known | {"beta": tried}), score, self.ratio)
+            state["beta"], _ = met(answers, lambda tried: self.skip(state | {"beta": tried}, answers.vocabulary), score, self.ratio)
         return state
 
     def rule(self, state: Mapping[str, Any]) -> Rule:

@@ -116,18 +116,14 @@ class Modes(SkipPolicy):
 
     def _evaluations(self, answers: Answers, importance_LM: Tensor, grids: Mapping[int, list[float]]) -> Evaluations:
         def evaluate(cell: tuple[int, int]) -> Any:
-            return answers.judge(self.skip(self._state(answers, importance_LM, self._pair(grids, cell))))
+            tried = {"importance": importance_LM, "thresholds": torch.tensor(self._pair(grids, cell), dtype=torch.float64)}
+            return answers.judge(self.skip(tried, answers.vocabulary))
 
         about = {
             "importance": importance_LM.tolist(), "grids": [grids[TEXT], grids[VISION]], "answer tokens": answers.tokens,
             "switches": [self.renormalise, self.keep_top1, self.protect_special, self.thresholds, self.power],
         }  # fmt: skip
         return Evaluations(evaluate, Path(self.evaluations) if self.evaluations else None, about)
-
-    def _state(self, answers: Answers, importance_LM: Tensor, thresholds: list[float]) -> dict[str, Any]:
-        known = answers.vocabulary
-        pair = torch.tensor(thresholds, dtype=torch.float64)
-        return {"importance": importance_LM, "thresholds": pair, "vision": known.vision, "special": known.special}
 
 
 def _score(routed: Routed, importance_LM: Tensor) -> Tensor:

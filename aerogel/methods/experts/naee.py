@@ -35,9 +35,8 @@ class Naee(SkipPolicy):
         betas = [_median(seen(answers, _of_layer(layer))) for layer in range(shape.layers)]
         state: dict[str, Any] = {"beta": torch.tensor(betas, dtype=torch.float64), "scale": 1.0}
         if self.ratio is not None:
-            known = {"vision": answers.vocabulary.vision, "special": answers.vocabulary.special}
             score = _score(state["beta"])
-            state["scale"], _ = met(answers, lambda tried: self.skip(state | known | {"scale": tried}), score, self.ratio)
+            state["scale"], _ = met(answers, lambda tried: self.skip(state | {"scale": tried}, answers.vocabulary), score, self.ratio)
         return state
 
     def rule(self, state: Mapping[str, Any]) -> Rule:

@@ -47,8 +47,7 @@ class Odp(SkipPolicy):
             raise AerogelError(f"kept {self.kept} and lost {self.lost}: shares of tokens, together at most 1, are expected")
         if self.ratio is None:
             return {"beta": self.beta}
-        known = {"vision": answers.vocabulary.vision, "special": answers.vocabulary.special}
-        beta, _ = met(answers, lambda tried: self.skip({"beta": tried, **known}), _score, self.ratio, attention=True)
+        beta, _ = met(answers, lambda tried: self.skip({"beta": tried}, answers.vocabulary), _score, self.ratio, attention=True)
         return {"beta": beta, "ratio": self.ratio}
 
     def rule(self, state: Mapping[str, Any]) -> Rule:

@@ -23,8 +23,12 @@ class SingleThreshold(SkipPolicy):
 
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
         """Find the threshold that meets the ratio."""
-        state: dict[str, Any] = {**vars(shape), "vision": answers.vocabulary.vision, "special": answers.vocabulary.special}
-        threshold, _ = met(answers, lambda tried: self.skip(state | {"threshold": tried}), _score(shape.layers), self.ratio)
+        threshold, _ = met(
+            answers,
+            lambda tried: self.skip({**vars(shape), "threshold": tried}, answers.vocabulary),
+            _score(shape.layers),
+            self.ratio,
+        )
         return {"threshold": threshold, "ratio": self.ratio}
 
     def rule(self, state: Mapping[str, Any]) -> Rule:

@@ -176,9 +176,9 @@ def test_thresholds_of_zero_drop_nothing_and_beyond_all_everything() -> None:
     calls = FAMILIES["qwen3_vl_moe"].calls(3)
     answers = Answers(network, calls, Vocabulary.of(network))
     none, all_ = (state | {"thresholds": torch.full((2,), value)} for value in (0.0, float("inf")))
-    assert answers.judge(method.skip(none)).ratio == 0
-    assert answers.judge(method.skip(none)).error < 1e-6
-    assert answers.judge(method.skip(all_)).ratio == 1
+    assert answers.judge(method.skip(none, Vocabulary.of(network))).ratio == 0
+    assert answers.judge(method.skip(none, Vocabulary.of(network))).error < 1e-6
+    assert answers.judge(method.skip(all_, Vocabulary.of(network))).ratio == 1
     before = output(network.module, calls[2])
     with method.on(network, all_):
         without = output(network.module, calls[2])
@@ -220,7 +220,9 @@ def test_a_ratio_is_met_and_what_is_said_of_it_is_true(step: dict[str, Any]) -> 
             network.run(call)
     assert tally.ratio() == pytest.approx(state["skipped"])
     assert state["kl"] == pytest.approx(
-        Answers(network, FAMILIES["qwen3_vl_moe"].calls(3), Vocabulary.of(network)).judge(method.skip(state), method.attends).error
+        Answers(network, FAMILIES["qwen3_vl_moe"].calls(3), Vocabulary.of(network))
+        .judge(method.skip(state, Vocabulary.of(network)), method.attends)
+        .error
     )
 
 
