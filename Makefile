@@ -51,6 +51,11 @@ bench: $(READY)
 	$(BIN)/python benchmarks/caching_judged.py
 	$(BIN)/python benchmarks/caching_joint.py
 	$(BIN)/python benchmarks/router_training.py
+	$(BIN)/python benchmarks/expert_speed.py --layers 5 --dtype float32
+	$(BIN)/python benchmarks/expert_quantized.py
+	$(BIN)/python benchmarks/expert_skipping.py
+	$(BIN)/python benchmarks/expert_frontier.py
+	$(BIN)/python benchmarks/expert_recalibrated.py
 	$(BIN)/python benchmarks/results.py
 
 docs: $(READY)

@@ -17,6 +17,7 @@ PAGES = {
     "Evaluation": "evaluation.md",
     "Saving and exporting": "export.md",
     "Diffusion": "diffusion.md",
+    "Mixtures of experts": "experts.md",
     "Speed": "speed.md",
     "Figures": "figures.md",
     "Architecture": "architecture.md",
