@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=20)
     parser.add_argument("--chats", type=int, default=32)
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.67, 0.75, 0.88])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.67, 0.75, 0.8])
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -41,7 +41,7 @@ def main() -> None:
         calls = chats.calls(chats.read(source), network.processor, batch=16)
         for ratio in given.ratios:
             for exhaustive in (True, False):
-                kept = str(Path(folder) / "all.jsonl") if exhaustive else ""
+                kept = str(Path(folder) / "all") if exhaustive else ""
                 method = Modes(ratio=ratio, power=0.25, points=given.points, exhaustive=exhaustive, evaluations=kept)
                 start = time.perf_counter()
                 try:

@@ -81,7 +81,15 @@ def importance(layers: int, falling: bool) -> Tensor:
 
 def state(network: Network, ratio: float, falling: bool, call: Call, layers: int) -> dict[str, Any]:
     """A MoDES policy that skips so much of this prompt."""
-    known = {"layers": layers, "experts": EXPERTS, "top_k": TOP, "vision": [], "special": [], "importance": importance(layers, falling)}
+    known = {
+        "layers": layers,
+        "experts": EXPERTS,
+        "top_k": TOP,
+        "vision": [],
+        "special": [],
+        "power": 1.0,
+        "importance": importance(layers, falling),
+    }
     thresholds = torch.logspace(-5, 0, 200).tolist()
 
     def evaluate(cell: tuple[int, int]) -> Value:

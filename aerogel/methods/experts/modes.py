@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from aerogel.errors import AerogelError
 from aerogel.methods.method import SkipPolicy
 from aerogel.model.skipping.kinds import KINDS, MODALITIES, TEXT, VISION
 from aerogel.model.skipping.routing import Lost, Routed, Rule, Shape, Skipping
@@ -34,8 +33,8 @@ class Modes(SkipPolicy):
     """Share of all pairs of token and expert to drop, over all layers."""
     importance: Literal["modality", "layer", "none"] = "modality"
     """How much the answers change without a layer's experts: told apart by modality, one number a layer, or all layers alike."""
-    power: float = 1.0
-    """Power of the importance in the score: 1 as published, less to tell layers apart less sharply."""
+    power: float | tuple[float, ...] = 1.0
+    """Power of the importance in the score: 1 as published, less to tell layers apart less sharply; of several the best is taken."""
     bypass: Lost = "zero"
     """What stands for a layer's experts while its importance is measured: nothing, or their own input (as the public code has it)."""
     thresholds: Literal["modality", "single"] = "modality"
@@ -47,20 +46,34 @@ class Modes(SkipPolicy):
     exhaustive: bool = False
     """Whether all pairs of thresholds are tried; for small grids."""
     evaluations: str = ""
-    """A file in which evaluations are kept, so that a search that was stopped goes on."""
+    """A folder in which evaluations are kept, so that a search that was stopped goes on."""
 
     def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
         """A walk along the border of the grid, or all of it; two a layer for importance are left out, as layers are not known here."""
-        return float(tokens) * (self.points**2 if self.exhaustive else 2 * self.points)
+        return float(tokens) * (self.points**2 if self.exhaustive else 2 * self.points) * len(self._powers)
 
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
         """Importance, then thresholds; raises AerogelError for a ratio that no threshold reaches."""
         checked(self.ratio)
         importance_LM = self._importance(answers, shape)
-        grids = {kind: self._grid(answers, importance_LM, kind) for kind in (TEXT, VISION)}
+        found = {power: self._found(answers, importance_LM, power) for power in self._powers}
+        best = min(found, key=lambda power: found[power]["kl"])
+        return {"importance": importance_LM, "power": best, "ratio": self.ratio, **found[best]}
+
+    def rule(self, state: Mapping[str, Any]) -> Rule:
+        """Drop what scores below the threshold of its token; marks of a chat count as text where they are not protected."""
+        return _rule(state["importance"] ** state["power"], state["thresholds"].tolist())
+
+    @property
+    def _powers(self) -> tuple[float, ...]:
+        return self.power if isinstance(self.power, tuple) else (self.power,)
+
+    def _found(self, answers: Answers, importance_LM: Tensor, power: float) -> dict[str, Any]:
+        """The thresholds with the least KL among those that drop enough, and how they were found."""
+        grids = {kind: self._grid(answers, importance_LM**power, kind) for kind in (TEXT, VISION)}
         if self.thresholds == "single":
             grids = {TEXT: sorted({*grids[TEXT], *grids[VISION]} if answers.pictured else grids[TEXT]), VISION: [0.0]}
-        evaluations = self._evaluations(answers, importance_LM, grids)
+        evaluations = self._evaluations(answers, importance_LM, power, grids)
         search = exhaustive if self.exhaustive else frontier
         rows, columns = (len(grids[kind]) for kind in (TEXT, VISION))
         found: Found | None = search(evaluations, rows, columns, self.ratio)
@@ -68,17 +81,12 @@ class Modes(SkipPolicy):
             raise unreachable(self.ratio, evaluations((rows - 1, columns - 1)))
         tried = [[*cell, *value] for cell, value in evaluations.known.items()]
         return {
-            "importance": importance_LM,
             "thresholds": torch.tensor(self._pair(grids, found.cell), dtype=torch.float64),
-            "ratio": self.ratio,
+            "kl": found.value.error,
             "tried": torch.tensor(tried, dtype=torch.float64),
             "evaluations": len(tried),
             "against_monotony": violations(evaluations.known),
         }
-
-    def rule(self, state: Mapping[str, Any]) -> Rule:
-        """Drop what scores below the threshold of its token; marks of a chat count as text where they are not protected."""
-        return _rule(state["importance"] ** self.power, state["thresholds"].tolist())
 
     def _importance(self, answers: Answers, shape: Shape) -> Tensor:
         """Importance (L, M) that sums to one in each modality; zero where a modality does not occur."""
@@ -102,43 +110,41 @@ class Modes(SkipPolicy):
 
         return Skipping(rule, answers.vocabulary, lost=self.bypass)
 
-    def _grid(self, answers: Answers, importance_LM: Tensor, kind: int) -> list[float]:
+    def _grid(self, answers: Answers, weight_LM: Tensor, kind: int) -> list[float]:
         if kind == VISION and not answers.pictured:
             return [0.0]
         if self.grid == "published":
             places = torch.linspace(0, _PUBLISHED[kind], self.points, dtype=torch.float64).tolist()
             return [2 / (1 + math.exp(-10 * (place - 1))) for place in places]
-        return grid(seen(answers, lambda routed: _score(routed, importance_LM**self.power), (kind,)), self.points)
+        return grid(seen(answers, lambda routed: _score(routed, weight_LM), (kind,)), self.points)
 
     def _pair(self, grids: Mapping[int, list[float]], cell: tuple[int, int]) -> list[float]:
         text = grids[TEXT][cell[0]]
         return [text, text if self.thresholds == "single" else grids[VISION][cell[1]]]
 
-    def _evaluations(self, answers: Answers, importance_LM: Tensor, grids: Mapping[int, list[float]]) -> Evaluations:
+    def _evaluations(self, answers: Answers, importance_LM: Tensor, power: float, grids: Mapping[int, list[float]]) -> Evaluations:
         def evaluate(cell: tuple[int, int]) -> Any:
-            tried = {"importance": importance_LM, "thresholds": torch.tensor(self._pair(grids, cell), dtype=torch.float64)}
+            thresholds = torch.tensor(self._pair(grids, cell), dtype=torch.float64)
+            tried = {"importance": importance_LM, "power": power, "thresholds": thresholds}
             return answers.judge(self.skip(tried, answers.vocabulary))
 
         about = {
             "importance": importance_LM.tolist(), "grids": [grids[TEXT], grids[VISION]], "answer tokens": answers.tokens,
-            "switches": [self.renormalise, self.keep_top1, self.protect_special, self.thresholds, self.power],
+            "switches": [self.renormalise, self.keep_top1, self.protect_special, self.thresholds, power],
         }  # fmt: skip
-        return Evaluations(evaluate, Path(self.evaluations) if self.evaluations else None, about)
+        return Evaluations(evaluate, Path(self.evaluations) / f"power-{power:g}.jsonl" if self.evaluations else None, about)
 
 
-def _score(routed: Routed, importance_LM: Tensor) -> Tensor:
-    """Importance of the layer to the token's modality times what the router gives each expert, score_TK."""
-    of_kind = _by_kind(importance_LM[routed.layer].tolist(), routed.share_TK)
+def _score(routed: Routed, weight_LM: Tensor) -> Tensor:
+    """What the layer weighs for the token's modality times what the router gives each expert, score_TK."""
+    of_kind = _by_kind(weight_LM[routed.layer].tolist(), routed.share_TK)
     return routed.share_TK * of_kind[routed.kind_T][:, None]
 
 
-def _rule(importance_LM: Tensor, thresholds: list[float]) -> Rule:
-    if importance_LM.shape[1] != len(MODALITIES):
-        raise AerogelError(f"importance of {importance_LM.shape[1]} modalities; expected {len(MODALITIES)}")
-
+def _rule(weight_LM: Tensor, thresholds: list[float]) -> Rule:
     def rule(routed: Routed) -> Tensor:
         threshold_T1 = _by_kind(thresholds, routed.share_TK)[routed.kind_T][:, None]
-        return ~(_score(routed, importance_LM) < threshold_T1)
+        return ~(_score(routed, weight_LM) < threshold_T1)
 
     return rule
 

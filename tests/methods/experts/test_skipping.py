@@ -132,8 +132,10 @@ def test_diep_skips_more_readily_what_is_alike() -> None:
 
 
 def test_modes_scores_are_importance_times_share() -> None:
-    state = {"importance": torch.tensor([[0.8, 0.1], [0.2, 0.9]]), "thresholds": torch.tensor([0.1, 0.05])}
+    state = {"importance": torch.tensor([[0.8, 0.1], [0.2, 0.9]]), "power": 1.0, "thresholds": torch.tensor([0.1, 0.05])}
     rule = Modes().rule(state)
+    rooted = Modes().rule({**state, "importance": state["importance"] ** 2, "power": 0.5})
+    assert all(torch.equal(rooted(routed(layer)), rule(routed(layer))) for layer in (0, 1))
     for layer in (0, 1):
         given = routed(layer, (TEXT, VISION, SPECIAL))
         for row, kind, got in zip(SHARES.tolist(), (0, 1, 0), kept(rule, given), strict=True):
@@ -307,7 +309,7 @@ def test_a_saved_policy_is_on_when_opened_and_refused_elsewhere(tmp_path: Path) 
 
 
 def test_evaluations_outlive_a_search_that_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = {"modes": {"ratio": 0.4, "points": 6, "evaluations": str(tmp_path / "tried.jsonl")}}
+    step = {"modes": {"ratio": 0.4, "points": 6, "evaluations": str(tmp_path)}}
     real, left = Answers.judge, [9]
 
     def stopping(self: Answers, *args: Any) -> Any:
@@ -319,7 +321,7 @@ def test_evaluations_outlive_a_search_that_was_stopped(tmp_path: Path, monkeypat
     monkeypatch.setattr(Answers, "judge", stopping)
     with pytest.raises(KeyboardInterrupt):
         calibrated(step)
-    known = len((tmp_path / "tried.jsonl").read_text().splitlines()) - 1
+    known = len((tmp_path / "power-1.jsonl").read_text().splitlines()) - 1
     assert known == 5  # four went into importance
     monkeypatch.setattr(Answers, "judge", real)
     _, _, state = calibrated(step)
@@ -339,3 +341,12 @@ def test_image_tokens_have_a_threshold_of_their_own() -> None:
         network.run(call)
     assert int((call.kwargs["input_ids"] == IMAGE_TOKEN).sum()) == tally.lost_LKP[0, VISION, 0]
     assert tally.kept_LKP[:, TEXT].equal(tally.pairs_LKP[:, TEXT])
+
+
+def test_of_several_powers_the_one_with_the_least_divergence_stays() -> None:
+    knobs = {"ratio": 0.4, "points": 6}
+    alone = {power: calibrated({"modes": {**knobs, "power": power}})[2] for power in (0.0, 0.5, 1.0)}
+    _, _, state = calibrated({"modes": {**knobs, "power": [0.0, 0.5, 1.0]}})
+    assert state["kl"] == min(one["kl"] for one in alone.values())
+    assert state["power"] == min(alone, key=lambda power: alone[power]["kl"])
+    assert torch.equal(state["thresholds"], alone[state["power"]]["thresholds"])
