@@ -18,7 +18,7 @@ from tests.questions import ZOO, written
 from tests.tiny import output
 
 SOURCE = ZOO / "fashion-vlm"
-KNOBS = ["modes.points=8", "modes.ratio=0.5"]
+KNOBS = ["modes.points=8", "modes.ratio=0.5", "modes.power=[0.25, 1]"]
 
 
 MIXTURES = {"modes": KNOBS, "modes-w4a16": [*KNOBS, "rtn.scheme=W4A16_G32"]}
