@@ -28,7 +28,7 @@ EVERY = pytest.mark.parametrize("name", sorted(TINY))
 UNREAD = {"model.vision_tower.encoder.layers.2"}
 
 # The share of the weights of linears in blocks, routers and experts included, that a method with default patterns reaches.
-SHARE = {"qwen3_moe": 0.995, "qwen3_moe_dense": 0.995, "mixtral": 0.997}
+SHARE = dict.fromkeys(("qwen3_moe", "qwen3_moe_dense", "mixtral", "deepseek_v3", "gpt_oss", "internvl", "qwen3_vl_moe"), 0.995)
 
 DENOISERS = {
     *("dit", "unet", "unet_pixels", "pixart", "sd3", "sd3_medium", "flux", "flux_schnell"),
@@ -36,7 +36,7 @@ DENOISERS = {
 }
 
 # Norms stand between what a block writes and the stream, or other towers write into it, or its norms depend on the time step.
-NO_STREAM = {"gemma2", "gemma3", "opt_350m", "qwen2_5_vl", "llava", *DENOISERS}
+NO_STREAM = {"gemma2", "gemma3", "opt_350m", "qwen2_5_vl", "llava", "internvl", "qwen3_vl_moe", *DENOISERS}
 
 
 def blocks_of(network: Network) -> list[Block]:
@@ -210,7 +210,7 @@ def test_every_linear_is_reached_or_kept(name: str) -> None:
             block.full_name(f"{part}.weight"): linear.weight.numel() for part, linear in block.linears(("Linear", "Conv2d")).items()
         }
     missed = weights.keys() - reached.keys()
-    assert missed == {key for key in weights if key.endswith(".mlp.gate.weight")}
+    assert missed == {key for key in weights if key.endswith((".mlp.gate.weight", ".mlp.router.weight"))}
     assert reached.keys() <= weights.keys()
     assert sum(reached.values()) / sum(weights.values()) >= SHARE.get(name, 1.0)
 
@@ -248,7 +248,8 @@ def turned(network: Network, turn_HH: Tensor, stack: ExitStack) -> None:
     for block in blocks_of(network):
         parts = dict(block.module.named_modules())
         writers += [parts[part] for part in parts if any(matches_part(part, writer) for writer in residual.writers)]
-        readers += [parts[edge.source] for edge in block.edges() if not isinstance(parts[edge.source], nn.Linear)]
+        sources = [edge.source for edge in block.edges() if edge.source not in residual.inner]
+        readers += [parts[source] for source in sources if not isinstance(parts[source], nn.Linear)]
     for writer in writers:
         stack.callback(writer.register_forward_hook(after).remove)
     for reader in readers:

@@ -14,7 +14,9 @@ from aerogel.model.modules import held
 from tests.tiny import FAMILIES, output
 
 MODALITIES = {name: catalog.find("families", tiny.family).modality for name, tiny in FAMILIES.items()}
-LANGUAGE = sorted(name for name, modality in MODALITIES.items() if modality in ("text", "image-text"))
+# Their checkpoints hold fused experts, and transformers 5.23 has no converter from experts one by one, as codes lie.
+FUSED = {"gpt_oss", "qwen3_vl_moe"}
+LANGUAGE = sorted(name for name, modality in MODALITIES.items() if modality in ("text", "image-text") and name not in FUSED)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
