@@ -45,6 +45,7 @@ NOTES = [
     "A ratio is of all pairs but padding; chat marks count though they keep their experts. Policies meet it on the calibration chats.",
     "naee, odp and diep keep each token's best expert, so they end at the ratio that is printed; lower_k takes the k that meets the ratio.",
     "GMLG alone: MoDES with one threshold, and importance of text and images together; DMT alone: two thresholds without importance.",
+    "Seconds of the processor; what one ratio evaluated, the next does not evaluate again, nor one power what all five did.",
     "Power 1 is the published score. By calibration: of 0, 0.1, 0.25, 0.5 and 1 the one with the least KL on the calibration chats.",
     "Of four experts a token 0.75 is three; a tenth of the pairs are chat marks', so beyond 0.8 little is left that could be told apart.",
 ]  # fmt: skip

@@ -7,7 +7,6 @@ many held-out answers the saved model gets right, and how many it gets right bli
 from __future__ import annotations
 
 import argparse
-import random
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -156,7 +155,6 @@ def main() -> None:
     shades = ((images[:, 0, 2:-2, 2:-2] + 1) * 127.5).round().to(torch.uint8)
     items = collages.Items(shades.numpy(), labels.numpy())
     torch.manual_seed(given.seed)
-    random.seed(given.seed)
     pair = processor(items)
     model = build(pair.tokenizer)
     train(model, pair, items, given)

@@ -17,6 +17,7 @@ from aerogel.model.network import Network
 from aerogel.model.skipping.counting import DECODING, PREFILL, Tally, counting
 from aerogel.model.skipping.kinds import PADDING, TEXT, VISION, Vocabulary
 from aerogel.numerics.metrics import kl_divergence, top1_agreement
+from aerogel.training.answers import logits_at
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Replies(Measure):
     def _moved(self, network: Network, against: Network, asked: Sequence[Chat]) -> dict[str, float]:
         divergence = same = tokens = 0.0
         for call in chats.calls(asked, network.processor, self.batch, network.device):
-            at_BS = call.kwargs.pop("labels")[:, 1:] != chats.IGNORED
-            theirs_NV, ours_NV = (one.run(call).logits[:, :-1][at_BS] for one in (against, network))
+            at_BS = torch.nn.functional.pad(call.kwargs.pop("labels")[:, 1:] != chats.IGNORED, (0, 1))
+            theirs_NV, ours_NV = (logits_at(one, call, at_BS) for one in (against, network))
             divergence += kl_divergence(theirs_NV, ours_NV) * len(ours_NV)
             same += top1_agreement(theirs_NV, ours_NV) * len(ours_NV)
             tokens += len(ours_NV)

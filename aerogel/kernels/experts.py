@@ -86,10 +86,8 @@ def fixed(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, experts: int, run: 
 def fastest(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, shape: tuple[int, int], one: Expert, all_: Bank) -> Tensor:
     """By the loop or in groups, whichever was faster when so many pairs of such experts were first met; timed on that very call.
 
-    `shape` is (E, inner width).
-
-    Pair counts with the same number of bits share a choice. Where shapes must not depend on
-    the data, and on devices that a host would have to wait for, the fixed form.
+    `shape` is (E, inner width). Pair counts with the same number of bits share a choice. Where shapes must not depend on the data, and on
+    devices that a host would have to wait for, the fixed form.
     """
     experts, _ = shape
     if torch.compiler.is_compiling() or x_TH.device.type != "cpu":

@@ -5,13 +5,11 @@ L layers, N tokens of answers, V vocabulary, B rows, S positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
@@ -20,6 +18,7 @@ from aerogel.model.skipping.counting import counting
 from aerogel.model.skipping.kinds import PADDING, VISION, Vocabulary
 from aerogel.model.skipping.routing import Skipping, skipping
 from aerogel.model.skipping.seen import arrivals
+from aerogel.numerics.metrics import kl_divergence
 from aerogel.training.frontier import Value
 
 _ROWS = 1024
@@ -41,7 +40,7 @@ class Answers:
         self.tokens = sum(int(at_BS.sum()) for at_BS in self._predicted)
         if not self.tokens:
             raise AerogelError("these calls hold no answer to predict; give chats with answers, or longer text")
-        self._whole = [self._logits(call, at_BS) for call, at_BS in zip(self._calls, self._predicted, strict=True)]
+        self._whole = [logits_at(network, call, at_BS) for call, at_BS in zip(self._calls, self._predicted, strict=True)]
         shown = [vocabulary.kinds(call.kwargs) for call in self._calls]
         self.pictured = any(bool((kind_BS == VISION).any()) for kind_BS in shown)
         """Whether any token is an image's."""
@@ -51,7 +50,7 @@ class Answers:
         total = 0.0
         with skipping(self.network, skip, attention), counting(self.network, self.vocabulary) as tally:
             for call, at_BS, whole_NV in zip(self._calls, self._predicted, self._whole, strict=True):
-                total += divergence(whole_NV, self._logits(call, at_BS))
+                total += divergence(whole_NV, logits_at(self.network, call, at_BS))
         return Value(total / self.tokens, tally.ratio())
 
     def walk(self, skip: Skipping, attention: bool = False) -> None:
@@ -64,20 +63,21 @@ class Answers:
         """For each layer, what its experts read of up to so many tokens (T, H)."""
         return [arrived.x_TH for arrived in arrivals(self.network, self._calls, tokens, self.vocabulary)]
 
-    def _logits(self, call: Call, at_BS: Tensor) -> Tensor:
-        if not bool(at_BS.any()):
-            return torch.empty(0, 1)
-        with _rows_of_head(self.network, at_BS):
-            return self.network.run(call).logits[0].float()
+
+def logits_at(network: Network, call: Call, at_BS: Tensor) -> Tensor:
+    """The logits of some positions (N, V), float32; no others are computed."""
+    head: Any = network.module.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0][at_BS][None],))
+    try:
+        return network.run(call).logits[0].float()
+    finally:
+        handle.remove()
 
 
 def divergence(whole_NV: Tensor, other_NV: Tensor) -> float:
-    """Sum over rows of KL(whole || other) in nats, no row below zero."""
-    total = 0.0
-    for p_RV, q_RV in zip(whole_NV.split(_ROWS), other_NV.split(_ROWS), strict=True):
-        p_RV, q_RV = log_softmax(p_RV, -1), log_softmax(q_RV, -1)
-        total += float((p_RV.exp() * (p_RV - q_RV)).sum(-1).clamp(min=0).sum())
-    return total
+    """Sum over rows of KL(whole || other) in nats, at least zero."""
+    pairs = zip(whole_NV.split(_ROWS), other_NV.split(_ROWS), strict=True)
+    return max(0.0, sum(kl_divergence(p_RV, q_RV) * len(p_RV) for p_RV, q_RV in pairs if len(p_RV)))
 
 
 def _bare(call: Call) -> Call:
@@ -93,14 +93,3 @@ def _predicted(call: Call, vocabulary: Vocabulary) -> Tensor:
     at_BS = torch.zeros_like(answer_BS)
     at_BS[:, :-1] = answer_BS[:, 1:] & (kind_BS[:, :-1] != PADDING)
     return at_BS
-
-
-@contextmanager
-def _rows_of_head(network: Network, at_BS: Tensor) -> Iterator[None]:
-    """Compute logits of some positions only: (1, N, V)."""
-    head: Any = network.module.get_output_embeddings()  # type: ignore[operator]
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][at_BS][None],))
-    try:
-        yield
-    finally:
-        handle.remove()

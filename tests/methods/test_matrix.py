@@ -98,7 +98,7 @@ CLOSE, ROUTED, EXACT = 0.03, 0.15, 1e-5
 LOOSER = {"operands": 0.05}
 # Calls of a tiny network have noise of their own each, so what one gave is far from what the next would.
 LOOSER |= dict.fromkeys(CACHING, 2.0)
-# Here four roundings change a choice.
+# Here five choices of the routers change in one call; the median token moves by 0.02, the worst by 0.96.
 TURNED = {"internvl": 0.3}
 # Random experts all say something else, so what they say is missed where they do not speak.
 LOOSER |= dict.fromkeys((*SKIPPING, "lower_k", "prune_experts"), 1.0)

@@ -19,7 +19,7 @@ from aerogel.model.skipping.kinds import KINDS, MODALITIES, TEXT, VISION
 from aerogel.model.skipping.routing import Lost, Routed, Rule, Shape, Skipping
 from aerogel.training.answers import Answers
 from aerogel.training.frontier import Evaluations, Found, exhaustive, frontier, violations
-from aerogel.training.thresholds import POINTS, checked, grid, seen, unreachable
+from aerogel.training.thresholds import POINTS, Score, checked, grid, seen, unreachable
 
 _PUBLISHED = {TEXT: 0.71, VISION: 0.6}
 """Where the grid of the public code ends, before its sigmoid."""
@@ -62,7 +62,7 @@ class Modes(SkipPolicy):
 
     def rule(self, state: Mapping[str, Any]) -> Rule:
         """Drop what scores below the threshold of its token; marks of a chat count as text where they are not protected."""
-        return _rule(state["importance"] ** state["power"], state["thresholds"].tolist())
+        return _rule(state["importance"] ** state["power"], state["thresholds"])
 
     @property
     def _powers(self) -> tuple[float, ...]:
@@ -116,7 +116,7 @@ class Modes(SkipPolicy):
         if self.grid == "published":
             places = torch.linspace(0, _PUBLISHED[kind], self.points, dtype=torch.float64).tolist()
             return [2 / (1 + math.exp(-10 * (place - 1))) for place in places]
-        return grid(seen(answers, lambda routed: _score(routed, weight_LM), (kind,)), self.points)
+        return grid(seen(answers, _score(weight_LM), (kind,)), self.points)
 
     def _pair(self, grids: Mapping[int, list[float]], cell: tuple[int, int]) -> list[float]:
         text = grids[TEXT][cell[0]]
@@ -135,21 +135,33 @@ class Modes(SkipPolicy):
         return Evaluations(evaluate, Path(self.evaluations) / f"power-{power:g}.jsonl" if self.evaluations else None, about)
 
 
-def _score(routed: Routed, weight_LM: Tensor) -> Tensor:
-    """What the layer weighs for the token's modality times what the router gives each expert, score_TK."""
-    of_kind = _by_kind(weight_LM[routed.layer].tolist(), routed.share_TK)
-    return routed.share_TK * of_kind[routed.kind_T][:, None]
+def _score(weight_LM: Tensor) -> Score:
+    """What the layer weighs for the token's modality times what the router gives each expert."""
+    weight_LK = _ByKind(weight_LM)
+
+    def score(routed: Routed) -> Tensor:
+        return routed.share_TK * weight_LK.on(routed.share_TK.device)[routed.layer][routed.kind_T][:, None]
+
+    return score
 
 
-def _rule(weight_LM: Tensor, thresholds: list[float]) -> Rule:
+def _rule(weight_LM: Tensor, threshold_M: Tensor) -> Rule:
+    score, threshold_K = _score(weight_LM), _ByKind(threshold_M)
+
     def rule(routed: Routed) -> Tensor:
-        threshold_T1 = _by_kind(thresholds, routed.share_TK)[routed.kind_T][:, None]
-        return ~(_score(routed, weight_LM) < threshold_T1)
+        return ~(score(routed) < threshold_K.on(routed.share_TK.device)[routed.kind_T][:, None])
 
     return rule
 
 
-def _by_kind(of_modality: list[float], like: Tensor) -> Tensor:
-    """A value for each kind of token; what is neither text nor vision counts as text."""
-    text, vision = of_modality
-    return torch.tensor([vision if kind == VISION else text for kind in range(len(KINDS))], dtype=like.dtype, device=like.device)
+class _ByKind:
+    """Values of the modalities as values of all kinds of token: what is neither text nor vision counts as text."""
+
+    def __init__(self, of_modality: Tensor) -> None:
+        self._values = of_modality.float()[..., [VISION if kind == VISION else TEXT for kind in range(len(KINDS))]]
+
+    def on(self, device: torch.device) -> Tensor:
+        """The values on a device, where they stay: a copy for each layer would make the host wait."""
+        if self._values.device != device:
+            self._values = self._values.to(device)
+        return self._values

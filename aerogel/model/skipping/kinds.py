@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -49,11 +50,17 @@ class Vocabulary:
         kind_BS = torch.full_like(ids_BS, TEXT)
         for numbers, kind in ((self.special, SPECIAL), (self.vision, VISION)):
             if numbers:
-                kind_BS.masked_fill_(torch.isin(ids_BS, torch.tensor(numbers, device=ids_BS.device)), kind)
+                kind_BS.masked_fill_(torch.isin(ids_BS, _on(numbers, ids_BS.device)), kind)
         mask_BL = inputs.get("attention_mask")
         if isinstance(mask_BL, Tensor) and mask_BL.ndim == 2:
             kind_BS.masked_fill_(mask_BL[:, -ids_BS.shape[1] :] == 0, PADDING)
         return kind_BS
+
+
+@cache
+def _on(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """The numbers on a device; copied once, since a copy for each forward would make the host wait."""
+    return torch.tensor(numbers, device=device)
 
 
 def _numbers(value: Any) -> tuple[int, ...]:
