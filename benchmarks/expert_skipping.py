@@ -24,10 +24,10 @@ from aerogel.data import chats
 from aerogel.data.chats import Chat
 from aerogel.engine import policies
 from aerogel.engine.policies import Measured
-from aerogel.errors import AerogelError
 from aerogel.evaluate.replies import Replies
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
+from aerogel.training.thresholds import UnreachableError
 
 ZOO = Path(__file__).parents[1] / "zoo"
 sys.path.insert(0, str(ZOO))
@@ -43,7 +43,7 @@ NOTES = [
     "Calibrated on chats about one half of the held-out items, judged on others about the other half; means over calibration seeds.",
     "KL of the whole network's predictions from those with experts skipped, where answers are predicted; replies are judged word for word.",
     "A ratio is of all pairs but padding; chat marks count though they keep their experts. Policies meet it on the calibration chats.",
-    "naee, odp and diep keep each token's best expert, so they end at the ratio that is printed; lower_k takes the k that meets the ratio.",
+    "naee, odp, diep and lower_k keep the best expert and end at the ratio that is printed; lower_k takes the k that meets the ratio.",
     "GMLG alone: MoDES with one threshold, and importance of text and images together; DMT alone: two thresholds without importance.",
     "Seconds of the processor; what one ratio evaluated, the next does not evaluate again, nor one power what all five did.",
     "Power 1 is the published score. By calibration: of 0, 0.1, 0.25, 0.5 and 1 the one with the least KL on the calibration chats.",
@@ -93,12 +93,9 @@ class Bench:
         start = time.process_time()
         try:
             state = made.method.calibrate(self.network, calls)
-        except AerogelError as error:
-            most = str(error).partition("drops ")[2].partition(" ")[0]
-            if not most:
-                raise
+        except UnreachableError as error:
             ((name, knobs),) = step.items()
-            return self.run({name: {**knobs, "ratio": float(most) - 0.002}}, seed, ratio)
+            return self.run({name: {**knobs, "ratio": error.most - 0.002}}, seed, ratio)
         taken = time.process_time() - start
         with policies.on(self.network, [Measured(made, state)]):
             return self.judge(self.network) | {"seconds": taken}

@@ -150,31 +150,38 @@ def plan(
 @app.command()
 def search(
     model: Model,
-    task: Annotated[str, typer.Option("--task", help="What to search for: cache, a policy of reuse between steps.")] = "cache",
-    budget: Annotated[str, typer.Option("--budget", help="How many times faster denoising has to be.")] = "1.5x",
+    task: Annotated[
+        str, typer.Option("--task", help="cache, a policy of reuse between steps, or skip, a rule for experts of a mixture.")
+    ] = "cache",
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Times that denoising has to be faster [1.5x]; share of expert calls to drop [0.67].")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the best policy and the report.")] = None,
     only: Annotated[list[str] | None, typer.Option("--only", metavar="METHOD", help="Policy to try; may be repeated [all].")] = None,
     overrides: Overrides = None,
-    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Pictures to calibrate on, and as many to judge by [64].")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="A file with a prompt on each line.")] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="Pictures, chats or sequences to calibrate on, and as many to judge by.")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Prompts, one a line; chats (.jsonl), or text.")] = None,
+    length: Length = None,
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = 0,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bring all caching policies of a pipeline to one measured speed, and keep the one that moves its pictures least."""
+    """Hold all caching policies of a pipeline, or all rules that skip experts, against each other at one budget; keep the best."""
     _start(threads)
     from aerogel.cli import terminal
-    from aerogel.engine import searching
     from aerogel.engine.calibration import Asked
+    from aerogel.engine.search import searching
 
     with terminal.progress(as_json) as tell:
         findings = searching.search(
             model,
             task,
             budget,
-            samples=Asked(data, samples, None, steps, guidance),
+            samples=Asked(data, samples, length, steps, guidance),
             only=only or (),
             overrides=overrides or (),
             output=output,

@@ -61,18 +61,17 @@ def print_reuse(facts: Sequence[Mapping[str, Any]]) -> None:
 
 def print_search(facts: Mapping[str, Any]) -> None:
     """Print the policies of a search, best first, and why others are not among them."""
-    found, console = search.parse(dict(facts)), Console(soft_wrap=True, highlight=False)
-    table = Table("policy", "set to", "times faster", "error", "of the best", "to make", box=None, pad_edge=False)
+    found, console = search.told(facts), Console(soft_wrap=True, highlight=False)
+    table = Table(*found.columns, box=None, pad_edge=False)
     for number, column in enumerate(table.columns):
         column.justify, column.no_wrap = "left" if number < 2 else "right", True
-    for line in search.lines(found):
-        shown = (line.policy, line.setting, line.speedup, line.error, line.times, line.seconds)
-        table.add_row(*map(escape, shown), style="bold" if line.best else None)
+    for row in found.rows:
+        table.add_row(*map(escape, row.cells), style="bold" if row.best else None)
     if table.row_count:
         console.print(table)
-    for row in found.left_out:
-        console.print(f"{row.policy}: {row.reason}", markup=False)
-    for sentence in (search.headline(found), search.lead(found)):
+    for policy, reason in found.left_out:
+        console.print(f"{policy}: {reason}", markup=False)
+    for sentence in found.sentences:
         console.print(sentence, markup=False)
 
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from aerogel.data.denoising import Denoising, denoised
 from aerogel.errors import AerogelError
+from aerogel.kernels.waiting import now
 
 
 @contextmanager
@@ -57,20 +57,15 @@ def seconds(pipeline: Any, denoiser: nn.Module, wanted: Denoising, seed: int, cl
     ends: list[float] = []
     behind = 0
 
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return clock()
-
     def begin(*_: Any) -> None:
         if len(starts) == len(ends):
-            starts.append(now())
+            starts.append(now(device, clock))
 
     def passed(_: Tensor) -> None:
         nonlocal behind
         behind += 1
         if behind == len(pipeline.scheduler.timesteps):
-            ends.append(now())
+            ends.append(now(device, clock))
             behind = 0
 
     handle = denoiser.register_forward_pre_hook(begin, prepend=True)

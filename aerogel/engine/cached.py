@@ -16,10 +16,9 @@ from aerogel.engine.result import Result
 from aerogel.engine.run import seeded
 from aerogel.errors import AerogelError
 from aerogel.methods.method import RuntimePolicy
-from aerogel.model.fingerprint import fingerprint
 from aerogel.model.load import load
 from aerogel.model.network import Network
-from aerogel.model.save import resident
+from aerogel.model.save import fingerprint_of
 from aerogel.model.states import FACTS
 from aerogel.recipe import Recipe
 
@@ -82,7 +81,7 @@ def _require_family(network: Network, made_for: Mapping[str, Any]) -> None:
 
 def _compare_weights(network: Network, made_for: Mapping[str, Any]) -> None:
     """Warn where it is known which weights a policy was made for, and these are others."""
-    if "fingerprint" in made_for and (ours := fingerprint(resident(network.module))) != made_for["fingerprint"]:
+    if "fingerprint" in made_for and (ours := fingerprint_of(network)) != made_for["fingerprint"]:
         warnings.warn(
             f"the policy was made for {made_for['name']} with weights {made_for['fingerprint']}, this network has {ours}: "
             "it runs, but what was measured of it holds for those",

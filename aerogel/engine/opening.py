@@ -18,16 +18,18 @@ from aerogel.model.quantized import clock_of
 _on: WeakKeyDictionary[nn.Module, ExitStack] = WeakKeyDictionary()
 
 
-def load(source: Any, *, dtype: torch.dtype | None = None, lazy: bool = True, trust_remote_code: bool = False) -> Network:
+def load(
+    source: Any, *, dtype: torch.dtype | None = None, lazy: bool = True, trust_remote_code: bool = False, apart: bool = True
+) -> Network:
     """Open a network and put its runtime policies on for good.
 
     `source` is the name of a reference model, a Hugging Face or diffusers folder, a hub id, an `nn.Module`, a diffusers
     pipeline, or a pair (module, processor). With `lazy` the weights of blocks stay on disk where the checkpoint allows it;
     `network.checkpoint.materialise(network.module)` brings them in. `dtype` is what is computed in: by default the
-    checkpoint's, or float32 on a CPU that has no instructions for it. Raises AerogelError when the source is not found,
-    damaged, pickled or of an unknown family.
+    checkpoint's, or float32 on a CPU that has no instructions for it. A live module's fused experts become linears in place, unless
+    `apart` is false. Raises AerogelError when the source is not found, damaged, pickled or of an unknown family.
     """
-    network = plain.load(source, dtype=dtype, lazy=lazy, trust_remote_code=trust_remote_code)
+    network = plain.load(source, dtype=dtype, lazy=lazy, trust_remote_code=trust_remote_code, apart=apart)
     if network is not source and (clock := clock_of(network.module)) is not None:
         clock.belongs_to(network.processor)
     if network is not source and (found := policies.load(network.origin)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -56,21 +57,26 @@ class Generation(Measure):
         chat = bool(tokenizer.chat_template) if self.chat is None else self.chat
         turn = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) if chat else prompt
-        ids_L = tokenizer(text, add_special_tokens=not chat, return_tensors="pt")["input_ids"].to(network.device)
-        module: Any = network.module
-        with torch.no_grad():
-            written_L: Tensor = module.generate(
-                ids_L,
-                attention_mask=torch.ones_like(ids_L),
-                max_new_tokens=self.new_tokens,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            )[0]
-        return written_L[ids_L.shape[1] :]
+        ids_1L = tokenizer(text, add_special_tokens=not chat, return_tensors="pt")["input_ids"].to(network.device)
+        return continued(network, {"input_ids": ids_1L, "attention_mask": torch.ones_like(ids_1L)}, self.new_tokens)[0]
+
+
+def continued(network: Network, inputs: Mapping[str, Any], new_tokens: int, exactly: bool = False) -> Tensor:
+    """Return what the network writes behind prompts, greedily: at most so many new tokens (B, N), or just as many, whatever they are."""
+    tokenizer, module = tokenizer_of(network), network.module
+    with torch.no_grad():
+        written_BL: Tensor = module.generate(  # type: ignore[operator]
+            **inputs,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens if exactly else None,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+    return written_BL[:, inputs["input_ids"].shape[1] :]
 
 
 def together(ours_T: Tensor, theirs_T: Tensor) -> int:

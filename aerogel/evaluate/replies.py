@@ -12,6 +12,7 @@ import torch
 from aerogel.data import chats
 from aerogel.data.chats import Chat
 from aerogel.errors import AerogelError
+from aerogel.evaluate.generation import continued
 from aerogel.evaluate.measure import Measure, tokenizer_of
 from aerogel.model.network import Network
 from aerogel.model.skipping.counting import DECODING, PREFILL, Tally, counting
@@ -52,18 +53,18 @@ class Replies(Measure):
         asked = chats.drawn(chats.read(self.source), self.count, self.seed)
         mixture = network.family.experts is not None
         with counting(network, Vocabulary.of(network)) if mixture else nullcontext() as tally:
-            right = self._right(network, asked)
+            right = self.right(network, asked)
         facts: dict[str, Any] = {"right": right, "count": len(asked), "source": self.source, "fingerprint": chats.fingerprint(asked)}
         if against is not None:
             facts |= self._moved(network, against, asked)
         return facts | ({"skipped": skipped(tally)} if tally is not None and tally.ratio() > 0 else {})
 
-    def _right(self, network: Network, asked: Sequence[Chat]) -> float:
-        tokenizer, module, right, start = tokenizer_of(network), network.module, 0, 0
+    def right(self, network: Network, asked: Sequence[Chat]) -> float:
+        """The share of chats to which the network replies as it should."""
+        right = start = 0
         for inputs in chats.prompts(asked, network.processor, self.batch, network.device):
-            with torch.no_grad():
-                made_BS = module.generate(**inputs, max_new_tokens=self.new_tokens, do_sample=False)  # type: ignore[operator]
-            said = tokenizer.batch_decode(made_BS[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            made_BN = continued(network, inputs, self.new_tokens)
+            said = tokenizer_of(network).batch_decode(made_BN, skip_special_tokens=True)
             right += sum(one.strip() == chat.answer.strip() for one, chat in zip(said, asked[start:], strict=False))
             start += len(said)
         return right / len(asked)

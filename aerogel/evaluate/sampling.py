@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from aerogel.data.denoising import Denoising
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import pipeline_of
 from aerogel.evaluate.timing import Facts, Timed, growth_of, take_turns, weights_of
+from aerogel.kernels.waiting import now
 from aerogel.model.network import Network
 
 
@@ -98,21 +99,16 @@ class _Runner:
         """Seconds of a pipeline's run, and of each run of its denoiser."""
         starts: list[float] = []
         taken: list[float] = []
-        denoiser, now = self.network.module, self._now
+        denoiser, clock = self.network.module, partial(now, self.network.device)
         hooks = [
-            denoiser.register_forward_pre_hook(lambda *_: starts.append(now()), prepend=True),
-            denoiser.register_forward_hook(lambda *_: taken.append(now() - starts[-1])),
+            denoiser.register_forward_pre_hook(lambda *_: starts.append(clock()), prepend=True),
+            denoiser.register_forward_hook(lambda *_: taken.append(clock() - starts[-1])),
         ]
         try:
-            start = now()
+            start = clock()
             for _ in denoising.pictures(self.pipeline, self.wanted):
                 pass
-            return now() - start, taken
+            return clock() - start, taken
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def _now(self) -> float:
-        if self.network.device.type == "cuda":
-            torch.cuda.synchronize(self.network.device)
-        return time.perf_counter()

@@ -7,7 +7,6 @@ that round up to the same power of two share a choice.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,6 +22,7 @@ from aerogel.kernels.int4 import Int4
 from aerogel.kernels.int8 import Int8
 from aerogel.kernels.kernel import ACTIVATIONS, Kernel, Weight
 from aerogel.kernels.reference import Reference, Sliced, reference
+from aerogel.kernels.waiting import now
 
 KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in (Int4, Int8, Affine, Fp8, Sliced, Reference)}
 _PROBE_ROWS = 64
@@ -97,17 +97,10 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     """The shortest of a few runs in seconds; the first does not count: it fills caches of primitives."""
     taken = []
     for _ in range(_TRIALS + 1):
-        _synchronize(device)
-        start = time.perf_counter()
+        start = now(device)
         run()
-        _synchronize(device)
-        taken.append(time.perf_counter() - start)
+        taken.append(now(device) - start)
     return min(taken[1:])
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def packed(name: str, weight: Weight, x_TI: Tensor, cache: dict[Any, Any]) -> Kernel:

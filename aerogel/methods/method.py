@@ -201,8 +201,12 @@ class SkipPolicy(RuntimePolicy):
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Fit the rule on the calls and say what it costs there; raises AerogelError without routed experts."""
-        shape, vocabulary = shape_of(network), Vocabulary.of(network)
-        answers = Answers(network, calls, vocabulary)
+        shape_of(network)
+        return self.calibrated_on(Answers(network, calls, Vocabulary.of(network)))
+
+    def calibrated_on(self, answers: Answers) -> dict[str, Any]:
+        """The same where the whole network's predictions are there already."""
+        shape, vocabulary = shape_of(answers.network), answers.vocabulary
         state = {**vars(shape), "vision": list(vocabulary.vision), "special": list(vocabulary.special)}
         state |= self.fitted(answers, shape)
         error, ratio = answers.judge(self.skip(state, vocabulary), self.attends)

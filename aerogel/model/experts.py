@@ -144,13 +144,13 @@ def narrowed(router: Any, numbers: Sequence[int]) -> Iterator[None]:
         router.num_experts = count
 
 
-def joined(module: nn.Module, family: Family, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Pass tensors on by full name; those of experts in float as fused parameters, where checkpoints of the family hold these.
+def joined(module: nn.Module, family: Family, tensors: Iterable[tuple[str, Tensor]], always: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Pass tensors on by full name; those of experts in float as fused parameters, where checkpoints of the family hold these or `always`.
 
     The experts of one block are in memory at a time, if they come one block after another. Nothing is passed on from meta.
     """
     whole = {name: part for name, part in module.named_modules() if isinstance(part, ExpertList) and _all_float(part)}
-    if family.experts is None or not family.experts.fused:
+    if family.experts is None or not (family.experts.fused or always):
         whole = {}
     waiting: dict[str, dict[str, Tensor]] = {name: {} for name in whole}
     for name, tensor in tensors:

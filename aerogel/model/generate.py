@@ -5,7 +5,6 @@ Letters in names: B rows of the batch, T tokens of the prompt, N new tokens, V v
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from aerogel.errors import AerogelError
+from aerogel.kernels.waiting import now
 from aerogel.model.lean import Lean, refuse
 from aerogel.model.network import Network
 
@@ -70,11 +70,11 @@ class Generator:
                 f"and {self.length} tokens"
             )
         random = torch.Generator(tokens_BT.device).manual_seed(seed)
-        start = time.perf_counter()
+        start = now(tokens_BT.device)
         cache = DynamicCache(config=self.module.config)
         logits_BV = self._forward(tokens_BT, cache)
         first_B = _pick(logits_BV, temperature, random)
-        prefill = time.perf_counter() - start
+        prefill = now(tokens_BT.device) - start
         lean = self._enter(tokens_BT, cache, logits_BV)
 
         def advance(tokens_B: Tensor, position: int) -> Tensor:
@@ -117,14 +117,14 @@ def _advance(
     chosen, seconds = [tokens_B], []
     ended_B = torch.isin(tokens_B, ends)
     while len(chosen) < count and not (stop and ended_B.all()):
-        start = time.perf_counter()
+        start = now(tokens_B.device)
         next_B = advance(chosen[-1], position)
         if stop:
             next_B = torch.where(ended_B, chosen[-1], next_B)
             ended_B |= torch.isin(next_B, ends)
         chosen.append(next_B)
         position += 1
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now(tokens_B.device) - start)
     return torch.stack(chosen, dim=1), seconds
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
 from aerogel.model.experts import joined
+from aerogel.model.fingerprint import fingerprint
 from aerogel.model.network import Network
 from aerogel.model.quantized import describe
 from aerogel.model.shards import write_shards
@@ -99,6 +100,11 @@ def resident(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if id(slot.tensor) not in seen:
             seen.add(id(slot.tensor))
             yield slot.name, slot.tensor
+
+
+def fingerprint_of(network: Network) -> str:
+    """Return what identifies the resident weights, the same whether experts are fused or apart."""
+    return fingerprint(joined(network.module, network.family, resident(network.module), always=True))
 
 
 def _as_on_disk(network: Network, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -1,141 +1,48 @@
-"""The report of a search: every policy at one measured speed, in one self-contained HTML file from the record of the search alone."""
+"""The report of a search, in one self-contained HTML file from the record of the search alone, and what a terminal shows of it."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
-from pydantic import BaseModel, ConfigDict
 
 from aerogel.errors import AerogelError
-from aerogel.report import phrases
-from aerogel.report.courses import Course, courses
-from aerogel.report.page import HERE, NARROW, WIDE, Figure, provenance
-from aerogel.report.record import Model, Png, Run, checked
-from aerogel.report.reuse import work_map
+from aerogel.report import cache_search, skip_search
+from aerogel.report.page import HERE, provenance
+from aerogel.report.record import Run, checked
 from aerogel.report.svg import PALETTE
-from aerogel.report.tradeoff import Axis, Point, tradeoff
 
 FILE = "search.json"
-SPEED = Axis("Times faster, measured", "search", "speedup", 1.0, "right", start=1.0)
-ERROR = "Error of the final latents"
-
-GLOSSARY = (
-    ("Error", "Mean squared distance of latents from those that the network makes of the same noise when all of it runs at every step."),
-    ("Times faster", "Seconds of a whole denoising without the policy over seconds with it, in turns; the median of the rounds' ratios."),
-    ("Fewer steps", "The same pipeline without a policy, with the most steps that are fast enough: what reuse has to be better than."),
-    ("Reused", "Share of the work of all parts at all steps that is not done."),
-)
+_KINDS: Mapping[str, Any] = {"cache": cache_search, "skip": skip_search}
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+class Row(NamedTuple):
+    """A line of the terminal's table."""
 
-
-class Try(_Part):
-    """A setting that was timed."""
-
-    value: float
-    speedup: float
-
-
-class Row(_Part):
-    """A policy that is fast enough, or the pipeline with fewer steps."""
-
-    policy: str
-    knob: str
-    value: float
-    """Of the knob that sets its speed."""
-    speedup: float
-    error: float
-    seconds: float | None = None
-    """To make it."""
-    step_errors: list[float] = []
-    ran: list[list[float]] = []
-    """The share of each unit's work that was done at each step."""
-    pictures: list[Png] = []
-    tries: list[Try] = []
-
-    @property
-    def reused(self) -> float | None:
-        """The share of all work that was not done."""
-        cells = [share for row in self.ran for share in row]
-        return 1 - sum(cells) / len(cells) if cells else None
-
-
-class LeftOut(_Part):
-    """A policy that is not fast enough, or refuses the network."""
-
-    policy: str
-    reason: str
-
-
-class Search(_Part):
-    """One search: the content of search.json."""
-
-    model: Model
-    budget: float
-    sampler: str = ""
-    steps: list[float]
-    units: list[str]
-    guidance: float | None = None
-    count: int
-    batch: int
-    rounds: int
-    seconds: float | None = None
-    """Of a turn without a policy."""
-    variance: float
-    rows: list[Row]
-    """Best first."""
-    fewer: Row | None = None
-    without_fewer: str = ""
-    left_out: list[LeftOut] = []
-    pictures: list[Png] = []
-    subjects: list[str] = []
-    provenance: dict[str, Any] = {}
-    timings: dict[str, float] = {}
-
-    @property
-    def best(self) -> Row | None:
-        """The policy of the least error."""
-        return next((row for row in self.rows if math.isfinite(row.error)), None)
-
-    @property
-    def ranked(self) -> list[Row]:
-        """All rows, fewer steps among them, best first."""
-        rows = [*self.rows, *([self.fewer] if self.fewer else [])]
-        return sorted(rows, key=lambda row: (not math.isfinite(row.error), row.error))
-
-
-class Line(NamedTuple):
-    """A row in words."""
-
-    policy: str
-    setting: str
-    speedup: str
-    error: str
-    times: str
-    reused: str
-    seconds: str
+    cells: tuple[str, ...]
     best: bool
 
 
-class Strip(NamedTuple):
-    """Pictures of one row of the grid."""
+class Told(NamedTuple):
+    """A search in words."""
 
-    name: str
-    error: str
-    pictures: Sequence[str]
+    columns: tuple[str, ...]
+    """The first two are words, the others numbers."""
+    rows: list[Row]
+    left_out: list[tuple[str, str]]
+    """Policies, and why."""
+    sentences: tuple[str, str]
 
 
-def parse(content: dict[str, Any], path: str | Path = FILE) -> Search:
-    """Check a record that was read already; raises AerogelError that names the field."""
-    return checked(Search, content, path, "aerogel search")
+def told(facts: Mapping[str, Any]) -> Told:
+    """What a terminal shows of a search."""
+    kind, found = _read(facts)
+    rows = [Row(line.cells, line.best) for line in kind.lines(found)]
+    return Told(kind.columns(found), rows, [(one.policy, one.reason) for one in found.left_out], (kind.headline(found), kind.lead(found)))
 
 
 def write(folder: str | Path, path: str | Path | None = None) -> Path:
@@ -145,119 +52,40 @@ def write(folder: str | Path, path: str | Path | None = None) -> Path:
     """
     record = Path(folder) / FILE
     try:
-        content = json.loads(record.read_text("utf-8"))
+        facts = json.loads(record.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise AerogelError(f"{record} cannot be read ({error}); give a folder that `aerogel search` wrote") from error
     target = Path(path) if path else Path(folder) / "report.html"
-    target.write_text(page(parse(content, record)), "utf-8")
+    target.write_text(page(facts, record), "utf-8")
     return target
 
 
-def page(found: Search) -> str:
-    """Return the report on a search."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string((HERE / "search.html").read_text("utf-8"))
-    css = PALETTE + (HERE / "style.css").read_text("utf-8")
-    return template.render(css=Markup(css), **_context(found))  # noqa: S704  # our own files
-
-
-def lines(found: Search) -> Iterator[Line]:
-    """Every row in words, best first."""
-    best = found.best
-    for row in found.ranked:
-        yield Line(
-            row.policy,
-            f"{row.knob} {row.value:g}",
-            f"{row.speedup:.2f}",
-            phrases.digits(row.error),
-            phrases.times(row.error, best.error) if best and math.isfinite(row.error) else phrases.NONE,
-            phrases.percent(row.reused),
-            phrases.NONE if row.seconds is None else phrases.seconds(row.seconds),
-            row is best,
-        )
-
-
-def headline(found: Search) -> str:
-    """What was found, in one sentence."""
-    best = found.best
-    if best is None:
-        return f"No policy makes {found.model.name} {found.budget:g} times as fast."
-    faster = f"{found.model.name} denoises {best.speedup:.2f} times as fast with {best.policy}"
-    return f"{faster}; its final latents move by {phrases.digits(best.error)}."
-
-
-def lead(found: Search) -> str:
-    """What stands beside it."""
-    total = len(found.rows) + len(found.left_out)
-    said = f"{len(found.rows)} of {total} {'policy' if total == 1 else 'policies'} can be {found.budget:g} times as fast."
-    if found.fewer is None:
-        return f"{said} The pipeline alone cannot: {found.without_fewer}."
-    alone = f"The pipeline alone is {found.fewer.speedup:.2f} times as fast in {found.fewer.value:g} of {len(found.steps)} steps"
-    moved = f"moves by {phrases.digits(found.fewer.error)}"
-    best = found.best
-    if best is None or not best.error or not math.isfinite(found.fewer.error):
-        return f"{said} {alone} and {moved}."
-    share = found.fewer.error / best.error
-    return f"{said} {alone} and {moved}, {phrases.digits(share)} times as much{'' if share >= 1 else ': no policy is worth it here'}."
-
-
-def _context(found: Search) -> dict[str, Any]:
-    best = found.best
+def page(facts: Mapping[str, Any], path: str | Path = FILE) -> str:
+    """Return the report on a search; raises AerogelError that names a field which is not as it should be."""
+    kind, found = _read(facts, path)
+    loader = jinja2.FileSystemLoader(HERE)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, loader=loader)
     run = Run(model=found.model, provenance=found.provenance, timings=found.timings)
-    return {
-        "title": f"{found.model.name} · a cache for {found.budget:g}×",
-        "date": str(found.provenance.get("date", ""))[:10],
-        "version": found.provenance.get("versions", {}).get("aerogel"),
-        "headline": headline(found),
-        "lead": lead(found),
-        "frontier": Figure(_frontier(found, WIDE), _frontier(found, NARROW)) if found.rows or found.fewer else None,
-        "lines": list(lines(found)),
-        "left_out": found.left_out,
-        "conditions": _conditions(found),
-        "best": best,
-        "work": Figure(*(work_map(found.steps, found.units, best.ran, width) for width in (WIDE, NARROW))) if best and best.ran else None,
-        "courses": Figure(_courses(found, WIDE), _courses(found, NARROW)) if found.rows else None,
-        "variance": phrases.digits(found.variance),
-        "strips": list(_strips(found)),
-        "subjects": found.subjects,
-        "tries": [row for row in found.rows if row.tries],
-        "provenance": list(provenance(run)),
-        "glossary": GLOSSARY,
-    }
-
-
-def _frontier(found: Search, width: float) -> Markup:
-    points = {id(row): Point(_named(row), row.speedup, row.error, _role(found, row)) for row in found.ranked}
-    drawable = [row for row in found.ranked if math.isfinite(row.error) and row.error > 0]
-    undominated = [row for place, row in enumerate(drawable) if all(row.speedup > other.speedup for other in drawable[:place])]
-    return tradeoff(list(points.values()), SPEED, ERROR, joined=[points[id(row)] for row in undominated], width=width, height=420)
-
-
-def _role(found: Search, row: Row) -> Any:
-    return "this" if row is found.best else "original" if row is found.fewer else "other"
-
-
-def _named(row: Row) -> str:
-    return f"{row.value:g} steps" if row.policy == "fewer steps" else row.policy
-
-
-def _courses(found: Search, width: float) -> Markup:
-    best = found.best
-    drawn = [Course(row.policy, row.step_errors, row is best) for row in found.rows]
-    drawn += [Course(_named(found.fewer), [found.fewer.error])] if found.fewer else []
-    return courses(drawn, "Error behind each step", width=width)
-
-
-def _strips(found: Search) -> Iterator[Strip]:
-    if found.pictures:
-        yield Strip("all of it, every step", "", found.pictures)
-        yield from (Strip(_named(row), phrases.digits(row.error), row.pictures) for row in found.ranked)
-
-
-def _conditions(found: Search) -> str:
-    guidance = f" under guidance {found.guidance:g}" if found.guidance is not None else ""
-    return (
-        f"Errors are of {found.count:,} pictures of held-out noise in {len(found.steps)} steps of {found.sampler}{guidance}. "
-        f"Speed is of {found.batch} pictures at once, {found.rounds} rounds with and without each policy in turns"
-        f"{f', {phrases.seconds(found.seconds)} a turn without' if found.seconds else ''}."
+    css = PALETTE + (HERE / "style.css").read_text("utf-8")
+    return environment.get_template(
+        kind.TEMPLATE
+    ).render(
+        css=Markup(css),  # noqa: S704  # our own files
+        date=str(found.provenance.get("date", ""))[:10],
+        version=found.provenance.get("versions", {}).get("aerogel"),
+        headline=kind.headline(found),
+        lead=kind.lead(found),
+        left_out=found.left_out,
+        provenance=list(provenance(run)),
+        glossary=kind.GLOSSARY,
+        **kind.context(found),
     )
+
+
+def _read(facts: Mapping[str, Any], path: str | Path = FILE) -> tuple[Any, Any]:
+    """The kind of search, and its record."""
+    task = str(facts.get("task"))
+    if task not in _KINDS:
+        raise AerogelError(f"{path} is of the search {task!r}, which this version does not know: {', '.join(_KINDS)}")
+    kind = _KINDS[task]
+    return kind, checked(kind.Search, dict(facts), path, "aerogel search")

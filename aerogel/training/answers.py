@@ -5,8 +5,8 @@ L layers, N tokens of answers, V vocabulary, B rows, S positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,11 +18,21 @@ from aerogel.model.skipping.counting import counting
 from aerogel.model.skipping.kinds import PADDING, VISION, Vocabulary
 from aerogel.model.skipping.routing import Skipping, skipping
 from aerogel.model.skipping.seen import arrivals
-from aerogel.numerics.metrics import kl_divergence
+from aerogel.numerics.metrics import kl_divergence, top1_agreement
 from aerogel.training.frontier import Value
 
+Made = TypeVar("Made")
 _ROWS = 1024
 """Rows of logits compared at once."""
+
+
+class Moved(NamedTuple):
+    """How far predictions are from the whole network's."""
+
+    kl: float
+    """KL(whole || network) in nats, the mean over answer tokens."""
+    top1: float
+    """Share of answer tokens for which both rank the same token first."""
 
 
 class Answers:
@@ -35,6 +45,7 @@ class Answers:
     def __init__(self, network: Network, calls: Sequence[Call], vocabulary: Vocabulary) -> None:
         """Run the whole network; raises AerogelError for calls without token ids, or when there is nothing to predict."""
         self.network, self.vocabulary = network, vocabulary
+        self._memory: dict[Hashable, Any] = {}
         self._calls = [_bare(call) for call in calls]
         self._predicted = [_predicted(call, vocabulary) for call in calls]
         self.tokens = sum(int(at_BS.sum()) for at_BS in self._predicted)
@@ -47,11 +58,24 @@ class Answers:
 
     def judge(self, skip: Skipping, attention: bool = False) -> Value:
         """Mean KL(whole || skipping) in nats an answer token, and the share of pairs that were dropped; one pass over the calls."""
-        total = 0.0
         with skipping(self.network, skip, attention), counting(self.network, self.vocabulary) as tally:
-            for call, at_BS, whole_NV in zip(self._calls, self._predicted, self._whole, strict=True):
-                total += divergence(whole_NV, logits_at(self.network, call, at_BS))
-        return Value(total / self.tokens, tally.ratio())
+            return Value(self.moved().kl, tally.ratio())
+
+    def moved(self) -> Moved:
+        """How far the network's predictions are from the whole one's under whatever is on just now; one pass over the calls."""
+        kl = same = 0.0
+        for call, at_BS, whole_NV in zip(self._calls, self._predicted, self._whole, strict=True):
+            other_NV = logits_at(self.network, call, at_BS)
+            kl += divergence(whole_NV, other_NV)
+            same += top1_agreement(whole_NV, other_NV) * len(whole_NV) if len(whole_NV) else 0.0
+        return Moved(kl / self.tokens, same / self.tokens)
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` gave when this key was first asked for: who calibrates several rules on the same answers looks once."""
+        if key not in self._memory:
+            self._memory[key] = make()
+        found: Made = self._memory[key]
+        return found
 
     def walk(self, skip: Skipping, attention: bool = False) -> None:
         """Let a rule see every forward, when what it gives is not asked for."""

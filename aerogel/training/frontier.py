@@ -43,7 +43,8 @@ class Evaluations:
     file: Path | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
     """What the numbers hold for; another file is refused."""
-    known: dict[Cell, Value] = field(default_factory=dict, init=False)
+    known: dict[Cell, Value] = field(default_factory=dict)
+    """What is known before; what is evaluated is added."""
     made: int = field(default=0, init=False)
     """How many were made by this process."""
 

@@ -14,7 +14,7 @@ from aerogel.errors import AerogelError
 from aerogel.model.skipping.kinds import PADDING, SPECIAL
 from aerogel.model.skipping.routing import Routed, Rule, Skipping
 from aerogel.training.answers import Answers
-from aerogel.training.frontier import Evaluations, Found, Value, crossing
+from aerogel.training.frontier import Evaluations, Found, crossing
 
 Score = Callable[[Routed], Tensor]
 """score_TK; infinite where a pair is never dropped."""
@@ -64,7 +64,7 @@ def met(answers: Answers, skip: Callable[[float], Skipping], score: Score, ratio
     evaluations = Evaluations(lambda cell: answers.judge(skip(values[cell[0]]), attention))
     found = crossing(evaluations, len(values), ratio)
     if found is None:
-        raise unreachable(ratio, evaluations((len(values) - 1, 0)))
+        raise UnreachableError(ratio, evaluations((len(values) - 1, 0)).ratio)
     return values[found.cell[0]], found
 
 
@@ -75,9 +75,13 @@ def checked(ratio: float) -> float:
     return ratio
 
 
-def unreachable(ratio: float, most: Value) -> AerogelError:
-    """What to say where no threshold drops enough."""
-    return AerogelError(f"ratio {ratio} cannot be reached: this rule drops {most.ratio:.3f} of all pairs at most; ask for less")
+class UnreachableError(AerogelError):
+    """No setting of a rule drops enough."""
+
+    def __init__(self, ratio: float, most: float) -> None:
+        super().__init__(f"ratio {ratio} cannot be reached: this rule drops {most:.3f} of all pairs at most; ask for less")
+        self.most = most
+        """The share of pairs that can be dropped."""
 
 
 def tail_over_head(share_TK: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from aerogel.cli import commands as cli
 from aerogel.data.denoising import Denoising, denoised
-from aerogel.engine import pacing
-from tests.engine.test_searching import painter
+from aerogel.engine.search import pacing
+from tests.engine.search.test_caches import painter
+from tests.folders import model_folder, text_file
 
 
 def work(pipeline: Any, denoiser: nn.Module, wanted: Denoising, seed: int, _: Callable[[], float]) -> float:
@@ -86,7 +87,7 @@ def test_a_search_that_finds_nothing_fails_and_says_why(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--task", "experts"), "'experts' is nothing that can be searched for; known is cache"),
+        (("--task", "experts"), "'experts' is nothing that can be searched for; known are cache, skip"),
         (("--budget", "0.5x"), "budget '0.5x' is no speed-up"),
         (("--only", "rtn"), "rtn does not reuse anything"),
         (("--set", "rtn.scheme=W8A8"), "a knob of 'rtn' is set, but that policy is not tried"),
@@ -96,3 +97,17 @@ def test_what_cannot_be_searched_is_refused(folder: Path, options: tuple[str, ..
     done = run(folder, *options)
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+def test_experts_to_skip_are_searched_the_same_way(tmp_path: Path) -> None:
+    words = text_file(tmp_path / "words.txt", 400)
+    given = ["search", str(model_folder(tmp_path / "mixture", "qwen3_moe")), "--task", "skip", "--budget", "50%", "--data", str(words)]
+    given += ["--samples", "2", "--length", "24", "--only", "lower_k", "--only", "single_threshold"]
+    done = CliRunner().invoke(cli.app, [*given, "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert re.split(" {2,}", lines[0].strip()) == ["policy", "asked for", "skipped", "KL", "as before", "prefill", "decode"]
+    facts = json.loads((tmp_path / "out" / "search.json").read_text())
+    assert sum(line.startswith(("lower_k ", "single_threshold ")) for line in lines) == len(facts["rows"])
+    assert "mixture does without 50 % of its expert calls with" in done.stdout.replace("\u202f", " ")
+    assert CliRunner().invoke(cli.app, ["report", str(tmp_path / "out")]).exit_code == 0

@@ -13,6 +13,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.method import SkipPolicy
 from aerogel.model.skipping.routing import Routed, Rule, Shape
 from aerogel.training.answers import Answers
+from aerogel.training.thresholds import UnreachableError, checked
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,12 @@ class LowerK(SkipPolicy):
     """Share of a token's experts to drop, at least; what is left is rounded down."""
 
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
-        """Count; raises AerogelError for numbers that the router does not have."""
+        """Count; raises AerogelError for numbers that the router does not have, and a ratio that leaves no expert."""
         if (self.k is None) == (self.ratio is None):
             raise AerogelError("lower_k needs one of k and ratio")
-        kept = self.k if self.k is not None else int(shape.top_k * (1 - (self.ratio or 0.0)) + 1e-9)
+        kept = self.k if self.k is not None else int(shape.top_k * (1 - checked(self.ratio or 0.0)) + 1e-9)
+        if self.ratio is not None and kept == 0:
+            raise UnreachableError(self.ratio, 1 - 1 / shape.top_k)
         if not 0 <= kept <= shape.top_k:
             raise AerogelError(f"k {kept}: this router chooses {shape.top_k} experts, so 0 to {shape.top_k} can be left")
         return {"k": kept}

@@ -5,6 +5,7 @@ L layers, M modalities (text, vision), T tokens, K experts a token is routed to.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from aerogel.methods.method import SkipPolicy
 from aerogel.model.skipping.kinds import KINDS, MODALITIES, TEXT, VISION
 from aerogel.model.skipping.routing import Lost, Routed, Rule, Shape, Skipping
 from aerogel.training.answers import Answers
-from aerogel.training.frontier import Evaluations, Found, exhaustive, frontier, violations
-from aerogel.training.thresholds import POINTS, Score, checked, grid, seen, unreachable
+from aerogel.training.frontier import Evaluations, Found, Value, exhaustive, frontier, violations
+from aerogel.training.thresholds import POINTS, Score, UnreachableError, checked, grid, seen
 
 _PUBLISHED = {TEXT: 0.71, VISION: 0.6}
 """Where the grid of the public code ends, before its sigmoid."""
@@ -55,7 +56,7 @@ class Modes(SkipPolicy):
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
         """Importance, then thresholds; raises AerogelError for a ratio that no threshold reaches."""
         checked(self.ratio)
-        importance_LM = self._importance(answers, shape)
+        importance_LM = answers.once(("importance", self.importance, self.bypass), lambda: self._importance(answers, shape))
         found = {power: self._found(answers, importance_LM, power) for power in self._powers}
         best = min(found, key=lambda power: found[power]["kl"])
         return {"importance": importance_LM, "power": best, "ratio": self.ratio, **found[best]}
@@ -78,7 +79,7 @@ class Modes(SkipPolicy):
         rows, columns = (len(grids[kind]) for kind in (TEXT, VISION))
         found: Found | None = search(evaluations, rows, columns, self.ratio)
         if found is None:
-            raise unreachable(self.ratio, evaluations((rows - 1, columns - 1)))
+            raise UnreachableError(self.ratio, evaluations((rows - 1, columns - 1)).ratio)
         tried = [[*cell, *value] for cell, value in evaluations.known.items()]
         return {
             "thresholds": torch.tensor(self._pair(grids, found.cell), dtype=torch.float64),
@@ -132,7 +133,8 @@ class Modes(SkipPolicy):
             "importance": importance_LM.tolist(), "grids": [grids[TEXT], grids[VISION]], "answer tokens": answers.tokens,
             "switches": [self.renormalise, self.keep_top1, self.protect_special, self.thresholds, power],
         }  # fmt: skip
-        return Evaluations(evaluate, Path(self.evaluations) / f"power-{power:g}.jsonl" if self.evaluations else None, about)
+        known: dict[tuple[int, int], Value] = answers.once(("evaluations", json.dumps(about)), dict)
+        return Evaluations(evaluate, Path(self.evaluations) / f"power-{power:g}.jsonl" if self.evaluations else None, about, known)
 
 
 def _score(weight_LM: Tensor) -> Score:

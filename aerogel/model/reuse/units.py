@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from torch.nn.functional import conv2d, linear
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from aerogel.errors import AerogelError
+from aerogel.kernels.waiting import now
 from aerogel.model.calls import Call, bytes_in
 from aerogel.model.convs import QuantConv2d
 from aerogel.model.hooks import answering
@@ -112,24 +112,19 @@ def seconds_of(network: Network, call: Call, rounds: int = 5) -> tuple[float, tu
     taken: dict[str, list[float]] = {name: [] for name in names}
     whole: list[float] = []
 
-    def now() -> float:
-        if network.device.type == "cuda":
-            torch.cuda.synchronize(network.device)
-        return time.perf_counter()
-
     def timed(name: str, _: str, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        start = now()
+        start = now(network.device)
         made = own(*args, **kwargs)
-        taken[name][-1] += now() - start
+        taken[name][-1] += now(network.device) - start
         return made
 
     with uncompiled(network.module), answering(_around(network, timed)):
         for _ in range(rounds + 1):
             for seconds in taken.values():
                 seconds.append(0.0)
-            start = now()
+            start = now(network.device)
             network.run(call)
-            whole.append(now() - start)
+            whole.append(now(network.device) - start)
     return median(whole[1:]), tuple(median(seconds[1:]) for seconds in taken.values())
 
 

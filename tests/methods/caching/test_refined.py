@@ -12,8 +12,8 @@ import aerogel
 from aerogel.data.denoising import Denoising
 from aerogel.data.replay import replays
 from aerogel.engine import policies
-from aerogel.engine.pacing import candidates
 from aerogel.engine.planning import plan
+from aerogel.engine.search.pacing import candidates
 from aerogel.errors import AerogelError
 from aerogel.methods.caching.evenly import Evenly
 from aerogel.methods.caching.refined import Refined

@@ -19,9 +19,9 @@ from torch import Tensor
 import aerogel
 from aerogel.data.denoising import Denoising, pictures, record
 from aerogel.data.replay import output_of, replays
-from aerogel.engine.pacing import Attempt, Candidate, Pace, candidates
 from aerogel.engine.progress import Event
-from aerogel.engine.searching import Findings, search
+from aerogel.engine.search.pacing import Attempt, Candidate, Pace, candidates
+from aerogel.engine.search.searching import Findings, search
 from aerogel.errors import AerogelError
 from aerogel.evaluate.pictures import png
 from aerogel.methods.caching.evenly import spread
@@ -329,7 +329,7 @@ def test_strengths_are_values_of_a_knob(name: str, knob: str) -> None:
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"task": "tokens"}, "'tokens' is nothing that can be searched for; known is cache"),
+        ({"task": "tokens"}, "'tokens' is nothing that can be searched for; known are cache, skip"),
         ({"budget": "fast"}, "budget 'fast' is no speed-up; give how many times faster denoising has to be, for example 1.5x"),
         ({"budget": 1.0}, r"budget 1\.0 is no speed-up"),
         ({"rounds": 0}, "rounds is 0; it is at least 1"),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from aerogel.errors import AerogelError
-from aerogel.report import search
+from aerogel.report import cache_search, search
 from aerogel.report.courses import Course, courses
 from aerogel.report.reuse import work_map
 from tests.report.runs import _PNGS as PNGS
@@ -55,8 +55,12 @@ def record(**facts: Any) -> dict[str, Any]:
     } | facts
 
 
+def parsed(**facts: Any) -> cache_search.Search:
+    return cache_search.Search.model_validate(record(**facts))
+
+
 def rendered(**facts: Any) -> Any:
-    return read(search.page(search.parse(record(**facts))))
+    return read(search.page(record(**facts)))
 
 
 def test_everything_is_said() -> None:
@@ -81,15 +85,15 @@ def test_everything_is_said() -> None:
         "compress 60 s",
     ):
         assert said in words, said
-    html = search.page(search.parse(record())).replace("\u202f", " ")
+    html = search.page(record()).replace("\u202f", " ")
     for said in ("blocks.0.&lt;b&gt;attn&lt;/b&gt;, step 600: reused", "ff, step 600: 25.0 % of its work", "ff, step 300: runs"):
         assert said in html, said
-    ranked = [line.policy for line in search.lines(search.parse(record()))]
+    ranked = [line.policy for line in cache_search.lines(parsed())]
     assert ranked == ["searched", "fora", "evenly", "fewer steps", "wild"]
 
 
 def test_it_fetches_nothing_and_escapes_everything() -> None:
-    html = search.page(search.parse(record()))
+    html = search.page(record())
     reader = read(html)
     assert not re.search(r"https?:|//\w|url\(|@import", re.sub(r'"data:image/png;base64,[^"]*"', "", html))
     assert not {"script", "link", "iframe", "object", "b", "i"} & set(reader.seen)
@@ -100,7 +104,7 @@ def test_it_fetches_nothing_and_escapes_everything() -> None:
 
 def test_the_frontier_joins_what_nothing_beats() -> None:
     """searched has less error, fora more speed; evenly and fewer steps have neither, wild no error that could be drawn."""
-    drawn = str(search._frontier(search.parse(record()), 956))
+    drawn = str(cache_search._frontier(parsed(), 956))
     assert drawn.count('class="move"') == 1
     assert [name for name in ("searched", "fora", "evenly", "3 steps") if f"{name}: " not in drawn] == []
     assert "wild" not in drawn
@@ -127,7 +131,7 @@ def test_errors_of_nothing_and_policies_that_change_nothing_are_drawn() -> None:
     words = rendered(rows=[same]).words
     assert "its final latents move by 0." in words
     assert "moves by 0.0500." in words
-    assert "–" in next(search.lines(search.parse(record(rows=[same])))).times
+    assert "–" in next(cache_search.lines(parsed(rows=[same]))).times
 
 
 @pytest.mark.parametrize("width", [956.0, 328.0])

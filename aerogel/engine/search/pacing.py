@@ -10,17 +10,17 @@ from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
-from aerogel import catalog
 from aerogel.data.denoising import Denoising
 from aerogel.data.trajectories import seconds
 from aerogel.engine import policies
 from aerogel.engine.policies import Measured
 from aerogel.engine.run import seeded
+from aerogel.engine.search.candidates import chosen
 from aerogel.errors import AerogelError
 from aerogel.methods.method import BudgetPolicy, ReusePolicy, RevisingPolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.recipe import Step, build, knobs_of
+from aerogel.recipe import Step, build
 
 _NEAR, _OVER = 0.98, 1.1
 """A speed is enough from this share of the budget on, since measured times tremble; above the other one a target is asked for again."""
@@ -100,17 +100,14 @@ def candidates(only: Sequence[str] = (), overrides: Iterable[str] = ()) -> list[
 
     Raises AerogelError for a name that no such policy bears, and for unknown knobs and wrong values.
     """
-    classes = {name: catalog.find("methods", name) for name in only or catalog.names("methods")}
-    reusing = {name: cls for name, cls in classes.items() if issubclass(cls, ReusePolicy) and not issubclass(cls, RevisingPolicy)}
-    if other := [name for name in only if name not in reusing]:
-        why = "goes on from another policy's schedule" if issubclass(classes[other[0]], RevisingPolicy) else "does not reuse anything"
-        raise AerogelError(f"{other[0]} {why}, so it is no cache to choose; leave it out")
-    knobs = knobs_of(overrides, "policy.knob=value, for example harmonica.search=400")
-    if unused := [name for name in knobs if name not in reusing]:
-        raise AerogelError(f"a knob of {unused[0]!r} is set, but that policy is not tried{catalog.nearest(unused[0], reusing)}")
-    for name, given in knobs.items():
-        build(reusing[name], given, f"policy {name!r}")
-    return [Candidate(name, cls, knobs.get(name, {})) for name, cls in reusing.items()]
+    return [Candidate(name, cls, knobs) for name, (cls, knobs) in chosen(_unfit, only, overrides).items()]
+
+
+def _unfit(cls: type) -> str:
+    if issubclass(cls, ReusePolicy) and not issubclass(cls, RevisingPolicy):
+        return ""
+    why = "goes on from another policy's schedule" if issubclass(cls, RevisingPolicy) else "does not reuse anything"
+    return f"{why}, so it is no cache to choose"
 
 
 class Try(NamedTuple):

@@ -1,0 +1,1 @@
+"""Searches: all policies of a kind on one model, held against each other, and the best one kept."""

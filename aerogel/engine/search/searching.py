@@ -1,0 +1,142 @@
+"""`search`: the best policy of a kind for a model, and what all others cost; the folder that holds it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from aerogel.engine import policies, provenance
+from aerogel.engine.calibration import Given
+from aerogel.engine.opening import load
+from aerogel.engine.policies import Measured
+from aerogel.engine.progress import Tell, Watch
+from aerogel.engine.search.caches import CacheSearch
+from aerogel.engine.search.skips import SkipSearch
+from aerogel.errors import AerogelError
+from aerogel.model import save
+from aerogel.model.experts import fuse
+from aerogel.model.network import Network
+from aerogel.model.states import FACTS
+from aerogel.report import search as page
+
+
+class Search(Protocol):
+    """A search of one kind on its way; what it is asked for was looked at before."""
+
+    best: Measured | None
+    """The policy that is kept, with its state; None where none is good enough."""
+
+    def check(self, network: Network, samples: Given | None) -> None:
+        """See whether the network can be searched."""
+
+    def prepare(self, seed: int) -> dict[str, Any]:
+        """Get what policies are calibrated on; returns facts about it."""
+
+    def bring(self) -> None:
+        """Calibrate each policy for the budget."""
+
+    def judge(self) -> dict[str, Any]:
+        """Hold them against the network without any; the facts, best first."""
+
+
+TASKS: dict[str, Callable[..., Search]] = {"cache": CacheSearch, "skip": SkipSearch}
+"""What can be searched for."""
+
+
+class Findings:
+    """What a search found: every policy with what it gives and costs, and the best one made."""
+
+    def __init__(self, facts: dict[str, Any], best: Measured | None) -> None:
+        self.facts = facts
+        """Everything that search.json holds."""
+        self.best = best
+        """The policy that moves the network least, with its state; None where none meets the budget."""
+        self.folder: Path | None = None
+        """Where it is saved."""
+
+    def save(self, output: str | Path) -> Path:
+        """Save as a folder with the report, which `aerogel.cached` puts on a model; weights are not in it.
+
+        Raises AerogelError when it cannot be written or is not empty.
+        """
+        output = Path(output)
+        save.preflight(output)
+        made = [self.best] if self.best is not None else []
+        recipe = {"name": made[0].step.name, "steps": [made[0].step.as_dict()]} if made else {}
+        with save.new_folder(output) as folder:
+            told = {key: self.facts[key] for key in ("schema", "model", "provenance")}
+            record = told | {"recipe": recipe, "metrics": {}, "policies": policies.save(made, folder)}
+            for name, content in {FACTS: record, page.FILE: self.facts}.items():
+                (folder / name).write_text(json.dumps(content, indent=2, default=str) + "\n")
+            page.write(folder)
+        self.folder = output
+        return output
+
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write the report as one self-contained HTML file, by default report.html in the folder.
+
+        Raises AerogelError when nothing was saved and no path is given.
+        """
+        if self.folder is not None:
+            return page.write(self.folder, path)
+        if path is None:
+            raise AerogelError("these findings live in memory only; give the report a path, or save them first")
+        Path(path).write_text(page.page(self.facts), encoding="utf-8")
+        return Path(path)
+
+
+def search(
+    model: Any,
+    task: str = "cache",
+    budget: float | str | None = None,
+    *,
+    samples: Given | None = None,
+    only: Sequence[str] = (),
+    overrides: Iterable[str] = (),
+    output: str | Path | None = None,
+    seed: int = 0,
+    rounds: int = 3,
+    tell: Tell = lambda event: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Findings:
+    """Compare all policies of a kind (or `only` some) on a model at one budget, and keep the best; with `output` it is saved.
+
+    `cache`: policies of reuse on a pipeline; the budget says how many times faster denoising has to be, "1.5x" unless told otherwise.
+    `skip`: policies that skip experts of a mixture; the budget is the share of pairs of token and expert that is dropped, 0.67.
+    Speeds are measured by `rounds` turns with and without a policy. Raises AerogelError for an unknown task, a model that has nothing of
+    the kind and a budget that is none; a policy that refuses the network or misses the budget is among the facts with its reason.
+    """
+    if task not in TASKS:
+        raise AerogelError(f"{task!r} is nothing that can be searched for; known are {', '.join(TASKS)}")
+    if rounds < 1:
+        raise AerogelError(f"rounds is {rounds}; it is at least 1")
+    made = TASKS[task](budget, only, overrides, rounds, tell, clock)
+    watch = Watch(tell)
+    with watch.stage("load", str(model) if isinstance(model, str | Path) else ""):
+        network = load(model, lazy=False, apart=False)
+        if network is not model:
+            fuse(network.module)  # experts run as transformers runs them
+    made.check(network, samples)
+    if output is not None:
+        save.preflight(Path(output), origin=network.origin)
+    with watch.stage("check", "what to calibrate on"):
+        shown = made.prepare(seed)
+    with watch.stage("compress"):
+        made.bring()
+    with watch.stage("evaluate"):
+        facts = made.judge()
+    name = model if isinstance(model, str) and not Path(model).exists() else None
+    facts |= {
+        "schema": provenance.SCHEMA,
+        "task": task,
+        "model": provenance.model_facts(network, name) | {"fingerprint": save.fingerprint_of(network)},
+        "provenance": provenance.run_facts(network, seed, shown),
+        "timings": watch.seconds,
+    }
+    findings = Findings(facts, made.best)
+    if output is not None:
+        findings.save(output)
+    return findings

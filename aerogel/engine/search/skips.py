@@ -1,0 +1,204 @@
+"""The search for a rule that skips experts: all policies at several shares of dropped pairs, judged on what they were not calibrated on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from aerogel.data import chats, text
+from aerogel.data.chats import Chats
+from aerogel.engine import policies
+from aerogel.engine.calibration import Given, Samples, prepare, shown
+from aerogel.engine.policies import Measured
+from aerogel.engine.progress import Event, Tell
+from aerogel.engine.run import seeded
+from aerogel.engine.search.candidates import chosen
+from aerogel.engine.search.judging_answers import HeldOut, Judge
+from aerogel.errors import AerogelError
+from aerogel.methods.method import SkipPolicy
+from aerogel.model.network import Network
+from aerogel.model.skipping.kinds import Vocabulary
+from aerogel.model.skipping.routing import shape_of
+from aerogel.recipe import Step, build
+from aerogel.training.answers import Answers
+from aerogel.training.thresholds import UnreachableError
+
+BUDGET = 0.67
+RATIOS = (0.5, 0.67, 0.75, 0.88)
+"""Shares of dropped pairs that curves go through, beside the one that is asked for."""
+_SHORT = 0.005
+"""A policy meets a share that it misses by no more than this."""
+
+
+class Brought(NamedTuple):
+    """A policy at a share of dropped pairs, or at the most that it drops."""
+
+    asked: float
+    measured: Measured
+    seconds: float
+    """To calibrate it."""
+
+    @property
+    def met(self) -> bool:
+        """Whether it drops what was asked for, of the calibration's pairs."""
+        return self.dropped >= self.asked - _SHORT
+
+    @property
+    def dropped(self) -> float:
+        """The share of the calibration's pairs that it drops."""
+        return float(self.measured.state["skipped"])
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A policy that stops short of the budget, or refuses the network."""
+
+    policy: str
+    reason: str
+
+
+class SkipSearch:
+    """A search on its way."""
+
+    def __init__(
+        self, budget: float | str | None, only: Sequence[str], overrides: Iterable[str], rounds: int, tell: Tell, clock: Callable[[], float]
+    ) -> None:
+        """Raises AerogelError for a budget that is no share, and for policies that skip no experts."""
+        self.budget = _share(BUDGET if budget is None else budget)
+        self._tried = chosen(_unfit, only, overrides)
+        if set_ := [name for name, (_, knobs) in self._tried.items() if "ratio" in knobs]:
+            raise AerogelError(f"{set_[0]}.ratio is what the budget says here; leave it out")
+        self.ratios = sorted({*RATIOS, self.budget})
+        self._rounds, self._tell, self._clock = rounds, tell, clock
+        self._brought: list[Brought] = []
+        self._left_out: list[LeftOut] = []
+        self.best: Measured | None = None
+
+    def check(self, network: Network, samples: Given | None) -> None:
+        """Raises AerogelError for a network without routed experts or with a rule on, and for recorded calls."""
+        shape_of(network)
+        wanted = shown(network, samples)
+        if not isinstance(wanted, Samples | Chats):
+            raise AerogelError(
+                "rules are compared on text or chats that are read and replied to: give Samples or Chats, not recorded calls"
+            )
+        on = [measured.step for measured in policies.load(network.origin) if isinstance(measured.step.method, SkipPolicy)]
+        if on:
+            raise AerogelError(f"{network.origin} has {on[0].name} on already; give the model that it was made for")
+        self._network, self._wanted = network, wanted
+
+    def prepare(self, seed: int) -> dict[str, Any]:
+        """Read twice as much as is asked for: one half is calibrated on, the other is for the judge."""
+        calls, self._held_out, facts = _halves(self._network, self._wanted, seed)
+        self._seed = seed
+        self._answers = Answers(self._network, calls, Vocabulary.of(self._network))
+        return facts
+
+    def bring(self) -> None:
+        """Calibrate each policy for each share, the smallest first, as far as it goes."""
+        total = len(self._tried) * len(self.ratios)
+        for number, (name, (cls, knobs)) in enumerate(self._tried.items()):
+            for place, ratio in enumerate(self.ratios):
+                self._tell(Event("compress", number * len(self.ratios) + place, total, f"{name} at {ratio:.0%}"))
+                if not self._bring(name, cls, {**knobs, "ratio": ratio}):
+                    break
+
+    def _bring(self, name: str, cls: type, knobs: dict[str, Any]) -> bool:
+        """Calibrate a policy; whether it is worth while to ask for more."""
+        asked, start = knobs["ratio"], self._clock()
+        try:
+            measured = self._calibrated(name, cls, knobs)
+        except UnreachableError as error:
+            if asked <= self.budget:
+                self._left_out.append(LeftOut(name, f"it drops {error.most:.1%} of all pairs at most"))
+            measured = self._calibrated(name, cls, {**knobs, "ratio": math.floor(1000 * error.most) / 1000})
+            self._add(Brought(asked, measured, self._clock() - start))
+            return False
+        except AerogelError as error:
+            self._left_out.append(LeftOut(name, str(error)))
+            return False
+        brought = Brought(asked, measured, self._clock() - start)
+        if asked == self.budget and not brought.met:
+            self._left_out.append(LeftOut(name, f"it drops {brought.dropped:.1%} of all pairs when asked for so much"))
+        self._add(brought)
+        return True
+
+    def _add(self, brought: Brought) -> None:
+        """Keep it for the judge, unless the policy dropped just as much before: it goes by whole experts, or has come to its end."""
+        before = [one.dropped for one in self._brought if one.measured.step.name == brought.measured.step.name]
+        if brought.dropped not in before:
+            self._brought.append(brought)
+
+    def _calibrated(self, name: str, cls: type, knobs: dict[str, Any]) -> Measured:
+        step = Step(name, build(cls, knobs, f"policy {name!r}"))
+        assert isinstance(step.method, SkipPolicy)
+        with seeded(self._seed):
+            return Measured(step, step.method.calibrated_on(self._answers))
+
+    def judge(self) -> dict[str, Any]:
+        """Hold all that was calibrated against the whole mixture; the facts, by policy and share."""
+        total = len(self._brought) + 1
+        self._tell(Event("evaluate", 0, total, "the whole network"))
+        judge = Judge(self._network, self._held_out, self._rounds, self._clock)
+        rows = []
+        for number, brought in enumerate(self._brought, 1):
+            self._tell(Event("evaluate", number, total, f"{brought.measured.step.name} at {brought.asked:.0%}"))
+            rows.append(_row(brought) | judge.policy(partial(policies.on, self._network, [brought.measured])))
+        enough = [place for place, row in enumerate(rows) if row["asked"] == self.budget and row["met"] and math.isfinite(row["kl"])]
+        if enough:
+            self.best = self._brought[min(enough, key=lambda place: rows[place]["kl"])].measured
+        shape = shape_of(self._network)
+        return judge.conditions | {
+            "budget": self.budget,
+            "ratios": self.ratios,
+            "mixture": vars(shape),
+            "rows": rows,
+            "left_out": [vars(one) for one in self._left_out],
+        }
+
+
+def _unfit(cls: type) -> str:
+    return "" if issubclass(cls, SkipPolicy) else "skips no experts by a rule, so there is nothing to choose"
+
+
+def _share(budget: float | str) -> float:
+    """The budget as a share; per cent are fine."""
+    said = str(budget).strip()
+    try:
+        share = float(said.removesuffix("%")) / (100 if said.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise AerogelError(f"budget {budget!r} is no share of pairs to drop; give a number between 0 and 1, for example 0.67 or 67%")
+    return share
+
+
+def _row(brought: Brought) -> dict[str, Any]:
+    step = brought.measured.step
+    return {"policy": step.name, "asked": brought.asked, "met": brought.met, "step": step.as_dict(), "seconds": brought.seconds}
+
+
+def _halves(network: Network, wanted: Samples | Chats, seed: int) -> tuple[Sequence[Any], HeldOut, dict[str, Any]]:
+    """Calls to calibrate on, as many to judge by, and facts about the first half; the two share no chat and no sequence."""
+    if isinstance(wanted, Chats):
+        found = chats.drawn(chats.read(wanted.source), 2 * wanted.count, seed)
+        half = _half(len(found), "chats")
+        calls, held = (chats.calls(some, network.processor, wanted.batch, network.device) for some in (found[:half], found[half:]))
+        facts = {"source": str(wanted.source), "count": half, "fingerprint": chats.fingerprint(found[:half])}
+        return calls, HeldOut(held, found[half:]), facts
+    doubled = prepare(network, replace(wanted, count=2 * wanted.count), seed, head=True)
+    rows_NL = torch.cat([call.kwargs["input_ids"] for call in doubled.calls])
+    half = _half(len(rows_NL), "sequences")
+    calls, held = (text.calls(some_NL, wanted.batch) for some_NL in (rows_NL[:half], rows_NL[half:]))
+    return calls, HeldOut(held), doubled.facts | {"count": half, "fingerprint": text.fingerprint(rows_NL[:half])}
+
+
+def _half(count: int, what: str) -> int:
+    if count < 2:
+        raise AerogelError(f"{count} {what}: one half is calibrated on and the other judges; give more")
+    return count // 2

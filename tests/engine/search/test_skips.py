@@ -1,0 +1,262 @@
+"""The search for experts to skip: every rule at several shares, judged on chats that none was calibrated on, and a folder for the best.
+
+Time is told by a clock that moves when an expert multiplies a token's row: no test waits for a busy machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.nn.functional import log_softmax
+
+import aerogel
+from aerogel.data import chats, text
+from aerogel.data.chats import Chats
+from aerogel.engine import policies
+from aerogel.engine.calibration import Samples
+from aerogel.engine.policies import Measured
+from aerogel.engine.search.candidates import chosen
+from aerogel.engine.search.searching import Findings, search
+from aerogel.engine.search.skips import BUDGET, RATIOS, _unfit
+from aerogel.errors import AerogelError
+from aerogel.evaluate.replies import Replies
+from aerogel.model.calls import Call
+from aerogel.model.load import load
+from aerogel.model.network import Network
+from aerogel.model.skipping.routing import experts_of
+from aerogel.recipe import Recipe
+from tests.folders import model_folder, text_file
+from tests.questions import ZOO, untrained, written
+from tests.tiny import output
+
+COUNT = 6
+KNOBS = ("modes.points=6", "diep.tokens=16")
+ALL = sorted(chosen(_unfit, (), ()))
+
+
+class Ticks:
+    """A clock that a mixture moves: by one at each forward, and by one for each pair that reaches an expert."""
+
+    def __init__(self, network: Network) -> None:
+        self.now = 0
+        network.module.register_forward_pre_hook(self._tick)
+        for experts in experts_of(network).values():
+            experts.register_forward_hook(self._count)
+
+    def __call__(self) -> float:
+        return float(self.now)
+
+    def _tick(self, *_: Any) -> None:
+        self.now += 1
+
+    def _count(self, module: Any, args: Any, _: Any) -> None:
+        self.now += int((args[1] < module.num_experts).sum())
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory.mktemp("chats"), 2 * COUNT)
+
+
+def mixture() -> Network:
+    torch.manual_seed(0)
+    model, pair = untrained()
+    return load((model, pair), dtype=torch.float32, apart=False)
+
+
+@pytest.fixture(scope="module")
+def found(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Network, Findings, Path]:
+    network, folder = mixture(), tmp_path_factory.mktemp("search") / "out"
+    knobs: dict[str, Any] = {"samples": Chats(source, COUNT), "overrides": KNOBS, "rounds": 1, "clock": Ticks(network), "output": folder}
+    return network, search(network, "skip", **knobs), folder
+
+
+def halves(source: Path) -> tuple[list[chats.Chat], list[chats.Chat]]:
+    drawn = chats.drawn(chats.read(source), 2 * COUNT, 0)
+    return drawn[:COUNT], drawn[COUNT:]
+
+
+def row(findings: Findings, policy: str, asked: float) -> dict[str, Any]:
+    (one,) = (one for one in findings.facts["rows"] if (one["policy"], one["asked"]) == (policy, asked))
+    return dict(one)
+
+
+def made(findings: Findings, network: Network, policy: str, asked: float, source: Path) -> Measured:
+    """The same policy, calibrated outside of the search on the first half."""
+    (step,) = Recipe.parse({"steps": [row(findings, policy, asked)["step"]]}).steps
+    return policies.calibrated(network, step, chats.calls(halves(source)[0], network.processor))
+
+
+def test_every_rule_has_rows_or_a_reason(found: Any) -> None:
+    findings = found[1]
+    assert findings.facts["ratios"] == sorted({*RATIOS, BUDGET})
+    seen = {one["policy"] for one in findings.facts["rows"]}
+    reasons = {one["policy"]: one["reason"] for one in findings.facts["left_out"]}
+    assert ALL == ["diep", "lower_k", "modes", "naee", "odp", "single_threshold"]
+    assert sorted(seen | set(reasons)) == ALL
+    at_budget = {one["policy"] for one in findings.facts["rows"] if one["asked"] == BUDGET and one["met"]}
+    assert sorted(at_budget | set(reasons)) == ALL, "who is not there at the budget says why"
+    assert not at_budget & set(reasons)
+
+
+def test_a_rule_that_keeps_the_best_expert_ends_where_it_can(found: Any) -> None:
+    """Three of four experts of each token but the chat's marks: the same for all of them, and nothing behind it."""
+    asked = {name: [one["asked"] for one in found[1].facts["rows"] if one["policy"] == name] for name in ("naee", "lower_k", "modes")}
+    assert asked == {"naee": [0.5, 0.67], "lower_k": [0.5, 0.67], "modes": [0.5, 0.67, 0.75, 0.88]}
+    assert row(found[1], "naee", 0.67)["ratio"] == row(found[1], "lower_k", 0.67)["ratio"]
+    assert not row(found[1], "lower_k", 0.5)["met"], "half of the words' pairs are less than half of all"
+
+
+def test_rows_are_what_the_policy_does_to_the_other_half(found: Any, source: Path) -> None:
+    network, findings, _ = found
+    (call,) = chats.calls(halves(source)[1], network.processor)
+    labels_BS = call.kwargs["labels"]
+    whole_BSV = network.run(Call((), {**call.kwargs, "labels": None})).logits
+    with policies.on(network, [made(findings, network, "modes", BUDGET, source)]):
+        ours_BSV = network.run(Call((), {**call.kwargs, "labels": None})).logits
+    kls, same = [], []
+    for row_S, whole_SV, ours_SV in zip(labels_BS, whole_BSV, ours_BSV, strict=True):
+        for place in range(1, len(row_S)):
+            if row_S[place] != -100:
+                p_V, q_V = (log_softmax(logits_SV[place - 1].double(), -1) for logits_SV in (whole_SV, ours_SV))
+                kls.append(float((p_V.exp() * (p_V - q_V)).sum()))
+                same.append(float(p_V.argmax() == q_V.argmax()))
+    at = row(findings, "modes", BUDGET)
+    assert at["kl"] == pytest.approx(sum(kls) / len(kls), rel=1e-3)
+    assert at["top1"] == pytest.approx(sum(same) / len(same))
+    assert findings.facts["answer_tokens"] == len(kls)
+    assert findings.facts["provenance"]["calibration"]["fingerprint"] == chats.fingerprint(halves(source)[0])
+
+
+def test_replies_and_shares_are_those_of_the_measure(found: Any, source: Path, tmp_path: Path) -> None:
+    network, findings, _ = found
+    for policy in ("modes", "lower_k"):
+        with policies.on(network, [made(findings, network, policy, BUDGET, source)]):
+            theirs = Replies(source=str(_file(source, tmp_path / policy)), count=COUNT).measure(network)
+        ours = row(findings, policy, BUDGET)
+        assert ours["right"] == theirs["right"]
+        assert ours["skipped"]["decode"] == pytest.approx(theirs["skipped"]["decode"], abs=0.05), "of other batches"
+        assert ours["skipped"]["prefill"] == pytest.approx(theirs["skipped"]["prefill"], abs=1e-3)
+
+
+def _file(source: Path, folder: Path) -> Path:
+    """The second half as a file of its own, beside links to the pictures."""
+    folder.mkdir()
+    for picture in source.parent.glob("*.png"):
+        (folder / picture.name).symlink_to(picture)
+    wanted = [chat.messages for chat in halves(source)[1]]
+    lines = [line for line in source.read_text().splitlines() if json.loads(line)["messages"] in wanted]
+    (folder / source.name).write_text("\n".join(lines))
+    return folder / source.name
+
+
+def test_speeds_are_ratios_of_turns(found: Any) -> None:
+    """Each forward of 6 layers takes 1 + pairs: with lower_k at 0.67 a word has one expert of four, marks all."""
+    at, facts = row(found[1], "lower_k", BUDGET), found[1].facts
+    assert facts["prefill_seconds"] == 1 + 6 * 4 * facts["batch"] * facts["prompt"]
+    assert facts["decode_seconds"] == 1 + 6 * 4 * facts["batch"]
+    assert 1 < at["prefill_speedup"] <= 4
+    assert at["prefill_speedup"] == pytest.approx(1 / (1 - at["skipped"]["prefill"]), rel=0.35), "padding is spared too"
+    assert 1 <= at["decode_speedup"] <= 4
+
+
+def test_the_best_moves_predictions_least_and_its_folder_puts_it_on(found: Any, source: Path) -> None:
+    network, findings, folder = found
+    enough = [one for one in findings.facts["rows"] if one["asked"] == BUDGET and one["met"]]
+    best = min(enough, key=lambda one: one["kl"])
+    assert findings.best is not None
+    assert findings.best.step.as_dict() == best["step"]
+    assert {path.name for path in folder.iterdir()} >= {"aerogel.json", "search.json", "report.html"}
+    assert not list(folder.glob("model*")), "no weights"
+    (call,) = chats.calls(halves(source)[1][:2], network.processor)
+    before = output(network.module, call)
+    with aerogel.skipping(network.module, folder) as on, policies.on(network, []):
+        inside = output(network.module, call)
+    assert on[0].step == findings.best.step
+    assert not torch.equal(before, inside)
+    assert torch.equal(before, output(network.module, call))
+    assert "Aerogel search for experts to skip" in findings.report().read_text()
+
+
+def test_a_folder_and_its_live_model_are_the_same_weights(source: Path, tmp_path: Path) -> None:
+    """From a folder experts are opened one by one; the search fuses them again, and says the same fingerprint as a live model has."""
+    knobs: dict[str, Any] = {"samples": Chats(source, 2), "only": ["lower_k"], "rounds": 1}
+    opened = search(ZOO / "fashion-vlm", "skip", output=tmp_path / "out", **knobs)
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(ZOO / "fashion-vlm")
+    for live in (theirs, load(ZOO / "fashion-vlm", lazy=False)):
+        with aerogel.skipping(live, tmp_path / "out"):  # a warning about other weights would be an error
+            pass
+    assert opened.facts["model"]["fingerprint"].startswith("sha256:")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("texts")
+    model_folder(folder / "model", "qwen3_moe")
+    return folder / "model", text_file(folder / "words.txt", 400)
+
+
+def test_text_is_continued_and_judged_by_what_stays_first(texts: Any) -> None:
+    model, words = texts
+    samples = Samples(words, count=3, length=24)
+    findings = search(model, "skip", "50%", samples=samples, only=["single_threshold"], rounds=1)
+    facts = findings.facts
+    assert (facts["budget"], facts["right"], facts["chats"], facts["count"]) == (0.5, None, False, 3)
+    assert facts["prompt"] == 12
+    network = load(model, lazy=False)
+    rows_NL = text.samples(network.processor, words, 6, 24, 0)
+    assert facts["provenance"]["calibration"]["fingerprint"] == text.fingerprint(rows_NL[:3])
+    (step,) = Recipe.parse({"steps": [row(findings, "single_threshold", 0.5)["step"]]}).steps
+    measured = policies.calibrated(network, step, text.calls(rows_NL[:3]))
+    whole_NLV = network.run(text.calls(rows_NL[3:])[0]).logits
+    with policies.on(network, [measured]):
+        ours_NLV = network.run(text.calls(rows_NL[3:])[0]).logits
+    same = (whole_NLV.argmax(-1) == ours_NLV.argmax(-1))[:, :-1].float().mean()
+    assert row(findings, "single_threshold", 0.5)["top1"] == pytest.approx(float(same))
+
+
+def test_a_search_that_finds_nothing_keeps_nothing(texts: Any, tmp_path: Path) -> None:
+    model, words = texts
+    findings = search(model, "skip", 0.9, samples=Samples(words, 2, 24), only=["naee"], rounds=1, output=tmp_path / "out")
+    assert findings.best is None
+    assert [one["reason"] for one in findings.facts["left_out"]] == ["it drops 50.0% of all pairs at most"]
+    assert json.loads((tmp_path / "out" / "aerogel.json").read_text())["policies"] == []
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"budget": "1.5x"}, "budget '1.5x' is no share of pairs to drop; give a number between 0 and 1, for example 0.67 or 67%"),
+        ({"budget": 1.0}, r"budget 1\.0 is no share"),
+        ({"only": ["fora"]}, "fora skips no experts by a rule, so there is nothing to choose; leave it out"),
+        ({"only": ["prune_experts"]}, "prune_experts skips no experts by a rule"),
+        ({"overrides": ["modes.ratio=0.5"]}, "modes.ratio is what the budget says here; leave it out"),
+        ({"samples": [Call((), {})]}, "give Samples or Chats, not recorded calls"),
+        ({"samples": Samples("sotu", 1, 8)}, "1 sequences: one half is calibrated on and the other judges; give more"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(texts: Any, monkeypatch: pytest.MonkeyPatch, knobs: dict[str, Any], message: str) -> None:
+    if "Samples" in repr(knobs.get("samples")):
+        monkeypatch.setattr(text, "samples", _one_sequence)
+    with pytest.raises(AerogelError, match=message):
+        search(texts[0], "skip", **{"samples": Samples(texts[1], 2, 24), **knobs})
+
+
+def _one_sequence(*_: Any) -> torch.Tensor:
+    return torch.ones(1, 8, dtype=torch.long)
+
+
+def test_models_that_have_no_mixture_or_a_rule_are_refused(texts: Sequence[Path], tmp_path: Path) -> None:
+    model_folder(tmp_path / "dense", "llama")
+    with pytest.raises(AerogelError, match="this llama network has no routed experts"):
+        search(tmp_path / "dense", "skip")
+    samples = Samples(texts[1], 2, 24)
+    aerogel.compress(texts[0], {"steps": [{"lower_k": {"k": 1}}]}, samples=samples, output=tmp_path / "on", measures=())
+    with pytest.raises(AerogelError, match="has lower_k on already; give the model that it was made for"):
+        search(tmp_path / "on", "skip", samples=samples)
