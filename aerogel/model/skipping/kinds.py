@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ TEXT, VISION, SPECIAL, PADDING = range(4)
 KINDS = ("text", "vision", "special", "padding")
 MODALITIES = KINDS[:2]
 _PICTURED = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_there: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 _MARKS = ("bos_token_id", "eos_token_id", "pad_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
@@ -42,6 +42,11 @@ class Vocabulary:
         special |= {number for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
         return cls(tuple(sorted(vision)), tuple(sorted(special - vision)))
 
+    def put_on(self, device: torch.device) -> None:
+        """Copy what is looked up to a device, so that no forward has to: a compiled one would be traced twice."""
+        for numbers in (self.special, self.vision):
+            _on(numbers, device)
+
     def kinds(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return kind_BS of a forward's inputs; raises AerogelError when they have no token ids, which tell text from images."""
         ids_BS = inputs.get("input_ids")
@@ -57,10 +62,11 @@ class Vocabulary:
         return kind_BS
 
 
-@cache
 def _on(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """The numbers on a device; copied once, since a copy for each forward would make the host wait."""
-    return torch.tensor(numbers, device=device)
+    if (numbers, device) not in _there:  # functools.cache is nothing that a compiler traces
+        _there[numbers, device] = torch.tensor(numbers, device=device)
+    return _there[numbers, device]
 
 
 def _numbers(value: Any) -> tuple[int, ...]:

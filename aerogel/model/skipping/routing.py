@@ -81,15 +81,20 @@ class Skipping:
         self.kind_BS = self.vocabulary.kinds(dict(zip(names, args, strict=False)) | kwargs)
         self.received.clear()
 
-    def attended(self, layer: int, _: nn.Module, __: Any, output: Any) -> None:
-        """After a layer's attention: keep what each position received, summed over all positions that are no padding."""
+    def attended(self, layer: int, module: Any, _: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """After a layer's attention: keep what each position of the forward received, summed over all that are no padding."""
         probability_BASS = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         if probability_BASS is None:
             raise AerogelError("this attention does not give its probabilities, which the rule needs; leave that part of the rule out")
         if probability_BASS.shape[-2] > 1:
             assert self.kind_BS is not None, "the forward's own hook comes first"
             asks_BS = (self.kind_BS != PADDING).float()
-            self.received[layer] = torch.einsum("bhqk,bq->bk", probability_BASS.float(), asks_BS) / probability_BASS.shape[1]
+            received_BL = torch.einsum("bhqk,bq->bk", probability_BASS.float(), asks_BS) / probability_BASS.shape[1]
+            cache, length = kwargs.get("past_key_values"), received_BL.shape[1]
+            # Behind what was read before, and before what a static cache has room for; where old keys have left it, at the end.
+            end = torch.as_tensor(length if cache is None else cache.get_seq_length(module.layer_idx)).clamp(max=length)
+            place_S = torch.arange(asks_BS.shape[1], device=asks_BS.device) - asks_BS.shape[1] + end
+            self.received[layer] = received_BL[:, place_S]
 
     def route(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Before a layer's experts: drop what the rule does not keep."""
@@ -160,6 +165,7 @@ def skipping(network: Network, skip: Skipping, attention: bool = False) -> Itera
     AerogelError when the network has no routed experts, and in a forward whose implementation of experts was changed meanwhile.
     """
     found = experts_of(network)
+    skip.vocabulary.put_on(network.device)
     with ExitStack() as stack:
         hook = partial(skip.look, arguments_of(network.module))
         stack.callback(network.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -180,7 +186,7 @@ def _watch_attention(network: Network, name: str, hook: Callable[..., None], sta
     assert names is not None
     block = network.module.get_submodule(name.removesuffix(f".{names.module}"))
     attention: Any = block.get_submodule(names.attention)
-    stack.callback(attention.register_forward_hook(hook).remove)
+    stack.callback(attention.register_forward_hook(hook, with_kwargs=True).remove)
     if attention.config._attn_implementation_internal != "eager":
         stack.enter_context(_set(attention.config, "_attn_implementation_internal", "eager"))
 
