@@ -104,6 +104,9 @@ def _won(run: Run) -> list[str]:
     size_before, size_after = (side.size.bytes if side.size else None for side in (run.metrics.original, run.metrics.compressed))
     speed_before, speed_after = (_rate(side) for side in (run.metrics.original, run.metrics.compressed))
     clauses = [versus(size_before, size_after, "smaller", "larger"), versus(speed_after, speed_before, "faster", "slower")]
+    replies = run.metrics.compressed.replies
+    if replies and replies.skipped:
+        clauses.append(f"without {percent(replies.skipped.prefill)} of its expert calls in prompts")
     return [clause for clause in clauses if clause not in (NONE, "the same")]
 
 
@@ -113,6 +116,9 @@ def _rate(side: Side) -> float | None:
 
 
 def _cost(run: Run) -> str:
+    replied = [side.replies for side in (run.metrics.original, run.metrics.compressed)]
+    if replied[0] and replied[1]:  # asked for by name, so it is what somebody wants to know
+        return f"{percent(replied[1].right)} of its replies are right, {percent(replied[0].right)} of the original's"
     before, after = run.metrics.original.perplexity, run.metrics.compressed.perplexity
     if before and after:
         verb = "rises" if after.perplexity > before.perplexity else "falls"

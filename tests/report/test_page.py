@@ -356,6 +356,7 @@ def test_experts_that_were_spared_are_drawn_and_said() -> None:
         "Of all pairs of token and expert 70.0 % were dropped in prompts and 45.0 % while replies were written; 21.0 % of the tokens",
         "Replies to 128 questions of held-out.jsonl",
         "Replies that are the expected ones",
+        "without 70.0 % of its expert calls in prompts; 81.0 % of its replies are right, 84.0 % of the original's.",
     ):
         assert said in words, said
     side = record.parse(content).metrics.compressed
