@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,19 @@ def test_finds_the_optimum_of_a_thousand_staircases_in_few_evaluations() -> None
             assert frontier(Evaluations(values.__getitem__), rows, columns, ratio) == found
         assert few.made <= 3 * max(rows, columns)
         assert all_.made == rows * columns
+
+
+@pytest.mark.parametrize("search", [frontier, exhaustive])
+def test_of_equal_errors_the_first_in_rows_wins(search: Any) -> None:
+    found = search(lambda cell: Value(1.0, sum(cell)), 3, 3, 2)
+    assert found.cell == (0, 2)
+
+
+def test_what_is_known_is_not_evaluated_again() -> None:
+    known = {(0, 0): Value(0.0, 0.0)}
+    first = Evaluations(lambda cell: Value(1.0, 1.0), known=known)
+    assert (first((0, 0)), first((1, 0)), first.made) == (Value(0.0, 0.0), Value(1.0, 1.0), 1)
+    assert known[1, 0] == Value(1.0, 1.0), "whoever else knows it knows this too"
 
 
 def test_a_single_column_is_bisected() -> None:

@@ -27,10 +27,10 @@ from aerogel.model.load import load
 from aerogel.model.network import Network
 from aerogel.model.skipping.counting import counting
 from aerogel.model.skipping.kinds import PADDING, SPECIAL, TEXT, VISION, Vocabulary
-from aerogel.model.skipping.routing import Routed, Rule, Skipping, experts_of, skipping
+from aerogel.model.skipping.routing import Routed, Rule, Skipping, experts_of, shape_of, skipping
 from aerogel.recipe import Recipe
 from aerogel.training.answers import Answers
-from aerogel.training.thresholds import grid, tail_over_head
+from aerogel.training.thresholds import UnreachableError, grid, tail_over_head
 from tests.tiny import FAMILIES, IMAGE_TOKEN, opened, output
 
 SHARES = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])
@@ -350,3 +350,36 @@ def test_of_several_powers_the_one_with_the_least_divergence_stays() -> None:
     assert state["kl"] == min(one["kl"] for one in alone.values())
     assert state["power"] == min(alone, key=lambda power: alone[power]["kl"])
     assert torch.equal(state["thresholds"], alone[state["power"]]["thresholds"])
+
+
+def test_ratios_on_the_same_answers_share_what_was_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, given = opened("qwen3_vl_moe"), FAMILIES["qwen3_vl_moe"].calls(3)
+    judged: list[Skipping] = []
+    own = Answers.judge
+
+    def judge(self: Answers, skip: Skipping, attention: bool = False) -> Any:
+        judged.append(skip)
+        return own(self, skip, attention)
+
+    monkeypatch.setattr(Answers, "judge", judge)
+    alone = [Modes(ratio=ratio, points=6).calibrate(network, given) for ratio in (0.3, 0.5)]
+    apart = len(judged)
+    judged.clear()
+    answers = Answers(network, given, Vocabulary.of(network))
+    shared = [Modes(ratio=ratio, points=6).calibrated_on(answers) for ratio in (0.3, 0.5)]
+    layers = shape_of(network).layers
+    assert len(judged) <= apart - 2 * layers, "importance at least is measured once"
+    for ours, theirs in zip(shared, alone, strict=True):
+        assert torch.equal(ours["thresholds"], theirs["thresholds"])
+        assert torch.equal(ours["importance"], theirs["importance"])
+        assert (ours["kl"], ours["skipped"]) == (theirs["kl"], theirs["skipped"])
+
+
+def test_lower_k_leaves_an_expert_whatever_the_ratio() -> None:
+    network, given = opened("mixtral"), FAMILIES["mixtral"].calls(1)
+    with pytest.raises(UnreachableError, match=r"ratio 0\.6 cannot be reached: this rule drops 0\.500 of all pairs at most") as refused:
+        LowerK(ratio=0.6).calibrate(network, given)
+    assert refused.value.most == 0.5
+    with pytest.raises(AerogelError, match="a share of pairs between 0 and 1"):
+        LowerK(ratio=1.5).calibrate(network, given)
+    assert LowerK(k=0).calibrate(network, given)["skipped"] > 0.5, "who says none means none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,3 +122,15 @@ def test_attention_received_is_that_of_the_positions_read_now(static: bool) -> N
     assert second is not None
     torch.testing.assert_close(first, probability_BHSS[:, :, :5, :5].mean(1).sum(1))
     torch.testing.assert_close(second, probability_BHSS[:, :, 5:, 5:].mean(1).sum(1))
+
+
+@pytest.mark.parametrize(("read", "own"), [(8, [5, 6, 7]), (30, [5, 6, 7]), (6, [3, 4, 5])], ids=["grown", "window", "room"])
+def test_positions_read_now_are_the_last_that_are_there(read: int, own: list[int]) -> None:
+    """Eight keys for three positions: all that were read, the last ones of a window, or six of them and empty room."""
+    network = opened("qwen3_moe", apart=False)
+    made = skip(network, everything)
+    made.kind_BS = torch.zeros(1, 3, dtype=torch.long)
+    probability_BHSL = torch.rand(1, 2, 3, 8, generator=torch.Generator().manual_seed(0))
+    cache = SimpleNamespace(get_seq_length=lambda layer: read if layer == 4 else 0)
+    made.attended(1, SimpleNamespace(layer_idx=4), (), {"past_key_values": cache}, (None, probability_BHSL))
+    torch.testing.assert_close(made.received[1], probability_BHSL.mean(1).sum(1)[:, own])
