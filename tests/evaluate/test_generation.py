@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aerogel.evaluate.generation import Generation, together
+from aerogel.evaluate.generation import Generation, continued, together
 from aerogel.families.llama import FAMILY
 from aerogel.model.network import Network
 from tests.tiny import FAMILIES
@@ -45,3 +45,11 @@ def test_without_an_original_there_is_one_side() -> None:
 @pytest.mark.parametrize(("ours", "theirs", "shared"), [([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 2), ([5], [6], 0), ([], [1], 0)])
 def test_together_counts_until_they_part(ours: list[int], theirs: list[int], shared: int) -> None:
     assert together(torch.tensor(ours), torch.tensor(theirs)) == shared
+
+
+def test_just_as_many_tokens_are_written_where_a_clock_asks_for_them() -> None:
+    net = Network(FAMILIES["llama"].build(), FAMILY, processor=tokenizer())
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    net.module.generation_config.eos_token_id = int(continued(net, inputs, 1)[0, 0])
+    assert continued(net, inputs, 5).shape == (1, 1), "the first token is the end"
+    assert continued(net, inputs, 5, exactly=True).shape == (1, 5)
