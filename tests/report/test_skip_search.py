@@ -9,6 +9,7 @@ import pytest
 
 from aerogel.errors import AerogelError
 from aerogel.report import search, skip_search
+from aerogel.report.courses import Course, courses
 from tests.report.test_page import read
 
 
@@ -118,6 +119,14 @@ def test_curves_have_a_dot_for_each_share() -> None:
     assert drawn.count("path-best") == 1
     ends = re.findall(r"<title>(\w+): ([\d.]+) at the end", drawn)
     assert set(ends) == {("modes", "0.000500"), ("lower_k", "0.0120")}
+
+
+def test_a_thin_line_leads_to_names_of_ends_further_left() -> None:
+    def lines(end: float) -> int:
+        drawn = [Course("a", [1.0, 2.0], at=[0.5, 0.9]), Course("b", [1.0, 3.0], at=[0.5, end])]
+        return str(courses(drawn, "Times", log=False, rising=True)).count('class="grid"')
+
+    assert lines(0.7) == lines(0.9) + 1
 
 
 @pytest.mark.parametrize(

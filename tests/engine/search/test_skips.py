@@ -23,10 +23,11 @@ from aerogel.engine.calibration import Samples
 from aerogel.engine.policies import Measured
 from aerogel.engine.search.candidates import chosen
 from aerogel.engine.search.searching import Findings, search
-from aerogel.engine.search.skips import BUDGET, RATIOS, _unfit
+from aerogel.engine.search.skips import BUDGET, RATIOS, SkipSearch, _unfit
 from aerogel.errors import AerogelError
 from aerogel.evaluate.replies import Replies
 from aerogel.model.calls import Call
+from aerogel.model.experts import ExpertList
 from aerogel.model.load import load
 from aerogel.model.network import Network
 from aerogel.model.skipping.routing import experts_of
@@ -193,6 +194,24 @@ def test_a_folder_and_its_live_model_are_the_same_weights(source: Path, tmp_path
         with aerogel.skipping(live, tmp_path / "out"):  # a warning about other weights would be an error
             pass
     assert opened.facts["model"]["fingerprint"].startswith("sha256:")
+
+
+def test_so_are_those_of_a_family_whose_checkpoints_hold_experts_apart(
+    texts: Sequence[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Network] = []
+    own = SkipSearch.check
+
+    def check(self: SkipSearch, network: Network, samples: Any) -> None:
+        seen.append(network)
+        own(self, network, samples)
+
+    monkeypatch.setattr(SkipSearch, "check", check)
+    search(texts[0], "skip", 0.5, samples=Samples(texts[1], 2, 24), only=["lower_k"], rounds=1, output=tmp_path / "out")
+    assert not any(isinstance(part, ExpertList) for part in seen[0].module.modules()), "as transformers runs them"
+    for live in (transformers.AutoModelForCausalLM.from_pretrained(texts[0]), load(texts[0], lazy=False)):
+        with aerogel.skipping(live, tmp_path / "out"):
+            pass
 
 
 @pytest.fixture(scope="module")
