@@ -383,3 +383,19 @@ def test_lower_k_leaves_an_expert_whatever_the_ratio() -> None:
     with pytest.raises(AerogelError, match="a share of pairs between 0 and 1"):
         LowerK(ratio=1.5).calibrate(network, given)
     assert LowerK(k=0).calibrate(network, given)["skipped"] > 0.5, "who says none means none"
+
+
+def test_weights_are_raised_where_the_authors_raise_them() -> None:
+    """NAEE, ODP and DiEP renormalise what is left, MoDES and fewer experts a token do not: a token whose second expert goes shows it."""
+    network, given = opened("mixtral"), FAMILIES["mixtral"].calls(1)
+    for name, raised in {"naee": True, "odp": True, "diep": True, "modes": False, "single_threshold": False, "lower_k": False}.items():
+        (method,) = (one.method for one in Recipe.parse({"steps": [{name: {}}]}).steps)
+        assert isinstance(method, SkipPolicy)
+        best = Skipping(LowerK(k=1).rule({"k": 1}), Vocabulary.of(network), method.renormalise, method.keep_top1)
+        sums: list[Tensor] = []
+        with skipping(network, best):
+            module = next(iter(experts_of(network).values()))
+            handle = module.register_forward_pre_hook(lambda _, args, sums=sums: sums.append(args[2].sum(-1)))
+            network.run(given[0])
+            handle.remove()
+        assert bool((sums[0] > 0.999).all()) == raised, name
