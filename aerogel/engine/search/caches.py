@@ -137,10 +137,10 @@ def _checked(budget: float | str) -> float:
 
 def _pictures_of(network: Network, samples: Given | None) -> Denoising:
     """Which pictures to compare policies on."""
+    pipeline_of(network)
     wanted = shown(network, samples)
     if not isinstance(wanted, Denoising):
         raise AerogelError("policies are compared by the pictures that a pipeline makes: give a Denoising as samples, not recorded calls")
-    pipeline_of(network)
     units_of(network)
     on = [measured.step for measured in policies.load(network.origin) if isinstance(measured.step.method, ReusePolicy)]
     if on:

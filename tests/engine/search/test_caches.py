@@ -33,6 +33,7 @@ from aerogel.model.network import Network
 from aerogel.model.reuse.schedule import scheduled
 from aerogel.model.reuse.units import units_of
 from tests import painters
+from tests.tiny import FAMILIES
 
 WANTED = Denoising(count=3, steps=6, batch=2, guidance=3.0)
 EVERY_SECOND = [[1.0, 1.0], [0.0, 0.0]] * 3
@@ -348,6 +349,8 @@ def test_what_cannot_be_searched_is_refused(knobs: dict[str, Any], message: str)
 def test_models_that_cannot_be_searched_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AerogelError, match="came without its pipeline and makes no pictures"):
         search(painter().transformer, only=["fora"], samples=WANTED)
+    with pytest.raises(AerogelError, match="this llama network came without its pipeline and makes no pictures"):
+        search(FAMILIES["llama"].build())
     network = load(painter())
     network.family = replace(network.family, units=())
     with pytest.raises(AerogelError, match="names no units whose outputs could be kept"):
