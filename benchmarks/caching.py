@@ -62,7 +62,7 @@ NOTES = [
     "Policies with a ratio meet it exactly; the others stand at what their rules give, beside even spacing interpolated between ratios.",
     "Trained and searched rows are the median of the seeds, and the least and most; searches saw 32 pictures of other noise.",
     f"Searches take up to {TRIALS} trials and end where no exchange helps.",
-    "At 20 steps beside rules the router by itself at 0.2 and 0.3, and the search at 0.3; at 50 rules only: the rest is hours of training.",
+    "At 20 steps beside rules the router by itself at 0.2 and 0.3; at 50 rules only: the rest is hours of training and was not run.",
     "Target: harmonica alone at most a third of even spacing's error at 0.2 and 0.3; with the local search the best row at every ratio.",
 ]  # fmt: skip
 
