@@ -172,8 +172,7 @@ def lead(found: Search) -> str:
 def context(found: Search) -> dict[str, Any]:
     """What the template shows beside what all searches have."""
     best = found.best
-    same = [(row.right, "Replies right") if found.chats else (row.top1, "Same token first") for row in found.rows]
-    kept = same[0][1] if same else ""
+    kept = "Replies right" if found.chats else "Same token first"
     return {
         "title": f"{found.model.name} · {phrases.percent(found.budget, 2)} of the experts skipped",
         "conditions": _conditions(found),
@@ -181,7 +180,6 @@ def context(found: Search) -> dict[str, Any]:
         "lines": list(lines(found)),
         "best": best,
         "kl": _figure(found, "KL, nats a token", lambda row: row.kl) if found.rows else None,
-        "kept_title": kept,
         "kept": _figure(found, kept, lambda row: row.right if found.chats else row.top1, rising=True) if found.rows else None,
         "speeds": [
             _figure(found, "Prompts, times faster", lambda row: row.prefill_speedup, rising=True, wide=PANEL),

@@ -5,7 +5,7 @@ L layers, N tokens of answers, V vocabulary, B rows, S positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -59,16 +59,21 @@ class Answers:
     def judge(self, skip: Skipping, attention: bool = False) -> Value:
         """Mean KL(whole || skipping) in nats an answer token, and the share of pairs that were dropped; one pass over the calls."""
         with skipping(self.network, skip, attention), counting(self.network, self.vocabulary) as tally:
-            return Value(self.moved().kl, tally.ratio())
+            error = sum(divergence(*pair) for pair in self._pairs()) / self.tokens
+            return Value(error, tally.ratio())
 
     def moved(self) -> Moved:
         """How far the network's predictions are from the whole one's under whatever is on just now; one pass over the calls."""
         kl = same = 0.0
-        for call, at_BS, whole_NV in zip(self._calls, self._predicted, self._whole, strict=True):
-            other_NV = logits_at(self.network, call, at_BS)
+        for whole_NV, other_NV in self._pairs():
             kl += divergence(whole_NV, other_NV)
             same += top1_agreement(whole_NV, other_NV) * len(whole_NV) if len(whole_NV) else 0.0
         return Moved(kl / self.tokens, same / self.tokens)
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Predictions of the whole network and of the network as it is, call by call."""
+        for call, at_BS, whole_NV in zip(self._calls, self._predicted, self._whole, strict=True):
+            yield whole_NV, logits_at(self.network, call, at_BS)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` gave when this key was first asked for: who calibrates several rules on the same answers looks once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -54,14 +54,6 @@ class Brought(NamedTuple):
         return float(self.measured.state["skipped"])
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """A policy that stops short of the budget, or refuses the network."""
-
-    policy: str
-    reason: str
-
-
 class SkipSearch:
     """A search on its way."""
 
@@ -76,7 +68,7 @@ class SkipSearch:
         self.ratios = sorted({*RATIOS, self.budget})
         self._rounds, self._tell, self._clock = rounds, tell, clock
         self._brought: list[Brought] = []
-        self._left_out: list[LeftOut] = []
+        self._left_out: dict[str, str] = {}
         self.best: Measured | None = None
 
     def check(self, network: Network, samples: Given | None) -> None:
@@ -114,19 +106,23 @@ class SkipSearch:
         try:
             measured = self._calibrated(name, cls, knobs)
         except UnreachableError as error:
-            if asked <= self.budget:
-                self._left_out.append(LeftOut(name, f"it drops {error.most:.1%} of all pairs at most"))
+            self._leave_out(name, asked, f"it drops {error.most:.1%} of all pairs at most")
             measured = self._calibrated(name, cls, {**knobs, "ratio": math.floor(1000 * error.most) / 1000})
             self._add(Brought(asked, measured, self._clock() - start))
             return False
         except AerogelError as error:
-            self._left_out.append(LeftOut(name, str(error)))
+            self._leave_out(name, asked, str(error))
             return False
         brought = Brought(asked, measured, self._clock() - start)
         if asked == self.budget and not brought.met:
-            self._left_out.append(LeftOut(name, f"it drops {brought.dropped:.1%} of all pairs when asked for so much"))
+            self._leave_out(name, asked, f"asked for {asked:.1%}, it drops {brought.dropped:.1%} of all pairs")
         self._add(brought)
         return True
+
+    def _leave_out(self, name: str, asked: float, reason: str) -> None:
+        """Say why a policy does not meet the budget; what fails beyond it has met it."""
+        if asked <= self.budget:
+            self._left_out[name] = reason
 
     def _add(self, brought: Brought) -> None:
         """Keep it for the judge, unless the policy dropped just as much before: it goes by whole experts, or has come to its end."""
@@ -158,7 +154,7 @@ class SkipSearch:
             "ratios": self.ratios,
             "mixture": vars(shape),
             "rows": rows,
-            "left_out": [vars(one) for one in self._left_out],
+            "left_out": [{"policy": name, "reason": reason} for name, reason in self._left_out.items()],
         }
 
 

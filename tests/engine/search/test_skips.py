@@ -30,6 +30,7 @@ from aerogel.model.calls import Call
 from aerogel.model.experts import ExpertList
 from aerogel.model.load import load
 from aerogel.model.network import Network
+from aerogel.model.skipping.kinds import SPECIAL, VISION, Vocabulary
 from aerogel.model.skipping.routing import experts_of
 from aerogel.recipe import Recipe
 from tests.folders import model_folder, text_file
@@ -142,7 +143,7 @@ def test_replies_and_shares_are_those_of_the_measure(found: Any, source: Path, t
             theirs = Replies(source=str(_file(source, tmp_path / policy)), count=COUNT).measure(network)
         ours = row(findings, policy, BUDGET)
         assert ours["right"] == theirs["right"]
-        assert ours["skipped"]["decode"] == pytest.approx(theirs["skipped"]["decode"], abs=0.05), "of other batches"
+        assert ours["skipped"]["decode"] == pytest.approx(theirs["skipped"]["decode"], abs=1e-3)
         assert ours["skipped"]["prefill"] == pytest.approx(theirs["skipped"]["prefill"], abs=1e-3)
 
 
@@ -157,14 +158,17 @@ def _file(source: Path, folder: Path) -> Path:
     return folder / source.name
 
 
-def test_speeds_are_ratios_of_turns(found: Any) -> None:
+def test_speeds_are_ratios_of_turns(found: Any, source: Path) -> None:
     """Each forward of 6 layers takes 1 + pairs: with lower_k at 0.67 a word has one expert of four, marks all."""
     at, facts = row(found[1], "lower_k", BUDGET), found[1].facts
     assert facts["prefill_seconds"] == 1 + 6 * 4 * facts["batch"] * facts["prompt"]
     assert facts["decode_seconds"] == 1 + 6 * 4 * facts["batch"]
-    assert 1 < at["prefill_speedup"] <= 4
-    assert at["prefill_speedup"] == pytest.approx(1 / (1 - at["skipped"]["prefill"]), rel=0.35), "padding is spared too"
-    assert 1 <= at["decode_speedup"] <= 4
+    network = found[0]
+    (prompts,) = chats.prompts(halves(source)[1], network.processor, COUNT)
+    kind_BS = Vocabulary.of(network).kinds(prompts)
+    left = int((kind_BS <= VISION).sum()) + 4 * int((kind_BS == SPECIAL).sum())
+    assert at["prefill_speedup"] == pytest.approx(facts["prefill_seconds"] / (1 + 6 * left)), "padding has none at all"
+    assert 1 <= at["decode_speedup"] <= (1 + 24 * COUNT) / (1 + 6 * COUNT)
 
 
 def test_the_best_moves_predictions_least_and_its_folder_puts_it_on(found: Any, source: Path) -> None:
@@ -177,7 +181,7 @@ def test_the_best_moves_predictions_least_and_its_folder_puts_it_on(found: Any, 
     assert not list(folder.glob("model*")), "no weights"
     (call,) = chats.calls(halves(source)[1][:2], network.processor)
     before = output(network.module, call)
-    with aerogel.skipping(network.module, folder) as on, policies.on(network, []):
+    with aerogel.skipping(network.module, folder) as on:
         inside = output(network.module, call)
     assert on[0].step == findings.best.step
     assert not torch.equal(before, inside)
@@ -257,18 +261,20 @@ def test_a_search_that_finds_nothing_keeps_nothing(texts: Any, tmp_path: Path) -
         ({"only": ["prune_experts"]}, "prune_experts skips no experts by a rule"),
         ({"overrides": ["modes.ratio=0.5"]}, "modes.ratio is what the budget says here; leave it out"),
         ({"samples": [Call((), {})]}, "give Samples or Chats, not recorded calls"),
-        ({"samples": Samples("sotu", 1, 8)}, "1 sequences: one half is calibrated on and the other judges; give more"),
     ],
 )
-def test_what_cannot_be_searched_is_refused(texts: Any, monkeypatch: pytest.MonkeyPatch, knobs: dict[str, Any], message: str) -> None:
-    if "Samples" in repr(knobs.get("samples")):
-        monkeypatch.setattr(text, "samples", _one_sequence)
+def test_what_cannot_be_searched_is_refused(texts: Any, knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(AerogelError, match=message):
         search(texts[0], "skip", **{"samples": Samples(texts[1], 2, 24), **knobs})
 
 
-def _one_sequence(*_: Any) -> torch.Tensor:
-    return torch.ones(1, 8, dtype=torch.long)
+def test_one_sequence_cannot_calibrate_and_judge(texts: Any, tmp_path: Path) -> None:
+    short = Samples(text_file(tmp_path / "short.txt", 30), 2, 24)
+    with (
+        pytest.warns(UserWarning, match="gives 1 of the 4 sequences"),
+        pytest.raises(AerogelError, match="1 sequences: one half is calibrated on and the other judges; give more"),
+    ):
+        search(texts[0], "skip", samples=short)
 
 
 def test_models_that_have_no_mixture_or_a_rule_are_refused(texts: Sequence[Path], tmp_path: Path) -> None:

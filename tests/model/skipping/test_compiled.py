@@ -42,7 +42,7 @@ def _no_graphs_of_others() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def calls(name: str, count: int = 3) -> list[Call]:
+def calls(count: int = 3) -> list[Call]:
     """Forwards of one shape and other words."""
     generator = torch.Generator().manual_seed(3)
     return [Call((), {"input_ids": torch.randint(3, 100, (2, LENGTH), generator=generator), "use_cache": False}) for _ in range(count)]
@@ -56,7 +56,7 @@ def calibrated(network: Network, name: str, rule: str) -> Measured:
 @pytest.mark.parametrize(("name", "rule"), [*(("qwen3_moe", rule) for rule in RULES), ("deepseek_v3", "modes"), ("gpt_oss", "naee")])
 def test_one_graph_holds_for_all_that_is_dropped(name: str, rule: str) -> None:
     network = opened(name, apart=False)
-    measured, given = calibrated(network, name, rule), calls(name)
+    measured, given = calibrated(network, name, rule), calls()
     with policies.on(network, [measured]):
         ratios, eager = [], []
         for call in given:
@@ -78,7 +78,7 @@ def test_one_graph_holds_for_all_that_is_dropped(name: str, rule: str) -> None:
 @pytest.mark.parametrize("rule", ["modes", "odp"])
 def test_tokens_are_written_with_a_static_cache(rule: str) -> None:
     network = opened("qwen3_moe", apart=False)
-    ids_BS = calls("qwen3_moe", 1)[0].kwargs["input_ids"]
+    ids_BS = calls(1)[0].kwargs["input_ids"]
 
     def written(step: Callable[..., Any]) -> list[Tensor]:
         cache = StaticCache(config=network.config, max_cache_len=LENGTH + 8)
@@ -102,7 +102,7 @@ def test_tokens_are_written_with_a_static_cache(rule: str) -> None:
 def test_attention_received_is_that_of_the_positions_read_now(static: bool) -> None:
     """A prompt in two pieces: keys of the first come before those of the second, a static cache's empty room behind both."""
     network = opened("qwen3_moe", apart=False)
-    ids_BS = calls("qwen3_moe", 1)[0].kwargs["input_ids"]
+    ids_BS = calls(1)[0].kwargs["input_ids"]
     seen: list[Routed] = []
 
     def rule(routed: Routed) -> Tensor:
