@@ -50,7 +50,7 @@ NOTES = [
     "Then ranges anew: static ranges of inputs are measured once more on the generations that the cache leads to (recalibrate).",
     "Weights are rounded to nearest, inputs have one static range each: what differs between rows is the order alone.",
     "W4A8 once, on 64 pictures and one seed: on the quantized 1.18 of apart, with ranges anew 1.15; rounding alone has 4.4e-3.",
-    "Kernels are chosen by timing: an error differs by 1 % between runs. Ranges anew behind apart are of a run of their own, as is its ratio.",
+    "Kernels are chosen by timing: an error differs by 1 % between runs. Ranges anew behind apart are of another run, as is their ratio.",
     "Target: made together, an error below that of both made apart. Two of the three seeds lie within 4 % of it, either side.",
 ]
 
