@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from aerogel.engine.run import compress
     from aerogel.engine.scores import measure
     from aerogel.errors import AerogelError
-    from aerogel.model.pipelines import register_diffusers
+    from aerogel.io.pipelines import register_diffusers
     from aerogel.recipe import Recipe
 
 __version__ = "0.1.0"
@@ -42,7 +42,7 @@ _HOMES = {
     "load": "aerogel.engine.opening",
     "measure": "aerogel.engine.scores",
     "plan": "aerogel.engine.planning",
-    "register_diffusers": "aerogel.model.pipelines",
+    "register_diffusers": "aerogel.io.pipelines",
     "skipping": "aerogel.engine.cached",
 }
 

@@ -31,7 +31,7 @@ class _Kind(NamedTuple):
 
 
 _KINDS = {
-    "methods": _Kind("methods", ("method.py",)),
+    "methods": _Kind("methods", ("base.py", "policy.py")),
     "families": _Kind("families", bears="FAMILY"),
     "exporters": _Kind("export", ("exporter.py",)),
     "measures": _Kind("evaluate", ("measure.py", "features.py", "inception.py", "reference.py", "timing.py")),

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, TypeA
 
 from aerogel import catalog
 from aerogel.errors import AerogelError
-from aerogel.methods.method import BlockMethod, Method, RuntimePolicy
+from aerogel.methods.base import BlockMethod, Method, RuntimePolicy
 from aerogel.numerics.scheme import Scheme
 
 AnyMethod = BlockMethod | Method | RuntimePolicy

@@ -23,12 +23,12 @@ from torch import Tensor
 
 import aerogel
 from aerogel.data.denoising import Denoising, record
-from aerogel.data.replay import Replay, output_of, replays
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.reuse.schedule import Schedule
-from aerogel.model.reuse.units import operations, units_of
 from aerogel.recipe import Recipe
+from aerogel.runtime.feature_cache.replay import Replay, output_of, replays
+from aerogel.runtime.feature_cache.schedule import Schedule
+from aerogel.runtime.feature_cache.units import operations, units_of
 
 DIT = Path(__file__).parents[1] / "zoo" / "fashion-dit"
 GUIDANCE, HELD, UNSEEN, TRIALS = 1.5, 64, 99, 1200
@@ -70,15 +70,15 @@ NOTES = [
 def budgeted(ratios: list[float], steps: int) -> Iterator[tuple[str, float | None, dict[str, Any]]]:
     """Label, ratio and step of what meets a ratio; what is trained is trained for each seed, at most 10 steps with a search behind it."""
     for ratio in ratios:
-        yield "evenly", ratio, {"evenly": {"ratio": ratio}}
+        yield "uniform_cache", ratio, {"uniform_cache": {"ratio": ratio}}
         if ratio < 0.7:
-            yield "evenly, from the fourth step", ratio, {"evenly": {"ratio": ratio, "first": 3}}
+            yield "uniform_cache, from the fourth step", ratio, {"uniform_cache": {"ratio": ratio, "first": 3}}
         yield "random slots", ratio, {}
         if steps > 10:
             yield "harmonica", ratio, {"harmonica": {"ratio": ratio}}
         else:  # the router's own schedule is measured too
             yield "harmonica and local search", ratio, {"harmonica": {"ratio": ratio, "search": TRIALS}}
-        yield "searched", ratio, {"searched": {"ratio": ratio, "trials": TRIALS}}
+        yield "schedule_search", ratio, {"schedule_search": {"ratio": ratio, "trials": TRIALS}}
         for penalty in (1e-6, 1e-3) if ratio <= 0.5 else ():
             yield f"l2c, penalty {penalty}", ratio, {"l2c": {"ratio": ratio, "penalty": penalty}}
 
@@ -142,7 +142,7 @@ class Bench:
         """Calibrate once and measure, by label: where a search is behind a router, the router's own schedule is measured too."""
         if "fewer steps" in step:
             return {label: self.fewer(step["fewer steps"])}
-        (method,) = (one.method for one in Recipe.parse({"steps": [step or {"evenly": {"ratio": ratio}}]}).steps)
+        (method,) = (one.method for one in Recipe.parse({"steps": [step or {"uniform_cache": {"ratio": ratio}}]}).steps)
         torch.manual_seed(seed)
         start = time.process_time()
         trained = "harmonica" in step or "l2c" in step
@@ -170,7 +170,7 @@ class Bench:
 
 def even(found: list[list[Any]], steps: int, reused: float) -> float | None:
     """What even spacing costs at this ratio, between the two measured ratios beside it."""
-    points = sorted((row[2], row[5]) for row in found if row[0] == steps and row[1] == "evenly")
+    points = sorted((row[2], row[5]) for row in found if row[0] == steps and row[1] == "uniform_cache")
     for (low, below), (high, above) in pairwise(points):
         if low - 1e-9 <= reused <= high + 1e-9:
             return below + (above - below) * (reused - low) / (high - low)
@@ -196,7 +196,7 @@ def main() -> None:
         for label, ratio, step in chain(budgeted(given.ratios, steps), ruled()):
             if given.only and label not in given.only and label.partition(",")[0] not in given.only:
                 continue
-            anew = not step or not {"harmonica", "l2c", "searched"}.isdisjoint(step)
+            anew = not step or not {"harmonica", "l2c", "schedule_search"}.isdisjoint(step)
             judged = [bench.judge(label, step, ratio, seed) for seed in (given.seeds if anew else [0])]
             for name in judged[0]:
                 row = [steps, name, *summary([one[name] for one in judged])]

@@ -19,27 +19,30 @@ from results import FOLDER, write
 
 import aerogel
 from aerogel.data.denoising import Denoising, record
-from aerogel.data.replay import output_of, replays
 from aerogel.engine import policies
 from aerogel.engine.policies import Measured
 from aerogel.methods.diffusion.recalibrate import Recalibrate
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
+from aerogel.runtime.feature_cache.replay import output_of, replays
 
 STEPS = 10
 QUANTIZED: dict[str, list[dict[str, Any]]] = {
-    "W8A8": [{"rtn": {"scheme": "W8A16_CHANNEL", "targets": ["Linear", "Conv2d"]}}, {"ranges": {"start": "minmax", "steps": 0}}],
-    "W4A8": [{"rtn": {"scheme": "W4A16_CHANNEL_ASYM", "targets": ["Linear", "Conv2d"]}}, {"ranges": {"start": "minmax", "steps": 0}}],
+    "W8A8": [{"rtn": {"scheme": "W8A16_CHANNEL", "targets": ["Linear", "Conv2d"]}}, {"activation_ranges": {"start": "minmax", "steps": 0}}],
+    "W4A8": [
+        {"rtn": {"scheme": "W4A16_CHANNEL_ASYM", "targets": ["Linear", "Conv2d"]}},
+        {"activation_ranges": {"start": "minmax", "steps": 0}},
+    ],
 }
 ORDERS = (
     "no reuse",
     "apart",
     "apart, then ranges anew",
-    "apart, then refined",
+    "apart, then schedule_refine",
     "on the quantized",
     "on the quantized, then ranges anew",
-    "alternate: then refined too",
+    "alternate: then schedule_refine too",
 )
 COLUMNS = ["made by", "weights and inputs", "order", "error of x0", "least to most", "of that made apart"]
 NOTES = [
@@ -99,9 +102,9 @@ class Orders:
         if "ranges anew" in order or "alternate" in order:
             with policies.on(network, on):  # as the recipe's next step would
                 Recalibrate("minmax").apply(network, self.calls)
-        if "refined" in order:
+        if "schedule_refine" in order:
             torch.manual_seed(self.seed)
-            (step,) = Recipe.parse({"steps": [{"refined": {"trials": self.trials}}]}).steps
+            (step,) = Recipe.parse({"steps": [{"schedule_refine": {"trials": self.trials}}]}).steps
             on = [policies.calibrated(network, step, self.calls, on[-1])]
         return network, on
 
@@ -126,7 +129,9 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--trials", type=int, default=400)
-    parser.add_argument("--by", nargs="+", choices=["searched", "harmonica"], default=["searched", "harmonica"], help="Who schedules.")
+    parser.add_argument(
+        "--by", nargs="+", choices=["schedule_search", "harmonica"], default=["schedule_search", "harmonica"], help="Who schedules."
+    )
     parser.add_argument("--widths", nargs="+", choices=list(QUANTIZED), default=list(QUANTIZED))
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     parser.add_argument("--held", type=int, default=512)
@@ -138,7 +143,7 @@ def main() -> None:
         "network": "zoo/fashion-dit, 12 units", "steps": STEPS, "guidance": GUIDANCE, "ratio": given.ratio, "trials": given.trials,
         "seeds": given.seeds, "held-out pictures": given.held, "threads": given.threads, "variance": round(float(bench.exact.var()), 4),
     }  # fmt: skip
-    makers = {"searched": {"ratio": given.ratio, "trials": given.trials}, "harmonica": {"ratio": given.ratio}}
+    makers = {"schedule_search": {"ratio": given.ratio, "trials": given.trials}, "harmonica": {"ratio": given.ratio}}
     for maker in given.by:
         found: dict[tuple[str, str], list[float]] = {}
         for seed in given.seeds:

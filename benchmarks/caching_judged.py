@@ -19,15 +19,15 @@ from results import FOLDER, write
 import aerogel
 from aerogel.data.denoising import Denoising, Made, pictures, record
 from aerogel.model.network import Network
-from aerogel.model.reuse.units import operations
 from aerogel.recipe import Recipe
+from aerogel.runtime.feature_cache.units import operations
 
 SPEEDUP, NOISE, BATCH = 1.5, 500, 100
 BY_MACS = {"target_speedup": SPEEDUP, "by": "macs"}
 POLICIES: dict[str, dict[str, Any]] = {
     "harmonica and local search": {"harmonica": BY_MACS | {"search": TRIALS}},
     "harmonica": {"harmonica": BY_MACS},
-    "searched": {"searched": BY_MACS | {"trials": TRIALS}},
+    "schedule_search": {"schedule_search": BY_MACS | {"trials": TRIALS}},
     "smoothcache, 0.18": {"smoothcache": {"alpha": 0.18}},
     "fora, every 2": {"fora": {"interval": 2}},
 }
@@ -71,7 +71,7 @@ class Bench:
         """Calibrate, make pictures, look at them."""
         (method,) = (one.method for one in Recipe.parse({"steps": [POLICIES[policy]]}).steps)
         found = []
-        for seed in seeds if {"harmonica", "searched"} & set(POLICIES[policy]) else [0]:
+        for seed in seeds if {"harmonica", "schedule_search"} & set(POLICIES[policy]) else [0]:
             batch = 4 if "harmonica" in POLICIES[policy] else 32
             wanted = Denoising(32, self.steps, GUIDANCE, batch=batch)
             calls = record(self.network.processor, self.network.module, wanted, seed)

@@ -27,15 +27,15 @@ from results import write
 from torch import Tensor, nn
 
 import aerogel
-from aerogel.methods.caching.delta_dit import DeltaDit
-from aerogel.methods.caching.first_block import FirstBlock
-from aerogel.methods.method import ReusePolicy
+from aerogel.io.load import load
+from aerogel.methods.feature_cache.delta_dit import DeltaDit
+from aerogel.methods.feature_cache.first_block import FirstBlock
+from aerogel.methods.feature_cache.policy import ReusePolicy
 from aerogel.model.calls import Call
 from aerogel.model.hooks import answering
-from aerogel.model.load import load
 from aerogel.model.network import Network
-from aerogel.model.reuse.schedule import Schedule, reusing
-from aerogel.model.reuse.units import Costs, costs_of, units_of
+from aerogel.runtime.feature_cache.schedule import Schedule, reusing
+from aerogel.runtime.feature_cache.units import Costs, costs_of, units_of
 
 STEPS, SEED = (999.0, 749.0, 499.0, 249.0), 0
 THRESHOLD = 0.35
@@ -76,7 +76,7 @@ def network(shape: Mapping[str, int], batch: int, quantized: bool) -> Network:
     made = made.eval().requires_grad_(False).bfloat16()
     if not quantized:
         return load(made)
-    steps = [{"rtn": {"scheme": "W8A16_CHANNEL"}}, {"ranges": {"start": "minmax", "steps": 0}}]
+    steps = [{"rtn": {"scheme": "W8A16_CHANNEL"}}, {"activation_ranges": {"start": "minmax", "steps": 0}}]
     return aerogel.compress(made, {"steps": steps}, samples=calls(shape, batch)[:1], measures=()).network
 
 

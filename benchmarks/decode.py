@@ -28,11 +28,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from aerogel.evaluate.speed import Speed
 from aerogel.families.llama import FAMILY
-from aerogel.model.generate import Generator
-from aerogel.model.load import load
-from aerogel.model.modules import QuantLinear, stored_grid
+from aerogel.inference.generate import Generator
+from aerogel.io.load import load
+from aerogel.io.reference import REFERENCES
+from aerogel.layers.linear import QuantLinear, stored_grid
 from aerogel.model.network import Network
-from aerogel.model.reference import REFERENCES
 from aerogel.numerics.quantize import quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
 

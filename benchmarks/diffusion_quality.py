@@ -55,11 +55,16 @@ def nearest(bits: int, inputs: list[dict[str, Any]]) -> dict[str, Any]:
 def linears(bits: int, method: str, *ranges: dict[str, Any] | None) -> dict[str, Any]:
     """All linears of a transformer with symmetric channels: float inputs, static ranges with these knobs, or (None) a scale a token."""
     scheme = f"W{bits}A8" if None in ranges else f"W{bits}A16_CHANNEL"
-    return {"steps": [{method: {"scheme": scheme, "targets": ["Linear"]}}, *({"ranges": knobs} for knobs in ranges if knobs is not None)]}
+    return {
+        "steps": [
+            {method: {"scheme": scheme, "targets": ["Linear"]}},
+            *({"activation_ranges": knobs} for knobs in ranges if knobs is not None),
+        ]
+    }
 
 
-ONE_RANGE = [{"operands": {}}, {"ranges": {"start": "minmax", "steps": 0}}]
-A_STEP = [{"operands": {}}, {"fsc": {"scope": "all"}}]
+ONE_RANGE = [{"attention_quant": {}}, {"activation_ranges": {"start": "minmax", "steps": 0}}]
+A_STEP = [{"attention_quant": {}}, {"fsc": {"scope": "all"}}]
 
 ROWS: dict[str, dict[tuple[str, str], Any]] = {
     "unet": {
@@ -107,7 +112,7 @@ def denoiser(pipeline: Any) -> str:
 def overrides(recipe: Any, given: argparse.Namespace) -> list[str]:
     """Overrides for the methods of this recipe: how long they fit."""
     used = {step.name for step in aerogel.Recipe.parse(recipe).steps}
-    fits = {"brecq": (given.steps, given.rate), "ranges": (max(1, given.steps // 4), 4e-4 if given.steps >= 1000 else 4e-3)}
+    fits = {"brecq": (given.steps, given.rate), "activation_ranges": (max(1, given.steps // 4), 4e-4 if given.steps >= 1000 else 4e-3)}
     return [
         f"{name}.{key}={value}" for name, pair in fits.items() if name in used for key, value in zip(("steps", "rate"), pair, strict=True)
     ]

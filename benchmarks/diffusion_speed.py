@@ -71,7 +71,7 @@ def dit() -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {"unet": unet, "ldm": ldm, "sdxl": sdxl, "dit": dit}
-ONE_RANGE = {"ranges": {"start": "minmax", "steps": 0}}
+ONE_RANGE = {"activation_ranges": {"start": "minmax", "steps": 0}}
 A_STEP = {"fsc": {"scope": "all"}}
 
 
@@ -81,7 +81,7 @@ def static(bits: int, inputs: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 RECIPES: dict[str, dict[str, list[dict[str, Any]]]] = {
-    "unet": {**{f"W{bits}A8": static(bits, A_STEP) for bits in (8, 4)}, ATTENTION: [{"operands": {}}, *static(8, A_STEP)]},
+    "unet": {**{f"W{bits}A8": static(bits, A_STEP) for bits in (8, 4)}, ATTENTION: [{"attention_quant": {}}, *static(8, A_STEP)]},
     "ldm": {f"W{bits}A8": static(bits, A_STEP) for bits in (8, 4)},
     "sdxl": {"W8A8": static(8, ONE_RANGE)},  # its time path knows the picture's size: no ranges by step
     "dit": {
@@ -122,7 +122,7 @@ def floats(name: str, base: nn.Module, half: nn.Module, inputs: dict[str, Any]) 
 def quantized(name: str, half: nn.Module, inputs: dict[str, Any]) -> Turns:
     """The recipes; the first UNet recipe with its temporal path cached too, and a scale a token compiled."""
     turns, unets = {}, name != "dit"
-    cached = [{"time_table": {"content": "path"}}] if name in ("unet", "ldm") else []
+    cached = [{"temporal_cache": {"content": "path"}}] if name in ("unet", "ldm") else []
     calls = [Call((), cast(inputs, torch.bfloat16))]
     for label, steps in RECIPES[name].items():
         result = aerogel.compress(copy.deepcopy(half), {"steps": [*steps, *cached]}, samples=calls, measures=())

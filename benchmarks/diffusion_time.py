@@ -21,13 +21,14 @@ from results import write
 
 import aerogel
 from aerogel.data.denoising import Denoising, record
-from aerogel.methods.diffusion import brecq, ranges, tiar
+from aerogel.methods.diffusion import activation_ranges as ranges
+from aerogel.methods.diffusion import brecq, tiar
 from aerogel.model.calls import Call
 from aerogel.training import fit as training
 
-PUBLISHED = {"brecq": 20000, "ranges": 5000, "tiar": 5000}
+PUBLISHED = {"brecq": 20000, "activation_ranges": 5000, "tiar": 5000}
 RECIPES = ("qdiffusion-w4a8", "tfmq-w4a8")
-FITS = {"brecq": brecq, "ranges": ranges, "tiar": tiar}
+FITS = {"brecq": brecq, "activation_ranges": ranges, "tiar": tiar}
 
 
 @contextmanager

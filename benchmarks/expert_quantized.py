@@ -18,10 +18,10 @@ from results import write
 from torch import nn
 
 import aerogel
+from aerogel.io.load import load
 from aerogel.methods.experts.modes import Modes
-from aerogel.model.load import load
 from aerogel.model.network import Network
-from aerogel.model.skipping import backend
+from aerogel.runtime.expert_skipping import backend
 
 COLUMNS = ["phase", "variant", "MB of weights", "pairs skipped", "milliseconds", "times float", "of the product of both"]
 NOTES = [

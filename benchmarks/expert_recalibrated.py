@@ -20,8 +20,8 @@ from aerogel.data import chats
 from aerogel.engine import policies
 from aerogel.engine.policies import Measured
 from aerogel.evaluate.replies import Replies
+from aerogel.layers.linear import held
 from aerogel.methods.experts.modes import Modes
-from aerogel.model.modules import held
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
 

@@ -27,7 +27,7 @@ from aerogel.engine.policies import Measured
 from aerogel.evaluate.replies import Replies
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
-from aerogel.training.thresholds import UnreachableError
+from aerogel.runtime.expert_skipping.thresholds import UnreachableError
 
 ZOO = Path(__file__).parents[1] / "zoo"
 sys.path.insert(0, str(ZOO))
@@ -43,7 +43,8 @@ NOTES = [
     "Calibrated on chats about one half of the held-out items, judged on others about the other half; means over calibration seeds.",
     "KL of the whole network's predictions from those with experts skipped, where answers are predicted; replies are judged word for word.",
     "A ratio is of all pairs but padding; chat marks count though they keep their experts. Policies meet it on the calibration chats.",
-    "naee, odp, diep and lower_k keep the best expert and end at the ratio that is printed; lower_k takes the k that meets the ratio.",
+    ("naee, odp, diep and reduced_topk keep the best expert and end at the ratio that is printed; "
+    "reduced_topk takes the k that meets the ratio."),
     "GMLG alone: MoDES with one threshold, and importance of text and images together; DMT alone: two thresholds without importance.",
     "Seconds of the processor; what one ratio evaluated, the next does not evaluate again, nor one power what all five did.",
     "Power 1 is the published score. By calibration: of 0, 0.1, 0.25, 0.5 and 1 the one with the least KL on the calibration chats.",
@@ -62,7 +63,7 @@ def contenders(ratio: float, keep: Path) -> Iterator[tuple[str, dict[str, Any]]]
         yield f"GMLG alone, power {power:g}", {"modes": {**alone, "evaluations": str(keep / "gmlg")}}
     yield "DMT alone", {"modes": {**kept, "importance": "none", "evaluations": str(keep / "dmt")}}
     yield "single_threshold (neither)", {"single_threshold": {"ratio": ratio}}
-    yield "lower_k", {"lower_k": {"ratio": ratio}}
+    yield "reduced_topk", {"reduced_topk": {"ratio": ratio}}
     for name in ("naee", "odp", "diep"):
         yield name, {name: {"ratio": ratio}}
     yield "naee, not renormalised", {"naee": {"ratio": ratio, "renormalise": False}}

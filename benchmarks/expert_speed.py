@@ -20,14 +20,14 @@ from results import write
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from aerogel.io.load import load
 from aerogel.methods.experts.modes import Modes
 from aerogel.model.calls import Call
-from aerogel.model.load import load
 from aerogel.model.network import Network
-from aerogel.model.skipping import backend
-from aerogel.model.skipping.counting import Tally, counting
-from aerogel.model.skipping.kinds import Vocabulary
-from aerogel.training.frontier import Evaluations, Value, crossing
+from aerogel.runtime.expert_skipping import backend
+from aerogel.runtime.expert_skipping.counting import Tally, counting
+from aerogel.runtime.expert_skipping.frontier import Evaluations, Value, crossing
+from aerogel.runtime.token_types import Vocabulary
 
 HIDDEN, EXPERTS, TOP, PROMPT = 2048, 128, 8, 512
 STOCK = ("grouped_mm", "eager", "batched_mm")

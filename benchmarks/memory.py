@@ -23,8 +23,8 @@ from results import FOLDER, write
 from torch import Tensor
 
 import aerogel
+from aerogel.io.shards import write_shards
 from aerogel.model.calls import Call
-from aerogel.model.shards import write_shards
 
 DEPTHS = (24, 48)
 RECIPES = ("rtn-w4a16", "gptq-w4a16")

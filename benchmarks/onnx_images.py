@@ -22,10 +22,10 @@ from torch import Tensor, nn
 import aerogel
 from aerogel.data.denoising import Denoising
 from aerogel.export.onnx import Onnx
-from aerogel.model.clock import Clock
+from aerogel.io.quantized import clock_of
+from aerogel.layers.linear import held
+from aerogel.layers.timestep_index import Clock
 from aerogel.model.hooks import answering
-from aerogel.model.modules import held
-from aerogel.model.quantized import clock_of
 
 ZOO = Path(__file__).parents[1] / "zoo/fashion-unet"
 PROMPTS = ("sneaker", "bag", "coat", "dress")
@@ -41,7 +41,7 @@ RECIPE = {
                 "overrides": dict.fromkeys(("conv_in", "conv_out"), "W8A16_CHANNEL_ASYM"),
             }
         },
-        {"ranges": {"ignore": ["*time_emb*"], "steps": 50}},
+        {"activation_ranges": {"ignore": ["*time_emb*"], "steps": 50}},
         {"fsc": {}},
     ],
 }

@@ -23,8 +23,8 @@ import aerogel
 from aerogel.engine.calibration import Samples
 from aerogel.evaluate.agreement import Agreement
 from aerogel.evaluate.perplexity import Perplexity
+from aerogel.io import save
 from aerogel.methods.quantization.rotate import Rotate
-from aerogel.model import save
 
 CASES = [
     ("rotated", "W4A16_G64"),

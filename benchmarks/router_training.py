@@ -23,10 +23,10 @@ from torch import Tensor
 
 import aerogel
 from aerogel.data.denoising import Denoising, record
-from aerogel.data.replay import Replay, output_of, replays
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
+from aerogel.runtime.feature_cache.replay import Replay, output_of, replays
 
 STEPS, TRAJECTORIES, REFRESH = 10, 200, 50
 PICTURES, BATCH = 32, 4

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aerogel.data.chats import Chat
-from aerogel.model.processors import Pair
+from aerogel.io.processors import Pair
 
 ZOO = Path(__file__).parents[1] / "zoo"
 

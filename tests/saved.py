@@ -12,9 +12,9 @@ import transformers
 from torch import nn
 
 from aerogel import catalog
-from aerogel.model.modules import QuantLinear, stored_grid
+from aerogel.io.save import new_folder, write
+from aerogel.layers.linear import QuantLinear, stored_grid
 from aerogel.model.network import Network
-from aerogel.model.save import new_folder, write
 from aerogel.numerics.quantize import Grid, quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
 from tests.tiny import FAMILIES, VOCABULARY

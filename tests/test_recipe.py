@@ -11,7 +11,7 @@ import yaml
 
 from aerogel import catalog
 from aerogel.errors import AerogelError
-from aerogel.methods.method import BlockMethod, Method, RuntimePolicy
+from aerogel.methods.base import BlockMethod, Method, RuntimePolicy
 from aerogel.methods.quantization.gptq import Gptq
 from aerogel.numerics.scheme import PerGroup, Scheme
 from aerogel.recipe import Recipe, Step

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessorPil, Qwen
 import aerogel
 from aerogel.data import chats
 from aerogel.data.chats import Chat
-from aerogel.model.processors import Pair
+from aerogel.io.processors import Pair
 
 OUTPUT = Path(__file__).parent / "fashion-vlm"
 TURNS, BATCH, RATE = 150_000, 32, 2e-3

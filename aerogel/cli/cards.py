@@ -9,7 +9,7 @@ from typing import Any
 
 from aerogel import catalog
 from aerogel.errors import AerogelError
-from aerogel.model.reference import REFERENCES
+from aerogel.io.reference import REFERENCES
 from aerogel.recipe import Recipe, plain
 
 MODELS = "models"

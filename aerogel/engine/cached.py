@@ -15,11 +15,11 @@ from aerogel.engine.policies import Measured
 from aerogel.engine.result import Result
 from aerogel.engine.run import seeded
 from aerogel.errors import AerogelError
-from aerogel.methods.method import RuntimePolicy
-from aerogel.model.load import load
+from aerogel.io.load import load
+from aerogel.io.save import fingerprint_of
+from aerogel.io.states import FACTS
+from aerogel.methods.base import RuntimePolicy
 from aerogel.model.network import Network
-from aerogel.model.save import fingerprint_of
-from aerogel.model.states import FACTS
 from aerogel.recipe import Recipe
 
 Policy = Result | Recipe | str | Path | Mapping[str, Any]

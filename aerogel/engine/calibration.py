@@ -18,7 +18,7 @@ from aerogel.data.denoising import Denoising
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
-from aerogel.model.reuse.streams import steps_in
+from aerogel.runtime.feature_cache.streams import steps_in
 
 TOKENS_OF_A_CALL = 4096
 """Sequences are batched up to this many tokens, so that activations stay small and matrix products stay efficient."""

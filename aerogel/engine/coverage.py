@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from aerogel.engine.policies import Measured
-from aerogel.model.convs import Layer
-from aerogel.model.modules import QuantLinear
+from aerogel.layers.conv import Layer
+from aerogel.layers.linear import QuantLinear
 from aerogel.model.network import Network
 from aerogel.numerics.scheme import PerStep, TensorScheme
 

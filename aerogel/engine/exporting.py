@@ -8,7 +8,7 @@ from pathlib import Path
 from aerogel import catalog
 from aerogel.errors import AerogelError
 from aerogel.export.exporter import Exporter
-from aerogel.model import save
+from aerogel.io import save
 from aerogel.recipe import build, knobs_of
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from aerogel.engine import policies
-from aerogel.model import load as plain
+from aerogel.io import load as plain
+from aerogel.io.quantized import clock_of
 from aerogel.model.network import Network
-from aerogel.model.quantized import clock_of
 
 # A context whose last reference goes is left, and the policy with it.
 _on: WeakKeyDictionary[nn.Module, ExitStack] = WeakKeyDictionary()

@@ -15,20 +15,21 @@ from aerogel.engine.calibration import Given, Reading, reading, shown
 from aerogel.engine.policies import unrevisable
 from aerogel.engine.progress import StageName
 from aerogel.evaluate.measure import TextMeasure
-from aerogel.methods.method import BlockMethod, Method, ReusePolicy, RevisingPolicy, RuntimePolicy, WeightMethod
-from aerogel.model import layout
+from aerogel.io.load import load
+from aerogel.layers import layout
+from aerogel.layers.conv import Layer, refuse, size
+from aerogel.layers.experts import ExpertList
+from aerogel.layers.linear import QuantLinear
+from aerogel.layers.slots import Slot, slots
+from aerogel.methods.base import BlockMethod, Method, RuntimePolicy, WeightMethod
+from aerogel.methods.feature_cache.policy import ReusePolicy, RevisingPolicy
 from aerogel.model.block import Block
-from aerogel.model.convs import Layer, refuse, size
-from aerogel.model.experts import ExpertList
-from aerogel.model.load import load
 from aerogel.model.match import matches
-from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
-from aerogel.model.skipping.routing import shape_of
-from aerogel.model.slots import Slot, slots
 from aerogel.model.trace import AROUND
 from aerogel.numerics.scheme import Scheme
 from aerogel.recipe import Recipe
+from aerogel.runtime.expert_skipping.routing import shape_of
 
 _GROUPS = (32, 48, 64, 96, 128, 192, 256)
 _BYTES_A_SECOND = 300e6

@@ -13,13 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import ReusePolicy, RevisingPolicy, RuntimePolicy
+from aerogel.io.states import STATES, stored
+from aerogel.methods.base import RuntimePolicy
+from aerogel.methods.feature_cache.policy import ReusePolicy, RevisingPolicy
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
-from aerogel.model.reuse.schedule import Schedule, slot_bytes
-from aerogel.model.reuse.units import Costs, costs_of
-from aerogel.model.states import STATES, stored
 from aerogel.recipe import Recipe, Step
+from aerogel.runtime.feature_cache.schedule import Schedule, slot_bytes
+from aerogel.runtime.feature_cache.units import Costs, costs_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def unrevisable(step: Step, policies: Sequence[Step]) -> str:
     if last is not None and isinstance(last.method, ReusePolicy) and last.method.plain:
         return ""
     behind = f"the policy before it is {last.name}" if last else "there is no policy before it"
-    return f"{step.name} goes on from a schedule of reuse, and {behind}; put one such as harmonica or searched right before it"
+    return f"{step.name} goes on from a schedule of reuse, and {behind}; put one such as harmonica or schedule_search right before it"
 
 
 def _saving(schedule: Schedule, costs: Costs, samples: int) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from aerogel.engine.planning import Plan
 from aerogel.engine.resume import RUN
 from aerogel.errors import AerogelError
-from aerogel.model import save
+from aerogel.io import save
+from aerogel.layers.slots import slots
 from aerogel.model.network import Network
-from aerogel.model.slots import slots
 
 
 def partial_of(output: Path) -> Path:

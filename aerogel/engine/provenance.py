@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import aerogel
+from aerogel.layers.slots import slots
 from aerogel.model.network import Network
-from aerogel.model.slots import slots
 
 SCHEMA = 1
 

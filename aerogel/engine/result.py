@@ -11,10 +11,10 @@ from typing import Any
 
 from aerogel.engine import policies
 from aerogel.errors import AerogelError
-from aerogel.model import save
-from aerogel.model.load import load
+from aerogel.io import save
+from aerogel.io.load import load
+from aerogel.io.states import FACTS
 from aerogel.model.network import Network
-from aerogel.model.states import FACTS
 from aerogel.recipe import Recipe
 from aerogel.report import page, record
 

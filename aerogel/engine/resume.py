@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.model import quantized
+from aerogel.io import quantized
+from aerogel.io.checkpoint import Checkpoint
 from aerogel.model.block import Block
-from aerogel.model.checkpoint import Checkpoint
 from aerogel.model.network import Network
 
 JOURNAL = "block.json"

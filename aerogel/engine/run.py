@@ -33,14 +33,14 @@ from aerogel.engine.scores import Scores, measure
 from aerogel.engine.teacher import awake, taught, teacher_of
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure
-from aerogel.methods.method import BlockMethod, Method, RuntimePolicy, WeightMethod
-from aerogel.model import save
+from aerogel.io import save
+from aerogel.io.load import load
+from aerogel.io.quantized import fuse_activations
+from aerogel.kernels.malloc import slim
+from aerogel.layers.linear import QuantLinear, ScaledInput
+from aerogel.methods.base import BlockMethod, Method, RuntimePolicy, WeightMethod
 from aerogel.model.block import Block
-from aerogel.model.heap import slim
-from aerogel.model.load import load
-from aerogel.model.modules import QuantLinear, ScaledInput
 from aerogel.model.network import Network
-from aerogel.model.quantized import fuse_activations
 from aerogel.model.walk import Walk
 from aerogel.recipe import Recipe, Step
 from aerogel.training.fit import watched
@@ -375,7 +375,7 @@ def _compress(block: Block, step: Step) -> None:
     with torch.set_grad_enabled("gradients" in step.method.needs):
         step.method.compress(block)
     block.notes[before:] = [
-        # Operands, whose notes tell a step size, have names but are no modules.
+        # AttentionQuant, whose notes tell a step size, have names but are no modules.
         {"block": block.name, "method": step.name, **({} if "step_size" in note else _scheme_of(block, note["name"])), **note}
         for note in block.notes[before:]
     ]

@@ -15,7 +15,7 @@ from aerogel.evaluate.measure import Measure, positions
 from aerogel.evaluate.sampling import Sampling
 from aerogel.evaluate.speed import Speed
 from aerogel.evaluate.timing import Timed
-from aerogel.model.load import load
+from aerogel.io.load import load
 from aerogel.model.network import Network
 from aerogel.recipe import build, knobs_of
 

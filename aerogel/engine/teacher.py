@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from aerogel.errors import AerogelError
+from aerogel.io.load import load
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
-from aerogel.model.load import load
 from aerogel.model.network import Network
 from aerogel.model.walk import Walk
 

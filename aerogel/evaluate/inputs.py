@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from aerogel.data.denoising import Denoising, record
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure, original_of, pipeline_of
+from aerogel.layers.timestep_index import Clock
 from aerogel.model.calls import Call
-from aerogel.model.clock import Clock, steps_of
 from aerogel.model.hooks import watching
 from aerogel.model.network import Network
+from aerogel.model.timesteps import steps_of
 from aerogel.numerics.formats import format_named
 from aerogel.numerics.quantize import grid_from_range, to_codes, to_values
 from aerogel.numerics.scheme import PerTensor, PerToken, TensorScheme
 
 STATIC = TensorScheme(format_named("int8"), PerTensor(), symmetric=False)
-"""Ranges that are known before have a zero point, those of `ranges` and `fsc`."""
+"""Ranges that are known before have a zero point, those of `activation_ranges` and `fsc`."""
 DYNAMIC = TensorScheme(format_named("int8"), PerToken(), symmetric=True)
 """Scales measured at run time have none, those of W8A8 and W4A8."""
 

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from aerogel.data import denoising, text
 from aerogel.data.denoising import Denoising, Made
 from aerogel.errors import AerogelError
+from aerogel.layers.linear import held
 from aerogel.model.calls import Call
-from aerogel.model.modules import held
 from aerogel.model.network import Network
 
 

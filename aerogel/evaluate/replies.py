@@ -15,10 +15,10 @@ from aerogel.errors import AerogelError
 from aerogel.evaluate.generation import continued
 from aerogel.evaluate.measure import Measure, tokenizer_of
 from aerogel.model.network import Network
-from aerogel.model.skipping.counting import DECODING, PREFILL, Tally, counting
-from aerogel.model.skipping.kinds import PADDING, TEXT, VISION, Vocabulary
 from aerogel.numerics.metrics import kl_divergence, top1_agreement
-from aerogel.training.answers import logits_at
+from aerogel.runtime.expert_skipping.answers import logits_at
+from aerogel.runtime.expert_skipping.counting import DECODING, PREFILL, Tally, counting
+from aerogel.runtime.token_types import PADDING, TEXT, VISION, Vocabulary
 
 
 @dataclass(frozen=True)

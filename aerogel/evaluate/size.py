@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from aerogel.evaluate.measure import Measure
-from aerogel.model.modules import QuantLinear
+from aerogel.layers.linear import QuantLinear
 from aerogel.model.network import Network
 
 PARTS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (

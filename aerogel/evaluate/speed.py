@@ -11,7 +11,7 @@ import torch
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import positions
 from aerogel.evaluate.timing import Facts, Timed, growth_of, take_turns, weights_of
-from aerogel.model.generate import Generation, Generator
+from aerogel.inference.generate import Generation, Generator
 from aerogel.model.network import Network
 
 

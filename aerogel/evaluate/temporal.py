@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from aerogel.data.denoising import Denoising, record
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure, original_of, pipeline_of
-from aerogel.model.clock import steps_of
 from aerogel.model.network import Network
 from aerogel.model.time_path import features_of, find
+from aerogel.model.timesteps import steps_of
 from aerogel.numerics.temporal import drift, totals
 
 

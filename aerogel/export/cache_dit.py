@@ -19,10 +19,10 @@ from aerogel import catalog
 from aerogel.errors import AerogelError
 from aerogel.export.cache_policy import caching
 from aerogel.export.exporter import Exporter
+from aerogel.io.save import new_folder
+from aerogel.io.states import FACTS
 from aerogel.model.family import Family
-from aerogel.model.reuse.spans import Tabled
-from aerogel.model.save import new_folder
-from aerogel.model.states import FACTS
+from aerogel.runtime.feature_cache.spans import Tabled
 
 _OURS, _THEIRS = "cache_dit.yaml", "diffusers.yaml"
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from aerogel.export.exporter import Exporter, Master
-from aerogel.model.fingerprint import fingerprint
-from aerogel.model.load import part_of
-from aerogel.model.save import new_folder
-from aerogel.model.states import FACTS, STATES, stored
+from aerogel.io.fingerprint import fingerprint
+from aerogel.io.load import part_of
+from aerogel.io.save import new_folder
+from aerogel.io.states import FACTS, STATES, stored
 
 _KEPT = ("schema", "recipe", "provenance", "policies")
 """Facts about the run that hold without its weights."""

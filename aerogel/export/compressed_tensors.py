@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aerogel.export.exporter import Exporter, Master
-from aerogel.model.checkpoint import Checkpoint
-from aerogel.model.save import copy_companions, new_folder
-from aerogel.model.shards import write_shards
+from aerogel.io.checkpoint import Checkpoint
+from aerogel.io.save import copy_companions, new_folder
+from aerogel.io.shards import write_shards
 
 
 @dataclass(frozen=True)

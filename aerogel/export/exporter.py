@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.model.checkpoint import Checkpoint
+from aerogel.io.checkpoint import Checkpoint
+from aerogel.io.load import family_of
+from aerogel.io.quantized import Assigned, assignments
+from aerogel.layers.layout import Stored, decode
 from aerogel.model.family import Family
-from aerogel.model.layout import Stored, decode
-from aerogel.model.load import family_of
-from aerogel.model.quantized import Assigned, assignments
 from aerogel.numerics.quantize import dequantize
 
 # Every tensor that a quantized linear keeps, its bias apart.

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from aerogel.errors import AerogelError
 from aerogel.export.exporter import Exporter, Master, not_language
-from aerogel.model.layout import Stored
-from aerogel.model.quantized import Assigned
-from aerogel.model.save import new_folder
+from aerogel.io.quantized import Assigned
+from aerogel.io.save import new_folder
+from aerogel.layers.layout import Stored
 from aerogel.numerics.quantize import expand
 from aerogel.numerics.scheme import PerBlock, PerGroup, Scheme
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from aerogel.export.exporter import Exporter, Master, not_language
-from aerogel.model.layout import Stored, format_of
-from aerogel.model.quantized import Assigned
-from aerogel.model.save import copy_companions, new_folder
-from aerogel.model.shards import write_shards
+from aerogel.io.quantized import Assigned
+from aerogel.io.save import copy_companions, new_folder
+from aerogel.io.shards import write_shards
+from aerogel.layers.layout import Stored, format_of
 from aerogel.numerics.scheme import PerTensor, Scheme
 
 _BITS = (2, 3, 4, 8)

@@ -16,13 +16,13 @@ from aerogel import catalog
 from aerogel.export.exporter import Exporter, Master
 from aerogel.export.onnx_graph import program
 from aerogel.export.onnx_inputs import BATCH, KNOWN, STEP, TIME, Shape, dtype_of, inputs_of, unknown_inputs
-from aerogel.model import states
-from aerogel.model.clock import Clock
-from aerogel.model.load import load, part_of
-from aerogel.model.lookup import Lookup
+from aerogel.io import states
+from aerogel.io.load import load, part_of
+from aerogel.io.quantized import Assigned, clock_of
+from aerogel.io.save import new_folder
+from aerogel.layers.lookup import Lookup
+from aerogel.layers.timestep_index import Clock
 from aerogel.model.network import Network
-from aerogel.model.quantized import Assigned, clock_of
-from aerogel.model.save import new_folder
 from aerogel.numerics.scheme import PerBlock, PerGroup, PerStep, PerTensor, PerToken
 
 _LEAST, _PACKED = 18, 21

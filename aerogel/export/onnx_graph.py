@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from aerogel.export.onnx_inputs import BATCH, STEP, TIME, TOKENS, Shape, example, nested
+from aerogel.layers.conv import QuantConv2d
+from aerogel.layers.linear import QuantLinear
+from aerogel.layers.lookup import Lookup
+from aerogel.layers.timestep_index import Clock
 from aerogel.model import time_path
 from aerogel.model.calls import Call
-from aerogel.model.clock import Clock
-from aerogel.model.convs import QuantConv2d
-from aerogel.model.lookup import Lookup
-from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
 from aerogel.numerics.quantize import Grid, dynamic_grid
 from aerogel.numerics.scheme import PerGroup, PerStep, PerTensor

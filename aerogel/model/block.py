@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from aerogel.errors import AerogelError
+from aerogel.kernels.malloc import trim
+from aerogel.layers.conv import Layer, QuantConv2d
+from aerogel.layers.linear import QuantLinear
 from aerogel.model.calls import Call
-from aerogel.model.convs import Layer, QuantConv2d
 from aerogel.model.family import Edge
-from aerogel.model.heap import trim
 from aerogel.model.match import matches, names_exactly
-from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
 from aerogel.model.samples import Samples
 

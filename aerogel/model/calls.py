@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -30,16 +28,6 @@ class Call:
         """The call's structure, with its switches but without its tensors: calls of one shape take one route through a network."""
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
         return f"{[leaf if isinstance(leaf, bool | str) else type(leaf).__name__ for leaf in leaves]}{spec}"
-
-
-def arguments_of(module: nn.Module) -> tuple[str, ...]:
-    """The names of the arguments that modules of this class are called with, in order."""
-    return _arguments(type(module).forward)
-
-
-@cache
-def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from aerogel.errors import AerogelError
+from aerogel.layers.experts import ExpertLayout
 
 Modality = Literal["text", "image-text", "image", "video"]
 When = tuple[tuple[str, Any], ...]
@@ -88,6 +89,11 @@ class Experts:
     """Whether the fused parameters are (E, inputs, outputs) with biases, and gate and up take turns among the outputs."""
     fused: bool = False
     """Whether checkpoints hold the fused parameters themselves."""
+
+    @property
+    def layout(self) -> ExpertLayout:
+        """How one expert's projections are named and fused."""
+        return ExpertLayout(self.gate, self.up, self.down, self.interleaved)
 
 
 @dataclass(frozen=True)

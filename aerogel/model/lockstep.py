@@ -16,10 +16,10 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
+from aerogel.layers.linear import held
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.hooks import Stop, answering, until, watching
-from aerogel.model.modules import held
 
 Gate = tuple[str, ...]
 """Names of modules that get the same tensor, relative to the block."""

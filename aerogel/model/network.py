@@ -14,7 +14,7 @@ from aerogel.model.calls import Call
 from aerogel.model.family import Family
 
 if TYPE_CHECKING:
-    from aerogel.model.checkpoint import Checkpoint
+    from aerogel.io.checkpoint import Checkpoint
 
 
 @dataclass(eq=False)

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from aerogel.model.convs import Layer, matrix, quantized
-from aerogel.model.modules import QuantLinear, stored_grid
+from aerogel.layers.conv import Layer, matrix, quantized
+from aerogel.layers.linear import QuantLinear, stored_grid
 from aerogel.model.statistics import InputStatistics
 from aerogel.numerics.quantize import Grid, grid_from_range, quantize
 from aerogel.numerics.scheme import Scheme

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
+from aerogel.layers.linear import held
 from aerogel.model.block import Block
 from aerogel.model.hooks import Stop, until, watching
-from aerogel.model.modules import held
 
 _PANEL = 256
 """Columns of a second moment that are computed at once; its lower half is never computed."""

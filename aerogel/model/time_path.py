@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from aerogel.errors import AerogelError
-from aerogel.model.calls import Call, arguments_of, map_tensors
-from aerogel.model.convs import size
+from aerogel.layers.conv import size
+from aerogel.layers.signature import arguments_of
+from aerogel.model.calls import Call, map_tensors
 from aerogel.model.hooks import Stop, until, watching
 from aerogel.model.network import Network
 

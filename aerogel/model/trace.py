@@ -13,10 +13,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from aerogel.errors import AerogelError
+from aerogel.layers.conv import Layer
+from aerogel.layers.linear import QuantLinear
 from aerogel.model.calls import Call, tensors_in
-from aerogel.model.convs import Layer
 from aerogel.model.hooks import answering
-from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
 
 AROUND = ""

@@ -16,11 +16,11 @@ from typing import Any, Protocol
 from torch import nn
 
 from aerogel.errors import AerogelError
+from aerogel.layers.linear import held
 from aerogel.model.activations import Activations
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.hooks import Stop, answering, until
-from aerogel.model.modules import held
 from aerogel.model.network import Network
 from aerogel.model.trace import AROUND, trace
 

@@ -152,7 +152,7 @@ def _step(
     history.losses.append(float(value.detach()))
     if not math.isfinite(history.losses[-1]):
         return f"the loss is {history.losses[-1]}"
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     norm = float(nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf))
     if not math.isfinite(norm):
         return f"the gradient's norm is {norm}"

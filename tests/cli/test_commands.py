@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 from aerogel import catalog
 from aerogel.cli import commands as cli
 from aerogel.cli import terminal
+from aerogel.io.load import load
+from aerogel.layers.linear import QuantLinear
 from aerogel.methods.quantization.gptq import Gptq
-from aerogel.model.load import load
-from aerogel.model.modules import QuantLinear
 from tests.folders import digests, model_folder, text_file
 from tests.painters import unconditional
 

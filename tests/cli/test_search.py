@@ -48,7 +48,7 @@ def run(folder: Path, *options: object) -> Any:
 
 
 def test_it_prints_a_table_and_writes_a_folder(folder: Path) -> None:
-    done = run(folder, "--budget", "1.3x", "--only", "fora", "--only", "evenly", "--only", "first_block", "-o", folder / "out")
+    done = run(folder, "--budget", "1.3x", "--only", "fora", "--only", "uniform_cache", "--only", "first_block", "-o", folder / "out")
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     assert re.split(" {2,}", lines[0].strip()) == ["policy", "set to", "times faster", "error", "of the best", "to make"]
@@ -102,12 +102,12 @@ def test_what_cannot_be_searched_is_refused(folder: Path, options: tuple[str, ..
 def test_experts_to_skip_are_searched_the_same_way(tmp_path: Path) -> None:
     words = text_file(tmp_path / "words.txt", 400)
     given = ["search", str(model_folder(tmp_path / "mixture", "qwen3_moe")), "--task", "skip", "--budget", "50%", "--data", str(words)]
-    given += ["--samples", "2", "--length", "24", "--only", "lower_k", "--only", "single_threshold"]
+    given += ["--samples", "2", "--length", "24", "--only", "reduced_topk", "--only", "single_threshold"]
     done = CliRunner().invoke(cli.app, [*given, "-o", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     assert re.split(" {2,}", lines[0].strip()) == ["policy", "asked for", "skipped", "KL", "as before", "prefill", "decode"]
     facts = json.loads((tmp_path / "out" / "search.json").read_text())
-    assert sum(line.startswith(("lower_k ", "single_threshold ")) for line in lines) == len(facts["rows"])
+    assert sum(line.startswith(("reduced_topk ", "single_threshold ")) for line in lines) == len(facts["rows"])
     assert "mixture does without 50 % of its expert calls with" in done.stdout.replace("\u202f", " ")
     assert CliRunner().invoke(cli.app, ["report", str(tmp_path / "out")]).exit_code == 0

@@ -13,8 +13,8 @@ from aerogel.data import chats
 from aerogel.data.chats import IGNORED, Chat
 from aerogel.engine.calibration import Asked, prepare, reading, shown
 from aerogel.errors import AerogelError
-from aerogel.model.load import load
-from aerogel.model.processors import Pair
+from aerogel.io.load import load
+from aerogel.io.processors import Pair
 from tests.questions import asked, untrained, written
 from tests.tiny import opened
 

@@ -15,8 +15,8 @@ from aerogel import catalog
 from aerogel.data.denoising import Denoising, pictures, record
 from aerogel.engine.calibration import Asked, Samples, shown
 from aerogel.errors import AerogelError
-from aerogel.model.clock import steps_of
 from aerogel.model.network import Network
+from aerogel.model.timesteps import steps_of
 from tests.painters import classes, unconditional
 from tests.tiny import FAMILIES
 

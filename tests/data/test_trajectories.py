@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from aerogel.data.denoising import Denoising, pictures, record
-from aerogel.data.replay import output_of, replays
 from aerogel.data.trajectories import seconds, stepping, trajectories
 from aerogel.errors import AerogelError
-from tests.data.test_replay import SAMPLERS, painter
+from aerogel.runtime.feature_cache.replay import output_of, replays
+from tests.runtime.feature_cache.test_replay import SAMPLERS, painter
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' samplers
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from aerogel.methods.method import WeightMethod
+from aerogel.layers.linear import QuantLinear
+from aerogel.methods.base import WeightMethod
 from aerogel.model.calls import Call
 from aerogel.model.family import Family, Tower
-from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
 from aerogel.model.walk import Walk
 from tests.tiny import FAMILIES

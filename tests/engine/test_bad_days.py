@@ -192,7 +192,7 @@ def test_a_disk_that_fills_up_while_saving_keeps_the_calibration(desk: Desk, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(desk.output))
 
     with monkeypatch.context() as patch:
-        patch.setattr("aerogel.model.save.write_shards", full)
+        patch.setattr("aerogel.io.save.write_shards", full)
         result = desk.run(*desk.compress())
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: {desk.output}: could not be saved (No space left on device)")

@@ -14,8 +14,8 @@ import aerogel
 from aerogel.data.denoising import Denoising
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
-from aerogel.model.reuse.units import costs_of
-from tests.data.test_replay import painter
+from aerogel.runtime.feature_cache.units import costs_of
+from tests.runtime.feature_cache.test_replay import painter
 from tests.tiny import opened
 
 WANTED = Denoising(count=2, steps=4, batch=2)
@@ -103,7 +103,7 @@ def test_a_result_of_another_family_is_refused() -> None:
             "rtn comes after fora, but needs a network all of whose parts run; put fora last",
         ),
         ([{"fora": {}}, {"fsc": {}}], "fsc comes after fora"),
-        ([{"evenly": {}}, {"fora": {}}], "fora comes after evenly: parts of a network follow one schedule"),
+        ([{"uniform_cache": {}}, {"fora": {}}], "fora comes after uniform_cache: parts of a network follow one schedule"),
     ],
 )
 def test_what_cannot_come_after_reuse_is_refused(steps: list[dict[str, Any]], message: str) -> None:

@@ -50,7 +50,7 @@ def test_everything_is_covered_and_operands_are_named() -> None:
     recipe = {
         "steps": [
             {"rtn": {"scheme": "W8A16_CHANNEL", "targets": ["Linear", "Conv2d"]}},
-            {"operands": {}},
+            {"attention_quant": {}},
             {"fsc": {"scope": "all"}},
         ]
     }

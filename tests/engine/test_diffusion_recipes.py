@@ -14,13 +14,13 @@ from aerogel import catalog
 from aerogel.data.denoising import Denoising, record
 from aerogel.engine import policies
 from aerogel.errors import AerogelError
-from aerogel.model.modules import QuantLinear
-from aerogel.model.reuse.schedule import Schedule
+from aerogel.layers.linear import QuantLinear
 from aerogel.recipe import Recipe
-from tests.data.test_replay import painter
+from aerogel.runtime.feature_cache.schedule import Schedule
 from tests.engine.test_expert_recipes import MIXTURES
 from tests.engine.test_shipped_recipes import CLOSE as LANGUAGE
 from tests.methods.diffusion.test_fsc import calls
+from tests.runtime.feature_cache.test_replay import painter
 from tests.tiny import FAMILIES, output
 
 # Largest relative error of what a small UNet with random weights predicts.
@@ -33,7 +33,7 @@ CLOSE = {
 def quicker(name: str) -> list[str]:
     """Overrides that leave the optimisers little to do."""
     methods = {step.name for step in Recipe.parse(name).steps}
-    few = {"tiar": ("steps=50",), "brecq": ("steps=50", "batch=4", "rate=0.02"), "ranges": ("steps=10", "batch=4")}
+    few = {"tiar": ("steps=50",), "brecq": ("steps=50", "batch=4", "rate=0.02"), "activation_ranges": ("steps=10", "batch=4")}
     return [f"{method}.{knob}" for method, knobs in few.items() if method in methods for knob in knobs]
 
 
@@ -95,7 +95,7 @@ def test_inputs_may_be_smoothed_first(tmp_path: Path) -> None:
     plain = copy.deepcopy(built)
     quantizing: list[dict[str, Any]] = [
         {"brecq": {"scheme": "W8A16_CHANNEL", "steps": 5, "batch": 4, "targets": ["*ff.net.0.proj"]}},
-        {"ranges": {"start": "minmax", "steps": 0}},
+        {"activation_ranges": {"start": "minmax", "steps": 0}},
     ]  # fmt: skip
     error = {}
     for name, first in {"plain": [], "smooth": [{"smoothquant": {}}]}.items():

@@ -13,7 +13,7 @@ import aerogel
 from aerogel.data import chats
 from aerogel.engine.calibration import Asked
 from aerogel.evaluate.replies import Replies
-from aerogel.model.modules import QuantLinear
+from aerogel.layers.linear import QuantLinear
 from tests.questions import ZOO, written
 from tests.tiny import output
 

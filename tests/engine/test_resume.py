@@ -26,8 +26,8 @@ LEARNED = {
     "name": "tested",
     "steps": [
         {"rtn": {"scheme": "W8A16_CHANNEL"}},
-        {"operands": {"bits": 3}},
-        {"ranges": {"steps": 4, "batch": 2, "rate": 0.05, "start": "minmax"}},
+        {"attention_quant": {"bits": 3}},
+        {"activation_ranges": {"steps": 4, "batch": 2, "rate": 0.05, "start": "minmax"}},
     ],
 }
 TWO_STAGES = {"name": "tested", "steps": [{"rotate": {}}, {"gptq": {"scheme": "W4A16_G32"}}]}

@@ -19,11 +19,11 @@ from aerogel.engine.progress import Event
 from aerogel.engine.run import compress
 from aerogel.errors import AerogelError
 from aerogel.evaluate.perplexity import Perplexity
-from aerogel.methods.method import RuntimePolicy
+from aerogel.io.load import load
+from aerogel.layers.linear import QuantLinear
+from aerogel.layers.slots import slots
+from aerogel.methods.base import RuntimePolicy
 from aerogel.model.calls import Call
-from aerogel.model.load import load
-from aerogel.model.modules import QuantLinear
-from aerogel.model.slots import slots
 from aerogel.recipe import Recipe
 from tests.folders import digests, model_folder, text_file
 from tests.tiny import FAMILIES, output
@@ -214,7 +214,7 @@ from dataclasses import dataclass
 
 import torch
 
-from aerogel.methods.method import RuntimePolicy
+from aerogel.methods.base import RuntimePolicy
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from aerogel.evaluate.agreement import Agreement
 from aerogel.evaluate.perplexity import Perplexity
 from aerogel.evaluate.size import Size
 from aerogel.evaluate.speed import Speed
-from aerogel.model.load import load
+from aerogel.io.load import load
 from aerogel.model.network import Network
 from tests.folders import model_folder, text_file
 from tests.tiny import FAMILIES

@@ -11,7 +11,7 @@ import transformers
 import aerogel
 from aerogel.data import text
 from aerogel.engine.calibration import Samples
-from aerogel.model.modules import QuantLinear, held
+from aerogel.layers.linear import QuantLinear, held
 from tests.folders import model_folder, text_file
 from tests.tiny import output
 

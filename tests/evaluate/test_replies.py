@@ -13,8 +13,8 @@ from aerogel.engine import policies
 from aerogel.engine.policies import Measured
 from aerogel.errors import AerogelError
 from aerogel.evaluate.replies import Replies
-from aerogel.methods.experts.lower_k import LowerK
-from aerogel.model.load import load
+from aerogel.io.load import load
+from aerogel.methods.experts.reduced_topk import ReducedTopk
 from aerogel.recipe import Recipe
 from tests.questions import untrained, written
 
@@ -52,8 +52,8 @@ def test_predictions_are_compared_and_skipping_is_counted(network: Any, tmp_path
     assert same["kl"] == pytest.approx(0, abs=1e-9)
     assert same["top1"] == 1
     (call,) = chats.calls(chats.read(source), network.processor, 5)
-    (step,) = Recipe.parse({"steps": [{"lower_k": {"k": 1, "protect_special": False}}]}).steps
-    assert isinstance(step.method, LowerK)
+    (step,) = Recipe.parse({"steps": [{"reduced_topk": {"k": 1, "protect_special": False}}]}).steps
+    assert isinstance(step.method, ReducedTopk)
     with policies.on(network, [Measured(step, step.method.calibrate(network, [call]))]):
         facts = measure.measure(network, network)
     skipped = facts["skipped"]

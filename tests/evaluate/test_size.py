@@ -9,7 +9,7 @@ from torch import nn
 
 from aerogel.evaluate.size import Size
 from aerogel.families.llama import FAMILY
-from aerogel.model.modules import QuantLinear, stored_grid
+from aerogel.layers.linear import QuantLinear, stored_grid
 from aerogel.model.network import Network
 from aerogel.numerics.quantize import quantize, weight_grid
 from aerogel.numerics.scheme import Scheme

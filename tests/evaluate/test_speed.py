@@ -12,7 +12,7 @@ from aerogel.errors import AerogelError
 from aerogel.evaluate import speed
 from aerogel.evaluate.speed import Speed
 from aerogel.evaluate.timing import growth_of
-from aerogel.model.generate import Generation
+from aerogel.inference.generate import Generation
 from tests.tiny import opened
 
 KNOBS: dict[str, Any] = {"batch": 2, "prompt": 8, "new_tokens": 4, "rounds": 3}

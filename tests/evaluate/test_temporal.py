@@ -24,7 +24,7 @@ STEPS = 4
 ROUGH = {"rtn": {"scheme": "W2A16_CHANNEL_ASYM", "targets": ["@time_path"]}}
 RANGES: dict[str, Any] = {"fsc": {}}
 # Coarse enough that some steps and blocks come from the table and some from the path.
-TABLE = {"time_table": {"dtype": "int4", "choose": "layer_step"}}
+TABLE = {"temporal_cache": {"dtype": "int4", "choose": "layer_step"}}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_a_network_knows_its_own_time(original: Path) -> None:
 
 def test_a_table_is_looked_at_and_not_the_path_behind_it(original: Path, tmp_path: Path) -> None:
     found = {}
-    for name, steps in {"path": (ROUGH,), "table": (ROUGH, {"time_table": {}})}.items():
+    for name, steps in {"path": (ROUGH,), "table": (ROUGH, {"temporal_cache": {}})}.items():
         output = compressed(original, tmp_path / name, *steps)
         scores = measure_models(str(output), str(original), ["temporal"], lambda event: None, ["temporal.steps=4"])
         found[name] = scores["compressed"]["temporal"]["error"]

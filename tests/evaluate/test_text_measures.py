@@ -13,8 +13,8 @@ from aerogel.evaluate.agreement import Agreement
 from aerogel.evaluate.measure import slide
 from aerogel.evaluate.perplexity import Perplexity
 from aerogel.families.llama import FAMILY
+from aerogel.layers.linear import QuantLinear
 from aerogel.methods.quantization.rtn import Rtn
-from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
 from aerogel.model.walk import Walk
 from tests.tiny import FAMILIES, VOCABULARY

@@ -26,10 +26,10 @@ from aerogel.export.cache_dit import CacheDit, _spaced
 from aerogel.export.cache_policy import CachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.reuse.units import units_of
+from aerogel.runtime.feature_cache.units import units_of
 from tests import painters
-from tests.model.reuse.test_schedule import calls, counted
-from tests.model.reuse.test_spans import deep, ran
+from tests.runtime.feature_cache.test_schedule import calls, counted
+from tests.runtime.feature_cache.test_spans import deep, ran
 from tests.tiny import FAMILIES, output
 
 SEVEN = tuple(900.0 - 100 * step for step in range(7))
@@ -134,7 +134,7 @@ def test_blocks_that_are_left_out_by_a_table_are_left_out_the_same_way(name: str
 
 def test_whole_steps_of_units_become_a_mask(tmp_path: Path) -> None:
     """The blocks behind the first run at the same steps; the answers are others, as the file says."""
-    network, out, given = exported("pixart", {"evenly": {"ratio": 0.4, "first": 2}}, tmp_path)
+    network, out, given = exported("pixart", {"uniform_cache": {"ratio": 0.4, "first": 2}}, tmp_path)
     config = config_in(out)
     state = json.loads((tmp_path / "master/aerogel.json").read_text())["policies"][0]["state"]
     assert config["steps_computation_mask"] == [int("1" in row) for row in state["computed"]]
@@ -189,7 +189,7 @@ def theirs(network: Network, out: Path, given: Sequence[Call]) -> list[Tensor]:
     [
         ({"fora": {}}, [1, 0, 1, 0, 1, 0, 1]),
         ({"fora": {"interval": 3}}, [1, 0, 0, 1, 0, 0, 1]),
-        ({"evenly": {"ratio": 0.43, "first": 2}}, [1, 1, 0, 1, 0, 1, 0]),
+        ({"uniform_cache": {"ratio": 0.43, "first": 2}}, [1, 1, 0, 1, 0, 1, 0]),
     ],
 )
 def test_diffusers_runs_the_same_units_and_answers_the_same(name: str, step: dict[str, Any], mask: list[int], tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_diffusers_runs_the_same_units_and_answers_the_same(name: str, step: dic
 
 
 def test_steps_that_diffusers_cannot_space_have_no_configuration_of_it(tmp_path: Path) -> None:
-    _, out, _ = exported("wan", {"evenly": {"ratio": 0.45, "first": 1}}, tmp_path)
+    _, out, _ = exported("wan", {"uniform_cache": {"ratio": 0.45, "first": 1}}, tmp_path)
     assert config_in(out)["steps_computation_mask"] == [1, 0, 1, 1, 0, 1, 0]
     assert not (out / "diffusers.yaml").exists()
 

@@ -18,10 +18,10 @@ from aerogel.cli import commands as cli
 from aerogel.data.denoising import Denoising
 from aerogel.errors import AerogelError
 from aerogel.export.cache_policy import CachePolicy
-from aerogel.model.fingerprint import fingerprint
-from aerogel.model.load import load
-from aerogel.model.reuse.schedule import Schedule, reusing
-from aerogel.model.save import resident
+from aerogel.io.fingerprint import fingerprint
+from aerogel.io.load import load
+from aerogel.io.save import resident
+from aerogel.runtime.feature_cache.schedule import Schedule, reusing
 from tests import painters
 from tests.tiny import FAMILIES, fill
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from aerogel.export.compressed_tensors import CompressedTensors
-from aerogel.model.modules import QuantLinear, ScaledInput
+from aerogel.layers.linear import QuantLinear, ScaledInput
 from tests.saved import network, save
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from aerogel.errors import AerogelError
 from aerogel.export.gguf import Gguf
-from aerogel.model.load import load
-from aerogel.model.modules import QuantLinear, ScaledInput, held
+from aerogel.io.load import load
+from aerogel.layers.linear import QuantLinear, ScaledInput, held
 from tests.saved import network, round_to_nearest, save, tokenizer
 from tests.tiny import FAMILIES, output
 

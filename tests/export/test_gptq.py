@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aerogel.errors import AerogelError
 from aerogel.export.gptq import GptqLayout
-from aerogel.model.modules import QuantLinear, ScaledInput, held
+from aerogel.layers.linear import QuantLinear, ScaledInput, held
 from tests.saved import network, save, tokenizer
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"

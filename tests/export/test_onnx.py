@@ -30,11 +30,11 @@ from aerogel.errors import AerogelError
 from aerogel.export import onnx as exporting
 from aerogel.export.onnx import Onnx
 from aerogel.export.onnx_inputs import inputs_of, nested, unknown_inputs
-from aerogel.methods.diffusion.time_table import TimeTable
+from aerogel.io.quantized import clock_of
+from aerogel.layers.linear import QuantLinear, held
+from aerogel.methods.diffusion.temporal_cache import TemporalCache
 from aerogel.model.calls import Call
-from aerogel.model.modules import QuantLinear, held
 from aerogel.model.network import Network
-from aerogel.model.quantized import clock_of
 from tests.saved import network as rounded
 from tests.saved import save
 from tests.tiny import FAMILIES, output
@@ -121,7 +121,7 @@ W4 = "W4A16_CHANNEL_ASYM"
 def unet(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """Every layer in 4 bits with 8-bit inputs: the path's own range a step, one range in all others."""
     everything = {"rtn": {"scheme": W4, "targets": ["Linear", "Conv2d"]}}
-    recipe = [{"tiar": {"scheme": W4, "steps": 5}}, everything, {"ranges": {"ignore": ["*time_emb*"], "steps": 0}}, {"fsc": {}}]
+    recipe = [{"tiar": {"scheme": W4, "steps": 5}}, everything, {"activation_ranges": {"ignore": ["*time_emb*"], "steps": 0}}, {"fsc": {}}]
     return made("unet", recipe, tmp_path_factory.mktemp("unet"))
 
 
@@ -132,9 +132,9 @@ def pixart(tmp_path_factory: pytest.TempPathFactory) -> Written:
     recipe = [
         {"tiar": {"scheme": "W8A16_CHANNEL_ASYM", "steps": 5}},
         {"rtn": {"scheme": "W8A16_CHANNEL", "targets": ["transformer_blocks.*"], "overrides": schemes}},
-        {"ranges": {"targets": ["*.ff.*"], "steps": 0}},
+        {"activation_ranges": {"targets": ["*.ff.*"], "steps": 0}},
         {"fsc": {}},
-        {"time_table": {"dtype": "int6", "choose": "layer_step"}},
+        {"temporal_cache": {"dtype": "int6", "choose": "layer_step"}},
     ]
     return made("pixart", recipe, tmp_path_factory.mktemp("pixart"), chosen=(True, False, True, False))
 
@@ -295,8 +295,8 @@ def test_absent_packages_and_policies_with_other_effects_are_refused(pixart: Wri
     master = pixart.folder.parent / "master"
     assert Onnx().refuse(master) == []
     with monkeypatch.context() as patch:
-        patch.setattr(TimeTable, "by_step", False)
-        assert Onnx().refuse(master) == ["the policy time_table does more than look answers up by the step: compress without it"]
+        patch.setattr(TemporalCache, "by_step", False)
+        assert Onnx().refuse(master) == ["the policy temporal_cache does more than look answers up by the step: compress without it"]
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
     assert Onnx().refuse(master) == ["the package onnxscript is not installed: pip install 'aerogel[onnx]'"]

@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
 
-from aerogel.methods.caching.first_block import FirstBlock
-from aerogel.methods.caching.magcache import Magcache
-from aerogel.methods.method import ReusePolicy
+from aerogel.methods.feature_cache.first_block import FirstBlock
+from aerogel.methods.feature_cache.magcache import Magcache
+from aerogel.methods.feature_cache.policy import ReusePolicy
 from aerogel.model.network import Network
-from tests.methods.caching.test_residuals import TEN, drifting, theirs, under
-from tests.model.reuse.test_spans import deep
+from tests.methods.feature_cache.test_residuals import TEN, drifting, theirs, under
+from tests.runtime.feature_cache.test_spans import deep
 from tests.tiny import output
 
 # diffusers has no cache for the class of SD3, and its hooks fail on a last block that drops the text.

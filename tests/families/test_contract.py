@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from aerogel import catalog
+from aerogel.io.load import load
 from aerogel.model.block import Block, BoundEdge
 from aerogel.model.calls import Call, record, tensors_in
 from aerogel.model.edges import channels, fold
-from aerogel.model.load import load
 from aerogel.model.network import Network
 from aerogel.model.walk import Walk
 from tests.tiny import FAMILIES, VARIANTS, opened, output

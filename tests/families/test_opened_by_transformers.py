@@ -10,7 +10,7 @@ import transformers
 
 import aerogel
 from aerogel import catalog
-from aerogel.model.modules import held
+from aerogel.layers.linear import held
 from tests.tiny import FAMILIES, output
 
 MODALITIES = {name: catalog.find("families", tiny.family).modality for name, tiny in FAMILIES.items()}

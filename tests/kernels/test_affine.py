@@ -10,9 +10,9 @@ from aerogel.kernels import affine
 from aerogel.kernels.affine import Affine, exact
 from aerogel.kernels.kernel import ACTIVATIONS
 from aerogel.kernels.linear import candidates, pack, run
-from aerogel.model.clock import Clock
-from aerogel.model.convs import quantized, with_inputs
-from aerogel.model.modules import QuantLinear
+from aerogel.layers.conv import quantized, with_inputs
+from aerogel.layers.linear import QuantLinear
+from aerogel.layers.timestep_index import Clock
 from aerogel.numerics.formats import format_named
 from aerogel.numerics.quantize import dequantize, fake_quantize, grid_from_range, quantize, weight_grid
 from aerogel.numerics.scheme import PerStep, Scheme, TensorScheme

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.kernels import conv2d
-from aerogel.model.convs import QuantConv2d, matrix, quantized, size
-from aerogel.model.modules import held, stored_grid
+from aerogel.layers.conv import QuantConv2d, matrix, quantized, size
+from aerogel.layers.linear import held, stored_grid
 from aerogel.numerics.quantize import dequantize, fake_quantize, grid_from_range, quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
 

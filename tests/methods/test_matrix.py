@@ -17,11 +17,11 @@ import aerogel
 from aerogel import catalog
 from aerogel.engine import policies
 from aerogel.errors import AerogelError
-from aerogel.methods.method import WeightMethod
+from aerogel.layers.linear import QuantLinear
+from aerogel.methods.base import WeightMethod
 from aerogel.model import time_path
 from aerogel.model.calls import Call
 from aerogel.model.match import matches
-from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
 from tests.tiny import FAMILIES, Tiny, opened, output
 
@@ -38,7 +38,7 @@ KNOBS["tiar"] = {"scheme": "W8A16_CHANNEL_ASYM", "steps": 20}
 
 # Two experts a token: half of the pairs can go before a token has none.
 SKIPPING = {"modes", "single_threshold", "naee", "odp", "diep"}
-KNOBS |= {name: {"ratio": 0.2} for name in SKIPPING} | {"lower_k": {"k": 1}}
+KNOBS |= {name: {"ratio": 0.2} for name in SKIPPING} | {"reduced_topk": {"k": 1}}
 KNOBS["modes"] = {"ratio": 0.2, "points": 5}
 
 # Three steps are two pairs to fit a polynomial to.
@@ -54,30 +54,30 @@ NO_ROW = NO_UNITS | {"unet"}  # skips join its blocks
 REFUSED = {
     "rotate": ({"gemma2", "gemma3", "qwen2_5_vl", "llava", "qwen3_vl_moe", "internvl"} | DENOISERS, "no residual stream"),
     "tiar": (NO_TIME, OF_MORE),
-    "time_table": (NO_TIME, OF_MORE),
+    "temporal_cache": (NO_TIME, OF_MORE),
     # Soft-caps and sinks are written out.
-    "operands": ({"gemma2", "gpt_oss"}, "0 modules of this network call scaled_dot_product_attention"),
-    "split": (set(FAMILIES) - {"unet", "flux"}, "reads concatenated channels"),
+    "attention_quant": ({"gemma2", "gpt_oss"}, "0 modules of this network call scaled_dot_product_attention"),
+    "split_shortcut": (set(FAMILIES) - {"unet", "flux"}, "reads concatenated channels"),
     "fsc": (set(FAMILIES), f"{OF_MORE}|put tiar"),
     "fora": (NO_UNITS, "names no units"),
-    **dict.fromkeys(("evenly", "pab", "smoothcache", "taylorseer"), (NO_UNITS, "names no units")),
+    **dict.fromkeys(("uniform_cache", "pab", "smoothcache", "taylorseer"), (NO_UNITS, "names no units")),
     **dict.fromkeys(("delta_dit", "first_block", "magcache", "teacache"), (NO_ROW, "names no streams")),
     **dict.fromkeys(
         ("toca", "duca"), (NO_UNITS | {"sd3", "flux", "cogvideox"}, "names no units|no self-attention beside it|set cell to 1")
     ),
-    **dict.fromkeys((*SKIPPING, "lower_k", "prune_experts"), (NO_EXPERTS, "has no routed experts")),
+    **dict.fromkeys((*SKIPPING, "reduced_topk", "prune_experts"), (NO_EXPERTS, "has no routed experts")),
     "deepcache": (set(FAMILIES) - {"unet"}, "names no skip connections"),
     "fastercache": (set(FAMILIES), "names no units|different time steps|not the same samples twice"),
     "recalibrate": (set(FAMILIES), "no layer has inputs with static ranges"),
     # These learn from whole generations of a pipeline's sampler: tests of their own have pipelines.
-    **dict.fromkeys(("searched", "l2c"), (set(FAMILIES), "give one of ratio|names no units")),
-    "refined": (set(FAMILIES), "goes on from a schedule|different time steps|names no units"),
+    **dict.fromkeys(("schedule_search", "l2c"), (set(FAMILIES), "give one of ratio|names no units")),
+    "schedule_refine": (set(FAMILIES), "goes on from a schedule|different time steps|names no units"),
     "harmonica": (set(FAMILIES), "different time steps|came without its pipeline|names no units"),
 }
 
 CACHING = {
     "fora",
-    "evenly",
+    "uniform_cache",
     "pab",
     "smoothcache",
     "taylorseer",
@@ -95,14 +95,14 @@ CACHING = {
 # choice: 0.15. Methods that keep the function are held to float32.
 CLOSE, ROUTED, EXACT = 0.03, 0.15, 1e-5
 # One grid for the probabilities of all rows: coarser where rows attend to many tokens.
-LOOSER = {"operands": 0.05}
+LOOSER = {"attention_quant": 0.05}
 # Calls of a tiny network have noise of their own each, so what one gave is far from what the next would.
 LOOSER |= dict.fromkeys(CACHING, 2.0)
 # Here five choices of the routers change in one call; the median token moves by 0.02, the worst by 0.96.
 TURNED = {"internvl": 0.3}
 # Random experts all say something else, so what they say is missed where they do not speak.
-LOOSER |= dict.fromkeys((*SKIPPING, "lower_k", "prune_experts"), 1.0)
-KEEP_FUNCTION = {"rotate", "smoothquant", "split"}
+LOOSER |= dict.fromkeys((*SKIPPING, "reduced_topk", "prune_experts"), 1.0)
+KEEP_FUNCTION = {"rotate", "smoothquant", "split_shortcut"}
 
 
 def pairs(*, refused: bool) -> list[tuple[str, str]]:
@@ -138,11 +138,11 @@ def test_method_on_family(method: str, name: str, expected: dict[str, list[Tenso
     with policies.on(network, result.policies):
         answers = [output(network.module, call) for call in given]
     usual = TURNED.get(name, ROUTED) if network.family.experts else CLOSE
-    bound = EXACT if method in KEEP_FUNCTION else LOOSER.get(method, usual) if method != "operands" else max(usual, LOOSER[method])
+    bound = EXACT if method in KEEP_FUNCTION else LOOSER.get(method, usual) if method != "attention_quant" else max(usual, LOOSER[method])
     before_all = expected[name] if method not in CACHING else [output(tiny.build(), call) for call in given]
     for call, answer, before in zip(given, answers, before_all, strict=True):
         assert answer.isfinite().all()
-        if method in SKIPPING | {"lower_k"}:  # what pads a prompt gets no experts, and nobody reads what it gives
+        if method in SKIPPING | {"reduced_topk"}:  # what pads a prompt gets no experts, and nobody reads what it gives
             answer, before = (one[call.kwargs["attention_mask"].bool()] for one in (answer, before))
         assert (answer - before).norm() / before.norm() < bound
     reopened = aerogel.load(tmp_path / "out", lazy=False)

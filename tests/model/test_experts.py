@@ -11,7 +11,9 @@ from torch import nn
 
 from aerogel import catalog
 from aerogel.errors import AerogelError
-from aerogel.model.experts import ExpertList, fuse, joined, unfuse
+from aerogel.io.experts import joined
+from aerogel.layers.experts import ExpertList
+from aerogel.model.experts import fuse, unfuse
 from aerogel.model.family import Family
 from tests.saved import round_to_nearest
 from tests.tiny import FAMILIES, output

@@ -16,8 +16,8 @@ from aerogel import catalog
 from aerogel.errors import AerogelError
 from aerogel.model import time_path
 from aerogel.model.calls import Call
-from aerogel.model.clock import steps_of
 from aerogel.model.network import Network
+from aerogel.model.timesteps import steps_of
 from tests.tiny import FAMILIES, VARIANTS, opened
 
 TINY = FAMILIES | VARIANTS

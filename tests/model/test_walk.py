@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from aerogel.errors import AerogelError
+from aerogel.layers.linear import QuantLinear
 from aerogel.model.calls import Call, record
 from aerogel.model.family import Family, Tower
-from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
 from aerogel.model.walk import Walk
 from aerogel.numerics.quantize import quantize, weight_grid

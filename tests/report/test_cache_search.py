@@ -46,7 +46,12 @@ def record(**facts: Any) -> dict[str, Any]:
         "rounds": 3,
         "seconds": 2.0,
         "variance": 0.49,
-        "rows": [row("searched", 1.52, 0.01), row("fora", 1.9, 0.02), row("evenly", 1.6, 0.03), row("wild", 1.7, float("nan"))],
+        "rows": [
+            row("schedule_search", 1.52, 0.01),
+            row("fora", 1.9, 0.02),
+            row("uniform_cache", 1.6, 0.03),
+            row("wild", 1.7, float("nan")),
+        ],
         "fewer": {"policy": "fewer steps", "knob": "steps", "value": 3, "speedup": 1.55, "error": 0.05, "pictures": [PNGS[0], PNGS[1]]},
         "without_fewer": "",
         "left_out": [{"policy": "<b>pab</b>", "reason": "too slow for <i>this</i>", "tries": []}],
@@ -66,18 +71,18 @@ def rendered(**facts: Any) -> Any:
 def test_everything_is_said() -> None:
     words = rendered().words
     for said in (
-        "a <b>painter</b> denoises 1.52 times as fast with searched; its final latents move by 0.0100.",
+        "a <b>painter</b> denoises 1.52 times as fast with schedule_search; its final latents move by 0.0100.",
         "4 of 5 policies can be 1.5 times as fast.",
         "The pipeline alone is 1.55 times as fast in 3 of 4 steps and moves by 0.0500, 5.00 times as much.",
         "Errors are of 64 pictures of held-out noise in 4 steps of DDIMScheduler under guidance 1.5.",
         "Speed is of 8 pictures at once, 3 rounds with and without each policy in turns, 2.0 s a turn without.",
         "The latents' variance is 0.490.",
-        "searched interval 2 1.52 0.0100 1.0× 46.9 % 12 s",
+        "schedule_search interval 2 1.52 0.0100 1.0× 46.9 % 12 s",
         "fora interval 2 1.90 0.0200 2.0× 46.9 % 12 s",
         "fewer steps steps 3 1.55 0.0500 5.0× – –",
         "wild interval 2 1.70 not a number – 46.9 % 12 s",
         "<b>pab</b> too slow for <i>this</i>",
-        "What searched reuses",
+        "What schedule_search reuses",
         "Error behind each step ↓ better",
         "Error of the final latents ↓ better",
         "a <b>bag</b> boot",
@@ -89,7 +94,7 @@ def test_everything_is_said() -> None:
     for said in ("blocks.0.&lt;b&gt;attn&lt;/b&gt;, step 600: reused", "ff, step 600: 25.0 % of its work", "ff, step 300: runs"):
         assert said in html, said
     ranked = [line.policy for line in cache_search.lines(parsed())]
-    assert ranked == ["searched", "fora", "evenly", "fewer steps", "wild"]
+    assert ranked == ["schedule_search", "fora", "uniform_cache", "fewer steps", "wild"]
 
 
 def test_it_fetches_nothing_and_escapes_everything() -> None:
@@ -106,7 +111,7 @@ def test_the_frontier_joins_what_nothing_beats() -> None:
     """searched has less error, fora more speed; evenly and fewer steps have neither, wild no error that could be drawn."""
     drawn = str(cache_search._frontier(parsed(), 956))
     assert drawn.count('class="move"') == 1
-    assert [name for name in ("searched", "fora", "evenly", "3 steps") if f"{name}: " not in drawn] == []
+    assert [name for name in ("schedule_search", "fora", "uniform_cache", "3 steps") if f"{name}: " not in drawn] == []
     assert "wild" not in drawn
     assert drawn.count('class="this"') == drawn.count('class="original"') == 1
 

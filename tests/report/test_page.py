@@ -193,7 +193,7 @@ def test_a_denoisers_sense_of_time_is_shown_and_said() -> None:
 
 
 def test_what_is_reused_is_drawn_and_said() -> None:
-    content = pictures() | {"policies": [{"step": {"operands": {}}, "state": {"softmax": 1.0}}, reuse()]}
+    content = pictures() | {"policies": [{"step": {"attention_quant": {}}, "state": {"softmax": 1.0}}, reuse()]}
     words = read(page.page(record.parse(content))).words
     for said in (
         "What is reused",
@@ -260,7 +260,7 @@ def test_what_is_in_codes_is_counted_and_what_is_not_is_named() -> None:
         "Weights float 5 of 10",
         "Inputs int8, one range a step 4 of 10",
         "Inputs float 6 of 10",
-        "Operands of attention rounded 2",
+        "AttentionQuant of attention rounded 2",
         "Whose weights are in float What How many conv_in 1 conv_out 1 up_blocks. *. resnets. *. conv_shortcut 3",
         "Whose inputs are in float What How many mid_block. <b>conv</b> 1",
         "Attentions with rounded operands What How many mid_block. attentions. *. transformer_blocks. *. attn1 1",
@@ -274,7 +274,7 @@ def test_what_no_layer_has_in_codes_is_not_named() -> None:
     words = read(page.page(record.parse(content))).words
     assert "Weights int4 2 of 2 Inputs float 2 of 2" in words
     assert "Whose" not in words
-    assert "Operands of attention" not in words
+    assert "AttentionQuant of attention" not in words
 
 
 @pytest.mark.parametrize("changed", [{"layers": ["one"]}, {"steps": []}, {"errors": [[0.1]] * 5}])

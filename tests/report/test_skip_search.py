@@ -44,8 +44,8 @@ def record(**facts: Any) -> dict[str, Any]:
         "rows": [
             row("modes", 0.5, 0.0001),
             row("modes", 0.67, 0.0005),
-            row("lower_k", 0.5, 0.0002, met=False, ratio=0.444),
-            row("lower_k", 0.67, 0.012),
+            row("reduced_topk", 0.5, 0.0002, met=False, ratio=0.444),
+            row("reduced_topk", 0.67, 0.012),
             row("wild", 0.67, float("nan")),
         ],
         "left_out": [{"policy": "<b>odp</b>", "reason": "it drops 66.0% of all <i>pairs</i> at most"}],
@@ -68,7 +68,7 @@ def test_everything_is_said() -> None:
         "Speed is of 8 prompts of 63 tokens at once and 16 tokens behind each, 3 rounds with and without each rule in turns;",
         "0.037 s a prompt without and 4.67 ms a token.",
         "modes 50 % 51.0 % 0.000100 98.0 % 60.0 % 1.60 0.95 12 s",
-        "lower_k 50 %, short 44.4 % 0.000200",
+        "reduced_topk 50 %, short 44.4 % 0.000200",
         "wild 67 % 68.0 % not a number",
         "<b>odp</b> it drops 66.0% of all <i>pairs</i> at most",
         "What modes skips",
@@ -81,7 +81,11 @@ def test_everything_is_said() -> None:
     assert "Images, layer 1: 100\u202f%" in search.page(record()), "of the map"
     told = search.told(record())
     assert told.columns == ("policy", "asked for", "skipped", "KL", "right", "prefill", "decode")
-    assert [one.cells[:2] for one in told.rows][:3] == [("modes", "50\u202f%"), ("lower_k", "50\u202f%, short"), ("modes", "67\u202f%")]
+    assert [one.cells[:2] for one in told.rows][:3] == [
+        ("modes", "50\u202f%"),
+        ("reduced_topk", "50\u202f%, short"),
+        ("modes", "67\u202f%"),
+    ]
     assert [one.best for one in told.rows] == [False, False, True, False, False]
 
 
@@ -102,7 +106,7 @@ def test_text_is_judged_by_what_stays_first() -> None:
 
 
 def test_a_search_that_found_nothing_says_why() -> None:
-    short = [row("lower_k", 0.67, 0.01, met=False)]
+    short = [row("reduced_topk", 0.67, 0.01, met=False)]
     words = rendered(rows=short).words
     assert "No rule drops 67 % of the expert calls of a <b>mixture</b>." in words
     assert "0 of 2 rules drop so much." in words
@@ -118,7 +122,7 @@ def test_curves_have_a_dot_for_each_share() -> None:
     assert drawn.count('class="other"') == 2, "what is no number is not drawn"
     assert drawn.count("path-best") == 1
     ends = re.findall(r"<title>(\w+): ([\d.]+) at the end", drawn)
-    assert set(ends) == {("modes", "0.000500"), ("lower_k", "0.0120")}
+    assert set(ends) == {("modes", "0.000500"), ("reduced_topk", "0.0120")}
 
 
 def test_a_thin_line_leads_to_names_of_ends_further_left() -> None:

@@ -19,10 +19,10 @@ from aerogel.engine.search.judging_pictures import Judge
 from aerogel.engine.search.pacing import Attempt, Brought, Pace, candidates, fewer_steps
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import pipeline_of
-from aerogel.methods.method import ReusePolicy
+from aerogel.methods.feature_cache.policy import ReusePolicy
 from aerogel.model.network import Network
-from aerogel.model.reuse.compiled import uncompiled
-from aerogel.model.reuse.units import units_of
+from aerogel.runtime.feature_cache.compiled import uncompiled
+from aerogel.runtime.feature_cache.units import units_of
 from aerogel.training.fit import watched
 
 BUDGET = 1.5

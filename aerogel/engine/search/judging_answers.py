@@ -20,9 +20,9 @@ from aerogel.evaluate.replies import Replies, skipped
 from aerogel.kernels.waiting import now
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.skipping.counting import counting
-from aerogel.model.skipping.kinds import Vocabulary
-from aerogel.training.answers import Answers
+from aerogel.runtime.expert_skipping.answers import Answers
+from aerogel.runtime.expert_skipping.counting import counting
+from aerogel.runtime.token_types import Vocabulary
 
 NEW_TOKENS = 16
 """Tokens written after a prompt where none ends by itself: for the clock, and behind text."""

@@ -22,7 +22,7 @@ from aerogel.evaluate.pictures import png
 from aerogel.model.calls import tensors_in
 from aerogel.model.hooks import answering
 from aerogel.model.network import Network
-from aerogel.model.reuse.units import units_of
+from aerogel.runtime.feature_cache.units import units_of
 
 SHOWN = 8
 """Pictures that are kept for the report."""

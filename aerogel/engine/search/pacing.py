@@ -17,7 +17,7 @@ from aerogel.engine.policies import Measured
 from aerogel.engine.run import seeded
 from aerogel.engine.search.candidates import chosen
 from aerogel.errors import AerogelError
-from aerogel.methods.method import BudgetPolicy, ReusePolicy, RevisingPolicy
+from aerogel.methods.feature_cache.policy import BudgetPolicy, ReusePolicy, RevisingPolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.recipe import Step, build

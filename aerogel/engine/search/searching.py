@@ -16,10 +16,10 @@ from aerogel.engine.progress import Tell, Watch
 from aerogel.engine.search.caches import CacheSearch
 from aerogel.engine.search.skips import SkipSearch
 from aerogel.errors import AerogelError
-from aerogel.model import save
+from aerogel.io import save
+from aerogel.io.states import FACTS
 from aerogel.model.experts import fuse
 from aerogel.model.network import Network
-from aerogel.model.states import FACTS
 from aerogel.report import search as page
 
 

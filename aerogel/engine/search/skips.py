@@ -20,13 +20,13 @@ from aerogel.engine.run import seeded
 from aerogel.engine.search.candidates import chosen
 from aerogel.engine.search.judging_answers import HeldOut, Judge
 from aerogel.errors import AerogelError
-from aerogel.methods.method import SkipPolicy
+from aerogel.methods.experts.policy import SkipPolicy
 from aerogel.model.network import Network
-from aerogel.model.skipping.kinds import Vocabulary
-from aerogel.model.skipping.routing import shape_of
 from aerogel.recipe import Step, build
-from aerogel.training.answers import Answers
-from aerogel.training.thresholds import UnreachableError
+from aerogel.runtime.expert_skipping.answers import Answers
+from aerogel.runtime.expert_skipping.routing import shape_of
+from aerogel.runtime.expert_skipping.thresholds import UnreachableError
+from aerogel.runtime.token_types import Vocabulary
 
 BUDGET = 0.67
 RATIOS = (0.5, 0.67, 0.75, 0.88)

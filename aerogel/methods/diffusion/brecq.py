@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import WeightMethod
+from aerogel.layers.conv import Layer, matrix, quantized
+from aerogel.layers.linear import held, stored_grid
+from aerogel.methods.base import WeightMethod
 from aerogel.model.block import Block
 from aerogel.model.calls import Call, tensors_in
-from aerogel.model.convs import Layer, matrix, quantized
 from aerogel.model.hooks import watching
-from aerogel.model.modules import held, stored_grid
 from aerogel.model.samples import Samples
 from aerogel.model.trace import AROUND
 from aerogel.numerics.adaround import beta_at, first_alpha, hard_codes, hard_weight, soft_weight, undecided

@@ -16,16 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import Method
+from aerogel.io.quantized import set_clock
+from aerogel.layers.conv import with_inputs
+from aerogel.layers.linear import QuantLinear, held, stored_grid
+from aerogel.layers.timestep_index import Clock
+from aerogel.methods.base import Method
 from aerogel.model.calls import Call
-from aerogel.model.clock import Clock, steps_of
-from aerogel.model.convs import with_inputs
 from aerogel.model.hooks import watching
 from aerogel.model.match import matches
-from aerogel.model.modules import QuantLinear, held, stored_grid
 from aerogel.model.network import Network
-from aerogel.model.quantized import set_clock
 from aerogel.model.time_path import TemporalPath, check, find, sinusoids
+from aerogel.model.timesteps import steps_of
 from aerogel.numerics.formats import format_named
 from aerogel.numerics.observers import MovingAverage
 from aerogel.numerics.quantize import Grid, grid_from_range

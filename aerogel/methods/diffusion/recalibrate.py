@@ -14,17 +14,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from aerogel.data.replay import output_of, replays
 from aerogel.errors import AerogelError
-from aerogel.methods.method import Method
+from aerogel.layers.conv import with_inputs
+from aerogel.layers.linear import QuantLinear, stored_grid
+from aerogel.methods.base import Method
 from aerogel.model.calls import Call
-from aerogel.model.convs import with_inputs
 from aerogel.model.hooks import watching
-from aerogel.model.modules import QuantLinear, stored_grid
 from aerogel.model.network import Network
 from aerogel.numerics.observers import MovingAverage, RunningMinMax
 from aerogel.numerics.quantize import Grid
 from aerogel.numerics.scheme import PerStep, PerTensor, TensorScheme
+from aerogel.runtime.feature_cache.replay import output_of, replays
 
 
 @dataclass(frozen=True)

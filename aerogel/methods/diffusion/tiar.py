@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import Method
+from aerogel.layers.conv import quantized
+from aerogel.layers.linear import QuantLinear, stored_grid
+from aerogel.methods.base import Method
 from aerogel.model.calls import Call
-from aerogel.model.clock import steps_of
-from aerogel.model.convs import quantized
-from aerogel.model.modules import QuantLinear, stored_grid
 from aerogel.model.network import Network
 from aerogel.model.time_path import TemporalPath, check, find, sinusoids
+from aerogel.model.timesteps import steps_of
 from aerogel.numerics.adaround import beta_at, first_alpha, hard_codes, soft_weight, undecided
 from aerogel.numerics.observers import mse_search
 from aerogel.numerics.quantize import Grid, grouped

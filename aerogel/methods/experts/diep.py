@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aerogel.methods.method import SkipPolicy
-from aerogel.model.skipping.routing import Routed, Rule, Shape
-from aerogel.model.skipping.seen import outputs_of_each
-from aerogel.training.answers import Answers
-from aerogel.training.thresholds import keeping, met, seen, tail_over_head
+from aerogel.methods.experts.policy import SkipPolicy
+from aerogel.runtime.expert_skipping.answers import Answers
+from aerogel.runtime.expert_skipping.routing import Routed, Rule, Shape
+from aerogel.runtime.expert_skipping.seen import outputs_of_each
+from aerogel.runtime.expert_skipping.thresholds import keeping, met, seen, tail_over_head
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from aerogel.methods.method import SkipPolicy
-from aerogel.model.skipping.kinds import KINDS, MODALITIES, TEXT, VISION
-from aerogel.model.skipping.routing import Lost, Routed, Rule, Shape, Skipping
-from aerogel.training.answers import Answers
-from aerogel.training.frontier import Evaluations, Found, Value, exhaustive, frontier, violations
-from aerogel.training.thresholds import POINTS, Score, UnreachableError, checked, grid, seen
+from aerogel.methods.experts.policy import SkipPolicy
+from aerogel.runtime.expert_skipping.answers import Answers
+from aerogel.runtime.expert_skipping.frontier import Evaluations, Found, Value, exhaustive, frontier, violations
+from aerogel.runtime.expert_skipping.routing import Lost, Routed, Rule, Shape, Skipping
+from aerogel.runtime.expert_skipping.thresholds import POINTS, Score, UnreachableError, checked, grid, seen
+from aerogel.runtime.token_types import KINDS, MODALITIES, TEXT, VISION
 
 _PUBLISHED = {TEXT: 0.71, VISION: 0.6}
 """Where the grid of the public code ends, before its sigmoid."""

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import SkipPolicy
-from aerogel.model.skipping.kinds import PADDING
-from aerogel.model.skipping.routing import Routed, Rule, Shape
-from aerogel.training.answers import Answers
-from aerogel.training.thresholds import met, tail_over_head
+from aerogel.methods.experts.policy import SkipPolicy
+from aerogel.runtime.expert_skipping.answers import Answers
+from aerogel.runtime.expert_skipping.routing import Routed, Rule, Shape
+from aerogel.runtime.expert_skipping.thresholds import met, tail_over_head
+from aerogel.runtime.token_types import PADDING
 
 
 @dataclass(frozen=True)

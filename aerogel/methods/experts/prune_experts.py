@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import Method
+from aerogel.layers.experts import ExpertList
+from aerogel.methods.base import Method
 from aerogel.model.calls import Call
-from aerogel.model.experts import ExpertList, narrow, narrowed
+from aerogel.model.experts import narrow, narrowed
 from aerogel.model.network import Network
-from aerogel.model.skipping.routing import experts_of, router_of, shape_of
-from aerogel.model.skipping.seen import Arrived, arrivals, outputs_of_each
+from aerogel.runtime.expert_skipping.routing import experts_of, router_of, shape_of
+from aerogel.runtime.expert_skipping.seen import Arrived, arrivals, outputs_of_each
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from aerogel.methods.method import SkipPolicy
-from aerogel.model.skipping.routing import Routed, Rule, Shape
-from aerogel.training.answers import Answers
-from aerogel.training.thresholds import keeping, met
+from aerogel.methods.experts.policy import SkipPolicy
+from aerogel.runtime.expert_skipping.answers import Answers
+from aerogel.runtime.expert_skipping.routing import Routed, Rule, Shape
+from aerogel.runtime.expert_skipping.thresholds import keeping, met
 
 
 @dataclass(frozen=True)

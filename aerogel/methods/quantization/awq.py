@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from aerogel.methods.method import WeightMethod
+from aerogel.layers.linear import QuantLinear, ScaledInput, stored_grid
+from aerogel.methods.base import WeightMethod
 from aerogel.model.block import Block, BoundEdge
 from aerogel.model.edges import channels, fold
 from aerogel.model.match import matches
-from aerogel.model.modules import QuantLinear, ScaledInput, stored_grid
 from aerogel.model.rounding import InputRange, output_error, round_to_nearest, static_inputs
 from aerogel.model.statistics import InputStatistics, collect
 from aerogel.numerics.quantize import Grid, fake_quantize, grouped, weight_grid

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import WeightMethod
+from aerogel.kernels.malloc import trim
+from aerogel.layers.linear import QuantLinear, stored_grid
+from aerogel.methods.base import WeightMethod
 from aerogel.model.block import Block
 from aerogel.model.calls import tensors_in
-from aerogel.model.heap import trim
 from aerogel.model.lockstep import Gate, lockstep
-from aerogel.model.modules import QuantLinear, stored_grid
 from aerogel.model.rounding import InputRange, has_static_inputs, output_error, static_inputs
 from aerogel.model.statistics import InputStatistics, collect, sharing
 from aerogel.numerics.feedback import feedback, round_columns

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import Method
+from aerogel.methods.base import Method
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.family import Residual

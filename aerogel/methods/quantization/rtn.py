@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from aerogel.methods.method import WeightMethod
+from aerogel.layers.conv import matrix
+from aerogel.methods.base import WeightMethod
 from aerogel.model.block import Block
-from aerogel.model.convs import matrix
 from aerogel.model.rounding import InputRange, has_static_inputs, output_error, round_to_nearest, static_inputs
 from aerogel.model.statistics import collect
 from aerogel.numerics.quantize import grouped

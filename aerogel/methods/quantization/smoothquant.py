@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.methods.method import BlockMethod
+from aerogel.methods.base import BlockMethod
 from aerogel.model.block import Block, BoundEdge
 from aerogel.model.edges import channels, fold
 from aerogel.model.statistics import InputStatistics, collect

@@ -18,20 +18,20 @@ from torch import Tensor
 
 import aerogel
 from aerogel.data.denoising import Denoising, pictures, record
-from aerogel.data.replay import output_of, replays
 from aerogel.engine.progress import Event
 from aerogel.engine.search.pacing import Attempt, Candidate, Pace, candidates
 from aerogel.engine.search.searching import Findings, search
 from aerogel.errors import AerogelError
 from aerogel.evaluate.pictures import png
-from aerogel.methods.caching.evenly import spread
-from aerogel.methods.caching.fora import Fora
-from aerogel.methods.method import BudgetPolicy, ReusePolicy
+from aerogel.io.load import load
+from aerogel.methods.feature_cache.fora import Fora
+from aerogel.methods.feature_cache.policy import BudgetPolicy, ReusePolicy
+from aerogel.methods.feature_cache.uniform_cache import spread
 from aerogel.model.calls import Call
-from aerogel.model.load import load
 from aerogel.model.network import Network
-from aerogel.model.reuse.schedule import scheduled
-from aerogel.model.reuse.units import units_of
+from aerogel.runtime.feature_cache.replay import output_of, replays
+from aerogel.runtime.feature_cache.schedule import scheduled
+from aerogel.runtime.feature_cache.units import units_of
 from tests import painters
 from tests.tiny import FAMILIES
 
@@ -86,7 +86,7 @@ def reasons(findings: Findings) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Findings, Path]:
     pipeline, folder = painter(), tmp_path_factory.mktemp("search") / "out"
-    return pipeline, searched(pipeline, "fora", "evenly", "taylorseer", "pab", "first_block", output=folder), folder
+    return pipeline, searched(pipeline, "fora", "uniform_cache", "taylorseer", "pab", "first_block", output=folder), folder
 
 
 def test_the_weakest_setting_that_is_fast_enough_is_taken(found: Any) -> None:
@@ -94,11 +94,11 @@ def test_the_weakest_setting_that_is_fast_enough_is_taken(found: Any) -> None:
     made = rows(found[1])
     assert {name: (row["knob"], row["value"], row["speedup"]) for name, row in made.items()} == {
         "fora": ("interval", 2, 1.5),
-        "evenly": ("ratio", 0.45, 1.5),
+        "uniform_cache": ("ratio", 0.45, 1.5),
         "taylorseer": ("interval", 3, 1.5),
     }
     assert made["fora"]["step"]["fora"]["interval"] == 2
-    assert {one["value"]: one["speedup"] for one in made["evenly"]["tries"]} == pytest.approx(
+    assert {one["value"]: one["speedup"] for one in made["uniform_cache"]["tries"]} == pytest.approx(
         {0.55: 1.5, 0.3: 18 / 14, 0.45: 1.5, 0.4: 18 / 14}
     )
 
@@ -111,9 +111,9 @@ def test_who_is_too_slow_or_refuses_is_told_with_a_reason(found: Any) -> None:
 
 
 def test_more_is_reused_for_more_speed() -> None:
-    findings = searched(painter(), "fora", "evenly", budget="1.7x")
+    findings = searched(painter(), "fora", "uniform_cache", budget="1.7x")
     assert (rows(findings)["fora"]["value"], rows(findings)["fora"]["speedup"]) == (3, 1.8)
-    assert rows(findings)["evenly"]["speedup"] == 1.8
+    assert rows(findings)["uniform_cache"]["speedup"] == 1.8
     none = searched(painter(), "fora", budget=3)
     assert none.best is None
     assert reasons(none) == {"fora": "it makes denoising 2.25 times as fast at the most (interval 8)"}
@@ -121,11 +121,11 @@ def test_more_is_reused_for_more_speed() -> None:
 
 
 def test_a_knob_that_was_set_stays(found: Any) -> None:
-    findings = searched(painter(), "fora", "evenly", overrides=["fora.interval=6", "evenly.first=2"])
+    findings = searched(painter(), "fora", "uniform_cache", overrides=["fora.interval=6", "uniform_cache.first=2"])
     assert rows(findings)["fora"]["speedup"] == 2.25
-    assert rows(findings)["evenly"]["step"]["evenly"].items() >= {"ratio": 0.45, "first": 2}.items()
-    slow = searched(painter(), "evenly", overrides=["evenly.ratio=0.2"])
-    assert reasons(slow) == {"evenly": "it makes denoising 1.12 times as fast at the most (ratio 0.2)"}
+    assert rows(findings)["uniform_cache"]["step"]["uniform_cache"].items() >= {"ratio": 0.45, "first": 2}.items()
+    slow = searched(painter(), "uniform_cache", overrides=["uniform_cache.ratio=0.2"])
+    assert reasons(slow) == {"uniform_cache": "it makes denoising 1.12 times as fast at the most (ratio 0.2)"}
 
 
 def test_errors_are_those_of_replays(found: Any) -> None:
@@ -171,7 +171,7 @@ def test_the_table_says_what_ran(found: Any) -> None:
     made = rows(found[1])
     assert made["fora"]["ran"] == EVERY_SECOND
     computed_T = spread(6, 0.45, 1)
-    assert made["evenly"]["ran"] == [[float(one)] * 2 for one in computed_T]
+    assert made["uniform_cache"]["ran"] == [[float(one)] * 2 for one in computed_T]
     assert found[1].facts["units"] == ["transformer_blocks.0.attn1", "transformer_blocks.0.ff"]
     assert found[1].facts["steps"] == [float(step) for step in _timesteps(6)]
 
@@ -253,9 +253,9 @@ def test_noise_that_a_sampler_draws_is_no_error() -> None:
 
 def test_progress_is_told() -> None:
     told: list[Event] = []
-    searched(painter(), "fora", "evenly", tell=told.append)
-    assert [event.what for event in told if event.stage == "compress"] == ["", "fora", "evenly", "fewer steps"]
-    assert [event.what for event in told if event.stage == "evaluate"] == ["", "the whole network", "fora", "evenly", "fewer steps"]
+    searched(painter(), "fora", "uniform_cache", tell=told.append)
+    assert [event.what for event in told if event.stage == "compress"] == ["", "fora", "uniform_cache", "fewer steps"]
+    assert [event.what for event in told if event.stage == "evaluate"] == ["", "the whole network", "fora", "uniform_cache", "fewer steps"]
 
 
 @dataclass(frozen=True)
@@ -314,8 +314,8 @@ def test_who_has_nothing_to_turn_is_left_out() -> None:
 
 def test_every_policy_of_ours_is_a_candidate() -> None:
     names = {one.name for one in candidates()}
-    assert {"fora", "evenly", "smoothcache", "taylorseer", "pab", "searched", "harmonica", "first_block", "teacache"} <= names
-    assert not {"gptq", "operands"} & names
+    assert {"fora", "uniform_cache", "smoothcache", "taylorseer", "pab", "schedule_search", "harmonica", "first_block", "teacache"} <= names
+    assert not {"gptq", "attention_quant"} & names
 
 
 @pytest.mark.parametrize(("name", "knob"), [(one.name, one.cls.strengths[0]) for one in candidates() if one.cls.strengths])
@@ -337,7 +337,7 @@ def test_strengths_are_values_of_a_knob(name: str, knob: str) -> None:
         ({"only": ["gptq"]}, "gptq does not reuse anything, so it is no cache to choose"),
         ({"only": ["fore"]}, "did you mean fora"),
         ({"overrides": ["fora.intervall=2"]}, "policy 'fora': unknown knob 'intervall'; did you mean interval"),
-        ({"overrides": ["evenly.ratio=0.2"]}, "a knob of 'evenly' is set, but that policy is not tried; known are fora"),
+        ({"overrides": ["uniform_cache.ratio=0.2"]}, "a knob of 'uniform_cache' is set, but that policy is not tried; known are fora"),
         ({"samples": [Call((), {})]}, "give a Denoising as samples, not recorded calls"),
     ],
 )
@@ -373,7 +373,7 @@ def test_findings_in_memory_report_where_they_are_told(tmp_path: Path) -> None:
 
 def test_every_policy_has_a_row_or_a_reason() -> None:
     """Also those that learn, of which the target is met in real seconds of units: whether they are fast enough is not asked here."""
-    few = ["harmonica.trajectories=1", "l2c.iterations=1", "searched.trials=3", "searched.samples=2"]
+    few = ["harmonica.trajectories=1", "l2c.iterations=1", "schedule_search.trials=3", "schedule_search.samples=2"]
     findings = searched(painter(), overrides=few)
     assert sorted([*rows(findings), *reasons(findings)]) == sorted(one.name for one in candidates())
     assert all(reasons(findings).values())

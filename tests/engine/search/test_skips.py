@@ -26,13 +26,13 @@ from aerogel.engine.search.searching import Findings, search
 from aerogel.engine.search.skips import BUDGET, RATIOS, SkipSearch, _unfit
 from aerogel.errors import AerogelError
 from aerogel.evaluate.replies import Replies
+from aerogel.io.load import load
+from aerogel.layers.experts import ExpertList
 from aerogel.model.calls import Call
-from aerogel.model.experts import ExpertList
-from aerogel.model.load import load
 from aerogel.model.network import Network
-from aerogel.model.skipping.kinds import SPECIAL, VISION, Vocabulary
-from aerogel.model.skipping.routing import experts_of
 from aerogel.recipe import Recipe
+from aerogel.runtime.expert_skipping.routing import experts_of
+from aerogel.runtime.token_types import SPECIAL, VISION, Vocabulary
 from tests.folders import model_folder, text_file
 from tests.questions import ZOO, untrained, written
 from tests.tiny import output
@@ -100,7 +100,7 @@ def test_every_rule_has_rows_or_a_reason(found: Any) -> None:
     assert findings.facts["ratios"] == sorted({*RATIOS, BUDGET})
     seen = {one["policy"] for one in findings.facts["rows"]}
     reasons = {one["policy"]: one["reason"] for one in findings.facts["left_out"]}
-    assert ALL == ["diep", "lower_k", "modes", "naee", "odp", "single_threshold"]
+    assert ALL == ["diep", "reduced_topk", "modes", "naee", "odp", "single_threshold"]
     assert sorted(seen | set(reasons)) == ALL
     at_budget = {one["policy"] for one in findings.facts["rows"] if one["asked"] == BUDGET and one["met"]}
     assert sorted(at_budget | set(reasons)) == ALL, "who is not there at the budget says why"
@@ -109,10 +109,10 @@ def test_every_rule_has_rows_or_a_reason(found: Any) -> None:
 
 def test_a_rule_that_keeps_the_best_expert_ends_where_it_can(found: Any) -> None:
     """Three of four experts of each token but the chat's marks: the same for all of them, and nothing behind it."""
-    asked = {name: [one["asked"] for one in found[1].facts["rows"] if one["policy"] == name] for name in ("naee", "lower_k", "modes")}
-    assert asked == {"naee": [0.5, 0.67], "lower_k": [0.5, 0.67], "modes": [0.5, 0.67, 0.75, 0.88]}
-    assert row(found[1], "naee", 0.67)["ratio"] == row(found[1], "lower_k", 0.67)["ratio"]
-    assert not row(found[1], "lower_k", 0.5)["met"], "half of the words' pairs are less than half of all"
+    asked = {name: [one["asked"] for one in found[1].facts["rows"] if one["policy"] == name] for name in ("naee", "reduced_topk", "modes")}
+    assert asked == {"naee": [0.5, 0.67], "reduced_topk": [0.5, 0.67], "modes": [0.5, 0.67, 0.75, 0.88]}
+    assert row(found[1], "naee", 0.67)["ratio"] == row(found[1], "reduced_topk", 0.67)["ratio"]
+    assert not row(found[1], "reduced_topk", 0.5)["met"], "half of the words' pairs are less than half of all"
 
 
 def test_rows_are_what_the_policy_does_to_the_other_half(found: Any, source: Path) -> None:
@@ -138,7 +138,7 @@ def test_rows_are_what_the_policy_does_to_the_other_half(found: Any, source: Pat
 
 def test_replies_and_shares_are_those_of_the_measure(found: Any, source: Path, tmp_path: Path) -> None:
     network, findings, _ = found
-    for policy in ("modes", "lower_k"):
+    for policy in ("modes", "reduced_topk"):
         with policies.on(network, [made(findings, network, policy, BUDGET, source)]):
             theirs = Replies(source=str(_file(source, tmp_path / policy)), count=COUNT).measure(network)
         ours = row(findings, policy, BUDGET)
@@ -159,8 +159,8 @@ def _file(source: Path, folder: Path) -> Path:
 
 
 def test_speeds_are_ratios_of_turns(found: Any, source: Path) -> None:
-    """Each forward of 6 layers takes 1 + pairs: with lower_k at 0.67 a word has one expert of four, marks all."""
-    at, facts = row(found[1], "lower_k", BUDGET), found[1].facts
+    """Each forward of 6 layers takes 1 + pairs: with reduced_topk at 0.67 a word has one expert of four, marks all."""
+    at, facts = row(found[1], "reduced_topk", BUDGET), found[1].facts
     assert facts["prefill_seconds"] == 1 + 6 * 4 * facts["batch"] * facts["prompt"]
     assert facts["decode_seconds"] == 1 + 6 * 4 * facts["batch"]
     network = found[0]
@@ -191,7 +191,7 @@ def test_the_best_moves_predictions_least_and_its_folder_puts_it_on(found: Any, 
 
 def test_a_folder_and_its_live_model_are_the_same_weights(source: Path, tmp_path: Path) -> None:
     """From a folder experts are opened one by one; the search fuses them again, and says the same fingerprint as a live model has."""
-    knobs: dict[str, Any] = {"samples": Chats(source, 2), "only": ["lower_k"], "rounds": 1}
+    knobs: dict[str, Any] = {"samples": Chats(source, 2), "only": ["reduced_topk"], "rounds": 1}
     opened = search(ZOO / "fashion-vlm", "skip", output=tmp_path / "out", **knobs)
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(ZOO / "fashion-vlm")
     for live in (theirs, load(ZOO / "fashion-vlm", lazy=False)):
@@ -211,7 +211,7 @@ def test_so_are_those_of_a_family_whose_checkpoints_hold_experts_apart(
         own(self, network, samples)
 
     monkeypatch.setattr(SkipSearch, "check", check)
-    search(texts[0], "skip", 0.5, samples=Samples(texts[1], 2, 24), only=["lower_k"], rounds=1, output=tmp_path / "out")
+    search(texts[0], "skip", 0.5, samples=Samples(texts[1], 2, 24), only=["reduced_topk"], rounds=1, output=tmp_path / "out")
     assert not any(isinstance(part, ExpertList) for part in seen[0].module.modules()), "as transformers runs them"
     for live in (transformers.AutoModelForCausalLM.from_pretrained(texts[0]), load(texts[0], lazy=False)):
         with aerogel.skipping(live, tmp_path / "out"):
@@ -282,6 +282,6 @@ def test_models_that_have_no_mixture_or_a_rule_are_refused(texts: Sequence[Path]
     with pytest.raises(AerogelError, match="this llama network has no routed experts"):
         search(tmp_path / "dense", "skip")
     samples = Samples(texts[1], 2, 24)
-    aerogel.compress(texts[0], {"steps": [{"lower_k": {"k": 1}}]}, samples=samples, output=tmp_path / "on", measures=())
-    with pytest.raises(AerogelError, match="has lower_k on already; give the model that it was made for"):
+    aerogel.compress(texts[0], {"steps": [{"reduced_topk": {"k": 1}}]}, samples=samples, output=tmp_path / "on", measures=())
+    with pytest.raises(AerogelError, match="has reduced_topk on already; give the model that it was made for"):
         search(tmp_path / "on", "skip", samples=samples)

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 import aerogel
 from aerogel.errors import AerogelError
+from aerogel.layers.conv import QuantConv2d, matrix
+from aerogel.layers.linear import QuantLinear
+from aerogel.layers.split import Split
 from aerogel.methods.diffusion import brecq
 from aerogel.methods.diffusion.brecq import Brecq, reconstruction_error
 from aerogel.methods.diffusion.tiar import Tiar
 from aerogel.model.calls import Call
-from aerogel.model.convs import QuantConv2d, matrix
-from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
 from aerogel.model.samples import Samples
-from aerogel.model.seams import Split
 from tests.methods.diffusion.test_fsc import calls
 from tests.tiny import FAMILIES, opened, output
 
@@ -88,7 +88,7 @@ def test_a_channel_of_zeros_is_stored_as_zeros() -> None:
     """Zero-initialised convolutions have them, and a range of nothing must still be a range."""
     module = FAMILIES["unet"].build()
     module.conv_out.weight.data[0] = 0
-    network = compressed(module, {"brecq": {"scheme": W4, "steps": 5, "batch": 4}}, {"ranges": {"steps": 0}})
+    network = compressed(module, {"brecq": {"scheme": W4, "steps": 5, "batch": 4}}, {"activation_ranges": {"steps": 0}})
     twin = network.module.get_submodule("conv_out")
     assert isinstance(twin, QuantConv2d)
     assert bool((twin.dequantized(torch.float32)[0] == 0).all())
@@ -106,7 +106,7 @@ def test_both_parts_of_a_split_layer_decide(monkeypatch: pytest.MonkeyPatch) -> 
         return real(alpha, beta)
 
     monkeypatch.setattr(brecq, "undecided", spy)
-    network = compressed(FAMILIES["unet"].build(), {"split": {}}, {"brecq": fit})
+    network = compressed(FAMILIES["unet"].build(), {"split_shortcut": {}}, {"brecq": fit})
     apart = [part for part in network.module.modules() if isinstance(part, Split)]
     assert apart
     assert all(isinstance(part, QuantLinear) for layer in apart for part in layer.children())

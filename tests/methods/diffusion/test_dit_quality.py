@@ -50,7 +50,7 @@ def error(*steps: str) -> float:
 
 RECIPES: dict[str, dict[str, Any]] = {
     "weights in 8 bits": {"rtn": {"scheme": "W8A16_CHANNEL"}},
-    "one range": {"ranges": {"start": "minmax", "steps": 0}},
+    "one range": {"activation_ranges": {"start": "minmax", "steps": 0}},
     "W8A8, a scale a token": {"rtn": {"scheme": "W8A8"}},
     "W4A8, a scale a token": {"rtn": {"scheme": "W4A8"}},
     "W4A8, a scale a token, learned": {"brecq": {"scheme": "W4A8", "targets": ["Linear"], "steps": 60, "rate": 0.03}},

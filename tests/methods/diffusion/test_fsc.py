@@ -11,12 +11,12 @@ import torch
 import aerogel
 from aerogel.data.denoising import Denoising
 from aerogel.errors import AerogelError
+from aerogel.io.quantized import clock_of
+from aerogel.layers.linear import QuantLinear
+from aerogel.layers.timestep_index import Clock
 from aerogel.model import time_path
 from aerogel.model.calls import Call
-from aerogel.model.clock import Clock
-from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
-from aerogel.model.quantized import clock_of
 from aerogel.numerics.quantize import fake_quantize, grid_from_range
 from aerogel.numerics.scheme import PerStep
 from tests.data.test_denoising import unconditional

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 import aerogel
 from aerogel.data.denoising import Denoising, record
+from aerogel.io.quantized import clock_of
+from aerogel.layers.linear import QuantLinear
 from aerogel.methods.diffusion.tiar import features_with, temporal_error
 from aerogel.model import time_path
 from aerogel.model.calls import Call
-from aerogel.model.clock import steps_of
 from aerogel.model.hooks import watching
-from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
-from aerogel.model.quantized import clock_of
+from aerogel.model.timesteps import steps_of
 
 pytestmark = pytest.mark.quality
 
@@ -149,7 +149,7 @@ def test_ranges_of_their_own_quantize_inputs_of_the_path_better() -> None:
 def test_ranges_of_their_own_keep_the_features_of_8_bit_weights() -> None:
     rounded = {"rtn": {"scheme": "W8A16_CHANNEL", "targets": PATH}}
     per_step = compressed(rounded, {"fsc": {}})
-    shared = compressed(rounded, {"ranges": {"start": "minmax", "steps": 0, "targets": PATH}})
+    shared = compressed(rounded, {"activation_ranges": {"start": "minmax", "steps": 0, "targets": PATH}})
     plain = aerogel.load(pipeline().unet)
     steps = steps_of(plain.module, calls())
     sinusoid_TC = time_path.sinusoids(plain, time_path.find(plain), calls()[0], steps)

@@ -11,21 +11,21 @@ from torch import Tensor
 
 import aerogel
 from aerogel.data.denoising import Denoising
-from aerogel.data.replay import output_of, replays
 from aerogel.engine import policies
 from aerogel.engine.planning import needs_teacher, plan
 from aerogel.errors import AerogelError
+from aerogel.layers.linear import QuantLinear
 from aerogel.methods.diffusion.recalibrate import Recalibrate, _give
-from aerogel.model.modules import QuantLinear
 from aerogel.model.network import Network
 from aerogel.numerics.quantize import Grid
 from aerogel.recipe import Recipe
+from aerogel.runtime.feature_cache.replay import output_of, replays
 from tests import painters
-from tests.data.test_replay import painter, recorded
+from tests.runtime.feature_cache.test_replay import painter, recorded
 
 QUANTIZED: list[dict[str, Any]] = [
     {"rtn": {"scheme": "W8A16_CHANNEL", "targets": ["Linear"]}},
-    {"ranges": {"start": "minmax", "steps": 0, "targets": ["Linear"]}},
+    {"activation_ranges": {"start": "minmax", "steps": 0, "targets": ["Linear"]}},
 ]
 LAYER = "transformer_blocks.0.ff.net.2"
 
@@ -130,7 +130,7 @@ def test_a_teacher_is_kept_where_somebody_asks_for_what_has_changed(steps: list[
 
 
 @pytest.mark.parametrize(
-    "method", [{"searched": {"ratio": 0.4, "trials": 40}}, {"harmonica": {"ratio": 0.4, "trajectories": 2, "samples": 2}}]
+    "method", [{"schedule_search": {"ratio": 0.4, "trials": 40}}, {"harmonica": {"ratio": 0.4, "trajectories": 2, "samples": 2}}]
 )
 def test_a_cache_of_a_quantized_network_is_held_against_the_float_one(method: dict[str, Any]) -> None:
     coarse = [{"rtn": {"scheme": "W2A16_CHANNEL", "targets": ["Linear"]}}]

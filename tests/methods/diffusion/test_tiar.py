@@ -9,9 +9,9 @@ from torch import Tensor
 import aerogel
 from aerogel.engine.progress import Event
 from aerogel.errors import AerogelError
+from aerogel.layers.linear import QuantLinear
 from aerogel.methods.diffusion.tiar import Tiar, features_with, temporal_error
 from aerogel.model import time_path
-from aerogel.model.modules import QuantLinear
 from aerogel.numerics.scheme import Scheme
 from tests.tiny import FAMILIES, opened, output
 

@@ -15,8 +15,8 @@ from aerogel.errors import AerogelError
 from aerogel.methods.experts.prune_experts import saliency
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.skipping.routing import experts_of, router_of
-from aerogel.model.skipping.seen import Arrived, arrivals, outputs_of_each
+from aerogel.runtime.expert_skipping.routing import experts_of, router_of
+from aerogel.runtime.expert_skipping.seen import Arrived, arrivals, outputs_of_each
 from tests.tiny import FAMILIES, opened, output
 
 MIXTURES = ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "qwen3_vl_moe", "internvl"]

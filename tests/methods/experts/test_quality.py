@@ -12,7 +12,7 @@ from PIL import Image
 import aerogel
 from aerogel.data import chats
 from aerogel.evaluate.replies import Replies
-from aerogel.methods.method import SkipPolicy
+from aerogel.methods.experts.policy import SkipPolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
@@ -57,7 +57,7 @@ def _dark(png: bytes) -> bytes:
 
 
 def test_fewer_experts_cost_more(network: Network, calls: list[Call]) -> None:
-    three, two, one = (judged(network, calls, {"lower_k": {"k": k}})["kl"] for k in (3, 2, 1))
+    three, two, one = (judged(network, calls, {"reduced_topk": {"k": k}})["kl"] for k in (3, 2, 1))
     assert 0 < three < two < one
 
 
@@ -83,7 +83,7 @@ def test_modes_beats_its_rivals_where_much_is_skipped(network: Network, calls: l
     plain = judged(network, calls, {"single_threshold": {"ratio": 0.75}})
     assert min(modes["skipped"], plain["skipped"]) >= 0.75
     assert modes["kl"] < 0.5 * plain["kl"]
-    lower = judged(network, calls, {"lower_k": {"k": 1}})
+    lower = judged(network, calls, {"reduced_topk": {"k": 1}})
     assert lower["skipped"] < 0.75
     same = judged(network, calls, {"modes": {"ratio": lower["skipped"], "points": 16, "power": 0.25}})
     naee = judged(network, calls, {"naee": {"ratio": lower["skipped"] - 0.01}})
@@ -93,7 +93,7 @@ def test_modes_beats_its_rivals_where_much_is_skipped(network: Network, calls: l
 def test_padding_on_the_left_changes_no_prediction(network: Network) -> None:
     """Chats of different length together give what each gives alone, with experts skipped."""
     questions = asked(6, seed=3)
-    together = judged(network, chats.calls(questions, network.processor, batch=6), {"lower_k": {"k": 2}})
-    alone = judged(network, chats.calls(questions, network.processor, batch=1), {"lower_k": {"k": 2}})
+    together = judged(network, chats.calls(questions, network.processor, batch=6), {"reduced_topk": {"k": 2}})
+    alone = judged(network, chats.calls(questions, network.processor, batch=1), {"reduced_topk": {"k": 2}})
     assert torch.tensor(together["kl"]) == pytest.approx(alone["kl"], rel=1e-3)
     assert together["skipped"] == pytest.approx(alone["skipped"], abs=1e-9)

@@ -15,22 +15,22 @@ from torch.nn.functional import log_softmax
 import aerogel
 from aerogel.engine import policies
 from aerogel.errors import AerogelError
+from aerogel.io.load import load
 from aerogel.methods.experts.diep import Diep, likeness
-from aerogel.methods.experts.lower_k import LowerK
 from aerogel.methods.experts.modes import Modes
 from aerogel.methods.experts.naee import Naee
 from aerogel.methods.experts.odp import Odp, importance
+from aerogel.methods.experts.policy import SkipPolicy
+from aerogel.methods.experts.reduced_topk import ReducedTopk
 from aerogel.methods.experts.single_threshold import SingleThreshold
-from aerogel.methods.method import SkipPolicy
 from aerogel.model.calls import Call
-from aerogel.model.load import load
 from aerogel.model.network import Network
-from aerogel.model.skipping.counting import counting
-from aerogel.model.skipping.kinds import PADDING, SPECIAL, TEXT, VISION, Vocabulary
-from aerogel.model.skipping.routing import Routed, Rule, Skipping, experts_of, shape_of, skipping
 from aerogel.recipe import Recipe
-from aerogel.training.answers import Answers
-from aerogel.training.thresholds import UnreachableError, grid, tail_over_head
+from aerogel.runtime.expert_skipping.answers import Answers
+from aerogel.runtime.expert_skipping.counting import counting
+from aerogel.runtime.expert_skipping.routing import Routed, Rule, Skipping, experts_of, shape_of, skipping
+from aerogel.runtime.expert_skipping.thresholds import UnreachableError, grid, tail_over_head
+from aerogel.runtime.token_types import PADDING, SPECIAL, TEXT, VISION, Vocabulary
 from tests.tiny import FAMILIES, IMAGE_TOKEN, opened, output
 
 SHARES = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])
@@ -62,7 +62,7 @@ def test_tail_over_head_by_hand() -> None:
 
 
 def test_lower_k_keeps_the_best() -> None:
-    rule = LowerK(k=2).rule({"k": 2})
+    rule = ReducedTopk(k=2).rule({"k": 2})
     assert kept(rule, routed())[:2] == [[True, True, False, False], [False, False, True, True]]
     assert rule(routed()).sum(-1).tolist() == [2, 2, 2]
 
@@ -246,7 +246,7 @@ def test_labels_say_where_answers_are() -> None:
     labels[:, -3:] = call.kwargs["input_ids"][:, -3:]
     answers = Answers(network, [Call((), {**call.kwargs, "labels": labels})], Vocabulary.of(network))
     assert answers.tokens == 6
-    rule = LowerK(k=1).rule({"k": 1})
+    rule = ReducedTopk(k=1).rule({"k": 1})
     skip = Skipping(rule, Vocabulary.of(network), protect=False)
     whole = log_softmax(output(network.module, call), -1)
     with skipping(network, skip):
@@ -267,8 +267,8 @@ def test_grid_splits_scores_evenly() -> None:
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        ({"lower_k": {}}, "one of k and ratio"),
-        ({"lower_k": {"k": 3}}, "this router chooses 2 experts"),
+        ({"reduced_topk": {}}, "one of k and ratio"),
+        ({"reduced_topk": {"k": 3}}, "this router chooses 2 experts"),
         ({"modes": {"ratio": 1.2}}, "a share of pairs between 0 and 1"),
         ({"naee": {"ratio": 0.9}}, "this rule drops 0.4.. of all pairs at most"),
         ({"odp": {"kept": 0.7, "lost": 0.5}}, "together at most 1"),
@@ -378,20 +378,20 @@ def test_ratios_on_the_same_answers_share_what_was_looked_at(monkeypatch: pytest
 def test_lower_k_leaves_an_expert_whatever_the_ratio() -> None:
     network, given = opened("mixtral"), FAMILIES["mixtral"].calls(1)
     with pytest.raises(UnreachableError, match=r"ratio 0\.6 cannot be reached: this rule drops 0\.500 of all pairs at most") as refused:
-        LowerK(ratio=0.6).calibrate(network, given)
+        ReducedTopk(ratio=0.6).calibrate(network, given)
     assert refused.value.most == 0.5
     with pytest.raises(AerogelError, match="a share of pairs between 0 and 1"):
-        LowerK(ratio=1.5).calibrate(network, given)
-    assert LowerK(k=0).calibrate(network, given)["skipped"] > 0.5, "who says none means none"
+        ReducedTopk(ratio=1.5).calibrate(network, given)
+    assert ReducedTopk(k=0).calibrate(network, given)["skipped"] > 0.5, "who says none means none"
 
 
 def test_weights_are_raised_where_the_authors_raise_them() -> None:
     """NAEE, ODP and DiEP renormalise what is left, MoDES and fewer experts a token do not: a token whose second expert goes shows it."""
     network, given = opened("mixtral"), FAMILIES["mixtral"].calls(1)
-    for name, raised in {"naee": True, "odp": True, "diep": True, "modes": False, "single_threshold": False, "lower_k": False}.items():
+    for name, raised in {"naee": True, "odp": True, "diep": True, "modes": False, "single_threshold": False, "reduced_topk": False}.items():
         (method,) = (one.method for one in Recipe.parse({"steps": [{name: {}}]}).steps)
         assert isinstance(method, SkipPolicy)
-        best = Skipping(LowerK(k=1).rule({"k": 1}), Vocabulary.of(network), method.renormalise, method.keep_top1)
+        best = Skipping(ReducedTopk(k=1).rule({"k": 1}), Vocabulary.of(network), method.renormalise, method.keep_top1)
         sums: list[Tensor] = []
         with skipping(network, best):
             module = next(iter(experts_of(network).values()))

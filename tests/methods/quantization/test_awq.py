@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from aerogel.layers.linear import QuantLinear, ScaledInput
 from aerogel.methods.quantization.awq import Awq, clipped
 from aerogel.methods.quantization.rtn import Rtn
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
-from aerogel.model.modules import QuantLinear, ScaledInput
 from aerogel.model.network import Network
 from aerogel.model.walk import Walk
 from aerogel.numerics.quantize import Grid, fake_quantize, weight_grid

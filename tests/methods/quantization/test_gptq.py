@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
+from aerogel.layers.linear import QuantLinear, held
 from aerogel.methods.quantization import gptq
 from aerogel.methods.quantization.gptq import Gptq
 from aerogel.methods.quantization.rtn import Rtn
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.family import Family, Tower
-from aerogel.model.modules import QuantLinear, held
 from aerogel.model.network import Network
 from aerogel.model.statistics import sharing
 from aerogel.model.walk import Walk

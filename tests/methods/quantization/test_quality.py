@@ -13,12 +13,12 @@ from torch.nn.functional import cross_entropy
 
 import aerogel
 from aerogel.data.text import calls, samples
-from aerogel.methods.method import BlockMethod
+from aerogel.layers.linear import held
+from aerogel.methods.base import BlockMethod
 from aerogel.methods.quantization.awq import Awq
 from aerogel.methods.quantization.gptq import Gptq
 from aerogel.methods.quantization.rtn import Rtn
 from aerogel.methods.quantization.smoothquant import Smoothquant
-from aerogel.model.modules import held
 from aerogel.model.network import Network
 from aerogel.model.walk import Walk
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from aerogel.layers.linear import QuantLinear
 from aerogel.methods.quantization.rtn import Rtn
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
-from aerogel.model.modules import QuantLinear
 from aerogel.model.walk import Walk
 from tests.tiny import FAMILIES, opened, output
 

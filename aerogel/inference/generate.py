@@ -1,0 +1,135 @@
+"""Text from a causal language model: prompt in one pass, then token by token on the leanest path the network allows.
+
+Letters in names: B rows of the batch, T tokens of the prompt, N new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from aerogel.errors import AerogelError
+from aerogel.inference.decoder import Lean, refuse
+from aerogel.kernels.waiting import now
+from aerogel.model.network import Network
+
+_AGREEMENT = 0.05
+"""How far, in relative norm, the lean path's logits may be from the network's own: kernels of other roundings stay far below."""
+
+
+@dataclass
+class Generation:
+    """What came out, and how."""
+
+    tokens: Tensor
+    """New tokens (B, N), int64; a row that ended repeats its last token."""
+    path: str
+    """`lean`, or `transformers` where the network's own forward made every token."""
+    reason: str | None
+    """Why the path is not lean."""
+    prefill_seconds: float
+    """Time until the prompt's keys and values and its last logits were there."""
+    step_seconds: list[float] = field(default_factory=list)
+    """Time of each new token after the first."""
+
+
+class Generator:
+    """Generates from one network again and again with what it packed once; `batch` rows, at most `length` tokens with the prompt."""
+
+    def __init__(self, network: Network, batch: int, length: int, lean: bool = True) -> None:
+        """Bring in weights that are still on disk; with `lean` off the network's own forward makes every token.
+
+        Raises AerogelError for a network that is no language model.
+        """
+        self.module: Any = network.module.eval()
+        if not hasattr(self.module, "lm_head") and not hasattr(self.module, "generate"):
+            raise AerogelError(f"{type(self.module).__name__} is no causal language model; text can be generated from those only")
+        if network.checkpoint is not None:
+            network.checkpoint.materialise(self.module)
+        self.batch, self.length = batch, length
+        self.reason = refuse(self.module, length) if lean else "not asked for"
+        self._lean: Lean | None = None
+
+    @torch.no_grad()
+    def generate(
+        self, tokens_BT: Tensor, new_tokens: int, temperature: float = 0.0, stop: frozenset[int] = frozenset(), seed: int = 0
+    ) -> Generation:
+        """Continue every row by `new_tokens`, or until all rows have met a token of `stop`.
+
+        The likeliest token at temperature 0, a sample otherwise. Raises AerogelError when the prompt and the new tokens do not fit.
+        """
+        batch, prompt = tokens_BT.shape
+        if batch != self.batch or prompt < 1 or new_tokens < 1 or prompt + new_tokens > self.length:
+            raise AerogelError(
+                f"prompts of shape {tuple(tokens_BT.shape)} and {new_tokens} new tokens do not fit a generator of {self.batch} rows "
+                f"and {self.length} tokens"
+            )
+        random = torch.Generator(tokens_BT.device).manual_seed(seed)
+        start = now(tokens_BT.device)
+        cache = DynamicCache(config=self.module.config)
+        logits_BV = self._forward(tokens_BT, cache)
+        first_B = _pick(logits_BV, temperature, random)
+        prefill = now(tokens_BT.device) - start
+        lean = self._enter(tokens_BT, cache, logits_BV)
+
+        def advance(tokens_B: Tensor, position: int) -> Tensor:
+            if lean is None:
+                return _pick(self._forward(tokens_B[:, None], cache), temperature, random)
+            hidden_BC = lean.hidden(tokens_B, position)
+            return lean.head.best(hidden_BC) if temperature == 0 else _pick(lean.head.logits(hidden_BC), temperature, random)
+
+        tokens_BN, seconds = _advance(advance, first_B, prompt, new_tokens, stop)
+        return Generation(tokens_BN, "transformers" if lean is None else "lean", self.reason, prefill, seconds)
+
+    def _forward(self, tokens_BT: Tensor, cache: DynamicCache) -> Tensor:
+        """The network's own forward; returns the logits (B, V) of the last token."""
+        return self.module(input_ids=tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    def _enter(self, tokens_BT: Tensor, cache: DynamicCache, logits_BV: Tensor) -> Lean | None:
+        """Hand the prompt over to the lean path, if there is one; the first time, see whether it computes what the network does."""
+        if self.reason is not None:
+            return None
+        known = self._lean is not None
+        lean = self._lean = self._lean or Lean(self.module, self.batch, self.length)
+        lean.fill([(layer.keys, layer.values) for layer in cache.layers])
+        if known:
+            return lean
+        ours_BV = lean.head.logits(lean.hidden(tokens_BT[:, -1], tokens_BT.shape[1] - 1))
+        distance = ((ours_BV - logits_BV).norm() / logits_BV.norm()).item()
+        if distance <= _AGREEMENT:
+            lean.fill([(layer.keys, layer.values) for layer in cache.layers])  # the trial wrote the last token's once more
+            return lean
+        self.reason = f"the lean path's logits are {distance:.2g} away in relative norm: a block does more than its parts say"
+        self._lean = None
+        return None
+
+
+def _advance(
+    advance: Callable[[Tensor, int], Tensor], tokens_B: Tensor, position: int, count: int, stop: frozenset[int]
+) -> tuple[Tensor, list[float]]:
+    """Call `advance` until `count` tokens are there or every row has ended; returns the tokens (B, N) and the time of each step."""
+    ends = torch.tensor(sorted(stop), device=tokens_B.device)
+    chosen, seconds = [tokens_B], []
+    ended_B = torch.isin(tokens_B, ends)
+    while len(chosen) < count and not (stop and ended_B.all()):
+        start = now(tokens_B.device)
+        next_B = advance(chosen[-1], position)
+        if stop:
+            next_B = torch.where(ended_B, chosen[-1], next_B)
+            ended_B |= torch.isin(next_B, ends)
+        chosen.append(next_B)
+        position += 1
+        seconds.append(now(tokens_B.device) - start)
+    return torch.stack(chosen, dim=1), seconds
+
+
+def _pick(logits_BV: Tensor, temperature: float, random: torch.Generator) -> Tensor:
+    """The likeliest tokens (B) at temperature 0, otherwise a sample."""
+    if temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    return torch.multinomial(torch.softmax(logits_BV.float() / temperature, dim=-1), 1, generator=random)[:, 0]

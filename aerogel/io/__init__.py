@@ -1,0 +1,1 @@
+"""Opening and saving: checkpoints, shards, quantization configs, pipelines, processors."""

@@ -1,0 +1,215 @@
+"""Saving: a folder that appears whole or not at all, with the weights, the configuration and everything beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aerogel.errors import AerogelError
+from aerogel.io.experts import joined
+from aerogel.io.fingerprint import fingerprint
+from aerogel.io.quantized import describe
+from aerogel.io.shards import write_shards
+from aerogel.layers.slots import slots
+from aerogel.model.network import Network
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot")
+_OURS = ("aerogel.json", "report.html")
+# Not properties of the model: where it was opened from, by what, and in which dtype it was computed.
+_PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "_attn_implementation")
+_SPARE = 64 << 20
+
+
+def preflight(output: Path, needed_bytes: int = 0, origin: Path | None = None) -> None:
+    """Make sure that a folder of `needed_bytes` can be saved as `output`; raises AerogelError that says what is in the way.
+
+    Nothing is left behind. `origin` is the folder the model comes from, which is never written to.
+    """
+    output = output.absolute()
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise AerogelError(f"{output}: exists and is not a folder; give the name of a new one")
+    if output.is_dir() and any(output.iterdir()):
+        raise AerogelError(f"{output}: this folder exists and is not empty; remove it or give another name")
+    if origin is not None and origin.resolve() in (output.resolve(), *output.resolve().parents):
+        raise AerogelError(f"{output}: lies in the folder the model comes from, which is not changed; give a place outside {origin}")
+    parent = next(folder for folder in output.parents if folder.exists())
+    probe = parent / f".{output.name}.probe"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise AerogelError(f"{parent}: cannot write here ({error.strerror}); give an output folder in another place") from error
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes + _SPARE:
+        raise AerogelError(f"{parent}: {_gb(free)} free, about {_gb(needed_bytes + _SPARE)} needed; make room or give another place")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Yield a folder beside `output` that takes its name when the context ends well, and is removed when it does not.
+
+    Raises AerogelError when the disk fails or `output` is not empty.
+    """
+    output = output.absolute()
+    partial = _partial(output)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        _sync(partial)
+        partial.rename(output)
+        _sync_one(output.parent)
+    except OSError as error:
+        raise AerogelError(f"{output}: could not be saved ({error.strerror or error}); nothing was left there") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write(
+    network: Network, folder: Path, tensors: Iterable[tuple[str, Tensor]] | None = None, max_shard_size: int = 5_000_000_000
+) -> dict[str, str]:
+    """Write a network into a folder and return the checksums of its weight files, {path in the folder: "sha256:..."}.
+
+    `tensors` are (full name, tensor) pairs in any order, by default those of the module; names become those on disk, floats take
+    the dtype that the original checkpoint has for them. Files beside the weights are copied from where the network came from; the
+    other models of a pipeline too. The quantization_config is read off the module.
+    """
+    part = _part(network)
+    if network.origin is None:
+        _write_companions(network, folder, part)
+    else:
+        copy_companions(network.origin, folder, part)
+    _write_config(network, folder / part)
+    stem = "diffusion_pytorch_model" if network.family.modality in ("image", "video") else "model"
+    stream = _as_on_disk(network, resident(network.module) if tensors is None else tensors)
+    return {str(Path(part, file)): checksum for file, checksum in write_shards(folder / part, stream, stem, max_shard_size).items()}
+
+
+def resident(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a module by full name, tied ones once under their first name."""
+    seen: set[int] = set()
+    for slot in slots(module):
+        if id(slot.tensor) not in seen:
+            seen.add(id(slot.tensor))
+            yield slot.name, slot.tensor
+
+
+def fingerprint_of(network: Network) -> str:
+    """Return what identifies the resident weights, the same whether experts are fused or apart."""
+    return fingerprint(joined(network.module, network.family, resident(network.module), always=True))
+
+
+def _as_on_disk(network: Network, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for given, tensor in joined(network.module, network.family, tensors):
+        if tensor.is_meta:
+            raise AerogelError(f"{given}: its values are not in memory; give save the stream of tensors")
+        name = _name_on_disk(network, given)
+        yield name, tensor.to(_stored_dtype(network, given, name, tensor))
+
+
+def _name_on_disk(network: Network, given: str) -> str:
+    """What the original checkpoint calls a tensor or its module, else what checkpoints of the family do."""
+    found = network.checkpoint.new_on_disk(given) if network.checkpoint is not None else None
+    return found or network.family.on_disk(given)
+
+
+def _stored_dtype(network: Network, given: str, name: str, tensor: Tensor) -> torch.dtype:
+    # Codes are integers or have a dtype of one byte; to round a scale after codes were made on it would move every weight.
+    if not tensor.is_floating_point() or tensor.element_size() < 2 or name.endswith("_scale"):
+        return tensor.dtype
+    checkpoint = network.checkpoint
+    for known in (given, name):
+        if checkpoint is not None and known in checkpoint and checkpoint.dtype(known).is_floating_point:
+            return checkpoint.dtype(known)
+    return network.stored_dtype or tensor.dtype
+
+
+def _part(network: Network) -> str:
+    """The sub-folder of a pipeline that holds this network, or "" when the network has a folder of its own."""
+    components = getattr(network.processor, "components", {})
+    return next((name for name, component in components.items() if component is network.module), "")
+
+
+def copy_companions(origin: Path, folder: Path, part: str = "") -> None:
+    """Copy everything but weights (of a pipeline: of this part), what another run of this package left, and hidden files."""
+    own = origin / part
+    for path in sorted(origin.rglob("*") if part else origin.iterdir()):
+        if not path.is_file() or any(name.startswith(".") for name in path.relative_to(origin).parts) or path.name in _OURS:
+            continue
+        weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+        if not (weights and path.parent == own):
+            target = folder / path.relative_to(origin)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)  # follows links: hub caches are made of them
+
+
+def _write_companions(network: Network, folder: Path, part: str) -> None:
+    """Write the files of a network that lives in memory only; of a pipeline, its other parts too."""
+    module: Any = network.module
+    if part:
+        network.processor.save_config(folder)
+        sources = {folder / name: component for name, component in network.processor.components.items() if name != part}
+    else:
+        sources = {folder: network.processor}
+        if network.config is not None and hasattr(network.config, "save_pretrained"):
+            network.config.save_pretrained(folder)
+        if getattr(module, "generation_config", None) is not None:
+            module.generation_config.save_pretrained(folder)
+    for place, source in sources.items():
+        if hasattr(source, "save_pretrained"):
+            source.save_pretrained(place)
+    if hasattr(module, "save_config"):  # diffusers
+        module.save_config(folder / part)
+
+
+def _write_config(network: Network, folder: Path) -> None:
+    """Bring config.json up to date: what changed in memory, and how the weights are quantized."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    config |= _changes(network)
+    config.pop("quantization_config", None)
+    if (quantization := describe(network.module)) is not None:
+        config["quantization_config"] = quantization
+    if network.stored_dtype is not None and "_class_name" not in config:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(network.stored_dtype).removeprefix("torch.")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _changes(network: Network) -> dict[str, Any]:
+    """The settings that no longer are what they were in the folder; the others keep the spelling they have there."""
+    config = network.config
+    if network.origin is None or not hasattr(type(config), "from_pretrained"):
+        return {}
+    before = type(config).from_pretrained(network.origin).to_dict()
+    return {key: value for key, value in config.to_dict().items() if key not in _PASSING and before.get(key) != value}
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(f".{output.name}.saving")
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync_one(path)
+    _sync_one(folder)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,1 @@
+"""Modules that replace others in a model: quantized, split, timestep-indexed."""

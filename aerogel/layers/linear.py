@@ -1,0 +1,214 @@
+"""Linears that hold codes: what a quantized linear keeps is what is saved, tensor for tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from aerogel.errors import AerogelError
+from aerogel.kernels.kernel import ACTIVATIONS
+from aerogel.kernels.linear import run
+from aerogel.layers.layout import Stored, blank, decode, decode_input, encode
+from aerogel.layers.timestep_index import Clock
+from aerogel.numerics.quantize import Grid, dequantize, dynamic_grid, fake_quantize
+from aerogel.numerics.scheme import PerStep, Scheme
+
+
+def stored_grid(grid: Grid, dtype: torch.dtype) -> Grid:
+    """Return the grid as it comes back from disk when scales are stored in `dtype`; make codes with this one, not with the first.
+
+    A scale that would vanish or overflow in `dtype` takes the nearest one that does not. Block scales that have a format of
+    their own (nv) are not touched.
+    """
+    if grid.outer is not None:
+        return grid
+    info = torch.finfo(dtype)
+    return grid._replace(scale=grid.scale.float().clamp(info.tiny * info.eps, info.max).to(dtype).float())
+
+
+class QuantLinear(nn.Module):
+    """A linear whose weight is codes and a grid; its buffers are the compressed-tensors layout (see layout.py).
+
+    Shapes: input (..., in_features) float, output (..., out_features) in the input's dtype.
+    """
+
+    def __init__(self, in_features: int, out_features: int, scheme: Scheme, tensors: dict[str, Tensor], bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.register_parameter("bias", bias)
+        self.bias: nn.Parameter | None
+        self.clock: Clock | None = None
+        self._packed = WeakTensorKeyDictionary()
+        self._held: dict[torch.dtype, Tensor] | None = None
+
+    @classmethod
+    def from_codes(
+        cls,
+        linear: nn.Linear,
+        scheme: Scheme,
+        codes_OI: Tensor,
+        grid: Grid,
+        g_idx: Tensor | None = None,
+        input_grid: Grid | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> QuantLinear:
+        """Return the quantized twin of `linear`, whose shape and bias it takes over.
+
+        `grid` must be a stored grid of `dtype`, the dtype of stored scales (the linear's own when None). `g_idx` (I) names the
+        group of each column where groups follow activation order. `input_grid` is needed when the scheme's inputs are static.
+        """
+        tensors = encode(Stored(codes_OI, grid, g_idx, input_grid), scheme, dtype or linear.weight.dtype)
+        return cls(linear.in_features, linear.out_features, scheme, tensors, linear.bias)
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        scheme: Scheme,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        act_order: bool = False,
+    ) -> QuantLinear:
+        """Return one with nothing in it, for load_state_dict; `dtype` is that of scales and bias."""
+        vector = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
+        return cls(in_features, out_features, scheme, blank(in_features, out_features, scheme, dtype, device, act_order), vector)
+
+    @property
+    def cache(self) -> dict[Any, Any]:
+        """What kernels packed for themselves: never saved, and gone as soon as the tensor it was packed from is."""
+        kept: dict[Any, Any] = self._packed.setdefault(next(iter(self._tensors().values())), {})
+        return kept
+
+    @property
+    def g_idx(self) -> Tensor | None:
+        """The group of each column where groups follow activation order, else None."""
+        return self._buffers.get("weight_g_idx")
+
+    def stored(self) -> Stored:
+        """Unpack everything at once: codes, grid, g_idx and the grid of static inputs."""
+        return decode(self._tensors(), self.scheme, self.in_features)
+
+    def codes(self) -> Tensor:
+        """Unpack the codes_OI, in the storage dtype of the format."""
+        return self.stored().codes
+
+    def grid(self) -> Grid:
+        """Unpack the grid of the weight."""
+        return self.stored().grid
+
+    def input_grid(self) -> Grid | None:
+        """The grid of static inputs, or None when inputs are float or measured at run time; of the step at hand where it has one a step.
+
+        Raises AerogelError outside of a denoiser's forward, and for a batch of several steps.
+        """
+        grid, inputs = decode_input(self._tensors(), self.scheme), self.scheme.inputs
+        if grid is None or inputs is None or not isinstance(inputs.granularity, PerStep):
+            return grid
+        rows = set(self.clock.rows) if self.clock is not None else set()
+        if len(rows) != 1:
+            raise AerogelError(
+                f"a layer with one scale a step needs a batch of one step and its denoiser's clock, got steps {sorted(rows)}"
+            )
+        (row,) = rows
+        return Grid(grid.scale[row], None if grid.zero is None else grid.zero[row])
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """Return the float weight_OI that the codes stand for, computed in float32 and rounded once."""
+        codes, grid, g_idx, _ = self.stored()
+        return dequantize(codes, grid, self.scheme.weights, dtype, g_idx)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """Round `x` (..., I) to the grid of the scheme's inputs; `x` itself when inputs stay float."""
+        inputs = self.scheme.inputs
+        if inputs is None or x.numel() == 0:
+            return x
+        return fake_quantize(x, self.input_grid() or dynamic_grid(x, inputs), inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize the input if the scheme says so, and multiply; samples of different steps one by one, each with its own scale."""
+        inputs, clock = self.scheme.inputs, self.clock
+        if clock is None or inputs is None or not isinstance(inputs.granularity, PerStep) or len(set(clock.rows)) == 1:
+            return self._multiply(x)
+        parts = []
+        for number, row in enumerate(clock.rows):
+            with clock.at((row,)):
+                parts.append(self._multiply(x[number : number + 1]))
+        return torch.cat(parts)
+
+    def followed(self, x: Tensor, after: str) -> Tensor:
+        """Forward and the activation `after` it (see ACTIVATIONS), by one kernel where one does both, unless somebody looks between."""
+        watched = self._forward_pre_hooks or self._forward_hooks or "forward" in vars(self)
+        if watched or self._held is not None or (self.clock is not None and len(set(self.clock.rows)) > 1):
+            return ACTIVATIONS[after](self(x))
+        return run(x, self, {} if torch.compiler.is_compiling() else self.cache, after)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        """By the fastest kernel, or by the held float weight."""
+        if self._held is None:
+            return run(x, self, {} if torch.compiler.is_compiling() else self.cache)
+        if x.dtype not in self._held:
+            self._held[x.dtype] = self.dequantized(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(self.quantized_input(x), self._held[x.dtype], bias)
+
+    def extra_repr(self) -> str:
+        """Shape and scheme, for print(module)."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, scheme={self.scheme}"
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
+        # Casting a model must not round scales again or turn fp8 codes into floats: only the device may change.
+        before = self._tensors()
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            now = self._buffers[name]
+            if now is not None and now.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(now.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._packed.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class ScaledInput(nn.Module):
+    """A linear that divides its input by one scale a channel first, where no other layer can take the scale."""
+
+    def __init__(self, inner: nn.Linear | QuantLinear, scale_I: Tensor) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("scale", scale_I)
+        self.scale: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return inner(x / scale)."""
+        out: Tensor = self.inner(x / self.scale.to(x.dtype))
+        return out
+
+
+@contextmanager
+def held(module: nn.Module) -> Iterator[None]:
+    """Keep the float weights of all quantized linears in `module` from their first use to the end of the context.
+
+    For passes that run the same block over many calls: exact in float arithmetic, differentiable in the input, no kernel is measured.
+    Costs the float weights' memory while it lasts.
+    """
+    linears = [part for part in module.modules() if isinstance(part, QuantLinear) and part._held is None]
+    for linear in linears:
+        linear._held = {}
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear._held = None

@@ -1,0 +1,145 @@
+"""Static ranges of inputs: found from a few samples, averaged over batches, then learned as step sizes (LSQ, arXiv:1902.08153).
+
+The activation side of Q-Diffusion (arXiv:2302.04304): zero points stay, step sizes are learned block by block against the float network,
+together with those of attention operands in the block where `attention_quant` stands before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from aerogel.layers.conv import with_inputs
+from aerogel.layers.linear import QuantLinear, held, stored_grid
+from aerogel.methods.base import BlockMethod
+from aerogel.model.block import Block
+from aerogel.model.calls import tensors_in
+from aerogel.model.hooks import watching
+from aerogel.model.trace import AROUND
+from aerogel.numerics.formats import format_named
+from aerogel.numerics.observers import MovingAverage, RunningMinMax, Searched
+from aerogel.numerics.quantize import Grid, fake_quantize
+from aerogel.numerics.scheme import PerTensor, TensorScheme
+from aerogel.training.fit import Fit, fit
+
+
+@dataclass(frozen=True)
+class ActivationRanges(BlockMethod):
+    """Gives quantized layers static 8-bit inputs with a zero point, and learns their step sizes."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"calls", "gradients", "teacher"})
+    forwards: ClassVar[float] = 4.0
+
+    targets: tuple[str, ...] = ("Linear", "Conv2d")
+    """Which quantized layers with float inputs: globs on full dotted names, `re:` patterns or class names."""
+    ignore: tuple[str, ...] = ("lm_head",)
+    """Which of them to leave alone; wins over targets."""
+    start: Literal["minmax", "average", "search"] = "search"
+    """The first range: all extremes, the moving average of each call's extremes (0.95), or the least 2.4-norm error on some inputs."""
+    searched: int = 262144
+    """Numbers of an input that a search looks at, drawn at random, as many from every call."""
+    steps: int = 5000
+    """Optimiser steps a block; 0 keeps the first range."""
+    batch: int = 32
+    """Samples in a step, drawn from all calls."""
+    rate: float = 4e-4
+    """Peak learning rate of Adam, relative to the step size; it falls to nothing along a cosine."""
+    exponent: float = 2.4
+    """Power of the error that is made small."""
+
+    @property
+    def fitted(self) -> int:
+        """Every step sees a batch."""
+        return self.steps * self.batch
+
+    def compress(self, block: Block) -> None:
+        """Find the ranges of the block's layers, then learn their step sizes together."""
+        linears = block.linears(self.targets, self.ignore)
+        layers = {name: layer for name, layer in linears.items() if isinstance(layer, QuantLinear) and layer.scheme.inputs is None}
+        if not layers:
+            return
+        with held(block.module):
+            grids = self._first(block, layers)
+            if self.steps and block.name != AROUND:
+                grids = self._learned(block, {name: layers[name] for name in grids}, grids)
+        for name, layer in layers.items():
+            if name not in grids:
+                block.note(name, fallback="inputs left in float: nothing reached it")
+                continue
+            dtype = block.stored_dtype or layer.get_buffer("weight_scale").dtype
+            block.replace(name, with_inputs(layer, INPUTS, stored_grid(grids[name], dtype), dtype))
+
+    @torch.no_grad()
+    def _first(self, block: Block, layers: Mapping[str, QuantLinear]) -> dict[str, Grid]:
+        share = max(1, self.searched // max(len(block.calls), 1))
+        observers: dict[str, RunningMinMax | Searched] = {
+            name: Searched(INPUTS, share) if self.start == "search"
+            else MovingAverage(INPUTS, 0.05) if self.start == "average"
+            else RunningMinMax(INPUTS)
+            for name in layers
+        }  # fmt: skip
+        reached: set[str] = set()
+
+        def see(name: str, x: Tensor) -> None:
+            reached.add(name)
+            observers[name].update(x)
+
+        with watching(layers, see):
+            for call in block.calls:
+                block.run(call)
+        return {name: observer.grid() for name, observer in observers.items() if name in reached}
+
+    def _learned(self, block: Block, layers: Mapping[str, QuantLinear], grids: Mapping[str, Grid]) -> dict[str, Grid]:
+        """The grids with the step sizes that make the block's output closest to the float network's."""
+        samples = block.samples()
+        # Logarithms: a step stays positive, and one learning rate suits all sizes.
+        logs = {name: nn.Parameter(grid.scale.log()) for name, grid in grids.items()}
+        others = {key: nn.Parameter(state[key].float().log()) for key, state in block.step_sizes.items()}
+
+        def now(name: str) -> Grid:
+            return grids[name]._replace(scale=logs[name].exp())
+
+        def loss(chosen: Sequence[int]) -> Tensor:
+            for key, log in others.items():
+                block.step_sizes[key][key] = log.exp()
+            errors = [
+                share * power_error(block.module(*call.args, **call.kwargs), wanted, self.exponent)
+                for call, wanted, share in samples.take(chosen)
+            ]
+            return torch.stack(errors).sum()
+
+        how = Fit(self.steps, self.batch, self.rate, warmup=0, floor=0, clip=0, check=max(1, self.steps // 4), optimizer="adam")
+        with ExitStack() as stack:
+            for name, layer in layers.items():
+                stack.callback(layer.register_forward_pre_hook(partial(_quantized, now, name)).remove)
+            history = fit(
+                [*logs.values(), *others.values()], loss, len(samples), how, torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+            )
+        for key, log in others.items():
+            block.step_sizes[key][key] = log.detach().exp()
+            block.note(key.removeprefix(f"{block.name}."), step_size=float(block.step_sizes[key][key]))
+        before, after = history.checks[0], history.checks[history.best]
+        for name in layers:
+            block.note(name, range_error=after, range_error_before=before)
+        return {name: grid._replace(scale=logs[name].detach().exp()) for name, grid in grids.items()}
+
+
+INPUTS = TensorScheme(format_named("int8"), PerTensor(), symmetric=False)
+"""How inputs are quantized: 256 codes under one scale, with a zero point."""
+
+
+def power_error(output: Any, wanted: Any, exponent: float) -> Tensor:
+    """Return sum over channels of |error|^exponent, averaged over the rest, of each pair of tensors; images are (N, C, ...)."""
+    pairs = zip(tensors_in(output), tensors_in(wanted), strict=True)
+    parts = [(a.float() - b.float()).abs().pow(exponent).sum(1 if a.ndim == 4 else -1).mean() for a, b in pairs]
+    return torch.stack(parts).sum()
+
+
+def _quantized(now: Any, name: str, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return fake_quantize(args[0], now(name), INPUTS), *args[1:]

@@ -1,0 +1,117 @@
+"""Cache-based maintenance: the temporal path is not run at all, its features are looked up in a table (arXiv:2407.19547).
+
+T steps, C width of a feature. The paper's abstract names the idea; the layout of the table, its dtypes and the choice of contents are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import AerogelError
+from aerogel.io.quantized import clock_of
+from aerogel.layers.lookup import Lookup, dequantized
+from aerogel.layers.timestep_index import Clock
+from aerogel.methods.base import RuntimePolicy
+from aerogel.model.calls import Call
+from aerogel.model.hooks import answering
+from aerogel.model.network import Network
+from aerogel.model.time_path import features_of, find
+from aerogel.model.timesteps import steps_of
+from aerogel.numerics.formats import format_named
+from aerogel.numerics.quantize import Grid, grid_from_range, quantize
+from aerogel.numerics.scheme import PerToken, TensorScheme
+
+Choice = Literal["all", "layer", "layer_step"]
+
+
+@dataclass(frozen=True)
+class TemporalCache(RuntimePolicy):
+    """Looks the temporal features up in a table of all steps instead of computing them."""
+
+    by_step: ClassVar[bool] = True
+
+    content: Literal["features", "path"] = "features"
+    """What the table holds: the features of the network before any step, or what the path as it is by then gives, bit for bit."""
+    dtype: Literal["int4", "int5", "int6", "int8", "float16"] = "float16"
+    """How features are stored: integers with a scale and a zero point a step, int8 as published, or float16. `path` stores what it gets."""
+    choose: Choice = "all"
+    """Where the table answers: everywhere; in the layers for which it is nearer to the float features than the path is, summed over
+    steps; or at each step of a layer by itself, for which the path has to stay."""
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """Calls, and the network before any step for its features."""
+        return frozenset({"calls", "teacher"} if self.content == "features" else {"calls"})
+
+    @torch.no_grad()
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+        """Run the path once a step, on one sample, and keep what it gives; raises AerogelError where it is not of the step alone."""
+        find(network).require_alone()
+        steps = steps_of(network.module, calls)
+        own = features_of(network, calls[0], steps)
+        teacher = (network.teacher or network) if self.content == "features" else network
+        wanted = own if teacher is network else features_of(teacher, calls[0], steps)
+        scheduler = getattr(network.processor, "scheduler", None)
+        state: dict[str, Any] = {"steps": list(steps), "sampler": "" if scheduler is None else type(scheduler).__name__}
+        for name, feature_TC in wanted.items():
+            state |= self._stored(name, feature_TC)
+            table_T, path_T = ((given - feature_TC).float().square().sum(-1) for given in (self._table(name, state), own[name]))
+            errors = {f"{name}.table_error": table_T, f"{name}.path_error": path_T}
+            state |= errors | {f"{name}.chosen": chosen(table_T, path_T, self.choose)}
+        return state
+
+    @contextmanager
+    def on(self, network: Network, state: dict[str, Any]) -> Iterator[None]:
+        """Answer for the embedder and the projections out of the table; raises AerogelError at a step that is not in it."""
+        path, followed = find(network), clock_of(network.module)
+        clock = followed or Clock(state["steps"], state["sampler"])
+        if clock.steps != tuple(state["steps"]):
+            raise AerogelError(
+                f"the table is of {len(state['steps'])} steps, the network's scales of {len(clock.steps)} others; calibrate both together"
+            )
+        clock.belongs_to(network.processor)
+        modules = dict(path.projections)
+        if all(bool(state[f"{name}.chosen"].all()) for name in modules):
+            modules |= path.embedders  # nobody reads what they would compute
+        answers = {
+            module: Lookup(clock, *self._kept(name, state), state[f"{name}.chosen"] | (name in path.embedders), module.forward)
+            for name, module in modules.items()
+        }
+        with nullcontext() if followed else clock.on(network.module), answering(answers):
+            yield
+
+    @property
+    def _rows(self) -> TensorScheme:
+        return TensorScheme(format_named("int8" if self.dtype == "float16" else self.dtype), PerToken(), symmetric=False)
+
+    def _stored(self, name: str, feature_TC: Tensor) -> dict[str, Tensor]:
+        if self.content == "path":
+            return {name: feature_TC}
+        if self.dtype == "float16":
+            return {name: feature_TC.half()}
+        grid = grid_from_range(feature_TC.amin(-1, keepdim=True), feature_TC.amax(-1, keepdim=True), self._rows)
+        assert grid.zero is not None, "rows are asymmetric"
+        return {name: quantize(feature_TC, grid, self._rows), f"{name}.scale": grid.scale, f"{name}.zero_point": grid.zero}
+
+    def _table(self, name: str, state: dict[str, Any]) -> Tensor:
+        """The features (T, C) as they are looked up."""
+        return dequantized(*self._kept(name, state))
+
+    def _kept(self, name: str, state: dict[str, Any]) -> tuple[Tensor, Grid | None]:
+        """The table as it is stored, and the grid of its codes where it holds codes."""
+        kept: Tensor = state[name]
+        return kept, None if kept.is_floating_point() else Grid(state[f"{name}.scale"], state[f"{name}.zero_point"])
+
+
+def chosen(table_error_T: Tensor, path_error_T: Tensor, choose: Choice) -> Tensor:
+    """Return at which steps (T) a layer is answered from the table; a tie goes to the table."""
+    if choose == "layer_step":
+        return table_error_T <= path_error_T
+    take = choose == "all" or bool(table_error_T.sum() <= path_error_T.sum())
+    return torch.full_like(table_error_T, take, dtype=torch.bool)

@@ -1,0 +1,46 @@
+"""Lower k: every token keeps its best few experts, in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import AerogelError
+from aerogel.methods.experts.policy import SkipPolicy
+from aerogel.runtime.expert_skipping.answers import Answers
+from aerogel.runtime.expert_skipping.routing import Routed, Rule, Shape
+from aerogel.runtime.expert_skipping.thresholds import UnreachableError, checked
+
+
+@dataclass(frozen=True)
+class ReducedTopk(SkipPolicy):
+    """Keeps the best `k` experts of each token; give `k`, or the ratio that it has to drop at least."""
+
+    k: int | None = None
+    """Experts that are left to each token."""
+    ratio: float | None = None
+    """Share of a token's experts to drop, at least; what is left is rounded down."""
+
+    def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
+        """Count; raises AerogelError for numbers that the router does not have, and a ratio that leaves no expert."""
+        if (self.k is None) == (self.ratio is None):
+            raise AerogelError("reduced_topk needs one of k and ratio")
+        kept = self.k if self.k is not None else int(shape.top_k * (1 - checked(self.ratio or 0.0)) + 1e-9)
+        if self.ratio is not None and kept == 0:
+            raise UnreachableError(self.ratio, 1 - 1 / shape.top_k)
+        if not 0 <= kept <= shape.top_k:
+            raise AerogelError(f"k {kept}: this router chooses {shape.top_k} experts, so 0 to {shape.top_k} can be left")
+        return {"k": kept}
+
+    def rule(self, state: Mapping[str, Any]) -> Rule:
+        """Keep the best."""
+
+        def rule(routed: Routed) -> Tensor:
+            best_TK = routed.share_TK.topk(state["k"], dim=-1).indices
+            return torch.zeros_like(routed.index_TK, dtype=torch.bool).scatter_(1, best_TK, True)
+
+        return rule

@@ -1,0 +1,69 @@
+"""DeepCache: the inner blocks of a UNet run at some steps only, the outer ones at all (arXiv:2312.00858)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy
+
+from aerogel.errors import AerogelError
+from aerogel.methods.feature_cache.policy import ReusePolicy, Strengths
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
+from aerogel.runtime.feature_cache.skips import followed_skips, resting, skips_of
+from aerogel.runtime.feature_cache.streams import steps_in
+
+
+@dataclass(frozen=True)
+class Deepcache(ReusePolicy):
+    """Runs all blocks of a UNet every `interval` steps, and in between only those outside of a skip connection."""
+
+    strengths: ClassVar[Strengths | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
+
+    interval: int = 3
+    """Steps from one at which all blocks run to the next, from the first on (as in the authors' README)."""
+    branch: int = 0
+    """The skip connection inside of which blocks rest, counted from 0, the outermost (as in the authors' README)."""
+    center: int | None = None
+    """The step, counted from 0, near which they lie denser, as many in all; None spaces them evenly (the authors' default)."""
+    power: float = 1.4
+    """With a center, how fast they thin out away from it; lowered by 0.02 until no two fall together (the authors' example)."""
+
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+        """Find the blocks and the sampler's steps; raises AerogelError for knobs out of range, and for denoisers without such skips."""
+        if self.interval < 1:
+            raise AerogelError(f"interval is {self.interval}; it is at least 1")
+        skips_of(network)
+        steps = len(steps_in(network, calls))
+        whole: Sequence[int] = range(0, steps, self.interval)
+        if self.center is not None:
+            whole = gathered(steps, len(whole), self.center, self.power)
+        return followed_skips(network, calls, self.branch) | {"whole": "".join("1" if step in whole else "0" for step in range(steps))}
+
+    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
+        """Let blocks rest; raises AerogelError when the state is of other blocks, and at steps that are not its own."""
+        return resting(network, state)
+
+
+def gathered(steps: int, count: int, center: int, power: float) -> list[int]:
+    """Return so many of the steps, the first among them, that lie the closer together the nearer they are to the center.
+
+    With T steps, center c and power p the authors' code takes l_i evenly from (-c)^(1/p) to (T - c)^(1/p) and steps Re(l_i^p) + c, made
+    whole towards the center; roots of negative numbers are complex. Raises AerogelError where no power above 1 keeps the steps apart.
+    """
+    if not 0 <= center < steps or power <= 1:
+        raise AerogelError(f"center {center} is one of the {steps} steps, counted from 0, and power {power} is above 1")
+    lowered = power
+    while lowered > 1:
+        ends = ((-center) ** (1 / lowered), (steps - center) ** (1 / lowered))
+        found = numpy.unique((numpy.linspace(*ends, count + 1) ** lowered).real.astype(int)).tolist()
+        if len(found) == count + 1:
+            return [0, *(step + center for step in found[1:-1])]
+        lowered -= 0.02
+    raise AerogelError(
+        f"no power from {power} down to 1 keeps {count} of {steps} steps apart around center {center}; "
+        "take a larger interval, another center or none"
+    )

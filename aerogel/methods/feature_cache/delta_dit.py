@@ -1,0 +1,46 @@
+"""Delta-DiT: the rear blocks are left out while the outline forms, the front blocks while details do (arXiv:2406.01125).
+
+The paper's stretch and boundary could not be checked against code of its authors, which is not published: the defaults are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from aerogel.errors import AerogelError
+from aerogel.methods.feature_cache.policy import SpanPolicy, Strengths
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
+from aerogel.runtime.feature_cache.spans import Rule, Tabled, followed_steps
+
+
+@dataclass(frozen=True)
+class DeltaDit(SpanPolicy):
+    """Runs all blocks every `interval` steps, and leaves out a stretch of them in between: the last ones first, the first ones later."""
+
+    strengths: ClassVar[Strengths | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
+
+    interval: int = 2
+    """Steps from one at which all blocks run to the next."""
+    share: float = 0.75
+    """How much of the blocks a stretch is."""
+    boundary: float = 0.5
+    """Share of the steps, at the start, at which it is the last blocks."""
+
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+        """Read the sampler's steps off the calls; raises AerogelError for knobs out of range."""
+        if self.interval < 1 or not 0 < self.share <= 1 or not 0 <= self.boundary <= 1:
+            raise AerogelError(
+                f"interval {self.interval} is at least 1, share {self.share} above 0 and at most 1, boundary {self.boundary} from 0 to 1"
+            )
+        return followed_steps(network, calls)
+
+    def rule(self, state: dict[str, Any]) -> Rule:
+        """Two stretches, by the step."""
+        blocks, steps = state["blocks"], len(state["steps"])
+        long = max(1, round(self.share * blocks))
+        outline = self.boundary * steps
+        table = [None if step % self.interval == 0 else (0 if step < outline else 1) for step in range(steps)]
+        return Tabled(((blocks - long, blocks), (0, long)), table)

@@ -1,0 +1,185 @@
+"""FasterCache: self-attention follows its last change, and guidance's unconditional branch is made of the other (arXiv:2410.19355).
+
+T steps, N units; H height and W width of a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from aerogel.errors import AerogelError
+from aerogel.methods.feature_cache.policy import ReusePolicy, Strengths
+from aerogel.model.calls import Call, map_tensors
+from aerogel.model.network import Network
+from aerogel.runtime.feature_cache.guidance import Guess, Half, HalfSlot, Halves, guided, require_pair
+from aerogel.runtime.feature_cache.replay import replays
+from aerogel.runtime.feature_cache.schedule import Schedule, reusing, scheduled
+from aerogel.runtime.feature_cache.streams import latent_of, steps_in
+from aerogel.runtime.feature_cache.units import units_of
+
+
+@dataclass(frozen=True)
+class Fastercache(ReusePolicy):
+    """Extrapolates self-attention outputs, and makes guidance's unconditional half of the conditional one, at some steps."""
+
+    strengths: ClassVar[Strengths | None] = ("unconditional_every", (2, 3, 4, 5, 6, 8, 10))
+
+    self_every: int = 2
+    """Within its window self-attention runs at the steps that this divides."""
+    window: tuple[float, float] = (-1.0, 681.0)
+    """Time steps above the first and below the second are within it."""
+    weight_first: float = 0.5
+    """Weight of the change between its last two outputs where it is left out first (published: 0.5, or rising from 0)."""
+    weight_last: float = 0.5
+    """And where it is left out last; linear in between (published: 0.5, or rising to 1)."""
+    unconditional_every: int = 5
+    """Within its window the unconditional half of the batch runs at the steps that this divides; 1 leaves out attention only."""
+    unconditional_window: tuple[float, float] = (-1.0, 641.0)
+    """Time steps between which the unconditional half may be left out."""
+    low: float = 1.1
+    """What the low frequencies of the halves' difference are multiplied with at each step that leaves one out."""
+    low_window: tuple[float, float] = (99.0, 901.0)
+    """Time steps between which they are."""
+    high: float = 1.1
+    """And the high frequencies."""
+    high_window: tuple[float, float] = (-1.0, 301.0)
+    """Time steps between which they are."""
+    conditional: Literal["found", "first", "second"] = "found"
+    """Which half of the batch has the condition; `found` replays a recorded generation, which shows it."""
+
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+        """Read the sampler's steps and the order of the halves off the calls.
+
+        Raises AerogelError for intervals below 1, and where guidance does not come in one batch of pictures or clips.
+        """
+        if min(self.self_every, self.unconditional_every) < 1:
+            raise AerogelError(f"self_every {self.self_every} and unconditional_every {self.unconditional_every} are at least 1")
+        units, steps = units_of(network), steps_in(network, calls)
+        conditional = self._conditional(network, calls) if self.unconditional_every > 1 else ""
+        both_T = both_run(steps, self.unconditional_every, self.unconditional_window)
+        runs_T = torch.tensor(attention_runs(steps, both_T, self.self_every, self.window))
+        attends_N = torch.tensor([unit.kind == "self-attention" for unit in units.values()])
+        state = scheduled(network, calls, lambda *_: runs_T[:, None] | ~attends_N)
+        return state | {"both": "".join("1" if one else "0" for one in both_T), "conditional": conditional}
+
+    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
+        """Extrapolate and guess by the tables."""
+        schedule = Schedule.of(network, state)
+        make = partial(_Changing, weights=self._weights(schedule.computed_TN.all(-1).tolist()))
+        if state["conditional"] == "":
+            return reusing(network, schedule, make)
+        halves = Halves(tuple(one == "1" for one in state["both"]), state["conditional"])
+        gains = [
+            (self.low if _within(step, self.low_window) else 1.0, self.high if _within(step, self.high_window) else 1.0)
+            for step in schedule.steps
+        ]
+        return guided(network, schedule, make, halves, _Bands(gains))
+
+    def _conditional(self, network: Network, calls: Sequence[Call]) -> Half:
+        """Which half has the condition: guidance goes from the other one towards it and beyond."""
+        alone = "set unconditional_every to 1 to leave out attention only"
+        x = latent_of(network.module, calls[0].args, calls[0].kwargs)
+        require_pair(x, alone)
+        if x.ndim < 4:
+            raise AerogelError(
+                f"{type(network.module).__name__} denoises {x.ndim} dimensions {tuple(x.shape)}, which have no height and width whose "
+                f"frequencies could be told apart; {alone}"
+            )
+        if self.conditional != "found":
+            return self.conditional
+        (run,) = replays(network, calls[: len(steps_in(network, calls))])
+        return "first" if run.guidance > 0.5 else "second"
+
+    def _weights(self, runs: Sequence[bool]) -> list[float]:
+        """The weight of the last change at each step."""
+        out = [place for place, one in enumerate(runs) if not one] or [0]
+        span = max(out[-1] - out[0], 1)
+        return [self.weight_first + (self.weight_last - self.weight_first) * (place - out[0]) / span for place in range(len(runs))]
+
+
+def _within(step: float, window: tuple[float, float]) -> bool:
+    return window[0] < step < window[1]
+
+
+def both_run(steps: Sequence[float], every: int, window: tuple[float, float]) -> list[bool]:
+    """Return at which steps both halves run: the first, those outside of the window, and every so many."""
+    return [place % every == 0 or not _within(step, window) for place, step in enumerate(steps)]
+
+
+def attention_runs(steps: Sequence[float], both: Sequence[bool], every: int, window: tuple[float, float]) -> list[bool]:
+    """Return at which steps attention runs: every so many, outside of the window, and where its last outputs lack a half that runs."""
+    runs: list[bool] = []
+    whole: list[bool] = []
+    for place, step in enumerate(steps):
+        out = place % every > 0 and _within(step, window) and (not both[place] or all(whole[-2:]))
+        if not out:
+            whole.append(both[place])
+        runs.append(not out)
+    return runs
+
+
+def bands(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the low and the high frequencies of pictures (..., H, W): those within a fifth of the shorter side of zero, and the rest."""
+    height, width = x.shape[-2:]
+    row_H, column_W = (torch.arange(size, device=x.device) for size in (height, width // 2 + 1))
+    row_H = torch.minimum(row_H, height - row_H)
+    near_HW = row_H[:, None] ** 2 + column_W**2 <= (min(height, width) // 5) ** 2
+    low = torch.fft.irfft2(torch.fft.rfft2(x) * near_HW, s=(height, width))
+    return low, x - low
+
+
+class _Bands(Guess):
+    """Remembers how the halves differ, in two bands that grow apart from each other."""
+
+    def __init__(self, gains: Sequence[tuple[float, float]]) -> None:
+        self._gains = gains
+
+    def learn(self, conditional: Tensor, unconditional: Tensor) -> tuple[Tensor, Tensor]:
+        return bands(unconditional.float() - conditional.float())
+
+    def make(self, step: int, conditional: Tensor, memory: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        low, high = (band * gain for band, gain in zip(memory, self._gains[step], strict=True))
+        return (conditional.float() + low + high).to(conditional.dtype), (low, high)
+
+
+class _Output(NamedTuple):
+    """What a unit gave when it ran."""
+
+    made: Any
+    whole: bool
+    """Whether it is of both halves of the batch."""
+
+
+class _Changing(HalfSlot):
+    """Holds the last two outputs of a unit."""
+
+    remembers: ClassVar[bool] = True
+
+    def __init__(self, own: Callable[..., Any], weights: Sequence[float]) -> None:
+        super().__init__(own)
+        self._weights = weights
+
+    def keep(self, made: Any) -> tuple[_Output, ...]:
+        """The output and the one before it, the newest first."""
+        before: tuple[_Output, ...] = self.value or ()
+        return (_Output(made, self.half is None), *before[:1])
+
+    def give(self) -> tuple[Any, Any]:
+        """The last output, moved on by its last change."""
+        last, *before = (self._at_hand(output) for output in self.value)
+        weight = self._weights[self.row]
+        for old in before:
+            last = pytree.tree_map(lambda a, b: a + (a - b) * weight, last, old)
+        return last, self.value
+
+    def _at_hand(self, output: _Output) -> Any:
+        """What is of the half that runs."""
+        return map_tensors(self.half, output.made) if output.whole and self.half is not None else output.made

@@ -1,0 +1,65 @@
+"""First-block cache: the first block says whether the others run (ParaAttention, cache-dit's DBCache; no paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from aerogel.errors import AerogelError
+from aerogel.methods.feature_cache.policy import SpanPolicy, Strengths
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
+from aerogel.runtime.feature_cache.spans import Rule, Stretch, followed_steps
+
+
+@dataclass(frozen=True)
+class FirstBlock(SpanPolicy):
+    """Leaves out what is behind the first blocks as long as these add nearly what they added when all blocks ran last."""
+
+    strengths: ClassVar[Strengths | None] = ("threshold", (0.02, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0))
+
+    threshold: float = 0.05
+    """Largest relative L1 distance between what the first blocks add now and then (diffusers: 0.05, cache-dit: 0.08)."""
+    first: int = 1
+    """Blocks at the beginning that always run (cache-dit: 8)."""
+    last: int = 0
+    """Blocks at the end that always run."""
+    warmup: int = 1
+    """Steps at the start at which all blocks run (cache-dit: 8)."""
+
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+        """Read the sampler's steps off the calls; raises AerogelError for knobs out of range."""
+        state = followed_steps(network, calls)
+        if self.first < 1 or self.last < 0 or self.first + self.last >= state["blocks"]:
+            raise AerogelError(f"first {self.first} and last {self.last} leave nothing of {state['blocks']} blocks to be left out")
+        if self.threshold < 0 or self.warmup < 1:
+            raise AerogelError(f"threshold {self.threshold} is at least 0, warmup {self.warmup} at least 1")
+        return state
+
+    def rule(self, state: dict[str, Any]) -> Rule:
+        """Compare with the last step at which all blocks ran."""
+        return _Compared(self, state["blocks"])
+
+
+class _Compared(Rule):
+    watches: ClassVar[Literal["nothing", "modulated", "change"]] = "change"
+
+    def __init__(self, knobs: FirstBlock, blocks: int) -> None:
+        self._knobs = knobs
+        self._stretch = (knobs.first, blocks - knobs.last)
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        return (self._stretch,)
+
+    def leaves_out(self, step: int, seen: Tensor | None) -> int | None:
+        assert seen is not None, "it watches the change"
+        if step >= self._knobs.warmup and self.kept is not None:
+            apart = (seen - self.kept).abs().mean() / self.kept.abs().mean()
+            if float(apart) <= self._knobs.threshold:
+                return 0
+        self.kept = seen
+        return None

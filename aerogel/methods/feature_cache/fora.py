@@ -1,0 +1,31 @@
+"""FORA: every unit runs at every Nth step and gives again what it gave at the others (arXiv:2407.01425)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from aerogel.errors import AerogelError
+from aerogel.methods.feature_cache.policy import ReusePolicy, Strengths
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
+from aerogel.runtime.feature_cache.schedule import scheduled
+
+
+@dataclass(frozen=True)
+class Fora(ReusePolicy):
+    """Runs all attentions and feed-forwards of a denoiser every `interval` steps, and reuses their outputs in between."""
+
+    strengths: ClassVar[Strengths | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
+
+    interval: int = 2
+    """Steps from one that computes to the next; the first computes."""
+
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+        """Read the sampler's steps off the calls; raises AerogelError for an interval below 1."""
+        if self.interval < 1:
+            raise AerogelError(f"interval is {self.interval}; it is at least 1")
+        return scheduled(network, calls, lambda steps, units: torch.arange(steps).remainder(self.interval).eq(0)[:, None].expand(-1, units))

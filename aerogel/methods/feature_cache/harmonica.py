@@ -1,0 +1,308 @@
+"""HarmoniCa: a router of one score a step and unit is trained along whole trajectories, without images (arXiv:2410.01723).
+
+T steps, N units, B samples. A score is the share of a unit's new output that goes into what it gives; the rest is what it gave before.
+Published: step-wise denoising training (SDT) and the image error proxy-guided objective (IEPO). Ours: losses in relative units, the
+penalty's weight steered to the asked budget, exact decoding, forked proxies at half the cost, and the local search behind. In a group of
+processes each goes along with its share of the pictures, and what comes out is what one process makes of all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from aerogel.errors import AerogelError
+from aerogel.methods.feature_cache.policy import BudgetPolicy
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
+from aerogel.runtime.feature_cache.budgets import Budget
+from aerogel.runtime.feature_cache.driven import Driven, Held, Row, driven
+from aerogel.runtime.feature_cache.masks import Search
+from aerogel.runtime.feature_cache.recompute import recomputing
+from aerogel.runtime.feature_cache.replay import Replay, State, output_of, replays
+from aerogel.runtime.feature_cache.schedule import Schedule
+from aerogel.runtime.feature_cache.sharding import shares_of
+from aerogel.runtime.feature_cache.streams import sampler_of, steps_in
+from aerogel.runtime.feature_cache.trials import Trials, mean_square
+from aerogel.runtime.feature_cache.units import units_of
+from aerogel.training.distributed import averaged, group_size, of_first, share, variance
+from aerogel.training.fit import progressed
+
+Proxy = Literal["leave_one_out", "cumulative", "none"]
+_BOUND = 5.0
+"""Scores before the sigmoid stay within it; the first step's are there from the start and never move, so that it always computes."""
+_HIGHEST = 1 / (1 + math.exp(-_BOUND))
+_START, _SPREAD = 1.0, 0.3
+"""Mean and deviation of the others at the start (published: 0 and 1, for ten times as many trajectories)."""
+_FORWARDS = 4
+"""About how many forwards an update takes: the teacher's, the student's and twice as much for gradients."""
+_STEERING = 0.05
+"""How fast the penalty's weight follows the budget: its logarithm moves by so much a trajectory while nothing is saved."""
+
+
+@dataclass(frozen=True)
+class Harmonica(BudgetPolicy):
+    """Learns which attentions and feed-forwards of a denoiser to reuse at which steps, for an exact budget.
+
+    Without a budget (neither `ratio` nor `target_speedup`) the penalty stays as it is and the threshold decides, as published.
+    """
+
+    trajectories: int = 200
+    """Generations to train on (published: 2000 for 10 steps); each is of as many pictures as were recorded at once."""
+    rate: float = 0.1
+    """Learning rate of Adam (published: 0.01 for ten times as many trajectories)."""
+    threshold: float = 0.1
+    """A unit with a score above it refreshes what is kept; without a budget, one with a score up to it is reused."""
+    proxy: Proxy = "leave_one_out"
+    """What weighs the steps: how the final image moves when a step alone computes everything, or when it joins those before it that
+    reuse (as the released code has it); `none` weighs all alike."""
+    refresh: int = 50
+    """Trajectories between two measurements of the proxy."""
+    penalty: float = 3e-4
+    """Weight of the scores' sum at the start, against relative errors; from there it is steered to the budget, if there is one."""
+    search: int = 0
+    """Trials of a local search: a first half from the best of whole steps, the rest from the learned schedule; the better is kept."""
+    samples: int = 32
+    """Pictures that are made in each trial."""
+    max_age: int = 0
+    """Steps in a row at which a unit may be reused, in the schedule that comes out; 0 is without bound (as published)."""
+    checkpointing: bool = False
+    """Whether training keeps only what goes into each block and computes the rest again for gradients: slower, and less memory (published:
+    no)."""
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether a budget is asked for."""
+        return self.ratio is not None or self.target_speedup is not None
+
+    def budget(self, network: Network, calls: Sequence[Call]) -> Budget:
+        """What has to be saved, by the costs that the first process measures; raises AerogelError also where max_age forbids it.
+
+        Nothing, and all units cost the same, where a threshold decides.
+        """
+        mine = super().budget(network, calls) if self.budgeted else Budget((1.0,) * len(units_of(network)), 0.0)
+        saving, *cost_N = of_first(torch.tensor([mine.saving, *mine.cost_N], dtype=torch.float64)).tolist()
+        return Budget(tuple(cost_N), saving).aged(self.max_age, len(steps_in(network, calls)))
+
+    def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
+        """A teacher, a student and its gradients at each step; proxies, each of half a generation; trials, the same, in both branches."""
+        trained = self.trajectories * steps * _FORWARDS
+        proxies = self.trajectories / self.refresh * steps * steps / 2
+        return (trained + proxies) * at_once + self.search * steps * self.samples * sample
+
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+        """Train, decode, search.
+
+        Raises AerogelError when the calls do not replay or do not divide by the processes, or the budget cannot be met.
+        """
+        if min(self.trajectories, self.refresh, self.samples) < 1 or min(self.search, self.max_age) < 0:
+            raise AerogelError(
+                f"trajectories {self.trajectories}, refresh {self.refresh} and samples {self.samples} are at least 1, "
+                f"search {self.search} and max_age {self.max_age} at least 0"
+            )
+        if not 0 <= self.threshold < _HIGHEST:
+            raise AerogelError(f"threshold {self.threshold} is at least 0 and below {_HIGHEST:.3f}, the score of the first step")
+        budget = self.budget(network, calls)
+        runs, units = replays(network, calls), tuple(units_of(network))
+        generator = torch.Generator().manual_seed(int(of_first(torch.tensor(torch.initial_seed() % 2**63))))
+        with driven(network) as denoiser, recomputing(denoiser) if self.checkpointing else nullcontext():
+            training = _Training(self, denoiser, runs, budget, len(units), generator)
+            training.run()
+            mask_TN = decoded_TN = training.decoded()
+            training.note(mask_TN)
+            if self.search:
+                mask_TN = training.searched(mask_TN)
+            unseen = training.unseen()
+            error, without = unseen.error(mask_TN), unseen.error(torch.ones_like(mask_TN))
+        found = Schedule(runs[0].steps, sampler_of(network), units, mask_TN)
+        router = {"decoded": replace(found, computed_TN=decoded_TN).as_state()["computed"]} if self.search else {}
+        return found.as_state() | router | {
+            "scores": training.scores(), "lambda": training.lambda_T, "penalty": training.penalty, "guidance": runs[0].guidance,
+            "error": error, "error_without_reuse": without, "log": training.log,
+        }  # fmt: skip
+
+
+@dataclass
+class _Training:
+    """A router on its way."""
+
+    knobs: Harmonica
+    denoiser: Driven
+    runs: Sequence[Replay]
+    budget: Budget
+    units: int
+    generator: torch.Generator
+    log: list[dict[str, float]] = field(default_factory=list)
+    """At each measurement of the proxy: trajectories so far, share of slots reused, error of the soft and of the hard schedule."""
+
+    def __post_init__(self) -> None:
+        self.shares = shares_of(self.runs)
+        """Of each generation, what this process makes of it; noise is drawn for the whole, so that it is the same in any number of them."""
+        self.steps = len(self.runs[0].calls)
+        logits_TN = _START + _SPREAD * torch.randn(self.steps, self.units, generator=self.generator)
+        logits_TN[0] = _BOUND
+        self.rows = [nn.Parameter(row_N) for row_N in logits_TN]
+        self.rows[0].requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.rows[1:], lr=self.knobs.rate, weight_decay=0.0)
+        self.lambda_T = torch.ones(self.steps)
+        self.penalty = self.knobs.penalty
+        cost_N = torch.tensor(self.budget.cost_N)
+        self.weight_N = cost_N / cost_N.mean()
+        self.fixed = self._begin()
+        """Of the proxies: always the same noise."""
+        self.exact = self.fixed[0].finish(self.fixed[1], lambda _, call: output_of(self.denoiser.wanted(call)))
+
+    def run(self) -> None:
+        """Train on all trajectories."""
+        for number in range(self.knobs.trajectories):
+            if number % self.knobs.refresh == 0:
+                self.refresh(number)
+            self.trajectory(*self._begin())
+            self._steer()
+            progressed((number + 1) / self.knobs.trajectories)
+
+    def _begin(self) -> tuple[Replay, State]:
+        """New noise for one of the recorded generations."""
+        number = int(torch.randint(len(self.runs), (), generator=self.generator))
+        return self.shares[number], self._noise(number)
+
+    def _noise(self, number: int) -> State:
+        whole = self.runs[number].noise(self.generator)
+        return replace(whole, x_BCHW=share(whole.x_BCHW))
+
+    def trajectory(self, run: Replay, state: State) -> None:
+        """One generation: the student goes its own way, and each row is moved once, by the step that it belongs to."""
+        with torch.no_grad():
+            made, held = self.denoiser.step(run.call(state), self.rows[0].sigmoid(), self.denoiser.empty)
+        state = run.advance(state, output_of(made))
+        while state.step < self.steps:
+            state, held = self._step(run, state, held)
+
+    def _step(self, run: Replay, state: State, held: Held) -> tuple[State, Held]:
+        call, row_N = run.call(state), self.rows[state.step]
+        with torch.no_grad():
+            wanted = run.guided(output_of(self.denoiser.wanted(call)))
+        with torch.enable_grad():
+            score_N = row_N.sigmoid()
+            made, held = self.denoiser.step(call, score_N, held, self.knobs.threshold)
+            given = output_of(made)
+            apart = (run.guided(given) - wanted).float().square().mean() / variance(wanted)
+            loss = self.lambda_T[state.step] * apart + self.penalty * (self.weight_N * score_N).sum()
+            self.optimizer.zero_grad(set_to_none=True)
+            row_N.grad = averaged(torch.autograd.grad(loss, row_N)[0])
+            self.optimizer.step()
+        with torch.no_grad():
+            row_N.clamp_(-_BOUND, _BOUND)
+        return run.advance(state, given), held
+
+    def scores(self) -> Tensor:
+        """The scores (T, N) as they are."""
+        return torch.stack([row_N.detach() for row_N in self.rows]).sigmoid()
+
+    def hard(self) -> Tensor:
+        """Which units compute (T, N) if scores up to the threshold reuse."""
+        return self.scores() > self.knobs.threshold
+
+    def _steer(self) -> None:
+        """Move the penalty's weight towards the budget."""
+        if not self.knobs.budgeted:
+            return
+        reached = self.budget.saved(self.hard()) / max(self.budget.saving, 1e-12)
+        self.penalty *= math.exp(_STEERING * max(-1.0, 1 - reached))
+
+    @torch.no_grad()
+    def refresh(self, number: int) -> None:
+        """Measure anew what the final image owes to each step, and what thresholds make of the scores."""
+        soft, along = self._along()
+        if self.knobs.proxy != "none":
+            found_T = averaged(self._left_out(soft, along) if self.knobs.proxy == "leave_one_out" else self._joined(along))
+            self.lambda_T = found_T / found_T[1:].mean().clamp(min=torch.finfo(torch.float32).tiny)
+        self._log(number, soft=soft, hard=self._hardened(self.hard()))
+
+    def _log(self, number: int, **images: Tensor) -> None:
+        mine = [mean_square([image], [self.exact]) for image in images.values()]
+        errors = dict(zip((f"{name}_error" for name in images), averaged(torch.tensor(mine, dtype=torch.float64)).tolist(), strict=True))
+        reused = 1 - float(self.hard().float().mean())
+        self.log.append({"trajectories": float(number), "reused": reused, "penalty": self.penalty, **errors})
+
+    def _hardened(self, mask_TN: Tensor) -> Tensor:
+        """The final image under a mask."""
+        return self._finish(self.fixed[1], self.denoiser.empty, mask_TN.tolist())
+
+    def _along(self) -> tuple[Tensor, list[tuple[State, Held]]]:
+        """The final image under soft scores, and what the trajectory and the slots were before each step and at the end."""
+        run, state = self.fixed
+        along, held, state = [], self.denoiser.empty, state.fork()
+        for score_N in self.scores():
+            along.append((state.fork(), held))
+            made, held = self.denoiser.step(run.call(state), score_N, held, self.knobs.threshold)
+            state = run.advance(state, output_of(made))
+        return state.x_BCHW, [*along, (state, held)]
+
+    def _left_out(self, soft: Tensor, along: list[tuple[State, Held]]) -> Tensor:
+        """How the final image (mean square) moves when a step alone computes everything; the first step does anyway."""
+        scores_TN, found = self.scores(), [0.0]
+        for step in range(1, self.steps):
+            rows: list[Row] = [[True] * self.units, *scores_TN[step + 1 :]]
+            found.append(mean_square([self._finish(*along[step], rows)], [soft]))
+        return torch.tensor(found)
+
+    def _joined(self, along: list[tuple[State, Held]]) -> Tensor:
+        """How the final image moves when a step reuses too, after all steps before it do and none behind it does."""
+        everything = [[True] * self.units] * self.steps
+        images = [self._finish(*along[step + 1], everything[step + 1 :]) for step in range(self.steps)]
+        return torch.tensor([0.0, *(mean_square([after], [before]) for before, after in pairwise(images))])
+
+    def _finish(self, state: State, held: Held, rows: Sequence[Row]) -> Tensor:
+        run, state = self.fixed[0], state.fork()
+        for row in rows:
+            made, held = self.denoiser.step(run.call(state), row, held, self.knobs.threshold)
+            state = run.advance(state, output_of(made))
+        return state.x_BCHW
+
+    def decoded(self) -> Tensor:
+        """The schedule of the budget: lowest scores first; of equal ones those that cost the image least for what they save.
+
+        Without a budget the schedule of the threshold, which from then on is the budget.
+        """
+        if not self.knobs.budgeted:
+            mask_TN = self.budget.young(self.hard())
+            self.budget = replace(self.budget, saving=self.budget.saved(mask_TN))
+            return mask_TN
+        scores_TN = self.scores()
+        slots = [(step, unit) for step in range(1, self.steps) for unit in range(self.units)]
+        order = sorted(
+            slots, key=lambda slot: (float(scores_TN[slot]), float(self.lambda_T[slot[0]]) / max(self.budget.cost_N[slot[1]], 1e-12))
+        )
+        return self.budget.decoded(order, (self.steps, self.units))
+
+    @torch.no_grad()
+    def note(self, mask_TN: Tensor) -> None:
+        """Measure once more, for the log: what was learned, and the schedule that came out."""
+        soft, _ = self._along()
+        self._log(self.knobs.trajectories, soft=soft, hard=self._hardened(self.hard()), decoded=self._hardened(mask_TN))
+
+    @torch.no_grad()
+    def searched(self, mask_TN: Tensor) -> Tensor:
+        """Improve by trials on noise of their own: once from whole steps, with half of them or fewer, then from the router's schedule."""
+        trials = self._trials()
+        search = Search(trials, self.budget, self.knobs.search // 2)
+        other_TN = search.swaps(search.single_units(search.whole_steps((self.steps, self.units))))
+        search.limit = self.knobs.search
+        return min((search.swaps(mask_TN), other_TN), key=trials.error)
+
+    def _trials(self) -> Trials:
+        pictures = len(self.fixed[1].x_BCHW) * group_size()
+        numbers = [number % len(self.runs) for number in range(math.ceil(self.knobs.samples / pictures))]
+        return Trials(self.denoiser, [self.shares[number] for number in numbers], [self._noise(number) for number in numbers], shared=True)
+
+    def unseen(self) -> Trials:
+        """Trials of the first recorded generation, with noise of their own."""
+        return Trials(self.denoiser, self.shares[:1], [self._noise(0)], shared=True)

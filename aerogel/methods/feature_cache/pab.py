@@ -1,0 +1,53 @@
+"""PAB: in the middle of the sampler attention is run now and then only, and broadcast to the steps between (arXiv:2408.12588)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from aerogel.errors import AerogelError
+from aerogel.methods.feature_cache.policy import ReusePolicy, Strengths
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
+from aerogel.runtime.feature_cache.schedule import scheduled
+from aerogel.runtime.feature_cache.streams import steps_in
+from aerogel.runtime.feature_cache.units import units_of
+
+
+@dataclass(frozen=True)
+class Pab(ReusePolicy):
+    """Broadcasts attention outputs to the next steps while the time step is within a window; feed-forwards always run."""
+
+    strengths: ClassVar[Strengths | None] = ("self_every", (2, 3, 4, 6, 8, 10))
+
+    self_every: int = 2
+    """Within the window self-attention runs every so many steps."""
+    cross_every: int = 6
+    """And cross-attention."""
+    first: float = 100.0
+    """Time steps above it are within the window."""
+    last: float = 800.0
+    """And below this one."""
+
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+        """Read the sampler's steps off the calls; raises AerogelError for intervals below 1."""
+        if min(self.self_every, self.cross_every) < 1:
+            raise AerogelError(f"self_every {self.self_every} and cross_every {self.cross_every} are at least 1")
+        every = {"self-attention": self.self_every, "cross-attention": self.cross_every}
+        kinds = [every.get(unit.kind, 1) for unit in units_of(network).values()]
+        steps = steps_in(network, calls)
+        columns = {interval: broadcast(steps, interval, self.first, self.last) for interval in set(kinds)}
+        return scheduled(network, calls, lambda *_: torch.tensor([columns[interval] for interval in kinds]).T)
+
+
+def broadcast(steps: Sequence[float], every: int, first: float, last: float) -> list[bool]:
+    """Return at which steps a unit runs: outside of the window always, inside when its last run was `every` steps ago."""
+    runs, since = [], 0
+    for place, step in enumerate(steps):
+        inside = place > 0 and first < step < last and since + 1 < every
+        since = since + 1 if inside else 0
+        runs.append(not inside)
+    return runs

@@ -1,0 +1,99 @@
+"""What feature-caching policies share: the schedule they act by, the dtype of what they cache, budgets."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+from aerogel.errors import AerogelError
+from aerogel.methods.base import RuntimePolicy, name_of
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
+from aerogel.runtime.feature_cache.budgets import Budget, Measure, budget_of
+from aerogel.runtime.feature_cache.schedule import Schedule, reusing
+from aerogel.runtime.feature_cache.spans import Rule, spanning
+from aerogel.runtime.feature_cache.stored import Slots, store_named
+
+Strengths = tuple[str, tuple[float, ...]]
+"""A knob, and values of it in order of what they save, the least first."""
+
+
+@dataclass(frozen=True)
+class ReusePolicy(RuntimePolicy):
+    """Lets units of a denoiser give again what they gave at earlier steps, by a schedule that is its state."""
+
+    strengths: ClassVar[Strengths | None] = None
+    """What sets how much is reused, for who looks for a speed; None where nothing does."""
+    rounds: ClassVar[bool] = True
+    """Whether what it keeps may be rounded to float8; not where a policy puts itself on in its own way, unless that says so."""
+
+    slots: Slots = field(default="compute", kw_only=True)
+    """How kept tensors are stored: in the dtype they are computed in, or as float8 (e4m3) with one scale a token."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it gives outputs again by its schedule and does nothing else: it puts itself on as this class does."""
+        return type(self).on is ReusePolicy.on
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "on" in vars(cls) and "rounds" not in vars(cls):
+            cls.rounds = False
+
+    def __post_init__(self) -> None:
+        store_named(self.slots)
+        if self.slots != "compute" and not self.rounds:
+            name = name_of(self)
+            raise AerogelError(f"{name} needs what it keeps as it was computed: set slots to compute, not {self.slots}")
+
+    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
+        """Reuse by the schedule; raises AerogelError when it is of other units, and at steps that are not its own."""
+        return reusing(network, Schedule.of(network, state), store=self.slots)
+
+
+class RevisingPolicy(ReusePolicy):
+    """Goes on from the schedule of the policy before it, which it takes the place of."""
+
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+        """Refuse: by itself it has nothing to go on from."""
+        raise AerogelError(f"{name_of(self)} goes on from a schedule: put a policy that reuses by one before it")
+
+    @abstractmethod
+    def revise(self, network: Network, calls: Sequence[Call], before: dict[str, Any]) -> dict[str, Any]:
+        """Return the state that takes the place of the one before; that policy is off meanwhile."""
+
+
+class SpanPolicy(ReusePolicy):
+    """Leaves out stretches of a denoiser's blocks by a rule, and adds what they added before."""
+
+    rounds: ClassVar[bool] = True
+
+    @abstractmethod
+    def rule(self, state: dict[str, Any]) -> Rule:
+        """A new rule, for one guidance stream of one run."""
+
+    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
+        """Leave out blocks by the rule; raises AerogelError when the state is of another network, and at steps that are not its own."""
+        return spanning(network, state, partial(self.rule, state), self.slots)
+
+
+@dataclass(frozen=True)
+class BudgetPolicy(ReusePolicy):
+    """Reuses until an exact budget is met, so that the network stays close to what it was before any step of the recipe."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"calls", "teacher"})
+
+    ratio: float | None = None
+    """Share of slots (steps x units) to reuse; this or `target_speedup`."""
+    target_speedup: float | None = None
+    """How many times faster the denoiser has to be."""
+    by: Measure = "latency"
+    """What a target speed-up is counted in: measured seconds of the units, or their multiply-accumulates."""
+
+    def budget(self, network: Network, calls: Sequence[Call]) -> Budget:
+        """What has to be saved; raises AerogelError when that is not said, said twice or cannot be had."""
+        return budget_of(network, calls, self.ratio, self.target_speedup, self.by)

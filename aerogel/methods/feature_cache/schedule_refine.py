@@ -1,0 +1,59 @@
+"""A schedule bettered by exchanges on the network as it is by now: decoded once more, after ranges or weights have changed. Ours.
+
+T steps, N units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from aerogel.errors import AerogelError
+from aerogel.methods.feature_cache.policy import RevisingPolicy
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
+from aerogel.runtime.feature_cache.budgets import Measure, budget_like
+from aerogel.runtime.feature_cache.masks import Search
+from aerogel.runtime.feature_cache.schedule import Schedule
+from aerogel.runtime.feature_cache.trials import generating
+
+_CONFIRMING = 4
+"""Times as many pictures as are searched on confirm an exchange: what rounding does to few of them is soon learned by heart."""
+
+
+@dataclass(frozen=True)
+class ScheduleRefine(RevisingPolicy):
+    """Goes on from the schedule of the policy before it, saves as much, and takes its place."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"calls", "teacher"})
+
+    trials: int = 400
+    """Generations it may take, forked where they differ."""
+    samples: int = 32
+    """Pictures that are made in each, of those that were recorded."""
+    by: Measure = "macs"
+    """What has to be saved as before: multiply-accumulates, or measured seconds of the units."""
+
+    def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
+        """Half a generation a trial, in both branches of guidance, and what confirms: made exactly, and as the schedule has it."""
+        return (self.trials + 4 * _CONFIRMING) * steps * self.samples * sample
+
+    def revise(self, network: Network, calls: Sequence[Call], before: dict[str, Any]) -> dict[str, Any]:
+        """Exchange slots where pictures of other noise gain by it too; raises AerogelError for calls of other steps."""
+        schedule = Schedule.of(network, before)
+        with generating(network, calls, self.samples) as generations:
+            if generations.runs[0].steps != schedule.steps:
+                raise AerogelError(
+                    f"the schedule before schedule_refine is of {len(schedule.steps)} steps, the recorded generations have "
+                    f"{len(generations.runs[0].steps)} others: record them with the steps that it was made for"
+                )
+            budget = budget_like(network, calls[0], schedule.computed_TN, self.by)
+            search = Search(generations.trials, budget, self.trials, generations.others(_CONFIRMING))
+            found_TN = search.swaps(schedule.computed_TN)
+            facts = generations.facts(found_TN) | {"error_before": generations.unseen.error(schedule.computed_TN)}
+        changed = int((found_TN != schedule.computed_TN).sum())
+        kept = {key: value for key, value in before.items() if isinstance(value, torch.Tensor)}  # a router's scores stay true
+        return kept | replace(schedule, computed_TN=found_TN).as_state() | facts | {"changed": changed}

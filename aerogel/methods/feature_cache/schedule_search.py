@@ -1,0 +1,42 @@
+"""A schedule found by trial: real generations say which reuse the final image minds least. Ours; exhaustive searches of this kind are slow.
+
+T steps, N units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aerogel.methods.feature_cache.policy import BudgetPolicy
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
+from aerogel.runtime.feature_cache.masks import Search
+from aerogel.runtime.feature_cache.schedule import Schedule
+from aerogel.runtime.feature_cache.streams import sampler_of
+from aerogel.runtime.feature_cache.trials import generating
+from aerogel.runtime.feature_cache.units import units_of
+
+
+@dataclass(frozen=True)
+class ScheduleSearch(BudgetPolicy):
+    """Reuses what was found to move the final images least: whole steps first, then single units, then exchanges."""
+
+    trials: int = 2000
+    """Generations it may take, forked where they differ."""
+    samples: int = 32
+    """Pictures that are made in each, of those that were recorded."""
+
+    def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
+        """Half a generation a trial, in both branches of guidance."""
+        return self.trials * steps * self.samples * sample
+
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+        """Search on the recorded generations; raises AerogelError when they do not replay or the budget cannot be met."""
+        budget, units = self.budget(network, calls), tuple(units_of(network))
+        with generating(network, calls, self.samples) as generations:
+            search, steps = Search(generations.trials, budget, self.trials), generations.runs[0].steps
+            mask_TN = search.swaps(search.single_units(search.whole_steps((len(steps), len(units)))))
+            facts = generations.facts(mask_TN)
+        return Schedule(steps, sampler_of(network), units, mask_TN).as_state() | facts

@@ -1,0 +1,88 @@
+"""TeaCache: all blocks are left out until the estimated change of the output has added up (arXiv:2411.19108)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import AerogelError
+from aerogel.methods.feature_cache.policy import SpanPolicy, Strengths
+from aerogel.model.calls import Call, tensors_in
+from aerogel.model.hooks import watching
+from aerogel.model.network import Network
+from aerogel.runtime.feature_cache.spans import Rule, Stretch, followed_steps
+from aerogel.runtime.feature_cache.streams import generations
+from aerogel.runtime.feature_cache.units import units_of
+
+
+@dataclass(frozen=True)
+class Teacache(SpanPolicy):
+    """Adds what all blocks added at the last step that ran, while a polynomial of the first block's input says that little has changed."""
+
+    strengths: ClassVar[Strengths | None] = ("threshold", (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 2.0))
+
+    threshold: float = 0.15
+    """Sum of the estimated relative changes at which all blocks run again (the authors: 0.05 to 0.8, by model)."""
+    degree: int = 4
+    """Of the polynomial from the input's relative change to the output's, which is fitted to the recorded generations."""
+
+    @torch.no_grad()
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+        """Fit the polynomial; raises AerogelError for knobs out of range and too few recorded steps."""
+        state, runs = followed_steps(network, calls), generations(network, calls)
+        pairs = sum(len(run) - 1 for run in runs)
+        if self.threshold < 0 or not 1 <= self.degree < pairs:
+            raise AerogelError(
+                f"threshold {self.threshold} is at least 0, degree {self.degree} at least 1 and below the {pairs} recorded pairs of steps"
+            )
+        first = next(iter(units_of(network)))
+        inputs: list[float] = []
+        outputs: list[float] = []
+        seen: list[Tensor] = []
+        with watching({first: network.module.get_submodule(first)}, lambda _, x: seen.append(x)):
+            for run in runs:
+                seen.clear()
+                made = [tensors_in(network.run(call))[0] for call in run]
+                inputs += map(changed, seen[1:], seen)
+                outputs += map(changed, made[1:], made)
+        powers = torch.tensor(inputs, dtype=torch.float64)[:, None] ** torch.arange(self.degree + 1)
+        fitted = torch.linalg.lstsq(powers, torch.tensor(outputs, dtype=torch.float64)[:, None], driver="gelsd").solution
+        return state | {"coefficients": fitted.flatten().tolist()}
+
+    def rule(self, state: dict[str, Any]) -> Rule:
+        """Add up what the polynomial says."""
+        return _AddedUp(state["blocks"], len(state["steps"]), state["coefficients"], self.threshold)
+
+
+def changed(now: Tensor, before: Tensor) -> float:
+    """The relative L1 distance."""
+    return float((now - before).abs().mean() / before.abs().mean())
+
+
+class _AddedUp(Rule):
+    watches: ClassVar[Literal["nothing", "modulated", "change"]] = "modulated"
+
+    def __init__(self, blocks: int, steps: int, coefficients: Sequence[float], threshold: float) -> None:
+        self._blocks, self._steps, self._coefficients, self._threshold = blocks, steps, coefficients, threshold
+        self._sum = 0.0
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        return ((0, self._blocks),)
+
+    def leaves_out(self, step: int, seen: Tensor | None) -> int | None:
+        assert seen is not None, "it watches the input"
+        before, self.kept = self.kept, seen
+        if before is None or step in (0, self._steps - 1):
+            self._sum = 0.0
+            return None
+        x = changed(seen, before)
+        self._sum += max(0.0, sum(weight * x**power for power, weight in enumerate(self._coefficients)))
+        if self._sum < self._threshold:
+            return 0
+        self._sum = 0.0
+        return None

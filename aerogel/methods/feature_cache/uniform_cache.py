@@ -1,0 +1,42 @@
+"""Evenly spaced whole steps that reuse, at any cache ratio: FORA (arXiv:2407.01425) between its intervals, a base line for all others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from aerogel.errors import AerogelError
+from aerogel.methods.feature_cache.policy import ReusePolicy, Strengths
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
+from aerogel.runtime.feature_cache.schedule import scheduled
+
+
+@dataclass(frozen=True)
+class UniformCache(ReusePolicy):
+    """Reuses all outputs at some steps, spread evenly from the first that may to the last."""
+
+    strengths: ClassVar[Strengths | None] = ("ratio", tuple(step / 20 for step in range(2, 20)))
+
+    ratio: float = 0.5
+    """Share of the steps that reuse."""
+    first: int = 1
+    """The first step that may reuse, counted from 0; FORA's is 1, from 3 on the final image suffers far less."""
+
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+        """Read the sampler's steps off the calls; raises AerogelError when so many steps cannot reuse."""
+        return scheduled(network, calls, lambda steps, units: spread(steps, self.ratio, self.first)[:, None].expand(-1, units))
+
+
+def spread(steps: int, ratio: float, first: int) -> Tensor:
+    """Return which of T steps compute; the others lie evenly from `first` to the last."""
+    count, room = round(ratio * steps), steps - first
+    if first < 1 or not 0 <= count <= room:
+        raise AerogelError(f"a ratio of {ratio} means that {count} of {steps} steps reuse; from step {first} on there are {max(room, 0)}")
+    computes_T = torch.ones(steps, dtype=torch.bool)
+    computes_T[torch.linspace(first, steps - 1, count).round().long()] = False
+    return computes_T

@@ -1,0 +1,76 @@
+"""Counts what reaches a mixture's experts and what does not, by layer, kind of token and phase, whoever drops it.
+
+L layers, K kinds of token, P phases (prefill and decoding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aerogel.layers.signature import arguments_of
+from aerogel.model.network import Network
+from aerogel.runtime.expert_skipping.routing import count_of, experts_of
+from aerogel.runtime.token_types import KINDS, PADDING, Vocabulary
+
+PREFILL, DECODING = 0, 1
+
+
+@dataclass
+class Tally:
+    """Pairs of token and expert, and tokens."""
+
+    pairs_LKP: Tensor
+    kept_LKP: Tensor
+    tokens_LKP: Tensor
+    lost_LKP: Tensor
+    """Tokens that lost all experts."""
+    kind_BS: Tensor | None = None
+
+    @classmethod
+    def empty(cls, layers: int, device: torch.device) -> Tally:
+        """Nothing counted."""
+        return cls(*(torch.zeros(layers, len(KINDS), 2, dtype=torch.int64, device=device) for _ in range(4)))
+
+    def look(self, vocabulary: Vocabulary, names: tuple[str, ...], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward: tell its tokens apart."""
+        self.kind_BS = vocabulary.kinds(dict(zip(names, args, strict=False)) | kwargs)
+
+    def add(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before a layer's experts: count; nothing waits for the device."""
+        assert self.kind_BS is not None, "the forward's own hook comes first"
+        kept_T, kind_T = (args[1] < count_of(module)).sum(1), self.kind_BS.reshape(-1)
+        phase = DECODING if self.kind_BS.shape[1] == 1 else PREFILL
+        one_T = torch.ones_like(kept_T)
+        for counts_LKP, numbers_T in (
+            (self.pairs_LKP, one_T * args[1].shape[1]),
+            (self.kept_LKP, kept_T),
+            (self.tokens_LKP, one_T),
+            (self.lost_LKP, (kept_T == 0).long()),
+        ):
+            counts_LKP[layer, :, phase].index_add_(0, kind_T, numbers_T)
+
+    def ratio(self, phase: int | None = None) -> float:
+        """Share of pairs that were dropped, of all but padding; of one phase or of both. NaN where nothing passed."""
+        phases = slice(None) if phase is None else slice(phase, phase + 1)
+        pairs, kept = (int(counts[:, :PADDING, phases].sum()) for counts in (self.pairs_LKP, self.kept_LKP))
+        return 1 - kept / pairs if pairs else float("nan")
+
+
+@contextmanager
+def counting(network: Network, vocabulary: Vocabulary) -> Iterator[Tally]:
+    """Count while the network runs; enter it after whatever drops pairs. Raises AerogelError when there are no routed experts."""
+    found = experts_of(network)
+    tally = Tally.empty(len(found), network.device)
+    with ExitStack() as stack:
+        hook = partial(tally.look, vocabulary, arguments_of(network.module))
+        stack.callback(network.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for layer, module in enumerate(found.values()):
+            stack.callback(module.register_forward_pre_hook(partial(tally.add, layer)).remove)
+        yield tally

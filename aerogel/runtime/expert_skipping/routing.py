@@ -1,0 +1,208 @@
+"""Between router and experts: a rule says which pairs of token and expert are kept, the others get the number of no expert.
+
+L layers with routed experts, E experts, K of them a token, B rows, S positions, T = B * S tokens, H hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from aerogel.errors import AerogelError
+from aerogel.layers.experts import ExpertList
+from aerogel.layers.signature import arguments_of
+from aerogel.model.network import Network
+from aerogel.runtime.attention import received_from, with_probabilities
+from aerogel.runtime.expert_skipping import backend
+from aerogel.runtime.token_types import PADDING, SPECIAL, Vocabulary
+
+Lost = Literal["zero", "identity"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a policy on experts fits: it is refused by any other network."""
+
+    layers: int
+    experts: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a rule sees of one layer in one forward."""
+
+    layer: int
+    x_TH: Tensor
+    """What the experts read: the normalised input."""
+    share_TK: Tensor
+    """The router's weights of the chosen experts, float32, summing to one; scaling factors of a family are divided out."""
+    index_TK: Tensor
+    kind_BS: Tensor
+    decoding: bool
+    """Whether each row has one position, as when a token is written."""
+    received_BS: Tensor | None
+    """Attention that each position received, as a mean over the heads; where a rule asks for it and it is no token being written."""
+
+    @property
+    def kind_T(self) -> Tensor:  # noqa: N802
+        """Kind of each token."""
+        return self.kind_BS.reshape(-1)
+
+
+Rule = Callable[[Routed], Tensor]
+"""Which pairs are kept, kept_TK. What stands in it for padding is ignored: padding loses all experts."""
+
+
+@dataclass
+class Skipping:
+    """A rule on its way through a network's forwards."""
+
+    rule: Rule
+    vocabulary: Vocabulary
+    renormalise: bool = False
+    """Whether kept weights are raised to the sum that all had."""
+    keep_top1: bool = False
+    """Whether a token keeps its best expert in any case."""
+    protect: bool = True
+    """Whether marks of a chat keep all experts."""
+    lost: Lost = "zero"
+    """What the experts give a token that lost all of them: nothing, or what they would have read."""
+    kind_BS: Tensor | None = field(default=None, init=False)
+    received: dict[int, Tensor] = field(default_factory=dict, init=False)
+
+    def look(self, names: tuple[str, ...], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward: tell its tokens apart."""
+        self.kind_BS = self.vocabulary.kinds(dict(zip(names, args, strict=False)) | kwargs)
+        self.received.clear()
+
+    def attended(self, layer: int, module: Any, _: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """After a layer's attention: keep what each position of the forward received, summed over all that are no padding."""
+        probability_BASS = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if probability_BASS is None:
+            raise AerogelError("this attention does not give its probabilities, which the rule needs; leave that part of the rule out")
+        if probability_BASS.shape[-2] > 1:
+            assert self.kind_BS is not None, "the forward's own hook comes first"
+            asks_BS = (self.kind_BS != PADDING).float()
+            self.received[layer] = received_from(probability_BASS, asks_BS, kwargs.get("past_key_values"), module.layer_idx)
+
+    def route(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Before a layer's experts: drop what the rule does not keep."""
+        _require_backend(module)
+        x_TH, index_TK, weight_TK = args
+        kind_BS = self.kind_BS
+        if kind_BS is None or kind_BS.numel() != len(index_TK):
+            raise AerogelError(f"{len(index_TK)} tokens reached the experts of layer {layer}, but the forward has another number")
+        total_T1 = weight_TK.float().sum(-1, keepdim=True)
+        share_TK = weight_TK.float() / total_T1.clamp(min=torch.finfo(torch.float32).tiny)
+        routed = Routed(layer, x_TH, share_TK, index_TK, kind_BS, kind_BS.shape[1] == 1, self.received.get(layer))
+        kept_TK = self._kept(routed)
+        return x_TH, index_TK.masked_fill(~kept_TK, count_of(module)), self._weights(weight_TK, kept_TK)
+
+    def give_input(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """After a layer's experts: what they read, for a token that lost all of them."""
+        lost_T1 = (args[1] >= count_of(module)).all(-1, keepdim=True)
+        return torch.where(lost_T1, args[0], output)
+
+    def _kept(self, routed: Routed) -> Tensor:
+        kept_TK = self.rule(routed)
+        kind_T1 = routed.kind_T[:, None]
+        if self.keep_top1:
+            kept_TK = kept_TK.scatter(1, routed.share_TK.argmax(-1, keepdim=True), True)
+        if self.protect:
+            kept_TK = kept_TK | (kind_T1 == SPECIAL)
+        return kept_TK & (kind_T1 != PADDING)
+
+    def _weights(self, weight_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        left_TK = weight_TK.masked_fill(~kept_TK, 0.0)
+        if not self.renormalise:
+            return left_TK
+        sums_T1 = left_TK.float().sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        return (left_TK.float() * (weight_TK.float().sum(-1, keepdim=True) / sums_T1)).to(weight_TK.dtype)
+
+
+def experts_of(network: Network) -> dict[str, nn.Module]:
+    """The modules that run routed experts, by full name in the order of the layers; raises AerogelError when there is none."""
+    names, found = network.family.experts, dict[str, nn.Module]()
+    for block_name, block in network.blocks().items():
+        part = dict(block.named_modules()).get(names.module) if names is not None else None
+        if names is not None and part is not None and (isinstance(part, ExpertList) or hasattr(part, "num_experts")):
+            found[f"{block_name}.{names.module}"] = part
+    if not found:
+        raise AerogelError(f"this {network.family.name} network has no routed experts; leave this step out")
+    return found
+
+
+def router_of(network: Network, experts: str) -> nn.Module:
+    """The router of the experts with this full name."""
+    names = network.family.experts
+    assert names is not None, "it has experts"
+    return network.module.get_submodule(f"{experts.removesuffix(names.module)}{names.router}")
+
+
+def shape_of(network: Network) -> Shape:
+    """Layers with routed experts, experts of each, and how many a token goes to."""
+    found = experts_of(network)
+    config = network.config.get_text_config()
+    return Shape(len(found), count_of(next(iter(found.values()))), config.num_experts_per_tok)
+
+
+@contextmanager
+def skipping(network: Network, skip: Skipping, attention: bool = False) -> Iterator[Skipping]:
+    """Let a rule act on every forward; afterwards the network is what it was, its choice of experts implementation too.
+
+    With `attention` the rule is told what each position received; attention is then computed step by step (`eager`). Raises
+    AerogelError when the network has no routed experts, and in a forward whose implementation of experts was changed meanwhile.
+    """
+    found = experts_of(network)
+    skip.vocabulary.put_on(network.device)
+    with ExitStack() as stack:
+        hook = partial(skip.look, arguments_of(network.module))
+        stack.callback(network.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        fused = [module for module in found.values() if not isinstance(module, ExpertList)]
+        for config in {id(module.config): module.config for module in fused}.values():
+            stack.enter_context(_set(config, "_experts_implementation_internal", backend.NAME))
+        for layer, (name, module) in enumerate(found.items()):
+            stack.callback(module.register_forward_pre_hook(partial(skip.route, layer)).remove)
+            if skip.lost == "identity":
+                stack.callback(module.register_forward_hook(skip.give_input).remove)
+            if attention:
+                stack.enter_context(with_probabilities(_attention_of(network, name), partial(skip.attended, layer)))
+        yield skip
+
+
+def _attention_of(network: Network, experts: str) -> nn.Module:
+    """The attention of the block that has the experts with this full name."""
+    names = network.family.experts
+    assert names is not None, "it has experts"
+    return network.module.get_submodule(f"{experts.removesuffix(names.module)}{names.attention}")
+
+
+@contextmanager
+def _set(owner: Any, key: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, key)
+    setattr(owner, key, value)
+    try:
+        yield
+    finally:
+        setattr(owner, key, before)
+
+
+def count_of(module: nn.Module) -> int:
+    """How many experts a module has; as a number of an expert it means none."""
+    return len(module) if isinstance(module, ExpertList) else module.num_experts  # type: ignore[return-value]
+
+
+def _require_backend(module: nn.Module) -> None:
+    chosen = None if isinstance(module, ExpertList) else module.config._experts_implementation  # type: ignore[union-attr]
+    if chosen not in (None, backend.NAME):
+        raise AerogelError(
+            f"the experts implementation was set to {chosen!r} while a policy that skips experts is on; it would compute with experts that "
+            f"do not exist: set it back to {backend.NAME!r}, or take the policy off"
+        )

@@ -1,0 +1,148 @@
+"""Denoisers whose inner blocks rest at some steps: what these gave when they ran last enters the outer blocks again.
+
+A denoiser with skip connections goes down and up again. All that the blocks outside of a skip read of those inside is what the last of
+these gives, so one slot is enough however many blocks rest; and what is handed across inside is read by nobody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from aerogel.errors import AerogelError
+from aerogel.model.calls import Call, tensors_in
+from aerogel.model.family import Skips
+from aerogel.model.network import Network
+from aerogel.model.trace import trace
+from aerogel.runtime.feature_cache.compiled import called, standing_in
+from aerogel.runtime.feature_cache.streams import Following, followed, sampler_of, step_of, steps_in
+
+_CLOSE = 1e-2
+"""Largest relative distance between two answers that ought to be the same; half precision needs that much."""
+_CROSSED = (
+    "the blocks inside of this skip connection cannot rest, because the denoiser reads more of them than what the last one gives (as with "
+    "residuals of a ControlNet or an adapter, or with blocks of another kind)"
+)
+
+
+class Resting(Following):
+    """Follows the forwards of a denoiser and runs its inner blocks, or lets them rest."""
+
+    def __init__(self, network: Network, state: Mapping[str, Any]) -> None:
+        super().__init__(tuple(state["steps"]), state["sampler"], network.processor)
+        self._whole: str = state["whole"]
+        self._giver: str = state["inner"][-1]
+        self._tuples: dict[str, bool] = {}
+        """Whether what a block gives is a tuple."""
+        self.decisions: list[tuple[int, bool]] = []
+        """(step, whether all blocks ran) of each forward."""
+        self.drop()
+
+    def drop(self) -> None:
+        """Let go of the forward at hand."""
+        self._row, self._rests, self._keeps = 0, False, False
+        self._feature: Any = None
+
+    def begin(self, row: int, memory: Any) -> None:
+        """A feature is remembered for a step that rests; without one all blocks run."""
+        self._row, self._feature, self._rests = row, memory, memory is not None
+        self._keeps = self._whole[row + 1 : row + 2] == "0"
+
+    def end(self) -> Any:
+        """The feature, if the next step wants it."""
+        feature = self._feature if self._keeps else None
+        self.decisions.append((self._row, not self._rests))
+        self.drop()
+        return feature
+
+    def block(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What an inner block gives."""
+        if not self._rests:
+            made = forward(*args, **kwargs)
+            self._tuples[name] = isinstance(made, tuple)
+            if name == self._giver and self._keeps:
+                self._feature = made
+            return made
+        if name == self._giver:
+            return self._feature
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        nothing = x[:, :0]  # without channels the network can still count and join it, and pays nothing for that
+        return (nothing,) if self._tuples[name] else nothing
+
+
+def skips_of(network: Network) -> Skips:
+    """The skip connections of the network's family; raises AerogelError for a family without them."""
+    if network.family.skips is None:
+        raise AerogelError(
+            f"the {network.family.name} family names no skip connections (skips in aerogel/families); policies that let the blocks inside "
+            "of one rest need them, those that reuse units (fora, harmonica) do not"
+        )
+    return network.family.skips
+
+
+def followed_skips(network: Network, calls: Sequence[Call], branch: int) -> dict[str, Any]:
+    """The state of a policy that lets the blocks inside of a skip rest, but for its steps: `whole` has a 1 for each that runs all blocks.
+
+    Skips are counted from 0, the outermost. One recorded call proves that these blocks can be left out: with what they gave at the same
+    step the others have to answer the same. Raises AerogelError for a family without skips, and where there is no such skip.
+    """
+    skips_of(network)
+    state: dict[str, Any] = {
+        "steps": list(steps_in(network, calls)),
+        "sampler": sampler_of(network),
+        "blocks": len(network.blocks()),
+        "inner": inner(network, calls[0], branch),
+    }
+    _prove(network, calls[0], state)
+    return state
+
+
+def inner(network: Network, call: Call, branch: int) -> list[str]:
+    """The blocks inside of a skip, in the order in which they run: from the one that reads it first to the one before it is read again."""
+    skips = skips_of(network)
+    order = list(trace(network, [call], lambda _: nullcontext()).order)
+    given, read = (sorted({*order} & {*network.named(*globs)}, key=order.index) for globs in (skips.given, skips.read))
+    if len(read) - len(given) not in (0, 1):  # one more where nothing lies inside of the innermost
+        raise AerogelError(f"{len(given)} blocks hand their input across, but {len(read)} read it: these skip connections are not known")
+    if not 0 <= branch < len(given):
+        raise AerogelError(
+            f"branch {branch} is none of this denoiser's {len(given)} skip connections with blocks inside: 0 to {len(given) - 1}"
+        )
+    return order[order.index(given[branch]) : order.index(read[-1 - branch])]
+
+
+def _prove(network: Network, call: Call, state: dict[str, Any]) -> None:
+    step = step_of(network.module, call.args, call.kwargs)
+    with resting(network, state | {"steps": [step] * 2, "whole": "10"}) as by:
+        wanted = tensors_in(network.run(call))[0]
+        try:
+            given = tensors_in(network.run(call))[0]
+        except (AssertionError, RuntimeError) as error:
+            raise AerogelError(f"{_CROSSED}: without them it fails ({error})") from error
+    assert by.decisions == [(0, True), (1, False)], "the second forward is the one without them"
+    apart, norm = (given - wanted).float().norm(), wanted.float().norm()
+    if not apart <= _CLOSE * norm:
+        raise AerogelError(f"{_CROSSED}: without them it answers otherwise, by {float(apart):.2g} where the norm is {float(norm):.2g}")
+
+
+@contextmanager
+def resting(network: Network, state: Mapping[str, Any]) -> Iterator[Resting]:
+    """Let inner blocks rest for a while at the steps that a state says; then the denoiser is what it was.
+
+    Raises AerogelError when the state is of a network with other blocks.
+    """
+    blocks = network.blocks()
+    unknown = [name for name in state["inner"] if name not in blocks]
+    if unknown or state["blocks"] != len(blocks):
+        raise AerogelError(
+            f"the policy was made for {state['blocks']} blocks, this denoiser has {len(blocks)}"
+            + (f"; {unknown[0]} is none of them" if unknown else "")
+        )
+    by = Resting(network, state)
+    answers: dict[nn.Module, Callable[..., Any]] = {blocks[name]: partial(by.block, name, called(blocks[name])) for name in state["inner"]}
+    with standing_in(network.module, answers), followed(network.module, by):
+        yield by

@@ -1,0 +1,293 @@
+"""Denoisers that leave out stretches of blocks: what a stretch added to the stream when it last ran is added again.
+
+A stretch is blocks first..last-1, one behind the other. Unlike reuse of units (schedule.py) it costs one slot however long it is, and
+the blocks' norms and modulations do not run either. Compiled blocks run, or do not, as they are; only a rule that sees what the first unit
+reads has the first block run as it is written.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, takewhile
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from aerogel.errors import AerogelError
+from aerogel.layers.signature import arguments_of
+from aerogel.model.calls import Call, bytes_in
+from aerogel.model.hooks import Stop, until
+from aerogel.model.network import Network
+from aerogel.runtime.feature_cache.compiled import called, compiled, compiled_around, standing_in
+from aerogel.runtime.feature_cache.stored import Slots, store_named, versions
+from aerogel.runtime.feature_cache.streams import Following, followed, generations, sampler_of, steps_in
+from aerogel.runtime.feature_cache.units import units_of
+
+Stretch = tuple[int, int]
+"""The first block and the one behind the last."""
+Parts = tuple[Tensor | None, ...]
+"""What the streams hold between two blocks; image alone, or text and image."""
+
+
+class Rule(ABC):
+    """Decides, step by step, whether a stretch is left out; one is made for each guidance stream of each run."""
+
+    watches: ClassVar[Literal["nothing", "modulated", "change"]] = "nothing"
+    """What it sees of a forward before it decides: nothing; what the first unit reads, behind norm and modulation; or what the blocks
+    before its first stretch add to the image's stream."""
+    kept: Tensor | None = None
+    """What it remembers of a forward."""
+
+    @property
+    @abstractmethod
+    def stretches(self) -> tuple[Stretch, ...]:
+        """The stretches it may leave out, one at a time."""
+
+    @abstractmethod
+    def leaves_out(self, step: int, seen: Tensor | None) -> int | None:
+        """Which of the stretches is left out at this step; None where all blocks run. Nothing is left out at the first step."""
+
+    def wants(self, step: int) -> tuple[int, ...]:
+        """The stretches whose change may be added again behind this step, before all blocks run again."""
+        return tuple(range(len(self.stretches)))
+
+
+class Tabled(Rule):
+    """Leaves out what a table says: for each step the number of a stretch, or None."""
+
+    def __init__(self, stretches: tuple[Stretch, ...], table: Sequence[int | None]) -> None:
+        self._stretches, self._table = stretches, table
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """As given."""
+        return self._stretches
+
+    def leaves_out(self, step: int, seen: Tensor | None) -> int | None:
+        """What the table says; nothing at the first step."""
+        return self._table[step] if step else None
+
+    def wants(self, step: int) -> tuple[int, ...]:
+        """What is left out from the next step on until all blocks run."""
+        later = takewhile(lambda out: out is not None, self._table[step + 1 :])
+        return tuple({out for out in later if out is not None})
+
+
+@dataclass
+class _Memory:
+    rule: Rule
+    changes: dict[int, Any] = field(default_factory=dict)
+    """What each stretch added when it last ran, as it is stored."""
+    versions: tuple[int, ...] = ()
+    """Of what the rule remembers."""
+
+
+class Spans(Following):
+    """Follows the forwards of a denoiser and runs its blocks, or does not."""
+
+    def __init__(self, network: Network, state: Mapping[str, Any], make: Callable[[], Rule], store: Slots = "compute") -> None:
+        super().__init__(tuple(state["steps"]), state["sampler"], network.processor)
+        self._streams = streams_of(network)
+        self._image = _image_of(network)
+        self._make, self._store = make, store_named(store)
+        self.decisions: list[tuple[int, int | None]] = []
+        """(step, stretch that was left out) of each forward."""
+        self._stop = Stop()
+        self.drop()
+
+    def drop(self) -> None:
+        """Let go of the forward at hand."""
+        self._memory: _Memory | None = None
+        self._row = 0
+        self._out: int | None = None
+        self._entries: dict[int, tuple[Parts, tuple[int, ...]]] = {}
+        """What went into stretches, and its versions."""
+
+    def begin(self, row: int, memory: Any) -> None:
+        """Set out with what the stream remembers, or with a new rule."""
+        self._memory = memory or _Memory(self._make())
+        self._row, self._out, self._entries = row, None, {}
+        _require_same(self._memory.rule.kept, self._memory.versions)
+        if self._memory.rule.watches == "nothing":
+            self._decide(None)
+
+    def end(self) -> Any:
+        """What the stream remembers."""
+        memory = self._memory
+        assert memory is not None, "begin() set it"
+        self.decisions.append((self._row, self._out))
+        wanted = memory.rule.wants(self._row)
+        memory.changes = {number: change for number, change in memory.changes.items() if number in wanted}
+        self.drop()
+        return memory
+
+    def held_bytes(self, memory: Any) -> int:
+        """The bytes of what a stream remembers."""
+        return bytes_in((memory.rule.kept, memory.changes))
+
+    def block(self, place: int, own: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the block at this place gives."""
+        memory = self._memory
+        if memory is None:  # a block by itself, outside of the denoiser's forward
+            return forward(*args, **kwargs)
+        x = _read(own, self._streams, args, kwargs)
+        for number, (first, _) in enumerate(memory.rule.stretches):
+            if place == first or (place == 0 and memory.rule.watches == "change"):
+                self._entries[number if place == first else -1] = (x, versions(x))
+        made: Any = None
+        with until(self._stop):
+            if not self._left_out(place):
+                made = forward(*args, **kwargs)
+        if self._left_out(place):
+            assert self._out is not None, "something is left out"
+            ends = place + 1 == memory.rule.stretches[self._out][1]
+            return _packed(_plus(x, self._store.unpack(memory.changes[self._out])) if ends else x)
+        self._ran(memory, place, _unpacked(made))
+        return made
+
+    def modulated(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the first unit gives; if it is left out, its block is given up here."""
+        if self._memory is not None:
+            self._decide(args[0] if args else kwargs["hidden_states"])
+            if self._left_out(0):
+                raise self._stop
+        return forward(*args, **kwargs)
+
+    def _ran(self, memory: _Memory, place: int, made: Parts) -> None:
+        stretches = memory.rule.stretches
+        if memory.rule.watches == "change" and place + 1 == stretches[0][0]:
+            (change,) = _minus((made[self._image],), (self._entered(-1)[self._image],))
+            self._decide(change)
+        if self._out is None:
+            for number, (_, last) in enumerate(stretches):
+                if place + 1 == last and number in memory.rule.wants(self._row):
+                    memory.changes[number] = self._store.pack(_minus(made, self._entered(number)))
+
+    def _entered(self, number: int) -> Parts:
+        """What went into a stretch; -1 stands for the first block."""
+        x, before = self._entries[number]
+        _require_same(x, before)
+        return x
+
+    def _decide(self, seen: Tensor | None) -> None:
+        assert self._memory is not None, "begin() set it"
+        out = self._memory.rule.leaves_out(self._row, seen)
+        self._out = out if out in self._memory.changes else None  # without what it added, a stretch runs whatever the rule says
+        self._memory.versions = versions(self._memory.rule.kept)
+
+    def _left_out(self, place: int) -> bool:
+        if self._out is None or self._memory is None:
+            return False
+        first, last = self._memory.rule.stretches[self._out]
+        return first <= place < last
+
+
+def streams_of(network: Network) -> tuple[str, ...]:
+    """The names of the streams that blocks read and give, in the order in which they give them.
+
+    Raises AerogelError for a family whose blocks are no single row.
+    """
+    if not network.family.streams:
+        raise AerogelError(
+            f"the {network.family.name} family names no streams that all blocks read and give (streams in aerogel/families); "
+            "policies that leave out blocks need them, those that reuse units (fora, harmonica) do not"
+        )
+    return network.family.streams
+
+
+def followed_steps(network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+    """The state that every rule needs: steps and sampler of the recorded calls, and how many blocks there are."""
+    streams_of(network)
+    return {"steps": list(steps_in(network, calls)), "sampler": sampler_of(network), "blocks": len(network.blocks())}
+
+
+def residuals(network: Network, calls: Sequence[Call]) -> Iterator[Tensor]:
+    """What all blocks together add to the image's stream (B, N, D) in each step of the recorded generations.
+
+    Raises AerogelError when the calls are not whole generations.
+    """
+    streams, image = streams_of(network), _image_of(network)
+    runs = generations(network, calls)
+    blocks = list(network.blocks().values())
+    seen: list[Tensor | None] = []
+    hooks = [
+        blocks[0].register_forward_pre_hook(
+            lambda own, args, kwargs: seen.append(_read(own, streams, args, kwargs)[image]), with_kwargs=True
+        ),
+        blocks[-1].register_forward_hook(lambda own, args, made: seen.append(_unpacked(made)[image])),
+    ]
+    try:
+        for call in chain.from_iterable(runs):
+            seen.clear()
+            network.run(call)
+            (change,) = _minus((seen[1],), (seen[0],))
+            assert change is not None, "the image's stream is never missing"
+            yield change
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def spanning(network: Network, state: Mapping[str, Any], make: Callable[[], Rule], store: Slots = "compute") -> Iterator[Spans]:
+    """Leave stretches of blocks out by a rule for a while, at the steps that `followed_steps` found; then the denoiser is what it was.
+
+    Raises AerogelError when the state is of a network with more or fewer blocks, and where blocks are compiled with what holds them.
+    """
+    blocks = list(network.blocks().values())
+    if state["blocks"] != len(blocks):
+        raise AerogelError(f"the policy was made for {state['blocks']} blocks, this denoiser has {len(blocks)}")
+    if together := [around for around in compiled_around(network.module, network.blocks()) if around not in blocks]:
+        raise AerogelError(
+            f"{type(together[0]).__name__} is compiled with the blocks in it, which cannot be left out then: compile each block"
+        )
+    spans = Spans(network, state, make, store)
+    answers: dict[nn.Module, Callable[..., Any]] = {
+        block: partial(spans.block, place, block, called(block)) for place, block in enumerate(blocks)
+    }
+    if make().watches == "modulated":
+        first = network.module.get_submodule(next(iter(units_of(network))))
+        answers[first] = partial(spans.modulated, called(first))
+        if compiled(blocks[0]):  # compiled code cannot be given up half-way
+            answers[blocks[0]] = partial(spans.block, 0, blocks[0], blocks[0]._call_impl)
+    with standing_in(network.module, answers), followed(network.module, spans):
+        yield spans
+
+
+def _image_of(network: Network) -> int:
+    """The place of the image's stream among the streams."""
+    return streams_of(network).index(network.family.image_stream)
+
+
+def _require_same(kept: Any, before: tuple[int, ...]) -> None:
+    """Refuse what was changed in place since."""
+    if versions(kept) != before:
+        raise AerogelError(
+            "what goes into a block was changed in place after it was kept, so it cannot be compared any more: a block writes into its "
+            "input (such as x += y, or a hook); write into a new tensor there"
+        )
+
+
+def _read(block: nn.Module, streams: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> Parts:
+    names = arguments_of(block)
+    return tuple(kwargs[name] if name in kwargs else args[names.index(name)] for name in streams)
+
+
+def _unpacked(made: Any) -> Parts:
+    return made if isinstance(made, tuple) else (made,)
+
+
+def _packed(parts: Parts) -> Any:
+    return parts if len(parts) > 1 else parts[0]
+
+
+def _minus(after: Parts, before: Parts) -> Parts:
+    return tuple(None if a is None or b is None else a - b for a, b in zip(after, before, strict=True))
+
+
+def _plus(x: Parts, change: Parts) -> Parts:
+    return tuple(None if a is None or b is None else a + b for a, b in zip(x, change, strict=True))

@@ -1,0 +1,123 @@
+"""The clock finds the row of a time step by looking it up, follows a denoiser's forwards, and refuses what it does not know."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+from torch import Tensor, nn
+
+from aerogel.errors import AerogelError
+from aerogel.layers.timestep_index import Clock
+
+
+class Denoiser(nn.Module):
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+        self.seen.append(self.clock.rows)
+        if sample.isnan().any():
+            raise ValueError("broken")
+        return sample
+
+
+@pytest.mark.parametrize("count", [20, 50, 200, 400])
+@pytest.mark.parametrize("sampler", [DDIMScheduler, DDPMScheduler, PNDMScheduler])
+def test_rows_are_the_samplers_own_steps(count: int, sampler: type) -> None:
+    scheduler = sampler()
+    scheduler.set_timesteps(count)
+    clock = Clock(scheduler.timesteps.tolist())
+    rows = [clock.rows_of(step)[0] for step in scheduler.timesteps]
+    assert sorted(set(rows)) == list(range(len(set(scheduler.timesteps.tolist()))))
+    assert all(clock.steps[row] == step for row, step in zip(rows, scheduler.timesteps.tolist(), strict=True))
+
+
+def test_repeated_steps_share_a_row() -> None:
+    clock = Clock([9, 4, 4, 1])
+    assert clock.steps == (9, 4, 1)
+    assert clock.rows_of(torch.tensor([1, 4, 9, 4])) == (2, 1, 0, 1)
+
+
+def test_an_unknown_step_is_refused() -> None:
+    with pytest.raises(AerogelError, match="time step 5 is not among the 3 of DDIM"):
+        Clock([9, 4, 1], "DDIM").rows_of(5)
+
+
+def test_it_follows_a_forward_and_comes_off() -> None:
+    clock = Clock([9, 4, 1])
+    denoiser = Denoiser(clock)
+    with clock.on(denoiser):
+        denoiser(torch.zeros(2, 1), torch.tensor([4, 1]))
+        denoiser(torch.zeros(1, 1), timestep=9)
+        with pytest.raises(ValueError, match="broken"):
+            denoiser(torch.full((1, 1), torch.nan), 4)
+        with pytest.raises(AerogelError, match="outside"):
+            _ = clock.rows
+    assert denoiser.seen == [(1, 2), (0,), (1,)]
+    assert not denoiser._forward_hooks
+    assert not denoiser._forward_pre_hooks
+
+
+class Projected(Denoiser):
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        torch.manual_seed(0)
+        self.time = nn.Sequential(nn.Linear(48, 96), nn.SiLU(), nn.Linear(96, 32))
+        self.table = torch.randn(3, 48)
+
+    def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+        rows = self.clock.rows
+        return sample + self.time(self.table[list(rows)].expand(len(sample), -1))
+
+
+@pytest.mark.parametrize("steps", [(4, 4, 4, 4), (1, 9, 1), (9,)], ids=str)
+def test_what_depends_on_the_step_alone_gives_the_same_bits_in_any_batch(steps: tuple[int, ...]) -> None:
+    clock = Clock([9, 4, 1])
+    denoiser = Projected(clock)
+    alone = [denoiser.time(denoiser.table[row : row + 1]) for row in range(3)]
+    sample = torch.zeros(len(steps), 32)
+    with clock.on(denoiser, ["time"]):
+        batches = [torch.tensor(steps)] + ([torch.tensor(steps[0])] if len(set(steps)) == 1 else [])
+        for timestep in batches:  # one step may stand for a batch
+            y = denoiser(sample, timestep)
+            wanted = torch.cat([alone[clock.steps.index(step)] for step in steps])
+            assert torch.equal(y, wanted) if len(set(steps)) == 1 else torch.allclose(y, wanted, atol=1e-6)
+    assert not denoiser.time._forward_hooks
+
+
+def test_a_module_that_fails_leaves_the_clock_in_order() -> None:
+    clock = Clock([9, 4, 1])
+    denoiser = Projected(clock)
+    with clock.on(denoiser, ["time"]):
+        denoiser.table = torch.randn(3, 47)
+        with pytest.raises(RuntimeError):
+            denoiser(torch.zeros(2, 32), 4)
+        denoiser.table = torch.randn(3, 48)
+        assert denoiser(torch.zeros(2, 32), 4).shape == (2, 32)
+
+
+def test_a_copy_follows_a_clock_of_its_own() -> None:
+    clock = Clock([9, 4, 1])
+    denoiser = Projected(clock)
+    clock.follow(denoiser, ["time"])
+    twin = copy.deepcopy(denoiser)
+    assert twin.clock is not clock
+    assert torch.equal(twin(torch.zeros(2, 32), 1), denoiser(torch.zeros(2, 32), 1))
+
+
+def test_a_denoiser_that_it_left_is_followed_no_more_and_keeps_its_other_hooks() -> None:
+    clock, other = Clock([3, 1]), Clock([3, 1])
+    denoiser = nn.Sequential(nn.Linear(2, 2))
+    clock.follow(denoiser, ["0"])
+    kept = denoiser[0].register_forward_hook(other._stop)
+    clock.leave(denoiser)
+    assert not denoiser._forward_pre_hooks
+    assert not denoiser._forward_hooks
+    assert not denoiser[0]._forward_pre_hooks
+    assert list(denoiser[0]._forward_hooks) == [kept.id]
+    assert denoiser(torch.ones(2, 2)).shape == (2, 2), "without a time step"
