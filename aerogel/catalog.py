@@ -55,7 +55,7 @@ class Card:
     """First line of the member's docstring, else of the file's; for a recipe its first comment."""
 
 
-class Knob(NamedTuple):
+class Option(NamedTuple):
     """One field of a method: what a recipe may set."""
 
     name: str
@@ -86,7 +86,7 @@ def find(kind: str, name: str) -> Any:
     return getattr(importlib.import_module(found.module), found.member)
 
 
-def knobs(cls: Any) -> list[Knob]:
+def options(cls: Any) -> list[Option]:
     """The fields of a dataclass with the docstring under each, inherited ones included."""
     docs: dict[str, str] = {}
     annotations: dict[str, str] = {}
@@ -95,7 +95,7 @@ def knobs(cls: Any) -> list[Knob]:
             for name, annotation, doc in _documented_fields(base):
                 docs[name] = doc or docs.get(name, "")
                 annotations[name] = annotation
-    return [Knob(field.name, annotations[field.name], _default(field), docs[field.name]) for field in dataclasses.fields(cls)]
+    return [Option(field.name, annotations[field.name], _default(field), docs[field.name]) for field in dataclasses.fields(cls)]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

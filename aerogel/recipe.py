@@ -27,14 +27,14 @@ Built = TypeVar("Built")
 
 @dataclass(frozen=True)
 class Step:
-    """One method with its knobs."""
+    """One method with its options."""
 
     name: str
     """File name of the method."""
     method: AnyMethod
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """The step as a recipe writes it, every knob spelled out."""
+        """The step as a recipe writes it, every option spelled out."""
         return {self.name: {field.name: plain(getattr(self.method, field.name)) for field in dataclasses.fields(self.method)}}  # type: ignore[arg-type]
 
 
@@ -47,9 +47,9 @@ class Recipe:
 
     @classmethod
     def parse(cls, source: Recipe | str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
-        """Read a recipe from a shipped name, a YAML file, a mapping, or another recipe; `overrides` are `method.knob=value`.
+        """Read a recipe from a shipped name, a YAML file, a mapping, or another recipe; `overrides` are `method.option=value`.
 
-        Raises AerogelError for an unknown recipe, method or knob (with the nearest known one) and for a value of the wrong type.
+        Raises AerogelError for an unknown recipe, method or option (with the nearest known one) and for a value of the wrong type.
         """
         overrides = list(overrides)
         if isinstance(source, Recipe) and not overrides:
@@ -60,7 +60,7 @@ class Recipe:
         return cls(document.name, tuple(_step(document.name, number, step) for number, step in enumerate(document.steps, 1)))
 
     def as_dict(self) -> dict[str, Any]:
-        """The recipe with every knob spelled out; `Recipe.parse` reads it back to an equal recipe."""
+        """The recipe with every option spelled out; `Recipe.parse` reads it back to an equal recipe."""
         return {"name": self.name, "steps": [step.as_dict() for step in self.steps]}
 
 
@@ -126,38 +126,38 @@ def _document(content: Mapping[str, Any], where: str) -> _Document:
     try:
         return _Document.model_validate(dict(content))
     except ValidationError as error:
-        raise AerogelError(f"{where}: {_reason(error)}; expected `steps` to be a list of `- method: {{knob: value}}`") from error
+        raise AerogelError(f"{where}: {_reason(error)}; expected `steps` to be a list of `- method: {{option: value}}`") from error
 
 
 def _override(document: _Document, override: str) -> None:
-    """Set one knob of every step of that method."""
-    name, knob, value = parse_override(override, "method.knob=value, for example gptq.scheme=W3A16")
+    """Set one option of every step of that method."""
+    name, option, value = parse_override(override, "method.option=value, for example gptq.scheme=W3A16")
     steps = [step for step in document.steps if name in step]
     if not steps:
         raise AerogelError(f"override {override!r}: recipe {document.name!r} has no step {name!r}{_nearest_step(document, name)}")
     for step in steps:
-        step[name] = {**(step[name] or {}), knob: value}
+        step[name] = {**(step[name] or {}), option: value}
 
 
 def parse_override(override: str, expected: str) -> tuple[str, str, Any]:
-    """Return (name, knob, value) of `name.knob=value`, the value read as YAML; raises AerogelError that says what is expected."""
+    """Return (name, option, value) of `name.option=value`, the value read as YAML; raises AerogelError that says what is expected."""
     target, equals, text = override.partition("=")
-    name, dot, knob = target.strip().partition(".")
-    if not (equals and dot and knob):
+    name, dot, option = target.strip().partition(".")
+    if not (equals and dot and option):
         raise AerogelError(f"cannot read override {override!r}; expected {expected}")
     try:
-        return name, knob, _yaml(text)
+        return name, option, _yaml(text)
     except yaml.YAMLError as error:
         raise AerogelError(f"override {override!r}: the value is not YAML: {_one_line(error)}") from error
 
 
 def knobs_of(overrides: Iterable[str], expected: str) -> dict[str, dict[str, Any]]:
-    """Return {name: {knob: value}} of many `name.knob=value`; raises AerogelError like parse_override."""
-    knobs: dict[str, dict[str, Any]] = {}
+    """Return {name: {option: value}} of many `name.option=value`; raises AerogelError like parse_override."""
+    options: dict[str, dict[str, Any]] = {}
     for override in overrides:
-        name, knob, value = parse_override(override, expected)
-        knobs.setdefault(name, {})[knob] = value
-    return knobs
+        name, option, value = parse_override(override, expected)
+        options.setdefault(name, {})[option] = value
+    return options
 
 
 def _nearest_step(document: _Document, name: str) -> str:
@@ -167,28 +167,28 @@ def _nearest_step(document: _Document, name: str) -> str:
 def _step(recipe: str, number: int, step: Mapping[str, Mapping[str, Any] | None]) -> Step:
     if len(step) != 1:
         raise AerogelError(f"recipe {recipe!r}, step {number}: a step has one key, the method; got {sorted(step)}")
-    ((name, knobs),) = step.items()
+    ((name, options),) = step.items()
     where = f"recipe {recipe!r}, step {number} ({name})"
     if name not in catalog.names("methods"):
         raise AerogelError(f"recipe {recipe!r}, step {number}: unknown method {name!r}{catalog.nearest(name, catalog.names('methods'))}")
-    return Step(name, build(catalog.find("methods", name), knobs or {}, where))
+    return Step(name, build(catalog.find("methods", name), options or {}, where))
 
 
-def build(cls: type[Built], knobs: Mapping[str, Any], where: str) -> Built:
-    """Make a dataclass of knobs from their values; raises AerogelError for an unknown knob (with the nearest) or a wrong value."""
+def build(cls: type[Built], options: Mapping[str, Any], where: str) -> Built:
+    """Make a dataclass of options from their values; raises AerogelError for an unknown option (with the nearest) or a wrong value."""
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls, include_extras=True)
-    for knob in knobs:
-        if knob not in fields:
-            raise AerogelError(f"{where}: unknown knob {knob!r}{catalog.nearest(str(knob), fields)}")
+    for option in options:
+        if option not in fields:
+            raise AerogelError(f"{where}: unknown option {option!r}{catalog.nearest(str(option), fields)}")
     missing = [
         name
         for name, field in fields.items()
-        if name not in knobs and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if name not in options and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise AerogelError(f"{where}: {', '.join(missing)} must be given")
-    values = {knob: _value(hints[knob], value, f"{where}: knob {knob!r}") for knob, value in knobs.items()}
+    values = {option: _value(hints[option], value, f"{where}: option {option!r}") for option, value in options.items()}
     try:
         return cls(**values)
     except AerogelError as error:
@@ -204,7 +204,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def _border_type(hint: Any) -> Any:
-    """A knob's type as recipes may write it: lists stand for tuples and sets, names and mappings for schemes."""
+    """A option's type as recipes may write it: lists stand for tuples and sets, names and mappings for schemes."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Scheme or Scheme in args:
         return Annotated[Any, PlainValidator(_scheme)]
@@ -226,7 +226,7 @@ def _scheme(value: Any) -> Scheme | str:
 
 
 def plain(value: Any) -> Any:
-    """A knob's value as YAML and JSON write it."""
+    """A option's value as YAML and JSON write it."""
     if isinstance(value, Scheme | Path):
         return str(value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What reuse costs the zoo's DiT in its final pictures, policy beside policy at equal cache ratios; writes benchmarks/results/caching.json.
+"""What reuse costs the zoo's DiT in its final images, policy beside policy at equal cache ratios; writes benchmarks/results/caching.json.
 
 python benchmarks/caching.py                         # 10 steps, all ratios and policies: hours on one thread; rows are written as they come
 python benchmarks/caching.py --only "harmonica and local search" --ratios 0.3 --seeds 0
@@ -49,18 +49,18 @@ COLUMNS = [
     "policy",
     "slots reused",
     "operations, times fewer",
-    "slots' KB a picture",
+    "slots' KB an image",
     "error of x0",
     "of even spacing's",
     "seeds: least to most",
     "processor seconds to make",
 ]
 NOTES = [
-    "Error: mean squared, of final pictures of held-out noise against those of the same network without reuse (variance below).",
-    "Operations are counted while the held-out pictures are made; shares of toca and duca count partly computed units as reused.",
+    "Error: mean squared, of final images of held-out noise against those of the same network without reuse (variance below).",
+    "Operations are counted while the held-out images are made; shares of toca and duca count partly computed units as reused.",
     "Stretches of blocks (first_block, teacache, magcache, delta_dit): the share of steps at which one is left out.",
     "Policies with a ratio meet it exactly; the others stand at what their rules give, beside even spacing interpolated between ratios.",
-    "Trained and searched rows are the median of the seeds, and the least and most; searches saw 32 pictures of other noise.",
+    "Trained and searched rows are the median of the seeds, and the least and most; searches saw 32 images of other noise.",
     f"Searches take up to {TRIALS} trials and end where no exchange helps.",
     "At 20 steps beside rules the router by itself at 0.2 and 0.3; at 50 rules only: the rest is hours of training and was not run.",
     "Target: harmonica alone at most a third of even spacing's error at 0.2 and 0.3; with the local search the best row at every ratio.",
@@ -95,9 +95,9 @@ def ruled() -> Iterator[tuple[str, float | None, dict[str, Any]]]:
     yield "pab", None, {"pab": {}}
     for fewer in FEWER:
         yield f"fewer steps, {fewer:.0%}", None, {"fewer steps": fewer}
-    for method, knob, values in LEFT_OUT:
+    for method, option, values in LEFT_OUT:
         for value in values:
-            yield f"{method}, {knob} {value}", None, {method: {knob: value}}
+            yield f"{method}, {option} {value}", None, {method: {option: value}}
     yield "fastercache", None, {"fastercache": {}}
 
 
@@ -191,7 +191,7 @@ def main() -> None:
         bench = Bench(steps)
         settings = {
             "network": "zoo/fashion-dit, 12 units", "guidance": GUIDANCE, "sampler": type(bench.network.processor.scheduler).__name__,
-            "held-out pictures": HELD, "threads": given.threads, "variance": round(float(bench.exact.var()), 4),
+            "held-out images": HELD, "threads": given.threads, "variance": round(float(bench.exact.var()), 4),
         }  # fmt: skip
         for label, ratio, step in chain(budgeted(given.ratios, steps), ruled()):
             if given.only and label not in given.only and label.partition(",")[0] not in given.only:
@@ -221,7 +221,7 @@ def keep(row: list[Any], settings: dict[str, Any]) -> None:
         spaced = even(kept, one[0], one[2])
         one[6] = None if spaced is None else one[5] / spaced
     kept.sort(key=lambda one: (one[0], one[2], one[5]))
-    write(path.stem, "Reuse in a DiT: error of the final picture", settings, COLUMNS, kept, NOTES)
+    write(path.stem, "Reuse in a DiT: error of the final image", settings, COLUMNS, kept, NOTES)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Reuse and quantization of the zoo's DiT, made apart and together: error of final pictures; writes benchmarks/results/caching_joint.json.
+"""Reuse and quantization of the zoo's DiT, made apart and together: error of final images; writes benchmarks/results/caching_joint.json.
 
 python benchmarks/caching_joint.py
 python benchmarks/caching_joint.py --widths W8A8 --by searched --orders apart "apart, then ranges anew"   # other rows stay
@@ -20,7 +20,7 @@ from results import FOLDER, write
 import aerogel
 from aerogel.data.denoising import Denoising, record
 from aerogel.engine import policies
-from aerogel.engine.policies import Measured
+from aerogel.engine.policies import CalibratedPolicy
 from aerogel.methods.diffusion.recalibrate import Recalibrate
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -46,13 +46,13 @@ ORDERS = (
 )
 COLUMNS = ["made by", "weights and inputs", "order", "error of x0", "least to most", "of that made apart"]
 NOTES = [
-    "Error: mean squared, of final pictures of held-out noise against those of the float network without reuse; median, least and most.",
-    "Held out: 512 pictures; on 64 of such noise what is made apart with seed 0 has 4.9e-4, a tenth less: too few to tell orders apart.",
+    "Error: mean squared, of final images of held-out noise against those of the float network without reuse; median, least and most.",
+    "Held out: 512 images; on 64 of such noise what is made apart with seed 0 has 4.9e-4, a tenth less: too few to tell orders apart.",
     "Apart: the schedule of the float network is put on the quantized one. On the quantized: it is made there, against the float network.",
-    "Refined: exchanges on the quantized network from the schedule that is there, each confirmed on 128 pictures of other noise.",
+    "Refined: exchanges on the quantized network from the schedule that is there, each confirmed on 128 images of other noise.",
     "Then ranges anew: static ranges of inputs are measured once more on the generations that the cache leads to (recalibrate).",
     "Weights are rounded to nearest, inputs have one static range each: what differs between rows is the order alone.",
-    "W4A8 once, on 64 pictures and one seed: on the quantized 1.18 of apart, with ranges anew 1.15; rounding alone has 4.4e-3.",
+    "W4A8 once, on 64 images and one seed: on the quantized 1.18 of apart, with ranges anew 1.15; rounding alone has 4.4e-3.",
     "Kernels are chosen by timing: an error differs by 1 % between runs. Ranges anew behind apart are of another run, as is their ratio.",
     "Target: made together, an error below that of both made apart. Two of the three seeds lie within 4 % of it, either side.",
 ]
@@ -64,7 +64,7 @@ def recorded(network: Network, count: int, seed: int, batch: int) -> list[Call]:
 
 
 class Bench:
-    """The float network, and the pictures that it makes of held-out noise."""
+    """The float network, and the images that it makes of held-out noise."""
 
     def __init__(self, held: int) -> None:
         self.plain: Network = aerogel.load(DIT, lazy=False)
@@ -74,7 +74,7 @@ class Bench:
     def _pictures(self, network: Network) -> torch.Tensor:
         return torch.cat([run.finish(run.start(), lambda _, call: output_of(network.run(call))) for run in self._unseen])
 
-    def error(self, network: Network, on: Sequence[Measured] = ()) -> float:
+    def error(self, network: Network, on: Sequence[CalibratedPolicy] = ()) -> float:
         """Of a network under policies."""
         with policies.on(network, on):
             return float((self._pictures(network) - self.exact).square().mean())
@@ -94,7 +94,7 @@ class Orders:
             if order in wanted:
                 yield order, self.bench.error(*self._ordered(order, QUANTIZED[width]))
 
-    def _ordered(self, order: str, quantizing: list[dict[str, Any]]) -> tuple[Network, Sequence[Measured]]:
+    def _ordered(self, order: str, quantizing: list[dict[str, Any]]) -> tuple[Network, Sequence[CalibratedPolicy]]:
         behind = order.startswith(("on the quantized", "alternate"))
         result = self._made([*quantizing, self.step] if behind else quantizing)
         network, on = result.network, () if order == "no reuse" else result.policies if behind else self.alone
@@ -141,7 +141,7 @@ def main() -> None:
     bench = Bench(given.held)
     settings = {
         "network": "zoo/fashion-dit, 12 units", "steps": STEPS, "guidance": GUIDANCE, "ratio": given.ratio, "trials": given.trials,
-        "seeds": given.seeds, "held-out pictures": given.held, "threads": given.threads, "variance": round(float(bench.exact.var()), 4),
+        "seeds": given.seeds, "held-out images": given.held, "threads": given.threads, "variance": round(float(bench.exact.var()), 4),
     }  # fmt: skip
     makers = {"schedule_search": {"ratio": given.ratio, "trials": given.trials}, "harmonica": {"ratio": given.ratio}}
     for maker in given.by:

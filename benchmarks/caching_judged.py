@@ -17,7 +17,7 @@ from diffusion_quality import figures
 from results import FOLDER, write
 
 import aerogel
-from aerogel.data.denoising import Denoising, Made, pictures, record
+from aerogel.data.denoising import Denoising, ImageBatch, generate_images, record
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
 from aerogel.runtime.feature_cache.units import operations
@@ -43,17 +43,17 @@ COLUMNS = [
     "accuracy[fashion-judge]",
 ]
 NOTES = [
-    "Fréchet distances of generated pictures to real ones, of the same number of pictures and the same noise in all rows.",
-    "Operations are counted while pictures are made. Trained policies: the median of the seeds; budgets are in multiply-accumulates.",
+    "Fréchet distances of generated images to real ones, of the same number of images and the same noise in all rows.",
+    "Operations are counted while images are made. Trained policies: the median of the seeds; budgets are in multiply-accumulates.",
     "Target: distances at most 5 % above those without reuse.",
 ]
 
 
-def made(network: Network, steps: int, count: int) -> tuple[Made, float]:
-    """Pictures and the operations that they took."""
+def made(network: Network, steps: int, count: int) -> tuple[ImageBatch, float]:
+    """Images and the operations that they took."""
     with operations() as counted:
-        some = list(pictures(network.processor, Denoising(count, steps, GUIDANCE, batch=BATCH), NOISE))
-    return Made(
+        some = list(generate_images(network.processor, Denoising(count, steps, GUIDANCE, batch=BATCH), NOISE))
+    return ImageBatch(
         torch.cat([one.images_NCHW for one in some]), tuple(name for one in some for name in one.subjects)
     ), counted.get_total_flops()
 
@@ -68,7 +68,7 @@ class Bench:
         self.figures = figures(self.plain, self.plain)
 
     def row(self, policy: str, seeds: list[int]) -> list[Any]:
-        """Calibrate, make pictures, look at them."""
+        """Calibrate, make images, look at them."""
         (method,) = (one.method for one in Recipe.parse({"steps": [POLICIES[policy]]}).steps)
         found = []
         for seed in seeds if {"harmonica", "schedule_search"} & set(POLICIES[policy]) else [0]:
@@ -89,7 +89,7 @@ class Bench:
         steps = round(self.steps / SPEEDUP)
         return [self.steps, f"{steps} steps", *self._seen(*made(self.network, steps, self.count))]
 
-    def _seen(self, these: Made, macs: float) -> list[float]:
+    def _seen(self, these: ImageBatch, macs: float) -> list[float]:
         ours = self.figures if these is self.plain else figures(these, self.plain)
         cells = [self.macs / macs, ours.get("mse", 0.0)]
         for judge in ("fashion-judge", "efficientnet-lite0@128"):
@@ -103,19 +103,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(POLICIES), default=list(POLICIES))
-    parser.add_argument("--pictures", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    bench = Bench(given.steps, given.pictures)
-    settings = {"network": "zoo/fashion-dit", "guidance": GUIDANCE, "pictures": given.pictures, "seeds": given.seeds, "trials": TRIALS}
+    bench = Bench(given.steps, given.images)
+    settings = {"network": "zoo/fashion-dit", "guidance": GUIDANCE, "images": given.images, "seeds": given.seeds, "trials": TRIALS}
     path = FOLDER / "caching_judged.json"
     for make in (bench.without, bench.fewer, *((lambda policy=policy: bench.row(policy, given.seeds)) for policy in given.only)):
         row = make()
         print(row, flush=True)
         before = json.loads(path.read_text())["rows"] if path.exists() else []
         rows = sorted([*(old for old in before if old[:2] != row[:2]), row], key=lambda one: (one[0], one[2]))
-        write(path.stem, f"Pictures at {SPEEDUP} times fewer operations, as judges see them", settings, COLUMNS, rows, NOTES)
+        write(path.stem, f"Images at {SPEEDUP} times fewer operations, as judges see them", settings, COLUMNS, rows, NOTES)
 
 
 if __name__ == "__main__":

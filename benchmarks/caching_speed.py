@@ -30,9 +30,9 @@ import aerogel
 from aerogel.io.load import load
 from aerogel.methods.feature_cache.delta_dit import DeltaDit
 from aerogel.methods.feature_cache.first_block import FirstBlock
-from aerogel.methods.feature_cache.policy import ReusePolicy
+from aerogel.methods.feature_cache.policy import FeatureCachePolicy
 from aerogel.model.calls import Call
-from aerogel.model.hooks import answering
+from aerogel.model.hooks import patch_forward
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.schedule import Schedule, reusing
 from aerogel.runtime.feature_cache.units import Costs, costs_of, units_of
@@ -142,7 +142,7 @@ def blocks_by_mask(made: Network, given: list[Call]) -> dict[Way, On]:
     return ways
 
 
-def policy_on(made: Network, policy: ReusePolicy, given: list[Call]) -> On:
+def policy_on(made: Network, policy: FeatureCachePolicy, given: list[Call]) -> On:
     """Put one of our policies on."""
     return partial(policy.on, made, policy.calibrate(made, given))
 
@@ -220,7 +220,7 @@ def count(made: Network, given: list[Call], on: On) -> Counted:
         return own(*args, **kwargs)
 
     table = []
-    with answering({find(name): partial(seen, name, find(name).forward) for name in names}), on() as follows:
+    with patch_forward({find(name): partial(seen, name, find(name).forward) for name in names}), on() as follows:
         for one in given:
             ran.clear()
             made.run(one)

@@ -98,8 +98,8 @@ def shape(options: argparse.Namespace) -> None:
     modules |= {name: copy.deepcopy(base).to(dtype) for name, dtype in FLOATS.items() if name != "float32"}
     modules |= {"W4A16 (groups of 128)": rounded(base, "W4A16"), "W8A8": rounded(base, "W8A8")} | torchao_twins(base)
     networks = {name: Network(module, FAMILY) for name, module in modules.items()}
-    knobs = Speed(prompt=options.prompt, new_tokens=options.new_tokens, rounds=options.rounds, threads=options.threads)
-    found = knobs.compare(networks)
+    options = Speed(prompt=options.prompt, new_tokens=options.new_tokens, rounds=options.rounds, threads=options.threads)
+    found = options.compare(networks)
     fastest = {kind: max(found[name][f"{kind}_tokens_per_second"] for name in FLOATS) for kind in ("prefill", "decode")}
     rows = []
     for name, facts in found.items():

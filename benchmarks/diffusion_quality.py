@@ -1,4 +1,4 @@
-"""What quantizing the zoo's denoisers costs in pictures and takes in time; writes benchmarks/results/diffusion_quality_NAME.json.
+"""What quantizing the zoo's denoisers costs in images and takes in time; writes benchmarks/results/diffusion_quality_NAME.json.
 
 python benchmarks/diffusion_quality.py unet                         # every row: hours; each is written as soon as it is there
 python benchmarks/diffusion_quality.py unet --only "W4A8 tfmq" --steps 100
@@ -21,10 +21,11 @@ import torch
 from results import FOLDER, write
 
 import aerogel
-from aerogel.data.denoising import Denoising, Made, pictures, record
+from aerogel.data.denoising import Denoising, ImageBatch, generate_images, record
 from aerogel.engine import policies
 from aerogel.engine.result import Result
-from aerogel.evaluate import features, realism
+from aerogel.evaluate import features
+from aerogel.evaluate import image_quality as realism
 from aerogel.evaluate.reference import Reference
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -53,12 +54,12 @@ def nearest(bits: int, inputs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def linears(bits: int, method: str, *ranges: dict[str, Any] | None) -> dict[str, Any]:
-    """All linears of a transformer with symmetric channels: float inputs, static ranges with these knobs, or (None) a scale a token."""
+    """All linears of a transformer with symmetric channels: float inputs, static ranges with these options, or (None) a scale a token."""
     scheme = f"W{bits}A8" if None in ranges else f"W{bits}A16_CHANNEL"
     return {
         "steps": [
             {method: {"scheme": scheme, "targets": ["Linear"]}},
-            *({"activation_ranges": knobs} for knobs in ranges if knobs is not None),
+            *({"activation_ranges": options} for options in ranges if options is not None),
         ]
     }
 
@@ -130,16 +131,16 @@ def compress(pipeline: Any, recipe: Any, calls: list[Call], given: argparse.Name
     return Network(result.network.module, result.network.family, processor=own), result, time.perf_counter() - start
 
 
-def pictures_of(network: Network, given: argparse.Namespace, seed: int) -> Made:
-    """Pictures that differ by this seed's noise only, from network to network."""
+def pictures_of(network: Network, given: argparse.Namespace, seed: int) -> ImageBatch:
+    """Images that differ by this seed's noise only, from network to network."""
     prompts = CLASSES if denoiser(network.processor) == "unet" else ()
-    wanted = Denoising(given.pictures, STEPS, GUIDANCE[given.network], prompts, batch=50)
-    made = list(pictures(network.processor, wanted, 100 + seed))
-    return Made(torch.cat([some.images_NCHW for some in made]), tuple(name for some in made for name in some.subjects))
+    wanted = Denoising(given.images, STEPS, GUIDANCE[given.network], prompts, batch=50)
+    made = list(generate_images(network.processor, wanted, 100 + seed))
+    return ImageBatch(torch.cat([some.images_NCHW for some in made]), tuple(name for some in made for name in some.subjects))
 
 
-def figures(made: Made, original: Made) -> dict[str, float]:
-    """Figures of pictures: against the float network's of the same noise, and against real images."""
+def figures(made: ImageBatch, original: ImageBatch) -> dict[str, float]:
+    """Figures of images: against the float network's of the same noise, and against real images."""
     found: dict[str, float] = {}
     if made is not original:
         found["mse"] = float((made.images_NCHW - original.images_NCHW).square().mean())
@@ -190,20 +191,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[""], help="Rows whose scheme and name hold one of these (globs).")
     parser.add_argument("--steps", type=int, default=1000, help="Optimiser steps a block; a quarter of them for learned ranges.")
     parser.add_argument("--rate", type=float, default=0.01, help="Learning rate of the rounding; 0.001 for 20,000 steps.")
-    parser.add_argument("--seeds", type=int, default=5, help="Sets of pictures, each from noise of its own; the calibration is the same.")
-    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=5, help="Sets of images, each from noise of its own; the calibration is the same.")
+    parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--dry", action="store_true", help="Print, do not write.")
     given = parser.parse_args()
     columns = ["scheme", "method", "seconds", "MSE to float", "SSIM to float", *FIGURES[2:]]
     path = FOLDER / f"diffusion_quality_{given.network}.json"
     settings = {
-        "calibration": f"{SHOWN} pictures, {STEPS} DDIM steps, guidance {GUIDANCE[given.network]:g}",
-        "optimiser steps a block": given.steps, "rate": given.rate, "seeds": given.seeds, "pictures a seed": given.pictures,
+        "calibration": f"{SHOWN} images, {STEPS} DDIM steps, guidance {GUIDANCE[given.network]:g}",
+        "optimiser steps a block": given.steps, "rate": given.rate, "seeds": given.seeds, "images a seed": given.images,
     }  # fmt: skip
     notes = [
-        "Means and standard deviations over seeds of the pictures' noise, after one calibration. Pictures have values from 0 to 1.",
+        "Means and standard deviations over seeds of the images' noise, after one calibration. Images have values from 0 to 1.",
         COVERAGE[given.network],
-        "Fréchet distances compare only within a column: they are of few pictures, and of this reference.",
+        "Fréchet distances compare only within a column: they are of few images, and of this reference.",
         "Rows are kept from run to run: seconds may be of several machines and beside other work, an order of size.",
         *(TARGET if given.network == "unet" else ()),
     ]

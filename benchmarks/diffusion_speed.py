@@ -63,7 +63,7 @@ def sdxl() -> tuple[nn.Module, dict[str, Any]]:
 
 
 def dit() -> tuple[nn.Module, dict[str, Tensor]]:
-    """DiT-XL/2 and a call of both guidance branches of four pictures at 256 x 256."""
+    """DiT-XL/2 and a call of both guidance branches of four images at 256 x 256."""
     made = DiTTransformer2DModel(
         num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28, sample_size=32, patch_size=2
     )
@@ -83,7 +83,7 @@ def static(bits: int, inputs: dict[str, Any]) -> list[dict[str, Any]]:
 RECIPES: dict[str, dict[str, list[dict[str, Any]]]] = {
     "unet": {**{f"W{bits}A8": static(bits, A_STEP) for bits in (8, 4)}, ATTENTION: [{"attention_quant": {}}, *static(8, A_STEP)]},
     "ldm": {f"W{bits}A8": static(bits, A_STEP) for bits in (8, 4)},
-    "sdxl": {"W8A8": static(8, ONE_RANGE)},  # its time path knows the picture's size: no ranges by step
+    "sdxl": {"W8A8": static(8, ONE_RANGE)},  # its time path knows the image's size: no ranges by step
     "dit": {
         **{f"W{bits}A8, a scale a token": [{"rtn": {"scheme": f"W{bits}A8"}}] for bits in (8, 4)},
         **{f"W{bits}A8": static(bits, ONE_RANGE) for bits in (8, 4)},

@@ -108,7 +108,7 @@ def main() -> None:
         "times qdiffusion",
     ]
     settings = {
-        "network": "fashion-unet", "calibration": f"{diffusion_quality.SHOWN} pictures, {diffusion_quality.STEPS} steps",
+        "network": "fashion-unet", "calibration": f"{diffusion_quality.SHOWN} images, {diffusion_quality.STEPS} steps",
         "optimiser steps a block": given.steps, "batch": 32, "rounds": given.rounds, "threads": given.threads,
     }  # fmt: skip
     notes = [

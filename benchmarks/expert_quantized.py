@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.88)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    plain = load(build(given.layers, getattr(torch, given.dtype), "cpu"), apart=False)
+    plain = load(build(given.layers, getattr(torch, given.dtype), "cpu"), unfuse_experts=False)
     coded = aerogel.compress(
         build(given.layers, getattr(torch, given.dtype), "cpu"), {"steps": [{"rtn": {"scheme": "W4A16_G64"}}]}, measures=()
     ).network

@@ -18,9 +18,9 @@ from results import write
 import aerogel
 from aerogel.data import chats
 from aerogel.engine import policies
-from aerogel.engine.policies import Measured
-from aerogel.evaluate.replies import Replies
-from aerogel.layers.linear import held
+from aerogel.engine.policies import CalibratedPolicy
+from aerogel.evaluate.exact_match import ExactMatch
+from aerogel.layers.linear import cache_dequantized
 from aerogel.methods.experts.modes import Modes
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
@@ -53,13 +53,13 @@ def main() -> None:
     plain, rows = aerogel.load(ZOO / "fashion-vlm", lazy=False), []
     with tempfile.TemporaryDirectory() as folder:
         unseen = collages.write(collages.draw(collages.Items.held_out(1), HELD, UNSEEN), Path(folder) / "held")
-        judge, shown = Replies(source=str(unseen), count=HELD), []
+        judge, shown = ExactMatch(source=str(unseen), count=HELD), []
         for seed in given.seeds:
             source = collages.write(collages.draw(collages.Items.held_out(0), 64, seed), Path(folder) / str(seed))
             shown.append(chats.calls(chats.read(source), plain.processor, 16))
         for scheme in given.schemes:
             coded = aerogel.compress(ZOO / "fashion-vlm", {"steps": [{"rtn": {"scheme": scheme, "observer": "mse"}}]}, measures=()).network
-            with held(coded.module):
+            with cache_dequantized(coded.module):
                 alone = judge.measure(coded, plain)
                 rows.append([scheme, 0.0, "none", 0.0, 0.0, alone["kl"], "1", alone["right"]])
                 print(rows[-1], flush=True)
@@ -72,11 +72,11 @@ def main() -> None:
     write("expert_recalibrated", "Thresholds before or behind quantization", settings, COLUMNS, rows, NOTES)
 
 
-def skipping(ratio: float, source: Network, coded: Network, plain: Network, calls: Any, judge: Replies) -> dict[str, Any]:
+def skipping(ratio: float, source: Network, coded: Network, plain: Network, calls: Any, judge: ExactMatch) -> dict[str, Any]:
     """Calibrate on one network, judge on the quantized one."""
     (step,) = Recipe.parse({"steps": [{"modes": {"ratio": ratio, "power": 0.25, "points": 24}}]}).steps
     assert isinstance(step.method, Modes)
-    with policies.on(coded, [Measured(step, step.method.calibrate(source, calls))]):
+    with policies.on(coded, [CalibratedPolicy(step, step.method.calibrate(source, calls))]):
         return judge.measure(coded, plain)
 
 

@@ -23,8 +23,8 @@ import aerogel
 from aerogel.data import chats
 from aerogel.data.chats import Chat
 from aerogel.engine import policies
-from aerogel.engine.policies import Measured
-from aerogel.evaluate.replies import Replies
+from aerogel.engine.policies import CalibratedPolicy
+from aerogel.evaluate.exact_match import ExactMatch
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
 from aerogel.runtime.expert_skipping.thresholds import UnreachableError
@@ -85,7 +85,7 @@ class Bench:
 
     def judge(self, network: Network) -> dict[str, Any]:
         """Replies and predictions beside the whole network's."""
-        return Replies(source=str(self.source), count=HELD, batch=32).measure(network, self.whole)
+        return ExactMatch(source=str(self.source), count=HELD, batch=32).measure(network, self.whole)
 
     def run(self, step: dict[str, Any], seed: int, ratio: float) -> dict[str, Any]:
         """Calibrate and judge; a rule that cannot drop so much drops what it can."""
@@ -95,10 +95,10 @@ class Bench:
         try:
             state = made.method.calibrate(self.network, calls)
         except UnreachableError as error:
-            ((name, knobs),) = step.items()
-            return self.run({name: {**knobs, "ratio": error.most - 0.002}}, seed, ratio)
+            ((name, options),) = step.items()
+            return self.run({name: {**options, "ratio": error.most - 0.002}}, seed, ratio)
         taken = time.process_time() - start
-        with policies.on(self.network, [Measured(made, state)]):
+        with policies.on(self.network, [CalibratedPolicy(made, state)]):
             return self.judge(self.network) | {"seconds": taken}
 
 

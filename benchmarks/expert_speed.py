@@ -190,7 +190,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     model = build(given.layers, getattr(torch, given.dtype), given.device)
-    network = load(model, apart=False)
+    network = load(model, unfuse_experts=False)
     ids = torch.randint(0, 4096, (1, PROMPT), generator=torch.Generator().manual_seed(1)).to(given.device)
     phases = {"prefill": Prefill(network, ids), "decode": Decode(network, ids)}
     variants: dict[str, tuple[Callable[[], AbstractContextManager[Any]], str]] = {name: (nullcontext, name) for name in STOCK}

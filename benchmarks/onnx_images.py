@@ -1,7 +1,7 @@
-"""Pictures of the Fashion UNet in 4-bit weights and 8-bit inputs, made by onnxruntime and by this package from the same noise.
+"""Images of the Fashion UNet in 4-bit weights and 8-bit inputs, made by onnxruntime and by this package from the same noise.
 
 `python benchmarks/onnx_images.py FOLDER` compresses zoo/fashion-unet into FOLDER/master (where it is not there yet), exports it with codes
-of 4 bits packed and with a byte each, and prints how far the pictures are apart, what the files take, and what a step takes.
+of 4 bits packed and with a byte each, and prints how far the images are apart, what the files take, and what a step takes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 import aerogel
 from aerogel.data.denoising import Denoising
 from aerogel.export.onnx import Onnx
-from aerogel.io.quantized import clock_of
-from aerogel.layers.linear import held
-from aerogel.layers.timestep_index import Clock
-from aerogel.model.hooks import answering
+from aerogel.io.quantized import timestep_index_of
+from aerogel.layers.linear import cache_dequantized
+from aerogel.layers.timestep_index import TimestepIndex
+from aerogel.model.hooks import patch_forward
 
 ZOO = Path(__file__).parents[1] / "zoo/fashion-unet"
 PROMPTS = ("sneaker", "bag", "coat", "dress")
@@ -47,7 +47,7 @@ RECIPE = {
 }
 
 
-def engine(path: Path, clock: Clock, threads: int) -> Callable[..., tuple[Tensor]]:
+def engine(path: Path, clock: TimestepIndex, threads: int) -> Callable[..., tuple[Tensor]]:
     """Return a forward of the UNet that onnxruntime runs."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -95,8 +95,8 @@ def timed(unet: nn.Module, seconds: list[float]) -> Iterator[None]:
         yield
 
 
-def pictures(pipeline: Any, count: int) -> tuple[Tensor, float]:
-    """Return pictures (N, 3 or 1, H, W) in [0, 1] of 20 DDIM steps under guidance 2, and the median seconds of a step."""
+def images(pipeline: Any, count: int) -> tuple[Tensor, float]:
+    """Return images (N, 3 or 1, H, W) in [0, 1] of 20 DDIM steps under guidance 2, and the median seconds of a step."""
     generator = [torch.Generator().manual_seed(10_000 + number) for number in range(count)]
     asked = [PROMPTS[number % len(PROMPTS)] for number in range(count)]
     seconds: list[float] = []
@@ -106,11 +106,11 @@ def pictures(pipeline: Any, count: int) -> tuple[Tensor, float]:
 
 
 def apart(ours: Tensor, theirs: Tensor) -> dict[str, float]:
-    """How far pictures are apart, in shades of [0, 1]."""
+    """How far images are apart, in shades of [0, 1]."""
     difference = (ours - theirs).abs()
     return {
         "mean": float(difference.mean()),
-        "median of pictures' largest": float(difference.flatten(1).amax(1).median()),
+        "median of images' largest": float(difference.flatten(1).amax(1).median()),
         "largest": float(difference.max()),
         "PSNR in dB": float(-10 * (ours - theirs).square().mean().log10()),
     }
@@ -136,21 +136,21 @@ def main() -> None:
     pipelines = network.processor, original.processor
     for pipeline in pipelines:
         pipeline.set_progress_bar_config(disable=True)
-    clock = clock_of(network.module)
+    clock = timestep_index_of(network.module)
     assert clock is not None
     seen: Seen = []
-    with held(network.module), recorded(network.module, seen):
-        reference, _ = pictures(pipelines[0], given.count)
-    kernels, seconds = pictures(pipelines[0], given.count)
-    float_pictures, float_seconds = pictures(pipelines[1], given.count)
+    with cache_dequantized(network.module), recorded(network.module, seen):
+        reference, _ = images(pipelines[0], given.count)
+    kernels, seconds = images(pipelines[0], given.count)
+    float_pictures, float_seconds = images(pipelines[1], given.count)
     lines: dict[str, Any] = {
         "float": apart(reference, float_pictures) | {"seconds a step": float_seconds},
         "our kernels": step_error(network.module, seen) | apart(reference, kernels) | {"seconds a step": seconds},
     }
     for name, folder in graphs.items():
         forward = engine(folder / "denoiser.onnx", clock, given.threads)
-        with answering({network.module: forward}):
-            theirs, seconds = pictures(pipelines[0], given.count)
+        with patch_forward({network.module: forward}):
+            theirs, seconds = images(pipelines[0], given.count)
         lines[f"onnxruntime, {name}"] = step_error(forward, seen) | apart(reference, theirs) | {"seconds a step": seconds}
     weights = "unet/diffusion_pytorch_model.safetensors"
     files = {"original": ZOO / weights, "master": master / weights} | {name: folder / "denoiser.onnx" for name, folder in graphs.items()}

@@ -1,4 +1,4 @@
-"""Pictures of what was measured: bars in groups, one SVG for a results document, drawn anew by results.py."""
+"""Images of what was measured: bars in groups, one SVG for a results document, drawn anew by results.py."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PLOTS = {
 
 
 def draw(name: str, document: dict[str, Any], path: Path) -> None:
-    """Write the picture of a results document as an SVG that is the same for the same numbers."""
+    """Write the image of a results document as an SVG that is the same for the same numbers."""
     plot, columns = PLOTS[name], document["columns"]
     rows = [row for row in document["rows"] if row[columns.index(plot.value)] is not None and not set(row[:2]) & set(plot.skip)]
     labels = ["  ".join(str(row[columns.index(column)]) for column in plot.names) for row in rows]

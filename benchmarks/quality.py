@@ -21,7 +21,7 @@ from results import FOLDER, write
 
 import aerogel
 from aerogel.engine.calibration import Samples
-from aerogel.evaluate.agreement import Agreement
+from aerogel.evaluate.kl_divergence import KlDivergence
 from aerogel.evaluate.perplexity import Perplexity
 from aerogel.io import save
 from aerogel.methods.quantization.rotate import Rotate
@@ -38,7 +38,7 @@ METHODS = ("rtn", "gptq", "awq")
 EIGHT_BITS = ("rtn-w8a8", "smoothquant-w8a8")
 """Recipes of W8A8 with dynamic inputs."""
 PERPLEXITY = Perplexity(tokens=16384, stride=1023)
-AGREEMENT = Agreement(tokens=4096, stride=1023)
+AGREEMENT = KlDivergence(tokens=4096, stride=1023)
 COLUMNS = ["weights", "scheme", "method", "perplexity", "nats lost", "share of RTN's loss", "KL", "top-1"]
 NOTES = [
     "Targets for W4 on the rotated copy and W3 on both: GPTQ loses at most 60 %, AWQ at most 85 % of what RTN loses; at W2 the same order.",

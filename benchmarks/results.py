@@ -1,6 +1,6 @@
 """How figures travel: a benchmark writes one JSON, and the docs take their tables from it.
 
-python benchmarks/results.py          # put every table and picture into docs/ anew
+python benchmarks/results.py          # put every table and image into docs/ anew
 python benchmarks/results.py --check  # exit 1 when a page does not show what was measured
 """
 
@@ -58,20 +58,20 @@ def table(document: dict[str, Any]) -> str:
     return f"**{document['title']}**\n\n{head}{body}\n<small>{document['measured']}: {settings}.</small>\n{notes}\n"
 
 
-def picture(name: str) -> Path:
-    """Where the picture of a results document lies."""
+def drawing(name: str) -> Path:
+    """Where the image of a results document lies."""
     return ROOT / "docs" / "images" / "figures" / f"{name}.svg"
 
 
 def fill(text: str) -> str:
-    """The page with every marked table as it was last measured, and its picture above it."""
+    """The page with every marked table as it was last measured, and its image above it."""
 
     def replace(match: re.Match[str]) -> str:
         path = FOLDER / f"{match['name']}.json"
         if not path.exists():
             return match[0]
         document = json.loads(path.read_text())
-        image = f"![{document['title']}](images/figures/{match['name']}.svg)\n\n" if picture(match["name"]).exists() else ""
+        image = f"![{document['title']}](images/figures/{match['name']}.svg)\n\n" if drawing(match["name"]).exists() else ""
         return f"{match[1]}{image}{table(document)}{match[3]}"
 
     return MARK.sub(replace, text)
@@ -83,10 +83,10 @@ def pages() -> list[Path]:
 
 
 def main() -> int:
-    """Fill or check the pages; pictures are drawn when they are filled."""
+    """Fill or check the pages; images are drawn when they are filled."""
     if "--check" not in sys.argv:
         for name in plots.PLOTS:
-            plots.draw(name, json.loads((FOLDER / f"{name}.json").read_text()), picture(name))
+            plots.draw(name, json.loads((FOLDER / f"{name}.json").read_text()), drawing(name))
     stale = [page for page in pages() if page.exists() and fill(page.read_text()) != page.read_text()]
     if "--check" in sys.argv:
         print(*(f"{page.relative_to(ROOT)} does not show the last figures; run python benchmarks/results.py" for page in stale), sep="\n")

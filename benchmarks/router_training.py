@@ -29,7 +29,7 @@ from aerogel.recipe import Recipe
 from aerogel.runtime.feature_cache.replay import Replay, output_of, replays
 
 STEPS, TRAJECTORIES, REFRESH = 10, 200, 50
-PICTURES, BATCH = 32, 4
+IMAGES, BATCH = 32, 4
 ROUTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "harmonica": ("harmonica", {}),
     "harmonica, proxy none": ("harmonica", {"proxy": "none"}),
@@ -52,20 +52,20 @@ COLUMNS = [
 NOTES = [
     "Equal numbers of trajectories; l2c has none, so it makes as many iterations as there are steps in those.",
     "Network calls: all forwards of the denoiser, those that prove the replay and measure for the log or the proxy included.",
-    "Clean images: those that are noised, repeats included; here the final latents of the recorded pictures.",
+    "Clean images: those that are noised, repeats included; here the final latents of the recorded images.",
     "The penalty of l2c alone is the published one, for the errors of a larger network; harmonica steers its own to the budget.",
-    "Error: mean squared, of final pictures of held-out noise against those of the same network without reuse.",
+    "Error: mean squared, of final images of held-out noise against those of the same network without reuse.",
     "Each training in a process of its own, of which the peak is the resident memory; figures are medians of the seeds.",
 ]  # fmt: skip
 
 
 def step_of(router: str, ratio: float, trajectories: int) -> dict[str, Any]:
     """The recipe's step of a router."""
-    method, knobs = ROUTERS[router]
+    method, options = ROUTERS[router]
     length = {"iterations": trajectories * STEPS, "check": REFRESH * STEPS}
     if method == "harmonica":
         length = {"trajectories": trajectories, "refresh": REFRESH}
-    return {method: {"ratio": ratio, **length, **knobs}}
+    return {method: {"ratio": ratio, **length, **options}}
 
 
 def recorded(network: Network, count: int, batch: int, seed: int) -> list[Call]:
@@ -77,7 +77,7 @@ def recorded(network: Network, count: int, batch: int, seed: int) -> list[Call]:
 def train_here(step: dict[str, Any], seed: int) -> dict[str, float]:
     """Train in this process and measure: what it took first, the error afterwards."""
     network: Network = aerogel.load(DIT, lazy=False)
-    calls, forwards = recorded(network, PICTURES, BATCH, 0), 0
+    calls, forwards = recorded(network, IMAGES, BATCH, 0), 0
     (method,) = (one.method for one in Recipe.parse({"steps": [step]}).steps)
 
     def count(*_: Any) -> None:
@@ -100,7 +100,7 @@ def train_here(step: dict[str, Any], seed: int) -> dict[str, float]:
 
 
 def final(network: Network, run: Replay) -> Tensor:
-    """The final pictures of a recorded generation."""
+    """The final images of a recorded generation."""
     return run.finish(run.start(), lambda _, call: output_of(network.run(call)))
 
 
@@ -135,8 +135,8 @@ def save(rows: list[list[Any]], threads: int) -> None:
     before = json.loads(path.read_text())["rows"] if path.exists() else []
     kept = [row for row in before if row[:2] not in [new[:2] for new in rows]]
     settings = {
-        "network": "zoo/fashion-dit, 12 units", "steps": STEPS, "guidance": GUIDANCE, "recorded pictures": PICTURES, "at once": BATCH,
-        "held-out pictures": HELD, "threads": threads,
+        "network": "zoo/fashion-dit, 12 units", "steps": STEPS, "guidance": GUIDANCE, "recorded images": IMAGES, "at once": BATCH,
+        "held-out images": HELD, "threads": threads,
     }  # fmt: skip
     title = "Training a router of reuse"
     write(path.stem, title, settings, COLUMNS, sorted(kept + rows, key=lambda row: (row[1], list(ROUTERS).index(row[0]))), NOTES)

@@ -1,10 +1,10 @@
 """Tables of the docs that come from the code: `python docs/tables.py` fills them in, a test checks that they are current.
 
-    <!-- knobs -->                        the knobs of the method that the page is named after
-    <!-- knobs: measures/perplexity -->   those of anything else with knobs
+    <!-- options -->                        the options of the method that the page is named after
+    <!-- options: measures/perplexity -->   those of anything else with options
     <!-- list: recipes -->                what there is of one kind, with one line on each
 
-Each ends with `<!-- /knobs -->` or `<!-- /list -->`.
+Each ends with `<!-- /options -->` or `<!-- /list -->`.
 """
 
 from __future__ import annotations
@@ -19,23 +19,25 @@ from aerogel import catalog
 from aerogel.recipe import plain
 
 DOCS = Path(__file__).resolve().parent
-MARK = re.compile(r"(<!-- (?P<what>knobs|list)(?:: (?P<kind>\w+)(?:/(?P<name>\w+))?)? -->\n).*?(<!-- /(?P=what) -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (?P<what>options|list)(?:: (?P<kind>\w+)(?:/(?P<name>\w+))?)? -->\n).*?(<!-- /(?P=what) -->)", re.DOTALL)
 
 
 def fill(page: Path) -> str:
     """Return the page's text with every marked table as the code has it now."""
 
     def replace(match: re.Match[str]) -> str:
-        table = listed(match["kind"], page) if match["what"] == "list" else knobs(match["kind"] or "methods", match["name"] or page.stem)
+        table = listed(match["kind"], page) if match["what"] == "list" else options(match["kind"] or "methods", match["name"] or page.stem)
         return f"{match[1]}\n{table}\n{match[5]}"  # Markdown wants air around a table
 
     return MARK.sub(replace, page.read_text("utf-8"))
 
 
-def knobs(kind: str, name: str) -> str:
-    """Return the table of the knobs of one thing."""
-    rows = [f"| `{knob.name}` | {_default(knob.default)} | {_cell(knob.doc)} |\n" for knob in catalog.knobs(catalog.find(kind, name))]
-    return "".join(["| knob | default | what it does |\n|---|---|---|\n", *rows])
+def options(kind: str, name: str) -> str:
+    """Return the table of the options of one thing."""
+    rows = [
+        f"| `{option.name}` | {_default(option.default)} | {_cell(option.doc)} |\n" for option in catalog.options(catalog.find(kind, name))
+    ]
+    return "".join(["| option | default | what it does |\n|---|---|---|\n", *rows])
 
 
 def listed(kind: str, page: Path) -> str:

@@ -76,7 +76,7 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-def save(given: Network, output: Path, **knobs: Any) -> dict[str, str]:
+def save(given: Network, output: Path, **options: Any) -> dict[str, str]:
     """Save a network and return its checksums."""
     with new_folder(output) as folder:
-        return write(given, folder, **knobs)
+        return write(given, folder, **options)

@@ -132,7 +132,7 @@ class _Derived(_Base):
 
 
 def test_knobs_carry_their_docstrings_over_inheritance() -> None:
-    assert catalog.knobs(_Derived) == [
+    assert catalog.options(_Derived) == [
         ("first", "int", dataclasses.MISSING, "The first."),
         ("second", "float", 0.25, "The second."),
         ("third", "tuple[str, ...]", (), "The third,\non two lines."),

@@ -41,16 +41,16 @@ def test_shipped_recipes_are_short_and_read_back(name: str) -> None:
 
 def test_resolved_recipe_spells_every_knob_in_plain_values() -> None:
     resolved = Recipe.parse(GPTQ).as_dict()
-    knobs = resolved["steps"][0]["gptq"]
-    assert set(knobs) == {knob.name for knob in catalog.knobs(Gptq)}
-    assert knobs["scheme"] == "W4A16_G64"
-    assert knobs["ignore"] == ["lm_head"]
+    options = resolved["steps"][0]["gptq"]
+    assert set(options) == {option.name for option in catalog.options(Gptq)}
+    assert options["scheme"] == "W4A16_G64"
+    assert options["ignore"] == ["lm_head"]
     assert yaml.safe_load(yaml.safe_dump(resolved)) == resolved
 
 
 def test_lists_stand_for_tuples_and_mappings_for_schemes() -> None:
-    knobs = {"scheme": {"preset": "W4A16", "group": 32}, "ignore": ["lm_head", "re:.*down.*"], "overrides": {"*.o_proj": "W8A16"}}
-    method = Recipe.parse({"steps": [{"gptq": knobs}]}).steps[0].method
+    options = {"scheme": {"preset": "W4A16", "group": 32}, "ignore": ["lm_head", "re:.*down.*"], "overrides": {"*.o_proj": "W8A16"}}
+    method = Recipe.parse({"steps": [{"gptq": options}]}).steps[0].method
     assert isinstance(method, Gptq)
     assert isinstance(method.scheme, Scheme)
     assert method.scheme.weights.granularity == PerGroup(32)
@@ -75,7 +75,7 @@ def test_recipes_can_be_made_of_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "knob", "value"),
+    ("override", "option", "value"),
     [
         ("gptq.scheme=W3A16", "scheme", "W3A16"),
         ("gptq.damping=5e-2", "damping", 0.05),
@@ -84,8 +84,8 @@ def test_recipes_can_be_made_of_values() -> None:
         ("gptq.overrides={'*.o_proj': W8A16}", "overrides", {"*.o_proj": "W8A16"}),
     ],
 )
-def test_overrides_are_typed(override: str, knob: str, value: object) -> None:
-    assert Recipe.parse(GPTQ, [override]).as_dict()["steps"][0]["gptq"][knob] == value
+def test_overrides_are_typed(override: str, option: str, value: object) -> None:
+    assert Recipe.parse(GPTQ, [override]).as_dict()["steps"][0]["gptq"][option] == value
 
 
 def test_overrides_leave_the_given_mapping_alone() -> None:
@@ -96,19 +96,19 @@ def test_overrides_leave_the_given_mapping_alone() -> None:
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"steps": [{"gptq": {"shceme": "W4A16"}}]}, r"step 1 \(gptq\): unknown knob 'shceme'; did you mean scheme"),
+        ({"steps": [{"gptq": {"shceme": "W4A16"}}]}, r"step 1 \(gptq\): unknown option 'shceme'; did you mean scheme"),
         ({"steps": [{"gpqt": {}}]}, r"step 1: unknown method 'gpqt'; did you mean gptq"),
         ({"steps": [{"gptq": {}, "rtn": {}}]}, r"step 1: a step has one key, the method; got \['gptq', 'rtn'\]"),
         ({"step": []}, r"unknown key 'step'; did you mean steps"),
         ({"name": "x"}, "steps: Field required"),
         ({"steps": []}, "steps: List should have at least 1 item"),
         ({"steps": ["gptq"]}, r"steps\.0: .*dictionary"),
-        ({"steps": [{"gptq": {"damping": "much"}}]}, r"knob 'damping': .*number, got 'much'"),
-        ({"steps": [{"gptq": {"damping": True}}]}, r"knob 'damping': .*number, got True"),
-        ({"steps": [{"gptq": {"ignore": "lm_head"}}]}, r"knob 'ignore': .*tuple, got 'lm_head'"),
-        ({"steps": [{"gptq": {"scheme": "W5B16"}}]}, r"knob 'scheme': unknown scheme 'W5B16'"),
-        ({"steps": [{"gptq": {"scheme": 4}}]}, r"knob 'scheme': a scheme is a name"),
-        ({"steps": [{"gptq": {"overrides": {"*": "W9A16"}}}]}, r"knob 'overrides': .*unknown scheme 'W9A16'"),
+        ({"steps": [{"gptq": {"damping": "much"}}]}, r"option 'damping': .*number, got 'much'"),
+        ({"steps": [{"gptq": {"damping": True}}]}, r"option 'damping': .*number, got True"),
+        ({"steps": [{"gptq": {"ignore": "lm_head"}}]}, r"option 'ignore': .*tuple, got 'lm_head'"),
+        ({"steps": [{"gptq": {"scheme": "W5B16"}}]}, r"option 'scheme': unknown scheme 'W5B16'"),
+        ({"steps": [{"gptq": {"scheme": 4}}]}, r"option 'scheme': a scheme is a name"),
+        ({"steps": [{"gptq": {"overrides": {"*": "W9A16"}}}]}, r"option 'overrides': .*unknown scheme 'W9A16'"),
         ("gptq-w4a61", r"unknown recipe 'gptq-w4a61'; did you mean gptq-w4a16"),
         ("nowhere/own.yaml", r"recipe file nowhere/own\.yaml does not exist"),
     ],
@@ -147,10 +147,10 @@ def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("gptq.shceme=W4A16", "unknown knob 'shceme'; did you mean scheme"),
+        ("gptq.shceme=W4A16", "unknown option 'shceme'; did you mean scheme"),
         ("gpqt.scheme=W4A16", "recipe 'mine' has no step 'gpqt'; did you mean gptq"),
-        ("gptq.scheme", "expected method.knob=value"),
-        ("scheme=W4A16", "expected method.knob=value"),
+        ("gptq.scheme", "expected method.option=value"),
+        ("scheme=W4A16", "expected method.option=value"),
         ("gptq.ignore=[", "the value is not YAML"),
     ],
 )

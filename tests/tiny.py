@@ -84,10 +84,10 @@ def _image_text(number: int, generator: torch.Generator, *, images: dict[str, An
     if number % 3 == 2:
         return inputs
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    picture = torch.full((2, tokens + 1), IMAGE_TOKEN)
-    picture[:, 0] = VISION_START
-    inputs["input_ids"] = torch.cat([ids[:, :4], picture, ids[:, 4:]], dim=1)
-    inputs["attention_mask"] = torch.cat([mask, torch.ones_like(picture)], dim=1)
+    image = torch.full((2, tokens + 1), IMAGE_TOKEN)
+    image[:, 0] = VISION_START
+    inputs["input_ids"] = torch.cat([ids[:, :4], image, ids[:, 4:]], dim=1)
+    inputs["attention_mask"] = torch.cat([mask, torch.ones_like(image)], dim=1)
     for name, value in images.items():
         inputs[name] = torch.randn(value, generator=generator) if isinstance(value, tuple) else value.clone()
     return inputs
@@ -187,18 +187,18 @@ _SHAPE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _language(kind: str, config: str = "", **knobs: Any) -> nn.Module:
+def _language(kind: str, config: str = "", **options: Any) -> nn.Module:
     """A causal language model of two layers; `kind` is the prefix of its classes in transformers."""
-    knobs = _SHAPE | knobs
-    return getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{config or kind}Config")(**knobs))
+    options = _SHAPE | options
+    return getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{config or kind}Config")(**options))
 
 
-def _opt(**knobs: Any) -> nn.Module:
+def _opt(**options: Any) -> nn.Module:
     shape: dict[str, Any] = {
         "vocab_size": VOCABULARY, "hidden_size": WIDTH, "word_embed_proj_dim": WIDTH, "ffn_dim": INNER, "num_hidden_layers": 2,
         "num_attention_heads": HEADS, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    return transformers.OPTForCausalLM(transformers.OPTConfig(**shape | knobs))
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**shape | options))
 
 
 def _qwen2_5_vl() -> nn.Module:
@@ -275,31 +275,31 @@ def _pixart() -> nn.Module:
     )  # fmt: skip
 
 
-def _wan(**knobs: Any) -> nn.Module:
+def _wan(**options: Any) -> nn.Module:
     return diffusers.WanTransformer3DModel(
         num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=32, freq_dim=32, ffn_dim=INNER,
-        num_layers=2, rope_max_seq_len=32, **knobs,
+        num_layers=2, rope_max_seq_len=32, **options,
     )  # fmt: skip
 
 
-def _sd3(**knobs: Any) -> nn.Module:
+def _sd3(**options: Any) -> nn.Module:
     return diffusers.SD3Transformer2DModel(
         num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2, sample_size=8, patch_size=2,
-        joint_attention_dim=32, caption_projection_dim=WIDTH, pooled_projection_dim=32, pos_embed_max_size=8, **knobs,
+        joint_attention_dim=32, caption_projection_dim=WIDTH, pooled_projection_dim=32, pos_embed_max_size=8, **options,
     )  # fmt: skip
 
 
-def _flux(**knobs: Any) -> nn.Module:
+def _flux(**options: Any) -> nn.Module:
     return diffusers.FluxTransformer2DModel(
         num_attention_heads=4, attention_head_dim=16, in_channels=32, num_layers=1, num_single_layers=2, joint_attention_dim=32,
-        pooled_projection_dim=32, axes_dims_rope=(4, 6, 6), **knobs,
+        pooled_projection_dim=32, axes_dims_rope=(4, 6, 6), **options,
     )  # fmt: skip
 
 
-def _cogvideox(**knobs: Any) -> nn.Module:
+def _cogvideox(**options: Any) -> nn.Module:
     return diffusers.CogVideoXTransformer3DModel(
         num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=32, text_embed_dim=32, num_layers=2,
-        sample_width=8, sample_height=8, sample_frames=9, max_text_seq_length=7, **knobs,
+        sample_width=8, sample_height=8, sample_frames=9, max_text_seq_length=7, **options,
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Collages of Fashion-MNIST items with questions and full-sentence answers: `python zoo/collages.py FOLDER` writes held-out ones.
 
-The folder holds pictures and `samples.jsonl`, as `aerogel compress --samples` reads it. Items are those of zoo/reference, which no
+The folder holds images and `samples.jsonl`, as `aerogel compress --samples` reads it. Items are those of zoo/reference, which no
 training saw, so that nothing has to be installed; zoo/fashion_vlm.py learns from the training set in the same way.
 """
 
@@ -28,7 +28,7 @@ SIZE = 28
 
 @dataclass(frozen=True)
 class Items:
-    """Pictures of single items by class."""
+    """Images of single items by class."""
 
     pictures_NHW: np.ndarray
     labels_N: np.ndarray
@@ -43,22 +43,22 @@ class Items:
     def of(self, label: int, dice: random.Random) -> np.ndarray:
         """Any item of a class."""
         found = np.flatnonzero(self.labels_N == label)
-        picture: np.ndarray = self.pictures_NHW[found[dice.randrange(len(found))]]
-        return picture
+        image: np.ndarray = self.pictures_NHW[found[dice.randrange(len(found))]]
+        return image
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question about pictures, or about none."""
+    """A question about images, or about none."""
 
     kind: str
-    pictures: tuple[np.ndarray, ...]
+    images: tuple[np.ndarray, ...]
     question: str
     answer: str
 
     def messages(self) -> list[dict[str, object]]:
-        """The turn as a chat, pictures first."""
-        content = [{"type": "image"} for _ in self.pictures] + [{"type": "text", "text": self.question}]
+        """The turn as a chat, images first."""
+        content = [{"type": "image"} for _ in self.images] + [{"type": "text", "text": self.question}]
         return [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": self.answer}]}]
 
 
@@ -84,8 +84,8 @@ def listed(parts: list[str]) -> str:
 
 def collage(items: Items, labels: list[int], columns: int, dice: random.Random) -> np.ndarray:
     """Items side by side, row after row."""
-    pictures = [items.of(label, dice) for label in labels]
-    return np.concatenate([np.concatenate(pictures[row : row + columns], axis=1) for row in range(0, len(labels), columns)], axis=0)
+    images = [items.of(label, dice) for label in labels]
+    return np.concatenate([np.concatenate(images[row : row + columns], axis=1) for row in range(0, len(labels), columns)], axis=0)
 
 
 def what(items: Items, dice: random.Random) -> Turn:
@@ -103,7 +103,7 @@ def count(items: Items, dice: random.Random) -> Turn:
     if dice.random() < 0.5:
         labels = [wanted if dice.random() < 0.4 else label for label in labels]
     number = labels.count(wanted)
-    answer = f"There {'is' if number == 1 else 'are'} {counted(number, wanted)} in the picture."
+    answer = f"There {'is' if number == 1 else 'are'} {counted(number, wanted)} in the image."
     return Turn("count", (collage(items, labels, columns, dice),), f"How many {PLURALS[wanted]} are there?", answer)
 
 
@@ -123,20 +123,20 @@ def describe(items: Items, dice: random.Random) -> Turn:
     labels, columns = _mixed(dice)
     rows = [labels[start : start + columns] for start in range(0, len(labels), columns)]
     said = [f"The {ORDINALS[number]} row shows {listed([an(NAMES[label]) for label in row])}." for number, row in enumerate(rows)]
-    return Turn("describe", (collage(items, labels, columns, dice),), "Describe the picture.", " ".join(said))
+    return Turn("describe", (collage(items, labels, columns, dice),), "Describe the image.", " ".join(said))
 
 
 def which(items: Items, dice: random.Random) -> Turn:
-    """Which of two pictures shows something."""
+    """Which of two images shows something."""
     labels = dice.sample(range(10), 8)
     at = dice.randrange(8)
-    pictures = tuple(collage(items, half, 2, dice) for half in (labels[:4], labels[4:]))
-    answer = f"The {ORDINALS[at // 4]} picture shows {an(NAMES[labels[at]])}."
-    return Turn("which", pictures, f"Which picture shows {an(NAMES[labels[at]])}?", answer)
+    images = tuple(collage(items, half, 2, dice) for half in (labels[:4], labels[4:]))
+    answer = f"The {ORDINALS[at // 4]} image shows {an(NAMES[labels[at]])}."
+    return Turn("which", images, f"Which image shows {an(NAMES[labels[at]])}?", answer)
 
 
 def text(_: Items, dice: random.Random) -> Turn:
-    """Sums and kinds of things, without any picture."""
+    """Sums and kinds of things, without any image."""
     one, other, label = dice.randrange(50), dice.randrange(50), dice.randrange(10)
     shoe = NAMES[label] in SHOES
     turns = [
@@ -162,13 +162,13 @@ def draw(items: Items, number: int, seed: int) -> list[Turn]:
 
 
 def write(turns: list[Turn], folder: Path) -> Path:
-    """Write pictures and `samples.jsonl`, and return the latter's path."""
+    """Write images and `samples.jsonl`, and return the latter's path."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, turn in enumerate(turns):
-        names = [f"{number:04d}-{place}.png" for place in range(len(turn.pictures))]
-        for name, picture in zip(names, turn.pictures, strict=True):
-            Image.fromarray(picture).save(folder / name)
+        names = [f"{number:04d}-{place}.png" for place in range(len(turn.images))]
+        for name, image in zip(names, turn.images, strict=True):
+            Image.fromarray(image).save(folder / name)
         lines.append(json.dumps({"images": names, "messages": turn.messages(), "kind": turn.kind}))
     path = folder / "samples.jsonl"
     path.write_text("\n".join(lines) + "\n", "utf-8")

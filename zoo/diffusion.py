@@ -35,7 +35,7 @@ class Training:
     gamma: float = 5.0
     """Signal-to-noise ratio from which on no step weighs more."""
     floor: float = 0.0
-    """Added to the weights' ratio of signal to noise: with 0 the noisiest steps, which decide what a picture shows, hardly count."""
+    """Added to the weights' ratio of signal to noise: with 0 the noisiest steps, which decide what an image shows, hardly count."""
     seed: int = 0
 
     def rate_at(self, step: int) -> float:

@@ -19,7 +19,7 @@ NO_CLASS = 1000
 UNLABELLED = 0.15
 """Share of images that are shown without their label."""
 IMAGES, BATCH, FLOOR = 640_000, 16, 1.0
-"""A trial of 60,000 images drew what was asked for in 16 % of its pictures without the floor, in 50 % with it."""
+"""A trial of 60,000 images drew what was asked for in 16 % of its images without the floor, in 50 % with it."""
 
 
 def build() -> DiTTransformer2DModel:
@@ -63,7 +63,7 @@ def main() -> None:
     train(transformer, predict, *fashion.load("train", data), how)
     for block in transformer.transformer_blocks:
         block.norm1.emb = copy.deepcopy(block.norm1.emb)  # files hold no tensor twice under two names
-    # Half of a picture is black, the end of the range: clipping there moves the mean, and the more steps the further.
+    # Half of an image is black, the end of the range: clipping there moves the mean, and the more steps the further.
     pipeline = DiTPipeline(transformer=transformer, vae=unchanging_autoencoder(), scheduler=sampler(clip=False))
     pipeline.register_to_config(id2label={str(number): name for number, name in enumerate(fashion.CLASSES)})
     pipeline.to(torch.float16).save_pretrained(OUTPUT)

@@ -1,7 +1,7 @@
 """Trains zoo/fashion-vlm, a mixture of experts that answers questions about collages: `python zoo/fashion_vlm.py`.
 
 A Qwen3-VL-MoE of 7.6 M parameters (six layers of 16 experts, four a token) with a tokenizer of its own; with --check it prints how
-many held-out answers the saved model gets right, and how many it gets right blind: shown the pictures of other questions.
+many held-out answers the saved model gets right, and how many it gets right blind: shown the images of other questions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TEMPLATE = (
 
 
 def processor(items: collages.Items) -> Pair:
-    """A tokenizer that knows the words of the questions and every byte, and an image processor for small pictures."""
+    """A tokenizer that knows the words of the questions and every byte, and an image processor for small images."""
     said = (f"{turn.question}\n{turn.answer}" for turn in collages.draw(items, 4000, 0))
     learned = Tokenizer(models.BPE())
     learned.pre_tokenizer = pre_tokenizers.Sequence(
@@ -49,11 +49,11 @@ def processor(items: collages.Items) -> Pair:
         tokenizer_object=learned, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=list(SPECIAL[1:]),
         chat_template=TEMPLATE, padding_side="left",
     )  # fmt: skip
-    pictures = Qwen2VLImageProcessorPil(
+    images = Qwen2VLImageProcessorPil(
         patch_size=7, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 14 * 14, "longest_edge": 448 * 448}, image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )  # fmt: skip
-    return Pair(tokenizer, pictures, "<|image_pad|>")
+    return Pair(tokenizer, images, "<|image_pad|>")
 
 
 def build(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLMoeForConditionalGeneration:
@@ -79,7 +79,7 @@ def build(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLMoeForConditionalGenerat
 
 def chat(turn: collages.Turn) -> Chat:
     """A turn as the product reads it."""
-    return Chat(turn.messages(), tuple(Image.fromarray(picture).convert("RGB") for picture in turn.pictures))
+    return Chat(turn.messages(), tuple(Image.fromarray(image).convert("RGB") for image in turn.images))
 
 
 def train(model: Qwen3VLMoeForConditionalGeneration, pair: Pair, items: collages.Items, given: argparse.Namespace) -> None:
@@ -120,11 +120,11 @@ def check(folder: Path, count: int, seed: int) -> None:
     turns = collages.draw(collages.Items.held_out(), count, seed)
     by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for number, turn in enumerate(turns):
-        by_shape[tuple(len(picture) * 1000 + len(picture[0]) for picture in turn.pictures)].append(number)
+        by_shape[tuple(len(image) * 1000 + len(image[0]) for image in turn.images)].append(number)
     blind = list(turns)
     for numbers in by_shape.values():
         for number, other in zip(numbers, numbers[1:] + numbers[:1], strict=True):
-            blind[number] = collages.Turn(turns[number].kind, turns[other].pictures, turns[number].question, turns[number].answer)
+            blind[number] = collages.Turn(turns[number].kind, turns[other].images, turns[number].question, turns[number].answer)
     for name, asked in (("seeing", turns), ("blind", blind)):
         right: dict[str, list[bool]] = defaultdict(list)
         said: list[str] = []

@@ -37,16 +37,16 @@ def as_text(card: Mapping[str, Any]) -> str:
     if card.get("needs"):
         lines += ["", f"needs: {', '.join(card['needs'])}"]
     for number, step in enumerate(card.get("steps", []), 1):
-        for method, knobs in step.items():
-            lines += ["", f"{number}. {method}", *(f"    {knob}: {value!r}" for knob, value in knobs.items())]
-    for knob in card.get("knobs", []):
-        lines += ["", f"{knob['name']}: {knob['type']}{_default(knob)}", f"    {knob['about']}"]
+        for method, options in step.items():
+            lines += ["", f"{number}. {method}", *(f"    {option}: {value!r}" for option, value in options.items())]
+    for option in card.get("options", []):
+        lines += ["", f"{option['name']}: {option['type']}{_default(option)}", f"    {option['about']}"]
     lines += ["", f"file: {card['file']}"]
     return "\n".join(lines)
 
 
-def _default(knob: Mapping[str, Any]) -> str:
-    return f" = {knob['default']!r}" if "default" in knob else ", must be given"
+def _default(option: Mapping[str, Any]) -> str:
+    return f" = {option['default']!r}" if "default" in option else ", must be given"
 
 
 def _card(kind: str, name: str) -> dict[str, Any]:
@@ -60,13 +60,13 @@ def _card(kind: str, name: str) -> dict[str, Any]:
         return card | {field.name: plain(getattr(member, field.name)) for field in fields(member) if field.name != "name"}
     card["about"] = "\n\n".join(doc for doc in docs if doc)
     if hasattr(member, "needs"):
-        # What a method needs may depend on its knobs; a card tells of the defaults.
+        # What a method needs may depend on its options; a card tells of the defaults.
         card["needs"] = sorted(member().needs if isinstance(member.needs, property) else member.needs)
     if is_dataclass(member):
-        card["knobs"] = [_knob(knob) for knob in catalog.knobs(member)]
+        card["options"] = [_knob(option) for option in catalog.options(member)]
     return card
 
 
-def _knob(knob: catalog.Knob) -> dict[str, Any]:
-    default = {} if knob.default is MISSING else {"default": plain(knob.default)}
-    return {"name": knob.name, "type": knob.type, "about": knob.doc, **default}
+def _knob(option: catalog.Option) -> dict[str, Any]:
+    default = {} if option.default is MISSING else {"default": plain(option.default)}
+    return {"name": option.name, "type": option.type, "about": option.doc, **default}

@@ -44,8 +44,8 @@ app = typer.Typer(cls=_Group, help=aerogel.__doc__, no_args_is_help=True, add_co
 
 Model = Annotated[str, typer.Argument(help="Name of a reference model, folder, or hub id (owner/name).", show_default=False)]
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="METHOD.KNOB=VALUE", help="Override a knob; may be repeated.")]
-Count = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration sequences [128], or pictures [64].")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="METHOD.KNOB=VALUE", help="Override an option; may be repeated.")]
+Count = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration sequences [128], or images [64].")]
 Length = Annotated[int | None, typer.Option("--length", min=1, help="Tokens of a calibration sequence [512].")]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoisers: steps of the sampler they will be used with [20].")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Denoisers: guidance scale; by default the pipeline's own.")]
@@ -94,7 +94,7 @@ def compress(
     _start(threads)
     from aerogel.cli import terminal
     from aerogel.engine import run
-    from aerogel.engine.calibration import Asked
+    from aerogel.engine.calibration import CalibrationRequest
     from aerogel.engine.preflight import partial_of
 
     try:
@@ -104,7 +104,7 @@ def compress(
                 recipe,
                 output=output,
                 overrides=overrides or (),
-                samples=Asked(data, samples, length, steps, guidance),
+                samples=CalibrationRequest(data, samples, length, steps, guidance),
                 measures=None if evaluate else (),
                 seed=seed,
                 resume=resume,
@@ -139,9 +139,9 @@ def plan(
     _start()
     from aerogel.cli import terminal
     from aerogel.engine import planning
-    from aerogel.engine.calibration import Asked
+    from aerogel.engine.calibration import CalibrationRequest
 
-    made = planning.plan(model, recipe, overrides=overrides or (), samples=Asked(count=samples, length=length, steps=steps))
+    made = planning.plan(model, recipe, overrides=overrides or (), samples=CalibrationRequest(count=samples, length=length, steps=steps))
     _print_json(made.as_dict()) if as_json else terminal.print_plan(made)
     if made.problems:
         raise typer.Exit(_FAILED)
@@ -160,7 +160,7 @@ def search(
     only: Annotated[list[str] | None, typer.Option("--only", metavar="METHOD", help="Policy to try; may be repeated [all].")] = None,
     overrides: Overrides = None,
     samples: Annotated[
-        int | None, typer.Option("--samples", min=1, help="Pictures, chats or sequences to calibrate on, and as many to judge by.")
+        int | None, typer.Option("--samples", min=1, help="Images, chats or sequences to calibrate on, and as many to judge by.")
     ] = None,
     data: Annotated[str | None, typer.Option("--data", help="Prompts, one a line; chats (.jsonl), or text.")] = None,
     length: Length = None,
@@ -173,7 +173,7 @@ def search(
     """Hold all caching policies of a pipeline, or all rules that skip experts, against each other at one budget; keep the best."""
     _start(threads)
     from aerogel.cli import terminal
-    from aerogel.engine.calibration import Asked
+    from aerogel.engine.calibration import CalibrationRequest
     from aerogel.engine.search import searching
 
     with terminal.progress(as_json) as tell:
@@ -181,7 +181,7 @@ def search(
             model,
             task,
             budget,
-            samples=Asked(data, samples, length, steps, guidance),
+            samples=CalibrationRequest(data, samples, length, steps, guidance),
             only=only or (),
             overrides=overrides or (),
             output=output,
@@ -203,7 +203,7 @@ def evaluate(
         list[str] | None, typer.Option("--measure", help="Measure to take; may be repeated. Default: all that fit.")
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="MEASURE.KNOB=VALUE", help="Set a knob of a measure; may be repeated.")
+        list[str] | None, typer.Option("--set", metavar="MEASURE.KNOB=VALUE", help="Set an option of a measure; may be repeated.")
     ] = None,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -222,16 +222,16 @@ def evaluate(
 def bench(
     model: Model,
     against: Against = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences or pictures at once.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences or images at once.")] = 1,
     prompt: Annotated[int | None, typer.Option("--prompt", min=1, help="Text: tokens of the prompt [512].")] = None,
     new_tokens: Annotated[int | None, typer.Option("--new-tokens", min=2, help="Text: tokens to generate [32].")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Pictures: steps of the sampler [20].")] = None,
-    guidance: Annotated[float | None, typer.Option("--guidance", help="Pictures: guidance scale; by default the pipeline's own.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Images: steps of the sampler [20].")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="Images: guidance scale; by default the pipeline's own.")] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Turns of each model [3].")] = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time prefill and decoding, or pictures, in turns with the original when given; numbers are added to a compressed folder's record."""
+    """Time prefill and decoding, or images, in turns with the original when given; numbers are added to a compressed folder's record."""
     _start(threads)
     from aerogel.cli import terminal
     from aerogel.engine import scores
@@ -247,7 +247,7 @@ def export(
     format: Annotated[str, typer.Option("--format", "-f", help="Name of an exporter; `aerogel list exporters` lists them.")],  # noqa: A002
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist or be empty.")],
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FORMAT.KNOB=VALUE", help="Set a knob of the exporter; may be repeated.")
+        list[str] | None, typer.Option("--set", metavar="FORMAT.KNOB=VALUE", help="Set an option of the exporter; may be repeated.")
     ] = None,
 ) -> None:
     """Rewrite a compressed folder for another engine, without calibrating again."""
@@ -287,7 +287,7 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.", show_defaul
 def show(
     name: Annotated[str, typer.Argument(help="Name of anything that `aerogel list` lists.", show_default=False)], as_json: AsJson = False
 ) -> None:
-    """Show the cards that bear a name: what it does, where it comes from, its knobs with their defaults, what it needs."""
+    """Show the cards that bear a name: what it does, where it comes from, its options with their defaults, what it needs."""
     from aerogel.cli import cards
 
     shown = cards.show(name)

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from aerogel.engine.planning import Kept, Plan
-from aerogel.engine.progress import Clock, Tell, bar
+from aerogel.engine.progress import ProgressEstimator, Tell, bar
 from aerogel.report import compare, coverage, phrases, record, reuse, search
 
 
@@ -23,7 +23,7 @@ def progress(quiet: bool) -> Iterator[Tell]:
     if quiet:
         yield lambda event: None
         return
-    with bar(Console(stderr=True), Clock()) as tell:
+    with bar(Console(stderr=True), ProgressEstimator()) as tell:
         yield tell
 
 

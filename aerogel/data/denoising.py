@@ -1,4 +1,4 @@
-"""Pictures that a pipeline makes, and the calls its denoiser gets meanwhile: every step and guidance branch of the real sampler."""
+"""Images that a pipeline makes, and the calls its denoiser gets meanwhile: every step and guidance branch of the real sampler."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from aerogel.model.calls import Call
 
 @dataclass(frozen=True)
 class Denoising:
-    """Which pictures a pipeline makes."""
+    """Which images a pipeline makes."""
 
     count: int = 64
-    """Pictures; their noise differs, their prompts or labels take turns."""
+    """Images; their noise differs, their prompts or labels take turns."""
     steps: int = 20
     """Steps of the sampler: those that the denoiser will be used with."""
     guidance: float | None = None
@@ -30,11 +30,11 @@ class Denoising:
     prompts: tuple[str, ...] = ()
     """What text-to-image pipelines are asked for."""
     batch: int = 8
-    """Pictures made at once; a call has twice as many samples under guidance."""
+    """Images made at once; a call has twice as many samples under guidance."""
 
 
-class Made(NamedTuple):
-    """Pictures that were made at once."""
+class ImageBatch(NamedTuple):
+    """Images that were made at once."""
 
     images_NCHW: Tensor
     """Pixels from 0 to 1, float32 on the CPU."""
@@ -43,7 +43,7 @@ class Made(NamedTuple):
 
 
 def record(pipeline: Any, denoiser: nn.Module, wanted: Denoising, seed: int = 0) -> list[Call]:
-    """Make the pictures and return every call that the denoiser got, in order; tensors that stay the same share their memory.
+    """Make the images and return every call that the denoiser got, in order; tensors that stay the same share their memory.
 
     Raises AerogelError when the pipeline needs something that is not given.
     """
@@ -52,8 +52,8 @@ def record(pipeline: Any, denoiser: nn.Module, wanted: Denoising, seed: int = 0)
         return calls.record(denoiser, runs)
 
 
-def pictures(pipeline: Any, wanted: Denoising, seed: int = 0) -> Iterator[Made]:
-    """Make the pictures, batch after batch: those that `record` with the same seed watches.
+def generate_images(pipeline: Any, wanted: Denoising, seed: int = 0) -> Iterator[ImageBatch]:
+    """Make the images, batch after batch: those that `record` with the same seed watches.
 
     Raises AerogelError when the pipeline needs something that is not given.
     """
@@ -62,11 +62,11 @@ def pictures(pipeline: Any, wanted: Denoising, seed: int = 0) -> Iterator[Made]:
             made = run.make().images
         # Some pipelines know "pt", others take it for "not PIL" and answer with arrays of (N, H, W, C).
         images_NCHW = made if isinstance(made, Tensor) else torch.from_numpy(made).permute(0, 3, 1, 2)
-        yield Made(images_NCHW.detach().float().cpu().contiguous(), run.subjects)
+        yield ImageBatch(images_NCHW.detach().float().cpu().contiguous(), run.subjects)
 
 
 def denoised(pipeline: Any, wanted: Denoising, seed: int = 0) -> Iterator[tuple[str, ...]]:
-    """Make the same pictures as far as latents where the pipeline can stop there; yields the subjects of each batch once it is made.
+    """Make the same images as far as latents where the pipeline can stop there; yields the subjects of each batch once it is made.
 
     Raises AerogelError when the pipeline needs something that is not given.
     """
@@ -95,7 +95,7 @@ class _Run(NamedTuple):
 
 
 def _runs(pipeline: Any, wanted: Denoising, seed: int, output: str) -> Iterator[_Run]:
-    """The pipeline's calls, one for each batch of pictures."""
+    """The pipeline's calls, one for each batch of images."""
     takes = inspect.signature(type(pipeline).__call__).parameters
     subjects = _subjects(pipeline, wanted, takes)
     fixed: dict[str, Any] = {"num_inference_steps": wanted.steps, "output_type": output if "latents" in takes else "pt"}
@@ -123,7 +123,7 @@ def _subjects(pipeline: Any, wanted: Denoising, takes: Any) -> dict[str, Sequenc
         return {"class_labels": sorted(set(getattr(pipeline, "labels", {}).values())) or [0]}
     if "prompt" in takes:
         if not wanted.prompts:
-            raise AerogelError(f"{type(pipeline).__name__} makes pictures of prompts: give some as `prompts`")
+            raise AerogelError(f"{type(pipeline).__name__} makes images of prompts: give some as `prompts`")
         return {"prompt": wanted.prompts}
     if "batch_size" in takes:
         return {}

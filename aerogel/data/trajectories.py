@@ -1,4 +1,4 @@
-"""What a pipeline's own sampler passes through while it makes pictures: the latents behind every step, and the time that all steps take.
+"""What a pipeline's own sampler passes through while it makes images: the latents behind every step, and the time that all steps take.
 
 Unlike a replay it asks nothing of the pipeline but a sampler, so that guidance in calls of its own and noise on the way are fine.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from aerogel.data.denoising import Denoising, denoised
 from aerogel.errors import AerogelError
-from aerogel.kernels.waiting import now
+from aerogel.kernels.synchronized_clock import now
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def stepping(pipeline: Any, passed: Callable[[Tensor], None]) -> Iterator[None]:
 
 
 def trajectories(pipeline: Any, wanted: Denoising, seed: int) -> Iterator[list[Tensor]]:
-    """Make pictures and yield, batch after batch, the latents behind each step, on the CPU."""
+    """Make images and yield, batch after batch, the latents behind each step, on the CPU."""
     passed: list[Tensor] = []
     with stepping(pipeline, passed.append):
         for _ in denoised(pipeline, wanted, seed):
@@ -48,7 +48,7 @@ def trajectories(pipeline: Any, wanted: Denoising, seed: int) -> Iterator[list[T
 
 
 def seconds(pipeline: Any, denoiser: nn.Module, wanted: Denoising, seed: int, clock: Callable[[], float]) -> float:
-    """Make pictures and return the seconds from the denoiser's first forward to the end of the sampler's last step, all batches together.
+    """Make images and return the seconds from the denoiser's first forward to the end of the sampler's last step, all batches together.
 
     Raises AerogelError for a sampler that does not make a step for each of its time steps.
     """

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from aerogel.engine import policies
-from aerogel.engine.calibration import Given, prepare, shown
-from aerogel.engine.policies import Measured
+from aerogel.engine.calibration import CalibrationInput, prepare, shown
+from aerogel.engine.policies import CalibratedPolicy
 from aerogel.engine.result import Result
 from aerogel.engine.run import seeded
 from aerogel.errors import AerogelError
@@ -26,7 +26,7 @@ Policy = Result | Recipe | str | Path | Mapping[str, Any]
 
 
 @contextmanager
-def cached(model: Any, policy: Policy, *, samples: Given | None = None, seed: int = 0) -> Iterator[Sequence[Measured]]:
+def cached(model: Any, policy: Policy, *, samples: CalibrationInput | None = None, seed: int = 0) -> Iterator[Sequence[CalibratedPolicy]]:
     """Put a policy on a pipeline (or a network, a module, a pair of module and processor) inside the context and give back what is known.
 
     `policy` is a folder that was saved with policies or that the exporter `cache_policy` wrote, a Result, or what a recipe is (a name, a
@@ -34,7 +34,7 @@ def cached(model: Any, policy: Policy, *, samples: Given | None = None, seed: in
     and for a network of another family, with other units or blocks. A folder of that exporter also says which weights it was made for;
     others are a warning.
     """
-    network = model if isinstance(model, Network) else load(model, lazy=False, apart=False)
+    network = model if isinstance(model, Network) else load(model, lazy=False, unfuse_experts=False)
     found = _saved(policy)
     if found is None:
         found = _measured(network, Recipe.parse(policy), samples, seed)  # type: ignore[arg-type]
@@ -49,10 +49,10 @@ skipping = cached
 """The same, as it is called where experts are skipped: fused experts stay fused, and run through the implementation `aerogel`."""
 
 
-def _saved(policy: Policy) -> Sequence[Measured] | None:
+def _saved(policy: Policy) -> Sequence[CalibratedPolicy] | None:
     """The policies that were measured before; None where they are still to be."""
     if isinstance(policy, Result):
-        found: Sequence[Measured] = policy.policies
+        found: Sequence[CalibratedPolicy] = policy.policies
     elif isinstance(policy, str | Path) and Path(policy).is_dir():
         found = policies.load(Path(policy))
     else:
@@ -89,11 +89,11 @@ def _compare_weights(network: Network, made_for: Mapping[str, Any]) -> None:
         )
 
 
-def _measured(network: Network, recipe: Recipe, samples: Given | None, seed: int) -> list[Measured]:
+def _measured(network: Network, recipe: Recipe, samples: CalibrationInput | None, seed: int) -> list[CalibratedPolicy]:
     if changing := [step.name for step in recipe.steps if not isinstance(step.method, RuntimePolicy)]:
         raise AerogelError(f"{changing[0]} changes the network for good, so it cannot be put on for a while; use aerogel.compress")
     calls = prepare(network, shown(network, samples), seed, head=False).calls
-    made: list[Measured] = []
+    made: list[CalibratedPolicy] = []
     for number, step in enumerate(recipe.steps):
         before = policies.revised(step, made)
         made = made if before is None else made[:-1]

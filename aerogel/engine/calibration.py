@@ -42,12 +42,12 @@ class Samples:
 
 
 Shown = Samples | Chats | Denoising | Sequence[Call]
-"""What a network can be shown: text, chats about images, its own pictures in the making, or calls that were recorded."""
-_TOKENS_OF_A_PICTURE = 256
+"""What a network can be shown: text, chats about images, its own images in the making, or calls that were recorded."""
+_TOKENS_OF_AN_IMAGE = 256
 _TOKENS_OF_A_CHAT = 512
 
 
-class Reading(NamedTuple):
+class CalibrationSize(NamedTuple):
     """How much a calibration reads."""
 
     tokens: int
@@ -55,9 +55,9 @@ class Reading(NamedTuple):
     at_once: int
     """Positions of the largest call."""
     sample: int
-    """Positions of the largest sample: a sequence, a picture."""
+    """Positions of the largest sample: a sequence, an image."""
     steps: int = 1
-    """Steps that a generation takes, of a network that makes pictures."""
+    """Steps that a generation takes, of a network that makes images."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,13 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What somebody said about calibration before it is known whether the network reads text or makes pictures; None is the default."""
+class CalibrationRequest:
+    """What somebody said about calibration before it is known whether the network reads text or makes images; None is the default."""
 
     source: str | None = None
-    """Text by name or path, or a .jsonl of chats about images; for pictures, a file with a prompt on each line."""
+    """Text by name or path, or a .jsonl of chats about images; for images, a file with a prompt on each line."""
     count: int | None = None
-    """Sequences, or pictures."""
+    """Sequences, or images."""
     length: int | None = None
     """Tokens of a sequence."""
     steps: int | None = None
@@ -86,12 +86,12 @@ class Asked:
 
     def shown(self, network: Network) -> Shown:
         """What this means for a network; raises AerogelError for what is of the other kind."""
-        paints = network.family.modality in ("image", "video")
-        unfit = {"length": self.length} if paints else {"steps": self.steps, "guidance": self.guidance}
+        is_diffusion = network.family.modality in ("image", "video")
+        unfit = {"length": self.length} if is_diffusion else {"steps": self.steps, "guidance": self.guidance}
         if wrong := [name for name, value in unfit.items() if value is not None]:
-            kind = "makes pictures" if paints else "reads text"
+            kind = "makes images" if is_diffusion else "reads text"
             raise AerogelError(f"{wrong[0]} means nothing to a network that {kind} ({network.family.name}); leave it out")
-        if paints:
+        if is_diffusion:
             prompts = None if self.source is None else _prompts(Path(self.source))
             return Denoising(**_said(count=self.count, steps=self.steps, guidance=self.guidance, prompts=prompts))
         if network.family.modality == "image-text" and self.source is not None and chats.are_at(self.source):
@@ -101,8 +101,8 @@ class Asked:
         return Samples(**_said(source=self.source, count=self.count, length=self.length))
 
 
-def _said(**knobs: Any) -> dict[str, Any]:
-    return {name: value for name, value in knobs.items() if value is not None}
+def _said(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _prompts(path: Path) -> tuple[str, ...]:
@@ -114,29 +114,29 @@ def _prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-Given = Shown | Asked
+CalibrationInput = Shown | CalibrationRequest
 
 
-def shown(network: Network, samples: Given | None) -> Shown:
-    """What a network is shown; when nothing is said, text or its own pictures in the making."""
-    samples = Asked() if samples is None else samples
-    return samples.shown(network) if isinstance(samples, Asked) else samples
+def shown(network: Network, samples: CalibrationInput | None) -> Shown:
+    """What a network is shown; when nothing is said, text or its own images in the making."""
+    samples = CalibrationRequest() if samples is None else samples
+    return samples.shown(network) if isinstance(samples, CalibrationRequest) else samples
 
 
-def reading(network: Network, samples: Shown) -> Reading:
+def reading(network: Network, samples: Shown) -> CalibrationSize:
     """How much there is to read."""
     if isinstance(samples, Denoising):
-        # Under guidance a call has twice the pictures; a picture counts as the tokens of a small one, its size is not known here.
-        each = _TOKENS_OF_A_PICTURE
-        return Reading(2 * samples.count * samples.steps * each, 2 * samples.batch * each, each, samples.steps)
+        # Under guidance a call has twice the images; an image counts as the tokens of a small one, its size is not known here.
+        each = _TOKENS_OF_AN_IMAGE
+        return CalibrationSize(2 * samples.count * samples.steps * each, 2 * samples.batch * each, each, samples.steps)
     if isinstance(samples, Chats):  # how long a chat is, is known only when it was read
-        return Reading(samples.count * _TOKENS_OF_A_CHAT, samples.batch * _TOKENS_OF_A_CHAT, _TOKENS_OF_A_CHAT)
+        return CalibrationSize(samples.count * _TOKENS_OF_A_CHAT, samples.batch * _TOKENS_OF_A_CHAT, _TOKENS_OF_A_CHAT)
     if isinstance(samples, Samples):
-        return Reading(samples.count * samples.length, samples.batch * samples.length, samples.length)
+        return CalibrationSize(samples.count * samples.length, samples.batch * samples.length, samples.length)
     tensors = [[tensor for tensor in tensors_in((call.args, call.kwargs)) if tensor.ndim] for call in samples]
     sizes = [max(map(_positions, given), default=0) for given in tensors]
     of_one = [size // max(map(len, given), default=1) for size, given in zip(sizes, tensors, strict=True)]
-    return Reading(sum(sizes), max(sizes, default=0), max(of_one, default=0), _steps(network, samples))
+    return CalibrationSize(sum(sizes), max(sizes, default=0), max(of_one, default=0), _steps(network, samples))
 
 
 def _steps(network: Network, calls: Sequence[Call]) -> int:
@@ -179,7 +179,7 @@ def _read(network: Network, wanted: Chats, seed: int) -> Calibration:
 def _recorded(network: Network, wanted: Denoising, seed: int) -> Calibration:
     if not hasattr(network.processor, "scheduler"):
         raise AerogelError(
-            f"this {network.family.name} network came without its pipeline, so it cannot be watched making pictures; "
+            f"this {network.family.name} network came without its pipeline, so it cannot be watched making images; "
             "open the pipeline's folder, or give recorded calls as samples"
         )
     calls = denoising.record(network.processor, network.module, wanted, seed)

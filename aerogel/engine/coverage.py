@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from aerogel.engine.policies import Measured
+from aerogel.engine.policies import CalibratedPolicy
 from aerogel.layers.conv import Layer
 from aerogel.layers.linear import QuantLinear
 from aerogel.model.network import Network
 from aerogel.numerics.scheme import PerStep, TensorScheme
 
 
-def coverage(network: Network, policies: Sequence[Measured]) -> dict[str, Any]:
+def coverage(network: Network, policies: Sequence[CalibratedPolicy]) -> dict[str, Any]:
     """Return how many layers have weights and inputs in which format, the names of those left in float, and the rounded attentions.
 
     It is what two methods have to share before their results are compared.

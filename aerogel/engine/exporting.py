@@ -13,14 +13,14 @@ from aerogel.recipe import build, knobs_of
 
 
 def export(folder: Path, name: str, output: Path, overrides: Iterable[str] = ()) -> None:
-    """Write `folder` to `output` by the exporter of this name; `overrides` are `exporter.knob=value`.
+    """Write `folder` to `output` by the exporter of this name; `overrides` are `exporter.option=value`.
 
-    Raises AerogelError for an unknown exporter or knob, for an output that holds something, and for what the format cannot express.
+    Raises AerogelError for an unknown exporter or option, for an output that holds something, and for what the format cannot express.
     """
     found: type[Exporter] = catalog.find("exporters", name)
-    knobs = knobs_of(overrides, f"exporter.knob=value, for example {name}.knob=value")
-    if others := [other for other in knobs if other != name]:
-        raise AerogelError(f"a knob of {others[0]!r} is set, but the folder is exported by {name!r}")
-    exporter = build(found, knobs.get(name, {}), f"exporter {name!r}")
+    options = knobs_of(overrides, f"exporter.option=value, for example {name}.option=value")
+    if others := [other for other in options if other != name]:
+        raise AerogelError(f"an option of {others[0]!r} is set, but the folder is exported by {name!r}")
+    exporter = build(found, options.get(name, {}), f"exporter {name!r}")
     save.preflight(output, origin=folder)
     exporter.write(folder, output)

@@ -11,7 +11,7 @@ from torch import nn
 
 from aerogel.engine import policies
 from aerogel.io import load as plain
-from aerogel.io.quantized import clock_of
+from aerogel.io.quantized import timestep_index_of
 from aerogel.model.network import Network
 
 # A context whose last reference goes is left, and the policy with it.
@@ -19,7 +19,7 @@ _on: WeakKeyDictionary[nn.Module, ExitStack] = WeakKeyDictionary()
 
 
 def load(
-    source: Any, *, dtype: torch.dtype | None = None, lazy: bool = True, trust_remote_code: bool = False, apart: bool = True
+    source: Any, *, dtype: torch.dtype | None = None, lazy: bool = True, trust_remote_code: bool = False, unfuse_experts: bool = True
 ) -> Network:
     """Open a network and put its runtime policies on for good.
 
@@ -27,10 +27,10 @@ def load(
     pipeline, or a pair (module, processor). With `lazy` the weights of blocks stay on disk where the checkpoint allows it;
     `network.checkpoint.materialise(network.module)` brings them in. `dtype` is what is computed in: by default the
     checkpoint's, or float32 on a CPU that has no instructions for it. A live module's fused experts become linears in place, unless
-    `apart` is false. Raises AerogelError when the source is not found, damaged, pickled or of an unknown family.
+    `unfuse_experts` is false. Raises AerogelError when the source is not found, damaged, pickled or of an unknown family.
     """
-    network = plain.load(source, dtype=dtype, lazy=lazy, trust_remote_code=trust_remote_code, apart=apart)
-    if network is not source and (clock := clock_of(network.module)) is not None:
+    network = plain.load(source, dtype=dtype, lazy=lazy, trust_remote_code=trust_remote_code, unfuse_experts=unfuse_experts)
+    if network is not source and (clock := timestep_index_of(network.module)) is not None:
         clock.belongs_to(network.processor)
     if network is not source and (found := policies.load(network.origin)):
         stack = _on[network.module] = ExitStack()

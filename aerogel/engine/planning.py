@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aerogel.engine.calibration import Given, Reading, reading, shown
+from aerogel.engine.calibration import CalibrationInput, CalibrationSize, reading, shown
 from aerogel.engine.policies import unrevisable
 from aerogel.engine.progress import StageName
 from aerogel.evaluate.measure import TextMeasure
@@ -22,11 +22,11 @@ from aerogel.layers.experts import ExpertList
 from aerogel.layers.linear import QuantLinear
 from aerogel.layers.slots import Slot, slots
 from aerogel.methods.base import BlockMethod, Method, RuntimePolicy, WeightMethod
-from aerogel.methods.feature_cache.policy import ReusePolicy, RevisingPolicy
+from aerogel.methods.feature_cache.policy import FeatureCachePolicy, ScheduleRefiner
 from aerogel.model.block import Block
 from aerogel.model.match import matches
 from aerogel.model.network import Network
-from aerogel.model.trace import AROUND
+from aerogel.model.trace import NON_BLOCK
 from aerogel.numerics.scheme import Scheme
 from aerogel.recipe import Recipe
 from aerogel.runtime.expert_skipping.routing import shape_of
@@ -102,14 +102,14 @@ def plan(
     recipe: Recipe | str | Path | Mapping[str, Any],
     *,
     overrides: Iterable[str] = (),
-    samples: Given | None = None,
+    samples: CalibrationInput | None = None,
 ) -> Plan:
     """Say what a recipe will do to a model without changing a weight; raises AerogelError when either cannot be read."""
     network = load(model)
     return plan_network(network, Recipe.parse(recipe, overrides), reading(network, shown(network, samples)))
 
 
-def plan_network(network: Network, recipe: Recipe, read: Reading) -> Plan:
+def plan_network(network: Network, recipe: Recipe, read: CalibrationSize) -> Plan:
     """The plan for a network that is open already."""
     touched, problems = _touched(network, recipe)
     sizes = _Sizes.of(network, {linear.name for linear in touched})
@@ -129,7 +129,7 @@ def plan_network(network: Network, recipe: Recipe, read: Reading) -> Plan:
 
 def blocks_of(network: Network) -> Iterator[Block]:
     """Every block without calls, in list order; the network around its blocks, named '', comes last."""
-    modules = {**network.blocks(), AROUND: network.module}
+    modules = {**network.blocks(), NON_BLOCK: network.module}
     for position, (name, module) in enumerate(modules.items()):
         yield Block(name, module, position, len(modules), (), network)
 
@@ -137,13 +137,13 @@ def blocks_of(network: Network) -> Iterator[Block]:
 def _out_of_order(recipe: Recipe) -> Iterator[str]:
     """What comes behind a step that lets parts of the network rest, and cannot; and what goes on from a schedule that is not there."""
     for number, step in enumerate(recipe.steps):
-        for later in recipe.steps[number + 1 :] if isinstance(step.method, ReusePolicy) else ():
+        for later in recipe.steps[number + 1 :] if isinstance(step.method, FeatureCachePolicy) else ():
             if not isinstance(later.method, RuntimePolicy) and not (isinstance(later.method, Method) and later.method.beside_reuse):
                 yield f"{later.name} comes after {step.name}, but needs a network all of whose parts run; put {step.name} last"
-            elif isinstance(later.method, ReusePolicy) and not isinstance(later.method, RevisingPolicy):
+            elif isinstance(later.method, FeatureCachePolicy) and not isinstance(later.method, ScheduleRefiner):
                 yield f"{later.name} comes after {step.name}: parts of a network follow one schedule; leave one of them out"
         before = [one for one in recipe.steps[:number] if isinstance(one.method, RuntimePolicy)]
-        if isinstance(step.method, RevisingPolicy) and (why := unrevisable(step, before)):
+        if isinstance(step.method, ScheduleRefiner) and (why := unrevisable(step, before)):
             yield why
 
 
@@ -243,14 +243,14 @@ def _kept(network: Network, recipe: Recipe, touched: set[str]) -> Iterator[Kept]
 def _reason(network: Network, name: str, module: nn.Module, methods: list[WeightMethod]) -> str:
     if isinstance(module, nn.Embedding):
         return "an embedding, not a linear"
-    if matches(name, network.family.keep):
+    if matches(name, network.family.never_quantize):
         return "kept by the family"
-    if any(matches(name, network.family.spelled(method.ignore), module) for method in methods):
+    if any(matches(name, network.family.expand_patterns(method.ignore), module) for method in methods):
         return "ignored by the recipe"
     return "not among the recipe's targets"
 
 
-def _peak_memory(network: Network, recipe: Recipe, read: Reading) -> int:
+def _peak_memory(network: Network, recipe: Recipe, read: CalibrationSize) -> int:
     """What stays resident, the block in hand twice, and what calibrating it or rounding its largest weight takes."""
     blocks = network.blocks()
     sizes = {name: sum(p.numel() * p.element_size() for p in module.parameters()) for name, module in blocks.items()}
@@ -266,7 +266,7 @@ def _peak_memory(network: Network, recipe: Recipe, read: Reading) -> int:
     return resident * (2 if needs_teacher(recipe) else 1) + working
 
 
-def _calibrating(block: nn.Module, read: Reading, holds: float) -> int:
+def _calibrating(block: nn.Module, read: CalibrationSize, holds: float) -> int:
     """Bytes of activations and of the second moments of a block's inputs, all in float32."""
     shapes = _shapes(block)
     widths = {inputs for inputs, _ in shapes}
@@ -277,7 +277,7 @@ def _calibrating(block: nn.Module, read: Reading, holds: float) -> int:
     return in_hand + (waiting if waiting <= holds else 0) + moments
 
 
-def _activations(network: Network, read: Reading) -> int:
+def _activations(network: Network, read: CalibrationSize) -> int:
     narrowest = min((inputs for block in network.blocks().values() for inputs, _ in _shapes(block)), default=0)
     return 2 * 4 * read.tokens * narrowest
 
@@ -298,7 +298,7 @@ def needs_teacher(recipe: Recipe) -> bool:
     return any("teacher" in step.method.needs for step in recipe.steps[min(changing, default=len(recipe.steps)) :])
 
 
-def _seconds(recipe: Recipe, sizes: _Sizes, touched: list[Touched], read: Reading) -> dict[StageName, float]:
+def _seconds(recipe: Recipe, sizes: _Sizes, touched: list[Touched], read: CalibrationSize) -> dict[StageName, float]:
     rate = _flops_a_second()
     weights = sum(linear.inputs * linear.outputs for linear in touched)
     blockwise = [step.method for step in recipe.steps if isinstance(step.method, BlockMethod) and "calls" in step.method.needs]

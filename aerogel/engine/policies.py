@@ -15,7 +15,7 @@ from torch import Tensor
 from aerogel.errors import AerogelError
 from aerogel.io.states import STATES, stored
 from aerogel.methods.base import RuntimePolicy
-from aerogel.methods.feature_cache.policy import ReusePolicy, RevisingPolicy
+from aerogel.methods.feature_cache.policy import FeatureCachePolicy, ScheduleRefiner
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe, Step
@@ -24,7 +24,7 @@ from aerogel.runtime.feature_cache.units import Costs, costs_of
 
 
 @dataclass(frozen=True)
-class Measured:
+class CalibratedPolicy:
     """A policy with the state that its calibration gave."""
 
     step: Step
@@ -32,18 +32,18 @@ class Measured:
     """Tensors, numbers and texts by name."""
 
 
-def calibrated(network: Network, step: Step, calls: Sequence[Call], before: Measured | None = None) -> Measured:
+def calibrated(network: Network, step: Step, calls: Sequence[Call], before: CalibratedPolicy | None = None) -> CalibratedPolicy:
     """Calibrate a policy, or let it revise the one before; one that reuses by a schedule and does nothing else is told what that saves.
 
-    Of one sample, of which a picture under guidance has two: `macs` are the multiply-accumulates of a forward, `macs_saved` the share of
+    Of one sample, of which an image under guidance has two: `macs` are the multiply-accumulates of a forward, `macs_saved` the share of
     a whole run's that is left out, `slot_bytes` the most that is held between two steps.
     """
     method = step.method
     assert isinstance(method, RuntimePolicy)
-    plain = isinstance(method, ReusePolicy) and method.plain
+    plain = isinstance(method, FeatureCachePolicy) and method.plain
     # Before the policy is made, which may take hours: what cannot be counted fails now.
     costs = costs_of(network, calls[0]) if plain and calls else None
-    if isinstance(method, RevisingPolicy) and before is not None:
+    if isinstance(method, ScheduleRefiner) and before is not None:
         if why := unrevisable(step, [before.step]):
             raise AerogelError(why)
         state = method.revise(network, calls, before.state)
@@ -51,18 +51,18 @@ def calibrated(network: Network, step: Step, calls: Sequence[Call], before: Meas
         state = method.calibrate(network, calls)
     if costs is not None:
         state = state | _saving(Schedule.of(network, state), costs, len(tensors_in((calls[0].args, calls[0].kwargs))[0]))
-    return Measured(step, state)
+    return CalibratedPolicy(step, state)
 
 
-def revised(step: Step, before: Sequence[Measured]) -> Measured | None:
+def revised(step: Step, before: Sequence[CalibratedPolicy]) -> CalibratedPolicy | None:
     """The last of the policies before, if this step goes on from it."""
-    return before[-1] if before and isinstance(step.method, RevisingPolicy) else None
+    return before[-1] if before and isinstance(step.method, ScheduleRefiner) else None
 
 
 def unrevisable(step: Step, policies: Sequence[Step]) -> str:
     """Why a step that goes on from a schedule cannot do so behind these policies; empty where it can."""
     last = policies[-1] if policies else None
-    if last is not None and isinstance(last.method, ReusePolicy) and last.method.plain:
+    if last is not None and isinstance(last.method, FeatureCachePolicy) and last.method.plain:
         return ""
     behind = f"the policy before it is {last.name}" if last else "there is no policy before it"
     return f"{step.name} goes on from a schedule of reuse, and {behind}; put one such as harmonica or schedule_search right before it"
@@ -79,7 +79,7 @@ def _saving(schedule: Schedule, costs: Costs, samples: int) -> dict[str, Any]:
 
 
 @contextmanager
-def on(network: Network, policies: Sequence[Measured]) -> Iterator[None]:
+def on(network: Network, policies: Sequence[CalibratedPolicy]) -> Iterator[None]:
     """Put policies on in the order of the recipe; afterwards the network is what it was."""
     with ExitStack() as stack:
         for measured in policies:
@@ -88,7 +88,7 @@ def on(network: Network, policies: Sequence[Measured]) -> Iterator[None]:
         yield
 
 
-def save(policies: Sequence[Measured], folder: Path) -> list[dict[str, Any]]:
+def save(policies: Sequence[CalibratedPolicy], folder: Path) -> list[dict[str, Any]]:
     """Write the tensors of all states into a folder; the rest is returned for aerogel.json."""
     tensors = {
         f"{number}.{key}": value.detach().contiguous()
@@ -104,12 +104,12 @@ def save(policies: Sequence[Measured], folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def load(folder: Path | None) -> list[Measured]:
+def load(folder: Path | None) -> list[CalibratedPolicy]:
     """Read back what `save` wrote; empty when the folder has no policies."""
     if folder is None:
         return []
     read = []
     for named, state in stored(folder):
         (step,) = Recipe.parse({"steps": [named]}).steps
-        read.append(Measured(step, state))
+        read.append(CalibratedPolicy(step, state))
     return read

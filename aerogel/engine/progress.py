@@ -42,7 +42,7 @@ class Event:
 Tell = Callable[[Event], None]
 
 
-class Clock:
+class ProgressEstimator:
     """How much of a run is done and how long the rest takes, from expected seconds a stage corrected by what is seen."""
 
     def __init__(self, expected: Mapping[StageName, float] | None = None, now: Callable[[], float] = time.monotonic) -> None:
@@ -124,7 +124,7 @@ class Watch:
 class _Left(ProgressColumn):
     """The time left, counted down between events."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: ProgressEstimator) -> None:
         super().__init__()
         self._clock = clock
 
@@ -135,7 +135,7 @@ class _Left(ProgressColumn):
 
 
 @contextmanager
-def bar(console: Console, clock: Clock) -> Iterator[Tell]:
+def bar(console: Console, clock: ProgressEstimator) -> Iterator[Tell]:
     """Show one bar for the whole run on this console while the context lasts; gives what to tell events to."""
     columns = (TextColumn(f"{{task.description:<{_WIDTH}}}"), BarColumn(), TaskProgressColumn(), _Left(clock))
     with Progress(*columns, console=console, refresh_per_second=2, transient=True, disable=not console.is_terminal) as shown:

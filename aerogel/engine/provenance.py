@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 import aerogel
+from aerogel.io.older import SCHEMA as SCHEMA
 from aerogel.layers.slots import slots
 from aerogel.model.network import Network
-
-SCHEMA = 1
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ from aerogel.engine import policies
 from aerogel.errors import AerogelError
 from aerogel.io import save
 from aerogel.io.load import load
+from aerogel.io.older import upgraded
 from aerogel.io.states import FACTS
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
@@ -26,7 +27,7 @@ class Result:
         self,
         recipe: Recipe,
         facts: dict[str, Any],
-        measured: Sequence[policies.Measured],
+        measured: Sequence[policies.CalibratedPolicy],
         *,
         network: Network | None = None,
         folder: Path | None = None,
@@ -94,7 +95,9 @@ class Result:
         return Path(path)
 
 
-def write(folder: Path, network: Network, facts: dict[str, Any], measured: Sequence[policies.Measured], tensors: Any = None) -> None:
+def write(
+    folder: Path, network: Network, facts: dict[str, Any], measured: Sequence[policies.CalibratedPolicy], tensors: Any = None
+) -> None:
     """Write a network, its policies and the facts into a folder; the facts learn the checksums."""
     facts["checksums"] = save.write(network, folder, tensors)
     if measured:
@@ -105,7 +108,7 @@ def write(folder: Path, network: Network, facts: dict[str, Any], measured: Seque
 def add_metrics(folder: Path | None, metrics: Mapping[str, Mapping[str, Any]]) -> None:
     """Add measures to those that a saved result has; other folders are left alone."""
     if folder is not None and (folder / FACTS).is_file():
-        facts = json.loads((folder / FACTS).read_text())
+        facts = upgraded(json.loads((folder / FACTS).read_text()))
         for whose, measured in metrics.items():
             facts["metrics"].setdefault(whose, {}).update(measured)
         _rewrite(folder, facts)

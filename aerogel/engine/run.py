@@ -21,22 +21,22 @@ import torch
 from torch import nn
 
 from aerogel.engine import policies, provenance
-from aerogel.engine.calibration import Calibration, Given, prepare, reading, shown
+from aerogel.engine.calibration import Calibration, CalibrationInput, prepare, reading, shown
 from aerogel.engine.coverage import coverage
 from aerogel.engine.planning import Plan, blocks_of, needs_calls, needs_teacher, plan_network
-from aerogel.engine.policies import Measured
+from aerogel.engine.policies import CalibratedPolicy
 from aerogel.engine.preflight import check_output, check_plan, check_weights, partial_of
 from aerogel.engine.progress import Event, Tell, Watch
 from aerogel.engine.result import Result, write
 from aerogel.engine.resume import Progress, Stage, fingerprint_of
 from aerogel.engine.scores import Scores, measure
-from aerogel.engine.teacher import awake, taught, teacher_of
+from aerogel.engine.teacher import resident, teacher_of, walk_with_teacher
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure
 from aerogel.io import save
 from aerogel.io.load import load
 from aerogel.io.quantized import fuse_activations
-from aerogel.kernels.malloc import slim
+from aerogel.kernels.malloc import limit_fragmentation
 from aerogel.layers.linear import QuantLinear, ScaledInput
 from aerogel.methods.base import BlockMethod, Method, RuntimePolicy, WeightMethod
 from aerogel.model.block import Block
@@ -52,7 +52,7 @@ def compress(
     *,
     output: str | Path | None = None,
     overrides: Iterable[str] = (),
-    samples: Given | None = None,
+    samples: CalibrationInput | None = None,
     measures: Sequence[str | Measure] | None = None,
     seed: int = 0,
     resume: bool = False,
@@ -67,7 +67,7 @@ def compress(
     watch = Watch(tell)
     checked = Recipe.parse(recipe, overrides)
     named = isinstance(model, str | Path)  # what lives already is in memory anyway, and its speed is measured on the way
-    with slim() if named else nullcontext():
+    with limit_fragmentation() if named else nullcontext():
         with watch.stage("load", str(model) if named else ""):
             network = load(model)
         job = _Job(network, checked, Path(output).absolute() if output is not None else None, seed)
@@ -101,7 +101,7 @@ class _Job:
     seed: int
     plan: Plan = field(init=False)
 
-    def check(self, samples: Given | None, resume: bool) -> Calibration:
+    def check(self, samples: CalibrationInput | None, resume: bool) -> Calibration:
         """Look for everything that would make the run fail; the quick looks come first."""
         network, read = self.network, shown(self.network, samples)
         if resume and (network.checkpoint is None or self.output is None):
@@ -206,7 +206,7 @@ class Run:
     tell: Tell
     progress: Progress | None = None
     journal: list[dict[str, Any]] = field(default_factory=list)
-    policies: list[Measured] = field(default_factory=list)
+    policies: list[CalibratedPolicy] = field(default_factory=list)
 
     def go(self) -> None:
         """Do every step; neighbouring block methods share one walk, and a policy is on while later steps run."""
@@ -234,8 +234,8 @@ class Run:
                 last = stack.enter_context(ExitStack())
                 last.enter_context(policies.on(self.network, [measured]))
 
-    def _calibrate(self, number: int, step: Step, policy: RuntimePolicy, before: Measured | None) -> Measured:
-        with self._resident(), awake(self._teacher(policy)), seeded(self.seed, number):
+    def _calibrate(self, number: int, step: Step, policy: RuntimePolicy, before: CalibratedPolicy | None) -> CalibratedPolicy:
+        with self._resident(), resident(self._teacher(policy)), seeded(self.seed, number):
             self.policies.append(policies.calibrated(self.network, step, self.calibration.calls, before))
         return self.policies[-1]
 
@@ -287,7 +287,7 @@ class Run:
             self._restore(stage.restore(walk.order[: walk.position]))
         if any("teacher" in step.method.needs for step in steps):
             assert self.network.teacher is not None, "go() makes one"
-            return taught(walk, self.network.teacher, self.calibration.calls, stage.folder / "teacher" if stage else None)
+            return walk_with_teacher(walk, self.network.teacher, self.calibration.calls, stage.folder / "teacher" if stage else None)
         return iter(walk)
 
     def _tour(self, stage: Stage | None) -> Iterator[Block]:
@@ -320,7 +320,7 @@ class Run:
         with (
             seeded(self.seed, number),
             self._resident(stage),
-            awake(self._teacher(method)),
+            resident(self._teacher(method)),
             torch.set_grad_enabled("gradients" in method.needs),
         ):
             method.apply(self.network, self.calibration.calls)

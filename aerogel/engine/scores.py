@@ -36,10 +36,10 @@ def measure(
     """Measure a network, and its original when given: {"compressed": {measure: facts}, "original": {...}}.
 
     By default every measure that fits the network and need not be asked for, with `speed` a short measurement of speed too;
-    `overrides` are `measure.knob=value`, for measures that are taken by name. Raises AerogelError for an unknown measure or knob.
+    `overrides` are `measure.option=value`, for measures that are taken by name. Raises AerogelError for an unknown measure or option.
     """
-    knobs = knobs_of(overrides, "measure.knob=value, for example realism.count=512")
-    chosen = _named(measures if measures is not None else [*_usual(network), *(_timed(network) if speed else ())], knobs)
+    options = knobs_of(overrides, "measure.option=value, for example image_quality.count=512")
+    chosen = _named(measures if measures is not None else [*_usual(network), *(_timed(network) if speed else ())], options)
     takes = [take for name, found in chosen for take in _takes(name, found, network, against, must=measures is not None)]
     scores: dict[str, Scores] = {"original": {}, "compressed": {}} if against is not None else {"compressed": {}}
     done, total = 0, sum(take.passes for take in takes)
@@ -82,21 +82,21 @@ def measure_models(
     return metrics
 
 
-def time_models(model: str, against: str | None, knobs: Mapping[str, Any]) -> dict[str, Scores]:
+def time_models(model: str, against: str | None, options: Mapping[str, Any]) -> dict[str, Scores]:
     """Open models and time them in turns; the numbers are added to the record of a compressed folder.
 
-    `knobs` are those of the measure that fits the model, of which None stands for its own. Raises AerogelError for a knob that it lacks.
+    `options` are those of the measure that fits the model, of which None stands for its own. Raises AerogelError for an unknown option.
     """
-    return measure_models(model, against, partial(_timing, {name: value for name, value in knobs.items() if value is not None}))
+    return measure_models(model, against, partial(_timing, {name: value for name, value in options.items() if value is not None}))
 
 
-def _timing(knobs: Mapping[str, Any], network: Network) -> list[Measure]:
+def _timing(options: Mapping[str, Any], network: Network) -> list[Measure]:
     """What times a network of this kind."""
     modality = network.family.modality
     found = next((cls for cls in (Speed, Sampling) if modality in cls.modalities), None)
     if found is None:
         raise AerogelError(f"there is no benchmark for {modality} networks yet; text and image networks can be timed")
-    return [build(found, knobs, f"a benchmark of {modality} networks")]
+    return [build(found, options, f"a benchmark of {modality} networks")]
 
 
 class _Take(NamedTuple):
@@ -122,14 +122,14 @@ def _takes(name: str, found: Measure, network: Network, against: Network | None,
         yield _Take(name, f"{name} of the compressed", passes, lambda: {"compressed": found.measure(network, against)})
 
 
-def _named(measures: Sequence[str | Measure], knobs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Measure]]:
+def _named(measures: Sequence[str | Measure], options: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Measure]]:
     by_name = {given for given in measures if isinstance(given, str)}
-    if untaken := [name for name in knobs if name not in by_name]:
-        raise AerogelError(f"a knob of {untaken[0]!r} is set, but that measure is not taken{catalog.nearest(untaken[0], by_name)}")
-    made = [_made(given, knobs.get(given, {})) if isinstance(given, str) else given for given in measures]
+    if untaken := [name for name in options if name not in by_name]:
+        raise AerogelError(f"an option of {untaken[0]!r} is set, but that measure is not taken{catalog.nearest(untaken[0], by_name)}")
+    made = [_made(given, options.get(given, {})) if isinstance(given, str) else given for given in measures]
     return [(type(measure).__module__.rpartition(".")[2], measure) for measure in made]
 
 
-def _made(name: str, knobs: Mapping[str, Any]) -> Measure:
+def _made(name: str, options: Mapping[str, Any]) -> Measure:
     found: type[Measure] = catalog.find("measures", name)
-    return build(found, knobs, f"measure {name!r}")
+    return build(found, options, f"measure {name!r}")

@@ -41,7 +41,7 @@ class _Resident:
 
 
 @contextmanager
-def awake(teacher: Network | None) -> Iterator[None]:
+def resident(teacher: Network | None) -> Iterator[None]:
     """Hold the whole teacher in memory for a while, for steps that run it."""
     if teacher is None:
         yield
@@ -56,7 +56,7 @@ def awake(teacher: Network | None) -> Iterator[None]:
             resident.release(name)
 
 
-def taught(walk: Walk, teacher: Network, calls: Sequence[Call], folder: Path | None) -> Iterator[Block]:
+def walk_with_teacher(walk: Walk, teacher: Network, calls: Sequence[Call], folder: Path | None) -> Iterator[Block]:
     """Yield the blocks of a walk with what the teacher's give as their targets; the network around its blocks has none.
 
     Raises AerogelError when a folder's two walks do not stand at the same block.

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from aerogel.data.denoising import Denoising, record
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure, original_of, pipeline_of
-from aerogel.layers.timestep_index import Clock
+from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.model.calls import Call
-from aerogel.model.hooks import watching
+from aerogel.model.hooks import capture_inputs
 from aerogel.model.network import Network
 from aerogel.model.timesteps import steps_of
 from aerogel.numerics.formats import format_named
@@ -32,7 +32,7 @@ DYNAMIC = TensorScheme(format_named("int8"), PerToken(), symmetric=True)
 class Inputs(Measure):
     """What rounding the original's inputs to 8 bits loses, linear by linear: with one range, one a step, one a channel, a scale a token.
 
-    It says which granularity a denoiser needs. Ranges are the extremes over all pictures. Convolutions are read as linears whose tokens
+    It says which granularity a denoiser needs. Ranges are the extremes over all images. Convolutions are read as linears whose tokens
     are pixels; one scale a channel cannot be had in an integer product, but smoothing folds it into the weights.
     """
 
@@ -41,7 +41,7 @@ class Inputs(Measure):
     modalities: ClassVar[frozenset[str]] = frozenset({"image"})
 
     count: int = 8
-    """Pictures that are made to see the inputs."""
+    """Images that are made to see the inputs."""
     steps: int = 20
     """Steps of the sampler."""
     guidance: float | None = None
@@ -52,14 +52,14 @@ class Inputs(Measure):
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
         """Return layers, and for each of them the squared error over the squared size with `one`, `step`, `channel` and `token`.
 
-        Raises AerogelError when the pipeline needs prompts, a knob is out of range, or the original is broken or has no layer in float.
+        Raises AerogelError when the pipeline needs prompts, an option is out of range, or the original is broken or has no layer in float.
         """
         if min(self.count, self.steps) < 1:
             raise AerogelError(f"count {self.count}, steps {self.steps}: each is at least 1")
         original = original_of(self, against)
         wanted = Denoising(self.count, self.steps, self.guidance, tuple(self.prompts), batch=self.count)
         calls = record(pipeline_of(original), original.module, wanted)
-        clock = Clock(steps_of(original.module, calls))
+        clock = TimestepIndex(steps_of(original.module, calls))
         layers = {name: part for name, part in original.module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
         with torch.no_grad(), clock.on(original.module):
             ranges = _ranges(original, calls, clock, layers)
@@ -89,7 +89,9 @@ def _loss(x_RC: Tensor, low: Tensor, high: Tensor, scheme: TensorScheme) -> Tens
     return ((to_values(codes_RC, scheme.format) - zero) * grid.step - x_RC).double().square().sum()
 
 
-def _ranges(network: Network, calls: Sequence[Call], clock: Clock, layers: Mapping[str, nn.Module]) -> dict[str, tuple[Tensor, Tensor]]:
+def _ranges(
+    network: Network, calls: Sequence[Call], clock: TimestepIndex, layers: Mapping[str, nn.Module]
+) -> dict[str, tuple[Tensor, Tensor]]:
     """The least and the largest number in each channel at each step, (T, C) each, of the layers that are reached."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -103,14 +105,18 @@ def _ranges(network: Network, calls: Sequence[Call], clock: Clock, layers: Mappi
         lows_TC[row] = torch.minimum(lows_TC[row], low_C)
         highs_TC[row] = torch.maximum(highs_TC[row], high_C)
 
-    with watching(layers, see):
+    with capture_inputs(layers, see):
         for call in calls:
             network.run(call)
     return found
 
 
 def _errors(
-    network: Network, calls: Sequence[Call], clock: Clock, layers: Mapping[str, nn.Module], ranges: Mapping[str, tuple[Tensor, Tensor]]
+    network: Network,
+    calls: Sequence[Call],
+    clock: TimestepIndex,
+    layers: Mapping[str, nn.Module],
+    ranges: Mapping[str, tuple[Tensor, Tensor]],
 ) -> dict[str, dict[str, float]]:
     """The squared error over the squared size of each layer's inputs, by what shares a scale."""
     sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -122,7 +128,7 @@ def _errors(
         for kind, loss in losses(x_RC, *ranges[name], clock.rows[0]).items():
             sums[name][kind] += float(loss)
 
-    with watching(layers, see):
+    with capture_inputs(layers, see):
         for call in calls:
             network.run(call)
     return {name: {kind: loss / (sizes[name] or 1.0) for kind, loss in kinds.items()} for name, kinds in sums.items()}

@@ -1,6 +1,6 @@
-"""What a measure is: a frozen dataclass of knobs that looks at a network, and at its original where it compares.
+"""What a measure is: a frozen dataclass of options that looks at a network, and at its original where it compares.
 
-B windows in a batch, L tokens of a window, R scored tokens of a batch, V vocabulary, T tokens of the text; N pictures of C channels, H x W.
+B windows in a batch, L tokens of a window, R scored tokens of a batch, V vocabulary, T tokens of the text; N images of C channels, H x W.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from aerogel.data import denoising, text
-from aerogel.data.denoising import Denoising, Made
+from aerogel.data.denoising import Denoising, ImageBatch
 from aerogel.errors import AerogelError
-from aerogel.layers.linear import held
+from aerogel.layers.linear import cache_dequantized
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 
@@ -79,7 +79,7 @@ class TextMeasure(Measure):
         """Get networks ready for many forwards in a row."""
         with ExitStack() as stack:
             for network in networks if self.hold else ():
-                stack.enter_context(held(network.module))
+                stack.enter_context(cache_dequantized(network.module))
             yield
 
     def stream(self, network: Network) -> Tensor:
@@ -90,7 +90,7 @@ class TextMeasure(Measure):
         return stream_T
 
     def windows(self, network: Network, stream_T: Tensor) -> Iterator[Window]:
-        """Yield what the network reads; raises AerogelError when a knob is out of range."""
+        """Yield what the network reads; raises AerogelError when an option is out of range."""
         if self.length < 2 or self.stride < 1 or self.batch < 1 or self.tokens < 0:
             raise AerogelError(
                 f"length {self.length}, stride {self.stride}, batch {self.batch}, tokens {self.tokens}: at least 2, 1, 1 and 0 are expected"
@@ -105,7 +105,7 @@ class TextMeasure(Measure):
 
 @dataclass(frozen=True)
 class ImageMeasure(Measure):
-    """A measure that lets a pipeline make pictures: the same noise, prompts and labels for every network."""
+    """A measure that lets a pipeline make images: the same noise, prompts and labels for every network."""
 
     modalities: ClassVar[frozenset[str]] = frozenset({"image"})
     asked: ClassVar[bool] = True
@@ -113,7 +113,7 @@ class ImageMeasure(Measure):
     features: str = "efficientnet-lite0"
     """Network to judge by: efficientnet-lite0, inception:WEIGHTS, or a classifier's folder; `@128` behind it keeps 128 directions."""
     count: int = 64
-    """Pictures; their noise differs, their prompts or labels take turns."""
+    """Images; their noise differs, their prompts or labels take turns."""
     steps: int = 20
     """Steps of the sampler."""
     guidance: float | None = None
@@ -121,23 +121,23 @@ class ImageMeasure(Measure):
     prompts: tuple[str, ...] = ()
     """What text-to-image pipelines are asked for."""
     batch: int = 8
-    """Pictures made at once."""
+    """Images made at once."""
     seed: int = 0
     """Seed of the noise."""
 
-    def painted(self, network: Network) -> Iterator[Made]:
-        """Let the network's pipeline make pictures; raises AerogelError when it has none or a pixel is not finite."""
+    def generated(self, network: Network) -> Iterator[ImageBatch]:
+        """Let the network's pipeline make images; raises AerogelError when it has none or a pixel is not finite."""
         if min(self.count, self.steps, self.batch) < 1:
             raise AerogelError(f"count {self.count}, steps {self.steps}, batch {self.batch}: each is at least 1")
         wanted = Denoising(self.count, self.steps, self.guidance, tuple(self.prompts), self.batch)
-        for made in denoising.pictures(pipeline_of(network), wanted, self.seed):
+        for made in denoising.generate_images(pipeline_of(network), wanted, self.seed):
             if not made.images_NCHW.isfinite().all():
-                raise AerogelError(f"this {network.family.name} network makes pictures with pixels that are no numbers; it is broken")
+                raise AerogelError(f"this {network.family.name} network makes images with pixels that are no numbers; it is broken")
             yield made
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """How the pictures were made, as facts."""
+        """How the images were made, as facts."""
         return {"count": self.count, "steps": self.steps, "guidance": self.guidance, "seed": self.seed}
 
 
@@ -180,17 +180,15 @@ def tokenizer_of(network: Network) -> PreTrainedTokenizerBase:
 
 
 def pipeline_of(network: Network) -> Any:
-    """Return the pipeline that makes pictures with the network; raises AerogelError when it has none."""
+    """Return the pipeline that makes images with the network; raises AerogelError when it has none."""
     parts = getattr(network.processor, "components", None)
     if parts is None or not any(part is network.module for part in parts.values()):
-        raise AerogelError(
-            f"this {network.family.name} network came without its pipeline and makes no pictures; open the pipeline's folder"
-        )
+        raise AerogelError(f"this {network.family.name} network came without its pipeline and makes no images; open the pipeline's folder")
     return network.processor
 
 
 def original_of(measure: Measure, against: Network | None) -> Network:
     """Return the network to compare with; raises AerogelError when none was given."""
     if against is None:
-        raise AerogelError(f"{type(measure).__name__.lower()} compares with the original; give it (--against MODEL)")
+        raise AerogelError(f"{type(measure).__module__.rpartition('.')[2]} compares with the original; give it (--against MODEL)")
     return against

@@ -1,4 +1,4 @@
-"""How fast pipelines make pictures, side by side in one process."""
+"""How fast pipelines make images, side by side in one process."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from aerogel.data.denoising import Denoising
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import pipeline_of
 from aerogel.evaluate.timing import Facts, Timed, growth_of, take_turns, weights_of
-from aerogel.kernels.waiting import now
+from aerogel.kernels.synchronized_clock import now
 from aerogel.model.network import Network
 
 
 @dataclass(frozen=True)
 class Sampling(Timed):
-    """Pictures a minute and the time of one run of the denoiser, wall-clock, and peak memory.
+    """Images a minute and the time of one run of the denoiser, wall-clock, and peak memory.
 
     Networks take turns round after round (A B A B), so that a busy machine slows all of them alike; figures are medians, and speed-ups are
     medians of the ratios within a round. The whole pipeline runs: text encoder, sampler, denoiser and decoder.
@@ -29,7 +29,7 @@ class Sampling(Timed):
     modalities: ClassVar[frozenset[str]] = frozenset({"image"})
 
     batch: int = 1
-    """Pictures at once."""
+    """Images at once."""
     steps: int = 20
     """Steps of the sampler."""
     guidance: float | None = None
@@ -42,7 +42,7 @@ class Sampling(Timed):
     """Threads that torch may use; all it has when None."""
 
     def compare(self, networks: dict[str, Network]) -> Facts:
-        """Return for each name pictures a minute, milliseconds of a denoiser's run, peak memory and the settings.
+        """Return for each name images a minute, milliseconds of a denoiser's run, peak memory and the settings.
 
         `speedup` and `denoiser_speedup` are over the first network. Peak memory is the weights of the denoiser and what the process grew
         by while the pipeline ran. Raises AerogelError for a network without a pipeline, or when the pipeline needs what is not given.
@@ -55,11 +55,11 @@ class Sampling(Timed):
 class _Runner:
     """One network's turns."""
 
-    def __init__(self, network: Network, knobs: Sampling) -> None:
-        self.network, self.knobs = network, knobs
+    def __init__(self, network: Network, options: Sampling) -> None:
+        self.network, self.options = network, options
         self.pipeline = pipeline_of(network)
-        self.wanted = Denoising(knobs.batch, knobs.steps, knobs.guidance, tuple(knobs.prompts), knobs.batch)
-        self.pictures: list[float] = []
+        self.wanted = Denoising(options.batch, options.steps, options.guidance, tuple(options.prompts), options.batch)
+        self.images: list[float] = []
         """Seconds of each turn."""
         self.forwards: list[float] = []
         """The median run of the denoiser in each turn, in seconds."""
@@ -75,22 +75,22 @@ class _Runner:
     def turn(self) -> None:
         """One turn that counts."""
         whole, forwards = self._make()
-        self.pictures.append(whole)
+        self.images.append(whole)
         self.forwards.append(statistics.median(forwards))
 
     def facts(self, first: _Runner) -> dict[str, Any]:
         """What the turns amount to."""
-        knobs = self.knobs
+        options = self.options
         return {
-            "pictures_per_minute": 60 * knobs.batch / statistics.median(self.pictures),
+            "images_per_minute": 60 * options.batch / statistics.median(self.images),
             "denoiser_milliseconds": 1000 * statistics.median(self.forwards),
-            "speedup": statistics.median(a / b for a, b in zip(first.pictures, self.pictures, strict=True)),
+            "speedup": statistics.median(a / b for a, b in zip(first.images, self.images, strict=True)),
             "denoiser_speedup": statistics.median(a / b for a, b in zip(first.forwards, self.forwards, strict=True)),
             "peak_memory_bytes": self.peak_bytes,
-            "batch": knobs.batch,
-            "steps": knobs.steps,
-            "guidance": knobs.guidance,
-            "rounds": knobs.rounds,
+            "batch": options.batch,
+            "steps": options.steps,
+            "guidance": options.guidance,
+            "rounds": options.rounds,
             "threads": torch.get_num_threads(),
             "device": str(self.network.device),
         }
@@ -106,7 +106,7 @@ class _Runner:
         ]
         try:
             start = clock()
-            for _ in denoising.pictures(self.pipeline, self.wanted):
+            for _ in denoising.generate_images(self.pipeline, self.wanted):
                 pass
             return clock() - start, taken
         finally:

@@ -53,19 +53,19 @@ class Speed(Timed):
 class _Runner:
     """One network's turns."""
 
-    def __init__(self, name: str, network: Network, knobs: Speed) -> None:
+    def __init__(self, name: str, network: Network, options: Speed) -> None:
         limit = positions(network)
-        if limit is not None and knobs.prompt + knobs.new_tokens > limit:
+        if limit is not None and options.prompt + options.new_tokens > limit:
             raise AerogelError(
-                f"{name} has {limit} positions; a prompt of {knobs.prompt} and {knobs.new_tokens} new tokens do not fit, ask for fewer"
+                f"{name} has {limit} positions; a prompt of {options.prompt} and {options.new_tokens} new tokens do not fit, ask for fewer"
             )
-        self.network, self.knobs = network, knobs
+        self.network, self.options = network, options
         self.turns: list[Generation] = []
         self.peak_bytes = 0
-        self.generator = Generator(network, knobs.batch, knobs.prompt + knobs.new_tokens)
+        self.generator = Generator(network, options.batch, options.prompt + options.new_tokens)
         vocabulary = network.config.get_text_config().vocab_size
         make = torch.Generator().manual_seed(0)
-        self.tokens_BT = torch.randint(vocabulary, (knobs.batch, knobs.prompt), generator=make).to(network.device)
+        self.tokens_BT = torch.randint(vocabulary, (options.batch, options.prompt), generator=make).to(network.device)
 
     def warm(self) -> None:
         """The turn in which kernels are chosen and weights packed; memory grows to its peak here."""
@@ -80,20 +80,20 @@ class _Runner:
 
     def facts(self, first: _Runner) -> dict[str, Any]:
         """What the turns amount to."""
-        knobs, last = self.knobs, self.turns[-1]
+        options, last = self.options, self.turns[-1]
         prefill, decode = statistics.median(self._prefills()), statistics.median(self._steps())
         return {
-            "prefill_tokens_per_second": knobs.batch * knobs.prompt / prefill,
-            "decode_tokens_per_second": knobs.batch / decode,
+            "prefill_tokens_per_second": options.batch * options.prompt / prefill,
+            "decode_tokens_per_second": options.batch / decode,
             "prefill_seconds": prefill,
             "decode_milliseconds": 1000 * decode,
             "prefill_speedup": statistics.median(a / b for a, b in zip(first._prefills(), self._prefills(), strict=True)),
             "decode_speedup": statistics.median(a / b for a, b in zip(first._steps(), self._steps(), strict=True)),
             "peak_memory_bytes": self.peak_bytes,
-            "batch": knobs.batch,
-            "prompt": knobs.prompt,
-            "new_tokens": knobs.new_tokens,
-            "rounds": knobs.rounds,
+            "batch": options.batch,
+            "prompt": options.prompt,
+            "new_tokens": options.new_tokens,
+            "rounds": options.rounds,
             "threads": torch.get_num_threads(),
             "device": str(self.network.device),
             "path": last.path,
@@ -101,7 +101,7 @@ class _Runner:
         }
 
     def _generate(self) -> Generation:
-        return self.generator.generate(self.tokens_BT, self.knobs.new_tokens)
+        return self.generator.generate(self.tokens_BT, self.options.new_tokens)
 
     def _prefills(self) -> list[float]:
         return [turn.prefill_seconds for turn in self.turns]

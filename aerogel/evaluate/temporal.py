@@ -41,7 +41,7 @@ class Temporal(Measure):
         path = find(original)
         path.require_alone()
         pipeline = pipeline_of(original)
-        # One picture of no prompt in particular: the features see neither.
+        # One image of no prompt in particular: the features see neither.
         calls = record(pipeline, original.module, Denoising(1, self.steps, prompts=("",), batch=1))
         steps = steps_of(original.module, calls)
         wanted, given = (features_of(side, calls[0], steps) for side in (original, network))

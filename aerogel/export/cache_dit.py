@@ -78,12 +78,12 @@ def _read(folder: Path) -> _Mask:
     found = caching(folder)
     if found is None:
         raise AerogelError("it has no caching policy; compress with a recipe that has one, such as fora")
-    name, knobs, state = found
+    name, options, state = found
     model = json.loads((folder / FACTS).read_text())["model"]
     family: Family = catalog.find("families", model["family"])
-    if not family.streams:
+    if not family.hidden_state_args:
         raise AerogelError(f"cache-dit runs transformers, whose blocks stand one behind the other, not {family.name} networks")
-    policy = catalog.find("methods", name)(**knobs)
+    policy = catalog.find("methods", name)(**options)
     if policy.plain:
         runs, first, last, blocks = _of_units(state)
     elif hasattr(policy, "rule"):
@@ -115,7 +115,7 @@ def _of_stretches(name: str, rule: Any, state: Mapping[str, Any]) -> tuple[tuple
     out = [rule.leaves_out(step, None) for step in range(len(state["steps"]))]
     used = {rule.stretches[number] for number in out if number is not None}
     if len(used) > 1:
-        raise AerogelError(f"{name} leaves out {len(used)} different stretches of blocks, a mask of steps has one; set its knobs to one")
+        raise AerogelError(f"{name} leaves out {len(used)} different stretches of blocks, a mask of steps has one; set its options to one")
     blocks: int = state["blocks"]
     first, end = used.pop() if used else (0, blocks)
     return tuple(number is None for number in out), first, blocks - end, blocks
@@ -209,7 +209,7 @@ def _compared(mask: _Mask) -> str:
     if mask.outputs:
         return (
             f"Under {mask.policy} each attention and feed-forward gives its last output again instead, through the gate of the step at\n"
-            "hand: the steps are the same, the pictures and the error that was measured of the policy are not."
+            "hand: the steps are the same, the images and the error that was measured of the policy are not."
         )
     if mask.first < mask.always:
         return f"{mask.policy} leaves out the first block too, which cache-dit always runs; else the two do the same."

@@ -41,9 +41,9 @@ class CachePolicy(Exporter):
 
 
 def caching(folder: Path) -> tuple[str, Mapping[str, Any], dict[str, Any]] | None:
-    """The name, the knobs and the state of a folder's caching policy, of which there is one at most; None without one."""
+    """The name, the options and the state of a folder's caching policy, of which there is one at most; None without one."""
     for named, state in stored(folder):
         if {"computed", "blocks"} & state.keys():  # which units compute, or how many blocks there are
-            ((name, knobs),) = named.items()
-            return name, knobs, state
+            ((name, options),) = named.items()
+            return name, options, state
     return None

@@ -28,7 +28,7 @@ _PARTS = (
 
 
 class Exporter(ABC):
-    """Writes a saved folder anew in another format, without calibration; its fields are its knobs."""
+    """Writes a saved folder anew in another format, without calibration; its fields are its options."""
 
     @abstractmethod
     def refuse(self, folder: Path) -> list[str]:

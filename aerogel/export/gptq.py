@@ -116,7 +116,7 @@ def _settings(master: Master) -> dict[str, Any]:
     common = Counter(tuple(_knobs(assigned).items()) for assigned in master.linears.values()).most_common(1)[0][0]
     different = {name: _knobs(assigned) for name, assigned in master.linears.items() if tuple(_knobs(assigned).items()) != common}
     dynamic: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in master.quantization.get("ignore", ()) if name != "lm_head"}
-    dynamic |= {f"+:^{re.escape(name)}$": knobs for name, knobs in different.items()}
+    dynamic |= {f"+:^{re.escape(name)}$": options for name, options in different.items()}
     return {
         "quant_method": "gptq",
         **dict(common),

@@ -18,10 +18,10 @@ from aerogel.export.onnx_graph import program
 from aerogel.export.onnx_inputs import BATCH, KNOWN, STEP, TIME, Shape, dtype_of, inputs_of, unknown_inputs
 from aerogel.io import states
 from aerogel.io.load import load, part_of
-from aerogel.io.quantized import Assigned, clock_of
+from aerogel.io.quantized import Assigned, timestep_index_of
 from aerogel.io.save import new_folder
 from aerogel.layers.lookup import Lookup
-from aerogel.layers.timestep_index import Clock
+from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.model.network import Network
 from aerogel.numerics.scheme import PerBlock, PerGroup, PerStep, PerTensor, PerToken
 
@@ -68,7 +68,7 @@ class Onnx(Exporter):
         self.accept(folder)
         network = load(part_of(folder), dtype=torch.float32, lazy=False)
         lookups = _lookups(network, folder)
-        clock = clock_of(network.module) or next((lookup.clock for lookup in lookups.values()), None)
+        clock = timestep_index_of(network.module) or next((lookup.clock for lookup in lookups.values()), None)
         time: dict[str, Shape] = {TIME: (BATCH,)} if clock is None else {STEP: ()}
         inputs = inputs_of(network.config, self.size) | time
         graph = program(network, clock, lookups, inputs, self.opset, self.pack and self.opset >= _PACKED)
@@ -103,13 +103,13 @@ def _lookups(network: Network, folder: Path) -> dict[str, Lookup]:
     """What the folder's policies answer out of tables, by the full name of the module they answer for."""
     with ExitStack() as stack:
         for named, state in states.stored(folder):
-            ((name, knobs),) = named.items()
-            stack.enter_context(catalog.find("methods", name)(**knobs).on(network, state))
+            ((name, options),) = named.items()
+            stack.enter_context(catalog.find("methods", name)(**options).on(network, state))
         answers = ((name, module.__dict__.get("forward")) for name, module in network.module.named_modules())
         return {name: answer for name, answer in answers if isinstance(answer, Lookup)}
 
 
-def _described(inputs: Mapping[str, Shape], clock: Clock | None, opset: int) -> dict[str, Any]:
+def _described(inputs: Mapping[str, Shape], clock: TimestepIndex | None, opset: int) -> dict[str, Any]:
     """What denoiser.json says."""
     return {
         "inputs": [

@@ -20,7 +20,7 @@ from aerogel.export.onnx_inputs import BATCH, STEP, TIME, TOKENS, Shape, example
 from aerogel.layers.conv import QuantConv2d
 from aerogel.layers.linear import QuantLinear
 from aerogel.layers.lookup import Lookup
-from aerogel.layers.timestep_index import Clock
+from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.model import time_path
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -153,7 +153,7 @@ class _ByStep(nn.Module):
 class _Traced(nn.Module):
     """A denoiser that takes the graph's inputs in one dictionary."""
 
-    def __init__(self, denoiser: nn.Module, inputs: Mapping[str, Shape], clock: Clock | None, row: _Row) -> None:
+    def __init__(self, denoiser: nn.Module, inputs: Mapping[str, Shape], clock: TimestepIndex | None, row: _Row) -> None:
         super().__init__()
         self.denoiser, self.inputs, self.clock, self.row = denoiser, inputs, clock, row
 
@@ -178,7 +178,7 @@ class _Traced(nn.Module):
                     torch._check(lengths.setdefault(axis, length) == length)
 
 
-def _traceable(network: Network, clock: Clock | None, lookups: Mapping[str, Lookup], inputs: Mapping[str, Shape]) -> _Traced:
+def _traceable(network: Network, clock: TimestepIndex | None, lookups: Mapping[str, Lookup], inputs: Mapping[str, Shape]) -> _Traced:
     """Change a network's layers for good into what is traced."""
     row, module = _Row(), network.module
     by_step = {} if clock is None else _by_step(network, clock, inputs)
@@ -192,7 +192,7 @@ def _traceable(network: Network, clock: Clock | None, lookups: Mapping[str, Look
     return _Traced(module.eval(), inputs, clock, row)
 
 
-def _by_step(network: Network, clock: Clock, inputs: Mapping[str, Shape]) -> dict[str, Tensor | None]:
+def _by_step(network: Network, clock: TimestepIndex, inputs: Mapping[str, Shape]) -> dict[str, Tensor | None]:
     """The modules that depend on the step alone, embedders with the sinusoid_TC that they get; the clock is followed no more."""
     path = time_path.find(network)
     given = nested({name: example(name, shape) for name, shape in inputs.items() if name != STEP})
@@ -203,7 +203,7 @@ def _by_step(network: Network, clock: Clock, inputs: Mapping[str, Shape]) -> dic
 
 
 def program(
-    network: Network, clock: Clock | None, lookups: Mapping[str, Lookup], inputs: Mapping[str, Shape], opset: int, pack: bool
+    network: Network, clock: TimestepIndex | None, lookups: Mapping[str, Lookup], inputs: Mapping[str, Shape], opset: int, pack: bool
 ) -> Any:
     """Trace a network, whose layers are changed for good, and return the graph as an onnx_ir model.
 

@@ -83,7 +83,7 @@ def _pooled(config: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """What PixArt adds for pictures of 1024 pixels."""
+    """What PixArt adds for images of 1024 pixels."""
     given = config.get("use_additional_conditions")
     if not (config["sample_size"] == 128 if given is None else given):
         return {}

@@ -19,6 +19,6 @@ FAMILY = Family(
         Unit("transformer_blocks.*.attn1", "self-attention", norms=("norm1.norm",)),
         Unit("transformer_blocks.*.ff", "feed-forward", norms=("norm2.norm",)),
     ),
-    streams=("hidden_states", "encoder_hidden_states"),
+    hidden_state_args=("hidden_states", "encoder_hidden_states"),
     modality="video",
 )

@@ -23,7 +23,7 @@ FAMILY = Family(
         Edge("mlp.shared_experts.up_proj", ("mlp.shared_experts.down_proj",)),
         Edge("mlp.up_proj", ("mlp.down_proj",)),
     ),
-    keep=("*.mlp.gate",),
+    never_quantize=("*.mlp.gate",),
     experts=Experts("mlp.experts"),
     residual=Residual(
         ("model.embed_tokens",),

@@ -18,6 +18,6 @@ FAMILY = Family(
         Unit("transformer_blocks.*.attn1", "self-attention", norms=("norm1.norm",)),
         Unit("transformer_blocks.*.ff", "feed-forward", norms=("norm3",)),
     ),
-    streams=("hidden_states",),
+    hidden_state_args=("hidden_states",),
     modality="image",
 )

@@ -26,6 +26,6 @@ FAMILY = Family(
         # What proj_out gives is all that such a block adds to the stream.
         Unit("single_transformer_blocks.*.proj_out", "block", norms=("norm.norm",), parts=("attn", "proj_mlp")),
     ),
-    streams=("encoder_hidden_states", "hidden_states"),
+    hidden_state_args=("encoder_hidden_states", "hidden_states"),
     modality="image",
 )

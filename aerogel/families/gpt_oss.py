@@ -13,7 +13,7 @@ FAMILY = Family(
         Edge("self_attn.v_proj", ("self_attn.o_proj",), heads=True),
         Edge("post_attention_layernorm", ("mlp.router", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")),
     ),
-    keep=("*.mlp.router",),
+    never_quantize=("*.mlp.router",),
     experts=Experts("mlp.experts", router="mlp.router", interleaved=True, fused=True),
     residual=Residual(("model.embed_tokens",), ("self_attn.o_proj", "mlp.experts.*.down_proj"), "model.norm", "lm_head"),
 )

@@ -14,7 +14,7 @@ FAMILY = Family(
         Edge("post_attention_layernorm", ("mlp.gate", "mlp.experts.*.w1", "mlp.experts.*.w3")),
         Edge("mlp.experts.*.w3", ("mlp.experts.*.w2",)),
     ),
-    keep=("*.mlp.gate",),
+    never_quantize=("*.mlp.gate",),
     experts=Experts("mlp.experts", gate="w1", up="w3", down="w2"),
     residual=Residual(("model.embed_tokens",), ("self_attn.o_proj", "mlp.experts.*.w2"), "model.norm", "lm_head"),
     renames=((".mlp.", ".block_sparse_moe."),),

@@ -15,13 +15,13 @@ FAMILY = Family(
     time=TimePath(
         embedders=("adaln_single.emb.timestep_embedder",),
         projections=("adaln_single.linear",),
-        others=(("use_additional_conditions", "the sizes of the picture"),),
+        others=(("use_additional_conditions", "the sizes of the image"),),
     ),
     units=(
         Unit("transformer_blocks.*.attn1", "self-attention", norms=("norm1",)),
         Unit("transformer_blocks.*.attn2", "cross-attention"),
         Unit("transformer_blocks.*.ff", "feed-forward", norms=("norm2",)),
     ),
-    streams=("hidden_states",),
+    hidden_state_args=("hidden_states",),
     modality="image",
 )

@@ -18,7 +18,7 @@ FAMILY = Family(
         Edge("mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",)),
         Edge("mlp.up_proj", ("mlp.down_proj",)),
     ),
-    keep=("*.mlp.gate",),
+    never_quantize=("*.mlp.gate",),
     experts=Experts("mlp.experts"),
     residual=Residual(("model.embed_tokens",), ("self_attn.o_proj", "mlp.experts.*.down_proj", "mlp.down_proj"), "model.norm", "lm_head"),
 )

@@ -24,7 +24,7 @@ FAMILY = Family(
         Edge("mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",)),
         Edge("mlp.up_proj", ("mlp.down_proj",)),
     ),
-    keep=("*.mlp.gate",),
+    never_quantize=("*.mlp.gate",),
     experts=Experts("mlp.experts", fused=True),
     modality="image-text",
 )

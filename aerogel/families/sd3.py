@@ -21,6 +21,6 @@ FAMILY = Family(
         Unit("transformer_blocks.*.ff", "feed-forward", norms=("norm2",)),
         Unit("transformer_blocks.*.ff_context", "feed-forward", norms=("norm2_context",)),
     ),
-    streams=("encoder_hidden_states", "hidden_states"),
+    hidden_state_args=("encoder_hidden_states", "hidden_states"),
     modality="image",
 )

@@ -48,7 +48,7 @@ FAMILY = Family(
         given=("down_blocks.*.resnets.*", "down_blocks.*.downsamplers.*", "mid_block.resnets.0"),
         read=("up_blocks.*.resnets.*",),
     ),
-    lists=(
+    pattern_sets=(
         ("ends", ("conv_in", "conv_out")),
         (
             # What the code of TFMQ-DM (arXiv:2311.16503) leaves in float, weights and inputs: by name, never by position.

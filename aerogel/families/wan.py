@@ -19,6 +19,6 @@ FAMILY = Family(
         Unit("blocks.*.attn2", "cross-attention", norms=("norm2",)),
         Unit("blocks.*.ffn", "feed-forward", norms=("norm3",)),
     ),
-    streams=("hidden_states",),
+    hidden_state_args=("hidden_states",),
     modality="video",
 )

@@ -78,7 +78,7 @@ class _Block:
     down: Product
 
 
-class Lean:
+class FastDecoder:
     """The weights of a decoder, packed for `batch` rows, and a cache for `length` tokens."""
 
     def __init__(self, module: Any, batch: int, length: int) -> None:

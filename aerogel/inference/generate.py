@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from aerogel.errors import AerogelError
-from aerogel.inference.decoder import Lean, refuse
-from aerogel.kernels.waiting import now
+from aerogel.inference.decoder import FastDecoder, refuse
+from aerogel.kernels.synchronized_clock import now
 from aerogel.model.network import Network
 
 _AGREEMENT = 0.05
@@ -53,7 +53,7 @@ class Generator:
             network.checkpoint.materialise(self.module)
         self.batch, self.length = batch, length
         self.reason = refuse(self.module, length) if lean else "not asked for"
-        self._lean: Lean | None = None
+        self._lean: FastDecoder | None = None
 
     @torch.no_grad()
     def generate(
@@ -90,12 +90,12 @@ class Generator:
         """The network's own forward; returns the logits (B, V) of the last token."""
         return self.module(input_ids=tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
-    def _enter(self, tokens_BT: Tensor, cache: DynamicCache, logits_BV: Tensor) -> Lean | None:
+    def _enter(self, tokens_BT: Tensor, cache: DynamicCache, logits_BV: Tensor) -> FastDecoder | None:
         """Hand the prompt over to the lean path, if there is one; the first time, see whether it computes what the network does."""
         if self.reason is not None:
             return None
         known = self._lean is not None
-        lean = self._lean = self._lean or Lean(self.module, self.batch, self.length)
+        lean = self._lean = self._lean or FastDecoder(self.module, self.batch, self.length)
         lean.fill([(layer.keys, layer.values) for layer in cache.layers])
         if known:
             return lean

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.kernels.malloc import trim
+from aerogel.kernels.malloc import release_pages
 from aerogel.layers.slots import Slot, release, slots
 
 # In the order transformers and diffusers look for them: one file wins over an index.
@@ -229,7 +229,7 @@ class Checkpoint:
                             yield name, handle.get_tensor(self.on_disk(name))
                         else:
                             yield name, piece.take(handle.get_slice(self.on_disk(name))[piece.number]).contiguous()
-                trim()
+                release_pages()
 
     def _batches(self, names: list[str]) -> Iterator[list[str]]:
         batch: list[str] = []

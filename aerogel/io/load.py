@@ -39,20 +39,20 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vo
 
 
 def load(
-    source: Any, *, dtype: torch.dtype | None = None, lazy: bool = True, trust_remote_code: bool = False, apart: bool = True
+    source: Any, *, dtype: torch.dtype | None = None, lazy: bool = True, trust_remote_code: bool = False, unfuse_experts: bool = True
 ) -> Network:
     """Open a network without runtime policies; `aerogel.load`, which puts them on, says what the arguments are.
 
-    A live module's fused experts become linears in place, unless `apart` is false: who only runs it can leave it as it is.
+    A live module's fused experts become linears in place, unless `unfuse_experts` is false: who only runs it can leave it as it is.
     """
     if isinstance(source, Network):
         return source
     if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], nn.Module):
-        return _live(source[0], source[1], dtype, apart)
+        return _live(source[0], source[1], dtype, unfuse_experts)
     if isinstance(source, nn.Module):
-        return _live(source, None, dtype, apart)
+        return _live(source, None, dtype, unfuse_experts)
     if _is_pipeline(source):
-        return _live(_denoiser(source), source, dtype, apart)
+        return _live(_denoiser(source), source, dtype, unfuse_experts)
     if isinstance(source, str | Path):
         return _open(_find(str(source), trust_remote_code), dtype, lazy, trust_remote_code)
     raise AerogelError(
@@ -94,7 +94,7 @@ def part_of(folder: Path) -> Path:
     return folder / parts[0]
 
 
-def _live(module: nn.Module, processor: Any, dtype: torch.dtype | None, apart: bool) -> Network:
+def _live(module: nn.Module, processor: Any, dtype: torch.dtype | None, unfuse_experts: bool) -> Network:
     family = family_of(getattr(getattr(module, "config", None), "model_type", None), type(module).__name__)
     stored = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     if absent := [name for name, parameter in module.named_parameters() if parameter.is_meta]:
@@ -103,7 +103,7 @@ def _live(module: nn.Module, processor: Any, dtype: torch.dtype | None, apart: b
         )
     if dtype is not None:
         module.to(dtype)
-    if apart:
+    if unfuse_experts:
         unfuse(module, family)
     return Network(module.eval(), family, processor=processor, stored_dtype=stored)
 

@@ -16,7 +16,7 @@ from aerogel.layers.conv import Layer, QuantConv2d, empty
 from aerogel.layers.layout import format_of, refuse
 from aerogel.layers.linear import QuantLinear, ScaledInput
 from aerogel.layers.split import split, splits
-from aerogel.layers.timestep_index import Clock
+from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.numerics.formats import FORMATS
 from aerogel.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerStep, PerTensor, PerToken, Scheme, TensorScheme
 
@@ -71,7 +71,7 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
         "global_compression_ratio": None,
     }
     convs = [name for name, part in quantized.items() if isinstance(part, QuantConv2d)]
-    if (clock := clock_of(module)) is not None:
+    if (clock := timestep_index_of(module)) is not None:
         config["clock"] = {"steps": list(clock.steps), "sampler": clock.sampler, "alone": list(clock.alone)}
     lists = {"scaled_inputs": scaled, "convolutions": convs, "splits": split_at}
     return config | {key: names for key, names in lists.items() if names}
@@ -94,7 +94,7 @@ def attach(module: nn.Module, config: Mapping[str, Any]) -> None:
         assert isinstance(layer, Layer)
         module.set_submodule(name, empty(layer, assigned.scheme, assigned.act_order))
     if told := config.get("clock"):
-        set_clock(module, Clock(told["steps"], told["sampler"]), told["alone"])
+        set_timestep_index(module, TimestepIndex(told["steps"], told["sampler"]), told["alone"])
     fuse_activations(module)
 
 
@@ -106,12 +106,12 @@ def fuse_activations(module: nn.Module) -> None:
         fuse(module)
 
 
-def clock_of(module: nn.Module) -> Clock | None:
+def timestep_index_of(module: nn.Module) -> TimestepIndex | None:
     """The clock that layers of a denoiser follow, or None when no layer has one scale a step."""
     return next((part.clock for part in module.modules() if isinstance(part, QuantLinear) and part.clock is not None), None)
 
 
-def set_clock(module: nn.Module, clock: Clock, alone: Iterable[str]) -> None:
+def set_timestep_index(module: nn.Module, clock: TimestepIndex, alone: Iterable[str]) -> None:
     """Let a denoiser's layers with one scale a step follow this clock from now on; see Clock.follow for `alone`."""
     for part in module.modules():
         if isinstance(part, QuantLinear) and part.scheme.inputs is not None and isinstance(part.scheme.inputs.granularity, PerStep):

@@ -1,4 +1,4 @@
-"""What a saved folder keeps of its runtime policies: names and knobs in aerogel.json, tensors beside the weights."""
+"""What a saved folder keeps of its runtime policies: names and options in aerogel.json, tensors beside the weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STATES = "aerogel.safetensors"
 
 
 def stored(folder: Path) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
-    """Yield ({name: knobs}, state) of each policy in the order in which they are put on; nothing when the folder has none."""
+    """Yield ({name: options}, state) of each policy in the order in which they are put on; nothing when the folder has none."""
     path = folder / FACTS
     lines: Sequence[Mapping[str, Any]] = json.loads(path.read_text()).get("policies", []) if path.exists() else []
     tensors = load_file(folder / STATES) if (folder / STATES).exists() else {}

@@ -107,9 +107,9 @@ def by_integers(query: Tensor, key: Tensor, value: Tensor, scale: float | None, 
     # In memory (B, L, H, D): who joins the heads afterwards needs no copy.
     made_BHLD = query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    for picture in range(query.shape[0]):
+    for image in range(query.shape[0]):
         for head in range(query.shape[1]):
-            at = (picture, head)
+            at = (image, head)
             _head(query_BHLD[at], key_BHSD[at], value_BHDS[at], made_BHLD[at], scale, operands)
     return made_BHLD
 

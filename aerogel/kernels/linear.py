@@ -22,7 +22,7 @@ from aerogel.kernels.int4 import Int4
 from aerogel.kernels.int8 import Int8
 from aerogel.kernels.kernel import ACTIVATIONS, Kernel, Weight
 from aerogel.kernels.reference import Reference, Sliced, reference
-from aerogel.kernels.waiting import now
+from aerogel.kernels.synchronized_clock import now
 
 KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in (Int4, Int8, Affine, Fp8, Sliced, Reference)}
 _PROBE_ROWS = 64

@@ -14,7 +14,7 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 """Parameters of mallopt(3)."""
 
 
-def trim() -> None:
+def release_pages() -> None:
     """Give freed heap pages back to the system: glibc keeps up to all of them (measured: 200 of 200 MB in 1 MB tensors)."""
     malloc_trim = _from_libc("malloc_trim")
     if malloc_trim is not None:
@@ -22,7 +22,7 @@ def trim() -> None:
 
 
 @contextmanager
-def slim() -> Iterator[None]:
+def limit_fragmentation() -> Iterator[None]:
     """Tensors from 1 MiB up get pages of their own, which leave with them, until the context ends.
 
     By itself glibc raises that limit to 32 MiB as soon as such a tensor is freed, and then holes between tensors that live stay

@@ -14,7 +14,7 @@ from aerogel.errors import AerogelError
 from aerogel.kernels.kernel import ACTIVATIONS
 from aerogel.kernels.linear import run
 from aerogel.layers.layout import Stored, blank, decode, decode_input, encode
-from aerogel.layers.timestep_index import Clock
+from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.numerics.quantize import Grid, dequantize, dynamic_grid, fake_quantize
 from aerogel.numerics.scheme import PerStep, Scheme
 
@@ -44,7 +44,7 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.register_parameter("bias", bias)
         self.bias: nn.Parameter | None
-        self.clock: Clock | None = None
+        self.clock: TimestepIndex | None = None
         self._packed = WeakTensorKeyDictionary()
         self._held: dict[torch.dtype, Tensor] | None = None
 
@@ -198,7 +198,7 @@ class ScaledInput(nn.Module):
 
 
 @contextmanager
-def held(module: nn.Module) -> Iterator[None]:
+def cache_dequantized(module: nn.Module) -> Iterator[None]:
     """Keep the float weights of all quantized linears in `module` from their first use to the end of the context.
 
     For passes that run the same block over many calls: exact in float arithmetic, differentiable in the input, no kernel is measured.

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aerogel.layers.timestep_index import Clock
+from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.numerics.quantize import Grid
 
 
 class Lookup:
     """Called in the place of a module's forward; exporters read what it holds."""
 
-    def __init__(self, clock: Clock, kept_TC: Tensor, grid: Grid | None, chosen_T: Tensor, computed: Callable[..., Tensor]) -> None:
+    def __init__(self, clock: TimestepIndex, kept_TC: Tensor, grid: Grid | None, chosen_T: Tensor, computed: Callable[..., Tensor]) -> None:
         """`kept_TC` are floats, or codes of `grid`; `chosen_T` says at which steps they answer, at the others `computed` does."""
         self.clock, self.kept_TC, self.grid, self.chosen_T = clock, kept_TC, grid, chosen_T
         self._computed = computed

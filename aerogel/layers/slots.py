@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from aerogel.kernels.malloc import trim
+from aerogel.kernels.malloc import release_pages
 from aerogel.layers.linear import QuantLinear
 
 
@@ -62,4 +62,4 @@ def replace(module: nn.Module, change: Callable[[Slot], Tensor]) -> None:
 def release(module: nn.Module) -> None:
     """Send a module's parameters and persistent buffers to meta, and the memory they took back to the system."""
     replace(module, lambda slot: slot.tensor.detach().to("meta"))
-    trim()
+    release_pages()

@@ -14,7 +14,7 @@ from aerogel.errors import AerogelError
 from aerogel.layers.signature import arguments_of
 
 
-class Clock:
+class TimestepIndex:
     """Turns time steps into rows of tables; everything that depends on the step holds the same clock.
 
     Rows count the distinct time steps of a sampler in the order in which they come. They are found by looking a time step up, never by

@@ -1,4 +1,4 @@
-"""What a method is: a frozen dataclass of knobs with exactly one verb."""
+"""What a method is: a frozen dataclass of options with exactly one verb."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class RuntimePolicy(ABC):
     def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
         """Positions that pass the network beyond those recorded, for the estimate of time; none unless a policy says so.
 
-        A generation takes so many steps, the largest call has `at_once` positions, a picture `sample`, all calls `tokens`.
+        A generation takes so many steps, the largest call has `at_once` positions, an image `sample`, all calls `tokens`.
         """
         return 0.0
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from aerogel.errors import AerogelError
-from aerogel.kernels.malloc import trim
+from aerogel.kernels.malloc import release_pages
 from aerogel.layers.conv import Layer, QuantConv2d
 from aerogel.layers.linear import QuantLinear
 from aerogel.model.calls import Call
@@ -88,11 +88,11 @@ class Block:
         Patterns are held against full dotted names; `@name` stands for a list of the family. What the family keeps is left out unless
         a target spells its name.
         """
-        targets, ignore = self.network.family.spelled(targets), self.network.family.spelled(ignore)
+        targets, ignore = self.network.family.expand_patterns(targets), self.network.family.expand_patterns(ignore)
         found = {}
         for name, linear in self._all_linears().items():
             full = self.full_name(name)
-            kept = matches(full, self.network.family.keep) and not any(names_exactly(full, target) for target in targets)
+            kept = matches(full, self.network.family.never_quantize) and not any(names_exactly(full, target) for target in targets)
             if not kept and _means(full, linear, targets) and not matches(full, ignore, linear):
                 found[name] = linear
         return found
@@ -106,7 +106,7 @@ class Block:
     def replace(self, name: str, module: nn.Module) -> None:
         """Put another module in the place of a part of the block."""
         self.module.set_submodule(name, module)
-        trim()  # what a method has freed by now stays with the process otherwise (measured: up to 290 MB more at the peak)
+        release_pages()  # what a method has freed by now stays with the process otherwise (measured: up to 290 MB more at the peak)
 
     def note(self, name: str, **facts: Any) -> None:
         """Write down facts about a part of the block for the report: numbers and short texts."""

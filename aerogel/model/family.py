@@ -145,7 +145,7 @@ class Family:
     """Values of `config.model_type`, or diffusers class names, that belong to the family."""
     towers: tuple[Tower, ...]
     edges: tuple[Edge, ...] = ()
-    keep: tuple[str, ...] = ()
+    never_quantize: tuple[str, ...] = ()
     """Globs of linears that no method quantizes unless asked by name, such as router gates."""
     norm_offset: float = 0.0
     """What a norm adds to its weight before it multiplies (1.0 in Gemma)."""
@@ -154,19 +154,19 @@ class Family:
     time: TimePath | None = None
     units: tuple[Unit, ...] = ()
     """Of a denoiser, in the order in which a block runs them."""
-    streams: tuple[str, ...] = ()
+    hidden_state_args: tuple[str, ...] = ()
     """Of a denoiser whose blocks are one row: the arguments that hold what blocks pass on, in the order in which they give it."""
     image_stream: str = "hidden_states"
     """Which of the streams is the image's."""
     skips: Skips | None = None
     """Of a denoiser that goes down and up again."""
-    lists: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    pattern_sets: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """Patterns that a recipe may name in `targets` and `ignore` as `@name`, such as what published code leaves in float."""
     modality: Modality = "text"
     renames: tuple[tuple[str, str], ...] = ()
     """Where transformers calls tensors otherwise than their checkpoint does: (beginning or `.part.` in memory, on disk)."""
 
-    def spelled(self, patterns: Iterable[str]) -> tuple[str, ...]:
+    def expand_patterns(self, patterns: Iterable[str]) -> tuple[str, ...]:
         """Return patterns with the family's own lists (`@name`) written out; `@time_path` is the temporal path.
 
         Raises AerogelError for a list that the family does not have.
@@ -175,16 +175,16 @@ class Family:
         for pattern in patterns:
             if not pattern.startswith("@"):
                 found.append(pattern)
-            elif (known := self._lists()).get(pattern[1:]) is not None:
+            elif (known := self._pattern_sets()).get(pattern[1:]) is not None:
                 found += known[pattern[1:]]
             else:
                 names = ", ".join(f"@{name}" for name in known) or "none"
                 raise AerogelError(f"the {self.name} family has no list {pattern}; it has {names}")
         return tuple(found)
 
-    def _lists(self) -> dict[str, tuple[str, ...]]:
+    def _pattern_sets(self) -> dict[str, tuple[str, ...]]:
         time = {} if self.time is None else {"time_path": (*(f"{glob}.*" for glob in self.time.embedders), *self.time.projections)}
-        return time | dict(self.lists)
+        return time | dict(self.pattern_sets)
 
     def on_disk(self, name: str) -> str:
         """The name that a checkpoint of this family has for the tensor called `name` in memory."""

@@ -28,7 +28,7 @@ def until(stop: Stop) -> Iterator[None]:
 
 
 @contextmanager
-def watching(modules: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+def capture_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
     """Call `see(name, input)` with the first argument of every forward of these modules, before it runs."""
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -45,7 +45,7 @@ def watching(modules: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor]
 
 
 @contextmanager
-def answering(answers: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def patch_forward(answers: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Replace the forward of some modules for a while; the old one is back afterwards, whatever happens."""
     before = {module: module.__dict__.get("forward") for module in answers}
     try:

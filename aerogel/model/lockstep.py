@@ -16,10 +16,10 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.layers.linear import held
+from aerogel.layers.linear import cache_dequantized
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
-from aerogel.model.hooks import Stop, answering, until, watching
+from aerogel.model.hooks import Stop, capture_inputs, patch_forward, until
 
 Gate = tuple[str, ...]
 """Names of modules that get the same tensor, relative to the block."""
@@ -114,8 +114,8 @@ class _March:
         for name in gate:
             del self._ahead[name]
         parts = {name: self._block.module.get_submodule(name) for name in gate}
-        self._stack.enter_context(watching(parts, self._check))
-        self._held.enter_context(held(self._block.module))
+        self._stack.enter_context(capture_inputs(parts, self._check))
+        self._held.enter_context(cache_dequantized(self._block.module))
 
     def answers(self) -> Mapping[Any, Callable[[Tensor], Any]]:
         """Forwards that wait, for the modules of all gates as they are before."""
@@ -144,7 +144,7 @@ class _March:
 def _forwards(block: Block, gates: Sequence[Gate]) -> Iterator[_March]:
     with ExitStack() as stack:
         march = _March(block, gates, stack)
-        stack.enter_context(answering(march.answers()))
+        stack.enter_context(patch_forward(march.answers()))
         try:
             yield march
         finally:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.layers.linear import held
+from aerogel.layers.linear import cache_dequantized
 from aerogel.model.block import Block
-from aerogel.model.hooks import Stop, until, watching
+from aerogel.model.hooks import Stop, capture_inputs, until
 
 _PANEL = 256
 """Columns of a second moment that are computed at once; its lower half is never computed."""
@@ -138,10 +138,10 @@ def collect(block: Block, names: Iterable[str], *, moment: bool = False, ranges:
         parts[names].update(x)
 
     visits: Counter[str] = Counter()
-    with held(block.module):
+    with cache_dequantized(block.module):
         for call in block.calls:
             seen = _Seen(take, visits)
-            with until(seen.stop), watching(linears, seen.see):
+            with until(seen.stop), capture_inputs(linears, seen.see):
                 block.run(call)
             seen.flush()
             visits |= seen.count | Counter(list(linears))
@@ -156,7 +156,7 @@ def sharing(block: Block, names: Iterable[str]) -> list[tuple[str, ...]]:
         if call.shape not in routes:
             together: list[tuple[str, ...]] = []
             seen = _Seen(lambda names, _, route=together: route.append(names), Counter())  # type: ignore[misc]
-            with watching(linears, seen.see):
+            with capture_inputs(linears, seen.see):
                 block.run(call)
             seen.flush()
             routes[call.shape] = list(dict.fromkeys(together))

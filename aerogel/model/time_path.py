@@ -18,7 +18,7 @@ from aerogel.errors import AerogelError
 from aerogel.layers.conv import size
 from aerogel.layers.signature import arguments_of
 from aerogel.model.calls import Call, map_tensors
-from aerogel.model.hooks import Stop, until, watching
+from aerogel.model.hooks import Stop, capture_inputs, until
 from aerogel.model.network import Network
 
 Given = TypeVar("Given")
@@ -104,7 +104,7 @@ def check(network: Network, path: TemporalPath, call: Call) -> list[str]:
     read: dict[str, Tensor] = {}
     handle = embedder.register_forward_hook(lambda _, __, output: embedded.append(output))
     try:
-        with watching(path.projections, read.__setitem__):
+        with capture_inputs(path.projections, read.__setitem__):
             network.run(call)
     finally:
         handle.remove()
@@ -151,7 +151,7 @@ def _entered(network: Network, path: TemporalPath, call: Call, step: float, look
         found.append(look(seen[0]))
         raise stop
 
-    with until(stop), watching({name: embedder}, take):
+    with until(stop), capture_inputs({name: embedder}, take):
         network.run(_at(network, call, step))
     return found[0]
 

@@ -16,10 +16,10 @@ from aerogel.errors import AerogelError
 from aerogel.layers.conv import Layer
 from aerogel.layers.linear import QuantLinear
 from aerogel.model.calls import Call, tensors_in
-from aerogel.model.hooks import answering
+from aerogel.model.hooks import patch_forward
 from aerogel.model.network import Network
 
-AROUND = ""
+NON_BLOCK = ""
 """The name under which the network around its blocks stands in a route."""
 
 
@@ -34,7 +34,7 @@ class Route:
     def needed_after(self, position: int) -> set[str]:
         """The blocks up to and including `position` whose outputs somebody later reads."""
         done = set(self.order[: position + 1])
-        return {name for later in (*self.order[position + 1 :], AROUND) for name in self.needs[later] & done}
+        return {name for later in (*self.order[position + 1 :], NON_BLOCK) for name in self.needs[later] & done}
 
 
 def trace(network: Network, calls: Sequence[Call], visiting: Callable[[str], AbstractContextManager[None]]) -> Route:
@@ -50,7 +50,7 @@ def trace(network: Network, calls: Sequence[Call], visiting: Callable[[str], Abs
                 f"calls of different shapes run the blocks in different order ({longest.order} and {route.order}); "
                 "calibrate with calls of one shape, or put a call that reaches every block among them"
             )
-    needs = {name: frozenset().union(*(route.needs.get(name, frozenset()) for route in routes)) for name in (*longest.order, AROUND)}
+    needs = {name: frozenset().union(*(route.needs.get(name, frozenset()) for route in routes)) for name in (*longest.order, NON_BLOCK)}
     return Route(longest.order, needs)
 
 
@@ -80,12 +80,12 @@ def _trace_one(network: Network, call: Call, visiting: Callable[[str], AbstractC
     read_around: set[str] = set()
     handles = [linear.register_forward_pre_hook(lambda _, args: read_around.update(sources.of(args))) for linear in around]
     try:
-        with answering({module: forward_of(name, module) for name, module in blocks.items()}), sources:
+        with patch_forward({module: forward_of(name, module) for name, module in blocks.items()}), sources:
             network.run(call)
     finally:
         for handle in handles:
             handle.remove()
-    return Route(tuple(order), {**needs, AROUND: frozenset(read_around)})
+    return Route(tuple(order), {**needs, NON_BLOCK: frozenset(read_around)})
 
 
 class _Sources(TorchFunctionMode):

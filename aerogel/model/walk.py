@@ -16,13 +16,13 @@ from typing import Any, Protocol
 from torch import nn
 
 from aerogel.errors import AerogelError
-from aerogel.layers.linear import held
+from aerogel.layers.linear import cache_dequantized
 from aerogel.model.activations import Activations
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
-from aerogel.model.hooks import Stop, answering, until
+from aerogel.model.hooks import Stop, patch_forward, until
 from aerogel.model.network import Network
-from aerogel.model.trace import AROUND, trace
+from aerogel.model.trace import NON_BLOCK, trace
 
 
 class Residency(Protocol):
@@ -88,14 +88,14 @@ class Walk:
             with self._visiting(name):
                 block = self._block(name, position)
                 yield block
-                with held(block.module):
+                with cache_dequantized(block.module):
                     for number, (index, call) in enumerate(self._inputs(name)):
                         self._outputs.put(name, index, block.outputs[number] if block.outputs else block.run(call))
                 block.outputs = None
                 self._finished(block)
             self._advance(position)
         if self._around:
-            block = self._block(AROUND, len(self.order))
+            block = self._block(NON_BLOCK, len(self.order))
             yield block
             self._finished(block)
 
@@ -106,8 +106,8 @@ class Walk:
     def _inputs(self, name: str) -> Iterator[tuple[int, Call]]:
         """The calls of this block with their numbers; calls that do not reach it are left out."""
         for index, call in enumerate(self._calls):
-            if name == AROUND:
-                with answering(self._answers(index)):
+            if name == NON_BLOCK:
+                with patch_forward(self._answers(index)):
                     yield index, call
             elif (inputs := self._inputs_of(name, index)) is not None:
                 yield index, inputs
@@ -125,7 +125,7 @@ class Walk:
 
         # A call that comes to a later block passes this one by; the later one's weights may not be here.
         later = {self._modules[other]: too_far for other in self.order[self.order.index(name) + 1 :]}
-        with until(stop), answering({**self._answers(index), **later, self._modules[name]: hand_over}):
+        with until(stop), patch_forward({**self._answers(index), **later, self._modules[name]: hand_over}):
             self._network.run(self._calls[index])
         return caught[0] if caught else None
 

@@ -43,9 +43,9 @@ class Row(_Part):
     """A policy that is fast enough, or the pipeline with fewer steps."""
 
     policy: str
-    knob: str
+    option: str
     value: float
-    """Of the knob that sets its speed."""
+    """Of the option that sets its speed."""
     speedup: float
     error: float
     seconds: float | None = None
@@ -53,7 +53,7 @@ class Row(_Part):
     step_errors: list[float] = []
     ran: list[list[float]] = []
     """The share of each unit's work that was done at each step."""
-    pictures: list[Png] = []
+    images: list[Png] = []
     tries: list[Try] = []
 
     @property
@@ -90,7 +90,7 @@ class Search(_Part):
     fewer: Row | None = None
     without_fewer: str = ""
     left_out: list[LeftOut] = []
-    pictures: list[Png] = []
+    images: list[Png] = []
     subjects: list[str] = []
     provenance: dict[str, Any] = {}
     timings: dict[str, float] = {}
@@ -126,11 +126,11 @@ class Line(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """Pictures of one row of the grid."""
+    """Images of one row of the grid."""
 
     name: str
     error: str
-    pictures: Sequence[str]
+    images: Sequence[str]
 
 
 def columns(found: Search) -> tuple[str, ...]:
@@ -144,7 +144,7 @@ def lines(found: Search) -> Iterator[Line]:
     for row in found.ranked:
         yield Line(
             row.policy,
-            f"{row.knob} {row.value:g}",
+            f"{row.option} {row.value:g}",
             f"{row.speedup:.2f}",
             phrases.digits(row.error),
             phrases.times(row.error, best.error) if best and math.isfinite(row.error) else phrases.NONE,
@@ -219,15 +219,15 @@ def _courses(found: Search, width: float) -> Markup:
 
 
 def _strips(found: Search) -> Iterator[Strip]:
-    if found.pictures:
-        yield Strip("all of it, every step", "", found.pictures)
-        yield from (Strip(_named(row), phrases.digits(row.error), row.pictures) for row in found.ranked)
+    if found.images:
+        yield Strip("all of it, every step", "", found.images)
+        yield from (Strip(_named(row), phrases.digits(row.error), row.images) for row in found.ranked)
 
 
 def _conditions(found: Search) -> str:
     guidance = f" under guidance {found.guidance:g}" if found.guidance is not None else ""
     return (
-        f"Errors are of {found.count:,} pictures of held-out noise in {len(found.steps)} steps of {found.sampler}{guidance}. "
-        f"Speed is of {found.batch} pictures at once, {found.rounds} rounds with and without each policy in turns"
+        f"Errors are of {found.count:,} images of held-out noise in {len(found.steps)} steps of {found.sampler}{guidance}. "
+        f"Speed is of {found.batch} images at once, {found.rounds} rounds with and without each policy in turns"
         f"{f', {phrases.seconds(found.seconds)} a turn without' if found.seconds else ''}."
     )

@@ -35,7 +35,7 @@ def value(side: Side, measure: str, field: str) -> Number:
 
 
 def quality(after: Side) -> tuple[str, Callable[[Side], Number]]:
-    """What quality is drawn by, less being better, and where a side has it: perplexity, or the first Fréchet distance of pictures."""
+    """What quality is drawn by, less being better, and where a side has it: perplexity, or the first Fréchet distance of images."""
     frechet = next((name for name in after.judged if name.startswith("frechet[")), None)
     if after.perplexity or frechet is None:
         return "Perplexity", lambda side: value(side, "perplexity", "perplexity")
@@ -82,19 +82,19 @@ _COMPARED = (
     _Compared("Weights on disk", "size", "bytes", phrases.size, _smaller),
     _Compared("Bits per weight", "size", "bits_per_weight", phrases.digits, _nothing),
     _Compared("Perplexity", "perplexity", "perplexity", _four, phrases.change),
-    _Compared("KL from the original, nats per token", "agreement", "kl", phrases.digits, _nothing),
-    _Compared("Same next token", "agreement", "top1", phrases.percent, _nothing),
-    _Compared("Replies that are the expected ones", "replies", "right", phrases.percent, phrases.change),
-    _Compared("KL where replies are expected, nats per token", "replies", "kl", phrases.digits, _nothing),
-    _Compared("PSNR against the original's pictures, dB", "pictures", "psnr", phrases.digits, _nothing),
-    _Compared("SSIM with the original's pictures", "pictures", "ssim", phrases.digits, _nothing),
-    _Compared("Squared error of pixels (0 to 1)", "pictures", "mse", phrases.digits, _nothing),
+    _Compared("KL from the original, nats per token", "kl_divergence", "kl", phrases.digits, _nothing),
+    _Compared("Same next token", "kl_divergence", "top1", phrases.percent, _nothing),
+    _Compared("Replies that are the expected ones", "exact_match", "right", phrases.percent, phrases.change),
+    _Compared("KL where replies are expected, nats per token", "exact_match", "kl", phrases.digits, _nothing),
+    _Compared("PSNR against the original's images, dB", "image_similarity", "psnr", phrases.digits, _nothing),
+    _Compared("SSIM with the original's images", "image_similarity", "ssim", phrases.digits, _nothing),
+    _Compared("Squared error of pixels (0 to 1)", "image_similarity", "mse", phrases.digits, _nothing),
     _Compared("Squared error of temporal features", "temporal", "error", phrases.percent, _nothing),
     _Compared("Temporal features that tell another time", "temporal", "mismatch", phrases.percent, _nothing),
     _Compared("Decode, tokens per second", "speed", "decode_tokens_per_second", phrases.digits, _faster),
     _Compared("Prefill, tokens per second", "speed", "prefill_tokens_per_second", phrases.digits, _faster),
     _Compared("Peak memory while running", "speed", "peak_memory_bytes", phrases.size, _smaller),
-    _Compared("Pictures a minute", "sampling", "pictures_per_minute", phrases.digits, _faster),
+    _Compared("Images a minute", "sampling", "images_per_minute", phrases.digits, _faster),
     _Compared("One run of the denoiser, ms", "sampling", "denoiser_milliseconds", phrases.digits, _sooner),
     _Compared("Peak memory while sampling", "sampling", "peak_memory_bytes", phrases.size, _smaller),
 )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from aerogel.report.phrases import digits, percent
-from aerogel.report.svg import Scale, element, label, line, picture
+from aerogel.report.svg import Scale, element, image, label, line
 
 TOP, BOTTOM, LEFT = 34.0, 48.0, 58.0
 HEIGHT = 360.0
@@ -60,7 +60,7 @@ def courses(
     drawn.append(label(LEFT, height - 8, f"{across} →", "small"))
     for one in sorted(lines, key=lambda one: one.best):
         drawn += _drawn(one, [(x(place), y(value)) for place, value in shown[one.name]])
-    return picture(width, height, title, *drawn, *_names(lines, shown, x, y))
+    return image(width, height, title, *drawn, *_names(lines, shown, x, y))
 
 
 def _points(one: Course, steps: int, log: bool) -> Points:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from aerogel.report.heat import cell, legend
 from aerogel.report.phrases import percent
 from aerogel.report.record import Line
-from aerogel.report.svg import element, label, picture
+from aerogel.report.svg import element, image, label
 
 BAR = 96
 """Longest bar."""
@@ -73,7 +73,7 @@ def error_map(table: Table, width: float = 960, tall: bool = False) -> Markup:
         mean = fmean(cells[row, column].error for column in columns if (row, column) in cells)
         drawn.append(_bar(mean, end + 12, head + index * pitch, pitch, top))
     drawn.append(legend(left, foot + 18, "0", percent(top, 2)))
-    return picture(width, foot + 24, "Relative squared error of every linear", *drawn)
+    return image(width, foot + 24, "Relative squared error of every linear", *drawn)
 
 
 def _columns(columns: Sequence[str], left: float, step: float, head: float, tall: bool) -> Markup:

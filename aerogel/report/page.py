@@ -17,9 +17,9 @@ from aerogel.errors import AerogelError
 from aerogel.report import compare, coverage, inputs, phrases, record, reuse, skips, temporal
 from aerogel.report.layers import error_map, towers
 from aerogel.report.parts import parts_bars
-from aerogel.report.record import Pictures, Realism, Run, Sample, Side
+from aerogel.report.record import ImageQuality, ImageSimilarity, Run, Sample, Side
 from aerogel.report.svg import PALETTE, document
-from aerogel.report.tradeoff import HEIGHT, PICTURES, SIZE, SPEED, Axis, Point, Role, tradeoff
+from aerogel.report.tradeoff import HEIGHT, IMAGES, SIZE, SPEED, Axis, Point, Role, tradeoff
 
 HERE = Path(__file__).parent
 WIDE, PANEL, NARROW = 956.0, 447.0, 328.0
@@ -41,21 +41,21 @@ GLOSSARY = (
 )
 
 
-OF_PICTURES = (
+OF_IMAGES = (
     (
         "Fréchet distance",
-        "How far generated pictures, as a cloud of features, are from real ones, in the eyes of the network in brackets. Lower is better.",
+        "How far generated images, as a cloud of features, are from real ones, in the eyes of the network in brackets. Lower is better.",
     ),
-    ("Precision, recall", "Share of generated pictures that lie among the real ones, and of real ones among the generated."),
-    ("Inception score", "How sure the network is of each picture's class and how many classes there are, at most all. Higher is better."),
-    ("SSIM, PSNR", "How alike two pictures are, by local structure (1 is identical) and by pixels (in decibels; higher is closer)."),
+    ("Precision, recall", "Share of generated images that lie among the real ones, and of real ones among the generated."),
+    ("Inception score", "How sure the network is of each image's class and how many classes there are, at most all. Higher is better."),
+    ("SSIM, PSNR", "How alike two images are, by local structure (1 is identical) and by pixels (in decibels; higher is closer)."),
 )
-"""Words that only reports on pictures use."""
+"""Words that only reports on images use."""
 
 OF_TIME = (
     (
         "Temporal feature",
-        "What a block of a denoiser is told about the time step. No picture and no prompt enters it, so it can be compared step by step.",
+        "What a block of a denoiser is told about the time step. No image and no prompt enters it, so it can be compared step by step.",
     ),
     (
         "Told another time",
@@ -83,13 +83,13 @@ def write(folder: str | Path, path: str | Path | None = None) -> Path:
 
 
 def render(folder: str | Path) -> str:
-    """Return the report on an output folder, with runs of the same model in sibling folders in its pictures."""
+    """Return the report on an output folder, with runs of the same model in sibling folders in its images."""
     run = record.read(folder)
     return page(run, record.beside(folder, run))
 
 
 def page(run: Run, others: Sequence[Run] = ()) -> str:
-    """Return the report on a run; `others` are shown beside it in the trade-off pictures."""
+    """Return the report on a run; `others` are shown beside it in the trade-off images."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"percent": phrases.percent, "dotted": dotted}
     template = environment.from_string((HERE / "template.html").read_text("utf-8"))
@@ -97,13 +97,13 @@ def page(run: Run, others: Sequence[Run] = ()) -> str:
     return template.render(css=Markup(css), none=phrases.NONE, **_context(run, others))  # noqa: S704  # our own files
 
 
-def write_picture(folder: str | Path, path: str | Path) -> Path:
-    """Write the trade-off pictures on an output folder side by side as one SVG file, for a README or a page, and return its path.
+def write_plot(folder: str | Path, path: str | Path) -> Path:
+    """Write the trade-off images on an output folder side by side as one SVG file, for a README or a page, and return its path.
 
     Raises AerogelError when the folder holds no readable record, or one without quality.
     """
     run = record.read(folder)
-    drawn = pictures(run, record.beside(folder, run), PANEL)
+    drawn = images(run, record.beside(folder, run), PANEL)
     if not drawn:
         raise AerogelError(
             f"{folder} has no trade-off to draw: its quality was not measured; run aerogel evaluate on it, --against the original"
@@ -112,11 +112,11 @@ def write_picture(folder: str | Path, path: str | Path) -> Path:
     return Path(path)
 
 
-def pictures(run: Run, others: Sequence[Run] = (), width: float = NARROW) -> list[Markup]:
+def images(run: Run, others: Sequence[Run] = (), width: float = NARROW) -> list[Markup]:
     """Return quality against size and against speed, as far as they were measured."""
     title, of = compare.quality(run.metrics.compressed)
     drawn = []
-    for axis in (SIZE, SPEED, PICTURES):
+    for axis in (SIZE, SPEED, IMAGES):
         points = list(_points(run, others, axis, of))
         if any(point.role == "this" for point in points):
             drawn.append(tradeoff(points, axis, title, width=width))
@@ -134,14 +134,14 @@ def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
         "version": run.provenance.get("versions", {}).get("aerogel"),
         "headline": phrases.headline(run),
         "lead": _lead(run),
-        "pictures": [Figure(*both) for both in zip(pictures(run, others, half), pictures(run, others), strict=True)],
-        "picture_note": _picture_note(others),
+        "images": [Figure(*both) for both in zip(images(run, others, half), images(run, others), strict=True)],
+        "image_note": _image_note(others),
         "missing": list(_missing(run)),
         "rows": list(compare.rows(before, after)),
         "conditions": _conditions(after),
         "bytes": _bytes(before, after),
-        "pairs": after.pictures.pairs if after.pictures else [],
-        "pairs_note": _made(after.pictures),
+        "pairs": after.image_similarity.pairs if after.image_similarity else [],
+        "pairs_note": _made(after.image_similarity),
         "samples": [_sample(sample) for sample in (after.generation.samples if after.generation else [])],
         "maps": {
             tower: Figure(error_map(table, WIDE), error_map(table, NARROW, tall=True)) for tower, table in towers(run.journal).items()
@@ -160,7 +160,7 @@ def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
         "recipe": yaml.safe_dump({"steps": run.recipe.steps}, sort_keys=False, allow_unicode=True, width=60).rstrip(),
         "provenance": list(provenance(run)),
         "glossary": (
-            *(OF_PICTURES if after.pictures or after.realism else ()),
+            *(OF_IMAGES if after.image_similarity or after.image_quality else ()),
             *(OF_TIME if after.temporal else ()),
             *GLOSSARY,
         ),
@@ -178,15 +178,15 @@ def _lead(run: Run) -> str:
     return ", ".join(facts) + "."
 
 
-def _picture_note(others: Sequence[Run]) -> str:
+def _image_note(others: Sequence[Run]) -> str:
     note = "Hollow: the original. Filled: this run. The axis of quality does not start at zero."
     return f"{note} Small: other runs of the same model found beside it, judged in the same way." if others else note
 
 
 def _missing(run: Run) -> Iterator[str]:
     after = run.metrics.compressed
-    if not (after.perplexity or after.pictures or after.realism or after.replies):
-        yield "Quality was not measured: run aerogel evaluate on the folder, --against the original; of pictures, with --measure pictures."
+    if not (after.perplexity or after.image_similarity or after.image_quality or after.exact_match):
+        yield "Quality was not measured: run aerogel evaluate on the folder, --against the original; of images, with --measure images."
     if not (after.speed or after.sampling):
         yield "Speed was not measured: run aerogel bench on the folder, --against the original."
 
@@ -206,12 +206,12 @@ def _conditions(after: Side) -> str:
         said.append(f"Perplexity on {text.tokens or 0:,} tokens of {text.source or 'held-out text'}")
         if text.length and text.stride:
             said[-1] += f", windows of {text.length:,} that move by {text.stride:,}"
-    if after.pictures:
-        said.append(f"Compared with the original's pictures: {_made(after.pictures)}")
-    if real := after.realism:
+    if after.image_similarity:
+        said.append(f"Compared with the original's images: {_made(after.image_similarity)}")
+    if real := after.image_quality:
         said.append(f"Compared with real images ({real.reference or 'unnamed'}): {_made(real)}")
-    if replies := after.replies:
-        said.append(f"Replies to {replies.count or 0:,} questions of {Path(replies.source or 'unnamed').name}")
+    if exact_match := after.exact_match:
+        said.append(f"Replies to {exact_match.count or 0:,} questions of {Path(exact_match.source or 'unnamed').name}")
     if time := after.temporal:
         said.append(f"Temporal features at the {len(time.steps)} steps of {time.sampler or 'the sampler'}")
     if speed := after.speed:
@@ -224,13 +224,13 @@ def _conditions(after: Side) -> str:
     return "".join(f"{sentence}. " for sentence in said).strip()
 
 
-def _made(pictures: Pictures | Realism | None) -> str:
-    if pictures is None:
+def _made(images: ImageSimilarity | ImageQuality | None) -> str:
+    if images is None:
         return ""
-    facts = [f"{pictures.count:,} pictures" if pictures.count else "Pictures"]
-    facts += [f"in {pictures.steps} steps"] if pictures.steps else []
-    facts += [f"under guidance {pictures.guidance:g}"] if pictures.guidance is not None else []
-    facts += [f"from seed {pictures.seed}"] if pictures.seed is not None else []
+    facts = [f"{images.count:,} images" if images.count else "Images"]
+    facts += [f"in {images.steps} steps"] if images.steps else []
+    facts += [f"under guidance {images.guidance:g}"] if images.guidance is not None else []
+    facts += [f"from seed {images.seed}"] if images.seed is not None else []
     return " ".join(facts)
 
 
@@ -255,7 +255,7 @@ def _reused(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def _skipped(after: Side) -> dict[str, Any] | None:
-    found = after.replies.skipped if after.replies else None
+    found = after.exact_match.skipped if after.exact_match else None
     if found is None:
         return None
     return {"figure": Figure(skips.skip_map(found, WIDE), skips.skip_map(found, NARROW)), "sentence": skips.sentence(found)}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from markupsafe import Markup
 
 from aerogel.report.phrases import size
-from aerogel.report.svg import element, label, picture
+from aerogel.report.svg import element, image, label
 
 THICK, PITCH = 22.0, 46.0
 SHADES = {"quantized layers": "part-1", "float layers": "part-2", "embeddings": "part-3"}
@@ -45,4 +45,4 @@ def parts_bars(networks: Mapping[str, Mapping[str, int]], width: float = 960) ->
             x, y = 0.0, y + 20
         drawn += [element("rect", x=x, y=y - 10, width=12, height=12, rx=2, class_=shades[name]), label(x + 18, y, name, "small")]
         x += reach
-    return picture(width, y + 10, "Where the bytes are", *drawn)
+    return image(width, y + 10, "Where the bytes are", *drawn)

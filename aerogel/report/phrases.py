@@ -104,19 +104,19 @@ def _won(run: Run) -> list[str]:
     size_before, size_after = (side.size.bytes if side.size else None for side in (run.metrics.original, run.metrics.compressed))
     speed_before, speed_after = (_rate(side) for side in (run.metrics.original, run.metrics.compressed))
     clauses = [versus(size_before, size_after, "smaller", "larger"), versus(speed_after, speed_before, "faster", "slower")]
-    replies = run.metrics.compressed.replies
-    if replies and replies.skipped:
-        clauses.append(f"without {percent(replies.skipped.prefill)} of its expert calls in prompts")
+    exact_match = run.metrics.compressed.exact_match
+    if exact_match and exact_match.skipped:
+        clauses.append(f"without {percent(exact_match.skipped.prefill)} of its expert calls in prompts")
     return [clause for clause in clauses if clause not in (NONE, "the same")]
 
 
 def _rate(side: Side) -> float | None:
-    """Tokens a second, or pictures a minute."""
-    return side.speed.decode_tokens_per_second if side.speed else side.sampling.pictures_per_minute if side.sampling else None
+    """Tokens a second, or images a minute."""
+    return side.speed.decode_tokens_per_second if side.speed else side.sampling.images_per_minute if side.sampling else None
 
 
 def _cost(run: Run) -> str:
-    replied = [side.replies for side in (run.metrics.original, run.metrics.compressed)]
+    replied = [side.exact_match for side in (run.metrics.original, run.metrics.compressed)]
     if replied[0] and replied[1]:  # asked for by name, so it is what somebody wants to know
         return f"{percent(replied[1].right)} of its replies are right, {percent(replied[0].right)} of the original's"
     before, after = run.metrics.original.perplexity, run.metrics.compressed.perplexity
@@ -131,10 +131,10 @@ def _cost(run: Run) -> str:
     if frechet:
         ours, theirs = (side.judged.get(frechet) for side in (run.metrics.compressed, run.metrics.original))
         return f"its Fréchet distance [{frechet.partition('[')[2]} is {digits(ours)}, the original's {digits(theirs)}"
-    pictures = run.metrics.compressed.pictures
-    if pictures and pictures.ssim is not None:
-        return f"its pictures have an SSIM of {digits(pictures.ssim)} with the original's"
-    agreement = run.metrics.compressed.agreement
-    if agreement:
-        return f"it agrees with the original on {percent(agreement.top1)} of the next tokens"
+    images = run.metrics.compressed.image_similarity
+    if images and images.ssim is not None:
+        return f"its images have an SSIM of {digits(images.ssim)} with the original's"
+    kl_divergence = run.metrics.compressed.kl_divergence
+    if kl_divergence:
+        return f"it agrees with the original on {percent(kl_divergence.top1)} of the next tokens"
     return "what it costs in quality was not measured"

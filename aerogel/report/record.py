@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from aerogel.errors import AerogelError
+from aerogel.io.older import upgraded
 
 FILE = "aerogel.json"
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -45,7 +46,7 @@ class Perplexity(_Part):
     fingerprint: str | None = None
 
 
-class Agreement(_Part):
+class KlDivergence(_Part):
     """How close a network stays to its original."""
 
     kl: float
@@ -85,9 +86,9 @@ class Speed(_Part):
 
 
 class Sampling(_Part):
-    """What a benchmark timed of a pipeline that makes pictures."""
+    """What a benchmark timed of a pipeline that makes images."""
 
-    pictures_per_minute: float | None = None
+    images_per_minute: float | None = None
     denoiser_milliseconds: float | None = None
     peak_memory_bytes: int | None = None
     batch: int | None = None
@@ -102,15 +103,15 @@ Png = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+=*$")]
 
 
 class Pair(_Part):
-    """A picture that both networks made from the same noise."""
+    """An image that both networks made from the same noise."""
 
     subject: str = ""
     original: Png
     compressed: Png
 
 
-class _OfPictures(_Part):
-    """Figures of pictures; those that bear the name of their feature network, FIGURE[NETWORK], are kept beside the fields."""
+class _OfImages(_Part):
+    """Figures of images; those that bear the name of their feature network, FIGURE[NETWORK], are kept beside the fields."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     __pydantic_extra__: dict[str, Any]
@@ -126,8 +127,8 @@ class _OfPictures(_Part):
         return {name: value for name, value in self.__pydantic_extra__.items() if name.endswith("]") and isinstance(value, int | float)}
 
 
-class Pictures(_OfPictures):
-    """How far pictures have moved from those of the original."""
+class ImageSimilarity(_OfImages):
+    """How far images have moved from those of the original."""
 
     mse: float | None = None
     psnr: float | None = None
@@ -135,8 +136,8 @@ class Pictures(_OfPictures):
     pairs: list[Pair] = []
 
 
-class Realism(_OfPictures):
-    """How much pictures resemble real images."""
+class ImageQuality(_OfImages):
+    """How much images resemble real images."""
 
     reference: str | None = None
 
@@ -197,7 +198,7 @@ class Skipped(_Part):
         return self
 
 
-class Replies(_Part):
+class ExactMatch(_Part):
     """What was replied to questions about images."""
 
     right: float
@@ -213,21 +214,21 @@ class Side(_Part):
 
     size: Size | None = None
     perplexity: Perplexity | None = None
-    agreement: Agreement | None = None
+    kl_divergence: KlDivergence | None = None
     generation: Generation | None = None
     speed: Speed | None = None
     sampling: Sampling | None = None
-    pictures: Pictures | None = None
-    realism: Realism | None = None
+    image_similarity: ImageSimilarity | None = None
+    image_quality: ImageQuality | None = None
     temporal: Temporal | None = None
     inputs: Inputs | None = None
-    replies: Replies | None = None
+    exact_match: ExactMatch | None = None
     lm_eval: dict[str, dict[str, float]] = {}
 
     @property
     def judged(self) -> dict[str, float]:
-        """Figures of pictures that bear the name of their feature network."""
-        measured = [measure for measure in (self.pictures, self.realism) if measure is not None]
+        """Figures of images that bear the name of their feature network."""
+        measured = [measure for measure in (self.image_similarity, self.image_quality) if measure is not None]
         return {name: value for measure in measured for name, value in measure.judged.items()}
 
 
@@ -248,7 +249,7 @@ class Model(_Part):
 
 
 class Recipe(_Part):
-    """How, with every knob resolved."""
+    """How, with every option resolved."""
 
     name: str | None = None
     steps: list[dict[str, Any]] = []
@@ -355,7 +356,7 @@ class Run(_Part):
 
     @property
     def label(self) -> str:
-        """What to call the run in a picture."""
+        """What to call the run in an image."""
         return self.recipe.name or self.folder or "this run"
 
 
@@ -378,7 +379,7 @@ def read(folder: str | Path) -> Run:
 
 def parse(content: dict[str, Any], path: str | Path = FILE) -> Run:
     """Check a record that was read already; raises AerogelError that names the field."""
-    return checked(Run, content, path, "aerogel compress")
+    return checked(Run, upgraded(content) if isinstance(content, dict) else content, path, "aerogel compress")
 
 
 def checked(kind: type[Kind], content: dict[str, Any], path: str | Path, command: str) -> Kind:
@@ -407,8 +408,8 @@ def beside(folder: str | Path, run: Run) -> list[Run]:
 
 
 def _judged(run: Run) -> tuple[object, ...]:
-    """On which text, or by which pictures against which images."""
-    text, pictures = run.metrics.compressed.perplexity, run.metrics.compressed.realism
+    """On which text, or by which images against which images."""
+    text, images = run.metrics.compressed.perplexity, run.metrics.compressed.image_quality
     read = (text.fingerprint, text.length) if text else ()
-    seen = (pictures.count, pictures.steps, pictures.guidance, pictures.seed, pictures.reference) if pictures else ()
+    seen = (images.count, images.steps, images.guidance, images.seed, images.reference) if images else ()
     return (*read, *seen)

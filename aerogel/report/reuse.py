@@ -9,7 +9,7 @@ from markupsafe import Markup
 from aerogel.report.heat import cell
 from aerogel.report.phrases import digits, percent
 from aerogel.report.record import Reuse
-from aerogel.report.svg import element, label, picture
+from aerogel.report.svg import element, image, label
 from aerogel.report.temporal import short
 
 FOOT = 22.0
@@ -40,7 +40,7 @@ def work_map(steps: Sequence[float], units: Sequence[str], done: Sequence[Sequen
             drawn.append(cell(0.75 * share, 1.0, said, **box))
     foot = len(names) * pitch + 14
     drawn += [label(left, foot, f"step {steps[0]:g}", "small"), label(width, foot, f"{steps[-1]:g}", "small", "end")]
-    return picture(width, len(names) * pitch + FOOT, "Which parts run at which step", element("g", *drawn))
+    return image(width, len(names) * pitch + FOOT, "Which parts run at which step", element("g", *drawn))
 
 
 def sentence(found: Reuse) -> str:

@@ -7,7 +7,7 @@ from markupsafe import Markup
 from aerogel.report.heat import cell, legend
 from aerogel.report.phrases import percent
 from aerogel.report.record import Skipped
-from aerogel.report.svg import element, label, picture
+from aerogel.report.svg import element, image, label
 
 ROW, FOOT, LEFT = 22.0, 40.0, 132.0
 _ROWS = ("Text", "Images", "No expert at all")
@@ -27,7 +27,7 @@ def skip_map(found: Skipped, width: float = 960) -> Markup:
     foot = len(_ROWS) * ROW + 14
     drawn += [label(LEFT, foot, "first layer", "small"), label(width, foot, "last", "small", "end")]
     drawn.append(legend(LEFT, foot + 20, "none", "all"))
-    return picture(width, len(_ROWS) * ROW + FOOT, "Experts skipped, layer by layer", element("g", *drawn))
+    return image(width, len(_ROWS) * ROW + FOOT, "Experts skipped, layer by layer", element("g", *drawn))
 
 
 def sentence(found: Skipped) -> str:

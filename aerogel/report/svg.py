@@ -1,4 +1,4 @@
-"""The few pieces that our figures are drawn with: escaped elements, a scale with round ticks, a whole picture."""
+"""The few pieces that our figures are drawn with: escaped elements, a scale with round ticks, a whole image."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
     return element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
 
 
-def picture(width: float, height: float, title: str, *children: str) -> Markup:
+def image(width: float, height: float, title: str, *children: str) -> Markup:
     """A whole figure, for a page that has the palette."""
     box = {"viewBox": f"0 0 {_short(width)} {_short(height)}", "width": width, "height": height}
     return element("svg", element("title", title), *children, **box, class_="figure", role="img")
 
 
-def document(pictures: Sequence[Markup], width: float, height: float, margin: float = 20.0) -> Markup:
+def document(images: Sequence[Markup], width: float, height: float, margin: float = 20.0) -> Markup:
     """Figures of one size side by side as a file of its own, with the colours for light and dark surroundings."""
-    across, down = len(pictures) * (width + margin) + margin, height + 2 * margin
+    across, down = len(images) * (width + margin) + margin, height + 2 * margin
     style = Markup("<style>" + PALETTE + "</style>")  # noqa: S704  # our own file
     surface = element("rect", width=across, height=down, class_="figure surface")
-    placed = [element("svg", drawn, x=margin + index * (width + margin), y=margin) for index, drawn in enumerate(pictures)]
+    placed = [element("svg", drawn, x=margin + index * (width + margin), y=margin) for index, drawn in enumerate(images)]
     box = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {_short(across)} {_short(down)}", "width": across, "height": down}
     return element("svg", style, surface, *placed, **box)
 

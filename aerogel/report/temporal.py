@@ -14,7 +14,7 @@ from markupsafe import Markup
 from aerogel.report.heat import cell, legend, shade
 from aerogel.report.phrases import digits, near_one, percent
 from aerogel.report.record import Temporal
-from aerogel.report.svg import element, label, picture
+from aerogel.report.svg import element, image, label
 
 GAP = 28.0
 """Between maps."""
@@ -78,7 +78,7 @@ def time_maps(found: Temporal, width: float = 960, stacked: bool = False) -> Mar
     for index, shown in enumerate(maps):
         place = _Place(left, index * below, across, pitch) if stacked else _Place(left + index * (across + GAP), 0, across, pitch)
         drawn.append(_drawn(shown, found, names if stacked or not index else None, place, words=not stacked))
-    return picture(width, tall + 2 * below if stacked else tall, "Temporal features of every block at every step", *drawn)
+    return image(width, tall + 2 * below if stacked else tall, "Temporal features of every block at every step", *drawn)
 
 
 def rows(found: Temporal) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""The trade-off picture: quality against size or speed, the original and every run of it."""
+"""The trade-off image: quality against size or speed, the original and every run of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 from markupsafe import Markup
 
 from aerogel.report.phrases import digits
-from aerogel.report.svg import Scale, element, label, line, picture
+from aerogel.report.svg import Scale, element, image, label, line
 
 TOP, RIGHT, BOTTOM, LEFT = 34, 20, 48, 52
 HEIGHT = 340.0
@@ -39,12 +39,12 @@ class Axis:
 SIZE = Axis("Weights on disk, MB", "size", "bytes", 1e-6, "left")
 SPEED = Axis("Decoding, tokens per second", "speed", "decode_tokens_per_second", 1.0, "right")
 
-PICTURES = Axis("Pictures a minute", "sampling", "pictures_per_minute", 1.0, "right")
+IMAGES = Axis("Images a minute", "sampling", "images_per_minute", 1.0, "right")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One network in the picture."""
+    """One network in the image."""
 
     name: str
     x: float
@@ -62,7 +62,7 @@ def tradeoff(
     """
     points = [point for point in points if math.isfinite(point.y) and point.y > 0]
     x, y = _scales(points, axis, width, height)
-    return picture(
+    return image(
         width,
         height,
         f"{y_title} against {axis.title}",
@@ -114,7 +114,7 @@ def _dot(point: Point, x: Scale, y: Scale) -> Markup:
 
 
 def _names(points: Sequence[Point], x: Scale, y: Scale, width: float) -> list[Markup]:
-    """Names beside their points: off the line of the move, inside the picture, moved down where they would lie on one another."""
+    """Names beside their points: off the line of the move, inside the image, moved down where they would lie on one another."""
     start = next((point.x for point in points if point.role == "original"), math.inf)
     drawn, taken = [], list[tuple[float, float, float]]()
     for point in sorted(points, key=lambda point: (y(point.y), point.x)):

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from aerogel.model.calls import Call
-from aerogel.model.hooks import answering
+from aerogel.model.hooks import patch_forward
 from aerogel.model.network import Network
 
 _MAP = 2**25
@@ -61,7 +61,7 @@ def attentions(network: Network, call: Call) -> tuple[str, ...]:
 def attending(network: Network, names: Iterable[str], attend: Callable[[str], Attend]) -> Iterator[None]:
     """Let `attend(name)` answer the attention of each named module for a while, also where a block is run by itself."""
     modules = {name: network.module.get_submodule(name) for name in names}
-    with answering({module: partial(_forward, module.forward, attend(name)) for name, module in modules.items()}):
+    with patch_forward({module: partial(_forward, module.forward, attend(name)) for name, module in modules.items()}):
         yield
 
 

@@ -1,4 +1,4 @@
-"""What the processes of a group share that train one thing, each on its share of the pictures; alone, none of it does anything.
+"""What the processes of a group share that train one thing, each on its share of the images; alone, none of it does anything.
 
 A group is what the script that runs in each of them made (torch.distributed.init_process_group). B samples.
 """

@@ -23,7 +23,7 @@ from aerogel.io.load import load
 from aerogel.layers.linear import QuantLinear
 from aerogel.methods.quantization.gptq import Gptq
 from tests.folders import digests, model_folder, text_file
-from tests.painters import unconditional
+from tests.image_pipelines import unconditional
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def test_compress_writes_a_folder_and_a_report(desk: Path, compressed: Any) -> N
     assert compressed["provenance"]["seed"] == 3
     assert compressed["provenance"]["machine"]["threads"] == 1
     assert compressed["metrics"]["original"]["size"]["stored_bytes"] > compressed["metrics"]["compressed"]["size"]["stored_bytes"]
-    assert 0 < compressed["metrics"]["compressed"]["agreement"]["top1"] <= 1
+    assert 0 < compressed["metrics"]["compressed"]["kl_divergence"]["top1"] <= 1
     network = load(desk / "out", lazy=False).module
     schemes = {name: str(part.scheme) for name, part in network.named_modules() if isinstance(part, QuantLinear)}
     assert schemes["model.layers.0.mlp.down_proj"] == "W8A16_G32"
@@ -101,7 +101,7 @@ def test_evaluate_adds_to_the_record(desk: Path, compressed: Any) -> None:
     assert metrics["compressed"]["size"]["disk_bytes"] == (desk / "out" / "model.safetensors").stat().st_size
     recorded = json.loads((desk / "out" / "aerogel.json").read_text())["metrics"]
     assert recorded["compressed"]["size"] == metrics["compressed"]["size"]
-    assert recorded["compressed"]["agreement"] == compressed["metrics"]["compressed"]["agreement"]
+    assert recorded["compressed"]["kl_divergence"] == compressed["metrics"]["compressed"]["kl_divergence"]
     assert "Weights on disk" in run("evaluate", desk / "out", "--measure", "size")
     run("evaluate", desk / "model", "--measure", "size")
     said = as_json(
@@ -112,7 +112,7 @@ def test_evaluate_adds_to_the_record(desk: Path, compressed: Any) -> None:
 
 
 def test_names_in_brackets_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.print_comparison({"compressed": {"realism": {"frechet[a-judge]": 1.25}}})
+    terminal.print_comparison({"compressed": {"image_quality": {"frechet[a-judge]": 1.25}}})
     assert "Fréchet distance [a-judge]" in capsys.readouterr().out
 
 
@@ -130,8 +130,8 @@ def test_knobs_of_exporters_can_be_set(desk: Path, compressed: Any, tmp_path: Pa
     run("export", desk / "out", "-f", "gptq", "-o", tmp_path / "gptq", "--set", "gptq.max_shard_size=20000")
     assert len(list((tmp_path / "gptq").glob("*.safetensors"))) > 1
     for setting, message in {
-        "gptq.max_shard": "exporter 'gptq': unknown knob 'max_shard'; did you mean max_shard_size",
-        "gguf.requantize": "a knob of 'gguf' is set, but the folder is exported by 'gptq'",
+        "gptq.max_shard": "exporter 'gptq': unknown option 'max_shard'; did you mean max_shard_size",
+        "gguf.requantize": "an option of 'gguf' is set, but the folder is exported by 'gptq'",
     }.items():
         refused = CliRunner().invoke(
             cli.app, ["export", str(desk / "out"), "-f", "gptq", "-o", str(tmp_path / "no"), "--set", f"{setting}=1"]
@@ -144,10 +144,10 @@ def test_knobs_of_exporters_can_be_set(desk: Path, compressed: Any, tmp_path: Pa
 def test_bench_of_pictures(tmp_path: Path) -> None:
     unconditional().save_pretrained(tmp_path / "pipeline")
     metrics = as_json("bench", tmp_path / "pipeline", "--steps", 2, "--rounds", 1, "--batch", 2)
-    assert metrics["compressed"]["sampling"]["pictures_per_minute"] > 0
+    assert metrics["compressed"]["sampling"]["images_per_minute"] > 0
     refused = CliRunner().invoke(cli.app, ["bench", str(tmp_path / "pipeline"), "--prompt", "8"])
     assert refused.exit_code == 2
-    assert "a benchmark of image networks: unknown knob 'prompt'" in refused.stderr
+    assert "a benchmark of image networks: unknown option 'prompt'" in refused.stderr
 
 
 def test_export_rewrites_for_another_engine(desk: Path, compressed: Any, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_show_says_what_a_method_does_and_its_knobs() -> None:
     assert (card["kind"], exporter["kind"]) == ("methods", "exporters")
     assert "arXiv:2210.17323" in card["about"]
     assert card["needs"] == ["calls"]
-    damping = next(knob for knob in card["knobs"] if knob["name"] == "damping")
+    damping = next(option for option in card["options"] if option["name"] == "damping")
     assert damping == {"name": "damping", "type": "float", "about": damping["about"], "default": Gptq.damping}
     said = run("show", "gptq")
     assert "damping: float = 0.01" in said

@@ -90,7 +90,7 @@ def test_a_search_that_finds_nothing_fails_and_says_why(folder: Path) -> None:
         (("--task", "experts"), "'experts' is nothing that can be searched for; known are cache, skip"),
         (("--budget", "0.5x"), "budget '0.5x' is no speed-up"),
         (("--only", "rtn"), "rtn does not reuse anything"),
-        (("--set", "rtn.scheme=W8A8"), "a knob of 'rtn' is set, but that policy is not tried"),
+        (("--set", "rtn.scheme=W8A8"), "an option of 'rtn' is set, but that policy is not tried"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(folder: Path, options: tuple[str, ...], message: str) -> None:

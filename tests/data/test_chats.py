@@ -11,7 +11,7 @@ from PIL import Image
 
 from aerogel.data import chats
 from aerogel.data.chats import IGNORED, Chat
-from aerogel.engine.calibration import Asked, prepare, reading, shown
+from aerogel.engine.calibration import CalibrationRequest, prepare, reading, shown
 from aerogel.errors import AerogelError
 from aerogel.io.load import load
 from aerogel.io.processors import Pair
@@ -73,14 +73,14 @@ def test_a_file_is_what_was_written(tmp_path: Path) -> None:
 def test_a_network_is_shown_chats_by_their_path(tmp_path: Path) -> None:
     module, pair = untrained()
     network = load((module, pair))
-    wanted = shown(network, Asked(source=str(written(tmp_path, 9)), count=5))
+    wanted = shown(network, CalibrationRequest(source=str(written(tmp_path, 9)), count=5))
     made = prepare(network, wanted, 0, head=False)
     assert sum(len(call.kwargs["input_ids"]) for call in made.calls) == made.facts["count"] == 5
     assert made.facts["fingerprint"] == prepare(network, wanted, 0, head=False).facts["fingerprint"]
     assert made.facts["fingerprint"] != prepare(network, wanted, 1, head=False).facts["fingerprint"]
     assert reading(network, wanted).tokens > 0
     with pytest.raises(AerogelError, match="length means nothing to chats"):
-        shown(network, Asked(source=str(tmp_path / "samples.jsonl"), length=64))
+        shown(network, CalibrationRequest(source=str(tmp_path / "samples.jsonl"), length=64))
 
 
 @pytest.mark.parametrize(

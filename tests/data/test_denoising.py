@@ -12,12 +12,12 @@ from torch import Tensor
 
 import aerogel
 from aerogel import catalog
-from aerogel.data.denoising import Denoising, pictures, record
-from aerogel.engine.calibration import Asked, Samples, shown
+from aerogel.data.denoising import Denoising, generate_images, record
+from aerogel.engine.calibration import CalibrationRequest, Samples, shown
 from aerogel.errors import AerogelError
 from aerogel.model.network import Network
 from aerogel.model.timesteps import steps_of
-from tests.painters import classes, unconditional
+from tests.image_pipelines import classes, unconditional
 from tests.tiny import FAMILIES
 
 
@@ -28,7 +28,7 @@ def test_every_step_and_branch_of_one_pass() -> None:
     pipeline.scheduler.set_timesteps(4)
     assert steps_of(pipeline.transformer, calls) == tuple(float(step) for step in pipeline.scheduler.timesteps)
     assert calls[0].kwargs["class_labels"].tolist() == [0, 7, 1000, 1000]
-    assert calls[4].kwargs["class_labels"].tolist() == [0, 1000], "the third picture is of the first class again"
+    assert calls[4].kwargs["class_labels"].tolist() == [0, 1000], "the third image is of the first class again"
 
 
 def test_calls_are_those_of_a_run_by_hand() -> None:
@@ -55,7 +55,7 @@ def test_pictures_are_those_that_calls_are_recorded_of() -> None:
     pipeline = classes()
     seen: list[Tensor] = []
     hook = pipeline.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    made = list(pictures(pipeline, Denoising(count=3, steps=2, batch=2), seed=5))
+    made = list(generate_images(pipeline, Denoising(count=3, steps=2, batch=2), seed=5))
     hook.remove()
     calls = record(pipeline, pipeline.transformer, Denoising(count=3, steps=2, batch=2), seed=5)
     for ours, theirs in zip(seen, calls, strict=True):
@@ -67,7 +67,7 @@ def test_pictures_are_those_that_calls_are_recorded_of() -> None:
 
 
 def test_pictures_of_an_unconditional_pipeline_have_no_subject() -> None:
-    (made,) = pictures(unconditional(), Denoising(count=2, steps=2))
+    (made,) = generate_images(unconditional(), Denoising(count=2, steps=2))
     assert made.images_NCHW.shape == (2, 3, 8, 8)
     assert 0 <= made.images_NCHW.min() < made.images_NCHW.max() <= 1
     assert made.subjects == ()
@@ -97,7 +97,7 @@ def test_prompts_are_asked_for() -> None:
     class Painter:
         def __call__(self, prompt: str) -> None: ...
 
-    with pytest.raises(AerogelError, match="Painter makes pictures of prompts"):
+    with pytest.raises(AerogelError, match="Painter makes images of prompts"):
         record(Painter(), torch.nn.Identity(), Denoising())
 
 
@@ -116,24 +116,24 @@ def test_a_denoiser_without_its_pipeline_says_so() -> None:
 
 
 def test_what_is_asked_becomes_pictures_or_text(tmp_path: Path) -> None:
-    pictures = Network(FAMILIES["unet"].build(), catalog.find("families", "unet"))
+    images = Network(FAMILIES["unet"].build(), catalog.find("families", "unet"))
     words = Network(FAMILIES["llama"].build(), catalog.find("families", "llama"))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a boot\n\na bag \n")
-    asked = Asked(source=str(prompts), count=3, steps=7, guidance=1.5)
-    assert asked.shown(pictures) == Denoising(count=3, steps=7, guidance=1.5, prompts=("a boot", "a bag"))
-    assert Asked(count=5, length=9).shown(words) == Samples(count=5, length=9)
-    assert shown(pictures, None) == Denoising()
+    asked = CalibrationRequest(source=str(prompts), count=3, steps=7, guidance=1.5)
+    assert asked.shown(images) == Denoising(count=3, steps=7, guidance=1.5, prompts=("a boot", "a bag"))
+    assert CalibrationRequest(count=5, length=9).shown(words) == Samples(count=5, length=9)
+    assert shown(images, None) == Denoising()
     assert shown(words, None) == Samples()
     with pytest.raises(AerogelError, match="steps means nothing to a network that reads text"):
         asked.shown(words)
-    with pytest.raises(AerogelError, match="length means nothing to a network that makes pictures"):
-        Asked(length=9).shown(pictures)
+    with pytest.raises(AerogelError, match="length means nothing to a network that makes images"):
+        CalibrationRequest(length=9).shown(images)
     prompts.write_text("\n")
     with pytest.raises(AerogelError, match="holds no prompt"):
-        asked.shown(pictures)
+        asked.shown(images)
     with pytest.raises(AerogelError, match="is no file"):
-        Asked(source=str(tmp_path)).shown(pictures)
+        CalibrationRequest(source=str(tmp_path)).shown(images)
 
 
 def test_opening_a_pipeline_is_quiet_and_leaves_the_bars_as_they_were(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

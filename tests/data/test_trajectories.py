@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 
-from aerogel.data.denoising import Denoising, pictures, record
+from aerogel.data.denoising import Denoising, generate_images, record
 from aerogel.data.trajectories import seconds, stepping, trajectories
 from aerogel.errors import AerogelError
 from aerogel.runtime.feature_cache.replay import output_of, replays
@@ -71,7 +71,7 @@ def test_only_the_time_of_the_steps_counts() -> None:
     assert taken == 4 * 2, "two batches of four steps"
     assert time[0] > 200
     assert not network.module._forward_pre_hooks
-    list(pictures(pipeline, WANTED, 0))
+    list(generate_images(pipeline, WANTED, 0))
 
 
 def test_steps_that_do_not_add_up_are_refused() -> None:

@@ -35,7 +35,7 @@ def test_every_method_has_a_page_with_its_knobs(method: str) -> None:
     assert page.is_file(), f"write {page.relative_to(DOCS.parent)}; docs/methods/rotate.md is an example"
     text = page.read_text("utf-8")
     assert text.startswith(f"# {method}\n")
-    assert "<!-- knobs -->" in text
+    assert "<!-- options -->" in text
 
 
 def test_no_page_is_about_a_method_that_is_gone() -> None:
@@ -44,10 +44,10 @@ def test_no_page_is_about_a_method_that_is_gone() -> None:
 
 def test_a_table_says_every_knob(tmp_path: Path) -> None:
     page = tmp_path / "rtn.md"
-    page.write_text("# rtn\n<!-- knobs -->\nold\n<!-- /knobs -->\nafter\n<!-- list: measures -->\n<!-- /list -->\n")
+    page.write_text("# rtn\n<!-- options -->\nold\n<!-- /options -->\nafter\n<!-- list: measures -->\n<!-- /list -->\n")
     filled = load("tables").fill(page)
-    knobs = catalog.knobs(catalog.find("methods", "rtn"))
-    assert all(f"| `{knob.name}` |" in filled for knob in knobs)
+    options = catalog.options(catalog.find("methods", "rtn"))
+    assert all(f"| `{option.name}` |" in filled for option in options)
     assert "old" not in filled
     assert "\nafter\n" in filled
     assert "| `perplexity` |" in filled

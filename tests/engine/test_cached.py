@@ -22,8 +22,8 @@ WANTED = Denoising(count=2, steps=4, batch=2)
 FORA = {"steps": [{"fora": {}}]}
 
 
-def paint(pipeline: Any, **knobs: Any) -> Tensor:
-    made = pipeline(class_labels=[0, 7], num_inference_steps=4, generator=torch.Generator().manual_seed(1), output_type="pt", **knobs)
+def paint(pipeline: Any, **options: Any) -> Tensor:
+    made = pipeline(class_labels=[0, 7], num_inference_steps=4, generator=torch.Generator().manual_seed(1), output_type="pt", **options)
     return torch.as_tensor(made.images)
 
 

@@ -34,7 +34,7 @@ def quicker(name: str) -> list[str]:
     """Overrides that leave the optimisers little to do."""
     methods = {step.name for step in Recipe.parse(name).steps}
     few = {"tiar": ("steps=50",), "brecq": ("steps=50", "batch=4", "rate=0.02"), "activation_ranges": ("steps=10", "batch=4")}
-    return [f"{method}.{knob}" for method, knobs in few.items() if method in methods for knob in knobs]
+    return [f"{method}.{option}" for method, options in few.items() if method in methods for option in options]
 
 
 def test_every_recipe_is_tested() -> None:

@@ -11,8 +11,8 @@ import transformers
 
 import aerogel
 from aerogel.data import chats
-from aerogel.engine.calibration import Asked
-from aerogel.evaluate.replies import Replies
+from aerogel.engine.calibration import CalibrationRequest
+from aerogel.evaluate.exact_match import ExactMatch
 from aerogel.layers.linear import QuantLinear
 from tests.questions import ZOO, written
 from tests.tiny import output
@@ -27,11 +27,16 @@ MIXTURES = {"modes": KNOBS, "modes-w4a16": [*KNOBS, "rtn.scheme=W4A16_G32"]}
 @pytest.mark.parametrize("recipe", MIXTURES)
 def test_recipe(recipe: str, tmp_path: Path) -> None:
     source = written(tmp_path, 12)
-    measures = [Replies(source=str(source), count=6, new_tokens=40)]
+    measures = [ExactMatch(source=str(source), count=6, new_tokens=40)]
     result = aerogel.compress(
-        SOURCE, recipe, overrides=MIXTURES[recipe], samples=Asked(source=str(source), count=8), output=tmp_path / "out", measures=measures
+        SOURCE,
+        recipe,
+        overrides=MIXTURES[recipe],
+        samples=CalibrationRequest(source=str(source), count=8),
+        output=tmp_path / "out",
+        measures=measures,
     )
-    skipped = result.metrics["compressed"]["replies"]["skipped"]
+    skipped = result.metrics["compressed"]["exact_match"]["skipped"]
     assert 0 < skipped["decode"] < skipped["prefill"] < 0.7
     assert len(skipped["layers"]) == 6
     page = result.report().read_text()

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from aerogel.engine.progress import Clock, Event, Watch, bar
+from aerogel.engine.progress import Event, ProgressEstimator, Watch, bar
 
 
 class Hands:
@@ -26,17 +26,17 @@ def hands() -> Hands:
 
 
 @pytest.fixture
-def clock(hands: Hands) -> Clock:
-    return Clock({"load": 2.0, "compress": 40.0, "save": 8.0}, hands)
+def clock(hands: Hands) -> ProgressEstimator:
+    return ProgressEstimator({"load": 2.0, "compress": 40.0, "save": 8.0}, hands)
 
 
-def test_before_anything_is_seen_the_plan_counts(clock: Clock) -> None:
+def test_before_anything_is_seen_the_plan_counts(clock: ProgressEstimator) -> None:
     clock.see(Event("load", 0, 1))
     assert clock.left() == 50.0
     assert clock.share() == 0.0
 
 
-def test_a_pace_that_is_seen_replaces_the_plan(clock: Clock, hands: Hands) -> None:
+def test_a_pace_that_is_seen_replaces_the_plan(clock: ProgressEstimator, hands: Hands) -> None:
     clock.see(Event("load", 0, 1))
     hands.time += 4.0
     clock.see(Event("compress", 0, 10))
@@ -47,7 +47,7 @@ def test_a_pace_that_is_seen_replaces_the_plan(clock: Clock, hands: Hands) -> No
     assert clock.share() == pytest.approx(34.0 / 72.0)
 
 
-def test_what_is_done_inside_a_part_counts_and_never_goes_back(clock: Clock, hands: Hands) -> None:
+def test_what_is_done_inside_a_part_counts_and_never_goes_back(clock: ProgressEstimator, hands: Hands) -> None:
     clock.see(Event("compress", 0, 2))
     hands.time += 10.0
     clock.see(Event("compress", 0, 2, inside=0.5))
@@ -57,7 +57,7 @@ def test_what_is_done_inside_a_part_counts_and_never_goes_back(clock: Clock, han
     assert clock.share() > 0.2
 
 
-def test_a_pace_is_trusted_by_degrees(clock: Clock, hands: Hands) -> None:
+def test_a_pace_is_trusted_by_degrees(clock: ProgressEstimator, hands: Hands) -> None:
     clock.see(Event("compress", 0, 10))
     hands.time += 20.0
     clock.see(Event("compress", 1, 10))
@@ -65,14 +65,14 @@ def test_a_pace_is_trusted_by_degrees(clock: Clock, hands: Hands) -> None:
     assert clock.left() == pytest.approx(0.5 * slow + 0.5 * planned + 2.0 + 8.0)
 
 
-def test_a_resumed_run_is_paced_by_what_it_does_itself(clock: Clock, hands: Hands) -> None:
+def test_a_resumed_run_is_paced_by_what_it_does_itself(clock: ProgressEstimator, hands: Hands) -> None:
     clock.see(Event("compress", 8, 10))
     hands.time += 5.0
     clock.see(Event("compress", 9, 10))
     assert clock.left() == pytest.approx(0.5 * 5.0 + 0.5 * 4.0 + 2.0 + 8.0)
 
 
-def test_better_expectations_come_with_an_event(clock: Clock) -> None:
+def test_better_expectations_come_with_an_event(clock: ProgressEstimator) -> None:
     clock.see(Event("load", 1, 1, expected={"compress": 400.0}))
     assert clock.left() == 408.0
 
@@ -86,7 +86,7 @@ def test_a_watch_announces_and_times() -> None:
     assert watch.seconds["save"] >= 0
 
 
-def test_the_bar_says_stage_block_and_time_left(clock: Clock, hands: Hands) -> None:
+def test_the_bar_says_stage_block_and_time_left(clock: ProgressEstimator, hands: Hands) -> None:
     screen = io.StringIO()
     with bar(Console(file=screen, force_terminal=True, width=120), clock) as tell:
         tell(Event("load", 0, 1))

@@ -17,7 +17,7 @@ from aerogel.engine.progress import Event
 from aerogel.engine.result import Result
 from aerogel.engine.run import compress
 from aerogel.errors import AerogelError
-from tests.doomed import Doom, killed, options
+from tests.crashing_runs import Doom, killed, options
 from tests.folders import digests, model_folder, text_file
 
 BLOCKS = 4

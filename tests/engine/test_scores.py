@@ -9,7 +9,7 @@ import pytest
 from aerogel.engine.progress import Event
 from aerogel.engine.scores import measure
 from aerogel.errors import AerogelError
-from aerogel.evaluate.agreement import Agreement
+from aerogel.evaluate.kl_divergence import KlDivergence
 from aerogel.evaluate.perplexity import Perplexity
 from aerogel.evaluate.size import Size
 from aerogel.evaluate.speed import Speed
@@ -46,18 +46,18 @@ def test_a_network_without_a_tokenizer_reads_no_text() -> None:
 
 def test_without_an_original_nothing_is_compared(network: Network) -> None:
     assert {"perplexity", "size"} <= set(measure(network)["compressed"])
-    assert "agreement" not in measure(network)["compressed"]
-    with pytest.raises(AerogelError, match="agreement compares with the original"):
-        measure(network, measures=["agreement"])
+    assert "kl_divergence" not in measure(network)["compressed"]
+    with pytest.raises(AerogelError, match="kl_divergence compares with the original"):
+        measure(network, measures=["kl_divergence"])
 
 
 def test_both_sides_are_measured_and_told(network: Network, text: str) -> None:
     seen: list[Event] = []
-    chosen = [Perplexity(source=text), Agreement(source=text), Size()]
+    chosen = [Perplexity(source=text), KlDivergence(source=text), Size()]
     scores = measure(network, network, chosen, seen.append)
     assert set(scores["original"]) == {"perplexity", "size"}
-    assert set(scores["compressed"]) == {"perplexity", "agreement", "size"}
-    assert scores["compressed"]["agreement"]["top1"] == 1.0
+    assert set(scores["compressed"]) == {"perplexity", "kl_divergence", "size"}
+    assert scores["compressed"]["kl_divergence"]["top1"] == 1.0
     assert [(event.done, event.total) for event in seen] == [(0, 6), (1, 6), (2, 6), (4, 6), (5, 6), (6, 6)]
 
 

@@ -11,7 +11,7 @@ import transformers
 import aerogel
 from aerogel.data import text
 from aerogel.engine.calibration import Samples
-from aerogel.layers.linear import QuantLinear, held
+from aerogel.layers.linear import QuantLinear, cache_dequantized
 from tests.folders import model_folder, text_file
 from tests.tiny import output
 
@@ -43,7 +43,7 @@ def test_recipe(recipe: str, source: Path, tmp_path: Path) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     for call in calls:
         before = output(original.module, call)
-        with held(ours.module):
+        with cache_dequantized(ours.module):
             answer = output(ours.module, call)
         assert 0 < (answer - before).norm() < CLOSE[recipe] * before.norm()
         torch.testing.assert_close(output(theirs, call), answer, rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification
 from aerogel.errors import AerogelError
 from aerogel.evaluate import features
 from aerogel.evaluate.inception import Inception
-from tests.painters import classifier
+from tests.image_pipelines import classifier
 
 FIDELITY = {
     "192": [6.57598e-05, 0.907397, 0.158945, 0.707401],
@@ -138,8 +138,8 @@ def test_efficientnet_knows_an_officer_by_her_uniform() -> None:
 
     with cbook.get_sample_data("grace_hopper.jpg") as file:
         shades = np.asarray(Image.open(file).convert("RGB").crop((0, 0, 512, 512))).copy()
-    picture = torch.from_numpy(shades).permute(2, 0, 1)[None] / 255
-    assert features.load("efficientnet-lite0").look(picture).logits_NK.argmax(1).tolist() == [652]
+    image = torch.from_numpy(shades).permute(2, 0, 1)[None] / 255
+    assert features.load("efficientnet-lite0").look(image).logits_NK.argmax(1).tolist() == [652]
 
 
 def test_inception_is_that_of_torch_fidelity(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import aerogel
 from aerogel.data.denoising import Denoising, record
 from aerogel.errors import AerogelError
 from aerogel.evaluate.inputs import Inputs, losses
-from aerogel.model.hooks import watching
+from aerogel.model.hooks import capture_inputs
 from aerogel.model.network import Network
-from tests.painters import classes, unconditional
+from tests.image_pipelines import classes, unconditional
 from tests.tiny import opened
 
 COUNT, STEPS = 2, 3
@@ -21,7 +21,7 @@ COUNT, STEPS = 2, 3
 def given(network: Network, name: str) -> list[Tensor]:
     """What goes into a layer at each step, tokens (or pixels) by channels."""
     calls, seen = record(network.processor, network.module, Denoising(COUNT, STEPS, batch=COUNT)), []
-    with torch.no_grad(), watching({name: network.module.get_submodule(name)}, lambda _, x: seen.append(x)):
+    with torch.no_grad(), capture_inputs({name: network.module.get_submodule(name)}, lambda _, x: seen.append(x)):
         for call in calls:
             network.run(call)
     return [(x.movedim(1, -1) if x.ndim == 4 else x).flatten(0, -2).double() for x in seen]

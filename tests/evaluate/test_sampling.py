@@ -13,7 +13,7 @@ import aerogel
 from aerogel.errors import AerogelError
 from aerogel.evaluate import sampling
 from aerogel.evaluate.sampling import Sampling
-from tests.painters import classes, unconditional
+from tests.image_pipelines import classes, unconditional
 from tests.tiny import opened
 
 KNOBS: dict[str, Any] = {"batch": 3, "steps": 4, "rounds": 3}
@@ -37,7 +37,7 @@ def test_turns_alternate_and_speedups_are_taken_within_a_round(monkeypatch: pyte
     assert found["fast"]["denoiser_speedup"] == pytest.approx(3)
     assert found["slow"]["speedup"] == 1
     # The second turn that counts is the median: 2 s, doubled twice.
-    assert found["fast"]["pictures_per_minute"] == pytest.approx(60 * 3 / 8)
+    assert found["fast"]["images_per_minute"] == pytest.approx(60 * 3 / 8)
     assert found["fast"]["denoiser_milliseconds"] == pytest.approx(1600)
 
 
@@ -49,7 +49,7 @@ def test_a_turn_is_a_run_of_the_whole_pipeline(make: Any) -> None:
     found = Sampling(**KNOBS, threads=1).measure(network)
     guided = 2 if make is classes else 1
     assert seen == [3 * guided] * 4 * 4, "four steps in each of four turns"
-    assert 0 < found["denoiser_milliseconds"] * 4 / 1000 <= 3 * 60 / found["pictures_per_minute"]
+    assert 0 < found["denoiser_milliseconds"] * 4 / 1000 <= 3 * 60 / found["images_per_minute"]
     assert found["peak_memory_bytes"] >= sum(tensor.nbytes for tensor in network.module.parameters())
     assert {name: found[name] for name in (*KNOBS, "guidance", "threads", "device")} == {
         **KNOBS, "guidance": None, "threads": 1, "device": "cpu",

@@ -70,12 +70,12 @@ def test_growth_counts_what_is_freed_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"prompt": 126, "new_tokens": 3}, "network has 128 positions; a prompt of 126 and 3 new tokens do not fit"),
         ({"new_tokens": 1}, "at least 1, 1, 1 and 2 are expected"),
     ],
 )
-def test_what_cannot_be_timed_is_refused(knobs: dict[str, int], message: str) -> None:
+def test_what_cannot_be_timed_is_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(AerogelError, match=re.escape(message)):
-        Speed(**KNOBS | knobs).measure(opened("llama"))
+        Speed(**KNOBS | options).measure(opened("llama"))

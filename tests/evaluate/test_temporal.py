@@ -16,8 +16,8 @@ from aerogel.engine.scores import measure, measure_models
 from aerogel.errors import AerogelError
 from aerogel.evaluate.temporal import Temporal
 from aerogel.model.network import Network
+from tests.image_pipelines import classes, unconditional
 from tests.methods.diffusion.test_fsc import given_by
-from tests.painters import classes, unconditional
 from tests.tiny import opened
 
 STEPS = 4

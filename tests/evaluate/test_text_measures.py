@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aerogel.errors import AerogelError
-from aerogel.evaluate.agreement import Agreement
+from aerogel.evaluate.kl_divergence import KlDivergence
 from aerogel.evaluate.measure import slide
 from aerogel.evaluate.perplexity import Perplexity
 from aerogel.families.llama import FAMILY
@@ -71,8 +71,8 @@ def test_perplexity_scores_every_token_once(book: str, kind: str, bos: bool, len
 
 def test_agreement_is_the_mean_over_the_same_tokens(book: str) -> None:
     ours, theirs = network(seed=0), network(seed=1)
-    found = Agreement(source=book, length=32, stride=16, batch=2).measure(ours, against=theirs)
-    ids = Agreement(source=book).stream(ours).tolist()
+    found = KlDivergence(source=book, length=32, stride=16, batch=2).measure(ours, against=theirs)
+    ids = KlDivergence(source=book).stream(ours).tolist()
     p, q = (literal(net, ids, 32, 16, []) for net in (theirs, ours))
     kl = sum(float((a.exp() * (a - b)).sum()) for a, b in zip(p, q, strict=True)) / len(p)
     same = sum(int(a.argmax() == b.argmax()) for a, b in zip(p, q, strict=True)) / len(p)
@@ -83,7 +83,7 @@ def test_agreement_is_the_mean_over_the_same_tokens(book: str) -> None:
 
 def test_a_network_agrees_with_itself(book: str) -> None:
     net = network()
-    found = Agreement(source=book, length=32, stride=16).measure(net, against=net)
+    found = KlDivergence(source=book, length=32, stride=16).measure(net, against=net)
     assert (found["kl"], found["top1"], found["tokens"]) == (0.0, 1.0, 69)
 
 
@@ -123,8 +123,8 @@ def test_logits_of_all_windows_are_never_held(book: str) -> None:
 def test_mistakes_are_named(book: str, tmp_path: Path) -> None:
     with pytest.raises(AerogelError, match="has no tokenizer"):
         Perplexity(source=book).measure(Network(FAMILIES["llama"].build(), FAMILY))
-    with pytest.raises(AerogelError, match="agreement compares with the original; give it"):
-        Agreement(source=book).measure(network())
+    with pytest.raises(AerogelError, match="kl_divergence compares with the original; give it"):
+        KlDivergence(source=book).measure(network())
     with pytest.raises(AerogelError, match="stride 0"):
         Perplexity(source=book, stride=0).measure(network())
     (tmp_path / "one.txt").write_text("the")

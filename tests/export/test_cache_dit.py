@@ -27,7 +27,7 @@ from aerogel.export.cache_policy import CachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.units import units_of
-from tests import painters
+from tests import image_pipelines as painters
 from tests.runtime.feature_cache.test_schedule import calls, counted
 from tests.runtime.feature_cache.test_spans import deep, ran
 from tests.tiny import FAMILIES, output
@@ -149,7 +149,7 @@ def test_whole_steps_of_units_become_a_mask(tmp_path: Path) -> None:
     assert row.ran == wanted
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert torch.allclose(a, b, atol=1e-5) == (step in wanted)
-    assert "the pictures and the error that was measured of the policy are not" in (out / "cache_dit.yaml").read_text()
+    assert "the images and the error that was measured of the policy are not" in (out / "cache_dit.yaml").read_text()
 
 
 def test_a_policy_of_all_blocks_keeps_the_first_there(tmp_path: Path) -> None:

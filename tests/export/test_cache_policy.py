@@ -22,7 +22,7 @@ from aerogel.io.fingerprint import fingerprint
 from aerogel.io.load import load
 from aerogel.io.save import resident
 from aerogel.runtime.feature_cache.schedule import Schedule, reusing
-from tests import painters
+from tests import image_pipelines as painters
 from tests.tiny import FAMILIES, fill
 
 WANTED = Denoising(count=2, steps=4, batch=2)
@@ -89,7 +89,7 @@ def test_it_says_what_the_schedule_saves(tmp_path: Path) -> None:
     network = load(pipeline())
     with reusing(network, Schedule.of(network, state)) as reuse:
         paint(network.processor)
-    assert state["slot_bytes"] == reuse.peak_bytes / 4 > 0  # two pictures under guidance
+    assert state["slot_bytes"] == reuse.peak_bytes / 4 > 0  # two images under guidance
     assert {"steps", "sampler", "units", "guidance", "error"} <= state.keys()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from aerogel.errors import AerogelError
 from aerogel.export.gguf import Gguf
 from aerogel.io.load import load
-from aerogel.layers.linear import QuantLinear, ScaledInput, held
+from aerogel.layers.linear import QuantLinear, ScaledInput, cache_dequantized
 from tests.saved import network, round_to_nearest, save, tokenizer
 from tests.tiny import FAMILIES, output
 
@@ -45,8 +45,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], gguf.GGUFReader
     return tensors, {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}, reader
 
 
-def written(folder: Path, **knobs: str) -> Path:
-    Gguf(**knobs).write(folder, folder.parent / "gguf")  # type: ignore[arg-type]
+def written(folder: Path, **options: str) -> Path:
+    Gguf(**options).write(folder, folder.parent / "gguf")  # type: ignore[arg-type]
     return folder.parent / "gguf/model.gguf"
 
 
@@ -109,7 +109,7 @@ def test_transformers_opens_it_and_gives_our_logits_and_tokens(tmp_path: Path) -
         path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=plain
     )
     for call in FAMILIES["llama"].calls(2):
-        with held(given.module):
+        with cache_dequantized(given.module):
             torch.testing.assert_close(output(theirs.eval(), call), output(given.module, call), rtol=1e-4, atol=1e-5)
     opened = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     text = "the hat and the man"
@@ -215,7 +215,7 @@ def test_llama_cpp_decodes_the_same_tokens_as_generate(scheme: str, llama_cpp: P
     chat = [{"role": "user", "content": "Why is the sky blue?"}]
     text = given.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids = given.processor(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    with held(given.module):
+    with cache_dequantized(given.module):
         said = given.module.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :].tolist()
     asked = json.dumps({"text": text, "ids": ids[0].tolist(), "count": len(said)})
     done = subprocess.run([str(llama_cpp), "-c", DECODE, str(path), asked], capture_output=True, text=True, check=True)

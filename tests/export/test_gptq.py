@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aerogel.errors import AerogelError
 from aerogel.export.gptq import GptqLayout
-from aerogel.layers.linear import QuantLinear, ScaledInput, held
+from aerogel.layers.linear import QuantLinear, ScaledInput, cache_dequantized
 from tests.saved import network, save, tokenizer
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -36,8 +36,8 @@ def literal_weight(tensors: dict[str, Tensor], name: str, bits: int, version: st
     return (scales[groups].float() * (codes.T - (zeros[groups] + (1 if version == "gptq" else 0)))).T
 
 
-def exported(folder: Path, **knobs: object) -> dict[str, Tensor]:
-    GptqLayout(**knobs).write(folder, folder.parent / "gptq")  # type: ignore[arg-type]
+def exported(folder: Path, **options: object) -> dict[str, Tensor]:
+    GptqLayout(**options).write(folder, folder.parent / "gptq")  # type: ignore[arg-type]
     return load_file(folder.parent / "gptq/model.safetensors")
 
 
@@ -144,6 +144,6 @@ def test_gptqmodel_opens_it_and_gives_our_logits(scheme: str, tmp_path: Path) ->
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = torch.load(tmp_path / "logits.pt", weights_only=True)
-    with torch.no_grad(), held(given.module):
+    with torch.no_grad(), cache_dequantized(given.module):
         ours = given.module(torch.arange(3, 23)[None]).logits.float()
     assert (theirs - ours).norm() < 0.02 * ours.norm()

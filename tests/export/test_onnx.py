@@ -30,8 +30,8 @@ from aerogel.errors import AerogelError
 from aerogel.export import onnx as exporting
 from aerogel.export.onnx import Onnx
 from aerogel.export.onnx_inputs import inputs_of, nested, unknown_inputs
-from aerogel.io.quantized import clock_of
-from aerogel.layers.linear import QuantLinear, held
+from aerogel.io.quantized import timestep_index_of
+from aerogel.layers.linear import QuantLinear, cache_dequantized
 from aerogel.methods.diffusion.temporal_cache import TemporalCache
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -71,7 +71,7 @@ class Written:
         return torch.from_numpy(self.session.run(None, self.feed(call) | other)[0])
 
     def ours(self, call: Call) -> Tensor:
-        with held(self.network.module):
+        with cache_dequantized(self.network.module):
             return output(self.network.module, call)
 
 
@@ -172,14 +172,14 @@ def test_a_layer_reads_its_range_off_the_row_of_the_step(unet: Written, tmp_path
     more = session(tmp_path / "more.onnx")
     seen: list[Tensor] = []
     layer.register_forward_pre_hook(lambda _, args: seen.append(args[0][:1]))
-    clock = clock_of(unet.network.module)
+    clock = timestep_index_of(unet.network.module)
     assert clock is not None
     for row, call in enumerate(calls("unet", 2)):
         unet.ours(call)
         theirs = torch.from_numpy(more.run([product], unet.feed(call))[0]) + layer.bias
         distances = []
         for other in range(len(STEPS)):
-            with clock.at((other,)), held(layer):
+            with clock.at((other,)), cache_dequantized(layer):
                 distances.append(float((layer._multiply(seen[-1]) - theirs).abs().max() / theirs.abs().max()))
         right = distances.pop(row)
         assert right < EXACT
@@ -270,7 +270,7 @@ def test_many_weights_go_into_a_file_of_their_own(dit: Written, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("kind", "scheme", "act_order", "knobs", "word"),
+    ("kind", "scheme", "act_order", "options", "word"),
     [
         ("llama", "W4A16_G32", False, {}, "a llama is none of the denoisers"),
         ("wan", "W4A16_G32", False, {}, "a WanTransformer3DModel is none of the denoisers"),
@@ -282,12 +282,12 @@ def test_many_weights_go_into_a_file_of_their_own(dit: Written, tmp_path: Path, 
     ],
 )
 def test_what_a_graph_cannot_say_is_refused_before_any_work(
-    kind: str, scheme: str | None, act_order: bool, knobs: dict[str, int], word: str, tmp_path: Path
+    kind: str, scheme: str | None, act_order: bool, options: dict[str, int], word: str, tmp_path: Path
 ) -> None:
     save(rounded(scheme, kind, act_order=act_order), tmp_path / "master")
-    assert all(word in reason for reason in Onnx(**knobs).refuse(tmp_path / "master"))
+    assert all(word in reason for reason in Onnx(**options).refuse(tmp_path / "master"))
     with pytest.raises(AerogelError, match=f"cannot be written as Onnx: .*{word}"):
-        Onnx(**knobs).write(tmp_path / "master", tmp_path / "graph")
+        Onnx(**options).write(tmp_path / "master", tmp_path / "graph")
     assert not (tmp_path / "graph").exists()
 
 

@@ -12,7 +12,7 @@ from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
 
 from aerogel.methods.feature_cache.first_block import FirstBlock
 from aerogel.methods.feature_cache.magcache import Magcache
-from aerogel.methods.feature_cache.policy import ReusePolicy
+from aerogel.methods.feature_cache.policy import FeatureCachePolicy
 from aerogel.model.network import Network
 from tests.methods.feature_cache.test_residuals import TEN, drifting, theirs, under
 from tests.runtime.feature_cache.test_spans import deep
@@ -21,7 +21,7 @@ from tests.tiny import output
 # diffusers has no cache for the class of SD3, and its hooks fail on a last block that drops the text.
 
 
-def check(name: str, policy: ReusePolicy, config_of: Callable[[dict[str, Any]], Any]) -> None:
+def check(name: str, policy: FeatureCachePolicy, config_of: Callable[[dict[str, Any]], Any]) -> None:
     network, given = deep(name), drifting(name)
     made, decisions, state = under(network, policy, given)
     other = Network(copy.deepcopy(network.module), network.family)

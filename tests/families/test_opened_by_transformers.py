@@ -10,7 +10,7 @@ import transformers
 
 import aerogel
 from aerogel import catalog
-from aerogel.layers.linear import held
+from aerogel.layers.linear import cache_dequantized
 from tests.tiny import FAMILIES, output
 
 MODALITIES = {name: catalog.find("families", tiny.family).modality for name, tiny in FAMILIES.items()}
@@ -30,7 +30,7 @@ def test_transformers_gives_our_logits(name: str, tmp_path: Path) -> None:
     kind = transformers.AutoModelForImageTextToText if MODALITIES[name] == "image-text" else transformers.AutoModelForCausalLM
     theirs, loading = kind.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
     assert not any(loading.values())
-    with held(result.network.module):  # the float weights, without a kernel's own rounding
+    with cache_dequantized(result.network.module):  # the float weights, without a kernel's own rounding
         for call in tiny.calls(3):
             expected = output(result.network.module, call)
             torch.testing.assert_close(output(theirs.eval(), call), expected, rtol=0, atol=1e-5)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from aerogel.errors import AerogelError
 from aerogel.io.load import load
 from aerogel.io.save import new_folder, preflight, resident, write
-from aerogel.layers.linear import held
+from aerogel.layers.linear import cache_dequantized
 from tests.saved import network, round_to_nearest, save
 from tests.tiny import FAMILIES, output
 
@@ -35,7 +35,7 @@ def opened(folder: Path) -> nn.Module:
 def largest_difference(left: nn.Module, right: nn.Module) -> float:
     """Between the logits of two models in float arithmetic, relative to the largest logit."""
     calls = FAMILIES["llama"].calls(2)
-    with held(left), held(right):
+    with cache_dequantized(left), cache_dequantized(right):
         pairs = [(output(left, call).float(), output(right, call).float()) for call in calls]
     return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
 
@@ -180,7 +180,7 @@ def test_a_denoiser_is_saved_into_its_part_of_the_pipeline_from_memory_and_from_
         assert config["quantization_config"]["format"] == "pack-quantized"
         assert load_file(folder / "vae/diffusion_pytorch_model.safetensors").keys() == pipeline().vae.state_dict().keys()
         again = load(folder, lazy=False)
-        with held(again.module), held(live.module):
+        with cache_dequantized(again.module), cache_dequantized(live.module):
             torch.testing.assert_close(output(again.module, call), output(live.module, call))
 
 

@@ -12,7 +12,7 @@ from aerogel.kernels.kernel import ACTIVATIONS
 from aerogel.kernels.linear import candidates, pack, run
 from aerogel.layers.conv import quantized, with_inputs
 from aerogel.layers.linear import QuantLinear
-from aerogel.layers.timestep_index import Clock
+from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.numerics.formats import format_named
 from aerogel.numerics.quantize import dequantize, fake_quantize, grid_from_range, quantize, weight_grid
 from aerogel.numerics.scheme import PerStep, Scheme, TensorScheme
@@ -51,7 +51,7 @@ def test_one_packed_weight_serves_the_scales_of_all_steps() -> None:
     twin, x = made("W4A8_CHANNEL_ASYM_AFFINE")
     inputs = TensorScheme(format_named("int8"), PerStep(2), symmetric=False)
     stepped = with_inputs(twin, inputs, grid_from_range(torch.tensor([-1.0, -4.0]), torch.tensor([1.0, 3.0]), inputs))
-    stepped.clock = Clock([9, 4])
+    stepped.clock = TimestepIndex([9, 4])
     kernel = Affine(stepped, x.dtype)
     for row in (0, 1, 0):
         with stepped.clock.at((row,)):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from aerogel.kernels import conv2d
 from aerogel.layers.conv import QuantConv2d, matrix, quantized, size
-from aerogel.layers.linear import held, stored_grid
+from aerogel.layers.linear import cache_dequantized, stored_grid
 from aerogel.numerics.quantize import dequantize, fake_quantize, grid_from_range, quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
 
@@ -64,7 +64,7 @@ def test_integers_give_the_literal_sum(scheme: str, geometry: dict[str, Any]) ->
     for y in (conv2d.by_integers(x, twin, {}), conv2d.reference(x, twin), twin(x)):
         assert y.dtype == x.dtype
         torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
-    with held(twin):
+    with cache_dequantized(twin):
         torch.testing.assert_close(twin(x).double(), wanted, rtol=1e-5, atol=1e-5)
 
 

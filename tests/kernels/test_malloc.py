@@ -1,4 +1,4 @@
-"""The heap: what is freed inside `slim` leaves the process at once, and by glibc's own rule again afterwards."""
+"""The heap: what is freed inside `limit_fragmentation` leaves the process at once, and by glibc's own rule again afterwards."""
 
 from __future__ import annotations
 

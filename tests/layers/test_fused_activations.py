@@ -16,10 +16,10 @@ from aerogel.data.denoising import Denoising
 from aerogel.kernels import onepass
 from aerogel.kernels.affine import Affine
 from aerogel.layers.fused_activations import FusedGEGLU, FusedGELU, fuse, part_again
-from aerogel.layers.linear import QuantLinear, held
-from aerogel.model.hooks import watching
+from aerogel.layers.linear import QuantLinear, cache_dequantized
+from aerogel.model.hooks import capture_inputs
+from tests.image_pipelines import classes
 from tests.methods.diffusion.test_fsc import calls
-from tests.painters import classes
 from tests.tiny import FAMILIES
 
 STATIC = {"steps": [{"rtn": {"scheme": "W8A16_CHANNEL"}}, {"activation_ranges": {"start": "minmax", "steps": 0}}]}
@@ -82,9 +82,9 @@ def test_who_looks_at_the_linear_sees_it_run() -> None:
     x = torch.randn(3, 16)
     with torch.no_grad():
         wanted = gelu(x)
-        with watching({"proj": gelu.proj}, lambda name, _: seen.append(name)):
+        with capture_inputs({"proj": gelu.proj}, lambda name, _: seen.append(name)):
             torch.testing.assert_close(gelu(x), wanted)
-        with held(gelu):
+        with cache_dequantized(gelu):
             torch.testing.assert_close(gelu(x), wanted, rtol=1e-4, atol=1e-4)
     assert seen == ["proj"]
     x.requires_grad_()

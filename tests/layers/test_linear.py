@@ -11,7 +11,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
 
 from aerogel.io.quantized import describe
-from aerogel.layers.linear import QuantLinear, ScaledInput, held, stored_grid
+from aerogel.layers.linear import QuantLinear, ScaledInput, cache_dequantized, stored_grid
 from aerogel.numerics.quantize import Grid, dequantize, quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
 
@@ -105,7 +105,7 @@ def test_an_empty_one_takes_the_tensors_of_a_full_one(name: str) -> None:
     }
     empty.load_state_dict(full.state_dict(), assign=True)
     x = torch.randn(2, 3, INPUTS)
-    with held(empty), held(full):
+    with cache_dequantized(empty), cache_dequantized(full):
         assert same(empty(x), full(x))
 
 
@@ -121,7 +121,7 @@ def test_forward_is_the_product_of_rounded_input_and_rounded_weight(name: str) -
         rounded = (x / 0.03125).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.03125
     expected = rounded @ ours.dequantized(torch.float32).T + linear.bias
     assert (ours(x) - expected).norm() < 0.01 * expected.norm()  # by a kernel, which may multiply in bfloat16
-    with held(ours):
+    with cache_dequantized(ours):
         torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -157,12 +157,12 @@ def test_held_weights_answer_the_same_and_are_let_go() -> None:
     x = torch.randn(4, INPUTS)
     assert ours.bias is not None
     expected = nn.functional.linear(x, ours.dequantized(torch.float32), ours.bias)
-    with held(nn.Sequential(ours)):
+    with cache_dequantized(nn.Sequential(ours)):
         assert same(ours(x), expected)
         first = ours._held
         assert first is not None
         assert list(first) == [torch.float32]
-        with held(ours):
+        with cache_dequantized(ours):
             assert same(ours(x), expected)
         assert ours._held is first
     assert ours._held is None
@@ -184,7 +184,7 @@ def test_the_kernels_cache_lives_as_long_as_the_weight_it_was_packed_from() -> N
 def test_it_compiles_without_a_break() -> None:
     ours, _ = quantized("W4A16_G32_ASYM")
     x = torch.randn(2, INPUTS)
-    with torch.no_grad(), held(ours):
+    with torch.no_grad(), cache_dequantized(ours):
         expected = ours(x)
     compiled = torch.compile(nn.Sequential(ours), backend="eager", fullgraph=True)
     with torch.no_grad():
@@ -195,5 +195,5 @@ def test_scaled_input_divides_before_the_linear() -> None:
     ours, _ = quantized("W8A8")
     scale_I = torch.rand(INPUTS) + 0.5
     x = torch.randn(3, INPUTS)
-    with held(ours):
+    with cache_dequantized(ours):
         assert same(ScaledInput(ours, scale_I)(x), ours(x / scale_I))

@@ -10,11 +10,11 @@ from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.layers.timestep_index import Clock
+from aerogel.layers.timestep_index import TimestepIndex
 
 
 class Denoiser(nn.Module):
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: TimestepIndex) -> None:
         super().__init__()
         self.clock = clock
         self.seen: list[tuple[int, ...]] = []
@@ -31,25 +31,25 @@ class Denoiser(nn.Module):
 def test_rows_are_the_samplers_own_steps(count: int, sampler: type) -> None:
     scheduler = sampler()
     scheduler.set_timesteps(count)
-    clock = Clock(scheduler.timesteps.tolist())
+    clock = TimestepIndex(scheduler.timesteps.tolist())
     rows = [clock.rows_of(step)[0] for step in scheduler.timesteps]
     assert sorted(set(rows)) == list(range(len(set(scheduler.timesteps.tolist()))))
     assert all(clock.steps[row] == step for row, step in zip(rows, scheduler.timesteps.tolist(), strict=True))
 
 
 def test_repeated_steps_share_a_row() -> None:
-    clock = Clock([9, 4, 4, 1])
+    clock = TimestepIndex([9, 4, 4, 1])
     assert clock.steps == (9, 4, 1)
     assert clock.rows_of(torch.tensor([1, 4, 9, 4])) == (2, 1, 0, 1)
 
 
 def test_an_unknown_step_is_refused() -> None:
     with pytest.raises(AerogelError, match="time step 5 is not among the 3 of DDIM"):
-        Clock([9, 4, 1], "DDIM").rows_of(5)
+        TimestepIndex([9, 4, 1], "DDIM").rows_of(5)
 
 
 def test_it_follows_a_forward_and_comes_off() -> None:
-    clock = Clock([9, 4, 1])
+    clock = TimestepIndex([9, 4, 1])
     denoiser = Denoiser(clock)
     with clock.on(denoiser):
         denoiser(torch.zeros(2, 1), torch.tensor([4, 1]))
@@ -64,7 +64,7 @@ def test_it_follows_a_forward_and_comes_off() -> None:
 
 
 class Projected(Denoiser):
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: TimestepIndex) -> None:
         super().__init__(clock)
         torch.manual_seed(0)
         self.time = nn.Sequential(nn.Linear(48, 96), nn.SiLU(), nn.Linear(96, 32))
@@ -77,7 +77,7 @@ class Projected(Denoiser):
 
 @pytest.mark.parametrize("steps", [(4, 4, 4, 4), (1, 9, 1), (9,)], ids=str)
 def test_what_depends_on_the_step_alone_gives_the_same_bits_in_any_batch(steps: tuple[int, ...]) -> None:
-    clock = Clock([9, 4, 1])
+    clock = TimestepIndex([9, 4, 1])
     denoiser = Projected(clock)
     alone = [denoiser.time(denoiser.table[row : row + 1]) for row in range(3)]
     sample = torch.zeros(len(steps), 32)
@@ -91,7 +91,7 @@ def test_what_depends_on_the_step_alone_gives_the_same_bits_in_any_batch(steps: 
 
 
 def test_a_module_that_fails_leaves_the_clock_in_order() -> None:
-    clock = Clock([9, 4, 1])
+    clock = TimestepIndex([9, 4, 1])
     denoiser = Projected(clock)
     with clock.on(denoiser, ["time"]):
         denoiser.table = torch.randn(3, 47)
@@ -102,7 +102,7 @@ def test_a_module_that_fails_leaves_the_clock_in_order() -> None:
 
 
 def test_a_copy_follows_a_clock_of_its_own() -> None:
-    clock = Clock([9, 4, 1])
+    clock = TimestepIndex([9, 4, 1])
     denoiser = Projected(clock)
     clock.follow(denoiser, ["time"])
     twin = copy.deepcopy(denoiser)
@@ -111,7 +111,7 @@ def test_a_copy_follows_a_clock_of_its_own() -> None:
 
 
 def test_a_denoiser_that_it_left_is_followed_no_more_and_keeps_its_other_hooks() -> None:
-    clock, other = Clock([3, 1]), Clock([3, 1])
+    clock, other = TimestepIndex([3, 1]), TimestepIndex([3, 1])
     denoiser = nn.Sequential(nn.Linear(2, 2))
     clock.follow(denoiser, ["0"])
     kept = denoiser[0].register_forward_hook(other._stop)

@@ -222,4 +222,4 @@ def reachable(name: str) -> set[str]:
     """Every linear but the head and what the family keeps."""
     network = opened(name)
     linears = {part for part, module in network.module.named_modules() if isinstance(module, nn.Linear)}
-    return {linear for linear in linears if linear != "lm_head" and not matches(linear, network.family.keep)}
+    return {linear for linear in linears if linear != "lm_head" and not matches(linear, network.family.never_quantize)}

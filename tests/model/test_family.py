@@ -34,12 +34,12 @@ def test_names_go_to_disk_and_back(family: Family, memory: str, disk: str) -> No
 
 def test_lists_of_the_family_are_written_out() -> None:
     unet: Family = catalog.find("families", "unet")
-    assert unet.spelled(["a.*", "@ends"]) == ("a.*", "conv_in", "conv_out")
-    assert {"time_embedding.*", "mid_block.resnets.*.time_emb_proj"} < set(unet.spelled(["@time_path"]))
+    assert unet.expand_patterns(["a.*", "@ends"]) == ("a.*", "conv_in", "conv_out")
+    assert {"time_embedding.*", "mid_block.resnets.*.time_emb_proj"} < set(unet.expand_patterns(["@time_path"]))
     with pytest.raises(AerogelError, match=r"the unet family has no list @end; it has @time_path, @ends, @released_tfmq"):
-        unet.spelled(["@end"])
+        unet.expand_patterns(["@end"])
     with pytest.raises(AerogelError, match="the llava family has no list @ends; it has none"):
-        LLAVA.spelled(["@ends"])
+        LLAVA.expand_patterns(["@ends"])
 
 
 def test_an_older_layout_on_disk_is_known_too() -> None:

@@ -81,7 +81,7 @@ def full(
                     "parts": {"quantized layers": size - 56_723_376, **REST},
                 },
                 "perplexity": {"perplexity": perplexity, "nats_per_token": math.log(perplexity), **TEXT},
-                "agreement": {"kl": 0.0412, "top1": 0.9013, **TEXT},
+                "kl_divergence": {"kl": 0.0412, "top1": 0.9013, **TEXT},
                 "generation": {"samples": SAMPLES, "same_share": 0.43},
                 "speed": {"prefill_tokens_per_second": 498.0, "decode_tokens_per_second": speed, "peak_memory_bytes": 402_000_000, **BENCH},
             },
@@ -166,8 +166,8 @@ def coverage() -> dict[str, Any]:
     }
 
 
-def pictures() -> dict[str, Any]:
-    """A record of a network that makes pictures; the numbers are made up."""
+def images() -> dict[str, Any]:
+    """A record of a network that makes images; the numbers are made up."""
     made = {"count": 256, "steps": 20, "guidance": 2.0, "seed": 0}
     real = {"reference": "the test set of Fashion-MNIST", "real_images": 10_000, **made}
     pairs = [
@@ -178,12 +178,12 @@ def pictures() -> dict[str, Any]:
     content = full("unet-w4")
     content["model"] = {"name": "fashion-unet", "family": "unet", "parameters": 3_700_000, "dtype": "float16"}
     for side in content["metrics"].values():
-        for measure in ("perplexity", "agreement", "generation", "speed"):
+        for measure in ("perplexity", "kl_divergence", "generation", "speed"):
             side.pop(measure, None)
-    content["metrics"]["original"]["realism"] = {f"{name}[fashion-judge]": value for name, value in figures.items()} | real
+    content["metrics"]["original"]["image_quality"] = {f"{name}[fashion-judge]": value for name, value in figures.items()} | real
     worse = {name: (1.1 if "frechet" in name else 0.9) * value for name, value in figures.items()}
-    content["metrics"]["compressed"]["realism"] = {f"{name}[fashion-judge]": value for name, value in worse.items()} | real
-    content["metrics"]["compressed"]["pictures"] = {
+    content["metrics"]["compressed"]["image_quality"] = {f"{name}[fashion-judge]": value for name, value in worse.items()} | real
+    content["metrics"]["compressed"]["image_similarity"] = {
         "mse": 0.0031, "psnr": 25.1, "ssim": 0.913, "perceptual[efficientnet-lite0, unlearned]": 0.0712, **made, "pairs": pairs,
     }  # fmt: skip
     content["metrics"]["compressed"] |= {"temporal": temporal(), "inputs": inputs()}
@@ -199,7 +199,7 @@ def folders(root: Path) -> Path:
         "awq-w4a16": full("awq-w4a16", perplexity=26.2, size=87_600_000, speed=57.0),
         "rtn-w8a8": full("rtn-w8a8", "W8A8", 24.1, 163_900_000, 66.0),
         "gptq-w4a16": full(),
-        "unet-w4": pictures(),
+        "unet-w4": images(),
         "minimal": MINIMAL,
     }
     for name, content in neighbours.items():

@@ -20,12 +20,12 @@ from tests.report.runs import _PNGS as PNGS
 from tests.report.test_page import read
 
 
-def row(policy: str, speedup: float, error: float, **knobs: Any) -> dict[str, Any]:
+def row(policy: str, speedup: float, error: float, **options: Any) -> dict[str, Any]:
     return {
-        "policy": policy, "knob": "interval", "value": 2, "step": {policy: {}}, "speedup": speedup, "error": error, "seconds": 12.0,
+        "policy": policy, "option": "interval", "value": 2, "step": {policy: {}}, "speedup": speedup, "error": error, "seconds": 12.0,
         "step_errors": [0.0, error / 2, error / 1.5, error], "ran": [[1.0, 1.0], [0.0, 0.25], [1.0, 1.0], [0.0, 0.0]],
-        "pictures": [PNGS[1], PNGS[1]], "tries": [{"value": 2, "speedup": speedup, "seconds": 12.0}],
-    } | knobs  # fmt: skip
+        "images": [PNGS[1], PNGS[1]], "tries": [{"value": 2, "speedup": speedup, "seconds": 12.0}],
+    } | options  # fmt: skip
 
 
 def record(**facts: Any) -> dict[str, Any]:
@@ -52,10 +52,10 @@ def record(**facts: Any) -> dict[str, Any]:
             row("uniform_cache", 1.6, 0.03),
             row("wild", 1.7, float("nan")),
         ],
-        "fewer": {"policy": "fewer steps", "knob": "steps", "value": 3, "speedup": 1.55, "error": 0.05, "pictures": [PNGS[0], PNGS[1]]},
+        "fewer": {"policy": "fewer steps", "option": "steps", "value": 3, "speedup": 1.55, "error": 0.05, "images": [PNGS[0], PNGS[1]]},
         "without_fewer": "",
         "left_out": [{"policy": "<b>pab</b>", "reason": "too slow for <i>this</i>", "tries": []}],
-        "pictures": [PNGS[0], PNGS[0]],
+        "images": [PNGS[0], PNGS[0]],
         "subjects": ["a <b>bag</b>", "boot"],
     } | facts
 
@@ -74,8 +74,8 @@ def test_everything_is_said() -> None:
         "a <b>painter</b> denoises 1.52 times as fast with schedule_search; its final latents move by 0.0100.",
         "4 of 5 policies can be 1.5 times as fast.",
         "The pipeline alone is 1.55 times as fast in 3 of 4 steps and moves by 0.0500, 5.00 times as much.",
-        "Errors are of 64 pictures of held-out noise in 4 steps of DDIMScheduler under guidance 1.5.",
-        "Speed is of 8 pictures at once, 3 rounds with and without each policy in turns, 2.0 s a turn without.",
+        "Errors are of 64 images of held-out noise in 4 steps of DDIMScheduler under guidance 1.5.",
+        "Speed is of 8 images at once, 3 rounds with and without each policy in turns, 2.0 s a turn without.",
         "The latents' variance is 0.490.",
         "schedule_search interval 2 1.52 0.0100 1.0× 46.9 % 12 s",
         "fora interval 2 1.90 0.0200 2.0× 46.9 % 12 s",
@@ -122,7 +122,7 @@ def test_fewer_steps_that_are_better_are_said_so() -> None:
 
 
 def test_a_search_that_found_nothing_says_why() -> None:
-    words = rendered(rows=[], fewer=None, without_fewer="it knows one step only", pictures=[], subjects=[]).words
+    words = rendered(rows=[], fewer=None, without_fewer="it knows one step only", images=[], subjects=[]).words
     assert "No policy makes a <b>painter</b> 1.5 times as fast." in words
     assert "0 of 1 policy can be 1.5 times as fast. The pipeline alone cannot: it knows one step only." in words
     assert "too slow for <i>this</i>" in words
@@ -171,6 +171,6 @@ def test_it_needs_no_torch(tmp_path: Path) -> None:
 def test_a_changed_record_is_named(tmp_path: Path) -> None:
     with pytest.raises(AerogelError, match=r"search\.json cannot be read .*give a folder that `aerogel search` wrote"):
         search.write(tmp_path)
-    (tmp_path / "search.json").write_text(json.dumps(record(pictures=['x" onerror="alert(1)'])))
-    with pytest.raises(AerogelError, match=r"search\.json: pictures\.0: string should match pattern"):
+    (tmp_path / "search.json").write_text(json.dumps(record(images=['x" onerror="alert(1)'])))
+    with pytest.raises(AerogelError, match=r"search\.json: images\.0: string should match pattern"):
         search.write(tmp_path)

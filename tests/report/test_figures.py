@@ -1,4 +1,4 @@
-"""Figures: what is drawn stands where its numbers say, nothing leaves the picture, a file of its own is valid XML."""
+"""Figures: what is drawn stands where its numbers say, nothing leaves the image, a file of its own is valid XML."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_labels_stay_inside_and_apart(width: float) -> None:
 
 
 def test_a_file_of_its_own_is_xml_with_its_colours(tmp_path: Path) -> None:
-    path = page.write_picture(folders(tmp_path / "runs"), tmp_path / "tradeoff.svg")
+    path = page.write_plot(folders(tmp_path / "runs"), tmp_path / "tradeoff.svg")
     root = Xml.parse(path).getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert "prefers-color-scheme: dark" in path.read_text("utf-8")
     assert len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == 2 * 6
     with pytest.raises(AerogelError, match="has no trade-off to draw: its quality was not measured"):
-        page.write_picture(tmp_path / "runs" / "minimal", tmp_path / "tradeoff.svg")
+        page.write_plot(tmp_path / "runs" / "minimal", tmp_path / "tradeoff.svg")
 
 
 def test_error_map_has_a_cell_for_every_linear() -> None:

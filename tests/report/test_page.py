@@ -16,7 +16,7 @@ from aerogel.errors import AerogelError
 from aerogel.report import page, record
 from aerogel.report.reuse import reuse_map
 from aerogel.report.skips import skip_map
-from tests.report.runs import MINIMAL, folders, full, pictures, replies, reuse, temporal
+from tests.report.runs import MINIMAL, folders, full, images, replies, reuse, temporal
 
 VOID = {"meta", "link", "br", "wbr", "img", "input", "hr"}
 
@@ -112,7 +112,7 @@ def test_minimal_report_says_what_is_missing() -> None:
     assert "Before and after" not in words
 
 
-@pytest.mark.parametrize("missing", ["size", "perplexity", "agreement", "generation", "speed"])
+@pytest.mark.parametrize("missing", ["size", "perplexity", "kl_divergence", "generation", "speed"])
 @pytest.mark.parametrize("side", ["original", "compressed"])
 def test_any_measure_may_be_missing(missing: str, side: str) -> None:
     content = full()
@@ -132,21 +132,21 @@ def test_nothing_is_fetched(folder: Path) -> None:
 
 
 def test_pictures_stand_side_by_side_with_their_figures() -> None:
-    reader = read(page.page(record.parse(pictures())))
+    reader = read(page.page(record.parse(images())))
     for said in (
         "fashion-unet is 3.1× smaller; its Fréchet distance [fashion-judge] is 3.53, the original's 3.21.",
         "Fréchet distance [fashion-judge] 3.210 3.531 +10 %",
         "Spatial Fréchet distance [fashion-judge] 1.500 1.650 +10 %",
         "Recall [fashion-judge] 62.0 % 55.8 % −10 %",
         "Shows what was asked for [fashion-judge] 95.5 % 85.9 % −10 %",
-        "SSIM with the original's pictures – 0.913",
-        "PSNR against the original's pictures, dB – 25.1",
+        "SSIM with the original's images – 0.913",
+        "PSNR against the original's images, dB – 25.1",
         "Perceptual distance [efficientnet-lite0, unlearned] – 0.0712",
-        "Compared with the original's pictures: 256 pictures in 20 steps under guidance 2 from seed 0.",
-        "Compared with real images (the test set of Fashion-MNIST): 256 pictures in 20 steps under guidance 2 from seed 0.",
-        "The same noise, both networks 2 of 256 pictures in 20 steps under guidance 2 from seed 0.",
+        "Compared with the original's images: 256 images in 20 steps under guidance 2 from seed 0.",
+        "Compared with real images (the test set of Fashion-MNIST): 256 images in 20 steps under guidance 2 from seed 0.",
+        "The same noise, both networks 2 of 256 images in 20 steps under guidance 2 from seed 0.",
         "a <b>bag</b> a <b>boot</b>",
-        "Share of generated pictures that lie among the real ones",
+        "Share of generated images that lie among the real ones",
     ):
         assert said in reader.words, said
     assert "Quality was not measured" not in reader.words
@@ -158,25 +158,25 @@ def test_pictures_stand_side_by_side_with_their_figures() -> None:
 def test_speed_of_pictures_is_said_and_drawn(folder: Path) -> None:
     content = json.loads((folder.parent / "unet-w4" / "aerogel.json").read_text())
     timed = {"denoiser_milliseconds": 40.0, "batch": 4, "steps": 20, "guidance": 2.0, "threads": 2, "device": "cpu"}
-    content["metrics"]["original"]["sampling"] = {"pictures_per_minute": 30.0, **timed}
-    content["metrics"]["compressed"]["sampling"] = {"pictures_per_minute": 60.0, **timed, "denoiser_milliseconds": 16.0}
+    content["metrics"]["original"]["sampling"] = {"images_per_minute": 30.0, **timed}
+    content["metrics"]["compressed"]["sampling"] = {"images_per_minute": 60.0, **timed, "denoiser_milliseconds": 16.0}
     run = record.parse(content)
     words = read(page.page(run)).words
     for said in (
         "fashion-unet is 3.1× smaller and 2.0× faster;",
-        "Pictures a minute 30.0 60.0 2.0× faster",
+        "Images a minute 30.0 60.0 2.0× faster",
         "One run of the denoiser, ms 40.0 16.0 2.5× faster",
         "Sampling on cpu, batch 4, steps 20, guidance 2, threads 2.",
         "Fréchet distance [fashion-judge] ↓ better",
-        "Pictures a minute → better",
+        "Images a minute → better",
     ):
         assert said in words, said
     assert "Speed was not measured" not in words
-    assert len(page.pictures(run)) == 2, "against size and against speed"
+    assert len(page.images(run)) == 2, "against size and against speed"
 
 
 def test_a_denoisers_sense_of_time_is_shown_and_said() -> None:
-    words = read(page.page(record.parse(pictures()))).words
+    words = read(page.page(record.parse(images()))).words
     for said in (
         "Squared error of temporal features – 3.15 %",
         "Temporal features that tell another time – 1.00 %",
@@ -193,7 +193,7 @@ def test_a_denoisers_sense_of_time_is_shown_and_said() -> None:
 
 
 def test_what_is_reused_is_drawn_and_said() -> None:
-    content = pictures() | {"policies": [{"step": {"attention_quant": {}}, "state": {"softmax": 1.0}}, reuse()]}
+    content = images() | {"policies": [{"step": {"attention_quant": {}}, "state": {"softmax": 1.0}}, reuse()]}
     words = read(page.page(record.parse(content))).words
     for said in (
         "What is reused",
@@ -205,12 +205,12 @@ def test_what_is_reused_is_drawn_and_said() -> None:
     assert "blocks.0.&lt;b&gt;attn, step 300: reused" in drawn
     assert "blocks.0.ff, step 600: runs" in drawn
     assert drawn.count("reused") == 5
-    assert "What is reused" not in read(page.page(record.parse(pictures()))).words
+    assert "What is reused" not in read(page.page(record.parse(images()))).words
 
 
 def test_who_only_reuses_is_not_told_what_is_in_float() -> None:
     nothing = {"coverage": {"layers": 3, "float_weights": ["a", "b", "c"], "float_inputs": ["a", "b", "c"]}, "plan": {"share_reached": 0.0}}
-    words = read(page.page(record.parse(pictures() | nothing | {"policies": [reuse()]}))).words
+    words = read(page.page(record.parse(images() | nothing | {"policies": [reuse()]}))).words
     for absent in ("What is in codes", "Left in float", "of them reached"):
         assert absent not in words
 
@@ -219,11 +219,11 @@ def test_a_schedule_with_holes_is_named() -> None:
     broken = reuse()
     broken["state"]["computed"][1] = "11"
     with pytest.raises(ValueError, match="a table of 4 steps and 4 units was expected"):
-        page.page(record.parse(pictures() | {"policies": [broken]}))
+        page.page(record.parse(images() | {"policies": [broken]}))
 
 
 def test_what_shares_a_scale_is_compared_place_by_place() -> None:
-    reader = read(page.page(record.parse(pictures())))
+    reader = read(page.page(record.parse(images())))
     for said in (
         "How inputs fit into 8 bits",
         "proj_in 1 0.200 % 0.200 % 0.100 % 0.100 %",
@@ -238,14 +238,14 @@ def test_what_shares_a_scale_is_compared_place_by_place() -> None:
 
 
 def test_inputs_with_holes_are_named() -> None:
-    content = pictures()
+    content = images()
     content["metrics"]["compressed"]["inputs"]["token"].pop()
     with pytest.raises(AerogelError, match=r"aerogel\.json: metrics\.compressed\.inputs"):
         record.parse(content)
 
 
 def test_a_sense_of_time_that_nothing_hurt_is_said_so() -> None:
-    content = pictures()
+    content = images()
     unhurt = temporal(steps=2) | {"cosines": [[1.0, 1.0]] * 5, "errors": [[0.0, 0.0]] * 5, "mismatches": [[False] * 2] * 5}
     content["metrics"]["compressed"]["temporal"] = unhurt | {"error": 0.0, "cosine": 1.0, "least_cosine": 1.0, "mismatch": 0.0}
     words = read(page.page(record.parse(content))).words
@@ -254,7 +254,7 @@ def test_a_sense_of_time_that_nothing_hurt_is_said_so() -> None:
 
 
 def test_what_is_in_codes_is_counted_and_what_is_not_is_named() -> None:
-    reader = read(page.page(record.parse(pictures())))
+    reader = read(page.page(record.parse(images())))
     for said in (
         "Weights int4 5 of 10",
         "Weights float 5 of 10",
@@ -279,25 +279,25 @@ def test_what_no_layer_has_in_codes_is_not_named() -> None:
 
 @pytest.mark.parametrize("changed", [{"layers": ["one"]}, {"steps": []}, {"errors": [[0.1]] * 5}])
 def test_a_sense_of_time_with_holes_is_named(changed: dict[str, Any]) -> None:
-    content = pictures()
+    content = images()
     content["metrics"]["compressed"]["temporal"] |= changed
     with pytest.raises(AerogelError, match=r"aerogel\.json: metrics\.compressed\.temporal"):
         record.parse(content)
 
 
 def test_identical_pictures_have_infinite_psnr() -> None:
-    content = pictures()
-    content["metrics"]["compressed"]["pictures"] |= {"mse": 0.0, "psnr": float("inf"), "ssim": 1.0}
-    del content["metrics"]["compressed"]["realism"]
+    content = images()
+    content["metrics"]["compressed"]["image_similarity"] |= {"mse": 0.0, "psnr": float("inf"), "ssim": 1.0}
+    del content["metrics"]["compressed"]["image_quality"]
     words = read(page.page(record.parse(json.loads(json.dumps(content))))).words
-    assert "its pictures have an SSIM of 1.00 with the original's" in words
-    assert "PSNR against the original's pictures, dB – ∞" in words
+    assert "its images have an SSIM of 1.00 with the original's" in words
+    assert "PSNR against the original's images, dB – ∞" in words
 
 
 def test_only_pictures_are_put_into_images() -> None:
-    content = pictures()
-    content["metrics"]["compressed"]["pictures"]["pairs"][0]["original"] = 'x" onerror="alert(1)'
-    with pytest.raises(AerogelError, match=r"metrics\.compressed\.pictures\.pairs\.0\.original: string should match pattern"):
+    content = images()
+    content["metrics"]["compressed"]["image_similarity"]["pairs"][0]["original"] = 'x" onerror="alert(1)'
+    with pytest.raises(AerogelError, match=r"metrics\.compressed\.image_similarity\.pairs\.0\.original: string should match pattern"):
         record.parse(content)
 
 
@@ -348,8 +348,8 @@ def test_report_needs_no_torch(folder: Path) -> None:
 
 def test_experts_that_were_spared_are_drawn_and_said() -> None:
     content = full()
-    content["metrics"]["original"]["replies"] = {"right": 0.84, "count": 128}
-    content["metrics"]["compressed"]["replies"] = replies()
+    content["metrics"]["original"]["exact_match"] = {"right": 0.84, "count": 128}
+    content["metrics"]["compressed"]["exact_match"] = replies()
     words = read(page.page(record.parse(content))).words
     for said in (
         "Which experts were spared",

@@ -13,12 +13,12 @@ from aerogel.report.courses import Course, courses
 from tests.report.test_page import read
 
 
-def row(policy: str, asked: float, kl: float, **knobs: Any) -> dict[str, Any]:
+def row(policy: str, asked: float, kl: float, **options: Any) -> dict[str, Any]:
     return {
         "policy": policy, "asked": asked, "met": True, "step": {policy: {}}, "ratio": asked + 0.01, "kl": kl, "top1": 0.98, "right": 0.6,
         "prefill_speedup": 1.6, "decode_speedup": 0.95, "seconds": 12.0,
         "skipped": {"prefill": 0.7, "decode": 0.2, "lost": 0.1, "layers": [[0.25, 0.75], [0.5, 1.0]], "lost_of_layers": [0.0, 0.2]},
-    } | knobs  # fmt: skip
+    } | options  # fmt: skip
 
 
 def record(**facts: Any) -> dict[str, Any]:

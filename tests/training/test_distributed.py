@@ -1,4 +1,4 @@
-"""Two processes, each with its share of the pictures, come to what one makes of all; one alone does nothing of it."""
+"""Two processes, each with its share of the images, come to what one makes of all; one alone does nothing of it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from aerogel.training.distributed import averaged, of_first, share, variance
 from tests.runtime.feature_cache.test_replay import painter, recorded
 
 KNOBS: dict[str, Any] = {"ratio": 0.4, "trajectories": 8, "refresh": 4, "search": 30, "samples": 8}
-PICTURES = {"count": 8, "batch": 4}
+IMAGES = {"count": 8, "batch": 4}
 VALUES = torch.randn(6, 5, generator=torch.Generator().manual_seed(3)) + torch.arange(6).unsqueeze(1)
 """Of different means in each half."""
 
 
 def calibrated() -> dict[str, Any]:
     network = painter()
-    state = Harmonica(**KNOBS).calibrate(network, recorded(network, **PICTURES))
+    state = Harmonica(**KNOBS).calibrate(network, recorded(network, **IMAGES))
     return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
@@ -89,7 +89,7 @@ def test_numbers_are_those_of_all_processes(pair: list[dict[str, Any]]) -> None:
 
 
 def test_what_cannot_be_shared_is_refused(pair: list[dict[str, Any]]) -> None:
-    assert all("batch of 3 pictures does not divide by the 2 processes" in found["odd"] for found in pair)
+    assert all("batch of 3 images does not divide by the 2 processes" in found["odd"] for found in pair)
     assert pair[0]["different"] == ""
     assert "process 1 was given 2 generations of 5 steps and 8 samples, the first process 1 of 5 and 4" in pair[1]["different"]
 

@@ -1,4 +1,4 @@
-"""The search for a cache: all policies at one measured speed, judged by the pictures that they make of held-out noise; the best is kept."""
+"""The search for a cache: all policies at one measured speed, judged by the images that they make of held-out noise; the best is kept."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 from aerogel.data.denoising import Denoising
 from aerogel.engine import policies
-from aerogel.engine.calibration import Given, prepare, shown
-from aerogel.engine.policies import Measured
+from aerogel.engine.calibration import CalibrationInput, prepare, shown
+from aerogel.engine.policies import CalibratedPolicy
 from aerogel.engine.progress import Event, Tell
-from aerogel.engine.search.judging_pictures import Judge
-from aerogel.engine.search.pacing import Attempt, Brought, Pace, candidates, fewer_steps
+from aerogel.engine.search.judging_images import Judge
+from aerogel.engine.search.pacing import Attempt, SpeedBudget, TunedPolicy, candidates, fewer_steps
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import pipeline_of
-from aerogel.methods.feature_cache.policy import ReusePolicy
+from aerogel.methods.feature_cache.policy import FeatureCachePolicy
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.compiled import uncompiled
 from aerogel.runtime.feature_cache.units import units_of
@@ -32,7 +32,7 @@ class CacheSearch:
     """A search on its way.
 
     Policies with a target speed-up are asked for it, those with a strength get the least one that is fast enough. Errors are of as many
-    pictures of other noise as were recorded. The same pipeline with fewer steps always stands beside them.
+    images of other noise as were recorded. The same pipeline with fewer steps always stands beside them.
     """
 
     def __init__(
@@ -45,18 +45,18 @@ class CacheSearch:
         self._attempts: list[Attempt] = []
         self._fewer: tuple[int, float] | None = None
         self._without = ""
-        self.best: Measured | None = None
+        self.best: CalibratedPolicy | None = None
 
-    def check(self, network: Network, samples: Given | None) -> None:
+    def check(self, network: Network, samples: CalibrationInput | None) -> None:
         """Raises AerogelError for a network without a pipeline or with a policy of reuse on, and for recorded calls."""
-        self.network, self.wanted = network, _pictures_of(network, samples)
+        self.network, self.wanted = network, _images_of(network, samples)
 
     def prepare(self, seed: int) -> dict[str, Any]:
-        """Let the pipeline make the pictures to calibrate on."""
+        """Let the pipeline make the images to calibrate on."""
         calibration = prepare(self.network, self.wanted, seed, head=False)
         self._calls, self._seed = calibration.calls, seed
         turn = replace(self.wanted, count=min(self.wanted.count, self.wanted.batch))
-        self.pace = Pace(self.network, turn, self.budget, seed + 1, self._rounds, self._clock)
+        self.pace = SpeedBudget(self.network, turn, self.budget, seed + 1, self._rounds, self._clock)
         return calibration.facts
 
     def bring(self) -> None:
@@ -116,12 +116,12 @@ class CacheSearch:
             "rounds": self.pace.rounds,
             "seconds": median(self.pace.whole) if self.pace.whole else None,
             "variance": judge.variance,
-            "pictures": judge.pictures,
+            "images": judge.images,
             "subjects": judge.subjects,
         }
 
     def _of_fewer(self, judge: Judge, steps: int, speedup: float) -> dict[str, Any]:
-        return {"policy": "fewer steps", "knob": "steps", "value": steps, "speedup": speedup, **judge.fewer(steps)}
+        return {"policy": "fewer steps", "option": "steps", "value": steps, "speedup": speedup, **judge.fewer(steps)}
 
     def _inside(self, at: Event, share: float) -> None:
         self.tell(replace(at, inside=share))
@@ -135,23 +135,23 @@ def _checked(budget: float | str) -> float:
     return float(read[1])
 
 
-def _pictures_of(network: Network, samples: Given | None) -> Denoising:
-    """Which pictures to compare policies on."""
+def _images_of(network: Network, samples: CalibrationInput | None) -> Denoising:
+    """Which images to compare policies on."""
     pipeline_of(network)
     wanted = shown(network, samples)
     if not isinstance(wanted, Denoising):
-        raise AerogelError("policies are compared by the pictures that a pipeline makes: give a Denoising as samples, not recorded calls")
+        raise AerogelError("policies are compared by the images that a pipeline makes: give a Denoising as samples, not recorded calls")
     units_of(network)
-    on = [measured.step for measured in policies.load(network.origin) if isinstance(measured.step.method, ReusePolicy)]
+    on = [measured.step for measured in policies.load(network.origin) if isinstance(measured.step.method, FeatureCachePolicy)]
     if on:
         raise AerogelError(f"{network.origin} has {on[0].name} on already; give the pipeline that it was made for")
     return wanted
 
 
-def _row(attempt: Attempt, found: Brought) -> dict[str, Any]:
+def _row(attempt: Attempt, found: TunedPolicy) -> dict[str, Any]:
     return {
         "policy": attempt.candidate.name,
-        "knob": attempt.candidate.knob,
+        "option": attempt.candidate.option,
         "value": found.at.value,
         "step": found.measured.step.as_dict(),
         "speedup": found.at.speedup,

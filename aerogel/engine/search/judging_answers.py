@@ -15,9 +15,9 @@ import torch
 
 from aerogel.data import chats
 from aerogel.data.chats import Chat
+from aerogel.evaluate.exact_match import ExactMatch, skipped
 from aerogel.evaluate.generation import continued
-from aerogel.evaluate.replies import Replies, skipped
-from aerogel.kernels.waiting import now
+from aerogel.kernels.synchronized_clock import now
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.expert_skipping.answers import Answers
@@ -107,7 +107,7 @@ class Judge:
     def _written(self) -> float | None:
         """The share of chats that are replied to as they should be; of text, which has no right continuation, nothing."""
         if self._held_out.chats:
-            return Replies().right(self.network, self._held_out.chats)
+            return ExactMatch().right(self.network, self._held_out.chats)
         continued(self.network, self._prompts, NEW_TOKENS)
         return None
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from aerogel.data.denoising import Denoising
 from aerogel.data.trajectories import seconds
 from aerogel.engine import policies
-from aerogel.engine.policies import Measured
+from aerogel.engine.policies import CalibratedPolicy
 from aerogel.engine.run import seeded
 from aerogel.engine.search.candidates import chosen
 from aerogel.errors import AerogelError
-from aerogel.methods.feature_cache.policy import BudgetPolicy, ReusePolicy, RevisingPolicy
+from aerogel.methods.feature_cache.policy import BudgetedCachePolicy, FeatureCachePolicy, ScheduleRefiner
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.recipe import Step, build
@@ -30,7 +30,7 @@ _TARGETS = ("target_speedup", "ratio")
 
 
 @dataclass
-class Pace:
+class SpeedBudget:
     """How fast denoising has to become, and how that is found out."""
 
     network: Network
@@ -57,7 +57,7 @@ class Pace:
             ratios.append(self.whole[-1] / self._turn(wanted, on))
         return median(ratios)
 
-    def met(self, speedup: float) -> bool:
+    def is_met(self, speedup: float) -> bool:
         """Whether that is fast enough."""
         return speedup >= _NEAR * self.budget
 
@@ -71,42 +71,42 @@ class Candidate:
     """A policy that may be chosen."""
 
     name: str
-    cls: type[ReusePolicy]
-    knobs: Mapping[str, Any]
+    cls: type[FeatureCachePolicy]
+    options: Mapping[str, Any]
     """What was said about it."""
 
     @property
-    def knob(self) -> str:
-        """The knob that sets its speed; empty where it has none."""
-        if self.cls.strengths is not None:
-            return self.cls.strengths[0]
-        return next((name for name in _TARGETS if name in self.knobs), _TARGETS[0]) if issubclass(self.cls, BudgetPolicy) else ""
+    def option(self) -> str:
+        """The option that sets its speed; empty where it has none."""
+        if self.cls.search_space is not None:
+            return self.cls.search_space[0]
+        return next((name for name in _TARGETS if name in self.options), _TARGETS[0]) if issubclass(self.cls, BudgetedCachePolicy) else ""
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """Values of that knob to try, in order of rising speed: the one that was said, else those that the policy names."""
-        if self.knob in self.knobs:
-            return (self.knobs[self.knob],)
-        return self.cls.strengths[1] if self.cls.strengths is not None else ()
+        """Values of that option to try, in order of rising speed: the one that was said, else those that the policy names."""
+        if self.option in self.options:
+            return (self.options[self.option],)
+        return self.cls.search_space[1] if self.cls.search_space is not None else ()
 
     def step(self, value: Any) -> Step:
-        """The policy with a value of that knob; raises AerogelError for a knob that it lacks."""
-        method = build(self.cls, {**self.knobs, self.knob: value}, f"policy {self.name!r}")
+        """The policy with a value of that option; raises AerogelError for an option that it lacks."""
+        method = build(self.cls, {**self.options, self.option: value}, f"policy {self.name!r}")
         return Step(self.name, method)
 
 
 def candidates(only: Sequence[str] = (), overrides: Iterable[str] = ()) -> list[Candidate]:
-    """The policies to compare: all that reuse by themselves, or those that are named; `overrides` are `policy.knob=value`.
+    """The policies to compare: all that reuse by themselves, or those that are named; `overrides` are `policy.option=value`.
 
-    Raises AerogelError for a name that no such policy bears, and for unknown knobs and wrong values.
+    Raises AerogelError for a name that no such policy bears, and for unknown options and wrong values.
     """
-    return [Candidate(name, cls, knobs) for name, (cls, knobs) in chosen(_unfit, only, overrides).items()]
+    return [Candidate(name, cls, options) for name, (cls, options) in chosen(_unfit, only, overrides).items()]
 
 
 def _unfit(cls: type) -> str:
-    if issubclass(cls, ReusePolicy) and not issubclass(cls, RevisingPolicy):
+    if issubclass(cls, FeatureCachePolicy) and not issubclass(cls, ScheduleRefiner):
         return ""
-    why = "goes on from another policy's schedule" if issubclass(cls, RevisingPolicy) else "does not reuse anything"
+    why = "goes on from another policy's schedule" if issubclass(cls, ScheduleRefiner) else "does not reuse anything"
     return f"{why}, so it is no cache to choose"
 
 
@@ -114,37 +114,37 @@ class Try(NamedTuple):
     """A setting of a policy."""
 
     value: Any
-    """Of the knob that sets its speed."""
+    """Of the option that sets its speed."""
     speedup: float
     """Measured."""
     seconds: float
     """To make it."""
 
 
-class Brought(NamedTuple):
+class TunedPolicy(NamedTuple):
     """A policy at the speed that is wanted."""
 
-    measured: Measured
+    measured: CalibratedPolicy
     at: Try
 
 
 class Attempt:
     """A policy on its way to the speed that is wanted."""
 
-    def __init__(self, candidate: Candidate, calls: Sequence[Call], pace: Pace, seed: int) -> None:
+    def __init__(self, candidate: Candidate, calls: Sequence[Call], pace: SpeedBudget, seed: int) -> None:
         self.candidate = candidate
         self.tries: list[Try] = []
-        self.brought: Brought | None = None
-        self._enough: list[Brought] = []
+        self.brought: TunedPolicy | None = None
+        self._enough: list[TunedPolicy] = []
         self._calls, self._pace, self._seed = calls, pace, seed
-        self._refusal = "it names no knob that makes it faster (strengths), and takes no target"
+        self._refusal = "it names no option that makes it faster (strengths), and takes no target"
 
     def run(self) -> None:
         """Try settings, and keep the weakest that is fast enough, or the slowest where a target is asked for."""
         if self.candidate.values:
             self._halve(self.candidate.values)
             self.brought = self._enough[-1] if self._enough else None
-        elif self.candidate.knob:
+        elif self.candidate.option:
             self._ask()
             self.brought = min(self._enough, key=lambda one: one.at.speedup, default=None)
 
@@ -154,7 +154,7 @@ class Attempt:
         if not self.tries:
             return self._refusal
         fastest = max(self.tries, key=lambda one: one.speedup)
-        return f"it makes denoising {fastest.speedup:.2f} times as fast at the most ({self.candidate.knob} {fastest.value:g})"
+        return f"it makes denoising {fastest.speedup:.2f} times as fast at the most ({self.candidate.option} {fastest.value:g})"
 
     def _halve(self, values: Sequence[Any]) -> None:
         """Halve the values that are left, towards the weakest that is fast enough; what is refused is too strong."""
@@ -162,7 +162,7 @@ class Attempt:
         while low < high:
             middle = (low + high) // 2
             speedup = self._at(values[middle])
-            if speedup is None or self._pace.met(speedup):
+            if speedup is None or self._pace.is_met(speedup):
                 high = middle
             else:
                 low = middle + 1
@@ -173,7 +173,7 @@ class Attempt:
         asked = budget
         for _ in range(_ASKS):
             speedup = self._at(round(asked, 4))
-            if speedup is None or (self._pace.met(speedup) and speedup <= _OVER * budget):
+            if speedup is None or (self._pace.is_met(speedup) and speedup <= _OVER * budget):
                 return
             asked = 1 + (asked - 1) * (budget - 1) / max(speedup - 1, 0.1 * (budget - 1))
 
@@ -191,12 +191,12 @@ class Attempt:
             self._refusal = str(error)
             return None
         self.tries.append(Try(value, speedup, taken))
-        if pace.met(speedup):
-            self._enough.append(Brought(measured, self.tries[-1]))
+        if pace.is_met(speedup):
+            self._enough.append(TunedPolicy(measured, self.tries[-1]))
         return speedup
 
 
-def fewer_steps(pace: Pace) -> tuple[int, float]:
+def fewer_steps(pace: SpeedBudget) -> tuple[int, float]:
     """The most steps with which the pipeline alone is fast enough, and how many times faster it is then.
 
     Raises AerogelError when it cannot run with fewer steps, or not so fast with any.
@@ -204,6 +204,6 @@ def fewer_steps(pace: Pace) -> tuple[int, float]:
     whole = pace.wanted.steps
     for steps in range(min(whole - 1, math.ceil(whole / pace.budget)), 0, -1):
         speedup = pace.speedup(steps=steps)
-        if pace.met(speedup):
+        if pace.is_met(speedup):
             return steps, speedup
     raise AerogelError(f"with none of the numbers of steps below {whole} denoising is {pace.budget:g} times as fast")

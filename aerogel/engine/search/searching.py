@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from aerogel.engine import policies, provenance
-from aerogel.engine.calibration import Given
+from aerogel.engine.calibration import CalibrationInput
 from aerogel.engine.opening import load
-from aerogel.engine.policies import Measured
+from aerogel.engine.policies import CalibratedPolicy
 from aerogel.engine.progress import Tell, Watch
 from aerogel.engine.search.caches import CacheSearch
 from aerogel.engine.search.skips import SkipSearch
@@ -26,10 +26,10 @@ from aerogel.report import search as page
 class Search(Protocol):
     """A search of one kind on its way; what it is asked for was looked at before."""
 
-    best: Measured | None
+    best: CalibratedPolicy | None
     """The policy that is kept, with its state; None where none is good enough."""
 
-    def check(self, network: Network, samples: Given | None) -> None:
+    def check(self, network: Network, samples: CalibrationInput | None) -> None:
         """See whether the network can be searched."""
 
     def prepare(self, seed: int) -> dict[str, Any]:
@@ -49,7 +49,7 @@ TASKS: dict[str, Callable[..., Search]] = {"cache": CacheSearch, "skip": SkipSea
 class Findings:
     """What a search found: every policy with what it gives and costs, and the best one made."""
 
-    def __init__(self, facts: dict[str, Any], best: Measured | None) -> None:
+    def __init__(self, facts: dict[str, Any], best: CalibratedPolicy | None) -> None:
         self.facts = facts
         """Everything that search.json holds."""
         self.best = best
@@ -93,7 +93,7 @@ def search(
     task: str = "cache",
     budget: float | str | None = None,
     *,
-    samples: Given | None = None,
+    samples: CalibrationInput | None = None,
     only: Sequence[str] = (),
     overrides: Iterable[str] = (),
     output: str | Path | None = None,
@@ -116,7 +116,7 @@ def search(
     made = TASKS[task](budget, only, overrides, rounds, tell, clock)
     watch = Watch(tell)
     with watch.stage("load", str(model) if isinstance(model, str | Path) else ""):
-        network = load(model, lazy=False, apart=False)
+        network = load(model, lazy=False, unfuse_experts=False)
         if network is not model:
             fuse(network.module)  # experts run as transformers runs them
     made.check(network, samples)

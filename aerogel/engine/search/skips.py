@@ -13,8 +13,8 @@ import torch
 from aerogel.data import chats, text
 from aerogel.data.chats import Chats
 from aerogel.engine import policies
-from aerogel.engine.calibration import Given, Samples, prepare, shown
-from aerogel.engine.policies import Measured
+from aerogel.engine.calibration import CalibrationInput, Samples, prepare, shown
+from aerogel.engine.policies import CalibratedPolicy
 from aerogel.engine.progress import Event, Tell
 from aerogel.engine.run import seeded
 from aerogel.engine.search.candidates import chosen
@@ -35,11 +35,11 @@ _SHORT = 0.005
 """A policy meets a share that it misses by no more than this."""
 
 
-class Brought(NamedTuple):
+class TunedRule(NamedTuple):
     """A policy at a share of dropped pairs, or at the most that it drops."""
 
     asked: float
-    measured: Measured
+    measured: CalibratedPolicy
     seconds: float
     """To calibrate it."""
 
@@ -63,15 +63,15 @@ class SkipSearch:
         """Raises AerogelError for a budget that is no share, and for policies that skip no experts."""
         self.budget = _share(BUDGET if budget is None else budget)
         self._tried = chosen(_unfit, only, overrides)
-        if set_ := [name for name, (_, knobs) in self._tried.items() if "ratio" in knobs]:
+        if set_ := [name for name, (_, options) in self._tried.items() if "ratio" in options]:
             raise AerogelError(f"{set_[0]}.ratio is what the budget says here; leave it out")
         self.ratios = sorted({*RATIOS, self.budget})
         self._rounds, self._tell, self._clock = rounds, tell, clock
-        self._brought: list[Brought] = []
+        self._brought: list[TunedRule] = []
         self._left_out: dict[str, str] = {}
-        self.best: Measured | None = None
+        self.best: CalibratedPolicy | None = None
 
-    def check(self, network: Network, samples: Given | None) -> None:
+    def check(self, network: Network, samples: CalibrationInput | None) -> None:
         """Raises AerogelError for a network without routed experts or with a rule on, and for recorded calls."""
         shape_of(network)
         wanted = shown(network, samples)
@@ -94,26 +94,26 @@ class SkipSearch:
     def bring(self) -> None:
         """Calibrate each policy for each share, the smallest first, as far as it goes."""
         total = len(self._tried) * len(self.ratios)
-        for number, (name, (cls, knobs)) in enumerate(self._tried.items()):
+        for number, (name, (cls, options)) in enumerate(self._tried.items()):
             for place, ratio in enumerate(self.ratios):
                 self._tell(Event("compress", number * len(self.ratios) + place, total, f"{name} at {ratio:.0%}"))
-                if not self._bring(name, cls, {**knobs, "ratio": ratio}):
+                if not self._bring(name, cls, {**options, "ratio": ratio}):
                     break
 
-    def _bring(self, name: str, cls: type, knobs: dict[str, Any]) -> bool:
+    def _bring(self, name: str, cls: type, options: dict[str, Any]) -> bool:
         """Calibrate a policy; whether it is worth while to ask for more."""
-        asked, start = knobs["ratio"], self._clock()
+        asked, start = options["ratio"], self._clock()
         try:
-            measured = self._calibrated(name, cls, knobs)
+            measured = self._calibrated(name, cls, options)
         except UnreachableError as error:
             self._leave_out(name, asked, f"it drops {error.most:.1%} of all pairs at most")
-            measured = self._calibrated(name, cls, {**knobs, "ratio": math.floor(1000 * error.most) / 1000})
-            self._add(Brought(asked, measured, self._clock() - start))
+            measured = self._calibrated(name, cls, {**options, "ratio": math.floor(1000 * error.most) / 1000})
+            self._add(TunedRule(asked, measured, self._clock() - start))
             return False
         except AerogelError as error:
             self._leave_out(name, asked, str(error))
             return False
-        brought = Brought(asked, measured, self._clock() - start)
+        brought = TunedRule(asked, measured, self._clock() - start)
         if asked == self.budget and not brought.met:
             self._leave_out(name, asked, f"asked for {asked:.1%}, it drops {brought.dropped:.1%} of all pairs")
         self._add(brought)
@@ -124,17 +124,17 @@ class SkipSearch:
         if asked <= self.budget:
             self._left_out[name] = reason
 
-    def _add(self, brought: Brought) -> None:
+    def _add(self, brought: TunedRule) -> None:
         """Keep it for the judge, unless the policy dropped just as much before: it goes by whole experts, or has come to its end."""
         before = [one.dropped for one in self._brought if one.measured.step.name == brought.measured.step.name]
         if brought.dropped not in before:
             self._brought.append(brought)
 
-    def _calibrated(self, name: str, cls: type, knobs: dict[str, Any]) -> Measured:
-        step = Step(name, build(cls, knobs, f"policy {name!r}"))
+    def _calibrated(self, name: str, cls: type, options: dict[str, Any]) -> CalibratedPolicy:
+        step = Step(name, build(cls, options, f"policy {name!r}"))
         assert isinstance(step.method, SkipPolicy)
         with seeded(self._seed):
-            return Measured(step, step.method.calibrated_on(self._answers))
+            return CalibratedPolicy(step, step.method.calibrated_on(self._answers))
 
     def judge(self) -> dict[str, Any]:
         """Hold all that was calibrated against the whole mixture; the facts, by policy and share."""
@@ -174,7 +174,7 @@ def _share(budget: float | str) -> float:
     return share
 
 
-def _row(brought: Brought) -> dict[str, Any]:
+def _row(brought: TunedRule) -> dict[str, Any]:
     step = brought.measured.step
     return {"policy": step.name, "asked": brought.asked, "met": brought.met, "step": step.as_dict(), "seconds": brought.seconds}
 

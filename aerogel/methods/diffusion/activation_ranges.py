@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.layers.conv import with_inputs
-from aerogel.layers.linear import QuantLinear, held, stored_grid
+from aerogel.layers.linear import QuantLinear, cache_dequantized, stored_grid
 from aerogel.methods.base import BlockMethod
 from aerogel.model.block import Block
 from aerogel.model.calls import tensors_in
-from aerogel.model.hooks import watching
-from aerogel.model.trace import AROUND
+from aerogel.model.hooks import capture_inputs
+from aerogel.model.trace import NON_BLOCK
 from aerogel.numerics.formats import format_named
 from aerogel.numerics.observers import MovingAverage, RunningMinMax, Searched
 from aerogel.numerics.quantize import Grid, fake_quantize
@@ -64,9 +64,9 @@ class ActivationRanges(BlockMethod):
         layers = {name: layer for name, layer in linears.items() if isinstance(layer, QuantLinear) and layer.scheme.inputs is None}
         if not layers:
             return
-        with held(block.module):
+        with cache_dequantized(block.module):
             grids = self._first(block, layers)
-            if self.steps and block.name != AROUND:
+            if self.steps and block.name != NON_BLOCK:
                 grids = self._learned(block, {name: layers[name] for name in grids}, grids)
         for name, layer in layers.items():
             if name not in grids:
@@ -90,7 +90,7 @@ class ActivationRanges(BlockMethod):
             reached.add(name)
             observers[name].update(x)
 
-        with watching(layers, see):
+        with capture_inputs(layers, see):
             for call in block.calls:
                 block.run(call)
         return {name: observer.grid() for name, observer in observers.items() if name in reached}

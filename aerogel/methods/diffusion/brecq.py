@@ -16,13 +16,13 @@ from torch.func import functional_call
 
 from aerogel.errors import AerogelError
 from aerogel.layers.conv import Layer, matrix, quantized
-from aerogel.layers.linear import held, stored_grid
+from aerogel.layers.linear import cache_dequantized, stored_grid
 from aerogel.methods.base import WeightMethod
 from aerogel.model.block import Block
 from aerogel.model.calls import Call, tensors_in
-from aerogel.model.hooks import watching
+from aerogel.model.hooks import capture_inputs
 from aerogel.model.samples import Samples
-from aerogel.model.trace import AROUND
+from aerogel.model.trace import NON_BLOCK
 from aerogel.numerics.adaround import beta_at, first_alpha, hard_codes, hard_weight, soft_weight, undecided
 from aerogel.numerics.observers import mse_search
 from aerogel.numerics.quantize import Grid, grouped
@@ -68,7 +68,7 @@ class Brecq(WeightMethod):
     def compress(self, block: Block) -> None:
         """Learn the rounding of the block's layers together; layers outside of blocks are learned one by one."""
         jobs = self.assign(block)
-        if block.name != AROUND:
+        if block.name != NON_BLOCK:
             self._together(block, jobs)
             return
         for name, job in jobs.items():
@@ -76,7 +76,7 @@ class Brecq(WeightMethod):
 
     def _together(self, block: Block, jobs: Jobs) -> None:
         if jobs:
-            with held(block.module):
+            with cache_dequantized(block.module):
                 self._learn(block, block.module, dict(jobs), block.samples())
 
     def _alone(self, block: Block, name: str, job: tuple[Layer, Scheme]) -> None:
@@ -126,7 +126,7 @@ class Brecq(WeightMethod):
             fit(list(alphas.values()), loss, len(samples), how, generator, before)
         reached: set[str] = set()
         parts = {"": module} if alone else {name: layer for name, (layer, _) in jobs.items()}
-        with torch.no_grad(), watching(parts, lambda name, _: reached.add(name or alone)):
+        with torch.no_grad(), capture_inputs(parts, lambda name, _: reached.add(name or alone)):
             batches = torch.arange(len(samples)).split(self.batch)
             error = sum(float(loss_of(hard_weight, batch.tolist())) * len(batch) for batch in batches) / len(samples)
         for name, (layer, scheme) in jobs.items():

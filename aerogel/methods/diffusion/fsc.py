@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.io.quantized import set_clock
+from aerogel.io.quantized import set_timestep_index
 from aerogel.layers.conv import with_inputs
-from aerogel.layers.linear import QuantLinear, held, stored_grid
-from aerogel.layers.timestep_index import Clock
+from aerogel.layers.linear import QuantLinear, cache_dequantized, stored_grid
+from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.methods.base import Method
 from aerogel.model.calls import Call
-from aerogel.model.hooks import watching
+from aerogel.model.hooks import capture_inputs
 from aerogel.model.match import matches
 from aerogel.model.network import Network
 from aerogel.model.time_path import TemporalPath, check, find, sinusoids
@@ -57,7 +57,7 @@ class Fsc(Method):
             raise AerogelError("no linear of the temporal path is quantized: put tiar, or rtn on its linears, before fsc")
         sinusoid_TC = sinusoids(network, path, calls[0], steps)
         scheduler = getattr(network.processor, "scheduler", None)
-        clock = Clock(steps, "" if scheduler is None else f"{type(scheduler).__name__}")
+        clock = TimestepIndex(steps, "" if scheduler is None else f"{type(scheduler).__name__}")
         clock.belongs_to(network.processor)
         shared: tuple[Tensor, Tensor] | None = None  # by the projections, which all read one tensor
         for name, layer in within.items():  # in order: each sees what quantized inputs before it give
@@ -65,17 +65,17 @@ class Fsc(Method):
             shared = (low_T, high_T) if name in path.projections else None
             _give(network, name, layer, grid_from_range(low_T, high_T, _inputs(clock)), clock)
             path = find(network)
-        set_clock(network.module, clock, [*path.embedders, *path.projections])
+        set_timestep_index(network.module, clock, [*path.embedders, *path.projections])
         if self.scope == "all":
             self._rest(network, calls, clock, layers)
 
     def _layers(self, network: Network) -> dict[str, QuantLinear]:
         """The layers with float inputs, by full name, that get a range at each step."""
-        ignore = network.family.spelled(self.ignore)
+        ignore = network.family.expand_patterns(self.ignore)
         coded = {name: part for name, part in network.module.named_modules() if isinstance(part, QuantLinear)}
         return {name: part for name, part in coded.items() if part.scheme.inputs is None and not matches(name, ignore, part)}
 
-    def _rest(self, network: Network, calls: Sequence[Call], clock: Clock, layers: dict[str, QuantLinear]) -> None:
+    def _rest(self, network: Network, calls: Sequence[Call], clock: TimestepIndex, layers: dict[str, QuantLinear]) -> None:
         """Ranges of layers outside of the path, all seen in one pass."""
         one = TensorScheme(format_named("int8"), PerTensor(), symmetric=False)
         seen: dict[str, dict[int, MovingAverage]] = defaultdict(lambda: defaultdict(partial(MovingAverage, one, 1 - self.momentum)))
@@ -84,7 +84,7 @@ class Fsc(Method):
             for row in dict.fromkeys(clock.rows):
                 seen[name][row].update(x[[at == row for at in clock.rows]] if len(set(clock.rows)) > 1 else x)
 
-        with watching(layers, see), held(network.module):
+        with capture_inputs(layers, see), cache_dequantized(network.module):
             for call in calls:
                 network.run(call)
         if unseen := [name for name in layers if len(seen[name]) < len(clock.steps)]:
@@ -95,11 +95,11 @@ class Fsc(Method):
             _give(network, name, layer, Grid(torch.stack([grid.scale for grid in grids]), torch.stack(zeros)), clock)
 
 
-def _inputs(clock: Clock) -> TensorScheme:
+def _inputs(clock: TimestepIndex) -> TensorScheme:
     return TensorScheme(format_named("int8"), PerStep(len(clock.steps)), symmetric=False)
 
 
-def _give(network: Network, name: str, layer: QuantLinear, grid: Grid, clock: Clock) -> None:
+def _give(network: Network, name: str, layer: QuantLinear, grid: Grid, clock: TimestepIndex) -> None:
     """Put the layer's twin with inputs on this grid in its place."""
     dtype = network.stored_dtype or layer.get_buffer("weight_scale").dtype
     twin = with_inputs(layer, _inputs(clock), stored_grid(grid, dtype), dtype)
@@ -107,14 +107,14 @@ def _give(network: Network, name: str, layer: QuantLinear, grid: Grid, clock: Cl
     network.module.set_submodule(name, twin)
 
 
-def _extremes(path: TemporalPath, sinusoid_TC: Tensor, name: str, layer: nn.Module, clock: Clock) -> tuple[Tensor, Tensor]:
+def _extremes(path: TemporalPath, sinusoid_TC: Tensor, name: str, layer: nn.Module, clock: TimestepIndex) -> tuple[Tensor, Tensor]:
     """The least and the largest number that goes into a layer at each step, (T,) each."""
     ranges: list[tuple[Tensor, Tensor]] = []
 
     def see(_: str, x: Tensor) -> None:
         ranges.append(torch.aminmax(x.float()))
 
-    with watching({name: layer}, see):
+    with capture_inputs({name: layer}, see):
         for row in range(len(sinusoid_TC)):
             with clock.at((row,)):
                 path.features(sinusoid_TC[row : row + 1])

@@ -19,7 +19,7 @@ from aerogel.layers.conv import with_inputs
 from aerogel.layers.linear import QuantLinear, stored_grid
 from aerogel.methods.base import Method
 from aerogel.model.calls import Call
-from aerogel.model.hooks import watching
+from aerogel.model.hooks import capture_inputs
 from aerogel.model.network import Network
 from aerogel.numerics.observers import MovingAverage, RunningMinMax
 from aerogel.numerics.quantize import Grid
@@ -56,7 +56,7 @@ class Recalibrate(Method):
             for row in dict.fromkeys(clock.rows) if clock is not None and _by_step(layers[name]) else (0,):
                 seen[name][row].update(x)
 
-        with watching(layers, see):
+        with capture_inputs(layers, see):
             for run in replays(network, calls):
                 run.finish(run.start(), lambda _, call: output_of(network.run(call)))
         for name, layer in layers.items():

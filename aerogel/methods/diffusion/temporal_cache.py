@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.io.quantized import clock_of
+from aerogel.io.quantized import timestep_index_of
 from aerogel.layers.lookup import Lookup, dequantized
-from aerogel.layers.timestep_index import Clock
+from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.methods.base import RuntimePolicy
 from aerogel.model.calls import Call
-from aerogel.model.hooks import answering
+from aerogel.model.hooks import patch_forward
 from aerogel.model.network import Network
 from aerogel.model.time_path import features_of, find
 from aerogel.model.timesteps import steps_of
@@ -69,8 +69,8 @@ class TemporalCache(RuntimePolicy):
     @contextmanager
     def on(self, network: Network, state: dict[str, Any]) -> Iterator[None]:
         """Answer for the embedder and the projections out of the table; raises AerogelError at a step that is not in it."""
-        path, followed = find(network), clock_of(network.module)
-        clock = followed or Clock(state["steps"], state["sampler"])
+        path, followed = find(network), timestep_index_of(network.module)
+        clock = followed or TimestepIndex(state["steps"], state["sampler"])
         if clock.steps != tuple(state["steps"]):
             raise AerogelError(
                 f"the table is of {len(state['steps'])} steps, the network's scales of {len(clock.steps)} others; calibrate both together"
@@ -83,7 +83,7 @@ class TemporalCache(RuntimePolicy):
             module: Lookup(clock, *self._kept(name, state), state[f"{name}.chosen"] | (name in path.embedders), module.forward)
             for name, module in modules.items()
         }
-        with nullcontext() if followed else clock.on(network.module), answering(answers):
+        with nullcontext() if followed else clock.on(network.module), patch_forward(answers):
             yield
 
     @property

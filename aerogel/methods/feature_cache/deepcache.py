@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy
 
 from aerogel.errors import AerogelError
-from aerogel.methods.feature_cache.policy import ReusePolicy, Strengths
+from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.skips import followed_skips, resting, skips_of
@@ -18,10 +18,10 @@ from aerogel.runtime.feature_cache.streams import steps_in
 
 
 @dataclass(frozen=True)
-class Deepcache(ReusePolicy):
+class Deepcache(FeatureCachePolicy):
     """Runs all blocks of a UNet every `interval` steps, and in between only those outside of a skip connection."""
 
-    strengths: ClassVar[Strengths | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
+    search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
     interval: int = 3
     """Steps from one at which all blocks run to the next, from the first on (as in the authors' README)."""
@@ -33,7 +33,7 @@ class Deepcache(ReusePolicy):
     """With a center, how fast they thin out away from it; lowered by 0.02 until no two fall together (the authors' example)."""
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
-        """Find the blocks and the sampler's steps; raises AerogelError for knobs out of range, and for denoisers without such skips."""
+        """Find the blocks and the sampler's steps; raises AerogelError for options out of range, and for denoisers without such skips."""
         if self.interval < 1:
             raise AerogelError(f"interval is {self.interval}; it is at least 1")
         skips_of(network)

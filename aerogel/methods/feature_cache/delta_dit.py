@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from aerogel.errors import AerogelError
-from aerogel.methods.feature_cache.policy import SpanPolicy, Strengths
+from aerogel.methods.feature_cache.policy import BlockCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.spans import Rule, Tabled, followed_steps
 
 
 @dataclass(frozen=True)
-class DeltaDit(SpanPolicy):
+class DeltaDit(BlockCachePolicy):
     """Runs all blocks every `interval` steps, and leaves out a stretch of them in between: the last ones first, the first ones later."""
 
-    strengths: ClassVar[Strengths | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
+    search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
     interval: int = 2
     """Steps from one at which all blocks run to the next."""
@@ -30,7 +30,7 @@ class DeltaDit(SpanPolicy):
     """Share of the steps, at the start, at which it is the last blocks."""
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
-        """Read the sampler's steps off the calls; raises AerogelError for knobs out of range."""
+        """Read the sampler's steps off the calls; raises AerogelError for options out of range."""
         if self.interval < 1 or not 0 < self.share <= 1 or not 0 <= self.boundary <= 1:
             raise AerogelError(
                 f"interval {self.interval} is at least 1, share {self.share} above 0 and at most 1, boundary {self.boundary} from 0 to 1"

@@ -7,17 +7,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from aerogel.methods.feature_cache.policy import ReusePolicy, Strengths
+from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.tokens import Tokenwise, recomputing, tokenwise
+from aerogel.runtime.feature_cache.tokens import TokenCacheConfig, recomputing, tokenwise
 
 
 @dataclass(frozen=True)
-class Duca(Tokenwise, ReusePolicy):
+class Duca(TokenCacheConfig, FeatureCachePolicy):
     """Runs all units now and then; in between it reuses everything, and at every second step computes important tokens anew."""
 
-    strengths: ClassVar[Strengths | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
+    search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
     ratio: float = 0.05
     """Share of the tokens that these steps compute anew, before the factors below (PixArt: 0.75)."""
@@ -26,10 +26,10 @@ class Duca(Tokenwise, ReusePolicy):
     front: float = -0.2
     """In block b of those numbered 0 to last it is multiplied by 1 + front - 2 x front x b / last."""
     bonus: float = 0.8
-    """The best token of each cell of the picture has its score raised by this share of it, so that all of the picture is served."""
+    """The best token of each cell of the image has its score raised by this share of it, so that all of the image is served."""
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
-        """Read the sampler's steps off the calls; raises AerogelError for knobs out of range, and where no attention scores tokens."""
+        """Read the sampler's steps off the calls; raises AerogelError for options out of range, and where no attention scores tokens."""
         return tokenwise(network, calls, self, lambda ahead: ahead % 2 == 1)
 
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:

@@ -1,6 +1,6 @@
 """FasterCache: self-attention follows its last change, and guidance's unconditional branch is made of the other (arXiv:2410.19355).
 
-T steps, N units; H height and W width of a picture.
+T steps, N units; H height and W width of an image.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from aerogel.errors import AerogelError
-from aerogel.methods.feature_cache.policy import ReusePolicy, Strengths
+from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call, map_tensors
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.guidance import Guess, Half, HalfSlot, Halves, guided, require_pair
+from aerogel.runtime.feature_cache.guidance import CFGBatch, Half, HalfSlot, UncondPredictor, guided, require_pair
 from aerogel.runtime.feature_cache.replay import replays
 from aerogel.runtime.feature_cache.schedule import Schedule, reusing, scheduled
 from aerogel.runtime.feature_cache.streams import latent_of, steps_in
@@ -27,10 +27,10 @@ from aerogel.runtime.feature_cache.units import units_of
 
 
 @dataclass(frozen=True)
-class Fastercache(ReusePolicy):
+class Fastercache(FeatureCachePolicy):
     """Extrapolates self-attention outputs, and makes guidance's unconditional half of the conditional one, at some steps."""
 
-    strengths: ClassVar[Strengths | None] = ("unconditional_every", (2, 3, 4, 5, 6, 8, 10))
+    search_space: ClassVar[SearchSpace | None] = ("unconditional_every", (2, 3, 4, 5, 6, 8, 10))
 
     self_every: int = 2
     """Within its window self-attention runs at the steps that this divides."""
@@ -58,7 +58,7 @@ class Fastercache(ReusePolicy):
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Read the sampler's steps and the order of the halves off the calls.
 
-        Raises AerogelError for intervals below 1, and where guidance does not come in one batch of pictures or clips.
+        Raises AerogelError for intervals below 1, and where guidance does not come in one batch of images or clips.
         """
         if min(self.self_every, self.unconditional_every) < 1:
             raise AerogelError(f"self_every {self.self_every} and unconditional_every {self.unconditional_every} are at least 1")
@@ -76,7 +76,7 @@ class Fastercache(ReusePolicy):
         make = partial(_Changing, weights=self._weights(schedule.computed_TN.all(-1).tolist()))
         if state["conditional"] == "":
             return reusing(network, schedule, make)
-        halves = Halves(tuple(one == "1" for one in state["both"]), state["conditional"])
+        halves = CFGBatch(tuple(one == "1" for one in state["both"]), state["conditional"])
         gains = [
             (self.low if _within(step, self.low_window) else 1.0, self.high if _within(step, self.high_window) else 1.0)
             for step in schedule.steps
@@ -127,7 +127,7 @@ def attention_runs(steps: Sequence[float], both: Sequence[bool], every: int, win
 
 
 def bands(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the low and the high frequencies of pictures (..., H, W): those within a fifth of the shorter side of zero, and the rest."""
+    """Return the low and the high frequencies of images (..., H, W): those within a fifth of the shorter side of zero, and the rest."""
     height, width = x.shape[-2:]
     row_H, column_W = (torch.arange(size, device=x.device) for size in (height, width // 2 + 1))
     row_H = torch.minimum(row_H, height - row_H)
@@ -136,7 +136,7 @@ def bands(x: Tensor) -> tuple[Tensor, Tensor]:
     return low, x - low
 
 
-class _Bands(Guess):
+class _Bands(UncondPredictor):
     """Remembers how the halves differ, in two bands that grow apart from each other."""
 
     def __init__(self, gains: Sequence[tuple[float, float]]) -> None:

@@ -9,17 +9,17 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.methods.feature_cache.policy import SpanPolicy, Strengths
+from aerogel.methods.feature_cache.policy import BlockCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.spans import Rule, Stretch, followed_steps
 
 
 @dataclass(frozen=True)
-class FirstBlock(SpanPolicy):
+class FirstBlock(BlockCachePolicy):
     """Leaves out what is behind the first blocks as long as these add nearly what they added when all blocks ran last."""
 
-    strengths: ClassVar[Strengths | None] = ("threshold", (0.02, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0))
+    search_space: ClassVar[SearchSpace | None] = ("threshold", (0.02, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0))
 
     threshold: float = 0.05
     """Largest relative L1 distance between what the first blocks add now and then (diffusers: 0.05, cache-dit: 0.08)."""
@@ -31,7 +31,7 @@ class FirstBlock(SpanPolicy):
     """Steps at the start at which all blocks run (cache-dit: 8)."""
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
-        """Read the sampler's steps off the calls; raises AerogelError for knobs out of range."""
+        """Read the sampler's steps off the calls; raises AerogelError for options out of range."""
         state = followed_steps(network, calls)
         if self.first < 1 or self.last < 0 or self.first + self.last >= state["blocks"]:
             raise AerogelError(f"first {self.first} and last {self.last} leave nothing of {state['blocks']} blocks to be left out")
@@ -47,9 +47,9 @@ class FirstBlock(SpanPolicy):
 class _Compared(Rule):
     watches: ClassVar[Literal["nothing", "modulated", "change"]] = "change"
 
-    def __init__(self, knobs: FirstBlock, blocks: int) -> None:
-        self._knobs = knobs
-        self._stretch = (knobs.first, blocks - knobs.last)
+    def __init__(self, options: FirstBlock, blocks: int) -> None:
+        self._knobs = options
+        self._stretch = (options.first, blocks - options.last)
 
     @property
     def stretches(self) -> tuple[Stretch, ...]:

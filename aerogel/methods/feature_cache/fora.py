@@ -9,17 +9,17 @@ from typing import Any, ClassVar
 import torch
 
 from aerogel.errors import AerogelError
-from aerogel.methods.feature_cache.policy import ReusePolicy, Strengths
+from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.schedule import scheduled
 
 
 @dataclass(frozen=True)
-class Fora(ReusePolicy):
+class Fora(FeatureCachePolicy):
     """Runs all attentions and feed-forwards of a denoiser every `interval` steps, and reuses their outputs in between."""
 
-    strengths: ClassVar[Strengths | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
+    search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
     interval: int = 2
     """Steps from one that computes to the next; the first computes."""

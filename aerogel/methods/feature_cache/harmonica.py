@@ -3,7 +3,7 @@
 T steps, N units, B samples. A score is the share of a unit's new output that goes into what it gives; the rest is what it gave before.
 Published: step-wise denoising training (SDT) and the image error proxy-guided objective (IEPO). Ours: losses in relative units, the
 penalty's weight steered to the asked budget, exact decoding, forked proxies at half the cost, and the local search behind. In a group of
-processes each goes along with its share of the pictures, and what comes out is what one process makes of all of them.
+processes each goes along with its share of the images, and what comes out is what one process makes of all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.methods.feature_cache.policy import BudgetPolicy
+from aerogel.methods.feature_cache.policy import BudgetedCachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.budgets import Budget
@@ -48,14 +48,14 @@ _STEERING = 0.05
 
 
 @dataclass(frozen=True)
-class Harmonica(BudgetPolicy):
+class Harmonica(BudgetedCachePolicy):
     """Learns which attentions and feed-forwards of a denoiser to reuse at which steps, for an exact budget.
 
     Without a budget (neither `ratio` nor `target_speedup`) the penalty stays as it is and the threshold decides, as published.
     """
 
     trajectories: int = 200
-    """Generations to train on (published: 2000 for 10 steps); each is of as many pictures as were recorded at once."""
+    """Generations to train on (published: 2000 for 10 steps); each is of as many images as were recorded at once."""
     rate: float = 0.1
     """Learning rate of Adam (published: 0.01 for ten times as many trajectories)."""
     threshold: float = 0.1
@@ -70,7 +70,7 @@ class Harmonica(BudgetPolicy):
     search: int = 0
     """Trials of a local search: a first half from the best of whole steps, the rest from the learned schedule; the better is kept."""
     samples: int = 32
-    """Pictures that are made in each trial."""
+    """Images that are made in each trial."""
     max_age: int = 0
     """Steps in a row at which a unit may be reused, in the schedule that comes out; 0 is without bound (as published)."""
     checkpointing: bool = False
@@ -89,7 +89,7 @@ class Harmonica(BudgetPolicy):
         """
         mine = super().budget(network, calls) if self.budgeted else Budget((1.0,) * len(units_of(network)), 0.0)
         saving, *cost_N = of_first(torch.tensor([mine.saving, *mine.cost_N], dtype=torch.float64)).tolist()
-        return Budget(tuple(cost_N), saving).aged(self.max_age, len(steps_in(network, calls)))
+        return Budget(tuple(cost_N), saving).with_max_reuse(self.max_age, len(steps_in(network, calls)))
 
     def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
         """A teacher, a student and its gradients at each step; proxies, each of half a generation; trials, the same, in both branches."""
@@ -133,7 +133,7 @@ class Harmonica(BudgetPolicy):
 class _Training:
     """A router on its way."""
 
-    knobs: Harmonica
+    options: Harmonica
     denoiser: Driven
     runs: Sequence[Replay]
     budget: Budget
@@ -150,9 +150,9 @@ class _Training:
         logits_TN[0] = _BOUND
         self.rows = [nn.Parameter(row_N) for row_N in logits_TN]
         self.rows[0].requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.rows[1:], lr=self.knobs.rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.rows[1:], lr=self.options.rate, weight_decay=0.0)
         self.lambda_T = torch.ones(self.steps)
-        self.penalty = self.knobs.penalty
+        self.penalty = self.options.penalty
         cost_N = torch.tensor(self.budget.cost_N)
         self.weight_N = cost_N / cost_N.mean()
         self.fixed = self._begin()
@@ -161,12 +161,12 @@ class _Training:
 
     def run(self) -> None:
         """Train on all trajectories."""
-        for number in range(self.knobs.trajectories):
-            if number % self.knobs.refresh == 0:
+        for number in range(self.options.trajectories):
+            if number % self.options.refresh == 0:
                 self.refresh(number)
             self.trajectory(*self._begin())
             self._steer()
-            progressed((number + 1) / self.knobs.trajectories)
+            progressed((number + 1) / self.options.trajectories)
 
     def _begin(self) -> tuple[Replay, State]:
         """New noise for one of the recorded generations."""
@@ -191,7 +191,7 @@ class _Training:
             wanted = run.guided(output_of(self.denoiser.wanted(call)))
         with torch.enable_grad():
             score_N = row_N.sigmoid()
-            made, held = self.denoiser.step(call, score_N, held, self.knobs.threshold)
+            made, held = self.denoiser.step(call, score_N, held, self.options.threshold)
             given = output_of(made)
             apart = (run.guided(given) - wanted).float().square().mean() / variance(wanted)
             loss = self.lambda_T[state.step] * apart + self.penalty * (self.weight_N * score_N).sum()
@@ -208,11 +208,11 @@ class _Training:
 
     def hard(self) -> Tensor:
         """Which units compute (T, N) if scores up to the threshold reuse."""
-        return self.scores() > self.knobs.threshold
+        return self.scores() > self.options.threshold
 
     def _steer(self) -> None:
         """Move the penalty's weight towards the budget."""
-        if not self.knobs.budgeted:
+        if not self.options.budgeted:
             return
         reached = self.budget.saved(self.hard()) / max(self.budget.saving, 1e-12)
         self.penalty *= math.exp(_STEERING * max(-1.0, 1 - reached))
@@ -221,8 +221,8 @@ class _Training:
     def refresh(self, number: int) -> None:
         """Measure anew what the final image owes to each step, and what thresholds make of the scores."""
         soft, along = self._along()
-        if self.knobs.proxy != "none":
-            found_T = averaged(self._left_out(soft, along) if self.knobs.proxy == "leave_one_out" else self._joined(along))
+        if self.options.proxy != "none":
+            found_T = averaged(self._left_out(soft, along) if self.options.proxy == "leave_one_out" else self._joined(along))
             self.lambda_T = found_T / found_T[1:].mean().clamp(min=torch.finfo(torch.float32).tiny)
         self._log(number, soft=soft, hard=self._hardened(self.hard()))
 
@@ -242,7 +242,7 @@ class _Training:
         along, held, state = [], self.denoiser.empty, state.fork()
         for score_N in self.scores():
             along.append((state.fork(), held))
-            made, held = self.denoiser.step(run.call(state), score_N, held, self.knobs.threshold)
+            made, held = self.denoiser.step(run.call(state), score_N, held, self.options.threshold)
             state = run.advance(state, output_of(made))
         return state.x_BCHW, [*along, (state, held)]
 
@@ -263,7 +263,7 @@ class _Training:
     def _finish(self, state: State, held: Held, rows: Sequence[Row]) -> Tensor:
         run, state = self.fixed[0], state.fork()
         for row in rows:
-            made, held = self.denoiser.step(run.call(state), row, held, self.knobs.threshold)
+            made, held = self.denoiser.step(run.call(state), row, held, self.options.threshold)
             state = run.advance(state, output_of(made))
         return state.x_BCHW
 
@@ -272,8 +272,8 @@ class _Training:
 
         Without a budget the schedule of the threshold, which from then on is the budget.
         """
-        if not self.knobs.budgeted:
-            mask_TN = self.budget.young(self.hard())
+        if not self.options.budgeted:
+            mask_TN = self.budget.enforce(self.hard())
             self.budget = replace(self.budget, saving=self.budget.saved(mask_TN))
             return mask_TN
         scores_TN = self.scores()
@@ -287,20 +287,20 @@ class _Training:
     def note(self, mask_TN: Tensor) -> None:
         """Measure once more, for the log: what was learned, and the schedule that came out."""
         soft, _ = self._along()
-        self._log(self.knobs.trajectories, soft=soft, hard=self._hardened(self.hard()), decoded=self._hardened(mask_TN))
+        self._log(self.options.trajectories, soft=soft, hard=self._hardened(self.hard()), decoded=self._hardened(mask_TN))
 
     @torch.no_grad()
     def searched(self, mask_TN: Tensor) -> Tensor:
         """Improve by trials on noise of their own: once from whole steps, with half of them or fewer, then from the router's schedule."""
         trials = self._trials()
-        search = Search(trials, self.budget, self.knobs.search // 2)
+        search = Search(trials, self.budget, self.options.search // 2)
         other_TN = search.swaps(search.single_units(search.whole_steps((self.steps, self.units))))
-        search.limit = self.knobs.search
+        search.limit = self.options.search
         return min((search.swaps(mask_TN), other_TN), key=trials.error)
 
     def _trials(self) -> Trials:
-        pictures = len(self.fixed[1].x_BCHW) * group_size()
-        numbers = [number % len(self.runs) for number in range(math.ceil(self.knobs.samples / pictures))]
+        images = len(self.fixed[1].x_BCHW) * group_size()
+        numbers = [number % len(self.runs) for number in range(math.ceil(self.options.samples / images))]
         return Trials(self.denoiser, [self.shares[number] for number in numbers], [self._noise(number) for number in numbers], shared=True)
 
     def unseen(self) -> Trials:

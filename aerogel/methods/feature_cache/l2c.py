@@ -1,7 +1,7 @@
-"""Learning-to-Cache: a router of one score a step and unit is trained at every second step, on noised pictures (arXiv:2406.01733).
+"""Learning-to-Cache: a router of one score a step and unit is trained at every second step, on noised images (arXiv:2406.01733).
 
 T steps, N units, B samples, C channels, H height, W width. The method learns from data: the original reads the images that its model was
-trained on. Here the pictures are the pipeline's own, the final latents of the recorded generations, and are noised to the level of a step;
+trained on. Here the images are the pipeline's own, the final latents of the recorded generations, and are noised to the level of a step;
 the trajectories themselves are not learned from. Steps are counted from the noise on: the second, fourth ... are trained and may reuse
 what the step before gave, the others compute everything; so at most half of the slots are reused. Ours: exact decoding, odd T too.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.methods.feature_cache.policy import BudgetPolicy
+from aerogel.methods.feature_cache.policy import BudgetedCachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.budgets import Budget
@@ -34,11 +34,11 @@ _BOUND = 5.0
 
 
 @dataclass(frozen=True)
-class L2c(BudgetPolicy):
-    """Learns from noised pictures which attentions and feed-forwards of a denoiser to reuse at every second step, for an exact budget."""
+class L2c(BudgetedCachePolicy):
+    """Learns from noised images which attentions and feed-forwards of a denoiser to reuse at every second step, for an exact budget."""
 
     iterations: int = 2000
-    """Updates, each of the scores of one step (published: about 20 000 of 64 pictures); each is of as many pictures as were recorded at
+    """Updates, each of the scores of one step (published: about 20 000 of 64 images); each is of as many images as were recorded at
     once."""
     rate: float = 1e-2
     """Learning rate of Adam (published: 1e-3 for ten times as many updates, and 1e-2 for DiT-L/2 at 20 steps)."""
@@ -95,7 +95,7 @@ def _noises(network: Network) -> None:
     sampler = getattr(network.processor, "scheduler", None)
     if sampler is not None and not hasattr(sampler, "add_noise"):
         raise AerogelError(
-            f"{type(sampler).__name__} does not noise clean pictures (it has no add_noise), which l2c learns from: "
+            f"{type(sampler).__name__} does not noise clean images (it has no add_noise), which l2c learns from: "
             "give the pipeline another sampler, or take a method that learns along trajectories"
         )
 
@@ -104,13 +104,13 @@ def _noises(network: Network) -> None:
 class _Training:
     """A router on its way."""
 
-    knobs: L2c
+    options: L2c
     denoiser: Driven
     runs: Sequence[Replay]
     budget: Budget
     generator: torch.Generator
     images: int = 0
-    """Clean pictures that were noised, repeats included."""
+    """Clean images that were noised, repeats included."""
     log: list[dict[str, float]] = field(default_factory=list)
     """At each check: iterations so far, share of slots reused, error of the soft and of the hard schedule."""
 
@@ -120,7 +120,7 @@ class _Training:
         logits_RN = torch.randn(len(trained), self.shape[1], generator=self.generator)
         self.rows = {step: nn.Parameter(row_N) for step, row_N in zip(trained, logits_RN, strict=True)}
         """Scores before the sigmoid (N), by step."""
-        self.optimizer = torch.optim.AdamW(self.rows.values(), lr=self.knobs.rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.rows.values(), lr=self.options.rate, weight_decay=0.0)
         self.clean = [run.finish(run.start(), self._wanted) for run in self.runs]
         """Final latents (B, C, H, W) of each recorded generation."""
         self.fixed = (self.runs[0], self.runs[0].noise(self.generator))
@@ -130,19 +130,19 @@ class _Training:
 
     def run(self) -> None:
         """All iterations; raises AerogelError when the scores come out not finite."""
-        for number in range(self.knobs.iterations):
-            if number % self.knobs.check == 0:
+        for number in range(self.options.iterations):
+            if number % self.options.check == 0:
                 self._log(number)
             self.iterate()
-            progressed((number + 1) / self.knobs.iterations)
+            progressed((number + 1) / self.options.iterations)
         if not bool(self.scores().isfinite().all()):
             raise AerogelError(
-                f"scores are not finite after {self.knobs.iterations} iterations: the network, or what it was before the recipe, gives "
+                f"scores are not finite after {self.options.iterations} iterations: the network, or what it was before the recipe, gives "
                 "outputs that are not finite; look there first"
             )
 
     def iterate(self) -> None:
-        """Noise clean pictures, take a whole step, and move the scores of the next step once."""
+        """Noise clean images, take a whole step, and move the scores of the next step once."""
         step, number = _trained(self.shape[0])[self._drawn(len(self.rows))], self._drawn(len(self.runs))
         run, row_N = self.runs[number], self.rows[step]
         state = self._noised(run, self.clean[number], step - 1)
@@ -153,7 +153,7 @@ class _Training:
         with torch.enable_grad():
             score_N = row_N.sigmoid()
             made, _ = self.denoiser.step(call, score_N, held)
-            loss = (output_of(made) - wanted).float().square().mean() + self.knobs.penalty * score_N.sum()
+            loss = (output_of(made) - wanted).float().square().mean() + self.options.penalty * score_N.sum()
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
@@ -167,7 +167,7 @@ class _Training:
         return int(torch.randint(count, (), generator=self.generator))
 
     def _noised(self, run: Replay, clean_BCHW: Tensor, step: int) -> State:
-        """Clean pictures under new noise, as they would be before a step."""
+        """Clean images under new noise, as they would be before a step."""
         noise_BCHW = torch.randn(clean_BCHW.shape, generator=self.generator).to(clean_BCHW.device, clean_BCHW.dtype)
         sampler, steps_B = copy.deepcopy(run.sampler), run.sampler.timesteps[step].expand(len(clean_BCHW))
         self.images += len(clean_BCHW)
@@ -189,11 +189,11 @@ class _Training:
 
     def note(self, mask_TN: Tensor) -> None:
         """Measure once more, for the log: what was learned, and the schedule that came out."""
-        self._log(self.knobs.iterations, decoded=mask_TN)
+        self._log(self.options.iterations, decoded=mask_TN)
 
     def _log(self, number: int, **masks: Tensor) -> None:
         scores_TN = self.scores()
-        hard_TN = scores_TN > self.knobs.threshold
+        hard_TN = scores_TN > self.options.threshold
         images = {name: self._image(table_TN) for name, table_TN in {"soft": scores_TN, "hard": hard_TN, **masks}.items()}
         errors = {f"{name}_error": mean_square([image], [self.exact]) for name, image in images.items()}
         self.log.append({"iterations": float(number), "reused": 1 - float(hard_TN.float().mean()), **errors})

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.methods.feature_cache.policy import SpanPolicy, Strengths
+from aerogel.methods.feature_cache.policy import BlockCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.spans import Rule, Tabled, followed_steps, residuals
 
 
 @dataclass(frozen=True)
-class Magcache(SpanPolicy):
+class Magcache(BlockCachePolicy):
     """Adds what all blocks added at the last step that ran, until the product of magnitude ratios since then strays too far from 1."""
 
-    strengths: ClassVar[Strengths | None] = ("threshold", (0.02, 0.04, 0.06, 0.09, 0.12, 0.18, 0.24, 0.4, 0.8, 2.0))
+    search_space: ClassVar[SearchSpace | None] = ("threshold", (0.02, 0.04, 0.06, 0.09, 0.12, 0.18, 0.24, 0.4, 0.8, 2.0))
 
     threshold: float = 0.06
     """Largest sum of the product's distances from 1 since blocks ran last (diffusers: 0.06; the authors up to 0.24)."""
@@ -34,7 +34,7 @@ class Magcache(SpanPolicy):
 
     @torch.no_grad()
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
-        """Measure the ratios on the recorded generations; raises AerogelError for knobs out of range."""
+        """Measure the ratios on the recorded generations; raises AerogelError for options out of range."""
         if self.threshold < 0 or self.longest < 1 or not 0 <= self.retention <= 1:
             raise AerogelError(
                 f"threshold {self.threshold} is at least 0, longest {self.longest} at least 1, retention {self.retention} from 0 to 1"
@@ -54,15 +54,15 @@ class Magcache(SpanPolicy):
         return Tabled(((0, state["blocks"]),), [0 if out == "1" else None for out in state["left_out"]])
 
 
-def left_out(ratio_T: Tensor, knobs: Magcache) -> str:
+def left_out(ratio_T: Tensor, options: Magcache) -> str:
     """Return a 1 for each step that is left out, a 0 for each at which all blocks run."""
-    retained = int(knobs.retention * len(ratio_T) + 0.5)
+    retained = int(options.retention * len(ratio_T) + 0.5)
     product, apart, row, found = 1.0, 0.0, 0, ""
     for step, ratio in enumerate(ratio_T.tolist()):
         if step >= max(retained, 1):
             product, row = product * ratio, row + 1
             apart += abs(1 - product)
-        if step >= max(retained, 1) and apart <= knobs.threshold and row <= knobs.longest:
+        if step >= max(retained, 1) and apart <= options.threshold and row <= options.longest:
             found += "1"
         else:
             product, apart, row = 1.0, 0.0, 0

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from aerogel.errors import AerogelError
-from aerogel.methods.feature_cache.policy import ReusePolicy, Strengths
+from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.schedule import scheduled
@@ -18,10 +18,10 @@ from aerogel.runtime.feature_cache.units import units_of
 
 
 @dataclass(frozen=True)
-class Pab(ReusePolicy):
+class Pab(FeatureCachePolicy):
     """Broadcasts attention outputs to the next steps while the time step is within a window; feed-forwards always run."""
 
-    strengths: ClassVar[Strengths | None] = ("self_every", (2, 3, 4, 6, 8, 10))
+    search_space: ClassVar[SearchSpace | None] = ("self_every", (2, 3, 4, 6, 8, 10))
 
     self_every: int = 2
     """Within the window self-attention runs every so many steps."""

@@ -16,28 +16,28 @@ from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.budgets import Budget, Measure, budget_of
 from aerogel.runtime.feature_cache.schedule import Schedule, reusing
 from aerogel.runtime.feature_cache.spans import Rule, spanning
-from aerogel.runtime.feature_cache.stored import Slots, store_named
+from aerogel.runtime.feature_cache.stored import CacheDtype, store_named
 
-Strengths = tuple[str, tuple[float, ...]]
-"""A knob, and values of it in order of what they save, the least first."""
+SearchSpace = tuple[str, tuple[float, ...]]
+"""A option, and values of it in order of what they save, the least first."""
 
 
 @dataclass(frozen=True)
-class ReusePolicy(RuntimePolicy):
+class FeatureCachePolicy(RuntimePolicy):
     """Lets units of a denoiser give again what they gave at earlier steps, by a schedule that is its state."""
 
-    strengths: ClassVar[Strengths | None] = None
+    search_space: ClassVar[SearchSpace | None] = None
     """What sets how much is reused, for who looks for a speed; None where nothing does."""
     rounds: ClassVar[bool] = True
     """Whether what it keeps may be rounded to float8; not where a policy puts itself on in its own way, unless that says so."""
 
-    slots: Slots = field(default="compute", kw_only=True)
+    cache_dtype: CacheDtype = field(default="compute", kw_only=True)
     """How kept tensors are stored: in the dtype they are computed in, or as float8 (e4m3) with one scale a token."""
 
     @property
     def plain(self) -> bool:
         """Whether it gives outputs again by its schedule and does nothing else: it puts itself on as this class does."""
-        return type(self).on is ReusePolicy.on
+        return type(self).on is FeatureCachePolicy.on
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -45,17 +45,17 @@ class ReusePolicy(RuntimePolicy):
             cls.rounds = False
 
     def __post_init__(self) -> None:
-        store_named(self.slots)
-        if self.slots != "compute" and not self.rounds:
+        store_named(self.cache_dtype)
+        if self.cache_dtype != "compute" and not self.rounds:
             name = name_of(self)
-            raise AerogelError(f"{name} needs what it keeps as it was computed: set slots to compute, not {self.slots}")
+            raise AerogelError(f"{name} needs what it keeps as it was computed: set cache_dtype to compute, not {self.cache_dtype}")
 
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
         """Reuse by the schedule; raises AerogelError when it is of other units, and at steps that are not its own."""
-        return reusing(network, Schedule.of(network, state), store=self.slots)
+        return reusing(network, Schedule.of(network, state), store=self.cache_dtype)
 
 
-class RevisingPolicy(ReusePolicy):
+class ScheduleRefiner(FeatureCachePolicy):
     """Goes on from the schedule of the policy before it, which it takes the place of."""
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class RevisingPolicy(ReusePolicy):
         """Return the state that takes the place of the one before; that policy is off meanwhile."""
 
 
-class SpanPolicy(ReusePolicy):
+class BlockCachePolicy(FeatureCachePolicy):
     """Leaves out stretches of a denoiser's blocks by a rule, and adds what they added before."""
 
     rounds: ClassVar[bool] = True
@@ -78,11 +78,11 @@ class SpanPolicy(ReusePolicy):
 
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
         """Leave out blocks by the rule; raises AerogelError when the state is of another network, and at steps that are not its own."""
-        return spanning(network, state, partial(self.rule, state), self.slots)
+        return spanning(network, state, partial(self.rule, state), self.cache_dtype)
 
 
 @dataclass(frozen=True)
-class BudgetPolicy(ReusePolicy):
+class BudgetedCachePolicy(FeatureCachePolicy):
     """Reuses until an exact budget is met, so that the network stays close to what it was before any step of the recipe."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"calls", "teacher"})

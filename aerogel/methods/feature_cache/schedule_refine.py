@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from aerogel.errors import AerogelError
-from aerogel.methods.feature_cache.policy import RevisingPolicy
+from aerogel.methods.feature_cache.policy import ScheduleRefiner
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.budgets import Measure, budget_like
@@ -21,11 +21,11 @@ from aerogel.runtime.feature_cache.schedule import Schedule
 from aerogel.runtime.feature_cache.trials import generating
 
 _CONFIRMING = 4
-"""Times as many pictures as are searched on confirm an exchange: what rounding does to few of them is soon learned by heart."""
+"""Times as many images as are searched on confirm an exchange: what rounding does to few of them is soon learned by heart."""
 
 
 @dataclass(frozen=True)
-class ScheduleRefine(RevisingPolicy):
+class ScheduleRefine(ScheduleRefiner):
     """Goes on from the schedule of the policy before it, saves as much, and takes its place."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"calls", "teacher"})
@@ -33,7 +33,7 @@ class ScheduleRefine(RevisingPolicy):
     trials: int = 400
     """Generations it may take, forked where they differ."""
     samples: int = 32
-    """Pictures that are made in each, of those that were recorded."""
+    """Images that are made in each, of those that were recorded."""
     by: Measure = "macs"
     """What has to be saved as before: multiply-accumulates, or measured seconds of the units."""
 
@@ -42,7 +42,7 @@ class ScheduleRefine(RevisingPolicy):
         return (self.trials + 4 * _CONFIRMING) * steps * self.samples * sample
 
     def revise(self, network: Network, calls: Sequence[Call], before: dict[str, Any]) -> dict[str, Any]:
-        """Exchange slots where pictures of other noise gain by it too; raises AerogelError for calls of other steps."""
+        """Exchange slots where images of other noise gain by it too; raises AerogelError for calls of other steps."""
         schedule = Schedule.of(network, before)
         with generating(network, calls, self.samples) as generations:
             if generations.runs[0].steps != schedule.steps:

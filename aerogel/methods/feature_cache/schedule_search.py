@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aerogel.methods.feature_cache.policy import BudgetPolicy
+from aerogel.methods.feature_cache.policy import BudgetedCachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.masks import Search
@@ -20,13 +20,13 @@ from aerogel.runtime.feature_cache.units import units_of
 
 
 @dataclass(frozen=True)
-class ScheduleSearch(BudgetPolicy):
+class ScheduleSearch(BudgetedCachePolicy):
     """Reuses what was found to move the final images least: whole steps first, then single units, then exchanges."""
 
     trials: int = 2000
     """Generations it may take, forked where they differ."""
     samples: int = 32
-    """Pictures that are made in each, of those that were recorded."""
+    """Images that are made in each, of those that were recorded."""
 
     def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
         """Half a generation a trial, in both branches of guidance."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.methods.feature_cache.policy import ReusePolicy, Strengths
+from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.schedule import scheduled
@@ -20,10 +20,10 @@ from aerogel.runtime.feature_cache.units import units_of
 
 
 @dataclass(frozen=True)
-class Smoothcache(ReusePolicy):
+class Smoothcache(FeatureCachePolicy):
     """Reuses all units of a kind as long as their outputs changed by at most `alpha` since they ran."""
 
-    strengths: ClassVar[Strengths | None] = ("alpha", (0.02, 0.04, 0.06, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0))
+    search_space: ClassVar[SearchSpace | None] = ("alpha", (0.02, 0.04, 0.06, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0))
 
     alpha: float = 0.08
     """Largest relative L1 distance, averaged over the units of a kind; the authors use 0.08 to 0.35."""
@@ -32,7 +32,7 @@ class Smoothcache(ReusePolicy):
 
     @torch.no_grad()
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
-        """Measure the change from step to step on the recorded calls; raises AerogelError for knobs out of range."""
+        """Measure the change from step to step on the recorded calls; raises AerogelError for options out of range."""
         if self.alpha < 0 or self.longest < 1:
             raise AerogelError(f"alpha {self.alpha} is at least 0, longest {self.longest} at least 1")
         units, steps = units_of(network), len(steps_in(network, calls))

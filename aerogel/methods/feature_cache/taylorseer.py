@@ -14,17 +14,17 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from aerogel.errors import AerogelError
-from aerogel.methods.feature_cache.policy import ReusePolicy, Strengths
+from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.schedule import Schedule, Slot, reusing, scheduled
 
 
 @dataclass(frozen=True)
-class Taylorseer(ReusePolicy):
+class Taylorseer(FeatureCachePolicy):
     """Runs all units every `interval` steps, and predicts them in between by a Taylor series of finite differences."""
 
-    strengths: ClassVar[Strengths | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
+    search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
     interval: int = 4
     """Steps from one that computes to the next."""
@@ -34,7 +34,7 @@ class Taylorseer(ReusePolicy):
     """Steps at the start that all compute."""
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
-        """Read the sampler's steps off the calls; raises AerogelError for knobs below their least values."""
+        """Read the sampler's steps off the calls; raises AerogelError for options below their least values."""
         if min(self.interval, self.warmup) < 1 or self.order < 0:
             raise AerogelError(f"interval {self.interval} and warmup {self.warmup} are at least 1, order {self.order} at least 0")
         return scheduled(network, calls, self._computed)

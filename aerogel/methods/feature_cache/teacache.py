@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.methods.feature_cache.policy import SpanPolicy, Strengths
+from aerogel.methods.feature_cache.policy import BlockCachePolicy, SearchSpace
 from aerogel.model.calls import Call, tensors_in
-from aerogel.model.hooks import watching
+from aerogel.model.hooks import capture_inputs
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.spans import Rule, Stretch, followed_steps
 from aerogel.runtime.feature_cache.streams import generations
@@ -20,10 +20,10 @@ from aerogel.runtime.feature_cache.units import units_of
 
 
 @dataclass(frozen=True)
-class Teacache(SpanPolicy):
+class Teacache(BlockCachePolicy):
     """Adds what all blocks added at the last step that ran, while a polynomial of the first block's input says that little has changed."""
 
-    strengths: ClassVar[Strengths | None] = ("threshold", (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 2.0))
+    search_space: ClassVar[SearchSpace | None] = ("threshold", (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 2.0))
 
     threshold: float = 0.15
     """Sum of the estimated relative changes at which all blocks run again (the authors: 0.05 to 0.8, by model)."""
@@ -32,7 +32,7 @@ class Teacache(SpanPolicy):
 
     @torch.no_grad()
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
-        """Fit the polynomial; raises AerogelError for knobs out of range and too few recorded steps."""
+        """Fit the polynomial; raises AerogelError for options out of range and too few recorded steps."""
         state, runs = followed_steps(network, calls), generations(network, calls)
         pairs = sum(len(run) - 1 for run in runs)
         if self.threshold < 0 or not 1 <= self.degree < pairs:
@@ -43,7 +43,7 @@ class Teacache(SpanPolicy):
         inputs: list[float] = []
         outputs: list[float] = []
         seen: list[Tensor] = []
-        with watching({first: network.module.get_submodule(first)}, lambda _, x: seen.append(x)):
+        with capture_inputs({first: network.module.get_submodule(first)}, lambda _, x: seen.append(x)):
             for run in runs:
                 seen.clear()
                 made = [tensors_in(network.run(call))[0] for call in run]

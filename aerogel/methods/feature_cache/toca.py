@@ -7,20 +7,20 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from aerogel.methods.feature_cache.policy import ReusePolicy, Strengths
+from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.tokens import Tokenwise, recomputing, tokenwise
+from aerogel.runtime.feature_cache.tokens import TokenCacheConfig, recomputing, tokenwise
 
 
 @dataclass(frozen=True)
-class Toca(Tokenwise, ReusePolicy):
+class Toca(TokenCacheConfig, FeatureCachePolicy):
     """Runs all units now and then; in between it reuses attention, and feed-forwards compute their most important tokens anew."""
 
-    strengths: ClassVar[Strengths | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
+    search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
-        """Read the sampler's steps off the calls; raises AerogelError for knobs out of range, and where no attention scores tokens."""
+        """Read the sampler's steps off the calls; raises AerogelError for options out of range, and where no attention scores tokens."""
         return tokenwise(network, calls, self, lambda ahead: ahead > 0)
 
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.methods.feature_cache.policy import ReusePolicy, Strengths
+from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.schedule import scheduled
 
 
 @dataclass(frozen=True)
-class UniformCache(ReusePolicy):
+class UniformCache(FeatureCachePolicy):
     """Reuses all outputs at some steps, spread evenly from the first that may to the last."""
 
-    strengths: ClassVar[Strengths | None] = ("ratio", tuple(step / 20 for step in range(2, 20)))
+    search_space: ClassVar[SearchSpace | None] = ("ratio", tuple(step / 20 for step in range(2, 20)))
 
     ratio: float = 0.5
     """Share of the steps that reuse."""

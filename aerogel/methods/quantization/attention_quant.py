@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aerogel.errors import AerogelError
 from aerogel.kernels import attention as kernel
-from aerogel.layers.linear import held
+from aerogel.layers.linear import cache_dequantized
 from aerogel.methods.base import RuntimePolicy
 from aerogel.model.calls import Call
 from aerogel.model.match import matches
@@ -54,7 +54,7 @@ class AttentionQuant(RuntimePolicy):
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Look at the operands of all calls; raises AerogelError when the network's attention cannot be found."""
         named = attentions(network, calls[0])
-        ignore = network.family.spelled(self.ignore)
+        ignore = network.family.expand_patterns(self.ignore)
         names = [name for name in named if not matches(name, ignore, network.module.get_submodule(name))]
         if not names:
             raise AerogelError(
@@ -73,7 +73,7 @@ class AttentionQuant(RuntimePolicy):
                 searches[name, operand].update(x)
             return x
 
-        with attending(network, names, lambda name: partial(attention, change=partial(see, name))), held(network.module):
+        with attending(network, names, lambda name: partial(attention, change=partial(see, name))), cache_dequantized(network.module):
             for call in calls:
                 network.run(call)
         state: dict[str, Any] = {"attentions": names}

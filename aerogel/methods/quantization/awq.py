@@ -82,15 +82,15 @@ class Awq(WeightMethod):
 
     needs: ClassVar[frozenset[str]] = frozenset({"calls", "edges"})
 
-    strengths: int = 20
+    search_space: int = 20
     """In how many steps exponents of the scale between 0 and 1 are told apart; about half of them are tried."""
-    duo: bool = True
+    duo_scaling: bool = True
     """Whether columns whose weights are large anyway are scaled less."""
     clip: bool = True
     """Whether ranges are searched (least output error) after scaling; without it they cover every weight."""
     unclipped: tuple[str, ...] = ("*q_proj", "*k_proj", "*qkv_proj", "*to_q", "*to_k")
     """Linears whose ranges are not searched: their outputs meet in a product, where errors do not just add up."""
-    without_edge: Literal["skip", "keep"] = "skip"
+    unmapped: Literal["skip", "keep"] = "skip"
     """Linears that no edge feeds: left unscaled (skip), or divide their input at run time (keep), which only aerogel can open."""
     rounds: int = 1
     """How often all scales are searched, each time from where the last round ended."""
@@ -113,7 +113,7 @@ class Awq(WeightMethod):
             for edge in edges:
                 self._scale_edge(block, edge, jobs)
         fed = {sink for edge in edges for sink in edge.sinks}
-        kept = self._scale_inputs(jobs[name] for name in jobs if name not in fed) if self.without_edge == "keep" else {}
+        kept = self._scale_inputs(jobs[name] for name in jobs if name not in fed) if self.unmapped == "keep" else {}
         for name, job in jobs.items():
             self._finish(block, name, job, statistics.get(name), kept.get(job))
 
@@ -145,14 +145,14 @@ class Awq(WeightMethod):
     def _search(self, readers: Sequence[_Job], gather: Callable[[Tensor], Tensor], spread: Callable[[Tensor], Tensor]) -> Tensor:
         """The scale_C, or ones, with which rounding the readers costs least."""
         magnitude_C = gather(torch.stack([job.inputs.magnitude_I for job in readers if job.inputs]).mean(0))
-        weight_C = gather(_weight_magnitude(readers)) if self.duo else None
+        weight_C = gather(_weight_magnitude(readers)) if self.duo_scaling else None
         best_C, at = torch.ones_like(magnitude_C), 0
         least = sum(job.cost(spread(best_C)) for job in readers)
         # Every other strength, then the neighbours of the best: the cost has one valley, as far as it has been seen.
-        for steps in (range(0, self.strengths + 1, 2), (-1, 1)):
+        for steps in (range(0, self.search_space + 1, 2), (-1, 1)):
             around = at if steps == (-1, 1) else 0
             for step in steps:
-                scale_C = scale_of(magnitude_C, weight_C, min(max(around + step, 0), self.strengths) / self.strengths)
+                scale_C = scale_of(magnitude_C, weight_C, min(max(around + step, 0), self.search_space) / self.search_space)
                 cost = sum(job.cost(spread(scale_C)) for job in readers)
                 if cost < least:
                     least, best_C, at = cost, scale_C, around + step

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.kernels.malloc import trim
+from aerogel.kernels.malloc import release_pages
 from aerogel.layers.linear import QuantLinear, stored_grid
 from aerogel.methods.base import WeightMethod
 from aerogel.model.block import Block
@@ -50,7 +50,7 @@ class Gptq(WeightMethod):
     """How ranges are found: minmax (cover every weight), mse (least squared error) or output (least error that no column can mend)."""
     true_sequential: bool | None = None
     """Whether linears are quantized in the order in which they run, each seeing those before it quantized; null: where that is free."""
-    waiting: float = 1.0
+    max_activation_gb: float = 1.0
     """Gigabytes of activations that may wait inside a block for that; with more it takes a pass for each stage, and is not free."""
     input_range: InputRange = "absmax"
     """Range of static inputs: absmax (extremes of all calls) or average (mean over the calls)."""
@@ -58,7 +58,7 @@ class Gptq(WeightMethod):
     @property
     def holds(self) -> float:
         """All that may wait in a block."""
-        return 0.0 if self.true_sequential is False else self.waiting * 1e9
+        return 0.0 if self.true_sequential is False else self.max_activation_gb * 1e9
 
     @torch.no_grad()
     def compress(self, block: Block) -> None:
@@ -70,7 +70,7 @@ class Gptq(WeightMethod):
         gates = sharing(block, jobs)
         stages = _stages(gates)
         missed = set(jobs).difference(*gates)
-        if len(stages) == len(gates) and not missed and _waiting_bytes(block, jobs) <= self.waiting * 1e9:
+        if len(stages) == len(gates) and not missed and _waiting_bytes(block, jobs) <= self.max_activation_gb * 1e9:
             self._in_step(block, jobs, gates)
         elif self.true_sequential:
             for stage in (*stages, tuple(missed)):
@@ -106,7 +106,7 @@ class Gptq(WeightMethod):
             problem = problems.setdefault((seen, scheme, dtype, alone), _Problem({}, seen, scheme, dtype))
             problem.linears[name] = linear
         for batch in _batches(problems.values()):
-            trim()  # freed in small pieces, memory stays with the process (measured: 290 MB more at the peak)
+            release_pages()  # freed in small pieces, memory stays with the process (measured: 290 MB more at the peak)
             self._solve(block, batch)
 
     def _solve(self, block: Block, problems: Sequence[_Problem]) -> None:

@@ -33,7 +33,7 @@ class Smoothquant(BlockMethod):
     """How much of the difficulty moves from activations to weights, 0 to 1; or search it for every edge by the output's error."""
     scheme: Scheme | str = "W8A8"
     """What the search assumes about the step that quantizes; must quantize inputs."""
-    behind_linears: bool = False
+    include_linear_sources: bool = False
     """Whether inputs that come from a linear instead of a norm (value to output, up to down) are smoothed too."""
     rows: int = 512
     """How many rows of every input, spread evenly over all calls, the search looks at."""
@@ -59,7 +59,7 @@ class Smoothquant(BlockMethod):
 
     def _smooths(self, block: Block, edge: BoundEdge, linears: dict[str, nn.Linear]) -> bool:
         source = block.module.get_submodule(edge.source)
-        return any(name in linears for name in edge.sinks) and (self.behind_linears or not isinstance(source, nn.Linear))
+        return any(name in linears for name in edge.sinks) and (self.include_linear_sources or not isinstance(source, nn.Linear))
 
     def _smooth(self, block: Block, edge: BoundEdge, readers: dict[str, nn.Linear], seen: InputStatistics) -> None:
         found = channels(block, edge)

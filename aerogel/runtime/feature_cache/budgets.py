@@ -33,11 +33,11 @@ class Budget:
         """What a mask saves."""
         return float(((~mask_TN).double() * torch.tensor(self.cost_N, dtype=torch.float64)).sum())
 
-    def met(self, mask_TN: Tensor) -> bool:
+    def is_met(self, mask_TN: Tensor) -> bool:
         """Whether it is enough, but for rounding."""
         return self.saved(mask_TN) >= self.saving * (1 - 1e-9)
 
-    def aged(self, max_age: int, steps: int) -> Budget:
+    def with_max_reuse(self, max_age: int, steps: int) -> Budget:
         """The same with a bound on the steps in a row; raises AerogelError where so many steps cannot save enough then."""
         made, units = replace(self, max_age=max_age), len(self.cost_N)
         if made.reachable(torch.ones(steps, units, dtype=torch.bool)):
@@ -52,7 +52,7 @@ class Budget:
         """Whether no unit is reused at more steps in a row than it may be."""
         return not self.max_age or None not in self._most(mask_TN, torch.zeros_like(mask_TN))
 
-    def young(self, mask_TN: Tensor) -> Tensor:
+    def enforce(self, mask_TN: Tensor) -> Tensor:
         """The mask with as few more units running as the bound on steps in a row asks for."""
         made_TN, age_N = mask_TN.clone(), torch.zeros(mask_TN.shape[1], dtype=torch.long)
         for row_N in made_TN:
@@ -90,7 +90,7 @@ class Budget:
             open_TN[slot] = True
         taken = []
         for slot in order:
-            if self.met(mask_TN):
+            if self.is_met(mask_TN):
                 break
             mask_TN[slot] = False
             if self.reachable(mask_TN, open_TN):
@@ -99,7 +99,7 @@ class Budget:
                 mask_TN[slot] = True
         for slot in reversed(taken):
             mask_TN[slot] = True
-            if not self.met(mask_TN):
+            if not self.is_met(mask_TN):
                 mask_TN[slot] = False
         return mask_TN
 

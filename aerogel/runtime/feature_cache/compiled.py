@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from aerogel.errors import AerogelError
-from aerogel.model.hooks import answering
+from aerogel.model.hooks import patch_forward
 
 _CALL = "_compiled_call_impl"
 """Where nn.Module keeps what torch.compile made of it."""
@@ -62,7 +62,7 @@ def standing_in(denoiser: nn.Module, answers: Mapping[nn.Module, Callable[..., A
     """
     before = {module: call for module in answers if (call := compiled(module))}
     with ExitStack() as stack:
-        stack.enter_context(answering({module: answer for module, answer in answers.items() if module not in before}))
+        stack.enter_context(patch_forward({module: answer for module, answer in answers.items() if module not in before}))
         for module, call in before.items():
             stack.callback(module.__dict__.__setitem__, _CALL, call)
             module.__dict__[_CALL] = _Front(answers[module])
@@ -101,7 +101,7 @@ def by_pattern(module: nn.Module, pattern: Sequence[bool]) -> Iterator[None]:
     if not isinstance(own, MethodType) or own.__self__ is not module:
         yield
         return
-    with answering({module: MethodType(_copied(own.__func__, tuple(pattern)), module)}):
+    with patch_forward({module: MethodType(_copied(own.__func__, tuple(pattern)), module)}):
         yield
 
 

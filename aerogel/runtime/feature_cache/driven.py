@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from aerogel.model.calls import Call, map_tensors
-from aerogel.model.hooks import answering
+from aerogel.model.hooks import patch_forward
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.compiled import uncompiled
 from aerogel.runtime.feature_cache.schedule import Slot, stand_ins
@@ -94,7 +94,7 @@ def driven(network: Network) -> Iterator[Driven]:
                 parameter.requires_grad_(False)
                 stack.callback(parameter.requires_grad_, True)
         stack.enter_context(uncompiled(network.module))  # gradients and blends are not for kernels made for use
-        stack.enter_context(answering(answers))
+        stack.enter_context(patch_forward(answers))
         yield Driven(network, slots)
 
 

@@ -24,7 +24,7 @@ Half = Literal["first", "second"]
 
 
 @dataclass(frozen=True)
-class Halves:
+class CFGBatch:
     """When which half of the batch runs."""
 
     both: tuple[bool, ...]
@@ -46,7 +46,7 @@ class Halves:
         return torch.cat([conditional, unconditional] if self.conditional == "first" else [unconditional, conditional])
 
 
-class Guess(ABC):
+class UncondPredictor(ABC):
     """Makes the unconditional output out of the conditional one."""
 
     @abstractmethod
@@ -68,7 +68,9 @@ class HalfSlot(Slot):
 class Guided(Reuse):
     """Follows the forwards of a denoiser, gives it half of the batch at some steps, and puts the other half in its place behind it."""
 
-    def __init__(self, schedule: Schedule, slots: Mapping[str, HalfSlot], halves: Halves, guess: Guess, pipeline: Any = None) -> None:
+    def __init__(
+        self, schedule: Schedule, slots: Mapping[str, HalfSlot], halves: CFGBatch, guess: UncondPredictor, pipeline: Any = None
+    ) -> None:
         super().__init__(schedule, slots, pipeline)
         self._half_slots, self._halves, self._guess = slots, halves, guess
         self._row, self._begins, self._alone = 0, True, False
@@ -136,7 +138,7 @@ class Guided(Reuse):
 
 @contextmanager
 def guided(
-    network: Network, schedule: Schedule, make: Callable[[Callable[..., Any]], HalfSlot], halves: Halves, guess: Guess
+    network: Network, schedule: Schedule, make: Callable[[Callable[..., Any]], HalfSlot], halves: CFGBatch, guess: UncondPredictor
 ) -> Iterator[Guided]:
     """Put a schedule and the halves on the denoiser for a while; afterwards it is what it was."""
     slots, answers = stand_ins(network, make)

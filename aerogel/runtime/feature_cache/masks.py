@@ -61,7 +61,7 @@ class Search:
         best = self._settle(mask_TN)
         queue = [(-math.inf, part, -1) for part in parts if _all(mask_TN, part, runs=True)]
         picks = 0
-        while queue and not self.budget.met(mask_TN):
+        while queue and not self.budget.is_met(mask_TN):
             if self._spent():  # the best by what is known; parts that were never tried come last, early steps after late ones
                 queue.sort(key=lambda entry: (math.isinf(entry[0]), entry[0], -entry[1][0][0]))
             _, part, tried_at = queue.pop(0) if self._spent() else heapq.heappop(queue)
@@ -121,7 +121,7 @@ class Search:
     def _settle(self, mask_TN: Tensor) -> float:
         error = self.trials.settle(mask_TN)
         if self.others is not None:
-            self._others_error = self.others.error(mask_TN)  # not settled on: what forks need is kept for each step, of many pictures
+            self._others_error = self.others.error(mask_TN)  # not settled on: what forks need is kept for each step, of many images
         self.log.append((self.trials.count, error))
         return error
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from aerogel.model.hooks import answering
+from aerogel.model.hooks import patch_forward
 from aerogel.runtime.feature_cache.driven import Driven
 from aerogel.runtime.feature_cache.schedule import Slot
 
@@ -27,7 +27,7 @@ def recomputing(denoiser: Driven) -> Iterator[None]:
     for name, block in denoiser.network.blocks().items():
         inside = [slot for unit, slot in denoiser.slots.items() if f"{unit}.".startswith(f"{name}.")]
         answers[block] = partial(_run, block.forward, inside)
-    with answering(answers):
+    with patch_forward(answers):
         yield
 
 

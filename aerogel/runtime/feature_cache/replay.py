@@ -143,7 +143,7 @@ def _replay(network: Network, sampler: Any, calls: Sequence[Call]) -> Replay:
 def _at_start(sampler: Any, given: Sequence[float]) -> Any:
     """The sampler before the first of the steps that the denoiser was given: set by their number, or else as the pipeline has left it.
 
-    Pipelines may tell it more than a number, such as the picture's size; then the last generation has to be one of those recorded.
+    Pipelines may tell it more than a number, such as the image's size; then the last generation has to be one of those recorded.
     """
     fresh = copy.deepcopy(sampler)
     try:

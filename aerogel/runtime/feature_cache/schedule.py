@@ -17,7 +17,7 @@ from aerogel.errors import AerogelError
 from aerogel.model.calls import Call, bytes_in
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.compiled import by_pattern, called, compiled_around, standing_in
-from aerogel.runtime.feature_cache.stored import Slots, store_named, versions
+from aerogel.runtime.feature_cache.stored import CacheDtype, store_named, versions
 from aerogel.runtime.feature_cache.streams import Following, followed, sampler_of, steps_in
 from aerogel.runtime.feature_cache.units import units_of
 
@@ -135,7 +135,7 @@ class Slot:
         return self.value, self.value
 
 
-class Unread:
+class SkippedNorm:
     """Stands in for the forward of what only units read, such as a norm: where none of them runs, it passes no tokens on."""
 
     def __init__(self, own: Callable[..., Tensor], readers: Sequence[Slot]) -> None:
@@ -167,7 +167,7 @@ class Reuse(Following):
             if slot.versions != before:
                 raise AerogelError(
                     f"what {name} gave was changed in place after it was kept for later steps: something behind it writes into its output "
-                    "(such as x += y, or a hook); write into a new tensor there, or keep copies with slots: float8"
+                    "(such as x += y, or a hook); write into a new tensor there, or keep copies with cache_dtype: float8"
                 )
             slot.computes = self._rows[row][place] or slot.value is None
             later = self._rows[row + 1 :] if slot.remembers else self._rows[row + 1 : row + 2]
@@ -215,7 +215,7 @@ def stand_ins(network: Network, make: Callable[[Callable[..., Any]], Kind]) -> t
     for name, unit in units.items():
         for read in (*unit.norms, *unit.parts):
             readers.setdefault(read, []).append(slots[name])
-    return slots, answers | {find(name): Unread(find(name).forward, those).__call__ for name, those in readers.items()}
+    return slots, answers | {find(name): SkippedNorm(find(name).forward, those).__call__ for name, those in readers.items()}
 
 
 @contextmanager
@@ -240,7 +240,7 @@ def in_place(denoiser: nn.Module, slots: Mapping[str, Slot], answers: Mapping[nn
 
 @contextmanager
 def reusing(
-    network: Network, schedule: Schedule, make: Callable[[Callable[..., Any]], Slot] = Slot, store: Slots = "compute"
+    network: Network, schedule: Schedule, make: Callable[[Callable[..., Any]], Slot] = Slot, store: CacheDtype = "compute"
 ) -> Iterator[Reuse]:
     """Put a schedule on the denoiser for a while; afterwards it is what it was.
 
@@ -253,7 +253,7 @@ def reusing(
         yield reuse
 
 
-def _put_away(slots: Iterable[Slot], store: Slots) -> None:
+def _put_away(slots: Iterable[Slot], store: CacheDtype) -> None:
     for slot in slots:
         slot.store = store_named(store)
         if slot.remembers and store != "compute":
@@ -263,7 +263,7 @@ def _put_away(slots: Iterable[Slot], store: Slots) -> None:
             )
 
 
-def slot_sizes(network: Network, call: Call, store: Slots = "compute") -> tuple[int, ...]:
+def slot_sizes(network: Network, call: Call, store: CacheDtype = "compute") -> tuple[int, ...]:
     """The bytes that each unit's slot holds of a forward."""
     slots, answers = stand_ins(network, Slot)
     for slot in slots.values():

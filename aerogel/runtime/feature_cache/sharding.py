@@ -15,9 +15,9 @@ from aerogel.training.distributed import group_size, of_first, share
 
 
 def shares_of(runs: Sequence[Replay]) -> list[Replay]:
-    """The generations with this process's pictures alone, and both branches of guidance of each.
+    """The generations with this process's images alone, and both branches of guidance of each.
 
-    Raises AerogelError when processes were given different generations, and where pictures do not divide by the processes.
+    Raises AerogelError when processes were given different generations, and where images do not divide by the processes.
     """
     if group_size() == 1:
         return list(runs)
@@ -34,7 +34,7 @@ def _share_of(run: Replay) -> Replay:
     parts, samples = 2 if run.halves else 1, len(run.calls[0].kwargs[run.name])
     if samples // parts % group_size():
         raise AerogelError(
-            f"a recorded batch of {samples // parts} pictures does not divide by the {group_size()} processes that train: record as many "
+            f"a recorded batch of {samples // parts} images does not divide by the {group_size()} processes that train: record as many "
             "at once as do (the batch of the samples), and of all a whole number of batches (their count)"
         )
 

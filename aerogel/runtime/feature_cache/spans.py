@@ -23,7 +23,7 @@ from aerogel.model.calls import Call, bytes_in
 from aerogel.model.hooks import Stop, until
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.compiled import called, compiled, compiled_around, standing_in
-from aerogel.runtime.feature_cache.stored import Slots, store_named, versions
+from aerogel.runtime.feature_cache.stored import CacheDtype, store_named, versions
 from aerogel.runtime.feature_cache.streams import Following, followed, generations, sampler_of, steps_in
 from aerogel.runtime.feature_cache.units import units_of
 
@@ -89,7 +89,7 @@ class _Memory:
 class Spans(Following):
     """Follows the forwards of a denoiser and runs its blocks, or does not."""
 
-    def __init__(self, network: Network, state: Mapping[str, Any], make: Callable[[], Rule], store: Slots = "compute") -> None:
+    def __init__(self, network: Network, state: Mapping[str, Any], make: Callable[[], Rule], store: CacheDtype = "compute") -> None:
         super().__init__(tuple(state["steps"]), state["sampler"], network.processor)
         self._streams = streams_of(network)
         self._image = _image_of(network)
@@ -191,12 +191,12 @@ def streams_of(network: Network) -> tuple[str, ...]:
 
     Raises AerogelError for a family whose blocks are no single row.
     """
-    if not network.family.streams:
+    if not network.family.hidden_state_args:
         raise AerogelError(
             f"the {network.family.name} family names no streams that all blocks read and give (streams in aerogel/families); "
             "policies that leave out blocks need them, those that reuse units (fora, harmonica) do not"
         )
-    return network.family.streams
+    return network.family.hidden_state_args
 
 
 def followed_steps(network: Network, calls: Sequence[Call]) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def residuals(network: Network, calls: Sequence[Call]) -> Iterator[Tensor]:
 
 
 @contextmanager
-def spanning(network: Network, state: Mapping[str, Any], make: Callable[[], Rule], store: Slots = "compute") -> Iterator[Spans]:
+def spanning(network: Network, state: Mapping[str, Any], make: Callable[[], Rule], store: CacheDtype = "compute") -> Iterator[Spans]:
     """Leave stretches of blocks out by a rule for a while, at the steps that `followed_steps` found; then the denoiser is what it was.
 
     Raises AerogelError when the state is of a network with more or fewer blocks, and where blocks are compiled with what holds them.

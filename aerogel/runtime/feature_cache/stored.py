@@ -16,7 +16,7 @@ from aerogel.numerics.formats import format_named
 from aerogel.numerics.quantize import Grid, dequantize, dynamic_grid, quantize
 from aerogel.numerics.scheme import PerToken, TensorScheme
 
-Slots = Literal["compute", "float8"]
+CacheDtype = Literal["compute", "float8"]
 _FLOAT8 = TensorScheme(format_named("fp8_e4m3"), PerToken(), dynamic=True)
 
 

@@ -18,7 +18,7 @@ from torch.nn.functional import max_pool2d, normalize, scaled_dot_product_attent
 
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
-from aerogel.model.hooks import watching
+from aerogel.model.hooks import capture_inputs
 from aerogel.model.network import Network
 from aerogel.runtime.attention import Attend, attending, attention_received
 from aerogel.runtime.feature_cache.compiled import compiled_around
@@ -31,7 +31,7 @@ Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Tokenwise:
+class TokenCacheConfig:
     """When all units run, how many tokens the steps between compute anew, and which; steps are counted down to 0, the last."""
 
     interval: int = 3
@@ -53,12 +53,12 @@ class Tokenwise:
     staleness: float = 0.25
     """What a token's score gains for `interval` selections in a row that passed it over; attention received is at most 1."""
     bonus: float = 0.6
-    """The best token of each cell of the picture has its score raised by this share of it, so that all of the picture is served."""
+    """The best token of each cell of the image has its score raised by this share of it, so that all of the image is served."""
     cell: int = 2
     """Rows and columns of a cell, in tokens; 1 for no cells."""
 
     def check(self) -> None:
-        """Raise AerogelError for knobs out of range."""
+        """Raise AerogelError for options out of range."""
         if self.interval < 2 or self.cell < 1:
             raise AerogelError(f"interval {self.interval} is at least 2, cell {self.cell} at least 1")
         if not 0 <= self.pace < 1 or not 0 <= self.dense[0] <= self.dense[1] <= 1:
@@ -112,44 +112,44 @@ def grid_of(latent: Sequence[int], tokens: int) -> Grid:
     grid = (frames, rows // patch, columns // patch)
     if len(latent) not in (4, 5) or rows % patch or columns % patch or math.prod(grid) != tokens:
         raise AerogelError(
-            f"{tokens} tokens are no grid of square patches of a latent of shape {tuple(latent)}, so cells of the picture cannot be told; "
+            f"{tokens} tokens are no grid of square patches of a latent of shape {tuple(latent)}, so cells of the image cannot be told; "
             "set cell to 1"
         )
     return grid
 
 
-def tokenwise(network: Network, calls: Sequence[Call], knobs: Tokenwise, some: Callable[[int], bool]) -> dict[str, Any]:
+def tokenwise(network: Network, calls: Sequence[Call], options: TokenCacheConfig, some: Callable[[int], bool]) -> dict[str, Any]:
     """The state of a policy: a schedule, the shares of tokens by step and unit, and the attention that scores each unit's tokens.
 
     `some` says how far ahead the next full step is where some tokens are computed anew. Runs the first call. Raises AerogelError for
-    knobs out of range, for compiled blocks, and where no attention scores the tokens of a unit.
+    options out of range, for compiled blocks, and where no attention scores the tokens of a unit.
     """
-    knobs.check()
+    options.check()
     _require_written(network)
 
     def full(steps: int, units: int) -> Tensor:
-        return torch.tensor(knobs.ahead(steps)).eq(0)[:, None].expand(-1, units)
+        return torch.tensor(options.ahead(steps)).eq(0)[:, None].expand(-1, units)
 
-    names = [name for name, unit in units_of(network).items() if knobs.factor(unit.kind)]
-    scored_by = _scored_by(network, calls[0], names, knobs.cell) if calls and names else {}
+    names = [name for name, unit in units_of(network).items() if options.factor(unit.kind)]
+    scored_by = _scored_by(network, calls[0], names, options.cell) if calls and names else {}
     state = scheduled(network, calls, full)
-    partial_T = torch.tensor([ahead > 0 and some(ahead) for ahead in knobs.ahead(len(state["steps"]))])
-    return state | {"shares": knobs.shares(network, partial_T), "scored_by": scored_by}
+    partial_T = torch.tensor([ahead > 0 and some(ahead) for ahead in options.ahead(len(state["steps"]))])
+    return state | {"shares": options.shares(network, partial_T), "scored_by": scored_by}
 
 
 @contextmanager
-def recomputing(network: Network, state: Mapping[str, Any], knobs: Tokenwise) -> Iterator[Reuse]:
+def recomputing(network: Network, state: Mapping[str, Any], options: TokenCacheConfig) -> Iterator[Reuse]:
     """Reuse by the state of `tokenwise` for a while, with some tokens computed anew; afterwards the denoiser is what it was.
 
     Raises AerogelError for compiled blocks.
     """
     _require_written(network)
     schedule, units, find = Schedule.of(network, state), units_of(network), network.module.get_submodule
-    readers: dict[str, list[_Some]] = {attention: [] for attention in state["scored_by"].values()}
+    readers: dict[str, list[PartialTokenCache]] = {attention: [] for attention in state["scored_by"].values()}
     with attending(network, readers, lambda name: partial(_watched, readers[name])):
-        slots, answers = stand_ins(network, _Some)
+        slots, answers = stand_ins(network, PartialTokenCache)
         for (name, slot), share_T in zip(slots.items(), state["shares"].T.tolist(), strict=True):
-            slot.prepare(name, knobs, share_T, schedule)
+            slot.prepare(name, options, share_T, schedule)
         for name, attention in state["scored_by"].items():
             readers[attention].append(slots[name])
             answers |= {norm: _Norm(norm.forward, slots[name]).__call__ for norm in map(find, units[name].norms)}
@@ -168,7 +168,7 @@ class _Kept(NamedTuple):
     """Selections that passed a token over since it was computed."""
 
 
-class _Some(Slot):
+class PartialTokenCache(Slot):
     """A slot that can also run its unit on some tokens, which are known before the forward, and keep what it has of the others."""
 
     def __init__(self, own: Callable[..., Any]) -> None:
@@ -179,9 +179,9 @@ class _Some(Slot):
         self.index_BK: Tensor | None = None
         """The tokens that run at this step, in order; None where it is all or none."""
 
-    def prepare(self, name: str, knobs: Tokenwise, shares: Sequence[float], schedule: Schedule) -> None:
+    def prepare(self, name: str, options: TokenCacheConfig, shares: Sequence[float], schedule: Schedule) -> None:
         """Take what holds for all steps."""
-        self._name, self._knobs, self._shares = name, knobs, shares
+        self._name, self._knobs, self._shares = name, options, shares
         self._scores: list[bool] = []
         later = False
         for share, runs in zip(reversed(shares), reversed(schedule.computed_TN[:, schedule.units.index(name)].tolist()), strict=True):
@@ -194,11 +194,11 @@ class _Some(Slot):
         self.scores = self.computes and self._scores[self.row]
         if self.computes or not self._shares[self.row]:
             return
-        kept, knobs = self.value, self._knobs
+        kept, options = self.value, self._knobs
         self._tokens: int = kept.made_BND.shape[1]
-        score_BN = kept.received_BN + knobs.staleness * kept.stale_BN / knobs.interval
-        if knobs.cell > 1:
-            score_BN = favoured(score_BN, grid_of(latent, self._tokens), knobs.cell, knobs.bonus)
+        score_BN = kept.received_BN + options.staleness * kept.stale_BN / options.interval
+        if options.cell > 1:
+            score_BN = favoured(score_BN, grid_of(latent, self._tokens), options.cell, options.bonus)
         chosen_BK = score_BN.topk(int(self._shares[self.row] * self._tokens), dim=1).indices
         self.index_BK = chosen_BK.sort(dim=1).values  # in order, all tokens may be cut twice: read() sees no difference
 
@@ -254,7 +254,7 @@ class _Some(Slot):
 class _Norm:
     """Stands in for the forward of a norm that only one unit reads, and normalises the tokens that it needs."""
 
-    def __init__(self, own: Callable[..., Tensor], slot: _Some) -> None:
+    def __init__(self, own: Callable[..., Tensor], slot: PartialTokenCache) -> None:
         self.own, self.slot = own, slot
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -266,7 +266,7 @@ class _Norm:
 class _Recomputing(Reuse):
     """Lets the slots choose tokens, too."""
 
-    slots: Mapping[str, _Some]
+    slots: Mapping[str, PartialTokenCache]
     _latent: Sequence[int] = ()
 
     def start(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -288,7 +288,7 @@ class _Recomputing(Reuse):
 
 
 def _watched(
-    readers: Sequence[_Some],
+    readers: Sequence[PartialTokenCache],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -325,7 +325,7 @@ def _scored_by(network: Network, call: Call, names: Sequence[str], cell: int) ->
     def see(name: str, x_BND: Tensor) -> None:
         tokens[name] = x_BND.shape[1]
 
-    with attending(network, attentions, seeing), watching({name: find(name) for name in names}, see):
+    with attending(network, attentions, seeing), capture_inputs({name: find(name) for name in names}, see):
         network.run(call)
     found = {}
     for name in names:

@@ -28,7 +28,7 @@ _NUMBERS = 2**16
 class Trials:
     """Generations of the same noise under different masks, against those that are wanted of the network.
 
-    Where they are `shared`, each process of a group makes its share of the pictures, and errors are those of all.
+    Where they are `shared`, each process of a group makes its share of the images, and errors are those of all.
     """
 
     def __init__(self, driven: Driven, replays: Sequence[Replay], states: Sequence[State], *, shared: bool = False) -> None:
@@ -134,7 +134,7 @@ class Generations:
 
 @contextmanager
 def generating(network: Network, calls: Sequence[Call], samples: int) -> Iterator[Generations]:
-    """Take over a denoiser to try masks on the first of its recorded generations, about as many pictures as `samples` says.
+    """Take over a denoiser to try masks on the first of its recorded generations, about as many images as `samples` says.
 
     Raises AerogelError when the calls do not replay.
     """

@@ -14,11 +14,11 @@ from torch.nn.functional import conv2d, linear
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from aerogel.errors import AerogelError
-from aerogel.kernels.waiting import now
+from aerogel.kernels.synchronized_clock import now
 from aerogel.layers.conv import QuantConv2d
 from aerogel.layers.linear import QuantLinear
 from aerogel.model.calls import Call, bytes_in
-from aerogel.model.hooks import answering
+from aerogel.model.hooks import patch_forward
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.compiled import uncompiled
 
@@ -90,7 +90,7 @@ def costs_of(network: Network, call: Call) -> Costs:
     written_out: dict[nn.Module, Callable[..., Any]] = {
         module: partial(_written_out, module) for module in network.module.modules() if isinstance(module, QuantLinear)
     }
-    with operations() as counter, answering(written_out):
+    with operations() as counter, patch_forward(written_out):
 
         def counted(name: str, part: str, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             before = counter.get_total_flops()
@@ -99,7 +99,7 @@ def costs_of(network: Network, call: Call) -> Costs:
             sizes[name] += bytes_in(made) if part == name else 0
             return made
 
-        with uncompiled(network.module), answering(_around(network, counted)):
+        with uncompiled(network.module), patch_forward(_around(network, counted)):
             network.run(call)
         total = counter.get_total_flops() / 2
     return Costs(total, tuple(macs.values()), tuple(sizes.values()))
@@ -118,7 +118,7 @@ def seconds_of(network: Network, call: Call, rounds: int = 5) -> tuple[float, tu
         taken[name][-1] += now(network.device) - start
         return made
 
-    with uncompiled(network.module), answering(_around(network, timed)):
+    with uncompiled(network.module), patch_forward(_around(network, timed)):
         for _ in range(rounds + 1):
             for seconds in taken.values():
                 seconds.append(0.0)

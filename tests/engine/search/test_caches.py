@@ -17,22 +17,22 @@ import torch
 from torch import Tensor
 
 import aerogel
-from aerogel.data.denoising import Denoising, pictures, record
+from aerogel.data.denoising import Denoising, generate_images, record
 from aerogel.engine.progress import Event
-from aerogel.engine.search.pacing import Attempt, Candidate, Pace, candidates
+from aerogel.engine.search.pacing import Attempt, Candidate, SpeedBudget, candidates
 from aerogel.engine.search.searching import Findings, search
 from aerogel.errors import AerogelError
-from aerogel.evaluate.pictures import png
+from aerogel.evaluate.image_similarity import png
 from aerogel.io.load import load
 from aerogel.methods.feature_cache.fora import Fora
-from aerogel.methods.feature_cache.policy import BudgetPolicy, ReusePolicy
+from aerogel.methods.feature_cache.policy import BudgetedCachePolicy, FeatureCachePolicy
 from aerogel.methods.feature_cache.uniform_cache import spread
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.replay import output_of, replays
 from aerogel.runtime.feature_cache.schedule import scheduled
 from aerogel.runtime.feature_cache.units import units_of
-from tests import painters
+from tests import image_pipelines as painters
 from tests.tiny import FAMILIES
 
 WANTED = Denoising(count=3, steps=6, batch=2, guidance=3.0)
@@ -70,9 +70,9 @@ def painter() -> diffusers.DiTPipeline:
     return pipeline
 
 
-def searched(pipeline: Any, *only: str, **knobs: Any) -> Findings:
-    clock = knobs.pop("clock", None) or Ticks(load(pipeline))
-    return search(pipeline, **{"samples": WANTED, "only": only, "clock": clock, "rounds": 1} | knobs)
+def searched(pipeline: Any, *only: str, **options: Any) -> Findings:
+    clock = options.pop("clock", None) or Ticks(load(pipeline))
+    return search(pipeline, **{"samples": WANTED, "only": only, "clock": clock, "rounds": 1} | options)
 
 
 def rows(findings: Findings) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Findings, Path
 def test_the_weakest_setting_that_is_fast_enough_is_taken(found: Any) -> None:
     """A run is 6 x (1 + 2 units) = 18 ticks; with half of the units 12."""
     made = rows(found[1])
-    assert {name: (row["knob"], row["value"], row["speedup"]) for name, row in made.items()} == {
+    assert {name: (row["option"], row["value"], row["speedup"]) for name, row in made.items()} == {
         "fora": ("interval", 2, 1.5),
         "uniform_cache": ("ratio", 0.45, 1.5),
         "taylorseer": ("interval", 3, 1.5),
@@ -186,14 +186,14 @@ def test_pictures_are_of_equal_seeds(found: Any) -> None:
     _, findings, _ = found
     pipeline, facts = painter(), findings.facts
 
-    def painted(wanted: Denoising = WANTED) -> list[str]:
-        made = pictures(pipeline, wanted, facts["held_out_seed"])
+    def generated(wanted: Denoising = WANTED) -> list[str]:
+        made = generate_images(pipeline, wanted, facts["held_out_seed"])
         return [png(image_CHW) for batch in made for image_CHW in batch.images_NCHW]
 
-    assert facts["pictures"] == painted()
-    assert facts["fewer"]["pictures"] == painted(replace(WANTED, steps=4))
+    assert facts["images"] == generated()
+    assert facts["fewer"]["images"] == generated(replace(WANTED, steps=4))
     with aerogel.cached(pipeline, {"steps": [{"fora": {}}]}, samples=WANTED):
-        assert rows(findings)["fora"]["pictures"] == painted()
+        assert rows(findings)["fora"]["images"] == generated()
     assert facts["subjects"] == ["cat", "dog", "cat"]
 
 
@@ -205,10 +205,10 @@ def test_the_best_is_the_one_of_least_error_and_its_folder_puts_it_on(found: Any
     assert {path.name for path in folder.iterdir()} == {"aerogel.json", "search.json", "report.html"}, "no weights"
     assert json.loads((folder / "search.json").read_text()) == json.loads(json.dumps(findings.facts))
     pipeline = painter()
-    knobs = {"class_labels": [0, 7], "num_inference_steps": 6, "guidance_scale": 3.0, "output_type": "pt"}
+    options = {"class_labels": [0, 7], "num_inference_steps": 6, "guidance_scale": 3.0, "output_type": "pt"}
 
     def paint() -> Tensor:
-        return torch.as_tensor(pipeline(generator=torch.Generator().manual_seed(1), **knobs).images)
+        return torch.as_tensor(pipeline(generator=torch.Generator().manual_seed(1), **options).images)
 
     before = paint()
     with aerogel.cached(pipeline, folder) as on:
@@ -259,7 +259,7 @@ def test_progress_is_told() -> None:
 
 
 @dataclass(frozen=True)
-class Toy(BudgetPolicy):
+class Toy(BudgetedCachePolicy):
     """Takes a target."""
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
@@ -269,20 +269,20 @@ class Toy(BudgetPolicy):
 
 
 @dataclass(frozen=True)
-class Plain(ReusePolicy):
+class Plain(FeatureCachePolicy):
     """Has nothing to turn."""
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         raise AssertionError("is not tried")
 
 
-def attempt(cls: type[ReusePolicy], *speeds: float, **knobs: Any) -> Attempt:
+def attempt(cls: type[FeatureCachePolicy], *speeds: float, **options: Any) -> Attempt:
     """An attempt whose measured speeds are these, one after the other."""
     network = load(painter())
-    pace = Pace(network, WANTED, 1.5, 0, 1, Ticks(network))
+    pace = SpeedBudget(network, WANTED, 1.5, 0, 1, Ticks(network))
     left = iter(speeds)
     pace.speedup = lambda on: next(left)  # type: ignore[method-assign,assignment,misc]
-    made = Attempt(Candidate("toy", cls, knobs), record(network.processor, network.module, WANTED), pace, 0)
+    made = Attempt(Candidate("toy", cls, options), record(network.processor, network.module, WANTED), pace, 0)
     made.run()
     return made
 
@@ -309,7 +309,7 @@ def test_a_target_that_cannot_be_had_is_told() -> None:
 
 
 def test_who_has_nothing_to_turn_is_left_out() -> None:
-    assert attempt(Plain).reason.startswith("it names no knob that makes it faster")
+    assert attempt(Plain).reason.startswith("it names no option that makes it faster")
 
 
 def test_every_policy_of_ours_is_a_candidate() -> None:
@@ -318,17 +318,17 @@ def test_every_policy_of_ours_is_a_candidate() -> None:
     assert not {"gptq", "attention_quant"} & names
 
 
-@pytest.mark.parametrize(("name", "knob"), [(one.name, one.cls.strengths[0]) for one in candidates() if one.cls.strengths])
-def test_strengths_are_values_of_a_knob(name: str, knob: str) -> None:
+@pytest.mark.parametrize(("name", "option"), [(one.name, one.cls.search_space[0]) for one in candidates() if one.cls.search_space])
+def test_strengths_are_values_of_a_knob(name: str, option: str) -> None:
     (candidate,) = candidates([name])
-    assert candidate.knob == knob
+    assert candidate.option == option
     assert list(candidate.values) == sorted(set(candidate.values))
     for value in candidate.values:
-        assert getattr(candidate.step(value).method, knob) == value
+        assert getattr(candidate.step(value).method, option) == value
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"task": "tokens"}, "'tokens' is nothing that can be searched for; known are cache, skip"),
         ({"budget": "fast"}, "budget 'fast' is no speed-up; give how many times faster denoising has to be, for example 1.5x"),
@@ -336,20 +336,20 @@ def test_strengths_are_values_of_a_knob(name: str, knob: str) -> None:
         ({"rounds": 0}, "rounds is 0; it is at least 1"),
         ({"only": ["gptq"]}, "gptq does not reuse anything, so it is no cache to choose"),
         ({"only": ["fore"]}, "did you mean fora"),
-        ({"overrides": ["fora.intervall=2"]}, "policy 'fora': unknown knob 'intervall'; did you mean interval"),
-        ({"overrides": ["uniform_cache.ratio=0.2"]}, "a knob of 'uniform_cache' is set, but that policy is not tried; known are fora"),
+        ({"overrides": ["fora.intervall=2"]}, "policy 'fora': unknown option 'intervall'; did you mean interval"),
+        ({"overrides": ["uniform_cache.ratio=0.2"]}, "an option of 'uniform_cache' is set, but that policy is not tried; known are fora"),
         ({"samples": [Call((), {})]}, "give a Denoising as samples, not recorded calls"),
     ],
 )
-def test_what_cannot_be_searched_is_refused(knobs: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_searched_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(AerogelError, match=message):
-        search(painter(), **{"only": ["fora"], "samples": WANTED, **knobs})
+        search(painter(), **{"only": ["fora"], "samples": WANTED, **options})
 
 
 def test_models_that_cannot_be_searched_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(AerogelError, match="came without its pipeline and makes no pictures"):
+    with pytest.raises(AerogelError, match="came without its pipeline and makes no images"):
         search(painter().transformer, only=["fora"], samples=WANTED)
-    with pytest.raises(AerogelError, match="this llama network came without its pipeline and makes no pictures"):
+    with pytest.raises(AerogelError, match="this llama network came without its pipeline and makes no images"):
         search(FAMILIES["llama"].build())
     network = load(painter())
     network.family = replace(network.family, units=())

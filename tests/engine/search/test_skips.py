@@ -20,12 +20,12 @@ from aerogel.data import chats, text
 from aerogel.data.chats import Chats
 from aerogel.engine import policies
 from aerogel.engine.calibration import Samples
-from aerogel.engine.policies import Measured
+from aerogel.engine.policies import CalibratedPolicy
 from aerogel.engine.search.candidates import chosen
 from aerogel.engine.search.searching import Findings, search
 from aerogel.engine.search.skips import BUDGET, RATIOS, SkipSearch, _unfit
 from aerogel.errors import AerogelError
-from aerogel.evaluate.replies import Replies
+from aerogel.evaluate.exact_match import ExactMatch
 from aerogel.io.load import load
 from aerogel.layers.experts import ExpertList
 from aerogel.model.calls import Call
@@ -69,14 +69,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mixture() -> Network:
     torch.manual_seed(0)
     model, pair = untrained()
-    return load((model, pair), dtype=torch.float32, apart=False)
+    return load((model, pair), dtype=torch.float32, unfuse_experts=False)
 
 
 @pytest.fixture(scope="module")
 def found(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Network, Findings, Path]:
     network, folder = mixture(), tmp_path_factory.mktemp("search") / "out"
-    knobs: dict[str, Any] = {"samples": Chats(source, COUNT), "overrides": KNOBS, "rounds": 1, "clock": Ticks(network), "output": folder}
-    return network, search(network, "skip", **knobs), folder
+    options: dict[str, Any] = {"samples": Chats(source, COUNT), "overrides": KNOBS, "rounds": 1, "clock": Ticks(network), "output": folder}
+    return network, search(network, "skip", **options), folder
 
 
 def halves(source: Path) -> tuple[list[chats.Chat], list[chats.Chat]]:
@@ -89,7 +89,7 @@ def row(findings: Findings, policy: str, asked: float) -> dict[str, Any]:
     return dict(one)
 
 
-def made(findings: Findings, network: Network, policy: str, asked: float, source: Path) -> Measured:
+def made(findings: Findings, network: Network, policy: str, asked: float, source: Path) -> CalibratedPolicy:
     """The same policy, calibrated outside of the search on the first half."""
     (step,) = Recipe.parse({"steps": [row(findings, policy, asked)["step"]]}).steps
     return policies.calibrated(network, step, chats.calls(halves(source)[0], network.processor))
@@ -140,7 +140,7 @@ def test_replies_and_shares_are_those_of_the_measure(found: Any, source: Path, t
     network, findings, _ = found
     for policy in ("modes", "reduced_topk"):
         with policies.on(network, [made(findings, network, policy, BUDGET, source)]):
-            theirs = Replies(source=str(_file(source, tmp_path / policy)), count=COUNT).measure(network)
+            theirs = ExactMatch(source=str(_file(source, tmp_path / policy)), count=COUNT).measure(network)
         ours = row(findings, policy, BUDGET)
         assert ours["right"] == theirs["right"]
         assert ours["skipped"]["decode"] == pytest.approx(theirs["skipped"]["decode"], abs=1e-3)
@@ -148,10 +148,10 @@ def test_replies_and_shares_are_those_of_the_measure(found: Any, source: Path, t
 
 
 def _file(source: Path, folder: Path) -> Path:
-    """The second half as a file of its own, beside links to the pictures."""
+    """The second half as a file of its own, beside links to the images."""
     folder.mkdir()
-    for picture in source.parent.glob("*.png"):
-        (folder / picture.name).symlink_to(picture)
+    for image in source.parent.glob("*.png"):
+        (folder / image.name).symlink_to(image)
     wanted = [chat.messages for chat in halves(source)[1]]
     lines = [line for line in source.read_text().splitlines() if json.loads(line)["messages"] in wanted]
     (folder / source.name).write_text("\n".join(lines))
@@ -191,8 +191,8 @@ def test_the_best_moves_predictions_least_and_its_folder_puts_it_on(found: Any, 
 
 def test_a_folder_and_its_live_model_are_the_same_weights(source: Path, tmp_path: Path) -> None:
     """From a folder experts are opened one by one; the search fuses them again, and says the same fingerprint as a live model has."""
-    knobs: dict[str, Any] = {"samples": Chats(source, 2), "only": ["reduced_topk"], "rounds": 1}
-    opened = search(ZOO / "fashion-vlm", "skip", output=tmp_path / "out", **knobs)
+    options: dict[str, Any] = {"samples": Chats(source, 2), "only": ["reduced_topk"], "rounds": 1}
+    opened = search(ZOO / "fashion-vlm", "skip", output=tmp_path / "out", **options)
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(ZOO / "fashion-vlm")
     for live in (theirs, load(ZOO / "fashion-vlm", lazy=False)):
         with aerogel.skipping(live, tmp_path / "out"):  # a warning about other weights would be an error
@@ -253,7 +253,7 @@ def test_a_search_that_finds_nothing_keeps_nothing(texts: Any, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"budget": "1.5x"}, "budget '1.5x' is no share of pairs to drop; give a number between 0 and 1, for example 0.67 or 67%"),
         ({"budget": 1.0}, r"budget 1\.0 is no share"),
@@ -263,9 +263,9 @@ def test_a_search_that_finds_nothing_keeps_nothing(texts: Any, tmp_path: Path) -
         ({"samples": [Call((), {})]}, "give Samples or Chats, not recorded calls"),
     ],
 )
-def test_what_cannot_be_searched_is_refused(texts: Any, knobs: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_searched_is_refused(texts: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(AerogelError, match=message):
-        search(texts[0], "skip", **{"samples": Samples(texts[1], 2, 24), **knobs})
+        search(texts[0], "skip", **{"samples": Samples(texts[1], 2, 24), **options})
 
 
 def test_one_sequence_cannot_calibrate_and_judge(texts: Any, tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ from tests.tiny import FAMILIES, opened, output
 ROUND = {"brecq": {"scheme": "W8A16_CHANNEL_ASYM", "steps": 0}}
 
 
-def compressed(knobs: dict[str, Any], *first: dict[str, Any], **options: Any) -> Network:
-    recipe = {"steps": [*(first or (ROUND,)), {"activation_ranges": knobs}]}
-    return aerogel.compress(FAMILIES["unet"].build(), recipe, samples=calls(), measures=(), **options).network
+def compressed(options: dict[str, Any], *first: dict[str, Any], **settings: Any) -> Network:
+    recipe = {"steps": [*(first or (ROUND,)), {"activation_ranges": options}]}
+    return aerogel.compress(FAMILIES["unet"].build(), recipe, samples=calls(), measures=(), **settings).network
 
 
 def image_error(network: Network) -> float:

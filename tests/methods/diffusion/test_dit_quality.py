@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import aerogel
-from aerogel.data.denoising import Denoising, pictures, record
+from aerogel.data.denoising import Denoising, generate_images, record
 from aerogel.evaluate import features
 from aerogel.model.calls import Call
 
@@ -34,15 +34,15 @@ def calls() -> list[Call]:
 
 
 def images(transformer: nn.Module, wanted: Denoising = WANTED) -> Tensor:
-    """Pictures of other noise than that of the calls."""
+    """Images of other noise than that of the calls."""
     made = copy.copy(pipeline())
     made.transformer = transformer
-    return torch.cat([some.images_NCHW for some in pictures(made, wanted, seed=1)])
+    return torch.cat([some.images_NCHW for some in generate_images(made, wanted, seed=1)])
 
 
 @cache
 def error(*steps: str) -> float:
-    """Mean squared error of the pictures of the same noise after a recipe of (method, scheme) pairs in one text each."""
+    """Mean squared error of the images of the same noise after a recipe of (method, scheme) pairs in one text each."""
     recipe = [RECIPES[step] for step in steps]
     network = aerogel.compress(copy.deepcopy(pipeline().transformer), {"steps": recipe}, samples=calls(), measures=()).network
     return float((images(network.module) - images(pipeline().transformer)).square().mean())

@@ -11,9 +11,9 @@ import torch
 import aerogel
 from aerogel.data.denoising import Denoising
 from aerogel.errors import AerogelError
-from aerogel.io.quantized import clock_of
+from aerogel.io.quantized import timestep_index_of
 from aerogel.layers.linear import QuantLinear
-from aerogel.layers.timestep_index import Clock
+from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.model import time_path
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -73,7 +73,7 @@ def test_each_range_is_that_of_the_input_at_the_step() -> None:
 
 def test_one_range_for_all_steps_is_never_finer() -> None:
     network = compressed()
-    path, clock = time_path.find(network), clock_of(network.module)
+    path, clock = time_path.find(network), timestep_index_of(network.module)
     assert clock is not None
     sinusoid_TC = time_path.sinusoids(network, path, calls()[0], STEPS)
     for name, layer in {**path.embedding_linears, **path.projections}.items():
@@ -166,7 +166,7 @@ def test_outside_of_its_denoiser_a_layer_says_so() -> None:
     layer = next(part for part in compressed().module.modules() if isinstance(part, QuantLinear))
     with pytest.raises(AerogelError, match="outside of its denoiser"):
         layer(torch.zeros(1, layer.in_features))
-    layer.clock = Clock([1])
+    layer.clock = TimestepIndex([1])
     with pytest.raises(AerogelError, match="outside of its denoiser"):
         layer(torch.zeros(1, layer.in_features))
 

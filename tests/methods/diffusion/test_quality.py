@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import aerogel
 from aerogel.data.denoising import Denoising, record
-from aerogel.io.quantized import clock_of
+from aerogel.io.quantized import timestep_index_of
 from aerogel.layers.linear import QuantLinear
 from aerogel.methods.diffusion.tiar import features_with, temporal_error
 from aerogel.model import time_path
 from aerogel.model.calls import Call
-from aerogel.model.hooks import watching
+from aerogel.model.hooks import capture_inputs
 from aerogel.model.network import Network
 from aerogel.model.timesteps import steps_of
 
@@ -116,7 +116,7 @@ def inputs_of_path() -> dict[str, Tensor]:
     path = time_path.find(plain)
     seen: dict[str, Tensor] = {}
     linears = {name: part for name, part in [*path.embedding_linears.items(), *path.projections.items()][1:] if isinstance(part, nn.Linear)}
-    with watching(linears, lambda name, x: seen.update({name: x.detach()})), torch.no_grad():
+    with capture_inputs(linears, lambda name, x: seen.update({name: x.detach()})), torch.no_grad():
         path.features(time_path.sinusoids(plain, path, calls()[0], steps_of(plain.module, calls())))
     return seen
 
@@ -156,7 +156,7 @@ def test_ranges_of_their_own_keep_the_features_of_8_bit_weights() -> None:
     with torch.no_grad():
         wanted = time_path.find(plain).features(sinusoid_TC)
         once = temporal_error(time_path.find(shared).features(sinusoid_TC), wanted)
-        clock, path = clock_of(per_step.module), time_path.find(per_step)
+        clock, path = timestep_index_of(per_step.module), time_path.find(per_step)
         assert clock is not None
         rows = []
         for row in range(len(steps)):

@@ -20,7 +20,7 @@ from aerogel.model.network import Network
 from aerogel.numerics.quantize import Grid
 from aerogel.recipe import Recipe
 from aerogel.runtime.feature_cache.replay import output_of, replays
-from tests import painters
+from tests import image_pipelines as painters
 from tests.runtime.feature_cache.test_replay import painter, recorded
 
 QUANTIZED: list[dict[str, Any]] = [

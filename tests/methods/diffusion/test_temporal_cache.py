@@ -10,8 +10,8 @@ import torch
 
 import aerogel
 from aerogel.errors import AerogelError
-from aerogel.io.quantized import clock_of
-from aerogel.layers.timestep_index import Clock
+from aerogel.io.quantized import timestep_index_of
+from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.methods.diffusion.temporal_cache import TemporalCache, chosen
 from aerogel.model import time_path
 from aerogel.model.calls import Call
@@ -23,7 +23,7 @@ from tests.tiny import FAMILIES, opened, output
 def features(network: Network) -> dict[str, torch.Tensor]:
     path = time_path.find(network)
     sinusoid_TC = time_path.sinusoids(network, path, calls()[0], STEPS)
-    clock = clock_of(network.module) or Clock(STEPS)
+    clock = timestep_index_of(network.module) or TimestepIndex(STEPS)
     rows = []
     for row in range(len(STEPS)):
         with torch.no_grad(), clock.at((row,)):

@@ -35,8 +35,8 @@ def test_saliency_by_hand() -> None:
     assert saliency(y_ETH, Arrived(torch.zeros(6, 3), share_TK, index_TK)).tolist() == pytest.approx(expected)
 
 
-def pruned(name: str, knobs: dict[str, Any], calls: list[Call], output: Path | None = None) -> Network:
-    recipe = {"steps": [{"prune_experts": knobs}]}
+def pruned(name: str, options: dict[str, Any], calls: list[Call], output: Path | None = None) -> Network:
+    recipe = {"steps": [{"prune_experts": options}]}
     return aerogel.compress(FAMILIES[name].build(), recipe, samples=calls, output=output, measures=()).network
 
 
@@ -84,12 +84,12 @@ def test_reap_drops_the_least_salient() -> None:
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"ratio": 0.75}, "leaves 1 of 4 experts, and tokens go to 2"),
         ({"ratio": 0.25, "by": "naee", "subsets": 3}, "4 subsets of 3 experts of 4 are more than 3"),
     ],
 )
-def test_too_much_is_refused(knobs: dict[str, Any], message: str) -> None:
+def test_too_much_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(AerogelError, match=message):
-        pruned("mixtral", knobs, FAMILIES["mixtral"].calls(1))
+        pruned("mixtral", options, FAMILIES["mixtral"].calls(1))

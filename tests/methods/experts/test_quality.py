@@ -11,7 +11,7 @@ from PIL import Image
 
 import aerogel
 from aerogel.data import chats
-from aerogel.evaluate.replies import Replies
+from aerogel.evaluate.exact_match import ExactMatch
 from aerogel.methods.experts.policy import SkipPolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -38,13 +38,13 @@ def judged(network: Network, calls: list[Call], step: dict[str, Any]) -> dict[st
 
 
 def test_it_sees_what_it_is_asked_about(network: Network, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Held-out questions; blind, which is with black pictures, it is right far more rarely."""
+    """Held-out questions; blind, which is with black images, it is right far more rarely."""
     folder = tmp_path_factory.mktemp("held")
-    seeing = Replies(source=str(written(folder, 96, seed=11)), count=96).measure(network)["right"]
+    seeing = ExactMatch(source=str(written(folder, 96, seed=11)), count=96).measure(network)["right"]
     source = folder / "samples.jsonl"
     for path in sorted(folder.glob("*.png")):
         path.write_bytes(_dark(path.read_bytes()))
-    blind = Replies(source=str(source), count=96).measure(network)["right"]
+    blind = ExactMatch(source=str(source), count=96).measure(network)["right"]
     assert seeing > 0.5
     assert blind < 0.6 * seeing
 
@@ -69,9 +69,9 @@ def test_the_first_layer_matters_most_to_text(network: Network, calls: list[Call
 
 @pytest.mark.parametrize("ratio", [0.5, 0.75])
 def test_the_walk_finds_the_optimum_of_a_small_grid(network: Network, calls: list[Call], ratio: float) -> None:
-    knobs = {"ratio": ratio, "points": 7, "power": 0.25}
-    few = judged(network, calls[:1], {"modes": knobs})
-    all_ = judged(network, calls[:1], {"modes": {**knobs, "exhaustive": True}})
+    options = {"ratio": ratio, "points": 7, "power": 0.25}
+    few = judged(network, calls[:1], {"modes": options})
+    all_ = judged(network, calls[:1], {"modes": {**options, "exhaustive": True}})
     assert few["kl"] <= 1.05 * all_["kl"]
     assert few["evaluations"] <= 3 * 8 < all_["evaluations"]
     assert all_["against_monotony"]["ratio"] == 0

@@ -230,9 +230,9 @@ def test_a_ratio_is_met_and_what_is_said_of_it_is_true(step: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("grids", ["modality", "single"])
 def test_frontier_finds_what_looking_at_all_pairs_finds(grids: str) -> None:
-    knobs = {"ratio": 0.4, "points": 6, "thresholds": grids}
-    _, _, few = calibrated({"modes": knobs})
-    _, _, all_ = calibrated({"modes": {**knobs, "exhaustive": True}})
+    options = {"ratio": 0.4, "points": 6, "thresholds": grids}
+    _, _, few = calibrated({"modes": options})
+    _, _, all_ = calibrated({"modes": {**options, "exhaustive": True}})
     if all_["against_monotony"]["error"] == all_["against_monotony"]["ratio"] == 0:
         assert few["kl"] == all_["kl"]
     assert few["kl"] <= 1.1 * all_["kl"]
@@ -344,9 +344,9 @@ def test_image_tokens_have_a_threshold_of_their_own() -> None:
 
 
 def test_of_several_powers_the_one_with_the_least_divergence_stays() -> None:
-    knobs = {"ratio": 0.4, "points": 6}
-    alone = {power: calibrated({"modes": {**knobs, "power": power}})[2] for power in (0.0, 0.5, 1.0)}
-    _, _, state = calibrated({"modes": {**knobs, "power": [0.0, 0.5, 1.0]}})
+    options = {"ratio": 0.4, "points": 6}
+    alone = {power: calibrated({"modes": {**options, "power": power}})[2] for power in (0.0, 0.5, 1.0)}
+    _, _, state = calibrated({"modes": {**options, "power": [0.0, 0.5, 1.0]}})
     assert state["kl"] == min(one["kl"] for one in alone.values())
     assert state["power"] == min(alone, key=lambda power: alone[power]["kl"])
     assert torch.equal(state["thresholds"], alone[state["power"]]["thresholds"])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from aerogel.methods.feature_cache.fastercache import Fastercache
 from aerogel.methods.feature_cache.pab import Pab
-from aerogel.methods.feature_cache.policy import ReusePolicy
+from aerogel.methods.feature_cache.policy import FeatureCachePolicy
 from aerogel.methods.feature_cache.taylorseer import Taylorseer
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -32,7 +32,7 @@ from tests.tiny import opened, output
 SEVENTEEN = tuple(960.0 - 60 * place for place in range(17))
 
 
-def ours(network: Network, policy: ReusePolicy, given: Sequence[Call], **other: Any) -> tuple[list[Tensor], list[str]]:
+def ours(network: Network, policy: FeatureCachePolicy, given: Sequence[Call], **other: Any) -> tuple[list[Tensor], list[str]]:
     """The answers, and what runs at each step; parts of the state may be given."""
     state = policy.calibrate(network, given) | other
     with policy.on(network, state):
@@ -137,7 +137,7 @@ def beside(name: str, policy: Fastercache, given: Sequence[Call]) -> list[int]:
 @pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
 @pytest.mark.parametrize("name", ["dit", "pixart", "wan", "cogvideox", "sd3"])
 @pytest.mark.parametrize(
-    ("knobs", "left_out"),
+    ("options", "left_out"),
     [
         ({"self_every": 1}, []),
         ({"self_every": 1, "unconditional_every": 2, "low": 1.3, "high": 0.8, "high_window": (100.0, 900.0)}, []),
@@ -147,21 +147,21 @@ def beside(name: str, policy: Fastercache, given: Sequence[Call]) -> list[int]:
         ({"window": (150.0, 200.0), "self_every": 3, "weight_first": 0.9}, [13]),
     ],
 )
-def test_fastercache(name: str, knobs: dict[str, Any], left_out: list[int]) -> None:
+def test_fastercache(name: str, options: dict[str, Any], left_out: list[int]) -> None:
     """Theirs keeps what it extrapolated as if that had run, ours (as the authors' code) the last two outputs that did run.
 
     The two fall together where the change has no weight, and where none of the two steps before one that leaves attention out does so too.
     Theirs leaves attention out only where it leaves out the unconditional half; ours also before that one's window begins: by default at
     step 5 here.
     """
-    assert beside(name, Fastercache(conditional="second", **knobs), paired(name, SEVENTEEN)) == left_out
+    assert beside(name, Fastercache(conditional="second", **options), paired(name, SEVENTEEN)) == left_out
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart", "wan", "cogvideox", "sd3"])
 @pytest.mark.parametrize(
-    ("knobs", "left_out"),
+    ("options", "left_out"),
     [({"window": (100.0, 700.0), "weight_first": 0.0, "weight_last": 0.0}, [5, 7, 9, 11, 13]), ({"window": (500.0, 600.0)}, [7])],
 )
-def test_fastercache_of_a_distilled_denoiser(name: str, knobs: dict[str, Any], left_out: list[int]) -> None:
+def test_fastercache_of_a_distilled_denoiser(name: str, options: dict[str, Any], left_out: list[int]) -> None:
     """Theirs is told that there is no guidance, ours to run the unconditional half, if there is one, at every step."""
-    assert beside(name, Fastercache(unconditional_every=1, **knobs), calls(name, steps=SEVENTEEN)) == left_out
+    assert beside(name, Fastercache(unconditional_every=1, **options), calls(name, steps=SEVENTEEN)) == left_out

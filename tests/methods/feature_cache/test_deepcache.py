@@ -15,7 +15,7 @@ from aerogel.data.denoising import Denoising, record
 from aerogel.errors import AerogelError
 from aerogel.io.load import load
 from aerogel.methods.feature_cache.deepcache import Deepcache, gathered
-from tests import painters
+from tests import image_pipelines as painters
 from tests.runtime.feature_cache.test_schedule import calls as generation
 from tests.runtime.feature_cache.test_skips import calls, literal, made
 from tests.tiny import fill, opened, output
@@ -26,7 +26,7 @@ TEN = tuple(900.0 - 100 * place for place in range(10))
 
 
 @pytest.mark.parametrize(
-    ("knobs", "whole"),
+    ("options", "whole"),
     [
         ({}, "1001001001"),
         ({"interval": 1}, "1111111111"),
@@ -37,9 +37,9 @@ TEN = tuple(900.0 - 100 * place for place in range(10))
         ({"interval": 2, "center": 0}, "1110100100"),
     ],
 )
-def test_these_steps_run_all_blocks(knobs: dict[str, Any], whole: str) -> None:
+def test_these_steps_run_all_blocks(options: dict[str, Any], whole: str) -> None:
     given = calls("unet_pixels", steps=TEN)
-    assert Deepcache(**knobs).calibrate(made("unet_pixels"), given)["whole"] == whole
+    assert Deepcache(**options).calibrate(made("unet_pixels"), given)["whole"] == whole
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 import aerogel
 from aerogel.engine.calibration import reading
 from aerogel.methods.base import RuntimePolicy
-from aerogel.methods.feature_cache.policy import RevisingPolicy
+from aerogel.methods.feature_cache.policy import ScheduleRefiner
 from aerogel.recipe import Recipe
 from tests.runtime.feature_cache.test_replay import painter, recorded
 
@@ -37,7 +37,7 @@ def test_positions_that_pass_are_about_those_of_the_plan(name: str) -> None:
         passed += len(args[0] if args else kwargs["hidden_states"]) * read.sample
 
     hook = network.module.register_forward_hook(see, with_kwargs=True)
-    if isinstance(method, RevisingPolicy):
+    if isinstance(method, ScheduleRefiner):
         (first,) = Recipe.parse({"steps": [{"uniform_cache": {"ratio": 0.4}}]}).steps
         assert isinstance(first.method, RuntimePolicy)
         method.revise(network, calls, first.method.calibrate(network, calls))

@@ -120,18 +120,18 @@ class Literal:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    "knobs",
+    "options",
     [
         {},
         {"self_every": 3, "unconditional_every": 2, "window": (-1.0, 1000.0), "unconditional_window": (150.0, 1000.0), "weight_first": 0.8,
          "weight_last": 0.8, "low": 1.3, "high": 0.7},
         {"self_every": 1, "unconditional_every": 9, "unconditional_window": (-1.0, 1000.0)},
     ],
-    ids=["published", "other knobs", "guidance alone"],
+    ids=["published", "other options", "guidance alone"],
 )  # fmt: skip
-def test_answers_are_those_of_the_formula(name: str, knobs: dict[str, Any]) -> None:
+def test_answers_are_those_of_the_formula(name: str, options: dict[str, Any]) -> None:
     network, given = opened(name), paired(name)
-    policy = Fastercache(conditional="second", **knobs)
+    policy = Fastercache(conditional="second", **options)
     wanted = Literal(network, policy, TEN, [policy.weight_first] * 10).run(given)
     found = answers(network, policy, given)
     for a, b in zip(found, wanted, strict=True):
@@ -277,10 +277,10 @@ def test_two_bands_of_one_half_are_held_as_long_as_they_are_needed() -> None:
     held = []
     with policy.on(network, policy.calibrate(network, given)) as cache:
         for call in given:
-            picture = output(network.module, call)[0]
+            image = output(network.module, call)[0]
             held.append(sum(map(cache.held_bytes, cache._memories.values())))
-    assert held == [2 * picture.nbytes * (step in (2, 3, 5, 6)) for step in range(10)], "steps 3, 4, 6 and 7 are guessed"
-    assert cache.peak_bytes == 2 * picture.nbytes
+    assert held == [2 * image.nbytes * (step in (2, 3, 5, 6)) for step in range(10)], "steps 3, 4, 6 and 7 are guessed"
+    assert cache.peak_bytes == 2 * image.nbytes
 
 
 def test_what_goes_on_comes_off_and_runs_do_not_see_each_other() -> None:
@@ -296,7 +296,7 @@ def test_what_goes_on_comes_off_and_runs_do_not_see_each_other() -> None:
         with pytest.raises(RuntimeError):
             network.module(**broken)
         assert all(torch.equal(output(network.module, call), a) for call, a in zip(given, wanted, strict=True))
-        whole = [call.map(lambda tensor: tensor.repeat_interleave(2, dim=0)) for call in given]  # two pictures
+        whole = [call.map(lambda tensor: tensor.repeat_interleave(2, dim=0)) for call in given]  # two images
         for call, a in zip(whole, wanted, strict=True):
             torch.testing.assert_close(output(network.module, call), a.repeat_interleave(2, dim=0), rtol=1e-4, atol=1e-5)
     assert {name: set(module.__dict__) for name, module in network.module.named_modules()} == parts
@@ -318,7 +318,7 @@ def test_a_run_without_guidance_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("knobs", "given", "message"),
+    ("options", "given", "message"),
     [
         ({}, calls("wan"), r"recorded batch of 1 samples is not .* in calls of their own.*set unconditional_every to 1"),
         ({}, calls("dit"), "recorded batch of 2 samples is not the same samples twice"),
@@ -331,7 +331,7 @@ def test_a_run_without_guidance_is_refused() -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_refused(knobs: dict[str, Any], given: list[Call], message: str) -> None:
+def test_what_cannot_be_is_refused(options: dict[str, Any], given: list[Call], message: str) -> None:
     name = "wan" if given and len(given[0].kwargs["hidden_states"]) == 1 else "dit"
     with pytest.raises(AerogelError, match=message):
-        Fastercache(**knobs).calibrate(opened(name), given)
+        Fastercache(**options).calibrate(opened(name), given)

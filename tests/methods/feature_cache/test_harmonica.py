@@ -30,8 +30,8 @@ from tests.runtime.feature_cache.test_replay import apart, clips, packed, painte
 SHORT: dict[str, Any] = {"ratio": 0.4, "trajectories": 6, "refresh": 3}
 
 
-def training(network: Network, denoiser: Driven, runs: list[Replay], **knobs: Any) -> _Training:
-    method = Harmonica(**SHORT | knobs)
+def training(network: Network, denoiser: Driven, runs: list[Replay], **options: Any) -> _Training:
+    method = Harmonica(**SHORT | options)
     budget = Budget((1.0,) * len(units_of(network)), 4.0)
     return _Training(method, denoiser, runs, budget, len(units_of(network)), torch.Generator().manual_seed(0))
 
@@ -103,7 +103,7 @@ def test_a_trajectory_moves_each_row_once_by_its_own_loss() -> None:
                 loss = (run.guided(given) - wanted).square().mean() / wanted.var() + made.penalty * logits_N.sigmoid().sum()
                 (gradient_N,) = torch.autograd.grad(loss, logits_N)
                 # The first step of Adam is the learning rate against the gradient's sign, whatever its size.
-                moved_N = before[step] - made.knobs.rate * gradient_N / (gradient_N.abs() + 1e-8)
+                moved_N = before[step] - made.options.rate * gradient_N / (gradient_N.abs() + 1e-8)
                 torch.testing.assert_close(after[step], moved_N.clamp(-5, 5), rtol=1e-3, atol=1e-4)
             state = run.advance(state, given)
     assert torch.equal(after[0], torch.full_like(after[0], 5.0)), "the first row never moves"
@@ -124,8 +124,8 @@ def test_the_budget_is_met_exactly(ratio: float) -> None:
 def test_no_unit_is_reused_longer_than_it_may(max_age: int, ratio: float, search: int) -> None:
     """Where the budget is all that the bound leaves room for."""
     network = painter()
-    knobs = SHORT | {"ratio": ratio, "search": search, "samples": 4, "max_age": max_age}
-    schedule = Schedule.of(network, Harmonica(**knobs).calibrate(network, recorded(network)))
+    options = SHORT | {"ratio": ratio, "search": search, "samples": 4, "max_age": max_age}
+    schedule = Schedule.of(network, Harmonica(**options).calibrate(network, recorded(network)))
     lines = ["".join("1" if runs else "0" for runs in unit_T) for unit_T in schedule.computed_TN.T.tolist()]
     assert max(len(stretch) for line in lines for stretch in line.split("1")) == max_age
     assert schedule.reused == pytest.approx(ratio)
@@ -159,8 +159,8 @@ def test_denoisers_whose_pipelines_do_it_otherwise_learn_too(pipeline: Callable[
 @pytest.mark.parametrize("search", [0, 20])
 def test_without_a_budget_the_threshold_decides_and_the_penalty_stays(search: int) -> None:
     network = painter()
-    knobs = SHORT | {"ratio": None, "penalty": 3e-2, "trajectories": 30, "threshold": 0.5, "search": search, "samples": 4}
-    state = Harmonica(**knobs).calibrate(network, recorded(network))
+    options = SHORT | {"ratio": None, "penalty": 3e-2, "trajectories": 30, "threshold": 0.5, "search": search, "samples": 4}
+    state = Harmonica(**options).calibrate(network, recorded(network))
     schedule, low_TN = Schedule.of(network, state), state["scores"] <= 0.5
     assert state["penalty"] == 3e-2
     assert low_TN.any()
@@ -206,8 +206,8 @@ def test_checkpointing_changes_no_score() -> None:
     for checkpointing in (False, True):
         network = painter()
         torch.manual_seed(7)
-        knobs = SHORT | {"search": 10, "samples": 4, "checkpointing": checkpointing}
-        states.append(Harmonica(**knobs).calibrate(network, recorded(network)))
+        options = SHORT | {"search": 10, "samples": 4, "checkpointing": checkpointing}
+        states.append(Harmonica(**options).calibrate(network, recorded(network)))
         assert not any("forward" in vars(module) for module in network.module.modules())
     torch.testing.assert_close(states[1]["scores"], states[0]["scores"], rtol=0, atol=1e-6)
     torch.testing.assert_close(states[1]["lambda"], states[0]["lambda"], rtol=1e-4, atol=1e-6)
@@ -219,7 +219,7 @@ def test_a_target_speedup_is_met_by_the_costs() -> None:
     calls = recorded(network)
     state = Harmonica(target_speedup=1.15, by="macs", trajectories=2).calibrate(network, calls)
     budget = budget_of(network, calls, None, 1.15, "macs")
-    assert budget.met(Schedule.of(network, state).computed_TN)
+    assert budget.is_met(Schedule.of(network, state).computed_TN)
 
 
 def test_lowest_scores_are_reused_first_and_ties_fall_to_what_costs_the_image_least() -> None:
@@ -243,7 +243,7 @@ def test_the_search_behind_it_keeps_the_better_of_two_starts() -> None:
         found = made.searched(decoded)
         made.generator.set_state(generator)
         search = Search(made._trials(), made.budget, 10**6)
-        assert made.budget.met(found)
+        assert made.budget.is_met(found)
         ends = [search.swaps(decoded), search.swaps(search.single_units(search.whole_steps(tuple(decoded.shape))))]
         assert search.trials.error(found) == pytest.approx(min(map(search.trials.error, ends)), rel=1e-5)
 
@@ -290,7 +290,7 @@ def test_compress_keeps_it_beside_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"trajectories": 0}, "at least 1"),
         ({"refresh": 0}, "at least 1"),
@@ -301,7 +301,7 @@ def test_compress_keeps_it_beside_the_weights(tmp_path: Path) -> None:
         ({"threshold": -0.1}, "threshold -0.1 is at least 0"),
     ],
 )
-def test_knobs_out_of_range_are_refused(knobs: dict[str, Any], message: str) -> None:
+def test_knobs_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     network = painter()
     with pytest.raises(AerogelError, match=message):
-        Harmonica(**SHORT | knobs).calibrate(network, recorded(network))
+        Harmonica(**SHORT | options).calibrate(network, recorded(network))

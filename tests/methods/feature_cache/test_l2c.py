@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import aerogel
-from aerogel.data.denoising import Denoising, pictures
+from aerogel.data.denoising import Denoising, generate_images
 from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.l2c import L2c, _Training
 from aerogel.model.calls import Call
@@ -30,9 +30,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 SHORT: dict[str, Any] = {"ratio": 0.4, "iterations": 12, "check": 6}
 
 
-def training(network: Network, denoiser: Driven, calls: list[Call], seed: int = 0, **knobs: Any) -> _Training:
+def training(network: Network, denoiser: Driven, calls: list[Call], seed: int = 0, **options: Any) -> _Training:
     budget = Budget((1.0,) * len(units_of(network)), 4.0)
-    return _Training(L2c(**SHORT | knobs), denoiser, replays(network, calls), budget, torch.Generator().manual_seed(seed))
+    return _Training(L2c(**SHORT | options), denoiser, replays(network, calls), budget, torch.Generator().manual_seed(seed))
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def literal(
     ("steps", "iterations", "penalty", "taught"), [(5, 1, 1e-6, False), (5, 8, 1e-4, False), (6, 8, 1e-5, False), (5, 8, 1e-6, True)]
 )
 def test_scores_move_as_the_rule_says(steps: int, iterations: int, penalty: float, taught: bool) -> None:
-    """With a teacher too, from which the network at hand has moved away: pictures and answers are the teacher's, what is kept is not."""
+    """With a teacher too, from which the network at hand has moved away: images and answers are the teacher's, what is kept is not."""
     network = painter()
     calls = recorded(network, steps=steps)
     if taught:
@@ -165,7 +165,7 @@ def test_clean_pictures_are_those_that_the_pipeline_made() -> None:
     with driven(network) as denoiser:
         clean = training(network, denoiser, recorded(network)).clean
     vae = network.processor.vae
-    for latent, made in zip(clean, pictures(network.processor, wanted), strict=True):
+    for latent, made in zip(clean, generate_images(network.processor, wanted), strict=True):
         with torch.no_grad():
             image = (vae.decode(latent / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
         torch.testing.assert_close(image, made.images_NCHW, rtol=1e-3, atol=1e-3)
@@ -230,11 +230,11 @@ def test_a_target_speedup_is_met_by_the_costs() -> None:
     network = painter()
     calls = recorded(network)
     state = L2c(target_speedup=1.1, by="macs", iterations=2).calibrate(network, calls)
-    assert budget_of(network, calls, None, 1.1, "macs").met(Schedule.of(network, state).computed_TN)
+    assert budget_of(network, calls, None, 1.1, "macs").is_met(Schedule.of(network, state).computed_TN)
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"ratio": 0.5}, r"means to save 5; l2c trains every second step only, and reusing all 2 units at 2 of 5 steps saves 4"),
         ({"ratio": None, "target_speedup": 1.5, "by": "macs"}, "means to save .* every second step only"),
@@ -244,12 +244,12 @@ def test_a_target_speedup_is_met_by_the_costs() -> None:
         ({"check": 0}, "at least 1"),
     ],
 )
-def test_what_cannot_be_is_refused_before_work_starts(knobs: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_is_refused_before_work_starts(options: dict[str, Any], message: str) -> None:
     network = painter()
     calls = recorded(network)
     with counted(network.module) as count, pytest.raises(AerogelError, match=message):
-        L2c(**SHORT | knobs).calibrate(network, calls)
-    assert len(count) <= ("target_speedup" in knobs), "a forward is counted for its costs, none is trained on"
+        L2c(**SHORT | options).calibrate(network, calls)
+    assert len(count) <= ("target_speedup" in options), "a forward is counted for its costs, none is trained on"
 
 
 def test_answers_that_are_not_finite_are_told() -> None:
@@ -265,7 +265,7 @@ def test_a_sampler_that_cannot_noise_is_refused() -> None:
     network = painter()
     calls = recorded(network)
     network.processor.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(AerogelError, match="FlowMatchEulerDiscreteScheduler does not noise clean pictures"):
+    with pytest.raises(AerogelError, match="FlowMatchEulerDiscreteScheduler does not noise clean images"):
         L2c(**SHORT).calibrate(network, calls)
 
 

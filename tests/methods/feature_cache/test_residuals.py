@@ -17,7 +17,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.delta_dit import DeltaDit
 from aerogel.methods.feature_cache.first_block import FirstBlock
 from aerogel.methods.feature_cache.magcache import Magcache, left_out
-from aerogel.methods.feature_cache.policy import ReusePolicy
+from aerogel.methods.feature_cache.policy import FeatureCachePolicy
 from aerogel.methods.feature_cache.smoothcache import Smoothcache
 from aerogel.methods.feature_cache.teacache import Teacache
 from aerogel.model.calls import Call
@@ -54,7 +54,7 @@ def theirs(network: Network, config: Any) -> Iterator[None]:
         yield
 
 
-def under(network: Network, policy: ReusePolicy, given: Sequence[Call]) -> tuple[list[Tensor], list[int | None], dict[str, Any]]:
+def under(network: Network, policy: FeatureCachePolicy, given: Sequence[Call]) -> tuple[list[Tensor], list[int | None], dict[str, Any]]:
     """The answers of a generation, what was left out at each step, and the state."""
     state = policy.calibrate(network, given)
     with policy.on(network, state) as spans:
@@ -110,7 +110,7 @@ def test_magcache_measures_ratios_of_token_norms() -> None:
 
 
 @pytest.mark.parametrize("policy", [Magcache(), Teacache(), Smoothcache()])
-def test_branches_in_calls_of_their_own_are_measured_as_in_one_batch(policy: ReusePolicy) -> None:
+def test_branches_in_calls_of_their_own_are_measured_as_in_one_batch(policy: FeatureCachePolicy) -> None:
     network = painter()
     together = recorded(network, steps=8)
     ours, wanted = (policy.calibrate(network, given) for given in (apart(together), together))
@@ -180,7 +180,7 @@ def test_delta_dit_leaves_out_the_rear_first() -> None:
 
 
 @pytest.mark.parametrize("policy", [FirstBlock(), Magcache(), Teacache(), DeltaDit()], ids=lambda policy: type(policy).__name__)
-def test_other_networks_are_refused(policy: ReusePolicy) -> None:
+def test_other_networks_are_refused(policy: FeatureCachePolicy) -> None:
     state = policy.calibrate(deep("dit"), drifting("dit"))
     with (
         pytest.raises(AerogelError, match=f"made for {DEPTH + 1} blocks, this denoiser has {DEPTH}"),

@@ -7,13 +7,13 @@ import torch
 
 from aerogel.methods.feature_cache.harmonica import Harmonica
 from aerogel.methods.feature_cache.l2c import L2c
-from aerogel.methods.feature_cache.policy import BudgetPolicy
+from aerogel.methods.feature_cache.policy import BudgetedCachePolicy
 from tests.methods.feature_cache import test_harmonica, test_l2c
 from tests.runtime.feature_cache.test_replay import painter, recorded
 
 
 @pytest.mark.parametrize("router", [Harmonica(**test_harmonica.SHORT), L2c(**test_l2c.SHORT)], ids=lambda router: type(router).__name__)
-def test_nothing_but_scores_is_touched(router: BudgetPolicy) -> None:
+def test_nothing_but_scores_is_touched(router: BudgetedCachePolicy) -> None:
     network = painter()
     network.module.requires_grad_(True)
     calls, before = recorded(network), {name: tensor.clone() for name, tensor in network.module.state_dict().items()}

@@ -155,10 +155,10 @@ def test_taylorseer_predicts_by_the_series() -> None:
 
 
 @pytest.mark.parametrize(
-    ("knobs", "runs"), [({}, [0, 1, 5, 9]), ({"interval": 3, "warmup": 3}, [0, 1, 2, 5, 8, 11]), ({"interval": 1}, list(range(12)))]
+    ("options", "runs"), [({}, [0, 1, 5, 9]), ({"interval": 3, "warmup": 3}, [0, 1, 2, 5, 8, 11]), ({"interval": 1}, list(range(12)))]
 )
-def test_taylorseer_computes_at_these_steps(knobs: dict[str, int], runs: list[int]) -> None:
-    assert Taylorseer(**knobs)._computed(12, 2)[:, 0].nonzero().flatten().tolist() == runs
+def test_taylorseer_computes_at_these_steps(options: dict[str, int], runs: list[int]) -> None:
+    assert Taylorseer(**options)._computed(12, 2)[:, 0].nonzero().flatten().tolist() == runs
 
 
 def test_taylorseer_of_order_zero_reuses() -> None:

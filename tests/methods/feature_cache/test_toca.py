@@ -57,9 +57,9 @@ def test_full_steps_of_fifty() -> None:
 def test_duca_takes_turns() -> None:
     """Tokens run at the step before a full one, at every second step back from there, and at no other."""
     network, given = opened("dit"), calls("dit", steps=NINE)
-    knobs: dict[str, Any] = {"interval": 4, "pace": 0.0, "dense": (0.0, 0.0), "late": 0.0, "front": 0.0, "ratio": 0.1}
+    options: dict[str, Any] = {"interval": 4, "pace": 0.0, "dense": (0.0, 0.0), "late": 0.0, "front": 0.0, "ratio": 0.1}
     anew = {}
-    for policy in (Toca(**knobs), Duca(**knobs)):
+    for policy in (Toca(**options), Duca(**options)):
         state = policy.calibrate(network, given)
         assert state["computed"] == ["1111", "0000", "0000", "0000"] * 2 + ["1111"]
         assert Schedule.of(network, state).reused == pytest.approx(6 / 9)
@@ -197,7 +197,7 @@ def test_tokens_are_those_of_the_formula(name: str, policy: Toca | Duca) -> None
 
 @contextmanager
 def counted(network: Network) -> Iterator[list[tuple[int, int]]]:
-    """(tokens, tokens of the picture) of what goes into the first linear of each cross-attention and feed-forward."""
+    """(tokens, tokens of the image) of what goes into the first linear of each cross-attention and feed-forward."""
     ran: list[tuple[int, int]] = []
     every = {"wan": 48}.get(network.family.name, 16)
     with ExitStack() as stack:
@@ -363,8 +363,8 @@ def test_a_pipeline_takes_them_from_a_recipe() -> None:
         "toca": {"ratio": 0.4, "dense": [0, 0]},
         "duca": {"ratio": 0.4, "late": 0.0},
     }
-    for name, knobs in steps.items():
-        with aerogel.cached(network, {"steps": [{name: knobs}]}, samples=given):
+    for name, options in steps.items():
+        with aerogel.cached(network, {"steps": [{name: options}]}, samples=given):
             images = network.processor(
                 class_labels=[0, 7], num_inference_steps=6, generator=torch.Generator().manual_seed(9), output_type="pt"
             ).images
@@ -375,7 +375,7 @@ def test_a_pipeline_takes_them_from_a_recipe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"interval": 1}, "interval 1 is at least 2"),
         ({"cell": 0}, "cell 0 at least 1"),
@@ -384,10 +384,10 @@ def test_a_pipeline_takes_them_from_a_recipe() -> None:
         ({"ratio": -0.1}, "ratio -0.1, feed_forward 2.5"),
     ],
 )
-def test_knobs_out_of_range_are_refused(knobs: dict[str, Any], message: str) -> None:
+def test_knobs_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     for policy in (Toca, Duca):
         with pytest.raises(AerogelError, match=message):
-            policy(**knobs).calibrate(opened("dit"), calls("dit"))
+            policy(**options).calibrate(opened("dit"), calls("dit"))
 
 
 def test_networks_whose_tokens_nothing_scores_are_refused() -> None:

@@ -48,14 +48,14 @@ def rounded(weight: Tensor, bits: int, group: int) -> Tensor:
     return ((groups / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale).flatten(1)
 
 
-def brute_force(x: Tensor, weights: list[Tensor], duo: bool) -> Tensor:
+def brute_force(x: Tensor, weights: list[Tensor], duo_scaling: bool) -> Tensor:
     """The published search, by the squared error of the outputs over these inputs."""
     magnitude = x.abs().mean(0)
     share = torch.cat([w.abs().unflatten(1, (-1, 32)) / (w.abs().unflatten(1, (-1, 32)).amax(-1, keepdim=True) + 1e-6) for w in weights])
     candidates = [torch.ones_like(magnitude)]
     for step in range(21):
         scale = magnitude ** (step / 20)
-        if duo:
+        if duo_scaling:
             scale = scale / (share.flatten(1).mean(0) ** (1 - step / 20) + 1e-4)
         scale = scale.clamp(min=1e-4)
         candidates.append(scale / (scale.max() * scale.min()).sqrt())
@@ -63,15 +63,15 @@ def brute_force(x: Tensor, weights: list[Tensor], duo: bool) -> Tensor:
     return candidates[int(torch.stack(costs).argmin())]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("duo", [True, False])
-def test_the_scale_is_what_brute_force_over_all_batches_finds(duo: bool) -> None:
+@pytest.mark.parametrize("duo_scaling", [True, False])
+def test_the_scale_is_what_brute_force_over_all_batches_finds(duo_scaling: bool) -> None:
     block = first_block()
     x = inputs_of(block, READERS[0])
     weights = [block.module.get_submodule(name).weight.clone() for name in READERS]
     norm = block.module.input_layernorm.weight.clone()  # type: ignore[operator, union-attr]
-    Awq("W3A16_G32", duo=duo, clip=False).compress(block)
+    Awq("W3A16_G32", duo_scaling=duo_scaling, clip=False).compress(block)
     found = norm / block.module.input_layernorm.weight  # type: ignore[operator]
-    expected = brute_force(x, weights, duo)
+    expected = brute_force(x, weights, duo_scaling)
     assert not torch.allclose(expected, torch.ones_like(expected))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
@@ -183,7 +183,7 @@ def test_linears_that_no_edge_feeds(rule: Any) -> None:
     network, calls = opened("dit"), FAMILIES["dit"].calls(3)
     before = [output(network.module, call) for call in calls]
     for block in Walk(network, calls):
-        Awq("W8A16_G32", without_edge=rule).compress(block)
+        Awq("W8A16_G32", unmapped=rule).compress(block)
     kept = [part for part in network.module.modules() if isinstance(part, ScaledInput)]
     assert bool(kept) == (rule == "keep")
     for call, exact in zip(calls, before, strict=True):

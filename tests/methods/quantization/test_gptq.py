@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.layers.linear import QuantLinear, held
+from aerogel.layers.linear import QuantLinear, cache_dequantized
 from aerogel.methods.quantization import gptq
 from aerogel.methods.quantization.gptq import Gptq
 from aerogel.methods.quantization.rtn import Rtn
@@ -94,11 +94,11 @@ def test_groups_in_the_new_order_keep_an_index() -> None:
     assert torch.equal(g_idx[order].long(), torch.arange(48) // 16)
 
 
-@pytest.mark.parametrize("knobs", [{}, {"act_order": "none"}, {"act_order": "group"}, {"observer": "minmax"}, {"true_sequential": True}])
+@pytest.mark.parametrize("options", [{}, {"act_order": "none"}, {"act_order": "group"}, {"observer": "minmax"}, {"true_sequential": True}])
 @pytest.mark.parametrize("scheme", ["W3A16_G16", "W3A16_G16_ASYM", "W4A16_CHANNEL"])
-def test_outputs_are_closer_than_by_rounding(scheme: str, knobs: dict[str, Any]) -> None:
-    block, before, x_TI = visit(Gptq(scheme, **knobs))
-    rounded, *_ = visit(Rtn(scheme, observer=knobs.get("observer", "mse")))  # type: ignore[arg-type]
+def test_outputs_are_closer_than_by_rounding(scheme: str, options: dict[str, Any]) -> None:
+    block, before, x_TI = visit(Gptq(scheme, **options))
+    rounded, *_ = visit(Rtn(scheme, observer=options.get("observer", "mse")))  # type: ignore[arg-type]
 
     def error(here: Block, name: str) -> float:
         return float((x_TI @ (quantized(here, name).dequantized(torch.float32) - before[name]).T).square().sum())
@@ -182,24 +182,26 @@ def codes_of(method: Gptq, family: str = "llama") -> dict[str, Tensor]:
     for block in Walk(network, FAMILIES[family].calls(4)):
         method.compress(block)
         if block.outputs is not None:
-            with held(block.module):
+            with cache_dequantized(block.module):
                 for output, call in zip(block.outputs, block.calls, strict=True):
                     assert torch.equal(output, block.run(call))
     return {name: part.codes() for name, part in network.module.named_modules() if isinstance(part, QuantLinear)}
 
 
 def test_waiting_calls_give_the_codes_of_one_pass_for_each_stage() -> None:
-    together, passes = codes_of(Gptq("W3A16_G32")), codes_of(Gptq("W3A16_G32", true_sequential=True, waiting=0))
+    together, passes = codes_of(Gptq("W3A16_G32")), codes_of(Gptq("W3A16_G32", true_sequential=True, max_activation_gb=0))
     assert together.keys() == passes.keys()
     assert all(torch.equal(codes, passes[name]) for name, codes in together.items())
-    at_once = codes_of(Gptq("W3A16_G32", waiting=0))
+    at_once = codes_of(Gptq("W3A16_G32", max_activation_gb=0))
     assert any(not torch.equal(codes, at_once[name]) for name, codes in together.items())
 
 
 def test_experts_are_not_waited_for() -> None:
     assert all(
         torch.equal(codes, other)
-        for codes, other in zip(codes_of(Gptq(W4), "mixtral").values(), codes_of(Gptq(W4, waiting=0), "mixtral").values(), strict=True)
+        for codes, other in zip(
+            codes_of(Gptq(W4), "mixtral").values(), codes_of(Gptq(W4, max_activation_gb=0), "mixtral").values(), strict=True
+        )
     )
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import aerogel
 from aerogel.data.text import calls, samples
-from aerogel.layers.linear import held
+from aerogel.layers.linear import cache_dequantized
 from aerogel.methods.base import BlockMethod
 from aerogel.methods.quantization.awq import Awq
 from aerogel.methods.quantization.gptq import Gptq
@@ -36,7 +36,7 @@ def nats(methods: Sequence[BlockMethod] = ()) -> float:
             for method in methods:
                 method.compress(block)
     losses = []
-    with torch.no_grad(), held(network.module):
+    with torch.no_grad(), cache_dequantized(network.module):
         for tokens in samples(network.processor, "sotu-held-out", HELD_OUT, 512):
             logits = network.module(tokens[None]).logits[0]
             losses.append(cross_entropy(logits[:-1], tokens[1:]))
@@ -63,5 +63,5 @@ def test_awq_loses_less_than_rounding(original: float, rounded: float) -> None:
 
 
 def test_eight_bits_cost_at_most_one_per_cent_of_perplexity(original: float) -> None:
-    smooth = [Smoothquant(alpha="search", behind_linears=True), Rtn("W8A8")]
+    smooth = [Smoothquant(alpha="search", include_linear_sources=True), Rtn("W8A8")]
     assert nats(smooth) - original <= 0.01

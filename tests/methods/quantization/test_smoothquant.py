@@ -60,13 +60,15 @@ def test_the_scale_is_that_of_all_experts_tokens() -> None:
     torch.testing.assert_close(block.module.get_submodule("post_attention_layernorm").weight, norm / expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("knobs", [{"alpha": 0.5, "behind_linears": True}, {"alpha": "search", "behind_linears": True, "rows": 32}])
+@pytest.mark.parametrize(
+    "options", [{"alpha": 0.5, "include_linear_sources": True}, {"alpha": "search", "include_linear_sources": True, "rows": 32}]
+)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_every_family_computes_what_it_did(family: str, knobs: dict[str, Any]) -> None:
+def test_every_family_computes_what_it_did(family: str, options: dict[str, Any]) -> None:
     network, calls = opened(family), FAMILIES[family].calls(3)
     before = [output(network.module, call) for call in calls]
     for block in Walk(network, calls):
-        Smoothquant(**knobs).compress(block)
+        Smoothquant(**options).compress(block)
     for call, exact in zip(calls, before, strict=True):
         torch.testing.assert_close(output(network.module, call), exact, rtol=1e-3, atol=2e-4 * float(exact.abs().max()))
 
@@ -119,9 +121,9 @@ def test_a_channel_that_was_always_zero_keeps_its_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("knobs", "words"), [({"alpha": 1.5}, "from 0 to 1"), ({"alpha": "search", "scheme": "W4A16_G32"}, "does not quantize inputs")]
+    ("options", "words"), [({"alpha": 1.5}, "from 0 to 1"), ({"alpha": "search", "scheme": "W4A16_G32"}, "does not quantize inputs")]
 )
-def test_knobs_that_make_no_sense_are_refused(knobs: dict[str, Any], words: str) -> None:
+def test_knobs_that_make_no_sense_are_refused(options: dict[str, Any], words: str) -> None:
     block = next(iter(Walk(opened("llama"), FAMILIES["llama"].calls(1))))
     with pytest.raises(AerogelError, match=words):
-        Smoothquant(**knobs).compress(block)
+        Smoothquant(**options).compress(block)

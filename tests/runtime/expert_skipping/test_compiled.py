@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import Cache, DynamicCache, StaticCache
 
 from aerogel.engine import policies
-from aerogel.engine.policies import Measured
+from aerogel.engine.policies import CalibratedPolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
@@ -48,14 +48,14 @@ def calls(count: int = 3) -> list[Call]:
     return [Call((), {"input_ids": torch.randint(3, 100, (2, LENGTH), generator=generator), "use_cache": False}) for _ in range(count)]
 
 
-def calibrated(network: Network, name: str, rule: str) -> Measured:
+def calibrated(network: Network, name: str, rule: str) -> CalibratedPolicy:
     (step,) = Recipe.parse({"steps": [{rule: RULES[rule]}]}).steps
     return policies.calibrated(network, step, FAMILIES[name].calls(2, seed=9))
 
 
 @pytest.mark.parametrize(("name", "rule"), [*(("qwen3_moe", rule) for rule in RULES), ("deepseek_v3", "modes"), ("gpt_oss", "naee")])
 def test_one_graph_holds_for_all_that_is_dropped(name: str, rule: str) -> None:
-    network = opened(name, apart=False)
+    network = opened(name, unfuse_experts=False)
     measured, given = calibrated(network, name, rule), calls()
     with policies.on(network, [measured]):
         ratios, eager = [], []
@@ -77,7 +77,7 @@ def test_one_graph_holds_for_all_that_is_dropped(name: str, rule: str) -> None:
 
 @pytest.mark.parametrize("rule", ["modes", "odp"])
 def test_tokens_are_written_with_a_static_cache(rule: str) -> None:
-    network = opened("qwen3_moe", apart=False)
+    network = opened("qwen3_moe", unfuse_experts=False)
     ids_BS = calls(1)[0].kwargs["input_ids"]
 
     def written(step: Callable[..., Any]) -> list[Tensor]:
@@ -101,7 +101,7 @@ def test_tokens_are_written_with_a_static_cache(rule: str) -> None:
 @pytest.mark.parametrize("static", [False, True])
 def test_attention_received_is_that_of_the_positions_read_now(static: bool) -> None:
     """A prompt in two pieces: keys of the first come before those of the second, a static cache's empty room behind both."""
-    network = opened("qwen3_moe", apart=False)
+    network = opened("qwen3_moe", unfuse_experts=False)
     ids_BS = calls(1)[0].kwargs["input_ids"]
     seen: list[Routed] = []
 
@@ -127,7 +127,7 @@ def test_attention_received_is_that_of_the_positions_read_now(static: bool) -> N
 @pytest.mark.parametrize(("read", "own"), [(8, [5, 6, 7]), (30, [5, 6, 7]), (6, [3, 4, 5])], ids=["grown", "window", "room"])
 def test_positions_read_now_are_the_last_that_are_there(read: int, own: list[int]) -> None:
     """Eight keys for three positions: all that were read, the last ones of a window, or six of them and empty room."""
-    network = opened("qwen3_moe", apart=False)
+    network = opened("qwen3_moe", unfuse_experts=False)
     made = skip(network, everything)
     made.kind_BS = torch.zeros(1, 3, dtype=torch.long)
     probability_BHSL = torch.rand(1, 2, 3, 8, generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import aerogel
 from aerogel.errors import AerogelError
 from aerogel.io.load import load
-from aerogel.layers.linear import held
+from aerogel.layers.linear import cache_dequantized
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.expert_skipping import backend
@@ -25,8 +25,8 @@ from tests.tiny import FAMILIES, IMAGE_TOKEN, output
 MIXTURES = ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "qwen3_vl_moe", "internvl"]
 
 
-def opened(name: str, apart: bool) -> Network:
-    return load(FAMILIES[name].build(), apart=apart)
+def opened(name: str, unfuse_experts: bool) -> Network:
+    return load(FAMILIES[name].build(), unfuse_experts=unfuse_experts)
 
 
 def weak(routed: Routed) -> Tensor:
@@ -69,11 +69,11 @@ def masked(network: Network, rule: Any) -> Iterator[None]:
         handle.remove()
 
 
-@pytest.mark.parametrize("apart", [True, False], ids=["one by one", "fused"])
+@pytest.mark.parametrize("unfuse_experts", [True, False], ids=["one by one", "fused"])
 @pytest.mark.parametrize("name", MIXTURES)
 @pytest.mark.parametrize("rule", [weak, nothing, everything])
-def test_is_what_weights_of_zero_give(name: str, apart: bool, rule: Any) -> None:
-    network = opened(name, apart)
+def test_is_what_weights_of_zero_give(name: str, unfuse_experts: bool, rule: Any) -> None:
+    network = opened(name, unfuse_experts)
     for call in FAMILIES[name].calls(3):
         with masked(network, rule):
             expected = output(network.module, call)
@@ -94,19 +94,19 @@ def test_quantized_experts_are_skipped_alike(scheme: str, rule: Any) -> None:
     for expert in next(iter(experts_of(network).values())).children():
         expert.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
     for call in tiny.calls(2):
-        with held(network.module), masked(network, rule):
+        with cache_dequantized(network.module), masked(network, rule):
             expected = output(network.module, call)
         ran.clear()
-        with held(network.module), skipping(network, skip(network, rule)), counting(network, Vocabulary.of(network)) as tally:
+        with cache_dequantized(network.module), skipping(network, skip(network, rule)), counting(network, Vocabulary.of(network)) as tally:
             got = output(network.module, call)
         torch.testing.assert_close(told(call, got), told(call, expected), rtol=0, atol=2e-5)
         assert sum(ran) == int(tally.kept_LKP[0].sum())
 
 
-@pytest.mark.parametrize("apart", [True, False], ids=["one by one", "fused"])
+@pytest.mark.parametrize("unfuse_experts", [True, False], ids=["one by one", "fused"])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_comes_off_to_the_bit(name: str, apart: bool) -> None:
-    network, call = opened(name, apart), FAMILIES[name].calls(1)[0]
+def test_comes_off_to_the_bit(name: str, unfuse_experts: bool) -> None:
+    network, call = opened(name, unfuse_experts), FAMILIES[name].calls(1)[0]
     getattr(network.module.model, "language_model", network.module).set_experts_implementation("grouped_mm")
     before, hooks = output(network.module, call), hooked(network)
     with suppress(ZeroDivisionError), skipping(network, skip(network, weak), attention=True):
@@ -125,7 +125,7 @@ def hooked(network: Network) -> int:
 @pytest.mark.parametrize("name", MIXTURES)
 def test_memory_that_nobody_wrote_is_never_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows behind the last group of a grouped product hold anything: here they hold NaN."""
-    network, real = opened(name, apart=False), backend._grouped
+    network, real = opened(name, unfuse_experts=False), backend._grouped
 
     def poisoned(x_PI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
         y_PO = real(x_PI, weight_EIO, end_E)
@@ -144,7 +144,7 @@ def test_memory_that_nobody_wrote_is_never_read(name: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("stock", ["grouped_mm", "batched_mm", "eager"])
 def test_a_stock_implementation_is_refused_while_a_rule_is_on(stock: str) -> None:
-    network, call = opened("qwen3_moe", apart=False), FAMILIES["qwen3_moe"].calls(1)[0]
+    network, call = opened("qwen3_moe", unfuse_experts=False), FAMILIES["qwen3_moe"].calls(1)[0]
     module: Any = network.module
     with skipping(network, skip(network, weak)):
         module.set_experts_implementation(stock)
@@ -153,7 +153,7 @@ def test_a_stock_implementation_is_refused_while_a_rule_is_on(stock: str) -> Non
 
 
 def test_padding_loses_all_and_is_not_counted() -> None:
-    network = opened("qwen3_moe", apart=True)
+    network = opened("qwen3_moe", unfuse_experts=True)
     call = FAMILIES["qwen3_moe"].calls(2)[1]  # three positions are padded on the left
     with skipping(network, skip(network, everything)), counting(network, Vocabulary.of(network)) as tally:
         output(network.module, call)
@@ -167,7 +167,7 @@ def test_padding_loses_all_and_is_not_counted() -> None:
 
 
 def test_marks_keep_their_experts_unless_told_otherwise() -> None:
-    network = opened("qwen3_moe", apart=True)
+    network = opened("qwen3_moe", unfuse_experts=True)
     ids = torch.tensor([[1, 7, 8, 2]])  # begins and ends with marks
     for protect, kept in ((True, [0, 0, 4, 0]), (False, [0, 0, 0, 0])):
         with skipping(network, skip(network, nothing, protect=protect)), counting(network, Vocabulary.of(network)) as tally:
@@ -179,7 +179,7 @@ def test_marks_keep_their_experts_unless_told_otherwise() -> None:
 
 
 def test_keep_top1_leaves_no_token_without_experts() -> None:
-    network, call = opened("mixtral", apart=True), FAMILIES["mixtral"].calls(1)[0]
+    network, call = opened("mixtral", unfuse_experts=True), FAMILIES["mixtral"].calls(1)[0]
     with skipping(network, skip(network, nothing, keep_top1=True)), counting(network, Vocabulary.of(network)) as tally:
         output(network.module, call)
     assert tally.lost_LKP.sum() == 0
@@ -189,7 +189,7 @@ def test_keep_top1_leaves_no_token_without_experts() -> None:
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
 def test_weights_are_raised_to_what_they_were_together(name: str) -> None:
     """A router's scaling factor stays in them."""
-    network, call = opened(name, apart=True), FAMILIES[name].calls(1)[0]
+    network, call = opened(name, unfuse_experts=True), FAMILIES[name].calls(1)[0]
     module = next(iter(experts_of(network).values()))
     given: list[Tensor] = []
     sums: list[Tensor] = []
@@ -203,7 +203,7 @@ def test_weights_are_raised_to_what_they_were_together(name: str) -> None:
 
 
 def test_identity_gives_lost_tokens_what_their_experts_would_have_read() -> None:
-    network, call = opened("mixtral", apart=True), FAMILIES["mixtral"].calls(1)[0]
+    network, call = opened("mixtral", unfuse_experts=True), FAMILIES["mixtral"].calls(1)[0]
     module = next(iter(experts_of(network).values()))
     seen: list[tuple[Tensor, Tensor]] = []
     with skipping(network, skip(network, nothing, lost="identity")):
@@ -215,7 +215,7 @@ def test_identity_gives_lost_tokens_what_their_experts_would_have_read() -> None
 
 @pytest.mark.parametrize("name", ["qwen3_vl_moe", "internvl"])
 def test_positions_of_images_are_vision(name: str) -> None:
-    network, call = opened(name, apart=True), FAMILIES[name].calls(1)[0]
+    network, call = opened(name, unfuse_experts=True), FAMILIES[name].calls(1)[0]
     with counting(network, Vocabulary.of(network)) as tally:
         output(network.module, call)
     expected = int((call.kwargs["input_ids"] == IMAGE_TOKEN).sum())
@@ -229,11 +229,11 @@ def generate(network: Network, call: Call, tokens: int = 4) -> Tensor:
     return module.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
 
 
-@pytest.mark.parametrize("apart", [True, False], ids=["one by one", "fused"])
+@pytest.mark.parametrize("unfuse_experts", [True, False], ids=["one by one", "fused"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_vl_moe"])
-def test_works_inside_generate_with_a_cache_and_padding_on_the_left(name: str, apart: bool) -> None:
+def test_works_inside_generate_with_a_cache_and_padding_on_the_left(name: str, unfuse_experts: bool) -> None:
     """Written tokens are text; what is written for two prompts at once is what is written for each alone."""
-    network, call = opened(name, apart), FAMILIES[name].calls(2)[1]
+    network, call = opened(name, unfuse_experts), FAMILIES[name].calls(2)[1]
     with skipping(network, skip(network, weak)), counting(network, Vocabulary((IMAGE_TOKEN,), ())) as tally:
         both = generate(network, call)
     written = tally.tokens_LKP[0, :, DECODING]
@@ -252,18 +252,18 @@ def test_works_inside_generate_with_a_cache_and_padding_on_the_left(name: str, a
 
 
 def test_a_forward_without_token_ids_is_refused() -> None:
-    network = opened("qwen3_moe", apart=True)
+    network = opened("qwen3_moe", unfuse_experts=True)
     with skipping(network, skip(network, weak)), pytest.raises(AerogelError, match="without input_ids"):
         network.run(Call((), {"inputs_embeds": torch.randn(1, 3, 64)}))
 
 
 def test_a_network_without_experts_is_refused() -> None:
     with pytest.raises(AerogelError, match="this llama network has no routed experts"):
-        experts_of(opened("llama", apart=True))
+        experts_of(opened("llama", unfuse_experts=True))
 
 
 def test_attention_that_tokens_receive_is_summed_over_what_is_no_padding() -> None:
-    network, call = opened("qwen3_moe", apart=True), FAMILIES["qwen3_moe"].calls(2)[1]
+    network, call = opened("qwen3_moe", unfuse_experts=True), FAMILIES["qwen3_moe"].calls(2)[1]
     seen: list[Routed] = []
 
     def rule(routed: Routed) -> Tensor:
@@ -279,7 +279,7 @@ def test_attention_that_tokens_receive_is_summed_over_what_is_no_padding() -> No
 
 
 def test_shape_and_router() -> None:
-    network = opened("deepseek_v3", apart=True)
+    network = opened("deepseek_v3", unfuse_experts=True)
     assert vars(shape_of(network)) == {"layers": 1, "experts": 4, "top_k": 2}  # the first layer is dense
     assert router_of(network, "model.layers.1.mlp.experts") is network.module.get_submodule("model.layers.1.mlp.gate")
 

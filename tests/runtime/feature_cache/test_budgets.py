@@ -29,7 +29,7 @@ def every(budget: Budget) -> list[Tensor]:
     for runs in product((True, False), repeat=len(SLOTS)):
         mask_TN = torch.ones(T, N, dtype=torch.bool)
         mask_TN[1:] = torch.tensor(runs).view(T - 1, N)
-        if longest(mask_TN) <= budget.max_age and budget.met(mask_TN):
+        if longest(mask_TN) <= budget.max_age and budget.is_met(mask_TN):
             made.append(mask_TN)
     return made
 
@@ -50,12 +50,12 @@ def literal(budget: Budget, order: list[tuple[int, int]], masks: list[Tensor]) -
     made = torch.ones(T, N, dtype=torch.bool)
     for slot in order:
         with_it = [mask_TN for mask_TN in masks if not mask_TN[slot]]
-        if with_it and not budget.met(made):
+        if with_it and not budget.is_met(made):
             masks, made[slot] = with_it, False
             taken.append(slot)
     for slot in reversed(taken):
         made[slot] = True
-        if not budget.met(made):
+        if not budget.is_met(made):
             made[slot] = False
     return made
 
@@ -74,12 +74,12 @@ def test_decoding_keeps_to_the_bound_and_gives_up_no_more_slots_for_it_than_it_m
 def test_a_budget_that_the_bound_forbids_is_refused_and_no_other() -> None:
     for budget, _ in cases():
         if every(budget):
-            assert Budget(budget.cost_N, budget.saving).aged(budget.max_age, T) == budget
+            assert Budget(budget.cost_N, budget.saving).with_max_reuse(budget.max_age, T) == budget
         else:
             with pytest.raises(
                 AerogelError, match=rf"save .*; with max_age {budget.max_age} each of the 2 units is reused at \d of 5 steps"
             ):
-                Budget(budget.cost_N, budget.saving).aged(budget.max_age, T)
+                Budget(budget.cost_N, budget.saving).with_max_reuse(budget.max_age, T)
 
 
 def test_what_can_be_reached_is_what_all_masks_say() -> None:
@@ -96,7 +96,7 @@ def test_what_can_be_reached_is_what_all_masks_say() -> None:
 @pytest.mark.parametrize(("max_age", "bound"), [(0, 4), (4, 4), (9, 4), (2, 2)])
 def test_a_bound_that_no_generation_reaches_changes_nothing(max_age: int, bound: int) -> None:
     order: Any = sorted(SLOTS, key=lambda slot: (slot[1], slot[0]))
-    budget = Budget((1.0, 1.0), 4.0).aged(max_age, T)
+    budget = Budget((1.0, 1.0), 4.0).with_max_reuse(max_age, T)
     assert longest(budget.decoded(order, (T, N))) == bound
 
 

@@ -167,7 +167,7 @@ def test_exchanges_keep_to_an_uneven_budget(trials: Trials) -> None:
     """A dear unit rests for a cheap one only where there is something to spare."""
     budget = Budget((2.0, 1.0), 3.0)
     found = Search(trials, budget, 10**6).swaps(mask((1, 0), (2, 1)))
-    assert budget.met(found)
+    assert budget.is_met(found)
     slots = [(step, unit) for step in range(1, T) for unit in range(N)]
     pairs = [mask(*chosen) for chosen in combinations(slots, 2)]
     assert trials.error(found) == pytest.approx(min(trials.error(one) for one in pairs if budget.saved(one) == 3), rel=1e-6)
@@ -187,12 +187,12 @@ def test_whole_steps_stay_within_the_budget(trials: Trials) -> None:
 def test_a_search_keeps_to_a_bound_on_age(max_age: int, spent: bool, trials: Trials) -> None:
     """All that can be saved under it: every pick has to leave room for the rest."""
     most = 2.0 * {1: 2, 2: 3}[max_age]
-    budget = Budget((1.0, 1.0), most).aged(max_age, T)
+    budget = Budget((1.0, 1.0), most).with_max_reuse(max_age, T)
     search = Search(trials, budget, 0 if spent else 10**6)
     starts = [mask(), search.whole_steps((T, N))]
     found = [search.swaps(search.single_units(start)) for start in starts]
     for made in found:
-        assert budget.met(made)
+        assert budget.is_met(made)
         assert budget.allowed(made)
     if not spent:
         slots = [(step, unit) for step in range(1, T) for unit in range(N)]
@@ -203,7 +203,7 @@ def test_a_search_keeps_to_a_bound_on_age(max_age: int, spent: bool, trials: Tri
 def test_a_search_stops_at_its_limit(trials: Trials) -> None:
     search = Search(trials, Budget((1.0, 1.0), 4.0), 10)
     found = search.swaps(search.single_units(search.whole_steps((T, N))))
-    assert search.budget.met(found)
+    assert search.budget.is_met(found)
     assert trials.count <= 10 + T
 
 
@@ -222,12 +222,12 @@ def test_decoding_is_exact() -> None:
         order = [slots[place] for place in torch.randperm(len(slots), generator=generator).tolist()]
         budget = Budget(cost_N, saving)
         made = budget.decoded(order, (6, 3))
-        assert budget.met(made)
+        assert budget.is_met(made)
         assert made[0].all()
         for slot in (~made).nonzero().tolist():
             more = made.clone()
             more[tuple(slot)] = True
-            assert not budget.met(more)
+            assert not budget.is_met(more)
 
 
 @pytest.mark.parametrize("by", ["macs", "latency"])
@@ -239,7 +239,7 @@ def test_a_target_speedup_is_what_the_costs_say(by: Any, network: Network) -> No
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ((None, None), "give one of ratio"),
         ((0.5, 2.0), "give one of ratio"),
@@ -249,6 +249,6 @@ def test_a_target_speedup_is_what_the_costs_say(by: Any, network: Network) -> No
         ((None, 50.0), "a speed-up of 50.0 by macs cannot be had: it means to save .*all 2 units at all but the first of 5 steps"),
     ],
 )
-def test_budgets_that_cannot_be_met_are_refused(knobs: tuple[Any, Any], message: str, network: Network) -> None:
+def test_budgets_that_cannot_be_met_are_refused(options: tuple[Any, Any], message: str, network: Network) -> None:
     with pytest.raises(AerogelError, match=message):
-        budget_of(network, recorded(network), *knobs, "macs")
+        budget_of(network, recorded(network), *options, "macs")

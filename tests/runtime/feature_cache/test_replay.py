@@ -16,7 +16,7 @@ from aerogel.io.load import load
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.replay import Replay, output_of, replays
-from tests import painters
+from tests import image_pipelines as painters
 from tests.tiny import FAMILIES
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' samplers
@@ -35,8 +35,8 @@ def painter(sampler: str = "ddim", seed: int = 0) -> Network:
     return load(pipeline)
 
 
-def recorded(network: Network, **knobs: Any) -> list[Call]:
-    return record(network.processor, network.module, Denoising(**{"count": 4, "steps": 5, "batch": 2, "guidance": 3.0} | knobs))
+def recorded(network: Network, **options: Any) -> list[Call]:
+    return record(network.processor, network.module, Denoising(**{"count": 4, "steps": 5, "batch": 2, "guidance": 3.0} | options))
 
 
 def whole(network: Network) -> Callable[[int, Call], Tensor]:
@@ -102,7 +102,7 @@ def test_new_noise_depends_on_its_generator_alone() -> None:
 
 
 def packed(dtype: torch.dtype = torch.float32, shifts: bool = True) -> tuple[Network, list[Call]]:
-    """A Flux pipeline, which tells its sampler sigmas and a shift by the picture's size, and its denoiser thousandths of steps."""
+    """A Flux pipeline, which tells its sampler sigmas and a shift by the image's size, and its denoiser thousandths of steps."""
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 8), norm_num_groups=4, latent_channels=8, down_block_types=("DownEncoderBlock2D",) * 2,

@@ -21,23 +21,23 @@ from tests.runtime.feature_cache.test_schedule import STEPS
 from tests.tiny import FAMILIES, VARIANTS, fill, opened, output
 
 
-def _stable(**knobs: Any) -> nn.Module:
+def _stable(**options: Any) -> nn.Module:
     """The shape of Stable Diffusion 1 with three levels for four."""
     shape: dict[str, Any] = {
         "sample_size": 8, "block_out_channels": (32, 32, 64), "layers_per_block": 2, "norm_num_groups": 8,
         "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 32, "attention_head_dim": 4,
     }  # fmt: skip
-    return diffusers.UNet2DConditionModel(**shape | knobs)
+    return diffusers.UNet2DConditionModel(**shape | options)
 
 
-def _large(**knobs: Any) -> nn.Module:
+def _large(**options: Any) -> nn.Module:
     """The shape of SDXL with two levels for three."""
     return _stable(
         block_out_channels=(32, 64),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2), use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 16, **knobs,
+        projection_class_embeddings_input_dim=6 * 8 + 16, **options,
     )  # fmt: skip
 
 

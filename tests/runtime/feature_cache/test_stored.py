@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from aerogel import catalog
 from aerogel.errors import AerogelError
-from aerogel.methods.feature_cache.policy import ReusePolicy, SpanPolicy
+from aerogel.methods.feature_cache.policy import BlockCachePolicy, FeatureCachePolicy
 from aerogel.methods.feature_cache.taylorseer import _Series
 from aerogel.model.calls import tensors_in
 from aerogel.model.network import Network
@@ -30,7 +30,7 @@ FLOAT8 = store_named("float8")
 POLICIES = [
     policy
     for policy in (catalog.find("methods", name) for name in catalog.names("methods"))
-    if isinstance(policy, type) and issubclass(policy, ReusePolicy)
+    if isinstance(policy, type) and issubclass(policy, FeatureCachePolicy)
 ]
 
 
@@ -164,17 +164,17 @@ def test_stretches_keep_their_change_in_float8() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.__name__)
-def test_a_policy_keeps_float8_or_says_that_it_does_not(policy: type[ReusePolicy]) -> None:
+def test_a_policy_keeps_float8_or_says_that_it_does_not(policy: type[FeatureCachePolicy]) -> None:
     name = catalog.card("methods", next(name for name in catalog.names("methods") if catalog.find("methods", name) is policy)).name
-    steps = {"name": "kept", "steps": [{name: {"slots": "float8"}}]}
-    if policy.on in (ReusePolicy.on, SpanPolicy.on) or policy.rounds:
+    steps = {"name": "kept", "steps": [{name: {"cache_dtype": "float8"}}]}
+    if policy.on in (FeatureCachePolicy.on, BlockCachePolicy.on) or policy.rounds:
         method = Recipe.parse(steps).steps[0].method
         assert isinstance(method, policy)
-        assert method.slots == "float8"
+        assert method.cache_dtype == "float8"
     else:
-        with pytest.raises(AerogelError, match="set slots to compute"):
+        with pytest.raises(AerogelError, match="set cache_dtype to compute"):
             Recipe.parse(steps)
-    assert policy().slots == "compute"
+    assert policy().cache_dtype == "compute"
     with pytest.raises(AerogelError, match="'float4'"):
         policy(slots="float4")  # type: ignore[arg-type]
 
@@ -183,8 +183,8 @@ def test_policies_hand_the_knob_on() -> None:
     network = deep("dit")
     peaks = {}
     for slots in ("compute", "float8"):
-        for name, knobs in {"fora": {}, "delta_dit": {"share": 1.0}}.items():
-            policy = catalog.find("methods", name)(slots=slots, **knobs)
+        for name, options in {"fora": {}, "delta_dit": {"share": 1.0}}.items():
+            policy = catalog.find("methods", name)(slots=slots, **options)
             with policy.on(network, policy.calibrate(network, calls("dit"))) as put_on:
                 for call in calls("dit"):
                     output(network.module, call)
@@ -209,7 +209,7 @@ def test_outputs_that_are_written_into_are_no_outputs_to_keep() -> None:
         hook = network.module.get_submodule("transformer_blocks.1.ff").register_forward_hook(double)
         output(network.module, given[1])
         with pytest.raises(
-            AerogelError, match=r"what transformer_blocks.1.ff gave was changed in place .* or keep copies with slots: float8"
+            AerogelError, match=r"what transformer_blocks.1.ff gave was changed in place .* or keep copies with cache_dtype: float8"
         ):
             output(network.module, given[2])
     with reusing(network, half(network)):

@@ -1,4 +1,4 @@
-"""Statistics of real images on disk, and the figures of pictures against them."""
+"""Statistics of real images on disk, and the figures of images against them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import aerogel
-from aerogel.data.denoising import Denoising, pictures
+from aerogel.data.denoising import Denoising, generate_images
 from aerogel.errors import AerogelError
 from aerogel.evaluate import features
-from aerogel.evaluate.realism import Realism
+from aerogel.evaluate.image_quality import ImageQuality
 from aerogel.evaluate.reference import Reference
 from aerogel.numerics.images import frechet, inception_score, moments, precision_recall
-from tests.painters import classes, classifier, unconditional
+from tests.image_pipelines import classes, classifier, unconditional
 from tests.tiny import FAMILIES
 
 ZOO = Path(__file__).parents[2] / "zoo"
@@ -72,10 +72,10 @@ def test_files_that_hold_no_statistics_are_named(tmp_path: Path) -> None:
 
 
 def test_figures_are_those_of_the_pictures(folder: Path, file: Path, real: Tensor) -> None:
-    knobs = Realism(features=str(folder), reference=file, count=7, steps=2, batch=3, seed=3, guidance=1.5)
-    found = knobs.measure(aerogel.load(classes()))
+    options = ImageQuality(features=str(folder), reference=file, count=7, steps=2, batch=3, seed=3, guidance=1.5)
+    found = options.measure(aerogel.load(classes()))
     network = features.load(str(folder))
-    made = list(pictures(classes(), Denoising(count=7, steps=2, batch=7, guidance=1.5), seed=3))
+    made = list(generate_images(classes(), Denoising(count=7, steps=2, batch=7, guidance=1.5), seed=3))
     ours, theirs = network.look(made[0].images_NCHW), network.look(real)
     kept = theirs.features_ND[torch.linspace(0, 39, 10).long()].half()
     precision, recall = precision_recall(kept, ours.features_ND)
@@ -95,31 +95,31 @@ def test_figures_are_those_of_the_pictures(folder: Path, file: Path, real: Tenso
 
 
 def test_without_subjects_there_is_no_accuracy(folder: Path, file: Path) -> None:
-    found = Realism(features=str(folder), reference=file, count=5, steps=2).measure(aerogel.load(unconditional()))
+    found = ImageQuality(features=str(folder), reference=file, count=5, steps=2).measure(aerogel.load(unconditional()))
     assert "recall[tiny-judge]" in found
     assert not any(name.startswith("accuracy") for name in found)
 
 
 def test_what_is_lacking_is_named(folder: Path, file: Path, tmp_path: Path) -> None:
     network = aerogel.load(classes())
-    with pytest.raises(AerogelError, match=r"realism.reference=FILE"):
-        Realism().measure(network)
+    with pytest.raises(AerogelError, match=r"image_quality.reference=FILE"):
+        ImageQuality().measure(network)
     with pytest.raises(AerogelError, match="came without its pipeline"):
-        Realism(features=str(folder), reference=file).measure(aerogel.load(FAMILIES["dit"].build()))
+        ImageQuality(features=str(folder), reference=file).measure(aerogel.load(FAMILIES["dit"].build()))
     with pytest.raises(AerogelError, match="each is at least 1"):
-        Realism(features=str(folder), reference=file, count=0).measure(network)
+        ImageQuality(features=str(folder), reference=file, count=0).measure(network)
     with pytest.raises(AerogelError, match="a 3-th neighbour needs more than 3 of each"):
-        Realism(features=str(folder), reference=file, count=3, steps=1).measure(network)
+        ImageQuality(features=str(folder), reference=file, count=3, steps=1).measure(network)
     Reference.of(features.load(str(folder)), torch.rand(5, 3, 16, 16), "larger").save(tmp_path / "larger")
-    with pytest.raises(AerogelError, match="pictures are 8x8 and the real images 16x16"):
-        Realism(features=str(folder), reference=tmp_path / "larger", count=4, steps=1).measure(network)
+    with pytest.raises(AerogelError, match="images are 8x8 and the real images 16x16"):
+        ImageQuality(features=str(folder), reference=tmp_path / "larger", count=4, steps=1).measure(network)
 
 
 def test_a_broken_network_is_called_that(folder: Path, file: Path) -> None:
     pipeline = classes()
     pipeline.transformer.proj_out_2.weight.data.fill_(float("nan"))
     with pytest.raises(AerogelError, match="pixels that are no numbers"):
-        Realism(features=str(folder), reference=file, count=4, steps=1).measure(aerogel.load(pipeline))
+        ImageQuality(features=str(folder), reference=file, count=4, steps=1).measure(aerogel.load(pipeline))
 
 
 @pytest.mark.quality
@@ -148,8 +148,8 @@ def test_the_judge_sees_what_the_zoo_was_asked_for() -> None:
     prompts = ("top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
     judge = {"features": str(ZOO / "fashion-judge"), "reference": ZOO / "reference" / "fashion-judge.safetensors"}
     network = aerogel.load(ZOO / "fashion-unet")
-    found = Realism(**judge, prompts=prompts, count=10, steps=10, guidance=2.0).measure(network)
+    found = ImageQuality(**judge, prompts=prompts, count=10, steps=10, guidance=2.0).measure(network)
     assert found["accuracy[fashion-judge]"] >= 0.8
-    wrong = Realism(**judge, prompts=prompts[::-1], count=10, steps=10, guidance=2.0).measure(network)
+    wrong = ImageQuality(**judge, prompts=prompts[::-1], count=10, steps=10, guidance=2.0).measure(network)
     assert wrong["accuracy[fashion-judge]"] >= 0.8, "accuracy follows the prompts"
     assert found["precision[fashion-judge]"] >= 0.6

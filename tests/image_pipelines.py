@@ -1,4 +1,4 @@
-"""Tiny pipelines that make pictures, and a tiny classifier that looks at them."""
+"""Tiny pipelines that make images, and a tiny classifier that looks at them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of the same seed: figures by hand, pairs as they were made, what cannot be compared."""
+"""Images of the same seed: figures by hand, pairs as they were made, what cannot be compared."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 import aerogel
-from aerogel.data.denoising import Denoising, pictures
+from aerogel.data.denoising import Denoising, generate_images
 from aerogel.engine.scores import measure
 from aerogel.errors import AerogelError
 from aerogel.evaluate import features
-from aerogel.evaluate.pictures import Pictures, png
+from aerogel.evaluate.image_similarity import ImageSimilarity, png
 from aerogel.numerics.images import ssim
-from tests.painters import classes, classifier, unconditional
+from tests.image_pipelines import classes, classifier, unconditional
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drawn(seed: int) -> Tensor:
-    (made,) = pictures(classes(seed), Denoising(count=5, steps=2, batch=5))
+    (made,) = generate_images(classes(seed), Denoising(count=5, steps=2, batch=5))
     return made.images_NCHW
 
 
@@ -39,8 +39,8 @@ def decoded(text: str) -> Tensor:
 
 
 def test_figures_are_those_of_the_pictures(folder: Path) -> None:
-    knobs = Pictures(features=str(folder), count=5, steps=2, batch=2, kept=3)
-    found = knobs.measure(aerogel.load(classes(1)), aerogel.load(classes(0)))
+    options = ImageSimilarity(features=str(folder), count=5, steps=2, batch=2, kept=3)
+    found = options.measure(aerogel.load(classes(1)), aerogel.load(classes(0)))
     theirs, ours = drawn(0), drawn(1)
     mse = float((theirs - ours).square().mean())
     network = features.load(str(folder))
@@ -58,7 +58,7 @@ def test_figures_are_those_of_the_pictures(folder: Path) -> None:
 def test_a_network_is_equal_to_itself(folder: Path) -> None:
     network = aerogel.load(unconditional())
     shown = dict(getattr(network.processor, "_progress_bar_config", {}))
-    found = Pictures(features=str(folder), count=2, steps=2).measure(network, network)
+    found = ImageSimilarity(features=str(folder), count=2, steps=2).measure(network, network)
     assert (found["mse"], found["psnr"], found["perceptual[tiny-judge, unlearned]"]) == (0, math.inf, 0)
     assert found["ssim"] == pytest.approx(1)
     assert network.processor._progress_bar_config == shown
@@ -71,29 +71,29 @@ def test_grey_pictures_are_kept_grey_and_large_ones_small() -> None:
 
 
 def test_what_cannot_be_compared_is_refused(folder: Path) -> None:
-    with pytest.raises(AerogelError, match="pictures compares with the original"):
-        Pictures(features=str(folder)).measure(aerogel.load(classes()))
+    with pytest.raises(AerogelError, match="image_similarity compares with the original"):
+        ImageSimilarity(features=str(folder)).measure(aerogel.load(classes()))
 
 
 def test_pictures_are_made_when_asked_for_and_knobs_are_set(folder: Path) -> None:
     ours, theirs = aerogel.load(classes(1)), aerogel.load(classes(0))
     assert set(measure(ours, theirs)["compressed"]) == {"size"}
-    sets = [f"pictures.features={folder}", "pictures.count=2", "pictures.steps=1", "pictures.kept=0"]
-    found = measure(ours, theirs, ["pictures"], overrides=sets)
+    sets = [f"image_similarity.features={folder}", "image_similarity.count=2", "image_similarity.steps=1", "image_similarity.kept=0"]
+    found = measure(ours, theirs, ["image_similarity"], overrides=sets)
     assert set(found["original"]) == set()
-    assert (found["compressed"]["pictures"]["count"], found["compressed"]["pictures"]["pairs"]) == (2, [])
+    assert (found["compressed"]["image_similarity"]["count"], found["compressed"]["image_similarity"]["pairs"]) == (2, [])
 
 
 @pytest.mark.parametrize(
     ("sets", "reason"),
     [
-        ("pictures.cuont=2", "measure 'pictures': unknown knob 'cuont'; did you mean count"),
-        ("pictures.count=many", "measure 'pictures': knob 'count': Input should be a valid integer"),
-        ("realism.count=2", "a knob of 'realism' is set, but that measure is not taken; known are pictures"),
-        ("count=2", "cannot read override 'count=2'; expected measure.knob=value"),
+        ("image_similarity.cuont=2", "measure 'image_similarity': unknown option 'cuont'; did you mean count"),
+        ("image_similarity.count=many", "measure 'image_similarity': option 'count': Input should be a valid integer"),
+        ("image_quality.count=2", "an option of 'image_quality' is set, but that measure is not taken; did you mean image_similarity"),
+        ("count=2", "cannot read override 'count=2'; expected measure.option=value"),
     ],
 )
 def test_knobs_that_are_not_there_are_named(sets: str, reason: str) -> None:
     network = aerogel.load(unconditional())
     with pytest.raises(AerogelError, match=reason):
-        measure(network, network, ["pictures"], overrides=[sets])
+        measure(network, network, ["image_similarity"], overrides=[sets])

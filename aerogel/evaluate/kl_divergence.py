@@ -16,7 +16,7 @@ ROWS = 256
 
 
 @dataclass(frozen=True)
-class Agreement(TextMeasure):
+class KlDivergence(TextMeasure):
     """How far the network's next-token distribution has moved from the original's: KL lower, top-1 higher is better.
 
     KL(original || network) = sum over the vocabulary of p (log p - log q), in nats, and the share of tokens for which both rank the

@@ -22,7 +22,7 @@ from aerogel.runtime.token_types import PADDING, TEXT, VISION, Vocabulary
 
 
 @dataclass(frozen=True)
-class Replies(Measure):
+class ExactMatch(Measure):
     """The share of replies that are word for word the expected ones, and how far predictions of the expected ones moved.
 
     Replies are written greedily. KL(original || network) in nats and the share of tokens for which both rank the same one first are
@@ -49,7 +49,7 @@ class Replies(Measure):
         Raises AerogelError without a source.
         """
         if not self.source:
-            raise AerogelError("replies need chats with expected answers: --set replies.source=FILE.jsonl")
+            raise AerogelError("exact_match needs chats with expected answers: --set exact_match.source=FILE.jsonl")
         asked = chats.drawn(chats.read(self.source), self.count, self.seed)
         mixture = network.family.experts is not None
         with counting(network, Vocabulary.of(network)) if mixture else nullcontext() as tally:

@@ -1,4 +1,4 @@
-"""How much a network's pictures resemble real ones, as a feature network sees both."""
+"""How much a network's images resemble real ones, as a feature network sees both."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from aerogel.numerics.images import frechet, inception_score, moments, precision
 
 
 @dataclass(frozen=True)
-class Realism(ImageMeasure):
-    """Distances of pictures from real images: Fréchet, plain and spatial, precision and recall; inception score; accuracy.
+class ImageQuality(ImageMeasure):
+    """Distances of images from real images: Fréchet, plain and spatial, precision and recall; inception score; accuracy.
 
     Every figure bears the name of its feature network and compares only with figures of the same network, the same real images and
-    as many pictures: that of few pictures comes out too large.
-    Accuracy is the share of pictures in which the network sees the class that was asked for, where prompts or labels name classes.
+    as many images: that of few images comes out too large.
+    Accuracy is the share of images in which the network sees the class that was asked for, where prompts or labels name classes.
     """
 
     reference: str | Path | None = None
     """File with the statistics of real images, written by `Reference.save`."""
     count: int = 256
-    """Pictures; their noise differs, their prompts or labels take turns."""
+    """Images; their noise differs, their prompts or labels take turns."""
 
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
         """Return frechet, spatial_frechet, inception_score, precision, recall, accuracy, each as NAME[NETWORK], and how they were made."""
         if self.reference is None:
-            raise AerogelError("realism compares with real images; give the file with their statistics, realism.reference=FILE")
+            raise AerogelError("image_quality compares with real images; give the file with their statistics, image_quality.reference=FILE")
         real, judge = Reference.load(self.reference), features.load(self.features, network.device)
         real.check(judge)
         sights: list[Sight] = []
         subjects: list[str] = []
-        for made in self.painted(network):
+        for made in self.generated(network):
             if pixels(made.images_NCHW) != real.pixels:
-                raise AerogelError(f"pictures are {pixels(made.images_NCHW)} and the real images {real.pixels}; compare equal sizes")
-            # Maps of all pictures together would not fit into memory.
+                raise AerogelError(f"images are {pixels(made.images_NCHW)} and the real images {real.pixels}; compare equal sizes")
+            # Maps of all images together would not fit into memory.
             sights.append(judge.look(made.images_NCHW)._replace(maps=()))
             subjects += made.subjects
         found = figures(real, judge, sights, subjects)
@@ -51,7 +51,7 @@ class Realism(ImageMeasure):
 
 
 def figures(real: Reference, judge: FeatureNetwork, sights: list[Sight], subjects: list[str]) -> dict[str, float]:
-    """Return the figures of pictures that a judge has looked at; accuracy only where the subjects name classes."""
+    """Return the figures of images that a judge has looked at; accuracy only where the subjects name classes."""
     features_ND = torch.cat([sight.features_ND for sight in sights])
     spatial_NS = torch.cat([sight.spatial_NS for sight in sights])
     logits_NK = torch.cat([sight.logits_NK for sight in sights])

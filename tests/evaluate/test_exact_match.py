@@ -10,9 +10,9 @@ import torch
 
 from aerogel.data import chats
 from aerogel.engine import policies
-from aerogel.engine.policies import Measured
+from aerogel.engine.policies import CalibratedPolicy
 from aerogel.errors import AerogelError
-from aerogel.evaluate.replies import Replies
+from aerogel.evaluate.exact_match import ExactMatch
 from aerogel.io.load import load
 from aerogel.methods.experts.reduced_topk import ReducedTopk
 from aerogel.recipe import Recipe
@@ -39,7 +39,7 @@ def test_replies_that_are_the_expected_ones_count(network: Any, tmp_path: Path, 
         return torch.cat([input_ids, torch.tensor([row + [pad] * (width - len(row)) for row in rows])], dim=1)
 
     monkeypatch.setattr(network.module, "generate", generate)
-    facts = Replies(source=str(source), count=6, batch=4).measure(network)
+    facts = ExactMatch(source=str(source), count=6, batch=4).measure(network)
     assert facts["right"] == pytest.approx(1 / 3)
     assert facts["count"] == 6
     assert "skipped" not in facts
@@ -47,14 +47,14 @@ def test_replies_that_are_the_expected_ones_count(network: Any, tmp_path: Path, 
 
 def test_predictions_are_compared_and_skipping_is_counted(network: Any, tmp_path: Path) -> None:
     source = written(tmp_path, 5)
-    measure = Replies(source=str(source), count=5, new_tokens=3)
+    measure = ExactMatch(source=str(source), count=5, new_tokens=3)
     same = measure.measure(network, network)
     assert same["kl"] == pytest.approx(0, abs=1e-9)
     assert same["top1"] == 1
     (call,) = chats.calls(chats.read(source), network.processor, 5)
     (step,) = Recipe.parse({"steps": [{"reduced_topk": {"k": 1, "protect_special": False}}]}).steps
     assert isinstance(step.method, ReducedTopk)
-    with policies.on(network, [Measured(step, step.method.calibrate(network, [call]))]):
+    with policies.on(network, [CalibratedPolicy(step, step.method.calibrate(network, [call]))]):
         facts = measure.measure(network, network)
     skipped = facts["skipped"]
     assert skipped["prefill"] == skipped["decode"] == 0.75
@@ -63,5 +63,5 @@ def test_predictions_are_compared_and_skipping_is_counted(network: Any, tmp_path
 
 
 def test_a_source_is_asked_for(network: Any) -> None:
-    with pytest.raises(AerogelError, match=r"--set replies\.source=FILE\.jsonl"):
-        Replies().measure(network)
+    with pytest.raises(AerogelError, match=r"--set exact_match\.source=FILE\.jsonl"):
+        ExactMatch().measure(network)

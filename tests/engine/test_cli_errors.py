@@ -80,9 +80,9 @@ def test_unknown_recipe(desk: Desk) -> None:
 
 
 def test_unknown_recipe_key(desk: Desk) -> None:
-    assert "step 1 (gptq): unknown knob 'shceme'; did you mean scheme" in desk.refused(*desk.compress("--set", "gptq.shceme=W3A16"))
+    assert "step 1 (gptq): unknown option 'shceme'; did you mean scheme" in desk.refused(*desk.compress("--set", "gptq.shceme=W3A16"))
     desk.recipe.write_text("steps:\n  - gptq: {dampening: 0.1}\n")
-    assert "unknown knob 'dampening'; did you mean damping" in desk.refused("plan", str(desk.model), "-r", str(desk.recipe))
+    assert "unknown option 'dampening'; did you mean damping" in desk.refused("plan", str(desk.model), "-r", str(desk.recipe))
 
 
 def test_unknown_method(desk: Desk) -> None:
@@ -91,7 +91,7 @@ def test_unknown_method(desk: Desk) -> None:
 
 
 def test_unknown_scheme(desk: Desk) -> None:
-    assert "knob 'scheme': unknown scheme 'W4A17'" in desk.refused(*desk.compress("--set", "gptq.scheme=W4A17"))
+    assert "option 'scheme': unknown scheme 'W4A17'" in desk.refused(*desk.compress("--set", "gptq.scheme=W4A17"))
 
 
 def test_unknown_format(desk: Desk) -> None:

@@ -1,4 +1,4 @@
-"""What reuse costs: pictures of held-out noise under a policy against those of the whole network, step by step.
+"""What reuse costs: images of held-out noise under a policy against those of the whole network, step by step.
 
 T steps, N units.
 """
@@ -18,14 +18,14 @@ from aerogel.data import denoising
 from aerogel.data.denoising import Denoising
 from aerogel.data.trajectories import stepping, trajectories
 from aerogel.engine.run import seeded
-from aerogel.evaluate.pictures import png
+from aerogel.evaluate.image_similarity import png
 from aerogel.model.calls import tensors_in
-from aerogel.model.hooks import answering
+from aerogel.model.hooks import patch_forward
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.units import units_of
 
 SHOWN = 8
-"""Pictures that are kept for the report."""
+"""Images that are kept for the report."""
 
 On = Callable[[], AbstractContextManager[Any]]
 """Puts a policy on for a while."""
@@ -41,7 +41,7 @@ class Judge:
             self._exact = list(trajectories(network.processor, wanted, seed))
         self._read_TN = read_TN[0]
         self.steps = [float(step) for step in network.processor.scheduler.timesteps]
-        self.pictures, self.subjects = self._painted()
+        self.images, self.subjects = self._painted()
 
     @property
     def variance(self) -> float:
@@ -49,7 +49,7 @@ class Judge:
         return float(torch.cat([passed[-1].flatten().float() for passed in self._exact]).var())
 
     def policy(self, on: On) -> dict[str, Any]:
-        """The error behind each step and at the end, the share of each unit's work that was done, and pictures."""
+        """The error behind each step and at the end, the share of each unit's work that was done, and images."""
         with self._reading() as read_TN, on():
             errors = self._errors(self.wanted)
         done_TN = torch.where(self._read_TN > 0, read_TN[0] / self._read_TN.clamp(min=1), 1.0)
@@ -58,13 +58,13 @@ class Judge:
             "error": errors[-1],
             "step_errors": errors,
             "ran": [[round(share, 4) for share in row] for row in done_TN.tolist()],
-            "pictures": made,
+            "images": made,
         }
 
     def fewer(self, steps: int) -> dict[str, Any]:
-        """The error at the end and pictures of the whole network with fewer steps."""
+        """The error at the end and images of the whole network with fewer steps."""
         made, _ = self._painted(steps=steps)
-        return {"error": self._errors(replace(self.wanted, steps=steps))[-1], "pictures": made}
+        return {"error": self._errors(replace(self.wanted, steps=steps))[-1], "images": made}
 
     def _errors(self, wanted: Denoising) -> list[float]:
         """Mean squared errors behind each step; with other steps, at the end alone."""
@@ -79,12 +79,12 @@ class Judge:
         return [square / values for square in squares]
 
     def _painted(self, on: On = nullcontext, steps: int | None = None) -> tuple[list[str], list[str]]:
-        """The first pictures as PNG in base64, and what they show; none of videos."""
+        """The first images as PNG in base64, and what they show; none of videos."""
         if self.network.family.modality != "image":
             return [], []
         wanted = replace(self.wanted, count=min(SHOWN, self.wanted.count), steps=steps or self.wanted.steps)
         with seeded(self.seed), on():
-            made = list(denoising.pictures(self.network.processor, wanted, self.seed))
+            made = list(denoising.generate_images(self.network.processor, wanted, self.seed))
         images = [png(image_CHW.nan_to_num(0.0)) for batch in made for image_CHW in batch.images_NCHW]
         return images, [subject for batch in made for subject in batch.subjects]
 
@@ -107,7 +107,7 @@ class Judge:
             find(name): partial(count, place, find(name).forward) for place, name in enumerate(self.units)
         }
         found: list[Tensor] = []
-        with answering(answers), stepping(self.network.processor, step):
+        with patch_forward(answers), stepping(self.network.processor, step):
             yield found
         table_TN = torch.zeros(len(scheduler.timesteps), len(self.units), dtype=torch.float64)
         for slot, count_of in read.items():
