@@ -59,9 +59,9 @@ def _card(kind: str, name: str) -> dict[str, Any]:
     if kind == "families":
         return card | {field.name: plain(getattr(member, field.name)) for field in fields(member) if field.name != "name"}
     card["about"] = "\n\n".join(doc for doc in docs if doc)
-    if hasattr(member, "needs"):
+    if hasattr(member, "requires"):
         # What a method needs may depend on its options; a card tells of the defaults.
-        card["needs"] = sorted(member().needs if isinstance(member.needs, property) else member.needs)
+        card["requires"] = sorted(member().requires if isinstance(member.requires, property) else member.requires)
     if is_dataclass(member):
         card["options"] = [_knob(option) for option in catalog.options(member)]
     return card

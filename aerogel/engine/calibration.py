@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -16,6 +16,7 @@ from aerogel.data import chats, denoising, text
 from aerogel.data.chats import Chats
 from aerogel.data.denoising import Denoising
 from aerogel.errors import AerogelError
+from aerogel.methods.base import CalibrationSize
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.streams import steps_in
@@ -45,19 +46,6 @@ Shown = Samples | Chats | Denoising | Sequence[Call]
 """What a network can be shown: text, chats about images, its own images in the making, or calls that were recorded."""
 _TOKENS_OF_AN_IMAGE = 256
 _TOKENS_OF_A_CHAT = 512
-
-
-class CalibrationSize(NamedTuple):
-    """How much a calibration reads."""
-
-    tokens: int
-    """Positions of all calls: tokens of text, patches of an image."""
-    at_once: int
-    """Positions of the largest call."""
-    sample: int
-    """Positions of the largest sample: a sequence, an image."""
-    steps: int = 1
-    """Steps that a generation takes, of a network that makes images."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aerogel.engine.calibration import CalibrationInput, CalibrationSize, reading, shown
+from aerogel.engine.calibration import CalibrationInput, reading, shown
 from aerogel.engine.policies import unrevisable
 from aerogel.engine.progress import StageName
 from aerogel.evaluate.measure import TextMeasure
@@ -21,7 +21,7 @@ from aerogel.layers.conv import Layer, refuse, size
 from aerogel.layers.experts import ExpertList
 from aerogel.layers.linear import QuantLinear
 from aerogel.layers.slots import Slot, slots
-from aerogel.methods.base import BlockMethod, Method, RuntimePolicy, WeightMethod
+from aerogel.methods.base import BlockMethod, CalibrationSize, Method, RuntimePolicy, WeightMethod
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, ScheduleRefiner
 from aerogel.model.block import Block
 from aerogel.model.match import matches
@@ -138,10 +138,12 @@ def _out_of_order(recipe: Recipe) -> Iterator[str]:
     """What comes behind a step that lets parts of the network rest, and cannot; and what goes on from a schedule that is not there."""
     for number, step in enumerate(recipe.steps):
         for later in recipe.steps[number + 1 :] if isinstance(step.method, FeatureCachePolicy) else ():
-            if not isinstance(later.method, RuntimePolicy) and not (isinstance(later.method, Method) and later.method.beside_reuse):
-                yield f"{later.name} comes after {step.name}, but needs a network all of whose parts run; put {step.name} last"
-            elif isinstance(later.method, FeatureCachePolicy) and not isinstance(later.method, ScheduleRefiner):
-                yield f"{later.name} comes after {step.name}: parts of a network follow one schedule; leave one of them out"
+            if "uncached" not in later.method.requires:
+                continue
+            if isinstance(later.method, FeatureCachePolicy):
+                yield f"{later.name} comes after {step.name}, and a model has one feature cache; leave one of them out"
+            else:
+                yield f"{later.name} comes after {step.name}, but needs a model of which every module runs; put {step.name} last"
         before = [one for one in recipe.steps[:number] if isinstance(one.method, RuntimePolicy)]
         if isinstance(step.method, ScheduleRefiner) and (why := unrevisable(step, before)):
             yield why
@@ -260,13 +262,13 @@ def _peak_memory(network: Network, recipe: Recipe, read: CalibrationSize) -> int
     largest = max((inputs * outputs for module in blocks.values() for inputs, outputs in _shapes(module)), default=0)
     working = 4 * _ROUNDING * largest
     if needs_calls(recipe):
-        holds = max((step.method.holds for step in recipe.steps if isinstance(step.method, BlockMethod)), default=0.0)
-        working = max([working, *(_calibrating(module, read, holds) for module in blocks.values())])
+        held = max((step.method.cost(read).activation_bytes for step in recipe.steps), default=0.0)
+        working = max([working, *(_calibrating(module, read, held) for module in blocks.values())])
     resident = total + 2 * max(sizes.values(), default=0)
     return resident * (2 if needs_teacher(recipe) else 1) + working
 
 
-def _calibrating(block: nn.Module, read: CalibrationSize, holds: float) -> int:
+def _calibrating(block: nn.Module, read: CalibrationSize, held: float) -> int:
     """Bytes of activations and of the second moments of a block's inputs, all in float32."""
     shapes = _shapes(block)
     widths = {inputs for inputs, _ in shapes}
@@ -274,7 +276,7 @@ def _calibrating(block: nn.Module, read: CalibrationSize, holds: float) -> int:
     # Calls that wait inside a block hold the residual stream and the widest input; where that is too much, none waits.
     waiting = 4 * read.tokens * (3 * min(widths, default=0) + max(widths, default=0))
     moments = 4 * (sum(width**2 for width in widths) + _FACTORING * max(widths, default=0) ** 2)
-    return in_hand + (waiting if waiting <= holds else 0) + moments
+    return in_hand + (waiting if waiting <= held else 0) + moments
 
 
 def _activations(network: Network, read: CalibrationSize) -> int:
@@ -289,22 +291,22 @@ def _shapes(block: nn.Module) -> set[tuple[int, int]]:
 
 def needs_calls(recipe: Recipe) -> bool:
     """Whether a step of the recipe looks at what passes through the network."""
-    return any("calls" in step.method.needs for step in recipe.steps)
+    return any("calls" in step.method.requires for step in recipe.steps)
 
 
 def needs_teacher(recipe: Recipe) -> bool:
     """Whether a step asks for the network as it was before any step; to a policy that comes before all changes it is the network itself."""
     changing = [number for number, step in enumerate(recipe.steps) if not isinstance(step.method, RuntimePolicy)]
-    return any("teacher" in step.method.needs for step in recipe.steps[min(changing, default=len(recipe.steps)) :])
+    return any("teacher" in step.method.requires for step in recipe.steps[min(changing, default=len(recipe.steps)) :])
 
 
 def _seconds(recipe: Recipe, sizes: _Sizes, touched: list[Touched], read: CalibrationSize) -> dict[StageName, float]:
     rate = _flops_a_second()
     weights = sum(linear.inputs * linear.outputs for linear in touched)
-    blockwise = [step.method for step in recipe.steps if isinstance(step.method, BlockMethod) and "calls" in step.method.needs]
-    passed = read.tokens * sum(method.forwards for method in blockwise) + _FITTING * read.sample * sum(m.fitted for m in blockwise)
-    policies = [step.method for step in recipe.steps if isinstance(step.method, RuntimePolicy)]
-    through = sum(policy.passed(read.steps, read.at_once, read.sample, read.tokens) for policy in policies)
+    blockwise = [step.method for step in recipe.steps if isinstance(step.method, BlockMethod) and "calls" in step.method.requires]
+    costs = [method.cost(read) for method in blockwise]
+    passed = read.tokens * sum(cost.block_passes for cost in costs) + _FITTING * read.sample * sum(cost.fitted_samples for cost in costs)
+    through = sum(step.method.cost(read).model_tokens for step in recipe.steps)
     moments = sum(linear.inputs**2 for linear in touched) if blockwise else 0
     return {
         "load": sizes.source / _BYTES_A_SECOND,

@@ -240,11 +240,11 @@ class Run:
         return self.policies[-1]
 
     def _teacher(self, method: Method | RuntimePolicy) -> Network | None:
-        return self.network.teacher if "teacher" in method.needs else None
+        return self.network.teacher if "teacher" in method.requires else None
 
     def _visit_blocks(self, number: int, steps: Sequence[Step], stages: int) -> None:
         stage = self.progress.stage(number) if self.progress else None
-        visits = self._walk(stage, steps) if any("calls" in step.method.needs for step in steps) else self._tour(stage)
+        visits = self._walk(stage, steps) if any("calls" in step.method.requires for step in steps) else self._tour(stage)
         for block in visits:
             at = Event("compress", number * block.total + block.position, stages * block.total, block.name or "around the blocks")
             self.tell(at)
@@ -285,7 +285,7 @@ class Run:
         )
         if stage:
             self._restore(stage.restore(walk.order[: walk.position]))
-        if any("teacher" in step.method.needs for step in steps):
+        if any("teacher" in step.method.requires for step in steps):
             assert self.network.teacher is not None, "go() makes one"
             return walk_with_teacher(walk, self.network.teacher, self.calibration.calls, stage.folder / "teacher" if stage else None)
         return iter(walk)
@@ -321,7 +321,7 @@ class Run:
             seeded(self.seed, number),
             self._resident(stage),
             resident(self._teacher(method)),
-            torch.set_grad_enabled("gradients" in method.needs),
+            torch.set_grad_enabled("gradients" in method.requires),
         ):
             method.apply(self.network, self.calibration.calls)
 
@@ -372,7 +372,7 @@ def _compress(block: Block, step: Step) -> None:
     assert isinstance(step.method, BlockMethod)
     before = len(block.notes)
     block.outputs = None  # of the step before
-    with torch.set_grad_enabled("gradients" in step.method.needs):
+    with torch.set_grad_enabled("gradients" in step.method.requires):
         step.method.compress(block)
     block.notes[before:] = [
         # AttentionQuant, whose notes tell a step size, have names but are no modules.

@@ -1,4 +1,4 @@
-"""What a method is: a frozen dataclass of options with exactly one verb."""
+"""What a method is: a frozen dataclass of options with exactly one verb, what it requires and what it costs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import nn
 
@@ -15,6 +15,47 @@ from aerogel.model.calls import Call
 from aerogel.model.match import matches
 from aerogel.model.network import Network
 from aerogel.numerics.scheme import Scheme
+
+Requirement = Literal[
+    "calls", "teacher", "gradients", "uncached", "edges", "residual", "experts", "attention", "time_path", "trajectories",
+    "cached_modules", "block_range", "skips", "cfg", "concatenations", "schedule",
+]  # fmt: skip
+"""What a method reads or needs of a model:
+
+calls: calibration data;  teacher: the model before any step;  gradients: autograd is on;  uncached: every module runs, so no feature
+cache may be on;  edges: norms and linear layers whose channels others read;  residual: one stream that can be rotated;  experts: routed
+experts;  attention: modules that call scaled_dot_product_attention;  time_path: a time embedding that is projected for the blocks;
+trajectories: whole denoising runs;  cached_modules: attentions and feed-forwards that are added to the stream;  block_range: blocks in
+one row with the stream between them;  skips: a way down and up again with skip connections;  cfg: classifier-free guidance in one batch;
+concatenations: layers that read concatenated channels;  schedule: a feature-caching policy right before it.
+"""
+
+
+class CalibrationSize(NamedTuple):
+    """How much a calibration reads."""
+
+    tokens: int
+    """Positions of all calls: tokens of text, patches of an image."""
+    at_once: int
+    """Positions of the largest call."""
+    sample: int
+    """Positions of the largest sample: a sequence, an image."""
+    steps: int = 1
+    """Denoising steps of a generation; 1 for models that do not denoise."""
+
+
+@dataclass(frozen=True)
+class CostEstimate:
+    """What a method takes beside reading and rounding the weights, for the plan."""
+
+    block_passes: float = 0.0
+    """Forwards of each block over all its calls, the one that hands outputs to the next block included."""
+    fitted_samples: float = 0.0
+    """Samples that an optimiser sees in each block, over all its steps."""
+    model_tokens: float = 0.0
+    """Positions that pass the whole model beyond those recorded."""
+    activation_bytes: float = 0.0
+    """Activations held at once beyond those of one call."""
 
 
 def name_of(method: object) -> str:
@@ -25,20 +66,11 @@ def name_of(method: object) -> str:
 class BlockMethod(ABC):
     """Changes one block for good, seeing that block and its calls only."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"calls"})
-    """What the method reads: calls, edges, gradients, and the teacher (what the untouched network gives)."""
-    forwards: ClassVar[float] = 2.0
-    """About how many forwards of a block over its calls one visit takes, the one that propagates included; for the estimate of time."""
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "uncached"})
 
-    @property
-    def fitted(self) -> int:
-        """Samples that an optimiser sees in each block, all of its steps together; for the estimate of time."""
-        return 0
-
-    @property
-    def holds(self) -> float:
-        """Bytes of activations it may hold at once beyond those of one call; for the estimate of memory."""
-        return 0.0
+    def cost(self, size: CalibrationSize) -> CostEstimate:
+        """Estimate what a visit to a block takes."""
+        return CostEstimate(block_passes=2.0 if "calls" in self.requires else 0.0)
 
     @abstractmethod
     def compress(self, block: Block) -> None:
@@ -46,14 +78,16 @@ class BlockMethod(ABC):
 
 
 class Method(ABC):
-    """Changes a whole network for good."""
+    """Changes a whole model for good."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    beside_reuse: ClassVar[bool] = False
-    """Whether it may come behind a step that lets parts of the network rest."""
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"uncached"})
+
+    def cost(self, size: CalibrationSize) -> CostEstimate:
+        """Estimate what applying it takes."""
+        return CostEstimate()
 
     def stores(self, network: Network) -> dict[str, tuple[Any, Scheme]]:
-        """The float layers that it puts into codes: full name -> (layer, scheme); for the plan."""
+        """Return the layers that it quantizes, for the plan: full name -> (layer, scheme)."""
         return {}
 
     @abstractmethod
@@ -64,16 +98,13 @@ class Method(ABC):
 class RuntimePolicy(ABC):
     """Acts while the network runs: measured once, then put on and taken off."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"calls"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls"})
     by_step: ClassVar[bool] = False
-    """Whether all it does is let modules answer out of tables by the step (model/lookup.py), which a static graph can say."""
+    """True where all it does is to let modules answer out of tables by the step (layers/lookup.py), which a static graph can say."""
 
-    def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
-        """Positions that pass the network beyond those recorded, for the estimate of time; none unless a policy says so.
-
-        A generation takes so many steps, the largest call has `at_once` positions, an image `sample`, all calls `tokens`.
-        """
-        return 0.0
+    def cost(self, size: CalibrationSize) -> CostEstimate:
+        """Estimate what calibrating it takes."""
+        return CostEstimate()
 
     @abstractmethod
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
@@ -89,32 +120,39 @@ class RuntimePolicy(ABC):
 
 
 @dataclass(frozen=True)
-class WeightMethod(BlockMethod):
-    """A block method that gives linears, and convolutions where it can, a scheme."""
+class TargetedMethod(BlockMethod):
+    """A block method that acts on linear layers, and on convolutions where it can, chosen by name."""
 
     layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
-    """The kinds of layers it can quantize."""
+    """The kinds of layers it can act on."""
+
+    targets: tuple[str, ...] = field(default=("Linear",), kw_only=True)
+    """Which layers: globs on full dotted names, `re:` patterns or class names (Linear, Conv2d)."""
+    ignore: tuple[str, ...] = field(default=("lm_head",), kw_only=True)
+    """Which of them to leave alone; wins over targets."""
+
+    def targeted(self, block: Block) -> dict[str, Any]:
+        """Return the block's float layers that this method acts on, by name relative to the block."""
+        found = block.linears(self.targets, self.ignore)
+        return {name: layer for name, layer in found.items() if isinstance(layer, self.layers)}
+
+
+@dataclass(frozen=True)
+class WeightMethod(TargetedMethod):
+    """A targeted method that gives layers a number format."""
 
     scheme: Scheme | str = "W4A16"
     """Preset name of the number format and granularity, for example W4A16_G64."""
-    targets: tuple[str, ...] = ("Linear",)
-    """Which linears: globs on full dotted names, `re:` patterns or class names (Linear, Conv2d)."""
-    ignore: tuple[str, ...] = ("lm_head",)
-    """Which of them to leave alone; wins over targets."""
-    overrides: Mapping[str, Scheme | str] = field(default_factory=dict)
-    """Other schemes for some linears, by pattern; the first match wins."""
+    overrides: Mapping[str, Scheme | str] = field(default_factory=dict, kw_only=True)
+    """Other schemes for some layers, by pattern; the first match wins."""
 
     def scheme_of(self, name: str) -> Scheme:
-        """The scheme of the linear with this full dotted name."""
+        """Return the scheme of the layer with this full dotted name."""
         for pattern, scheme in self.overrides.items():
             if matches(name, (pattern,)):
                 return Scheme.parse(scheme)
         return Scheme.parse(self.scheme)
 
     def assign(self, block: Block) -> dict[str, tuple[Any, Scheme]]:
-        """The block's float layers that this method quantizes: name relative to the block -> (layer, scheme)."""
-        return {
-            name: (layer, self.scheme_of(block.full_name(name)))
-            for name, layer in block.linears(self.targets, self.ignore).items()
-            if isinstance(layer, self.layers)
-        }
+        """Return the block's float layers that this method quantizes: name relative to the block -> (layer, scheme)."""
+        return {name: (layer, self.scheme_of(block.full_name(name))) for name, layer in self.targeted(block).items()}

@@ -100,10 +100,10 @@ def test_a_result_of_another_family_is_refused() -> None:
     [
         (
             [{"fora": {}}, {"rtn": {"scheme": "W8A16_CHANNEL"}}],
-            "rtn comes after fora, but needs a network all of whose parts run; put fora last",
+            "rtn comes after fora, but needs a model of which every module runs; put fora last",
         ),
         ([{"fora": {}}, {"fsc": {}}], "fsc comes after fora"),
-        ([{"uniform_cache": {}}, {"fora": {}}], "fora comes after uniform_cache: parts of a network follow one schedule"),
+        ([{"uniform_cache": {}}, {"fora": {}}], "fora comes after uniform_cache, and a model has one feature cache"),
     ],
 )
 def test_what_cannot_come_after_reuse_is_refused(steps: list[dict[str, Any]], message: str) -> None:

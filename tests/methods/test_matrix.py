@@ -161,7 +161,7 @@ def test_refusal_is_clear_and_leaves_everything(method: str, name: str, expected
         torch.testing.assert_close(output(network, call), before, rtol=0, atol=2e-6)  # experts may have been taken apart
 
 
-@pytest.mark.parametrize("method", [name for name in WEIGHTS if "calls" in catalog.find("methods", name)().needs])
+@pytest.mark.parametrize("method", [name for name in WEIGHTS if "calls" in catalog.find("methods", name)().requires])
 def test_experts_that_no_token_reached_are_quantized_and_reported(method: str, tmp_path: Path) -> None:
     """One token goes to two of four experts; the other two are rounded to nearest, and the journal says so."""
     call = Call((), {"input_ids": torch.tensor([[5]]), "use_cache": False})

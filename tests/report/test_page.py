@@ -260,7 +260,7 @@ def test_what_is_in_codes_is_counted_and_what_is_not_is_named() -> None:
         "Weights float 5 of 10",
         "Inputs int8, one range a step 4 of 10",
         "Inputs float 6 of 10",
-        "AttentionQuant of attention rounded 2",
+        "Operands of attention rounded 2",
         "Whose weights are in float What How many conv_in 1 conv_out 1 up_blocks. *. resnets. *. conv_shortcut 3",
         "Whose inputs are in float What How many mid_block. <b>conv</b> 1",
         "Attentions with rounded operands What How many mid_block. attentions. *. transformer_blocks. *. attn1 1",

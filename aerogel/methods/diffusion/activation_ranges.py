@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from aerogel.layers.conv import with_inputs
 from aerogel.layers.linear import QuantLinear, cache_dequantized, stored_grid
-from aerogel.methods.base import BlockMethod
+from aerogel.methods.base import BlockMethod, CalibrationSize, CostEstimate, Requirement
 from aerogel.model.block import Block
 from aerogel.model.calls import tensors_in
 from aerogel.model.hooks import capture_inputs
@@ -33,8 +33,7 @@ from aerogel.training.fit import Fit, fit
 class ActivationRanges(BlockMethod):
     """Gives quantized layers static 8-bit inputs with a zero point, and learns their step sizes."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"calls", "gradients", "teacher"})
-    forwards: ClassVar[float] = 4.0
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "gradients", "teacher", "uncached"})
 
     targets: tuple[str, ...] = ("Linear", "Conv2d")
     """Which quantized layers with float inputs: globs on full dotted names, `re:` patterns or class names."""
@@ -53,10 +52,9 @@ class ActivationRanges(BlockMethod):
     exponent: float = 2.4
     """Power of the error that is made small."""
 
-    @property
-    def fitted(self) -> int:
-        """Every step sees a batch."""
-        return self.steps * self.batch
+    def cost(self, size: CalibrationSize) -> CostEstimate:
+        """Every step sees a batch; the rest are the first ranges, the teacher and what is handed on."""
+        return CostEstimate(block_passes=4.0, fitted_samples=self.steps * self.batch)
 
     def compress(self, block: Block) -> None:
         """Find the ranges of the block's layers, then learn their step sizes together."""

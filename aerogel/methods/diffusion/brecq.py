@@ -17,7 +17,7 @@ from torch.func import functional_call
 from aerogel.errors import AerogelError
 from aerogel.layers.conv import Layer, matrix, quantized
 from aerogel.layers.linear import cache_dequantized, stored_grid
-from aerogel.methods.base import WeightMethod
+from aerogel.methods.base import CalibrationSize, CostEstimate, Requirement, WeightMethod
 from aerogel.model.block import Block
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.hooks import capture_inputs
@@ -37,8 +37,7 @@ class Brecq(WeightMethod):
     """Learns whether to round each weight up or down, block by block, against what the float network's blocks give."""
 
     layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d)
-    needs: ClassVar[frozenset[str]] = frozenset({"calls", "gradients", "teacher"})
-    forwards: ClassVar[float] = 4.0
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "gradients", "teacher", "uncached"})
 
     scheme: Scheme | str = "W4A16_CHANNEL_ASYM"
     """Preset name of the weights' format; one with inputs measured at run time, such as W4A8, quantizes these too."""
@@ -60,10 +59,9 @@ class Brecq(WeightMethod):
             if scheme.inputs is not None and not scheme.inputs.dynamic:
                 raise AerogelError(f"brecq finds no static ranges of inputs, which {scheme} asks for; put ranges after it")
 
-    @property
-    def fitted(self) -> int:
-        """Every step sees a batch."""
-        return self.steps * self.batch
+    def cost(self, size: CalibrationSize) -> CostEstimate:
+        """Every step sees a batch; the rest are the first ranges, the teacher and what is handed on."""
+        return CostEstimate(block_passes=4.0, fitted_samples=self.steps * self.batch)
 
     def compress(self, block: Block) -> None:
         """Learn the rounding of the block's layers together; layers outside of blocks are learned one by one."""

@@ -20,7 +20,7 @@ from aerogel.io.quantized import set_timestep_index
 from aerogel.layers.conv import with_inputs
 from aerogel.layers.linear import QuantLinear, cache_dequantized, stored_grid
 from aerogel.layers.timestep_index import TimestepIndex
-from aerogel.methods.base import Method
+from aerogel.methods.base import Method, Requirement
 from aerogel.model.calls import Call
 from aerogel.model.hooks import capture_inputs
 from aerogel.model.match import matches
@@ -37,7 +37,7 @@ from aerogel.numerics.scheme import PerStep, PerTensor, TensorScheme
 class Fsc(Method):
     """Quantizes inputs to 8 bits with one range for each step of the sampler: those of the temporal path's linears, or of all layers."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"calls"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "time_path", "uncached"})
 
     scope: Literal["path", "all"] = "path"
     """Whose inputs: the temporal path's, or also those of every other quantized layer whose inputs are still in float."""

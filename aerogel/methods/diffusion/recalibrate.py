@@ -17,7 +17,7 @@ from torch import Tensor
 from aerogel.errors import AerogelError
 from aerogel.layers.conv import with_inputs
 from aerogel.layers.linear import QuantLinear, stored_grid
-from aerogel.methods.base import Method
+from aerogel.methods.base import Method, Requirement
 from aerogel.model.calls import Call
 from aerogel.model.hooks import capture_inputs
 from aerogel.model.network import Network
@@ -31,8 +31,7 @@ from aerogel.runtime.feature_cache.replay import output_of, replays
 class Recalibrate(Method):
     """Gives quantized layers with static inputs new ranges, those of the generations that the network makes by now."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"calls", "teacher"})
-    beside_reuse: ClassVar[bool] = True
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "teacher"})
 
     ranges: Literal["average", "minmax"] = "average"
     """Of the calls' extremes the moving average, or the widest."""

@@ -10,7 +10,7 @@ import torch
 
 from aerogel.errors import AerogelError
 from aerogel.layers.split import split
-from aerogel.methods.base import Method
+from aerogel.methods.base import Method, Requirement
 from aerogel.model.calls import Call
 from aerogel.model.match import matches
 from aerogel.model.network import Network
@@ -21,7 +21,7 @@ from aerogel.model.seams import seams
 class SplitShortcut(Method):
     """Splits layers that read concatenated channels at the seam, so that later steps quantize each part by itself."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"calls"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "concatenations", "uncached"})
 
     ignore: tuple[str, ...] = ()
     """Which layers to leave whole: globs on full dotted names, `re:` patterns or class names."""

@@ -17,7 +17,7 @@ from aerogel.errors import AerogelError
 from aerogel.io.quantized import timestep_index_of
 from aerogel.layers.lookup import Lookup, dequantized
 from aerogel.layers.timestep_index import TimestepIndex
-from aerogel.methods.base import RuntimePolicy
+from aerogel.methods.base import Requirement, RuntimePolicy
 from aerogel.model.calls import Call
 from aerogel.model.hooks import patch_forward
 from aerogel.model.network import Network
@@ -45,9 +45,9 @@ class TemporalCache(RuntimePolicy):
     steps; or at each step of a layer by itself, for which the path has to stay."""
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def requires(self) -> frozenset[Requirement]:  # type: ignore[override]
         """Calls, and the network before any step for its features."""
-        return frozenset({"calls", "teacher"} if self.content == "features" else {"calls"})
+        return frozenset({"calls", "time_path", "teacher"} if self.content == "features" else {"calls", "time_path"})
 
     @torch.no_grad()
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from aerogel.errors import AerogelError
 from aerogel.layers.conv import quantized
 from aerogel.layers.linear import QuantLinear, stored_grid
-from aerogel.methods.base import Method
+from aerogel.methods.base import Method, Requirement
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.time_path import TemporalPath, check, find, sinusoids
@@ -33,7 +33,7 @@ from aerogel.training.fit import Fit, fit
 class Tiar(Method):
     """Rounds the weights of the temporal path so that the temporal features of every step stay what they are."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"calls", "gradients"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "gradients", "time_path", "uncached"})
 
     scheme: Scheme | str = "W4A16_CHANNEL_ASYM"
     """Preset name of the weights' format; inputs of the path are another method's affair."""

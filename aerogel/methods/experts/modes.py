@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from aerogel.methods.base import CalibrationSize, CostEstimate
 from aerogel.methods.experts.policy import SkipPolicy
 from aerogel.runtime.expert_skipping.answers import Answers
 from aerogel.runtime.expert_skipping.frontier import Evaluations, Found, Value, exhaustive, frontier, violations
@@ -49,9 +50,10 @@ class Modes(SkipPolicy):
     evaluations: str = ""
     """A folder in which evaluations are kept, so that a search that was stopped goes on."""
 
-    def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
+    def cost(self, size: CalibrationSize) -> CostEstimate:
         """A walk along the border of the grid, or all of it; two a layer for importance are left out, as layers are not known here."""
-        return float(tokens) * (self.points**2 if self.exhaustive else 2 * self.points) * len(self._powers)
+        evaluations = (self.points**2 if self.exhaustive else 2 * self.points) * len(self._powers)
+        return CostEstimate(model_tokens=size.tokens * evaluations)
 
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
         """Importance, then thresholds; raises AerogelError for a ratio that no threshold reaches."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from aerogel.errors import AerogelError
-from aerogel.methods.base import RuntimePolicy, name_of
+from aerogel.methods.base import CalibrationSize, CostEstimate, Requirement, RuntimePolicy, name_of
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.expert_skipping.answers import Answers
@@ -21,6 +21,7 @@ from aerogel.runtime.token_types import Vocabulary
 class SkipPolicy(RuntimePolicy):
     """Lets tokens of a mixture do without some of the experts they were routed to; what is dropped is not computed."""
 
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "experts"})
     attends: ClassVar[bool] = False
     """Whether its rule asks what attention each token received."""
 
@@ -31,9 +32,9 @@ class SkipPolicy(RuntimePolicy):
     protect_special: bool = field(default=True, kw_only=True)
     """Whether marks of a chat keep all experts; they count in the ratio all the same."""
 
-    def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
+    def cost(self, size: CalibrationSize) -> CostEstimate:
         """Once whole, once to look at scores, a bisection of a hundred thresholds, and once for what it says in the end."""
-        return 10.0 * tokens
+        return CostEstimate(model_tokens=10.0 * size.tokens)
 
     @abstractmethod
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
 from aerogel.layers.experts import ExpertList
-from aerogel.methods.base import Method
+from aerogel.methods.base import Method, Requirement
 from aerogel.model.calls import Call
 from aerogel.model.experts import narrow, narrowed
 from aerogel.model.network import Network
@@ -30,7 +30,7 @@ _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 class PruneExperts(Method):
     """Removes the same number of experts from every layer, and their rows from the routers."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"calls"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "experts", "uncached"})
 
     ratio: float = 0.25
     """Share of each layer's experts to remove; what stays is rounded up."""

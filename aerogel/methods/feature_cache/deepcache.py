@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy
 
 from aerogel.errors import AerogelError
+from aerogel.methods.base import Requirement
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -21,6 +22,7 @@ from aerogel.runtime.feature_cache.streams import steps_in
 class Deepcache(FeatureCachePolicy):
     """Runs all blocks of a UNet every `interval` steps, and in between only those outside of a skip connection."""
 
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "trajectories", "skips", "uncached"})
     search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
     interval: int = 3

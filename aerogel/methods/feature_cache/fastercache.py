@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from aerogel.errors import AerogelError
+from aerogel.methods.base import Requirement
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call, map_tensors
 from aerogel.model.network import Network
@@ -30,6 +31,7 @@ from aerogel.runtime.feature_cache.units import units_of
 class Fastercache(FeatureCachePolicy):
     """Extrapolates self-attention outputs, and makes guidance's unconditional half of the conditional one, at some steps."""
 
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "trajectories", "cached_modules", "cfg", "uncached"})
     search_space: ClassVar[SearchSpace | None] = ("unconditional_every", (2, 3, 4, 5, 6, 8, 10))
 
     self_every: int = 2

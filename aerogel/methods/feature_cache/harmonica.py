@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
+from aerogel.methods.base import CalibrationSize, CostEstimate
 from aerogel.methods.feature_cache.policy import BudgetedCachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -91,11 +92,11 @@ class Harmonica(BudgetedCachePolicy):
         saving, *cost_N = of_first(torch.tensor([mine.saving, *mine.cost_N], dtype=torch.float64)).tolist()
         return Budget(tuple(cost_N), saving).with_max_reuse(self.max_age, len(steps_in(network, calls)))
 
-    def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
+    def cost(self, size: CalibrationSize) -> CostEstimate:
         """A teacher, a student and its gradients at each step; proxies, each of half a generation; trials, the same, in both branches."""
-        trained = self.trajectories * steps * _FORWARDS
-        proxies = self.trajectories / self.refresh * steps * steps / 2
-        return (trained + proxies) * at_once + self.search * steps * self.samples * sample
+        trained = self.trajectories * size.steps * _FORWARDS
+        proxies = self.trajectories / self.refresh * size.steps**2 / 2
+        return CostEstimate(model_tokens=(trained + proxies) * size.at_once + self.search * size.steps * self.samples * size.sample)
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Train, decode, search.

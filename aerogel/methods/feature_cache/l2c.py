@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
+from aerogel.methods.base import CalibrationSize, CostEstimate
 from aerogel.methods.feature_cache.policy import BudgetedCachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -50,9 +51,9 @@ class L2c(BudgetedCachePolicy):
     check: int = 500
     """Updates between two measurements for the log."""
 
-    def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
+    def cost(self, size: CalibrationSize) -> CostEstimate:
         """A forward that fills what is kept, a teacher, a student and its gradients at each update."""
-        return self.iterations * 5 * at_once
+        return CostEstimate(model_tokens=self.iterations * 5 * size.at_once)
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Train and decode; raises AerogelError when the calls do not replay or every second step cannot meet the budget."""

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from aerogel.errors import AerogelError
-from aerogel.methods.base import RuntimePolicy, name_of
+from aerogel.methods.base import Requirement, RuntimePolicy, name_of
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.budgets import Budget, Measure, budget_of
@@ -25,6 +25,8 @@ SearchSpace = tuple[str, tuple[float, ...]]
 @dataclass(frozen=True)
 class FeatureCachePolicy(RuntimePolicy):
     """Lets units of a denoiser give again what they gave at earlier steps, by a schedule that is its state."""
+
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "trajectories", "cached_modules", "uncached"})
 
     search_space: ClassVar[SearchSpace | None] = None
     """What sets how much is reused, for who looks for a speed; None where nothing does."""
@@ -70,6 +72,7 @@ class ScheduleRefiner(FeatureCachePolicy):
 class BlockCachePolicy(FeatureCachePolicy):
     """Leaves out stretches of a denoiser's blocks by a rule, and adds what they added before."""
 
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "trajectories", "block_range", "uncached"})
     rounds: ClassVar[bool] = True
 
     @abstractmethod
@@ -85,7 +88,7 @@ class BlockCachePolicy(FeatureCachePolicy):
 class BudgetedCachePolicy(FeatureCachePolicy):
     """Reuses until an exact budget is met, so that the network stays close to what it was before any step of the recipe."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"calls", "teacher"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "teacher", "trajectories", "cached_modules", "uncached"})
 
     ratio: float | None = None
     """Share of slots (steps x units) to reuse; this or `target_speedup`."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from aerogel.errors import AerogelError
+from aerogel.methods.base import CalibrationSize, CostEstimate, Requirement
 from aerogel.methods.feature_cache.policy import ScheduleRefiner
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -28,7 +29,7 @@ _CONFIRMING = 4
 class ScheduleRefine(ScheduleRefiner):
     """Goes on from the schedule of the policy before it, saves as much, and takes its place."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"calls", "teacher"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "teacher", "trajectories", "cached_modules", "schedule"})
 
     trials: int = 400
     """Generations it may take, forked where they differ."""
@@ -37,9 +38,9 @@ class ScheduleRefine(ScheduleRefiner):
     by: Measure = "macs"
     """What has to be saved as before: multiply-accumulates, or measured seconds of the units."""
 
-    def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
+    def cost(self, size: CalibrationSize) -> CostEstimate:
         """Half a generation a trial, in both branches of guidance, and what confirms: made exactly, and as the schedule has it."""
-        return (self.trials + 4 * _CONFIRMING) * steps * self.samples * sample
+        return CostEstimate(model_tokens=(self.trials + 4 * _CONFIRMING) * size.steps * self.samples * size.sample)
 
     def revise(self, network: Network, calls: Sequence[Call], before: dict[str, Any]) -> dict[str, Any]:
         """Exchange slots where images of other noise gain by it too; raises AerogelError for calls of other steps."""

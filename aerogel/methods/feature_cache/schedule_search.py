@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from aerogel.methods.base import CalibrationSize, CostEstimate
 from aerogel.methods.feature_cache.policy import BudgetedCachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -28,9 +29,9 @@ class ScheduleSearch(BudgetedCachePolicy):
     samples: int = 32
     """Images that are made in each, of those that were recorded."""
 
-    def passed(self, steps: int, at_once: int, sample: int, tokens: int) -> float:
+    def cost(self, size: CalibrationSize) -> CostEstimate:
         """Half a generation a trial, in both branches of guidance."""
-        return self.trials * steps * self.samples * sample
+        return CostEstimate(model_tokens=self.trials * size.steps * self.samples * size.sample)
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Search on the recorded generations; raises AerogelError when they do not replay or the budget cannot be met."""

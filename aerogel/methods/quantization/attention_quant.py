@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from aerogel.errors import AerogelError
 from aerogel.kernels import attention as kernel
 from aerogel.layers.linear import cache_dequantized
-from aerogel.methods.base import RuntimePolicy
+from aerogel.methods.base import Requirement, RuntimePolicy
 from aerogel.model.calls import Call
 from aerogel.model.match import matches
 from aerogel.model.network import Network
@@ -34,6 +34,8 @@ KEPT = (*OPERANDS, "query_zero_point", "key_zero_point", "value_zero_point")
 @dataclass(frozen=True)
 class AttentionQuant(RuntimePolicy):
     """Rounds the operands of every attention to static grids, one for the whole tensor."""
+
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "attention"})
 
     bits: int = 8
     """Bits of queries, keys and values, 2 to 8; their grids have a zero point and the least error in the 2.4-norm."""

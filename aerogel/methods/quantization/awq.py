@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from aerogel.layers.linear import QuantLinear, ScaledInput, stored_grid
-from aerogel.methods.base import WeightMethod
+from aerogel.methods.base import Requirement, WeightMethod
 from aerogel.model.block import Block, BoundEdge
 from aerogel.model.edges import channels, fold
 from aerogel.model.match import matches
@@ -80,7 +80,7 @@ class _Job:
 class Awq(WeightMethod):
     """Activation-aware scaling and clipping, then rounding to nearest."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"calls", "edges"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "edges", "uncached"})
 
     search_space: int = 20
     """In how many steps exponents of the scale between 0 and 1 are told apart; about half of them are tried."""

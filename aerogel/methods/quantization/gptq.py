@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from aerogel.errors import AerogelError
 from aerogel.kernels.malloc import release_pages
 from aerogel.layers.linear import QuantLinear, stored_grid
-from aerogel.methods.base import WeightMethod
+from aerogel.methods.base import CalibrationSize, CostEstimate, WeightMethod
 from aerogel.model.block import Block
 from aerogel.model.calls import tensors_in
 from aerogel.model.lockstep import Gate, lockstep
@@ -40,8 +40,6 @@ _BATCH_NUMBERS = 1 << 26
 class Gptq(WeightMethod):
     """Second-order rounding of weights, column after column."""
 
-    forwards: ClassVar[float] = 1.1
-
     damping: float = 0.01
     """Share of the mean of the second moment's diagonal that is added to the diagonal; grows tenfold where that is too little."""
     act_order: ActOrder = "static"
@@ -55,10 +53,9 @@ class Gptq(WeightMethod):
     input_range: InputRange = "absmax"
     """Range of static inputs: absmax (extremes of all calls) or average (mean over the calls)."""
 
-    @property
-    def holds(self) -> float:
-        """All that may wait in a block."""
-        return 0.0 if self.true_sequential is False else self.max_activation_gb * 1e9
+    def cost(self, size: CalibrationSize) -> CostEstimate:
+        """One pass in stages, whose activations wait inside the block where they fit."""
+        return CostEstimate(block_passes=1.1, activation_bytes=0.0 if self.true_sequential is False else self.max_activation_gb * 1e9)
 
     @torch.no_grad()
     def compress(self, block: Block) -> None:

@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.methods.base import Method
+from aerogel.methods.base import Method, Requirement
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.family import Residual
@@ -29,6 +29,8 @@ from aerogel.numerics.rotation import ROTATIONS, apply_rotation
 @dataclass(frozen=True)
 class Rotate(Method):
     """Rotates the residual stream; the network computes what it did, with weights that quantize better (arXiv:2404.00456)."""
+
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"residual", "uncached"})
 
     kind: Literal["hadamard", "random"] = "hadamard"
     """Which rotation: a Hadamard matrix with random signs spreads most evenly; a random orthogonal one exists for every width."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from aerogel.layers.conv import matrix
-from aerogel.methods.base import WeightMethod
+from aerogel.methods.base import Requirement, WeightMethod
 from aerogel.model.block import Block
 from aerogel.model.rounding import InputRange, has_static_inputs, output_error, round_to_nearest, static_inputs
 from aerogel.model.statistics import collect
@@ -30,10 +30,10 @@ class Rtn(WeightMethod):
     """Range of static inputs: absmax (extremes of all calls) or average (mean over the calls)."""
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def requires(self) -> frozenset[Requirement]:  # type: ignore[override]
         """Calls, where an input has a static range."""
         schemes = (self.scheme, *self.overrides.values())
-        return frozenset({"calls"} if any(has_static_inputs(Scheme.parse(scheme)) for scheme in schemes) else ())
+        return frozenset({"calls", "uncached"} if any(has_static_inputs(Scheme.parse(scheme)) for scheme in schemes) else {"uncached"})
 
     @torch.no_grad()
     def compress(self, block: Block) -> None:

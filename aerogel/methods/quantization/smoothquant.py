@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.methods.base import BlockMethod
+from aerogel.methods.base import BlockMethod, Requirement
 from aerogel.model.block import Block, BoundEdge
 from aerogel.model.edges import channels, fold
 from aerogel.model.statistics import InputStatistics, collect
@@ -27,7 +27,7 @@ from aerogel.numerics.scheme import Scheme
 class Smoothquant(BlockMethod):
     """Smooths inputs of linears by scales that norms take over."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"calls", "edges"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "edges", "uncached"})
 
     alpha: float | Literal["search"] = 0.5
     """How much of the difficulty moves from activations to weights, 0 to 1; or search it for every edge by the output's error."""

@@ -47,7 +47,7 @@ def test_positions_that_pass_are_about_those_of_the_plan(name: str) -> None:
     hook.remove()
     assert read.steps == 10
     # Gradients are in the estimate and make no forward; a search may end before its trials do.
-    assert 0.3 < passed / method.passed(read.steps, read.at_once, read.sample, read.tokens) < 2
+    assert 0.3 < passed / method.cost(read).model_tokens < 2
 
 
 def test_a_plan_counts_what_is_learned() -> None:

@@ -108,7 +108,7 @@ def test_a_live_pipeline_goes_on_too() -> None:
         ([{"first_block": {}}, {"schedule_refine": {}}], "and the policy before it is first_block"),
         (
             [{"uniform_cache": {"ratio": 0.4}}, {"schedule_refine": {}}, {"fora": {}}],
-            "fora comes after schedule_refine: parts of a network follow one schedule",
+            "fora comes after schedule_refine, and a model has one feature cache",
         ),
     ],
 )

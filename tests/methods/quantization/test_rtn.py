@@ -89,5 +89,5 @@ def test_searched_ranges_have_less_error() -> None:
 
 
 def test_calls_are_needed_for_static_inputs_only() -> None:
-    assert Rtn("W8A8").needs == frozenset()
-    assert Rtn("W8A8_STATIC").needs == Rtn("W4A16", overrides={"*down_proj": "FP8_STATIC"}).needs == {"calls"}
+    assert Rtn("W8A8").requires == {"uncached"}
+    assert Rtn("W8A8_STATIC").requires == Rtn("W4A16", overrides={"*down_proj": "FP8_STATIC"}).requires == {"calls", "uncached"}
