@@ -1,9 +1,9 @@
-"""Rounding column after column while the columns to come make up for the error: the core of GPTQ (arXiv:2210.17323).
+"""Rounding column by column, each error compensated in the columns that follow: the core of GPTQ (arXiv:2210.17323).
 
 Letters in names: B independent problems of one shape, O outputs, I inputs, G groups of a row.
 
 GPTQ pushes the error of column i to the columns j behind it by U_ij / U_ii, where H^-1 = U^T U. U is the inverse of R in H = R R^T
-with both upper triangular, so one factorisation of the moment itself and one triangular inverse will do, instead of an inverse of H
+with both upper triangular, so one factorisation of H itself and one triangular inverse will do, instead of an inverse of H
 between two factorisations. Updates are lazy by halving: the first half of the columns is finished before the second half hears of
 it, in one matrix product, and so on down to a few columns.
 """
@@ -29,20 +29,20 @@ class Feedback(NamedTuple):
     weights_BII: Tensor
     """Unit upper triangular: U_ij / U_ii; the identity where the factorisation failed, which is plain rounding."""
     importance_BI: Tensor
-    """R_jj squared: what a squared error of column j costs when the columns behind it have made up for what they can."""
+    """R_jj squared: the cost of a squared error of column j after the columns behind it have compensated what they can."""
     damping_B: Tensor
     """Share of the mean diagonal that was added to the diagonal."""
     failed_B: Tensor
-    """Where no damping up to the bound made the moment positive definite."""
+    """True where no damping up to the bound made the Hessian positive definite."""
 
 
 @torch.no_grad()
-def feedback(moment_BII: Tensor, damping: float = 0.01, bound: float = 1.0) -> Feedback:
-    """Factorise damped second moments; where that fails the damping grows tenfold, up to `bound`.
+def feedback(hessian_BII: Tensor, damping: float = 0.01, bound: float = 1.0) -> Feedback:
+    """Factorise damped Hessians; where that fails the damping grows tenfold, up to `bound`.
 
-    Columns that were always zero are cut loose: they neither hand on errors nor take any.
+    Inputs that were always zero are left out: their columns neither hand on errors nor take any.
     """
-    diagonal_BI = moment_BII.diagonal(dim1=-2, dim2=-1)
+    diagonal_BI = hessian_BII.diagonal(dim1=-2, dim2=-1)
     mean_B1 = diagonal_BI.mean(-1, keepdim=True)
     dead_BI = diagonal_BI <= 0
     weights_BII: Tensor | None = None
@@ -53,11 +53,11 @@ def feedback(moment_BII: Tensor, damping: float = 0.01, bound: float = 1.0) -> F
     while len(unsolved) and float(damping_B[unsolved[0]]) <= bound:
         # Added where a column is dead, the mean keeps the factor well conditioned and changes nothing else.
         added_BI = mean_B1[unsolved] * (damping_B[unsolved, None] + dead_BI[unsolved])
-        unit, diagonal, good = _unit_root(moment_BII if len(unsolved) == len(moment_BII) else moment_BII[unsolved], added_BI)
-        if len(unit) == len(moment_BII):
+        unit, diagonal, good = _unit_root(hessian_BII if len(unsolved) == len(hessian_BII) else hessian_BII[unsolved], added_BI)
+        if len(unit) == len(hessian_BII):
             weights_BII = _inverse(unit)
         elif len(unit):
-            weights_BII = _identity(moment_BII).clone() if weights_BII is None else weights_BII
+            weights_BII = _identity(hessian_BII).clone() if weights_BII is None else weights_BII
             weights_BII[unsolved[good]] = _inverse(unit)
         importance_BI[unsolved[good]] = diagonal.square()
         failed_B[unsolved[good]] = False
@@ -65,16 +65,16 @@ def feedback(moment_BII: Tensor, damping: float = 0.01, bound: float = 1.0) -> F
         damping_B[unsolved] = (
             10 * damping_B[unsolved] if damping > 0 else torch.where(damping_B[unsolved] > 0, 10 * damping_B[unsolved], 1e-4)
         )
-    return Feedback(_identity(moment_BII) if weights_BII is None else weights_BII, importance_BI, damping_B, failed_B)
+    return Feedback(_identity(hessian_BII) if weights_BII is None else weights_BII, importance_BI, damping_B, failed_B)
 
 
-def _unit_root(moment_BII: Tensor, added_BI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Upper triangular factors of moments with something added to their diagonals, columns divided by their diagonals; where there are any.
+def _unit_root(hessian_BII: Tensor, added_BI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Upper triangular factors of damped Hessians, columns divided by their diagonals, the diagonals, and where there are any.
 
-    Moments of wide layers are the largest tensors of a run: each step here lets go of the one before it.
+    Hessians of wide layers are the largest tensors of a run: each step here frees the one before it.
     """
-    turned_BII = moment_BII.flip(-1, -2)
-    del moment_BII
+    turned_BII = hessian_BII.flip(-1, -2)
+    del hessian_BII
     turned_BII.diagonal(dim1=-2, dim2=-1).add_(added_BI.flip(-1))
     root_BII, info_B = torch.linalg.cholesky_ex(turned_BII)
     del turned_BII

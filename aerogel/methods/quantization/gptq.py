@@ -1,7 +1,7 @@
-"""GPTQ: rounds a weight column after column and lets the columns to come make up for the error (arXiv:2210.17323).
+"""GPTQ: rounds the columns of a weight one by one and compensates each error in the columns that follow (arXiv:2210.17323).
 
-Letters in names: B problems of one shape, O outputs, I inputs, G groups of a row. A problem is one second moment and the rows of all
-linears that read these inputs: query, key and value are one. Moments are summed in float32.
+Letters in names: B problems of one shape, O outputs, I inputs, G groups of a row. A problem is one Hessian and the rows of all linear
+layers that read these inputs: query, key and value are one. The Hessian is the mean of x x^T over all tokens, summed in float32.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from aerogel.layers.linear import QuantLinear, stored_grid
 from aerogel.methods.base import CalibrationSize, CostEstimate, WeightMethod
 from aerogel.model.block import Block
 from aerogel.model.calls import tensors_in
-from aerogel.model.lockstep import Gate, lockstep
 from aerogel.model.rounding import InputRange, has_static_inputs, output_error, static_inputs
 from aerogel.model.statistics import InputStatistics, collect, sharing
+from aerogel.model.synchronized_forwards import InputGroup, synchronized_forwards
 from aerogel.numerics.feedback import feedback, round_columns
 from aerogel.numerics.quantize import Grid, dequantize, grouped
 from aerogel.numerics.scheme import PerBlock, PerChannel, PerGroup, Scheme, TensorScheme
@@ -38,61 +38,61 @@ _BATCH_NUMBERS = 1 << 26
 
 @dataclass(frozen=True)
 class Gptq(WeightMethod):
-    """Second-order rounding of weights, column after column."""
+    """Second-order rounding of weights: compensates the error of each column in the columns that follow."""
 
     damping: float = 0.01
     """Share of the mean of the second moment's diagonal that is added to the diagonal; grows tenfold where that is too little."""
     act_order: ActOrder = "static"
     """Order of columns: as they are (none), or largest inputs first, with groups as they are (static) or in the new order (group)."""
     observer: Observer | Literal["output"] = "output"
-    """How ranges are found: minmax (cover every weight), mse (least squared error) or output (least error that no column can mend)."""
+    """How ranges are found: minmax (cover every weight), mse (least squared error) or output (least error that columns cannot compensate)."""
     true_sequential: bool | None = None
-    """Whether linears are quantized in the order in which they run, each seeing those before it quantized; null: where that is free."""
+    """Whether linear layers are quantized in the order in which they run, with those before quantized; null: where one pass is enough."""
     max_activation_gb: float = 1.0
-    """Gigabytes of activations that may wait inside a block for that; with more it takes a pass for each stage, and is not free."""
+    """Gigabytes of activations that all calls may hold inside a block for that; above it, every group of layers takes a pass."""
     input_range: InputRange = "absmax"
     """Range of static inputs: absmax (extremes of all calls) or average (mean over the calls)."""
 
     def cost(self, size: CalibrationSize) -> CostEstimate:
-        """One pass in stages, whose activations wait inside the block where they fit."""
+        """One pass for all groups of layers, where the activations of all calls fit into memory."""
         return CostEstimate(block_passes=1.1, activation_bytes=0.0 if self.true_sequential is False else self.max_activation_gb * 1e9)
 
     @torch.no_grad()
     def compress(self, block: Block) -> None:
-        """Quantize the block's linears."""
+        """Quantize the block's linear layers."""
         jobs = self.assign(block)
         if self.true_sequential is False or not block.name or not jobs:
             self._quantize(block, jobs)
             return
-        gates = sharing(block, jobs)
-        stages = _stages(gates)
-        missed = set(jobs).difference(*gates)
-        if len(stages) == len(gates) and not missed and _waiting_bytes(block, jobs) <= self.max_activation_gb * 1e9:
-            self._in_step(block, jobs, gates)
+        input_groups = sharing(block, jobs)
+        stages = _stages(input_groups)
+        missed = set(jobs).difference(*input_groups)
+        if len(stages) == len(input_groups) and not missed and _paused_bytes(block, jobs) <= self.max_activation_gb * 1e9:
+            self._in_one_pass(block, jobs, input_groups)
         elif self.true_sequential:
             for stage in (*stages, tuple(missed)):
                 self._quantize(block, {name: jobs[name] for name in jobs if name in stage})
         else:
             self._quantize(block, jobs)
 
-    def _in_step(self, block: Block, jobs: _Jobs, gates: Sequence[Gate]) -> None:
-        """One forward for each call, all of them waiting at every gate until its linears are quantized."""
+    def _in_one_pass(self, block: Block, jobs: _Jobs, input_groups: Sequence[InputGroup]) -> None:
+        """One forward for each call, all of them paused at every input group until its layers are quantized."""
         ranges = any(has_static_inputs(scheme) for _, scheme in jobs.values())
-        seen: dict[Gate, InputStatistics] = {}
+        seen: dict[InputGroup, InputStatistics] = {}
 
-        def see(gate: Gate, x: Tensor) -> None:
-            if gate not in seen:
-                seen[gate] = InputStatistics(x.shape[-1], x.device, moment=True, ranges=ranges)
-            seen[gate].update(x)
+        def see(names: InputGroup, x: Tensor) -> None:
+            if names not in seen:
+                seen[names] = InputStatistics(x.shape[-1], x.device, moment=True, ranges=ranges)
+            seen[names].update(x)
 
-        def change(gate: Gate) -> None:
-            statistics = seen.pop(gate)
-            self._quantize(block, {name: jobs[name] for name in gate}, dict.fromkeys(gate, statistics))
+        def change(names: InputGroup) -> None:
+            statistics = seen.pop(names)
+            self._quantize(block, {name: jobs[name] for name in names}, dict.fromkeys(names, statistics))
 
-        block.outputs = lockstep(block, gates, see, change)
+        block.outputs = synchronized_forwards(block, input_groups, see, change)
 
     def _quantize(self, block: Block, jobs: _Jobs, statistics: Mapping[str, InputStatistics] | None = None) -> None:
-        """Quantize linears that all see the block as it is now."""
+        """Quantize layers, all with the block as it is now."""
         if statistics is None:
             statistics = collect(block, jobs, moment=True, ranges=any(has_static_inputs(scheme) for _, scheme in jobs.values()))
         problems: dict[tuple[object, ...], _Problem] = {}
@@ -107,14 +107,14 @@ class Gptq(WeightMethod):
             self._solve(block, batch)
 
     def _solve(self, block: Block, problems: Sequence[_Problem]) -> None:
-        """Solve problems of one shape and scheme together and put the quantized linears in place."""
+        """Solve problems of one shape and scheme together and put the quantized layers in place."""
         scheme, dtype = problems[0].scheme.weights, problems[0].dtype
         fit = partial(self._fit, scheme=scheme, dtype=dtype)
         moves = self.act_order != "static" and isinstance(scheme.granularity, PerGroup) and scheme.scale_format == "float"
         weight_BOI = _stack([problem.weight() for problem in problems])
-        # Not named here, the moments are let go as soon as they are factorised.
+        # Without a name here, the Hessians are freed as soon as they are factorised.
         solution = solve(
-            weight_BOI, _stack([problem.moment(block) for problem in problems]), scheme, fit, moves, self.act_order, self.damping
+            weight_BOI, _stack([problem.hessian(block) for problem in problems]), scheme, fit, moves, self.act_order, self.damping
         )
         for index, problem in enumerate(problems):
             self._store(block, problem, solution, index)
@@ -125,15 +125,15 @@ class Gptq(WeightMethod):
         return stored_grid(observe(weight, scheme, self.observer), dtype)
 
     def _store(self, block: Block, problem: _Problem, solution: _Solution, index: int) -> None:
-        """Put the quantized linears of a solved problem in place and write down how it went."""
+        """Put the quantized layers of a solved problem in place and note how it went."""
         scheme, seen = problem.scheme, problem.statistics
-        moment_II = seen.moment() if seen else None
+        hessian_II = seen.moment() if seen else None
         g_idx = None if solution.g_idx_BI is None else solution.g_idx_BI[index]
         fallback = None
         if seen is None:
             fallback = "rounded to nearest: no token reached it"
         elif solution.failed_B[index]:
-            fallback = "rounded to nearest: the second moment has no factor"
+            fallback = "rounded to nearest: the Hessian is not positive definite"
         first = 0
         for name, linear in problem.linears.items():
             rows = slice(first, first + linear.out_features)
@@ -144,7 +144,7 @@ class Gptq(WeightMethod):
             codes_OI = solution.codes_BOI[index, rows]
             inputs = static_inputs(scheme, seen, self.input_range, problem.dtype)
             error_OI = linear.weight.float() - dequantize(codes_OI, grid, scheme.weights, g_idx=g_idx)
-            error = output_error(error_OI, linear.weight, moment_II)
+            error = output_error(error_OI, linear.weight, hessian_II)
             del error_OI
             block.replace(name, QuantLinear.from_codes(linear, scheme, codes_OI, grid, g_idx, inputs, problem.dtype))
             block.note(name, error=error, damping=float(solution.damping_B[index]), **({"fallback": fallback} if fallback else {}))
@@ -152,7 +152,7 @@ class Gptq(WeightMethod):
 
 @dataclass(eq=False)
 class _Problem:
-    """Linears that read the same inputs and can be rounded as one weight."""
+    """Linear layers that read the same inputs and can be rounded as one weight."""
 
     linears: dict[str, nn.Linear]
     statistics: InputStatistics | None
@@ -163,15 +163,15 @@ class _Problem:
 
     @property
     def columns(self) -> int:
-        """How many inputs they read."""
+        """The number of inputs they read."""
         return next(iter(self.linears.values())).in_features
 
     def weight(self) -> Tensor:
-        """The rows of all linears, weight_OI in float32."""
+        """The rows of all layers, weight_OI in float32."""
         return torch.cat([linear.weight.detach().float() for linear in self.linears.values()])
 
-    def moment(self, block: Block) -> Tensor:
-        """The inputs' moment_II; zeros when there were none."""
+    def hessian(self, block: Block) -> Tensor:
+        """The hessian_II of the inputs; zeros when there were none."""
         if self.statistics is None:
             return next(iter(self.linears.values())).weight.new_zeros(self.columns, self.columns, dtype=torch.float32)
         try:
@@ -181,7 +181,7 @@ class _Problem:
 
 
 class _Solution(NamedTuple):
-    """What came of problems of one shape."""
+    """Integer codes and grids of problems of one shape."""
 
     codes_BOI: Tensor
     grids: list[Grid]
@@ -193,14 +193,14 @@ class _Solution(NamedTuple):
 
 def solve(
     weight_BOI: Tensor,
-    moment_BII: Tensor,
+    hessian_BII: Tensor,
     scheme: TensorScheme,
     fit: Callable[[Tensor, Tensor], Grid],
     moves: bool = False,
     act_order: ActOrder = "static",
     damping: float = 0.01,
 ) -> _Solution:
-    """Round weights so that the outputs for inputs with these second moments change little.
+    """Round weights so that the outputs for inputs with these Hessians change little.
 
     `fit` makes a stored grid from weights laid out by `quantize.grouped` and the importance of their errors. With `moves` (groups
     only) the grid of a group is made when its turn comes, from weights that have taken the errors before it; otherwise grids are
@@ -211,12 +211,12 @@ def solve(
     width, size = _width(scheme, columns), -(-columns // _width(scheme, columns))
     order_BI = as_is_BI
     if act_order != "none":
-        order_BI = moment_BII.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+        order_BI = hessian_BII.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
     place_BI = order_BI.argsort(dim=-1)
-    problem_B11 = torch.arange(len(moment_BII), device=moment_BII.device)[:, None, None]
-    moment_BII = moment_BII[problem_B11, order_BI[:, :, None], order_BI[:, None, :]]
-    found = feedback(moment_BII, damping)
-    del moment_BII
+    problem_B11 = torch.arange(len(hessian_BII), device=hessian_BII.device)[:, None, None]
+    hessian_BII = hessian_BII[problem_B11, order_BI[:, :, None], order_BI[:, None, :]]
+    found = feedback(hessian_BII, damping)
+    del hessian_BII
     if moves:
         blank = weight_BOI.new_zeros(*weight_BOI.shape[:2], size)
         grid, group_BI = Grid(blank, None if scheme.symmetric else blank.to(scheme.format.storage)), as_is_BI // width
@@ -263,7 +263,7 @@ def _width(scheme: TensorScheme, columns: int) -> int:
 
 
 def _by_rows(scheme: TensorScheme) -> bool:
-    """Whether every row has scales of its own, so that rows of several linears can be stacked."""
+    """Whether every row has scales of its own, so that rows of several layers can be stacked."""
     return isinstance(scheme.granularity, PerGroup | PerChannel) and scheme.scale_format != "e4m3"
 
 
@@ -290,16 +290,16 @@ def _batches(problems: Iterable[_Problem]) -> Iterator[list[_Problem]]:
         yield from (group[first : first + most] for first in range(0, len(group), most))
 
 
-def _stages(gates: Iterable[Gate]) -> list[Gate]:
-    """Linears that are quantized together, in the order in which they run; the like linears of all experts are one stage."""
+def _stages(input_groups: Iterable[InputGroup]) -> list[InputGroup]:
+    """Layers that are quantized together, in the order in which they run; the like layers of all experts are one stage."""
     stages: dict[tuple[str, ...], list[str]] = {}
-    for gate in gates:
-        stages.setdefault(tuple(re.sub(r"\d+", "*", name) for name in gate), []).extend(gate)
+    for names in input_groups:
+        stages.setdefault(tuple(re.sub(r"\d+", "*", name) for name in names), []).extend(names)
     return [tuple(stage) for stage in stages.values()]
 
 
-def _waiting_bytes(block: Block, jobs: _Jobs) -> int:
-    """About how much all calls hold when they wait at the widest gate: what they bring, and the residual stream three times."""
+def _paused_bytes(block: Block, jobs: _Jobs) -> int:
+    """About how much all calls hold when they pause at the widest layer: its input, and the residual stream three times."""
     call = next(iter(block.calls))
     rows = max(tensor.numel() // tensor.shape[-1] for tensor in tensors_in((call.args, call.kwargs)) if tensor.ndim > 1 and tensor.numel())
     widths = [linear.in_features for linear, _ in jobs.values()]

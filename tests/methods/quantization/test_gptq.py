@@ -150,7 +150,7 @@ def test_inputs_that_are_not_finite_are_refused_by_name() -> None:
 def test_a_moment_without_a_factor_means_rounding_and_says_so() -> None:
     block, before, _ = visit(Gptq("W3A16_G16", damping=3.0))  # above the bound before it begins
     notes = {note["name"]: note for note in block.notes}
-    assert "no factor" in notes["cell.left"]["fallback"]
+    assert "not positive definite" in notes["cell.left"]["fallback"]
     part = quantized(block, "left")
     expected = (before["left"] / part.grid().scale.repeat_interleave(16, 1)).round().clamp(-4, 3)
     assert torch.equal(part.codes().float(), expected)

@@ -1,4 +1,4 @@
-"""Forwards in step: gates see every call, changes take effect for what follows, and nothing stays behind, whatever goes wrong."""
+"""Synchronized forwards: groups see every call, changes take effect for what follows, and no hook or forward is left after an error."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from aerogel.errors import AerogelError
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.family import Family, Tower
-from aerogel.model.lockstep import Gate, lockstep
 from aerogel.model.network import Network
+from aerogel.model.synchronized_forwards import InputGroup, synchronized_forwards
 
-GATES: list[Gate] = [("left", "right"), ("behind",)]
+GROUPS: list[InputGroup] = [("left", "right"), ("behind",)]
 
 
 class Pair(nn.Module):
@@ -45,11 +45,11 @@ def block() -> Block:
     return Block("cell", module, 0, 1, calls, Network(module, Family("f", ("f",), (Tower("t", "cell"),))))  # type: ignore[arg-type]
 
 
-def doubled(block: Block) -> Callable[[Gate], None]:
+def doubled(block: Block) -> Callable[[InputGroup], None]:
     """A change that puts linears of twice the weight in place."""
 
-    def change(gate: Gate) -> None:
-        for name in gate:
+    def change(group: InputGroup) -> None:
+        for name in group:
             new = nn.Linear(4, 4).requires_grad_(False)
             old = block.module.get_submodule(name)
             new.weight.copy_(2 * old.weight)
@@ -59,25 +59,27 @@ def doubled(block: Block) -> Callable[[Gate], None]:
     return change
 
 
-def test_gates_open_one_after_another_for_all_calls(block: Block) -> None:
-    log: list[tuple[str, Gate]] = []
+def test_groups_are_changed_one_after_another_for_all_calls(block: Block) -> None:
+    log: list[tuple[str, InputGroup]] = []
     change = doubled(block)
-    lockstep(block, GATES, lambda gate, x: log.append(("see", gate)), lambda gate: (log.append(("change", gate)), change(gate))[1])
-    assert log == [(what, gate) for gate in GATES for what in ("see", "see", "see", "change")]
+    synchronized_forwards(
+        block, GROUPS, lambda group, x: log.append(("see", group)), lambda group: (log.append(("change", group)), change(group))[1]
+    )
+    assert log == [(what, group) for group in GROUPS for what in ("see", "see", "see", "change")]
 
 
-def test_later_gates_and_outputs_come_from_changed_modules(block: Block) -> None:
-    brought: dict[Gate, list[Tensor]] = {gate: [] for gate in GATES}
-    outputs = lockstep(block, GATES, lambda gate, x: brought[gate].append(x), doubled(block))
-    left, right = (block.module.get_submodule(name) for name in GATES[0])
-    for call, x, product, output in zip(block.calls, brought[GATES[0]], brought[GATES[1]], outputs, strict=True):
+def test_later_groups_and_outputs_come_from_changed_modules(block: Block) -> None:
+    brought: dict[InputGroup, list[Tensor]] = {group: [] for group in GROUPS}
+    outputs = synchronized_forwards(block, GROUPS, lambda group, x: brought[group].append(x), doubled(block))
+    left, right = (block.module.get_submodule(name) for name in GROUPS[0])
+    for call, x, product, output in zip(block.calls, brought[GROUPS[0]], brought[GROUPS[1]], outputs, strict=True):
         assert x is call.args[0]
         assert torch.equal(product, left(x) * right(x))
         assert all(torch.equal(a, b) for a, b in zip(output, block.run(call), strict=True))
 
 
 def test_modules_may_stay_as_they_are(block: Block) -> None:
-    outputs = lockstep(block, GATES, lambda gate, x: None, lambda gate: None)
+    outputs = synchronized_forwards(block, GROUPS, lambda group, x: None, lambda group: None)
     for call, output in zip(block.calls, outputs, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(output, block.run(call), strict=True))
 
@@ -87,7 +89,7 @@ def test_a_call_that_goes_its_own_way_is_an_error(block: Block, turn: str, words
     calls = list(block.calls)
     block.calls = [*calls[:2], Call(calls[2].args, {"turn": turn})]  # type: ignore[assignment]
     with pytest.raises(AerogelError, match=words):
-        lockstep(block, GATES, lambda gate, x: None, doubled(block))
+        synchronized_forwards(block, GROUPS, lambda group, x: None, doubled(block))
 
 
 def test_gradients_are_on_or_off_as_they_were_on_either_side(block: Block) -> None:
@@ -95,15 +97,15 @@ def test_gradients_are_on_or_off_as_they_were_on_either_side(block: Block) -> No
     block.module.register_forward_hook(lambda *_: inside.append(torch.is_grad_enabled()))
     outside: list[bool] = []
     with torch.enable_grad():
-        lockstep(block, GATES, lambda gate, x: outside.append(torch.is_grad_enabled()), lambda gate: None)
+        synchronized_forwards(block, GROUPS, lambda group, x: outside.append(torch.is_grad_enabled()), lambda group: None)
     assert inside == [False] * 3
     assert outside == [True] * 6
 
 
 @pytest.mark.parametrize("where", ["see", "change", "forward"])
 def test_errors_come_out_and_no_hook_or_forward_stays(block: Block, where: str) -> None:
-    def fail(gate: Gate, x: Tensor | None = None) -> None:
-        if gate == GATES[1]:
+    def fail(group: InputGroup, x: Tensor | None = None) -> None:
+        if group == GROUPS[1]:
             raise RuntimeError("inside")
 
     if where == "forward":
@@ -111,9 +113,11 @@ def test_errors_come_out_and_no_hook_or_forward_stays(block: Block, where: str) 
     modules = list(block.module.children())
     kept = [weakref.ref(call.args[0]) for call in block.calls]
     with pytest.raises(RuntimeError, match="inside"):
-        lockstep(block, GATES, fail if where == "see" else lambda gate, x: None, fail if where == "change" else lambda gate: None)
+        synchronized_forwards(
+            block, GROUPS, fail if where == "see" else lambda group, x: None, fail if where == "change" else lambda group: None
+        )
     for module in modules:
         assert "forward" not in module.__dict__
         assert not module._forward_pre_hooks
     block.calls = ()
-    assert [reference() for reference in kept] == [None] * 3, "a forward that still stands somewhere keeps its tensors"
+    assert [reference() for reference in kept] == [None] * 3, "a forward that is still paused keeps its tensors"
