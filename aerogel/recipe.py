@@ -21,7 +21,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.base import BlockMethod, Method, RuntimePolicy
 from aerogel.numerics.scheme import Scheme
 
-AnyMethod = BlockMethod | Method | RuntimePolicy
+AnyMethod = BlockMethod | Method | RuntimePolicy[Any]
 Built = TypeVar("Built")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from aerogel.model.network import Network
 from aerogel.recipe import Recipe, Step
 from aerogel.runtime.feature_cache.schedule import Schedule, slot_bytes
 from aerogel.runtime.feature_cache.units import Costs, costs_of
+from aerogel.runtime.policy_state import PolicyState
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class CalibratedPolicy:
     """A policy with the state that its calibration gave."""
 
     step: Step
-    state: dict[str, Any]
-    """Tensors, numbers and texts by name."""
+    state: Any
+    """The record that the policy's class declares as its state."""
 
 
 def calibrated(network: Network, step: Step, calls: Sequence[Call], before: CalibratedPolicy | None = None) -> CalibratedPolicy:
@@ -93,15 +94,23 @@ def save(policies: Sequence[CalibratedPolicy], folder: Path) -> list[dict[str, A
     tensors = {
         f"{number}.{key}": value.detach().contiguous()
         for number, measured in enumerate(policies)
-        for key, value in measured.state.items()
+        for key, value in _saved(measured.state).items()
         if isinstance(value, Tensor)
     }
     if tensors:
         save_file(tensors, folder / STATES)
     return [
-        {"step": measured.step.as_dict(), "state": {key: value for key, value in measured.state.items() if not isinstance(value, Tensor)}}
+        {
+            "step": measured.step.as_dict(),
+            "state": {key: value for key, value in _saved(measured.state).items() if not isinstance(value, Tensor)},
+        }
         for measured in policies
     ]
+
+
+def _saved(state: Any) -> Mapping[str, Any]:
+    """What is saved of a state, by key; a dict is that of a policy that declares no class yet."""
+    return state.as_dict() if isinstance(state, PolicyState) else state
 
 
 def load(folder: Path | None) -> list[CalibratedPolicy]:
@@ -111,5 +120,6 @@ def load(folder: Path | None) -> list[CalibratedPolicy]:
     read = []
     for named, state in stored(folder):
         (step,) = Recipe.parse({"steps": [named]}).steps
-        read.append(CalibratedPolicy(step, state))
+        assert isinstance(step.method, RuntimePolicy)
+        read.append(CalibratedPolicy(step, step.method.read(state)))
     return read

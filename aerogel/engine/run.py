@@ -234,12 +234,12 @@ class Run:
                 last = stack.enter_context(ExitStack())
                 last.enter_context(policies.on(self.network, [measured]))
 
-    def _calibrate(self, number: int, step: Step, policy: RuntimePolicy, before: CalibratedPolicy | None) -> CalibratedPolicy:
+    def _calibrate(self, number: int, step: Step, policy: RuntimePolicy[Any], before: CalibratedPolicy | None) -> CalibratedPolicy:
         with self._resident(), resident(self._teacher(policy)), seeded(self.seed, number):
             self.policies.append(policies.calibrated(self.network, step, self.calibration.calls, before))
         return self.policies[-1]
 
-    def _teacher(self, method: Method | RuntimePolicy) -> Network | None:
+    def _teacher(self, method: Method | RuntimePolicy[Any]) -> Network | None:
         return self.network.teacher if "teacher" in method.requires else None
 
     def _visit_blocks(self, number: int, steps: Sequence[Step], stages: int) -> None:

@@ -104,7 +104,8 @@ def _lookups(network: Network, folder: Path) -> dict[str, Lookup]:
     with ExitStack() as stack:
         for named, state in states.stored(folder):
             ((name, options),) = named.items()
-            stack.enter_context(catalog.find("methods", name)(**options).on(network, state))
+            policy = catalog.find("methods", name)(**options)
+            stack.enter_context(policy.on(network, policy.read(state)))
         answers = ((name, module.__dict__.get("forward")) for name, module in network.module.named_modules())
         return {name: answer for name, answer in answers if isinstance(answer, Lookup)}
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from aerogel.model.calls import Call
 from aerogel.model.match import matches
 from aerogel.model.network import Network
 from aerogel.numerics.scheme import Scheme
+from aerogel.runtime.policy_state import PolicyState
 
 Requirement = Literal[
     "calls", "teacher", "gradients", "uncached", "edges", "residual", "experts", "attention", "time_path", "trajectories",
@@ -95,10 +96,16 @@ class Method(ABC):
         """Change the network in place."""
 
 
-class RuntimePolicy(ABC):
-    """Acts while the network runs: measured once, then put on and taken off."""
+State = TypeVar("State")
+"""The state of a policy."""
+
+
+class RuntimePolicy(ABC, Generic[State]):
+    """Acts while the network runs: calibrated once, then put on and taken off."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls"})
+    state: ClassVar[type[PolicyState] | None] = None
+    """The class of its state, which reads what was saved; None while a policy still keeps a dict."""
     by_step: ClassVar[bool] = False
     """True where all it does is to let modules answer out of tables by the step (layers/lookup.py), which a static graph can say."""
 
@@ -107,15 +114,20 @@ class RuntimePolicy(ABC):
         return CostEstimate()
 
     @abstractmethod
-    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> State:
         """Measure what the policy needs: small tensors and numbers."""
 
-    def step_sizes(self, state: Mapping[str, Any], block: str) -> tuple[str, ...]:
+    @classmethod
+    def read(cls, saved: Mapping[str, Any]) -> State:
+        """Read a saved state; raises AerogelError that names the policy and the field where it is not one of this policy."""
+        return saved if cls.state is None else cls.state.read(saved, cls.__module__.rpartition(".")[2])  # type: ignore[return-value]
+
+    def step_sizes(self, state: State, block: str) -> tuple[str, ...]:
         """The step sizes in the state that act inside a block, by key: block methods may learn them; none unless a policy says so."""
         return ()
 
     @abstractmethod
-    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[None]:
+    def on(self, network: Network, state: State) -> AbstractContextManager[None]:
         """Put the policy on; after the context the network is bit for bit what it was."""
 
 

@@ -31,7 +31,7 @@ Choice = Literal["all", "layer", "layer_step"]
 
 
 @dataclass(frozen=True)
-class TemporalCache(RuntimePolicy):
+class TemporalCache(RuntimePolicy[dict[str, Any]]):
     """Looks the temporal features up in a table of all steps instead of computing them."""
 
     by_step: ClassVar[bool] = True

@@ -18,7 +18,7 @@ from aerogel.runtime.token_types import Vocabulary
 
 
 @dataclass(frozen=True)
-class SkipPolicy(RuntimePolicy):
+class SkipPolicy(RuntimePolicy[dict[str, Any]]):
     """Lets tokens of a mixture do without some of the experts they were routed to; what is dropped is not computed."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "experts"})

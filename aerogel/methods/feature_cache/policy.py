@@ -23,7 +23,7 @@ SearchSpace = tuple[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
-class FeatureCachePolicy(RuntimePolicy):
+class FeatureCachePolicy(RuntimePolicy[dict[str, Any]]):
     """Lets units of a denoiser give again what they gave at earlier steps, by a schedule that is its state."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "trajectories", "cached_modules", "uncached"})

@@ -32,7 +32,7 @@ KEPT = (*OPERANDS, "query_zero_point", "key_zero_point", "value_zero_point")
 
 
 @dataclass(frozen=True)
-class AttentionQuant(RuntimePolicy):
+class AttentionQuant(RuntimePolicy[dict[str, Any]]):
     """Rounds the operands of every attention to static grids, one for the whole tensor."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "attention"})
