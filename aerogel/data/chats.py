@@ -34,14 +34,14 @@ class Chat:
 
     @property
     def answer(self) -> str:
-        """What the last message says."""
+        """Text of the last message."""
         content = self.messages[-1]["content"]
         return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 @dataclass(frozen=True)
 class Chats:
-    """Which chats a vision-language model is calibrated on."""
+    """Chats that a vision-language model is calibrated on."""
 
     source: str | Path
     """A .jsonl whose lines have `messages` and `images` (paths beside it)."""
@@ -63,7 +63,7 @@ def read(source: str | Path) -> list[Chat]:
 
 
 def are_at(source: str | Path) -> bool:
-    """Whether a source is a .jsonl of chats about images, by its first line."""
+    """Return True if a source is a .jsonl of chats about images, by its first line."""
     path = Path(source)
     if not path.is_file() or path.suffix != ".jsonl":
         return False
@@ -87,7 +87,7 @@ def calls(chats: Sequence[Chat], processor: Any, batch: int = 8, device: torch.d
     Raises AerogelError for a processor without a chat template or image processor.
     """
     if not getattr(processor, "chat_template", None) or not hasattr(processor, "image_processor"):
-        raise AerogelError("chats about images need a processor with an image processor and a chat template; this network has none")
+        raise AerogelError("chats about images need a processor with an image processor and a chat template; this model has none")
     rows = [_read(chat, processor) for chat in chats]
     return [Call((), {**_joined(rows[start : start + batch], device), "use_cache": False}) for start in range(0, len(rows), batch)]
 

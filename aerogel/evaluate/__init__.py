@@ -1,1 +1,1 @@
-"""What a network can still do and what it costs, one measure a file."""
+"""Measures of quality and cost, one per file."""

@@ -1,4 +1,4 @@
-"""What a vision-language model replies to questions about images, and what its experts were spared while it did."""
+"""Answers of a vision-language model to questions about images: exact match, and the share of expert calls skipped meanwhile."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ExactMatch(Measure):
     batch: int = 16
     """Chats at once."""
     seed: int = 0
-    """Which chats are drawn."""
+    """Seed that draws the chats."""
 
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
         """Return right (share), count, what was read; against an original kl and top1; of a mixture, `skipped` where experts were.

@@ -38,7 +38,7 @@ POSITIONS = 7
 
 
 class Sight(NamedTuple):
-    """What a network sees in images."""
+    """Features and logits that a network computes of images."""
 
     features_ND: Tensor
     """The last map, mean over its positions."""
@@ -54,12 +54,12 @@ class FeatureNetwork:
     """A network to judge images with."""
 
     name: str
-    """What figures call it."""
+    """Name in the figures."""
     module: nn.Module
     see: Callable[[Tensor], tuple[Sequence[Tensor], Tensor, Tensor]]
     """images_NCHW in [0, 1] -> maps, features_ND, logits_NK."""
     middle: int
-    """Which map spatial features are taken from."""
+    """Number of the feature map that spatial features are taken from."""
     labels: Mapping[str, int] = field(default_factory=dict)
     """Names of its classes in lower case, synonyms apart, those of more than one class left out."""
     positions: int = POSITIONS
@@ -202,7 +202,7 @@ def _classifier(folder: Path) -> FeatureNetwork:
         answer = made((images_NCHW - mean.to(images_NCHW)) / deviation.to(images_NCHW), output_hidden_states=True)
         maps = [states for states in answer.hidden_states if states.ndim == 4]
         if len(maps) < 2:
-            raise AerogelError(f"{folder}: {type(made).__name__} gives no feature maps; a convolutional network is expected")
+            raise AerogelError(f"{folder}: {type(made).__name__} returns no feature maps; a convolutional network is expected")
         return maps, maps[-1].mean((2, 3)), answer.logits
 
     return FeatureNetwork(folder.resolve().name, made, see, middle=-2, labels=_by_name(made.config.id2label))

@@ -1,4 +1,4 @@
-"""What the network writes, side by side with what the original writes."""
+"""Text that the model generates, side by side with the original's."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Generation(Measure):
     modalities: ClassVar[frozenset[str]] = frozenset({"text", "image-text"})
 
     prompts: tuple[str, ...] = PROMPTS
-    """What is continued."""
+    """Prompts to continue."""
     new_tokens: int = 48
     """Tokens written after each prompt at most."""
     chat: bool | None = None
-    """Whether a prompt goes through the tokenizer's chat template as the user's turn; None: when it has one."""
+    """Send each prompt through the tokenizer's chat template as the user's turn; None: where it has one."""
 
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
         """Return samples (prompt, compressed; with an original also original, same, tokens) and same_share, its mean share."""

@@ -44,7 +44,7 @@ class ImageSimilarity(ImageMeasure):
         for theirs, ours in zip(self.generated(original), self.generated(network), strict=True):
             if theirs.images_NCHW.shape != ours.images_NCHW.shape:
                 shapes = [tuple(made.images_NCHW.shape[1:]) for made in (theirs, ours)]
-                raise AerogelError(f"the original makes images of {shapes[0]} and the network of {shapes[1]}; compare equal images")
+                raise AerogelError(f"the original makes images of {shapes[0]} and the model of {shapes[1]}; compare equal images")
             errors.append((theirs.images_NCHW - ours.images_NCHW).double().square().mean((1, 2, 3)))
             alike.append(ssim(theirs.images_NCHW, ours.images_NCHW))
             distances.append(features.distance(judge.look(theirs.images_NCHW), judge.look(ours.images_NCHW)))

@@ -30,7 +30,7 @@ DYNAMIC = TensorScheme(format_named("int8"), PerToken(), symmetric=True)
 
 @dataclass(frozen=True)
 class Inputs(Measure):
-    """What rounding the original's inputs to 8 bits loses, linear by linear: with one range, one a step, one a channel, a scale a token.
+    """Error of rounding the inputs to 8 bits, layer by layer: with one range, one per step, one per channel, one scale per token.
 
     It says which granularity a denoiser needs. Ranges are the extremes over all images. Convolutions are read as linears whose tokens
     are pixels; one scale a channel cannot be had in an integer product, but smoothing folds it into the weights.
@@ -47,7 +47,7 @@ class Inputs(Measure):
     guidance: float | None = None
     """Guidance scale; None leaves the pipeline's own."""
     prompts: tuple[str, ...] = ()
-    """What text-to-image pipelines are asked for."""
+    """Prompts for text-to-image pipelines."""
 
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
         """Return layers, and for each of them the squared error over the squared size with `one`, `step`, `channel` and `token`.
@@ -64,9 +64,11 @@ class Inputs(Measure):
         with torch.no_grad(), clock.on(original.module):
             ranges = _ranges(original, calls, clock, layers)
             if not ranges:
-                raise AerogelError("the original has no linear or convolution in float to look at; give the network as it was before")
+                raise AerogelError(
+                    "the original has no unquantized linear layer or convolution; give the model as it was before compression"
+                )
             if broken := [name for name, (lows_TC, highs_TC) in ranges.items() if not (lows_TC.isfinite() & highs_TC.isfinite()).all()]:
-                raise AerogelError(f"{broken[0]} of the original gets numbers that are not finite, or none at some step")
+                raise AerogelError(f"{broken[0]} of the original reads NaN or infinity, or nothing at some step")
             errors = _errors(original, calls, clock, {name: layers[name] for name in ranges}, ranges)
         return {"layers": list(ranges), **{kind: [errors[name][kind] for name in ranges] for kind in next(iter(errors.values()))}}
 

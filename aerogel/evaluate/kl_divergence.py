@@ -37,7 +37,7 @@ class KlDivergence(TextMeasure):
                 theirs_RV, ours_RV = predictions(original, window), predictions(network, window)
                 if theirs_RV.shape != ours_RV.shape:
                     raise AerogelError(
-                        f"the original has {theirs_RV.shape[1]} tokens and the network {ours_RV.shape[1]}; compare equal vocabularies"
+                        f"the original has {theirs_RV.shape[1]} tokens and the model {ours_RV.shape[1]}; compare equal vocabularies"
                     )
                 for p_RV, q_RV in zip(theirs_RV.split(ROWS), ours_RV.split(ROWS), strict=True):
                     total += kl_divergence(p_RV, q_RV) * len(q_RV)

@@ -1,4 +1,4 @@
-"""What a measure is: a frozen dataclass of options that looks at a network, and at its original where it compares.
+"""Base of a measure: a frozen dataclass of options that evaluates a model, and its original where it compares.
 
 B windows in a batch, L tokens of a window, R scored tokens of a batch, V vocabulary, T tokens of the text; N images of C channels, H x W.
 """
@@ -30,9 +30,9 @@ class Measure(ABC):
     """Says one thing about a network in facts that fit into JSON."""
 
     compares: ClassVar[bool] = False
-    """Whether it needs the original beside the network."""
+    """True where it needs the original too."""
     asked: ClassVar[bool] = False
-    """Whether it runs only when asked for by name."""
+    """True where it runs only when asked for by name."""
     modalities: ClassVar[frozenset[str]] = frozenset({"text", "image-text", "image", "video"})
     """The kinds of network it can look at."""
 
@@ -72,7 +72,7 @@ class TextMeasure(Measure):
     batch: int = 1
     """Windows in one forward; the memory that logits take grows with it."""
     hold: bool = True
-    """Whether quantized linears keep their float weights while the text passes: much faster, for the memory of those weights."""
+    """Keep the dequantized weights while the text passes: much faster, for the memory of those weights."""
 
     @contextmanager
     def reading(self, *networks: Network) -> Iterator[None]:
@@ -119,7 +119,7 @@ class ImageMeasure(Measure):
     guidance: float | None = None
     """Guidance scale; None leaves the pipeline's own."""
     prompts: tuple[str, ...] = ()
-    """What text-to-image pipelines are asked for."""
+    """Prompts for text-to-image pipelines."""
     batch: int = 8
     """Images made at once."""
     seed: int = 0
@@ -132,7 +132,7 @@ class ImageMeasure(Measure):
         wanted = Denoising(self.count, self.steps, self.guidance, tuple(self.prompts), self.batch)
         for made in denoising.generate_images(pipeline_of(network), wanted, self.seed):
             if not made.images_NCHW.isfinite().all():
-                raise AerogelError(f"this {network.family.name} network makes images with pixels that are no numbers; it is broken")
+                raise AerogelError(f"this {network.family.name} model generates images with NaN pixels; its weights are damaged")
             yield made
 
     @property
@@ -175,7 +175,7 @@ def tokenizer_of(network: Network) -> PreTrainedTokenizerBase:
     """Return the network's tokenizer; raises AerogelError when it has none."""
     tokenizer = getattr(network.processor, "tokenizer", network.processor)
     if tokenizer is None:
-        raise AerogelError(f"this {network.family.name} network has no tokenizer, which reading text needs; load it from a folder with one")
+        raise AerogelError(f"this {network.family.name} model has no tokenizer, which reading text needs; load it from a folder with one")
     return tokenizer
 
 
@@ -183,7 +183,9 @@ def pipeline_of(network: Network) -> Any:
     """Return the pipeline that makes images with the network; raises AerogelError when it has none."""
     parts = getattr(network.processor, "components", None)
     if parts is None or not any(part is network.module for part in parts.values()):
-        raise AerogelError(f"this {network.family.name} network came without its pipeline and makes no images; open the pipeline's folder")
+        raise AerogelError(
+            f"this {network.family.name} model came without its pipeline and generates no images; open the pipeline's folder"
+        )
     return network.processor
 
 

@@ -1,4 +1,4 @@
-"""What real images look like to a feature network, kept in one safetensors file: statistics, and the features of some images.
+"""Statistics of real images as a feature network sees them, and the features of some, in one safetensors file.
 
 N images, M of them whose features are kept, D features, S values of a few spatial channels.
 """
@@ -27,7 +27,7 @@ class Reference:
     """Statistics of real images under one feature network."""
 
     about: str
-    """Which images they are."""
+    """Name of the set of images."""
     network: str
     fingerprint: str
     """That of the network's weights."""
@@ -81,7 +81,7 @@ class Reference:
         """Raise AerogelError unless the statistics are those of this network."""
         if self.network != network.name:
             raise AerogelError(
-                f"the real images were seen by {self.network}, not by {network.name}; give features={self.network}, or its folder"
+                f"the statistics of real images are of {self.network}, not of {network.name}; give features={self.network}, or its folder"
             )
         if self.fingerprint != network.fingerprint:
             raise AerogelError(f"{network.name} has other weights than when the statistics of real images were made; make them again")

@@ -35,7 +35,7 @@ class Sampling(Timed):
     guidance: float | None = None
     """Guidance scale; None leaves the pipeline's own."""
     prompts: tuple[str, ...] = ("photo",)
-    """What text-to-image pipelines are asked for."""
+    """Prompts for text-to-image pipelines."""
     rounds: int = 3
     """Turns of each network, after one that does not count."""
     threads: int | None = None
@@ -79,7 +79,7 @@ class _Runner:
         self.forwards.append(statistics.median(forwards))
 
     def facts(self, first: _Runner) -> dict[str, Any]:
-        """What the turns amount to."""
+        """Summarize the rounds."""
         options = self.options
         return {
             "images_per_minute": 60 * options.batch / statistics.median(self.images),

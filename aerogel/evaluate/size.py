@@ -1,4 +1,4 @@
-"""What the weights take, on disk and in memory, by part."""
+"""Size of the weights on disk and in memory, by part."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REST = "norms and the rest"
 
 @dataclass(frozen=True)
 class Size(Measure):
-    """What the weights cost: bytes on disk and in memory, and which parts take them.
+    """Bytes of the weights on disk and in memory, in total and by part.
 
     A tensor that several modules share counts once, for the first of them. Parts are stored bytes: float tensors in the dtype they
     have on disk, everything else as it is.

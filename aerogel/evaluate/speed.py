@@ -79,7 +79,7 @@ class _Runner:
         self.turns.append(self._generate())
 
     def facts(self, first: _Runner) -> dict[str, Any]:
-        """What the turns amount to."""
+        """Summarize the rounds."""
         options, last = self.options, self.turns[-1]
         prefill, decode = statistics.median(self._prefills()), statistics.median(self._steps())
         return {

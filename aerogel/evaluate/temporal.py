@@ -1,4 +1,4 @@
-"""What a compressed denoiser's blocks are told about the time step, beside what the original tells them."""
+"""Temporal features of a compressed denoiser compared with the original's."""
 
 from __future__ import annotations
 
@@ -47,9 +47,11 @@ class Temporal(Measure):
         wanted, given = (features_of(side, calls[0], steps) for side in (original, network))
         names = [name for name in wanted if name in path.projections]
         if missing := [name for name in names if name not in given or given[name].shape != wanted[name].shape]:
-            raise AerogelError(f"{missing[0]} gives another feature than in the original, or none; compare a network with its own original")
+            raise AerogelError(
+                f"{missing[0]} has features of another shape than in the original, or none; compare a model with its own original"
+            )
         if broken := [name for name in names if not given[name].isfinite().all()]:
-            raise AerogelError(f"{broken[0]} gives temporal features that are no numbers; the network is broken")
+            raise AerogelError(f"{broken[0]} has temporal features that are NaN or infinite; the model's weights are damaged")
         drifts = [drift(wanted[name], given[name]) for name in names]
         return {
             "sampler": type(pipeline.scheduler).__name__,

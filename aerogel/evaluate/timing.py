@@ -19,7 +19,7 @@ from aerogel.model.network import Network
 _STATUS = Path("/proc/self/status")
 _PAGE = 4096
 Facts = dict[str, dict[str, Any]]
-"""What was found, by network."""
+"""Figures by model."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Runner(Protocol):
         """One turn that counts."""
 
     def facts(self, first: Any) -> dict[str, Any]:
-        """What the turns amount to, with speed-ups over the first runner."""
+        """Summarize the rounds, with speed-ups over the first runner."""
 
 
 def take_turns(make: Callable[[str, Network], Runner], networks: Mapping[str, Network], rounds: int, threads: int | None) -> Facts:

@@ -24,7 +24,7 @@ _AGREEMENT = 0.05
 
 @dataclass
 class Generation:
-    """What came out, and how."""
+    """Generated tokens and how they were made."""
 
     tokens: Tensor
     """New tokens (B, N), int64; a row that ended repeats its last token."""

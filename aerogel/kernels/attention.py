@@ -86,7 +86,7 @@ def run(query: Tensor, key: Tensor, value: Tensor, *args: Any, operands: Operand
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], operands: Operands) -> bool:
-    """Whether integers can stand for the float32 arithmetic: on a CPU, without gradients, masks, dropout or keys shared by heads."""
+    """Return True if integers can replace the float32 arithmetic: on a CPU, without gradients, masks, dropout or keys shared by heads."""
     learned = (query, key, value, operands.step, *(grid.scale for grid in operands.grids.values()))
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in learned)):
         return False

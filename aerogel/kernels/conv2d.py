@@ -52,7 +52,7 @@ def run(x_NCHW: Tensor, weight: Convolved, cache: dict[Any, Any]) -> Tensor:
 
 
 def takes(weight: Convolved, x_NCHW: Tensor) -> bool:
-    """Whether integers can stand for the reference here."""
+    """Return True if integer arithmetic gives the reference's result here."""
     return weight.window.groups == 1 and x_NCHW.numel() > 0 and accepted(weight, x_NCHW.device, x_NCHW.dtype)
 
 

@@ -113,5 +113,5 @@ def forget() -> None:
 
 
 def _summed(x: Tensor) -> torch.dtype:
-    """What sums are kept in: half precision would round after every expert."""
+    """Dtype of the accumulator: half precision would round after every expert."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -103,7 +103,7 @@ def row_codes(x_TI: Tensor, scale_T1: Tensor, inputs: TensorScheme) -> Tensor:
 
 @torch.compiler.assume_constant_result
 def exact_on_cpu() -> bool:
-    """Whether this processor sums int8 products exactly; found out once."""
+    """Return True if this processor sums int8 products exactly; tried once."""
     return _tried()
 
 

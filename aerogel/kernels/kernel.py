@@ -1,4 +1,4 @@
-"""What a kernel is: one way to multiply by a quantized weight, packed once, called many times."""
+"""Base of a kernel: one way to multiply by a quantized weight, packed once, called many times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aerogel.numerics.quantize import Grid
 from aerogel.numerics.scheme import Scheme
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "gelu_tanh": partial(gelu, approximate="tanh")}
-"""What may follow a product in the same kernel."""
+"""Activations that may follow a product in the same kernel."""
 
 
 class Weight(Protocol):
@@ -54,7 +54,7 @@ class Kernel(nn.Module):
 
     name: ClassVar[str]
     few_rows: ClassVar[bool] = False
-    """Whether its time grows with the rows so fast that a loss at some row count means a loss at any larger one."""
+    """True where its time grows with the rows so fast that a loss at some row count means a loss at any larger one."""
 
     def __init__(self, weight: Weight, dtype: torch.dtype) -> None:
         """Pack `weight` for inputs of `dtype`."""
@@ -62,7 +62,7 @@ class Kernel(nn.Module):
 
     @staticmethod
     def accepts(weight: Weight, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether this kernel multiplies inputs of `dtype` on `device` by `weight` exactly enough to stand for the reference."""
+        """Return True if this kernel multiplies inputs of `dtype` on `device` by `weight` as exactly as the reference."""
         raise TypeError("a kernel says what it accepts")
 
     def followed(self, x_TI: Tensor, after: str) -> Tensor:

@@ -41,7 +41,7 @@ def gated(x: Tensor) -> Tensor:
 
 
 def takes(x: Tensor) -> bool:
-    """Whether one pass is possible and worth it here: on a CPU, large, without gradients, and not inside of another compilation."""
+    """Return True if one pass is possible and pays here: on a CPU, large, without gradients, and not inside another compilation."""
     plain = x.device.type == "cpu" and not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad)
     return plain and x.numel() >= FEWEST and works()
 
@@ -53,7 +53,7 @@ def _compiled(chain: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @cache
 def works() -> bool:
-    """Whether this machine compiles a chain and gets the same codes by it; found out once, which takes a few seconds.
+    """Return True if this machine compiles the chain to the same integer codes; tried once, which takes a few seconds.
 
     It does not where no C++ compiler is installed: callers then take the passes one by one.
     """

@@ -1,4 +1,4 @@
-"""What finished blocks gave, call by call: in memory, or in a folder as memory-mapped safetensors."""
+"""Outputs of finished blocks, call by call: in memory, or in a folder as memory-mapped safetensors."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Activations:
         self._held: dict[tuple[str, int], Any] = {}
 
     def put(self, block: str, call: int, output: Any) -> None:
-        """Keep what a block gave for a call."""
+        """Store the output of a block for a call."""
         if self._folder is None:
             self._held[block, call] = output
         else:
             _write(self._path(block, call), output)
 
     def get(self, block: str, call: int) -> Any:
-        """A copy of what a block gave for a call; raises KeyError when the call did not reach the block."""
+        """Return a copy of the output of a block for a call; raises KeyError when the call did not reach the block."""
         return map_tensors(_zeros_for_meta, self._look(block, call))
 
     def fade(self, block: str, calls: int) -> None:
-        """Forget what a block gave for calls 0 to `calls`, except its shapes."""
+        """Drop the outputs of a block for calls 0 to `calls`, except their shapes."""
         for call in range(calls):
             try:
                 output = self._look(block, call)

@@ -45,7 +45,9 @@ def channels(block: Block, edge: BoundEdge) -> Channels:
         # Fused query, key and value have I + 2 C rows; fused gate and up have 2 C.
         width = (rows - columns) // 2 if edge.heads else columns
     if columns % width or (columns != width and not edge.heads):
-        raise AerogelError(f"{block.full_name(edge.source)} has {width} channels, its sinks {edge.sinks} read {columns}; mend the family")
+        raise AerogelError(
+            f"{block.full_name(edge.source)} has {width} channels, its sinks {edge.sinks} read {columns}; correct the family file"
+        )
     repeats = columns // width
     head = width if repeats == 1 else _head_width(block.module.get_submodule(edge.source.rpartition(".")[0]))
     return Channels(rows - width, width, repeats, head)
@@ -82,12 +84,12 @@ def _columns(block: Block, edge: BoundEdge) -> int:
     widths = {_weight(block.module.get_submodule(name), name).shape[-1] for name in edge.sinks}
     if len(widths) != 1:
         source = block.full_name(edge.source)
-        raise AerogelError(f"the sinks of {source} read {sorted(widths)} columns, one width was expected; mend the family")
+        raise AerogelError(f"the sinks of {source} read {sorted(widths)} columns, one width was expected; correct the family file")
     return int(widths.pop())
 
 
 def _weight(module: nn.Module, name: str) -> Tensor:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
-        raise AerogelError(f"{name} has no float weight to scale; fold before the block is quantized")
+        raise AerogelError(f"{name} is quantized already and cannot be scaled; fold before the block is quantized")
     return weight

@@ -1,4 +1,4 @@
-"""What an architecture family is: the names of its parts, as data that methods and the walk read."""
+"""Architecture families: the names of a model's parts, as data that methods and the walk read."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Edge:
     """Values in the network's config without which the edge does not hold, such as an activation that keeps scales."""
 
     def holds(self, config: Any) -> bool:
-        """Whether a network with this config has the edge."""
+        """Return True if a model with this config has the edge."""
         return _agrees(config, self.when)
 
 
@@ -68,7 +68,7 @@ class Residual:
     """Values in the network's config without which there is no such stream."""
 
     def holds(self, config: Any) -> bool:
-        """Whether a network with this config has the stream."""
+        """Return True if a model with this config has the stream."""
         return _agrees(config, self.when)
 
 
@@ -82,13 +82,13 @@ class Experts:
     up: str = "up_proj"
     down: str = "down_proj"
     router: str = "mlp.gate"
-    """What chooses among them, relative to the block."""
+    """The router, relative to the block."""
     attention: str = "self_attn"
     """The block's attention, relative to it: what tokens it passes over may lose their experts."""
     interleaved: bool = False
-    """Whether the fused parameters are (E, inputs, outputs) with biases, and gate and up take turns among the outputs."""
+    """True where fused parameters are (E, inputs, outputs) with biases, and gate and up alternate among the outputs."""
     fused: bool = False
-    """Whether checkpoints hold the fused parameters themselves."""
+    """True where checkpoints hold the fused parameters themselves."""
 
     @property
     def layout(self) -> ExpertLayout:
@@ -148,7 +148,7 @@ class Family:
     never_quantize: tuple[str, ...] = ()
     """Globs of linears that no method quantizes unless asked by name, such as router gates."""
     norm_offset: float = 0.0
-    """What a norm adds to its weight before it multiplies (1.0 in Gemma)."""
+    """Offset that a norm adds to its weight before it multiplies (1.0 in Gemma)."""
     experts: Experts | None = None
     residual: Residual | None = None
     time: TimePath | None = None
@@ -157,7 +157,7 @@ class Family:
     hidden_state_args: tuple[str, ...] = ()
     """Of a denoiser whose blocks are one row: the arguments that hold what blocks pass on, in the order in which they give it."""
     image_stream: str = "hidden_states"
-    """Which of the streams is the image's."""
+    """The one of these arguments that holds the image."""
     skips: Skips | None = None
     """Of a denoiser that goes down and up again."""
     pattern_sets: tuple[tuple[str, tuple[str, ...]], ...] = ()

@@ -1,4 +1,4 @@
-"""Which modules a pattern means: globs, `re:` patterns, names and class names."""
+"""Selection of modules by globs, `re:` patterns, names and class names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def matches(name: str, patterns: Iterable[str], module: nn.Module | None = None) -> bool:
-    """Whether one of the patterns means this module.
+    """Return True if one of the patterns selects this module.
 
     A pattern is `re:` and a regular expression that matches from the start of the dotted name, or a glob on the whole dotted
     name (`*` spans dots), or a plain name (the whole dotted name or its last parts, never a part of a word), or the
@@ -30,5 +30,5 @@ def _match(name: str, pattern: str, module: nn.Module | None) -> bool:
 
 
 def names_exactly(name: str, pattern: str) -> bool:
-    """Whether the pattern spells this name, whole or its last parts, without any wildcard."""
+    """Return True if the pattern is this name, whole or its last parts, without any wildcard."""
     return name == pattern or name.endswith("." + pattern)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Network:
-    """What every method works on."""
+    """A model with its structure, on which every method works."""
 
     module: nn.Module
     family: Family

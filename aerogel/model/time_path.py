@@ -33,7 +33,7 @@ class TemporalPath:
     projections: dict[str, nn.Module]
     """By full name, in the network's own order."""
     others: tuple[str, ...]
-    """What else enters before the projections; only without any are the temporal features a matter of the step alone."""
+    """Other inputs that enter before the projections; without any, the temporal features depend on the time step alone."""
 
     @property
     def embedding_linears(self) -> dict[str, nn.Module]:
@@ -74,7 +74,7 @@ class TemporalPath:
         """Raise AerogelError, with the reason, unless the temporal features depend on the step alone."""
         if self.others:
             raise AerogelError(
-                f"the temporal features of this network also depend on {' and '.join(self.others)}: they cannot be made for a step alone; "
+                f"the temporal features of this model also depend on {' and '.join(self.others)}: they cannot be computed for a step alone; "
                 "leave temporal steps out of the recipe"
             )
 
@@ -87,7 +87,7 @@ def find(network: Network) -> TemporalPath:
     embedders, projections = network.named(*time.embedders), network.named(*time.projections)
     for what, found, names in (("embedder", embedders, time.embedders), ("projection", projections, time.projections)):
         if not found:
-            raise AerogelError(f"this {network.family.name} network has no {what} of the time step ({', '.join(names)})")
+            raise AerogelError(f"this {network.family.name} model has no {what} of the time step ({', '.join(names)})")
     config = network.config or {}
     others = [other for setting, other in time.others if config.get(setting)]
     return TemporalPath(embedders, projections, tuple(dict.fromkeys(others)))

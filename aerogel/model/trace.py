@@ -118,7 +118,7 @@ class _Sources(TorchFunctionMode):
 
 
 class _Paused:
-    """What happens inside a block is the block's own business."""
+    """Stops following while a block runs: what happens inside it is not part of the route."""
 
     def __init__(self, sources: _Sources) -> None:
         self._sources = sources

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 OPERANDS = ("query", "key", "probabilities", "value")
-"""What the two products multiply, in the order in which they are needed."""
+"""Operands of the two products, in the order in which they are needed."""
 
 
 def attention(

@@ -22,7 +22,9 @@ def pack(codes_OI: Tensor, bits: int, packed_dim: int = 1) -> Tensor:
     codes = codes_OI.transpose(-1, -2) if packed_dim == 0 else codes_OI
     per_word, half = 32 // bits, 1 << (bits - 1)
     if codes.numel() and not -half <= int(codes.min()) <= int(codes.max()) < half:
-        raise AerogelError(f"cannot pack: codes lie in [{int(codes.min())}, {int(codes.max())}], {bits} bits hold [{-half}, {half - 1}]")
+        raise AerogelError(
+            f"cannot pack: integer codes lie in [{int(codes.min())}, {int(codes.max())}], {bits} bits hold [{-half}, {half - 1}]"
+        )
     words = torch.zeros(*codes.shape[:-1], -(-codes.shape[-1] // per_word), dtype=torch.int32, device=codes.device)
     moved = torch.empty_like(words)  # one buffer for all places: many of this size would scatter over the heap
     for place in range(per_word):

@@ -68,7 +68,7 @@ class TensorScheme:
     granularity: Granularity
     symmetric: bool = True
     dynamic: bool = False
-    """Whether the scale is computed from the tensor at run time instead of being stored."""
+    """True where the scale is computed from the tensor at run time instead of being stored."""
     scale_format: Literal["float", "e8m0", "e4m3"] = "float"
     """The format that block scales are rounded to (mx: e8m0; nv: e4m3 under one float scale a tensor)."""
 

@@ -1,4 +1,4 @@
-"""What the processes of a group share that train one thing, each on its share of the images; alone, none of it does anything.
+"""Collectives for processes that train one thing, each on its share of the samples; with one process they do nothing.
 
 A group is what the script that runs in each of them made (torch.distributed.init_process_group). B samples.
 """
@@ -24,7 +24,7 @@ def averaged(x: Tensor) -> Tensor:
 
 
 def of_first(x: Tensor) -> Tensor:
-    """What the first process has, in all of them."""
+    """Broadcast the first process's tensor to all."""
     if group_size() == 1:
         return x
     theirs = x.detach().to(_place(), copy=True)

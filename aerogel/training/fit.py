@@ -62,9 +62,9 @@ class Fit:
     check: int = 50
     """Steps between measurements of the loss over all calls."""
     optimizer: Literal["adamw", "adam"] = "adamw"
-    """Which optimiser."""
+    """Optimiser."""
     keep: Literal["best", "last"] = "best"
-    """Which parameters stay: the best by the loss over all calls, or the last, where the loss itself changes on the way."""
+    """Parameters to keep: the best by the loss over all calls, or the last, where the loss itself changes on the way."""
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0 (arXiv:1608.03983, one cycle)."""
@@ -77,7 +77,7 @@ class Fit:
 
 @dataclass
 class History:
-    """What happened in a fit."""
+    """Record of a fit."""
 
     losses: list[float] = field(default_factory=list)
     """Loss of each step's batch, before the step."""

@@ -1,4 +1,4 @@
-"""What a student is asked to match: outputs, features or distributions of its teacher; every loss is a scalar in float32."""
+"""Losses between a student and its teacher: outputs, features or distributions; every loss is a scalar in float32."""
 
 from __future__ import annotations
 

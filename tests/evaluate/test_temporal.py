@@ -136,9 +136,9 @@ def test_another_network_and_a_broken_one_are_named() -> None:
         down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
     ).eval()  # fmt: skip
     other.processor.unet = other.module = wide
-    with pytest.raises(AerogelError, match=r"down_blocks\.1\.resnets\.0\.time_emb_proj gives another feature than in the original"):
+    with pytest.raises(AerogelError, match=r"down_blocks\.1\.resnets\.0\.time_emb_proj has features of another shape than in the original"):
         Temporal(steps=2).measure(other, network)
     with torch.no_grad():
         broken.module.get_submodule("mid_block.resnets.0.time_emb_proj").weight[0] = torch.nan  # type: ignore[index,operator]
-    with pytest.raises(AerogelError, match=r"mid_block\.resnets\.0\.time_emb_proj gives temporal features that are no numbers"):
+    with pytest.raises(AerogelError, match=r"mid_block\.resnets\.0\.time_emb_proj has temporal features that are NaN or infinite"):
         Temporal(steps=2).measure(broken, network)
