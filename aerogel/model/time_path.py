@@ -74,7 +74,7 @@ class TemporalPath:
         """Raise AerogelError, with the reason, unless the temporal features depend on the step alone."""
         if self.others:
             raise AerogelError(
-                f"the temporal features of this model also depend on {' and '.join(self.others)}: they cannot be computed for a step alone; "
+                f"the temporal features of this model also depend on {' and '.join(self.others)}: they cannot be computed per step; "
                 "leave temporal steps out of the recipe"
             )
 

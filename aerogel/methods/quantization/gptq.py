@@ -45,7 +45,7 @@ class Gptq(WeightMethod):
     act_order: ActOrder = "static"
     """Order of columns: as they are (none), or largest inputs first, with groups as they are (static) or in the new order (group)."""
     observer: Observer | Literal["output"] = "output"
-    """How ranges are found: minmax (cover every weight), mse (least squared error) or output (least error that columns cannot compensate)."""
+    """How ranges are found: minmax (cover every weight), mse (least squared error) or output (least uncompensated error)."""
     true_sequential: bool | None = None
     """Whether linear layers are quantized in the order in which they run, with those before quantized; null: where one pass is enough."""
     max_activation_gb: float = 1.0
