@@ -33,7 +33,7 @@ def options(source: Path) -> dict[str, Any]:
 
 
 def killed(source: Path, output: Path, recipe: Any, doom: Doom) -> None:
-    """Compress in another process, which goes on with an unfinished run if there is one and kills itself."""
+    """Compress in another process, which resumes an unfinished run if there is one and kills itself."""
     child = _CONTEXT.Process(target=_run, args=(source, output, recipe, doom))
     child.start()
     child.join(120)

@@ -1,1 +1,1 @@
-"""The command line: what is typed, and how answers look on a terminal; no logic."""
+"""Command line: commands and terminal output; no logic."""

@@ -1,4 +1,4 @@
-"""Cards: what `aerogel list` and `aerogel show` say about anything that has a name."""
+"""Cards: the text that `aerogel list` and `aerogel show` print about a method, recipe, family, exporter or measure."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MODELS = "models"
 
 
 def summaries(kind: str) -> dict[str, str]:
-    """One line on each name of a kind; nothing of them is imported."""
+    """Return one line for each name of a kind, without importing any of them."""
     if kind == MODELS:
         return {name: f"{packaged.file.rpartition('/')[2]} ({packaged.licence})" for name, packaged in REFERENCES.items()}
     return {name: catalog.card(kind, name).summary for name in catalog.names(kind)}
 
 
 def show(name: str) -> list[dict[str, Any]]:
-    """The cards of everything that bears a name; raises AerogelError with the nearest names when nothing does."""
+    """Return the cards of everything with this name; raises AerogelError with the nearest names when there is none."""
     cards = [_card(kind, name) for kind in catalog.KINDS if name in catalog.names(kind)]
     if not cards:
         known = {known for kind in catalog.KINDS for known in catalog.names(kind)}
@@ -32,10 +32,10 @@ def show(name: str) -> list[dict[str, Any]]:
 
 
 def as_text(card: Mapping[str, Any]) -> str:
-    """A card for people."""
+    """Return a card as text."""
     lines = [f"{card['name']} ({card['kind']})", "", card["about"]]
-    if card.get("needs"):
-        lines += ["", f"needs: {', '.join(card['needs'])}"]
+    if card.get("requires"):
+        lines += ["", f"requires: {', '.join(card['requires'])}"]
     for number, step in enumerate(card.get("steps", []), 1):
         for method, options in step.items():
             lines += ["", f"{number}. {method}", *(f"    {option}: {value!r}" for option, value in options.items())]
@@ -60,13 +60,13 @@ def _card(kind: str, name: str) -> dict[str, Any]:
         return card | {field.name: plain(getattr(member, field.name)) for field in fields(member) if field.name != "name"}
     card["about"] = "\n\n".join(doc for doc in docs if doc)
     if hasattr(member, "requires"):
-        # What a method needs may depend on its options; a card tells of the defaults.
+        # The requirements may depend on the options; a card shows those of the defaults.
         card["requires"] = sorted(member().requires if isinstance(member.requires, property) else member.requires)
     if is_dataclass(member):
-        card["options"] = [_knob(option) for option in catalog.options(member)]
+        card["options"] = [_option(option) for option in catalog.options(member)]
     return card
 
 
-def _knob(option: catalog.Option) -> dict[str, Any]:
+def _option(option: catalog.Option) -> dict[str, Any]:
     default = {} if option.default is MISSING else {"default": plain(option.default)}
     return {"name": option.name, "type": option.type, "about": option.doc, **default}

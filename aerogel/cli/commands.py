@@ -1,4 +1,4 @@
-"""The command line: every command parses, calls one function and prints; heavy libraries are imported when a command runs."""
+"""Commands: each one parses its arguments, calls one function and prints; heavy libraries are imported when a command runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FAILED = 2
 
 
 class _Group(TyperGroup):
-    """Turns what a user can mend into one line on standard error and exit code 2."""
+    """Group of commands that turns an error of the user into one line on standard error and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
         # Threads that spin long while they wait slow each other down on a busy machine, those that never spin are slow to wake on a
@@ -35,35 +35,52 @@ class _Group(TyperGroup):
         except AerogelError as error:
             _fail(str(error))
         except OSError as error:
-            _fail(f"{error.filename or 'the operating system'}: {error.strerror or error}")
+            reason = error.strerror or str(error)
+            _fail(f"{error.filename}: {reason}" if error.filename else reason)
         except KeyboardInterrupt:
             _fail("interrupted; nothing was changed")
 
 
-app = typer.Typer(cls=_Group, help=aerogel.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+# Without rich markup: it would take a default in brackets, such as [sotu], for a style and drop it from the help text.
+app = typer.Typer(
+    cls=_Group,
+    help=aerogel.__doc__,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
-Model = Annotated[str, typer.Argument(help="Name of a reference model, folder, or hub id (owner/name).", show_default=False)]
-RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="METHOD.KNOB=VALUE", help="Override an option; may be repeated.")]
-Count = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration sequences [128], or images [64].")]
-Length = Annotated[int | None, typer.Option("--length", min=1, help="Tokens of a calibration sequence [512].")]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoisers: steps of the sampler they will be used with [20].")]
-Guidance = Annotated[float | None, typer.Option("--guidance", help="Denoisers: guidance scale; by default the pipeline's own.")]
+Model = Annotated[
+    str, typer.Argument(help="Model to open: a folder, a hub id (owner/name), or the name of a reference model.", show_default=False)
+]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Shipped recipe by name, or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="METHOD.OPTION=VALUE", help="Override one option of a step; may be repeated.")
+]
+Count = Annotated[
+    int | None,
+    typer.Option("--samples", min=1, help="Number of calibration samples: sequences [128], or images of a diffusion model [64]."),
+]
+Length = Annotated[int | None, typer.Option("--length", min=1, help="Tokens per calibration sequence [512].")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Diffusion: sampling steps the model will be used with [20].")]
+Guidance = Annotated[float | None, typer.Option("--guidance", help="Diffusion: guidance scale [the pipeline's default].")]
 Data = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="Calibration text [sotu]: shipped name, .txt, .jsonl (with images: chats), or a datasets folder; denoisers: a prompt a line.",
+        help="Calibration data [sotu]: shipped text by name, .txt, .jsonl (text or chats with images), or a datasets folder. "
+        "Diffusion: file with one prompt per line.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of torch; by default all cores.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")]
-Against = Annotated[str | None, typer.Option("--against", help="The original to compare with.")]
+Seed = Annotated[int, typer.Option("--seed", help="Random seed.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of torch [all cores].")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON on standard output.")]
+Against = Annotated[str | None, typer.Option("--against", help="Original model to compare with.")]
 
 
 class Kind(StrEnum):
-    """What can be listed."""
+    """Kinds of names that can be listed."""
 
     recipes = "recipes"
     methods = "methods"
@@ -77,7 +94,7 @@ class Kind(StrEnum):
 def compress(
     model: Model,
     recipe: RecipeName,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist or be empty.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output folder; must be new or empty.")],
     overrides: Overrides = None,
     samples: Count = None,
     length: Length = None,
@@ -85,12 +102,12 @@ def compress(
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
-    evaluate: Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="Measure quality, size and speed at the end.")] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")] = False,
+    evaluate: Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="Measure quality, size and speed after compression.")] = True,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compress a model by a recipe, save it, and say what it cost and won."""
+    """Compress a model with a recipe, save it, and report quality, size and speed."""
     _start(threads)
     from aerogel.cli import terminal
     from aerogel.engine import run
@@ -112,7 +129,9 @@ def compress(
             )
     except KeyboardInterrupt as error:
         kept = (
-            f"{partial_of(output)} keeps what is finished: add --resume to go on" if partial_of(output).exists() else "nothing was changed"
+            f"{partial_of(output)} keeps the finished blocks: add --resume to resume"
+            if partial_of(output).exists()
+            else "nothing was changed"
         )
         raise AerogelError(f"interrupted; {kept}") from error
     report = result.report()
@@ -135,7 +154,7 @@ def plan(
     steps: Steps = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a recipe will do to a model: layers, size, memory, time; no weight is changed."""
+    """Dry run: show the affected layers, and estimate size, memory and time; no weight is changed."""
     _start()
     from aerogel.cli import terminal
     from aerogel.engine import planning
@@ -151,18 +170,25 @@ def plan(
 def search(
     model: Model,
     task: Annotated[
-        str, typer.Option("--task", help="cache, a policy of reuse between steps, or skip, a rule for experts of a mixture.")
+        str,
+        typer.Option(
+            "--task", help="cache: feature-caching policies of a diffusion pipeline; skip: expert-skipping policies of an MoE model."
+        ),
     ] = "cache",
     budget: Annotated[
-        str | None, typer.Option("--budget", help="Times that denoising has to be faster [1.5x]; share of expert calls to drop [0.67].")
+        str | None,
+        typer.Option("--budget", help="cache: speed-up of denoising [1.5x]; skip: share of token-expert assignments to drop [0.67]."),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the best policy and the report.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Output folder for the best policy and the report.")] = None,
     only: Annotated[list[str] | None, typer.Option("--only", metavar="METHOD", help="Policy to try; may be repeated [all].")] = None,
     overrides: Overrides = None,
     samples: Annotated[
-        int | None, typer.Option("--samples", min=1, help="Images, chats or sequences to calibrate on, and as many to judge by.")
+        int | None,
+        typer.Option(
+            "--samples", min=1, help="Calibration samples (images, chats or sequences); as many again are held out to compare policies."
+        ),
     ] = None,
-    data: Annotated[str | None, typer.Option("--data", help="Prompts, one a line; chats (.jsonl), or text.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="cache: file with one prompt per line; skip: chats (.jsonl) or text.")] = None,
     length: Length = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -170,7 +196,7 @@ def search(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Hold all caching policies of a pipeline, or all rules that skip experts, against each other at one budget; keep the best."""
+    """Compare all feature-caching or expert-skipping policies at one budget and keep the best."""
     _start(threads)
     from aerogel.cli import terminal
     from aerogel.engine.calibration import CalibrationRequest
@@ -199,16 +225,14 @@ def search(
 def evaluate(
     model: Model,
     against: Against = None,
-    measures: Annotated[
-        list[str] | None, typer.Option("--measure", help="Measure to take; may be repeated. Default: all that fit.")
-    ] = None,
+    measures: Annotated[list[str] | None, typer.Option("--measure", help="Measure to run; may be repeated [all that apply].")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="MEASURE.KNOB=VALUE", help="Set an option of a measure; may be repeated.")
+        list[str] | None, typer.Option("--set", metavar="MEASURE.OPTION=VALUE", help="Set an option of a measure; may be repeated.")
     ] = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the quality of a model, beside its original when given; numbers are added to a compressed folder's record."""
+    """Measure quality, and compare with the original if given; results are added to aerogel.json of a compressed folder."""
     _start(threads)
     from aerogel.cli import terminal
     from aerogel.engine import scores
@@ -222,16 +246,16 @@ def evaluate(
 def bench(
     model: Model,
     against: Against = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences or images at once.")] = 1,
-    prompt: Annotated[int | None, typer.Option("--prompt", min=1, help="Text: tokens of the prompt [512].")] = None,
-    new_tokens: Annotated[int | None, typer.Option("--new-tokens", min=2, help="Text: tokens to generate [32].")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Images: steps of the sampler [20].")] = None,
-    guidance: Annotated[float | None, typer.Option("--guidance", help="Images: guidance scale; by default the pipeline's own.")] = None,
-    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Turns of each model [3].")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Batch size: sequences or images.")] = 1,
+    prompt: Annotated[int | None, typer.Option("--prompt", min=1, help="Text: prompt tokens [512].")] = None,
+    new_tokens: Annotated[int | None, typer.Option("--new-tokens", min=2, help="Text: new tokens to generate [32].")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Images: sampling steps [20].")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="Images: guidance scale [the pipeline's default].")] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Timed rounds per model [3].")] = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time prefill and decoding, or images, in turns with the original when given; numbers are added to a compressed folder's record."""
+    """Time prefill and decoding, or image generation, alternating with the original if given; results are added to aerogel.json."""
     _start(threads)
     from aerogel.cli import terminal
     from aerogel.engine import scores
@@ -243,14 +267,14 @@ def bench(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="A folder that `aerogel compress` wrote.", show_default=False)],
-    format: Annotated[str, typer.Option("--format", "-f", help="Name of an exporter; `aerogel list exporters` lists them.")],  # noqa: A002
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist or be empty.")],
+    folder: Annotated[Path, typer.Argument(help="Folder written by `aerogel compress`.", show_default=False)],
+    format: Annotated[str, typer.Option("--format", "-f", help="Output format; see `aerogel list exporters`.")],  # noqa: A002
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output folder; must be new or empty.")],
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FORMAT.KNOB=VALUE", help="Set an option of the exporter; may be repeated.")
+        list[str] | None, typer.Option("--set", metavar="FORMAT.OPTION=VALUE", help="Set an option of the format; may be repeated.")
     ] = None,
 ) -> None:
-    """Rewrite a compressed folder for another engine, without calibrating again."""
+    """Convert a compressed folder to another format, without calibrating again."""
     _start()
     from aerogel.engine import exporting
 
@@ -260,18 +284,18 @@ def export(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="A folder that `aerogel compress` or `search` wrote.", show_default=False)],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file; by default report.html in the folder.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder written by `aerogel compress` or `aerogel search`.", show_default=False)],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file [report.html in the folder].")] = None,
 ) -> None:
-    """Write the report of a compressed folder, or of a search, as one self-contained HTML file."""
+    """Write the report of a compressed folder or a search as one self-contained HTML file."""
     from aerogel.report import page, search
 
     typer.echo((search if (folder / search.FILE).is_file() else page).write(folder, output))
 
 
 @app.command("list")
-def list_(kind: Annotated[Kind, typer.Argument(help="What to list.", show_default=False)], as_json: AsJson = False) -> None:
-    """List recipes, methods, families, exporters, measures or models, with one line on each."""
+def list_(kind: Annotated[Kind, typer.Argument(help="Kind to list.", show_default=False)], as_json: AsJson = False) -> None:
+    """List recipes, methods, families, exporters, measures or models, one per line."""
     from aerogel.cli import cards
 
     lines = cards.summaries(kind)
@@ -284,10 +308,8 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.", show_defaul
 
 
 @app.command()
-def show(
-    name: Annotated[str, typer.Argument(help="Name of anything that `aerogel list` lists.", show_default=False)], as_json: AsJson = False
-) -> None:
-    """Show the cards that bear a name: what it does, where it comes from, its options with their defaults, what it needs."""
+def show(name: Annotated[str, typer.Argument(help="Name from `aerogel list`.", show_default=False)], as_json: AsJson = False) -> None:
+    """Show a method, recipe, family, exporter or measure: description, paper, options with defaults, requirements."""
     from aerogel.cli import cards
 
     shown = cards.show(name)
@@ -300,7 +322,7 @@ def main() -> None:
 
 
 def _start(threads: int | None = None) -> None:
-    """Set the libraries up for a command: threads, and no chatter of their own."""
+    """Prepare the libraries for a command: number of threads, no log output of transformers."""
     import torch
     from transformers.utils import logging
 

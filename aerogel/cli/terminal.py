@@ -1,4 +1,4 @@
-"""What the command line draws: the progress bar, the comparison of two networks, a plan."""
+"""Terminal output: the progress bar, the comparison of two models, a plan, a search."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from aerogel.report import compare, coverage, phrases, record, reuse, search
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Tell]:
-    """One bar for the whole run on standard error, or nothing at all."""
+    """Show one progress bar for the whole run on standard error, or nothing when quiet."""
     if quiet:
         yield lambda event: None
         return
@@ -28,7 +28,7 @@ def progress(quiet: bool) -> Iterator[Tell]:
 
 
 def print_comparison(metrics: Mapping[str, Any]) -> None:
-    """Print the original beside the compressed network, one line a number."""
+    """Print the metrics of the original and the compressed model, one per line."""
     sides = record.Metrics.model_validate(metrics)
     table = Table("", "original", "compressed", "", box=None, pad_edge=False)
     for column in table.columns[1:]:
@@ -40,27 +40,27 @@ def print_comparison(metrics: Mapping[str, Any]) -> None:
 
 
 def print_coverage(facts: Mapping[str, Any]) -> None:
-    """Print which layers and operands are in codes by now, and what is left in float."""
+    """Print which layers and attention operands are quantized, and which are not."""
     console = Console(soft_wrap=True, highlight=False)
     found = record.Coverage.model_validate(facts)
     left = dict(coverage.left_in_float(found))
     for what, shares in groupby(coverage.shares(found), key=lambda share: share.what):
         console.print(f"{what} of {found.layers} layers: {', '.join(f'{share.layers} in {share.form}' for share in shares)}", markup=False)
         if what in left:
-            console.print(f"  in float: {', '.join(phrases.several(*group) for group in left[what])}", markup=False)
+            console.print(f"  not quantized: {', '.join(phrases.several(*group) for group in left[what])}", markup=False)
     if found.attentions:
-        console.print(f"operands rounded in {len(found.attentions)} attentions")
+        console.print(f"attention operands quantized in {len(found.attentions)} attention modules")
 
 
 def print_reuse(facts: Sequence[Mapping[str, Any]]) -> None:
-    """Print what policies reuse, a line each."""
+    """Print a line about each caching policy."""
     for policy in map(record.Policy.model_validate, facts):
         if found := policy.reuse:
             Console(soft_wrap=True, highlight=False).print(f"{found.policy}: {reuse.sentence(found)}", markup=False)
 
 
 def print_search(facts: Mapping[str, Any]) -> None:
-    """Print the policies of a search, best first, and why others are not among them."""
+    """Print the policies of a search, best first, and the reason for each that was left out."""
     found, console = search.told(facts), Console(soft_wrap=True, highlight=False)
     table = Table(*found.columns, box=None, pad_edge=False)
     for number, column in enumerate(table.columns):
@@ -76,16 +76,16 @@ def print_search(facts: Mapping[str, Any]) -> None:
 
 
 def print_plan(plan: Plan) -> None:
-    """Print what a recipe will do, and what stands in its way."""
+    """Print what a recipe will do, and the problems found."""
     console = Console(soft_wrap=True, highlight=False)
     for (method, scheme), count in Counter((linear.method, linear.scheme) for linear in plan.touched).items():
-        console.print(f"{method} stores {count} linears in {scheme}")
+        console.print(f"{method} stores {count} linear layers in {scheme}")
     for line in _grouped(plan.kept) if plan.touched else ():
-        console.print(f"kept in float: {line}", markup=False)
+        console.print(f"not quantized: {line}", markup=False)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("weights reached", f"{phrases.percent(plan.share_reached)} of {phrases.number(plan.parameters)}")
     table.add_row("size on disk", f"{phrases.size(plan.source_bytes)} -> {phrases.size(plan.predicted_bytes)}")
-    table.add_row("peak memory", f"about {phrases.size(plan.peak_memory_bytes)} over the interpreter's own (an estimate)")
+    table.add_row("peak memory", f"about {phrases.size(plan.peak_memory_bytes)} above the memory of the interpreter (an estimate)")
     table.add_row("time", f"about {phrases.seconds(sum(plan.seconds.values()))} with evaluation (an estimate)")
     console.print(table)
     for problem in plan.problems:
@@ -93,6 +93,6 @@ def print_plan(plan: Plan) -> None:
 
 
 def _grouped(kept: Sequence[Kept]) -> Iterator[str]:
-    """Kept modules by reason, with the same module of every block on one line."""
+    """Yield the unquantized modules by reason, with the same module of every block on one line."""
     for (name, reason), count in Counter((record.pattern(module.name), module.reason) for module in kept).items():
         yield f"{phrases.several(name, count)}: {reason}"

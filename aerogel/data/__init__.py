@@ -1,1 +1,1 @@
-"""Calibration and evaluation samples, one modality a file."""
+"""Calibration and evaluation data, one modality per file."""

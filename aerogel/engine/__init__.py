@@ -1,1 +1,1 @@
-"""A run from its checks to its result: the only loop over steps, and what stands around it."""
+"""Compression engine: checks, the loop over the steps of a recipe, resume, provenance, results and search."""

@@ -30,7 +30,7 @@ def check_output(output: Path, needed_bytes: int, origin: Path | None, resume: b
     if partial.exists() and not (partial / RUN).exists():
         raise AerogelError(f"{partial} is in the way and is no unfinished run; move it, or give another output")
     if partial.exists() and not resume:
-        raise AerogelError(f"{partial} holds an unfinished run; add --resume to go on with it, or remove it to start anew")
+        raise AerogelError(f"{partial} holds an unfinished run; add --resume to resume it, or remove the folder to start again")
     save.preflight(output, needed_bytes, origin)
 
 

@@ -49,7 +49,7 @@ class Progress:
 
     @classmethod
     def open(cls, folder: Path, network: Network, source: Checkpoint, fingerprint: Mapping[str, Any]) -> Progress:
-        """Begin a run, or go on with the one that lies there; raises AerogelError when that one is made of something else.
+        """Start a run, or resume the one in the folder; raises AerogelError when that one is made of something else.
 
         `source` has the network's weights; `fingerprint` is JSON that says part by part what the run is made of.
         """
@@ -132,7 +132,7 @@ def _require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any
     for part in {**now, **before}:
         if before.get(part) != now.get(part):
             raise AerogelError(
-                f"{folder} was begun with another {part} ({_brief(before.get(part))}, now {_brief(now.get(part))}); "
+                f"{folder} was started with another {part} ({_brief(before.get(part))}, now {_brief(now.get(part))}); "
                 f"give the same {part} to resume, or remove the folder to start anew"
             )
 

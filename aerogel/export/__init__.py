@@ -1,1 +1,1 @@
-"""Output formats, one a file."""
+"""Export formats, one per file."""

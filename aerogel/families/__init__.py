@@ -1,1 +1,1 @@
-"""Architecture families, one a file: the names of their parts, as data."""
+"""Model families, one per file: module names and corrections to the discovered structure, as data."""

@@ -1,1 +1,1 @@
-"""Running a model: generation, the fast decoder, the LM head."""
+"""Inference: text generation, the fast decoder, the LM head."""

@@ -1,1 +1,1 @@
-"""Opening and saving: checkpoints, shards, quantization configs, pipelines, processors."""
+"""Loading and saving: checkpoints, shards, quantization configs, pipelines, processors."""

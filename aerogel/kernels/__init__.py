@@ -1,1 +1,1 @@
-"""Fast twins of numerics, chosen by device, dtype and row count."""
+"""Fast implementations of the functions in numerics, chosen by device, dtype and row count."""

@@ -1,1 +1,1 @@
-"""Compression methods, one a file; the folder is the list."""
+"""Compression methods, one per file."""

@@ -1,1 +1,1 @@
-"""How to look into a network; knows no method and no family by name."""
+"""Model structure: families, block walk, tracing, edges and statistics; knows no method and no family by name."""

@@ -1,0 +1,1 @@
+"""Tensor math: number formats, schemes, rounding, packing, rotation."""

@@ -1,1 +1,1 @@
-"""One self-contained HTML file from saved metrics."""
+"""HTML report, written from saved metrics."""

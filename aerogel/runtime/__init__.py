@@ -1,1 +1,1 @@
-"""What acts while a model runs, one folder a technique: put on and taken off in the same way."""
+"""Runtime policies: feature caching, expert skipping and attention quantization during inference."""

@@ -1,1 +1,1 @@
-"""Fitting a block or a network to its teacher."""
+"""Training: fitting a block or a model to its teacher, losses, distributed training."""

@@ -88,9 +88,9 @@ def test_plan_changes_nothing_and_says_what_would_be(desk: Path, compressed: Any
     assert len(made["touched"]) == compressed["plan"]["linears"] == 14
     assert made["predicted_bytes"] == compressed["plan"]["predicted_bytes"]
     said = run("plan", desk / "model", "-r", desk / "own.yaml")
-    assert "gptq stores 12 linears in W4A16_G32" in said
-    assert "gptq stores 2 linears in W8A16_G32" in said
-    assert "kept in float: lm_head: ignored by the recipe" in said
+    assert "gptq stores 12 linear layers in W4A16_G32" in said
+    assert "gptq stores 2 linear layers in W8A16_G32" in said
+    assert "not quantized: lm_head: ignored by the recipe" in said
     assert "an estimate" in said
     assert digests(desk) == before
 
@@ -171,11 +171,11 @@ def test_list_names_everything_with_a_line(kind: cli.Kind) -> None:
         assert list(lines) == catalog.names(kind)
 
 
-def test_show_says_what_a_method_does_and_its_knobs() -> None:
+def test_show_says_what_a_method_does_and_its_options() -> None:
     card, exporter = as_json("show", "gptq")
     assert (card["kind"], exporter["kind"]) == ("methods", "exporters")
     assert "arXiv:2210.17323" in card["about"]
-    assert card["needs"] == ["calls"]
+    assert card["requires"] == ["calls", "uncached"]
     damping = next(option for option in card["options"] if option["name"] == "damping")
     assert damping == {"name": "damping", "type": "float", "about": damping["about"], "default": Gptq.damping}
     said = run("show", "gptq")
@@ -193,7 +193,9 @@ def test_show_knows_every_name() -> None:
 
 def test_show_spells_a_recipe_out() -> None:
     assert as_json("show", "gptq-w4a16")[0]["steps"][0]["gptq"]["scheme"] == "W4A16_G64"
-    assert "1. gptq\n    scheme: 'W4A16_G64'" in run("show", "gptq-w4a16")
+    shown = run("show", "gptq-w4a16")
+    assert "1. gptq\n" in shown
+    assert "\n    scheme: 'W4A16_G64'\n" in shown
 
 
 def test_help_names_every_command_and_starts_at_once() -> None:
@@ -217,3 +219,11 @@ def test_every_option_is_explained() -> None:
     for name, command in typer.main.get_command(cli.app).commands.items():
         assert command.help, name
         assert all(getattr(option, "help", None) for option in command.params), name
+
+
+def test_help_shows_the_defaults() -> None:
+    """Rich markup would drop a default in brackets, such as [sotu], as an unknown style."""
+    shown = " ".join(run("compress", "--help").split())
+    for default in ("sequences [128]", "diffusion model [64]", "sequence [512]", "data [sotu]", "with [20]", "[default: 0]"):
+        assert default in shown
+    assert "may be repeated [all]" in " ".join(run("search", "--help").split())

@@ -1,4 +1,4 @@
-"""What the command line prints about coverage: counts by format, the names left in float, each place once."""
+"""What the command line prints about coverage: counts by format, the names of layers that are not quantized, each place once."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ def test_coverage_is_printed_by_format_with_what_is_left(capsys: pytest.CaptureF
     print_coverage(coverage())
     assert capsys.readouterr().out.splitlines() == [
         "weights of 10 layers: 5 in int4, 5 in float",
-        "  in float: conv_in, conv_out, up_blocks.*.resnets.*.conv_shortcut (3 of them)",
+        "  not quantized: conv_in, conv_out, up_blocks.*.resnets.*.conv_shortcut (3 of them)",
         "inputs of 10 layers: 4 in int8, one range a step, 6 in float",
-        "  in float: mid_block.<b>conv</b>",
-        "operands rounded in 2 attentions",
+        "  not quantized: mid_block.<b>conv</b>",
+        "attention operands quantized in 2 attention modules",
     ]
 
 
-def test_names_are_not_listed_where_nothing_is_in_codes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_are_not_listed_where_nothing_is_quantized(capsys: pytest.CaptureFixture[str]) -> None:
     print_coverage({"layers": 2, "weights": {}, "inputs": {}, "float_weights": ["a", "b"], "float_inputs": ["a", "b"], "attentions": []})
     assert capsys.readouterr().out.splitlines() == ["weights of 2 layers: 2 in float", "inputs of 2 layers: 2 in float"]

@@ -217,10 +217,10 @@ def test_an_unfinished_run(desk: Desk) -> None:
     (desk.folder / "out.partial" / "run.json").write_text("{}")
     result = desk.run(*desk.compress())
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert "out.partial holds an unfinished run; add --resume to go on with it, or remove it to start anew" in result.stderr
+    assert "out.partial holds an unfinished run; add --resume to resume it, or remove the folder to start again" in result.stderr
     result = desk.run(*desk.compress("--resume"))
     assert result.exit_code == 2
-    assert "was begun with another model" in result.stderr
+    assert "was started with another model" in result.stderr
 
 
 @pytest.fixture

@@ -149,14 +149,14 @@ def test_a_run_made_of_something_else_is_refused(
     if part == "model":
         shutil.copy(source.parent / "text.txt", tmp_path)
         source = model_folder(tmp_path / "model", num_hidden_layers=BLOCKS, seed=1)
-    with pytest.raises(AerogelError, match=f"was begun with another {part} .*to resume, or remove the folder"):
+    with pytest.raises(AerogelError, match=f"was started with another {part} .*to resume, or remove the folder"):
         run(source, unfinished, resume=True, **given)
     assert digests(partial_of(unfinished)) == before
 
 
 def test_an_unfinished_run_is_not_overwritten(source: Path, unfinished: Path) -> None:
     before = digests(partial_of(unfinished))
-    with pytest.raises(AerogelError, match=r"unfinished\.partial holds an unfinished run; add --resume .* or remove it"):
+    with pytest.raises(AerogelError, match=r"unfinished\.partial holds an unfinished run; add --resume .* or remove the folder"):
         run(source, unfinished)
     assert digests(partial_of(unfinished)) == before
 
