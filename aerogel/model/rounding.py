@@ -1,4 +1,4 @@
-"""From a float linear and a grid to its quantized twin; what methods that end in rounding share."""
+"""From a float layer and a grid to its quantized twin; what methods that end in rounding share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from aerogel.layers.conv import Layer, matrix, quantized
 from aerogel.layers.linear import QuantLinear, stored_grid
 from aerogel.model.statistics import InputStatistics
-from aerogel.numerics.quantize import Grid, grid_from_range, quantize
+from aerogel.numerics.observers import mse_search
+from aerogel.numerics.quantize import Grid, grid_from_range, grouped, quantize
 from aerogel.numerics.scheme import Scheme
 
 InputRange = Literal["absmax", "average"]
@@ -21,6 +22,15 @@ def round_to_nearest(layer: Layer, scheme: Scheme, grid: Grid, dtype: torch.dtyp
     """Return the quantized twin of `layer` on this grid, whose scales are stored in `dtype`."""
     grid = stored_grid(grid, dtype)
     return quantized(layer, scheme, quantize(matrix(layer), grid, scheme.weights), grid, None, input_grid, dtype)
+
+
+def rounding_grid(layer: Layer, scheme: Scheme, dtype: torch.dtype | None) -> Grid:
+    """Return the grid between whose points learned rounding decides, as stored in `dtype` (the layer's own when None).
+
+    It has the least error in the 2.4-norm, among ranges shrunk to 1.00, 0.99, ... 0.21.
+    """
+    grid = mse_search(grouped(matrix(layer), scheme.weights.granularity), scheme.weights, p=2.4, shrink=0.79)
+    return stored_grid(grid, dtype or layer.weight.dtype)
 
 
 def static_inputs(scheme: Scheme, statistics: InputStatistics | None, rule: InputRange, dtype: torch.dtype) -> Grid | None:

@@ -7,6 +7,8 @@ zeros, which change neither a range nor an error; a percentile counts them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,29 +46,33 @@ def mse_search(x: Tensor, scheme: TensorScheme, p: float = 2.4, shrink: float = 
     """
     low, high = torch.aminmax(x.float(), dim=-1)
     outer = grid_from_range(low, high, scheme).outer  # block scales of every candidate share it
+    factors = [1 - i / steps for i in range(round(shrink * steps) + 1)]
     rows, lows, highs = x.flatten(0, -2) if x.ndim > 1 else x[None], low.flatten(), high.flatten()
     best = torch.empty_like(lows)
     for part in torch.arange(len(rows), device=x.device).split(max(1, _CHUNK // rows.shape[1])):
-        best[part] = _best_factor(
-            rows[part].float(), lows[part], highs[part], scheme, outer, p, [i / steps for i in range(round(shrink * steps) + 1)]
-        )
+        cost = partial(_power_error, rows[part].float(), lows[part], highs[part], scheme, outer, p)
+        start = torch.ones_like(lows[part])
+        best[part], _ = best_factor(cost, (start * factor for factor in factors), start, torch.full_like(start, torch.inf))
     factor = best.view_as(low)
     return grid_from_range(low * factor, high * factor, scheme, outer)
 
 
-def _best_factor(
-    rows: Tensor, low: Tensor, high: Tensor, scheme: TensorScheme, outer: Tensor | None, p: float, cuts: list[float]
-) -> Tensor:
-    least, best = torch.full_like(low, torch.inf), torch.ones_like(low)
-    for factor in (1 - cut for cut in cuts):
-        grid = grid_from_range(low * factor, high * factor, scheme, outer)
-        step, zero = grid.step[:, None], 0 if grid.zero is None else grid.zero[:, None]
-        values = (to_values(to_codes(rows / step + zero, scheme.format), scheme.format) - zero) * step
-        error = values.sub_(rows).abs_().log_().mul_(p).exp_().sum(-1)  # |error|^p at half the cost of pow
+def best_factor(cost: Callable[[Tensor], Tensor], factors: Iterable[Tensor], best: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each scale the factor of its range that costs least, and that cost; `best` and `least` are what to improve on."""
+    for factor in factors:
+        error = cost(factor)
         better = error < least
         least = torch.where(better, error, least)
-        best = torch.where(better, torch.full_like(best, factor), best)
-    return best
+        best = torch.where(better, factor, best)
+    return best, least
+
+
+def _power_error(rows: Tensor, low: Tensor, high: Tensor, scheme: TensorScheme, outer: Tensor | None, p: float, factor: Tensor) -> Tensor:
+    """Return sum |error|^p of each row on the grid of its range times `factor`."""
+    grid = grid_from_range(low * factor, high * factor, scheme, outer)
+    step, zero = grid.step[:, None], 0 if grid.zero is None else grid.zero[:, None]
+    values = (to_values(to_codes(rows / step + zero, scheme.format), scheme.format) - zero) * step
+    return values.sub_(rows).abs_().log_().mul_(p).exp_().sum(-1)  # |error|^p at half the cost of pow
 
 
 class RunningMinMax:

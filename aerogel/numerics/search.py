@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from aerogel.numerics.observers import min_max
+from aerogel.numerics.observers import best_factor, min_max
 from aerogel.numerics.quantize import Grid, grid_from_range, to_codes, to_values
 from aerogel.numerics.scheme import TensorScheme
 
@@ -42,7 +42,7 @@ def least_error(weight: Tensor, scheme: TensorScheme, moment: Tensor | None = No
     low, high = torch.aminmax(weight.float(), dim=-1)
     outer = grid_from_range(low, high, scheme).outer  # block scales of every candidate share it
     if weight.ndim == 1:
-        best = _best_factor(weight.float(), low, high, scheme, outer, moment, importance)
+        best = _least_error_factor(weight.float(), low, high, scheme, outer, moment, importance)
     else:
         rows = max(1, _CHUNK // weight[0].numel())
         shared = importance is None or len(importance) == 1
@@ -50,12 +50,12 @@ def least_error(weight: Tensor, scheme: TensorScheme, moment: Tensor | None = No
         for first in range(0, len(weight), rows):
             here = slice(first, first + rows)
             matters = importance if shared or importance is None else importance[here]
-            parts.append(_best_factor(weight[here].float(), low[here], high[here], scheme, outer, moment, matters))
+            parts.append(_least_error_factor(weight[here].float(), low[here], high[here], scheme, outer, moment, matters))
         best = torch.cat(parts)
     return grid_from_range(low * best, high * best, scheme, outer)
 
 
-def _best_factor(
+def _least_error_factor(
     weight: Tensor,
     low: Tensor,
     high: Tensor,
@@ -66,7 +66,7 @@ def _best_factor(
 ) -> Tensor:
     scaled, error = torch.empty_like(weight), torch.empty_like(weight)
 
-    def cost(factor: Tensor | float) -> Tensor:
+    def cost(factor: Tensor) -> Tensor:
         grid = grid_from_range(low * factor, high * factor, scheme, outer)
         torch.div(weight, grid.step[..., None], out=scaled)
         if grid.zero is not None:
@@ -81,12 +81,8 @@ def _best_factor(
             felt = (felt.transpose(0, 1) @ moment).transpose(0, 1)
         return torch.linalg.vecdot(error, felt) * grid.step.square()
 
-    best, least = torch.ones_like(low), cost(1.0)
-    for factors in (COARSE, FINE):
-        around = best.clone() if factors is FINE else torch.zeros_like(best)
-        for factor in factors:
-            size = cost(around + factor)
-            better = size < least
-            least = torch.where(better, size, least)
-            best = torch.where(better, around + factor, best)
+    full = torch.ones_like(low)
+    best, least = best_factor(cost, (full * factor for factor in COARSE), full, cost(full))
+    coarse = best
+    best, _ = best_factor(cost, (coarse + factor for factor in FINE), best, least)
     return best

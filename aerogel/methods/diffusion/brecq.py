@@ -16,16 +16,15 @@ from torch.func import functional_call
 
 from aerogel.errors import AerogelError
 from aerogel.layers.conv import Layer, matrix, quantized
-from aerogel.layers.linear import cache_dequantized, stored_grid
+from aerogel.layers.linear import cache_dequantized
 from aerogel.methods.base import CalibrationSize, CostEstimate, Requirement, WeightMethod
 from aerogel.model.block import Block
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.hooks import capture_inputs
+from aerogel.model.rounding import rounding_grid
 from aerogel.model.samples import Samples
 from aerogel.model.trace import NON_BLOCK
 from aerogel.numerics.adaround import beta_at, first_alpha, hard_codes, hard_weight, soft_weight, undecided
-from aerogel.numerics.observers import mse_search
-from aerogel.numerics.quantize import Grid, grouped
 from aerogel.numerics.scheme import Scheme
 from aerogel.training.fit import Fit, fit
 
@@ -93,7 +92,7 @@ class Brecq(WeightMethod):
 
     def _learn(self, block: Block, module: nn.Module, jobs: Jobs, samples: Samples, alone: str = "") -> None:
         dtype = block.stored_dtype
-        grids = {name: _grid(layer, scheme, dtype) for name, (layer, scheme) in jobs.items()}
+        grids = {name: rounding_grid(layer, scheme, dtype) for name, (layer, scheme) in jobs.items()}
         alphas = {name: nn.Parameter(first_alpha(matrix(layer), grids[name], scheme.weights)) for name, (layer, scheme) in jobs.items()}
 
         def loss_of(rounded: Any, chosen: Sequence[int]) -> Tensor:
@@ -138,9 +137,3 @@ def reconstruction_error(output: Any, wanted: Any) -> Tensor:
     """Return the squared distance, summed over channels and averaged over the rest, of each pair of tensors; images are (N, C, ...)."""
     pairs = zip(tensors_in(output), tensors_in(wanted), strict=True)
     return torch.stack([(a.float() - b.float()).square().sum(1 if a.ndim == 4 else -1).mean() for a, b in pairs]).sum()
-
-
-def _grid(layer: Layer, scheme: Scheme, dtype: torch.dtype | None) -> Grid:
-    """The grid of least error in the 2.4-norm, among ranges shrunk to 1.00, 0.99, ... 0.21, as it is stored."""
-    grid = mse_search(grouped(matrix(layer), scheme.weights.granularity), scheme.weights, p=2.4, shrink=0.79)
-    return stored_grid(grid, dtype or layer.weight.dtype)

@@ -16,15 +16,14 @@ from torch.func import functional_call
 
 from aerogel.errors import AerogelError
 from aerogel.layers.conv import quantized
-from aerogel.layers.linear import QuantLinear, stored_grid
+from aerogel.layers.linear import QuantLinear
 from aerogel.methods.base import Method, Requirement
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.rounding import rounding_grid
 from aerogel.model.time_path import TemporalPath, check, find, sinusoids
 from aerogel.model.timesteps import steps_of
 from aerogel.numerics.adaround import beta_at, first_alpha, hard_codes, soft_weight, undecided
-from aerogel.numerics.observers import mse_search
-from aerogel.numerics.quantize import Grid, grouped
 from aerogel.numerics.scheme import Scheme
 from aerogel.training.fit import Fit, fit
 
@@ -69,7 +68,7 @@ class Tiar(Method):
     def quantize(self, path: TemporalPath, sinusoid_TC: Tensor, scheme: Scheme, dtype: torch.dtype | None = None) -> dict[str, QuantLinear]:
         """Return the quantized twins of the path's linears by full name; `dtype` is that of stored scales."""
         linears = self._linears(path)
-        grids = {name: _grid(linear, scheme, dtype) for name, linear in linears.items()}
+        grids = {name: rounding_grid(linear, scheme, dtype) for name, linear in linears.items()}
         alphas = {name: nn.Parameter(first_alpha(linear.weight, grids[name], scheme.weights)) for name, linear in linears.items()}
         with torch.no_grad():
             wanted = path.features(sinusoid_TC)
@@ -112,9 +111,3 @@ def features_with(path: TemporalPath, sinusoid_TC: Tensor, weights: Mapping[str,
         full: functional_call(projection, {"weight": weights[full]} if full in weights else {}, (activated,))
         for full, projection in path.projections.items()
     }
-
-
-def _grid(linear: nn.Linear, scheme: Scheme, dtype: torch.dtype | None) -> Grid:
-    """The grid of least error in the 2.4-norm, among ranges shrunk to 1.00, 0.99, ... 0.21, as it is stored."""
-    grid = mse_search(grouped(linear.weight, scheme.weights.granularity), scheme.weights, p=2.4, shrink=0.79)
-    return stored_grid(grid, dtype or linear.weight.dtype)
