@@ -95,7 +95,7 @@ def _measured(network: Network, recipe: Recipe, samples: CalibrationInput | None
     calls = prepare(network, shown(network, samples), seed, head=False).calls
     made: list[CalibratedPolicy] = []
     for number, step in enumerate(recipe.steps):
-        before = policies.revised(step, made)
+        before = policies.superseded(step, made)
         made = made if before is None else made[:-1]
         with policies.on(network, made), seeded(seed, number):
             made.append(policies.calibrated(network, step, calls, before))

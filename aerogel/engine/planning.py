@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from aerogel.engine.calibration import CalibrationInput, reading, shown
-from aerogel.engine.policies import unrevisable
 from aerogel.engine.progress import StageName
 from aerogel.evaluate.measure import TextMeasure
 from aerogel.io.load import load
@@ -22,7 +21,6 @@ from aerogel.layers.experts import ExpertList
 from aerogel.layers.linear import QuantLinear
 from aerogel.layers.slots import Slot, slots
 from aerogel.methods.base import BlockMethod, CalibrationSize, Method, RuntimePolicy, WeightMethod
-from aerogel.methods.feature_cache.policy import FeatureCachePolicy, ScheduleRefiner
 from aerogel.model.block import Block
 from aerogel.model.match import matches
 from aerogel.model.network import Network
@@ -135,18 +133,21 @@ def blocks_of(network: Network) -> Iterator[Block]:
 
 
 def _out_of_order(recipe: Recipe) -> Iterator[str]:
-    """What comes behind a step that lets parts of the network rest, and cannot; and what goes on from a schedule that is not there."""
+    """Yield the steps that cannot follow a policy that skips modules, and policies that cannot follow the one before them."""
+    last: RuntimePolicy[Any] | None = None
     for number, step in enumerate(recipe.steps):
-        for later in recipe.steps[number + 1 :] if isinstance(step.method, FeatureCachePolicy) else ():
+        if not isinstance(step.method, RuntimePolicy):
+            continue
+        for later in recipe.steps[number + 1 :] if step.method.skips_modules else ():
             if "uncached" not in later.method.requires:
                 continue
-            if isinstance(later.method, FeatureCachePolicy):
+            if isinstance(later.method, RuntimePolicy) and later.method.skips_modules:
                 yield f"{later.name} comes after {step.name}, and a model has one feature cache; leave one of them out"
             else:
                 yield f"{later.name} comes after {step.name}, but needs a model of which every module runs; put {step.name} last"
-        before = [one for one in recipe.steps[:number] if isinstance(one.method, RuntimePolicy)]
-        if isinstance(step.method, ScheduleRefiner) and (why := unrevisable(step, before)):
+        if why := step.method.refusal(last):
             yield why
+        last = step.method
 
 
 def _touched(network: Network, recipe: Recipe) -> tuple[list[Touched], list[str]]:

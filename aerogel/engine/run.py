@@ -227,7 +227,7 @@ class Run:
                     if isinstance(method, Method):
                         self._change_whole(number, method)
                         continue
-                    if (before := policies.revised(steps[0], self.policies)) is not None:
+                    if (before := policies.superseded(steps[0], self.policies)) is not None:
                         last.close()
                         self.policies.pop()
                     measured = self._calibrate(number, steps[0], method, before)

@@ -106,6 +106,10 @@ class RuntimePolicy(ABC, Generic[State]):
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls"})
     state: ClassVar[type[PolicyState] | None] = None
     """The class of its state, which reads what was saved; None while a policy still keeps a dict."""
+    skips_modules: ClassVar[bool] = False
+    """True where modules do not run while it is on: steps that require `uncached` cannot come after it."""
+    supersedes: ClassVar[bool] = False
+    """True where it starts from the state of the policy right before it and takes that one's place."""
     by_step: ClassVar[bool] = False
     """True where all it does is to let modules answer out of tables by the step (layers/lookup.py), which a static graph can say."""
 
@@ -116,6 +120,14 @@ class RuntimePolicy(ABC, Generic[State]):
     @abstractmethod
     def calibrate(self, network: Network, calls: Sequence[Call]) -> State:
         """Measure what the policy needs: small tensors and numbers."""
+
+    def calibrated(self, network: Network, calls: Sequence[Call], before: State | None = None) -> State:
+        """Return the state that is put on and saved: what calibrating gives, from the state before where it supersedes a policy."""
+        return self.calibrate(network, calls)
+
+    def refusal(self, before: RuntimePolicy[Any] | None) -> str:
+        """Return the reason why the policy cannot stand right behind this one, or behind none; empty where it can."""
+        return ""
 
     @classmethod
     def read(cls, saved: Mapping[str, Any]) -> State:

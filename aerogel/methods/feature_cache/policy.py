@@ -9,14 +9,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
+
 from aerogel.errors import AerogelError
 from aerogel.methods.base import Requirement, RuntimePolicy, name_of
-from aerogel.model.calls import Call
+from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.budgets import Budget, Measure, budget_of
-from aerogel.runtime.feature_cache.schedule import Schedule, reusing
+from aerogel.runtime.feature_cache.schedule import Schedule, reusing, slot_bytes
 from aerogel.runtime.feature_cache.spans import Rule, spanning
 from aerogel.runtime.feature_cache.stored import CacheDtype, store_named
+from aerogel.runtime.feature_cache.units import Costs, costs_of
 
 SearchSpace = tuple[str, tuple[float, ...]]
 """A option, and values of it in order of what they save, the least first."""
@@ -26,6 +29,7 @@ SearchSpace = tuple[str, tuple[float, ...]]
 class FeatureCachePolicy(RuntimePolicy[dict[str, Any]]):
     """Lets units of a denoiser give again what they gave at earlier steps, by a schedule that is its state."""
 
+    skips_modules: ClassVar[bool] = True
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "trajectories", "cached_modules", "uncached"})
 
     search_space: ClassVar[SearchSpace | None] = None
@@ -52,6 +56,22 @@ class FeatureCachePolicy(RuntimePolicy[dict[str, Any]]):
             name = name_of(self)
             raise AerogelError(f"{name} needs what it keeps as it was computed: set cache_dtype to compute, not {self.cache_dtype}")
 
+    def calibrated(self, network: Network, calls: Sequence[Call], before: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Calibrate; where it acts by its schedule alone, the state says what that saves of one sample: two forwards with guidance.
+
+        `macs` are the multiply-accumulates of a forward, `macs_saved` the share of a whole run's that is skipped, `slot_bytes` the most
+        that is held between two steps.
+        """
+        # Before the schedule is made, which may take hours: what cannot be counted fails now.
+        costs = costs_of(network, calls[0]) if self.plain and calls else None
+        state = self._made(network, calls, before)
+        if costs is None:
+            return state
+        return state | _saving(Schedule.of(network, state), costs, len(tensors_in((calls[0].args, calls[0].kwargs))[0]))
+
+    def _made(self, network: Network, calls: Sequence[Call], before: dict[str, Any] | None) -> dict[str, Any]:
+        return self.calibrate(network, calls)
+
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
         """Reuse by the schedule; raises AerogelError when it is of other units, and at steps that are not its own."""
         return reusing(network, Schedule.of(network, state), store=self.cache_dtype)
@@ -60,6 +80,20 @@ class FeatureCachePolicy(RuntimePolicy[dict[str, Any]]):
 class ScheduleRefiner(FeatureCachePolicy):
     """Goes on from the schedule of the policy before it, which it takes the place of."""
 
+    supersedes: ClassVar[bool] = True
+
+    def refusal(self, before: RuntimePolicy[Any] | None) -> str:
+        """Return the reason unless the policy before acts by its schedule alone."""
+        if isinstance(before, FeatureCachePolicy) and before.plain:
+            return ""
+        behind = "there is no policy before it" if before is None else f"the policy before it is {name_of(before)}"
+        return (
+            f"{name_of(self)} goes on from a schedule of reuse, and {behind}; put one such as harmonica or schedule_search right before it"
+        )
+
+    def _made(self, network: Network, calls: Sequence[Call], before: dict[str, Any] | None) -> dict[str, Any]:
+        return self.calibrate(network, calls) if before is None else self.revise(network, calls, before)
+
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Refuse: by itself it has nothing to go on from."""
         raise AerogelError(f"{name_of(self)} goes on from a schedule: put a policy that reuses by one before it")
@@ -67,6 +101,16 @@ class ScheduleRefiner(FeatureCachePolicy):
     @abstractmethod
     def revise(self, network: Network, calls: Sequence[Call], before: dict[str, Any]) -> dict[str, Any]:
         """Return the state that takes the place of the one before; that policy is off meanwhile."""
+
+
+def _saving(schedule: Schedule, costs: Costs, samples: int) -> dict[str, Any]:
+    reused_TN = ~schedule.computed_TN[1:]  # nothing is kept before the first step
+    saved = float((reused_TN.double() @ torch.tensor(costs.unit_macs, dtype=torch.float64)).sum())
+    return {
+        "macs": costs.macs / samples,
+        "macs_saved": saved / (len(schedule.steps) * costs.macs),
+        "slot_bytes": slot_bytes(schedule, costs.unit_bytes) // samples,
+    }
 
 
 class BlockCachePolicy(FeatureCachePolicy):
