@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
 from aerogel import catalog
+from aerogel.kernels import selection, synchronized_clock
+from tests.clocks import Counter
+
+_MEASURED = selection.fastest
+
+
+def _reference(key: object, implementations: Callable[[], selection.Implementations], device: object) -> str:
+    return list(implementations())[-1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_measured_time() -> Iterator[None]:
+    """Every kernel is the reference, and each reading of the clock is a second after the one before: no test depends on real time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "fastest", _reference)
+        patch.setattr(synchronized_clock, "host_clock", Counter())
+        yield
+
+
+@pytest.fixture
+def kernels_by_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels are chosen by the clock as outside of tests; nothing is remembered from another test."""
+    monkeypatch.setattr(selection, "fastest", _MEASURED)
+    selection.forget()
+    yield
+    selection.forget()
 
 
 @pytest.fixture

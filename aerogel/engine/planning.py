@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from aerogel.engine.calibration import CalibrationInput, reading, shown
 from aerogel.engine.progress import StageName
 from aerogel.evaluate.measure import TextMeasure
 from aerogel.io.load import load
+from aerogel.kernels import synchronized_clock
 from aerogel.layers import layout
 from aerogel.layers.conv import Layer, refuse, size
 from aerogel.layers.experts import ExpertList
@@ -323,8 +323,9 @@ def _flops_a_second(size: int = 768, seconds: float = 0.05) -> float:
     """Matrix-product rate of this machine in float32, timed for a moment."""
     a, b = torch.ones(size, size), torch.ones(size, size)
     a @ b
-    count, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds:
+    count, elapsed, start = 0, 0.0, synchronized_clock.host_clock()
+    while elapsed < seconds:
         a @ b
         count += 1
+        elapsed = synchronized_clock.host_clock() - start
     return 2 * size**3 * count / elapsed

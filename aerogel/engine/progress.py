@@ -108,17 +108,18 @@ class ProgressEstimator:
 class Watch:
     """Announces stages and times them."""
 
-    def __init__(self, tell: Tell) -> None:
+    def __init__(self, tell: Tell, now: Callable[[], float] = time.monotonic) -> None:
         self.tell = tell
+        self._now = now
         self.seconds: dict[StageName, float] = {}
 
     @contextmanager
     def stage(self, name: StageName, what: str = "", expected: Mapping[StageName, float] | None = None) -> Iterator[None]:
         """Time a stage that runs within the context."""
         self.tell(Event(name, 0, 1, what, expected))
-        start = time.monotonic()
+        start = self._now()
         yield
-        self.seconds[name] = round(time.monotonic() - start, 3)
+        self.seconds[name] = round(self._now() - start, 3)
 
 
 class _Left(ProgressColumn):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from aerogel.evaluate.measure import Measure
 from aerogel.model.network import Network
 
-_STATUS = Path("/proc/self/status")
+PROCESS_STATUS = Path("/proc/self/status")
+"""Where Linux tells the memory of this process."""
 _PAGE = 4096
 Facts = dict[str, dict[str, Any]]
 """Figures by model."""
@@ -106,5 +107,5 @@ def growth_of(device: torch.device) -> Iterator[list[int]]:
 
 
 def _resident(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text() if _STATUS.exists() else "", re.MULTILINE)
+    found = re.search(rf"^{field}:\s+(\d+) kB", PROCESS_STATUS.read_text() if PROCESS_STATUS.exists() else "", re.MULTILINE)
     return 1024 * int(found[1]) if found else 0

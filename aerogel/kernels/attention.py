@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aerogel.kernels import affine
-from aerogel.kernels.linear import timed
+from aerogel.kernels import affine, selection
 from aerogel.numerics.attention import attention
 from aerogel.numerics.formats import format_named
 from aerogel.numerics.quantize import Grid, fake_quantize
@@ -23,8 +22,6 @@ _SCORES = 2**19
 _KEYS = 2**16
 """The most keys whose sum of products of codes fits into 32 bits."""
 _FLOATS = (torch.float32, torch.bfloat16)
-
-_choices: dict[tuple[Any, ...], bool] = {}
 
 
 class Operands(NamedTuple):
@@ -78,11 +75,10 @@ def run(query: Tensor, key: Tensor, value: Tensor, *args: Any, operands: Operand
     if not takes(query, key, value, args, kwargs, operands):
         return written_out()
     integers = partial(by_integers, query, key, value, kwargs.get("scale"), operands)
-    case = (query.shape, key.shape, query.dtype, torch.get_num_threads())
+    ways = {"integers": integers, "reference": written_out}
+    case = ("attention", query.shape, key.shape, query.dtype, torch.get_num_threads())
     with torch.no_grad():
-        if case not in _choices:
-            _choices[case] = timed(integers, query.device) < timed(written_out, query.device)
-        return integers() if _choices[case] else written_out()
+        return ways[selection.fastest(case, lambda: ways, query.device)]()
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], operands: Operands) -> bool:

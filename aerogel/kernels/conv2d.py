@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from aerogel.kernels import selection
 from aerogel.kernels.affine import accepted, bias_of, quantized, signed, without_zeros
 from aerogel.kernels.kernel import Weight
-from aerogel.kernels.linear import timed
 from aerogel.kernels.reference import quantized_input
-
-_choices: dict[tuple[Any, ...], bool] = {}
 
 
 class Window(NamedTuple):
@@ -41,14 +39,10 @@ def run(x_NCHW: Tensor, weight: Convolved, cache: dict[Any, Any]) -> Tensor:
     differentiable = torch.is_grad_enabled() and x_NCHW.requires_grad
     if differentiable or not takes(weight, x_NCHW):
         return reference(x_NCHW, weight)
-    key = (x_NCHW.shape, x_NCHW.dtype, weight.out_features, weight.window, str(weight.scheme), torch.get_num_threads())
+    ways = {"integers": partial(by_integers, x_NCHW, weight, cache), "reference": partial(reference, x_NCHW, weight)}
+    key = ("conv2d", x_NCHW.shape, x_NCHW.dtype, weight.out_features, weight.window, str(weight.scheme), torch.get_num_threads())
     with torch.no_grad():
-        if key not in _choices:
-            integers, floats = (
-                timed(run, x_NCHW.device) for run in (partial(by_integers, x_NCHW, weight, cache), partial(reference, x_NCHW, weight))
-            )
-            _choices[key] = integers < floats
-        return by_integers(x_NCHW, weight, cache) if _choices[key] else reference(x_NCHW, weight)
+        return ways[selection.fastest(key, lambda: ways, x_NCHW.device)]()
 
 
 def takes(weight: Convolved, x_NCHW: Tensor) -> bool:

@@ -13,14 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aerogel.kernels.linear import timed
+from aerogel.kernels import selection
 
 Expert = Callable[[int, Tensor], Tensor]
 """(number, x_PH) -> y_PH."""
 Bank = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_PH sorted by expert, expert_P, end_E of each expert's rows) -> y_PH; rows behind the last end may hold anything."""
-
-_choices: dict[tuple[object, ...], str] = {}
 
 
 class Pairs(NamedTuple):
@@ -95,21 +93,12 @@ def fastest(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, shape: tuple[int,
     if torch.is_grad_enabled() and x_TH.requires_grad:
         return grouped(x_TH, index_TK, weight_TK, experts, all_)
     pairs = int((index_TK < experts).sum())
-    key = (*shape, x_TH.shape[1], x_TH.dtype, torch.get_num_threads(), pairs.bit_length())
-    if key not in _choices:
-        ways = {
-            "loop": timed(lambda: loop(x_TH, index_TK, weight_TK, experts, one), x_TH.device),
-            "grouped": timed(lambda: grouped(x_TH, index_TK, weight_TK, experts, all_), x_TH.device),
-        }
-        _choices[key] = min(ways, key=ways.__getitem__)
-    if _choices[key] == "loop":
-        return loop(x_TH, index_TK, weight_TK, experts, one)
-    return grouped(x_TH, index_TK, weight_TK, experts, all_)
-
-
-def forget() -> None:
-    """Drop all choices, so that the next calls measure again."""
-    _choices.clear()
+    ways: dict[str, Callable[[], Tensor]] = {
+        "grouped": lambda: grouped(x_TH, index_TK, weight_TK, experts, all_),
+        "loop": lambda: loop(x_TH, index_TK, weight_TK, experts, one),
+    }
+    key = ("experts", *shape, x_TH.shape[1], x_TH.dtype, torch.get_num_threads(), pairs.bit_length())
+    return ways[selection.fastest(key, lambda: ways, x_TH.device)]()
 
 
 def _summed(x: Tensor) -> torch.dtype:

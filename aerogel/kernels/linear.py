@@ -7,7 +7,6 @@ that round up to the same power of two share a choice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,21 +14,17 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.kernels import int8
+from aerogel.kernels import int8, selection
 from aerogel.kernels.affine import Affine
 from aerogel.kernels.fp8 import Fp8
 from aerogel.kernels.int4 import Int4
 from aerogel.kernels.int8 import Int8
 from aerogel.kernels.kernel import ACTIVATIONS, Kernel, Weight
 from aerogel.kernels.reference import Reference, Sliced, reference
-from aerogel.kernels.synchronized_clock import now
 
 KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in (Int4, Int8, Affine, Fp8, Sliced, Reference)}
 _PROBE_ROWS = 64
 """Few-row kernels are tried with at most this many rows: beyond, a trial would cost seconds."""
-_TRIALS = 3
-
-_choices: dict[tuple[Any, ...], str] = {}
 
 
 def run(x: Tensor, weight: Weight, cache: dict[Any, Any], after: str = "") -> Tensor:
@@ -72,35 +67,20 @@ def choose(x_TI: Tensor, weight: Weight, cache: dict[Any, Any]) -> str:
     if len(able) == 1:
         return able[0]
     shape = (weight.in_features, weight.out_features, str(weight.scheme), weight.bias is None, weight.g_idx is None)
-    key = (*shape, x_TI.device, x_TI.dtype, torch.get_num_threads(), (len(x_TI) - 1).bit_length())
-    if key not in _choices:
-        _choices[key] = _fastest(able, x_TI, weight, cache)
-    return _choices[key]
+    key = ("linear", *shape, x_TI.device, x_TI.dtype, torch.get_num_threads(), (len(x_TI) - 1).bit_length())
+    return selection.fastest(key, lambda: _implementations(able, x_TI, weight, cache), x_TI.device)
 
 
-def forget() -> None:
-    """Drop all choices, so that the next calls measure again."""
-    _choices.clear()
-
-
-def _fastest(able: list[str], x_TI: Tensor, weight: Weight, cache: dict[Any, Any]) -> str:
+def _implementations(able: list[str], x_TI: Tensor, weight: Weight, cache: dict[Any, Any]) -> selection.Implementations:
     if len(x_TI) > _PROBE_ROWS:
         best = choose(x_TI[:_PROBE_ROWS], weight, cache)
         able = [name for name in able if name == best or not KERNELS[name].few_rows]
-    if len(able) == 1:
-        return able[0]
-    seconds = {name: timed(partial(packed(name, weight, x_TI, cache), x_TI), x_TI.device) for name in able}
-    return min(seconds, key=seconds.__getitem__)
+    return {name: partial(_run, name, weight, x_TI, cache) for name in able}
 
 
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    """The shortest of a few runs in seconds; the first does not count: it fills caches of primitives."""
-    taken = []
-    for _ in range(_TRIALS + 1):
-        start = now(device)
-        run()
-        taken.append(now(device) - start)
-    return min(taken[1:])
+def _run(name: str, weight: Weight, x_TI: Tensor, cache: dict[Any, Any]) -> Tensor:
+    y_TO: Tensor = packed(name, weight, x_TI, cache)(x_TI)
+    return y_TO
 
 
 def packed(name: str, weight: Weight, x_TI: Tensor, cache: dict[Any, Any]) -> Kernel:

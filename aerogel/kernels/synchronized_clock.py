@@ -1,4 +1,4 @@
-"""The time on a device: what was given to it is done by then."""
+"""The time on a device: the host's clock, read once the device has finished what was queued on it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Callable
 
 import torch
 
+host_clock: Callable[[], float] = time.perf_counter
+"""Seconds on the host. All measurements of a duration read this one, so that a test can replace it."""
 
-def now(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Return the seconds that the clock shows once the device has done all it was given; CPUs never lag behind."""
+
+def now(device: torch.device, clock: Callable[[], float] | None = None) -> float:
+    """Return the seconds on `clock`, else on the host's, once the device has finished all queued work; a CPU has nothing queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return clock()
+    return (clock or host_clock)()

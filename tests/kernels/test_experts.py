@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-from aerogel.kernels.experts import fastest, fixed, forget, grouped, loop
+from aerogel.kernels.experts import fastest, fixed, grouped, loop
 
 EXPERTS, HIDDEN = 5, 16
 
@@ -65,7 +65,6 @@ def drawn(tokens: int, top: int, dropped: float, seed: int) -> tuple[Tensor, Ten
 @pytest.mark.parametrize("way", WAYS)
 @given(tokens=st.integers(1, 12), top=st.integers(1, EXPERTS), dropped=st.sampled_from([0.0, 0.3, 0.9, 1.0]), seed=st.integers(0, 99))
 def test_is_the_literal_sum(way: str, tokens: int, top: int, dropped: float, seed: int) -> None:
-    forget()
     bank = Bank()
     x_TH, index_TK, weight_TK = drawn(tokens, top, dropped, seed)
     y_TH = WAYS[way](x_TH, index_TK, weight_TK, bank)

@@ -11,20 +11,16 @@ import pytest
 import torch
 
 from aerogel.errors import AerogelError
-from aerogel.kernels import int8, linear, reference
+from aerogel.kernels import int8, linear, reference, synchronized_clock
 from aerogel.kernels.int4 import kernel_group
 from aerogel.kernels.int8 import exact_on_cpu
+from tests.clocks import Manual
 from tests.kernels.weights import Plain, inputs, plain
 
 CPU = torch.device("cpu")
 SHAPES = [(48, 128), (33, 96), (7, 100), (16, 576)]
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 INT4 = ["W4A16", "W4A16_G64", "W4A16_G32_ASYM", "W4A16_CHANNEL", "W3A16_G64", "W2A16_G32_ASYM", "W8A16_G64_ASYM", "W5A16_CHANNEL"]
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    linear.forget()
 
 
 def float_product(weight: Plain, x: torch.Tensor) -> torch.Tensor:
@@ -203,32 +199,39 @@ class Wrong(linear.Kernel):
         return x_TI.new_zeros(len(x_TI), 16)
 
 
+@pytest.mark.usefixtures("kernels_by_time")
 @pytest.mark.parametrize("few_rows", [True, False])
 def test_the_fastest_kernel_is_measured_once_per_power_of_two_and_kept(monkeypatch: pytest.MonkeyPatch, few_rows: bool) -> None:
-    tried: list[tuple[str, int]] = []
+    ran: list[tuple[str, int]] = []
+    clock = Manual()
 
-    def seconds(run: Any, device: torch.device) -> float:
-        kernel, (x_TI,) = run.func, run.args
-        tried.append((kernel.name, len(x_TI)))
-        return 2.0 if kernel.name == "wrong" else 1.0
+    class Slow(Wrong):
+        def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
+            ran.append(("wrong", len(x_TI)))
+            clock.seconds += 2
+            return super().forward(x_TI)
 
-    monkeypatch.setattr(Wrong, "few_rows", few_rows)
-    monkeypatch.setattr(linear, "KERNELS", {"wrong": Wrong, "reference": linear.Reference})
-    monkeypatch.setattr(linear, "timed", seconds)
+    class Fast(linear.Reference):
+        def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
+            ran.append(("reference", len(x_TI)))
+            clock.seconds += 1
+            return super().forward(x_TI)
+
+    monkeypatch.setattr(Slow, "few_rows", few_rows)
+    monkeypatch.setattr(linear, "KERNELS", {"wrong": Slow, "reference": Fast})
+    monkeypatch.setattr(synchronized_clock, "host_clock", clock)
     weight, cache = plain("W8A16", 16, 128), {}
     wanted = float_product(weight, inputs(128, 128))
     for rows in (3, 4, 4, 100, 70, 128):
         y = linear.run(inputs(128, 128)[:rows], weight, cache)
         torch.testing.assert_close(y.double(), wanted[:rows], rtol=1e-3, atol=1e-3)
-    once = [("wrong", 3), ("reference", 3), ("wrong", 64), ("reference", 64)]
-    again = [] if few_rows else [("wrong", 100), ("reference", 100)]
-    assert tried == once + again, "a few-row kernel that lost at 64 rows is not tried at 100"
-
-
-def test_a_kernel_that_is_faster_is_chosen() -> None:
-    """For real: one row against a weight of 2 M codes, which the reference has to unpack first."""
-    weight = plain("W4A16_G64", 1024, 2048)
-    assert linear.choose(inputs(1, 2048), weight, {}) == "int4"
+    assert [rows for name, rows in ran if name == "wrong"] == [3] * 4 + [64] * 4 + [100] * 4 * (not few_rows), (
+        "a few-row kernel that lost at 64 rows is not tried at 100"
+    )
+    assert [rows for name, rows in ran if name == "reference"] == [3] * 5 + [4] * 2 + [64] * 4 + [100] * (1 + 4 * (not few_rows)) + [
+        70,
+        128,
+    ]
 
 
 def test_run_keeps_shape_and_dtype_and_takes_no_rows() -> None:

@@ -12,7 +12,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 import torch
-from aerogel.kernels.malloc import slim
+from aerogel.kernels.malloc import limit_fragmentation
 
 def resident():
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
@@ -26,7 +26,7 @@ def left():
     del tensors
     return resident() - before - 40
 
-with slim() if "slim" in sys.argv else nullcontext():
+with limit_fragmentation() if "limited" in sys.argv else nullcontext():
     large = torch.ones(6 * 2**20)  # once it is freed, glibc keeps tensors of up to its size
     del large
     inside = left()
@@ -36,7 +36,7 @@ print(inside, left())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_what_is_freed_inside_leaves_at_once_and_stays_afterwards_as_before() -> None:
-    (plain, _), (inside, after) = (_left(mode) for mode in ("plain", "slim"))
+    (plain, _), (inside, after) = (_left(mode) for mode in ("plain", "limited"))
     assert inside < 4 < 20 < min(plain, after)
 
 

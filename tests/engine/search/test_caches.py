@@ -31,37 +31,12 @@ from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.replay import output_of, replays
 from aerogel.runtime.feature_cache.schedule import scheduled
-from aerogel.runtime.feature_cache.units import units_of
 from tests import image_pipelines as painters
+from tests.clocks import Ticks
 from tests.tiny import FAMILIES
 
 WANTED = Denoising(count=3, steps=6, batch=2, guidance=3.0)
 EVERY_SECOND = [[1.0, 1.0], [0.0, 0.0]] * 3
-
-
-class Ticks:
-    """A clock that a denoiser moves: by one at each forward, and by one for each unit that runs in it."""
-
-    def __init__(self, network: Network) -> None:
-        self.now = 0
-        network.module.register_forward_pre_hook(self._tick)
-        for name in units_of(network):
-            self._count(network.module.get_submodule(name))
-
-    def __call__(self) -> float:
-        return float(self.now)
-
-    def _tick(self, *_: Any) -> None:
-        self.now += 1
-
-    def _count(self, unit: torch.nn.Module) -> None:
-        own = unit.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            self.now += 1
-            return own(*args, **kwargs)
-
-        unit.forward = forward  # type: ignore[method-assign]
 
 
 def painter() -> diffusers.DiTPipeline:

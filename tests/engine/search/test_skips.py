@@ -33,6 +33,7 @@ from aerogel.model.network import Network
 from aerogel.recipe import Recipe
 from aerogel.runtime.expert_skipping.routing import experts_of
 from aerogel.runtime.token_types import SPECIAL, VISION, Vocabulary
+from tests.clocks import Manual
 from tests.folders import model_folder, text_file
 from tests.questions import ZOO, untrained, written
 from tests.tiny import output
@@ -42,23 +43,20 @@ KNOBS = ("modes.points=6", "diep.tokens=16")
 ALL = sorted(chosen(_unfit, (), ()))
 
 
-class Ticks:
-    """A clock that a mixture moves: by one at each forward, and by one for each pair that reaches an expert."""
+class Ticks(Manual):
+    """A clock that an MoE model moves: by one at each forward, and by one for each token-expert assignment that is computed."""
 
     def __init__(self, network: Network) -> None:
-        self.now = 0
-        network.module.register_forward_pre_hook(self._tick)
+        super().__init__()
+        network.module.register_forward_pre_hook(self.forward)
         for experts in experts_of(network).values():
-            experts.register_forward_hook(self._count)
+            experts.register_forward_hook(self.assignments)
 
-    def __call__(self) -> float:
-        return float(self.now)
+    def forward(self, *_: Any) -> None:
+        self.seconds += 1
 
-    def _tick(self, *_: Any) -> None:
-        self.now += 1
-
-    def _count(self, module: Any, args: Any, _: Any) -> None:
-        self.now += int((args[1] < module.num_experts).sum())
+    def assignments(self, module: Any, args: Any, _: Any) -> None:
+        self.seconds += int((args[1] < module.num_experts).sum())
 
 
 @pytest.fixture(scope="module")

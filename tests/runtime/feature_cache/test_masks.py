@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
+from aerogel.kernels import synchronized_clock
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.budgets import Budget, budget_of
 from aerogel.runtime.feature_cache.driven import driven
@@ -19,7 +20,8 @@ from aerogel.runtime.feature_cache.masks import Moves, Search
 from aerogel.runtime.feature_cache.replay import Replay, output_of, replays
 from aerogel.runtime.feature_cache.schedule import Schedule, reusing
 from aerogel.runtime.feature_cache.trials import Trials
-from aerogel.runtime.feature_cache.units import units_of
+from aerogel.runtime.feature_cache.units import costs_of, units_of
+from tests.clocks import Ticks
 from tests.runtime.feature_cache.test_replay import painter, recorded
 
 T, N = 5, 2
@@ -231,11 +233,13 @@ def test_decoding_is_exact() -> None:
 
 
 @pytest.mark.parametrize("by", ["macs", "latency"])
-def test_a_target_speedup_is_what_the_costs_say(by: Any, network: Network) -> None:
+def test_a_target_speedup_is_what_the_costs_say(by: Any, network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synchronized_clock, "host_clock", Ticks(network))
     budget = budget_of(network, recorded(network), None, 1.1, by)
-    whole = budget.saving / T / (1 - 1 / 1.1)
-    assert sum(budget.cost_N) < whole
-    assert T * whole / (T * whole - budget.saving) == pytest.approx(1.1)
+    costs = costs_of(network, recorded(network)[0])
+    whole, cost_N = (3, (1, 1)) if by == "latency" else (costs.macs, costs.unit_macs)
+    assert budget.cost_N == cost_N
+    assert budget.saving == pytest.approx(T * whole * (1 - 1 / 1.1))
 
 
 @pytest.mark.parametrize(
