@@ -105,7 +105,8 @@ class Stage:
         tensors = {block.full_name(name): tensor.contiguous() for name, tensor in block.module.state_dict().items()}
         save_file(tensors, folder / "model.safetensors.new")
         _settle(folder / "model.safetensors.new", folder / "model.safetensors")
-        _write(folder / JOURNAL, json.dumps({"structure": quantized.describe(block.module), "notes": notes}))
+        pruned = sorted(name for name in block.network.pruned if name.startswith(f"{block.name}."))
+        _write(folder / JOURNAL, json.dumps({"structure": quantized.describe(block.module), "pruned": pruned, "notes": notes}))
         self._progress.homes[block.name] = Checkpoint.open(folder)
 
     def committed(self) -> set[str]:
@@ -120,6 +121,7 @@ class Stage:
             state = json.loads((folder / JOURNAL).read_text())
             if state["structure"] is not None:
                 quantized.attach(self._progress.network.module.get_submodule(name), state["structure"])
+            self._progress.network.pruned.update(state.get("pruned", ()))
             self._progress.homes[name] = Checkpoint.open(folder)
             notes += state["notes"]
         return notes

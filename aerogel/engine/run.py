@@ -225,7 +225,7 @@ class Run:
                 self.tell(at)
                 with watched(partial(self._inside, at, 0, 1)):
                     if isinstance(method, Method):
-                        self._change_whole(number, method)
+                        self._change_whole(number, steps[0].name, method)
                         continue
                     if (before := policies.superseded(steps[0], self.policies)) is not None:
                         last.close()
@@ -314,7 +314,7 @@ class Run:
 
         return finish
 
-    def _change_whole(self, number: int, method: Method) -> None:
+    def _change_whole(self, number: int, step: str, method: Method) -> None:
         """Whole-network steps need the whole network in memory, and are done again when a run is resumed."""
         stage = self.progress.stage(number) if self.progress else None
         with (
@@ -324,6 +324,7 @@ class Run:
             torch.set_grad_enabled("gradients" in method.requires),
         ):
             method.apply(self.network, self.calibration.calls)
+        self.journal += [{"method": step, **note} for note in self.network.take_notes()]
 
     @contextmanager
     def _resident(self, stage: Stage | None = None) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,10 @@ class Network:
     stored_dtype: torch.dtype | None = None
     """The dtype that float weights have on disk; None means that of the module."""
 
+    pruned: set[str] = field(default_factory=set)
+    """Full names of the layers whose zeros every later step keeps."""
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    """Facts that a method of the whole model has noted for the report."""
     teacher: Network | None = None
     """The network before any step of a run, while one is under way that asked for it."""
 
@@ -53,6 +57,15 @@ class Network:
         """The modules that one of the globs names, by full dotted name in the module's own order; `*` stands for one part of a name."""
         patterns = [re.compile(_one_part(glob)) for glob in globs]
         return {name: module for name, module in self.module.named_modules() if any(pattern.fullmatch(name) for pattern in patterns)}
+
+    def note(self, name: str, block: str, **facts: Any) -> None:
+        """Note facts about a part of the model, which is in this block, for the report: numbers and short texts."""
+        self.notes.append({"block": block, "name": name, **facts})
+
+    def take_notes(self) -> list[dict[str, Any]]:
+        """Return the notes so far and start anew."""
+        notes, self.notes = self.notes, []
+        return notes
 
     def run(self, call: Call) -> Any:
         """One forward of the whole network, without gradients."""

@@ -20,11 +20,14 @@ def share_up(alpha: Tensor) -> Tensor:
     return (_STRETCH * alpha.sigmoid() - _SHIFT).clamp(0, 1)
 
 
-def first_alpha(weight_OI: Tensor, grid: Grid, scheme: TensorScheme) -> Tensor:
-    """Return the alpha_OI with which the soft weight is the weight itself, save for what the grid cuts off."""
+def first_alpha(weight_OI: Tensor, grid: Grid, scheme: TensorScheme, kept_OI: Tensor | None = None) -> Tensor:
+    """Return the alpha_OI with which the soft weight is the weight itself, save for what the grid cuts off.
+
+    Pruned weights, zeros where `kept_OI` is False, get minus infinity, which no gradient moves: they stay zero.
+    """
     scaled, _ = _scaled(weight_OI, grid, scheme)
-    share = (scaled - scaled.floor() + _SHIFT) / _STRETCH
-    return torch.logit(share)
+    alpha_OI = torch.logit((scaled - scaled.floor() + _SHIFT) / _STRETCH)
+    return alpha_OI if kept_OI is None else alpha_OI.masked_fill(~kept_OI, -torch.inf)
 
 
 def soft_weight(weight_OI: Tensor, alpha_OI: Tensor, grid: Grid, scheme: TensorScheme) -> Tensor:

@@ -102,14 +102,17 @@ def round_columns(
     group_BI: Tensor,
     fit: Callable[[Tensor, int, int], Grid] | None = None,
     group: int = 0,
+    kept_BOI: Tensor | None = None,
 ) -> Tensor:
     """Round the columns of `weight_BOI` in order, with error feedback; returns codes_BOI.
 
     `grid` holds scale_BOG (and zero_BOG), `group_BI` the group of each column. With `fit`, columns are in groups of `group` one
     after another, and the grid of a group is made from its weights as they stand when their turn comes: fit(weight_BOn, first column,
-    behind the last) returns scale_BO and zero_BO, which are written into `grid`.
+    behind the last) returns scale_BO and zero_BO, which are written into `grid`. Where `kept_BOI` is False the weight is pruned: it
+    becomes zero, and all that the columns before have added to it is compensated in the columns that follow, as in SparseGPT
+    (arXiv:2301.00774).
     """
-    loop = _Loop(weight_BOI, weights_BII, fmt, grid, group_BI)
+    loop = _Loop(weight_BOI, weights_BII, fmt, grid, group_BI, kept_BOI)
     if fit is None:
         loop.span(0, weight_BOI.shape[-1], _FEW, loop.few)
     else:
@@ -120,7 +123,7 @@ def round_columns(
 class _Loop:
     """The buffers of the column loop; a column of the weights is a run of memory here, for all rows and problems at once."""
 
-    def __init__(self, weight_BOI: Tensor, weights_BII: Tensor, fmt: Format, grid: Grid, group_BI: Tensor) -> None:
+    def __init__(self, weight_BOI: Tensor, weights_BII: Tensor, fmt: Format, grid: Grid, group_BI: Tensor, kept_BOI: Tensor | None) -> None:
         # What stands here is weights, moved by the errors before them, and what rounding took from them once they are rounded.
         self.weight_IBO = weight_BOI.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
         self.codes_IBO = torch.empty_like(self.weight_IBO, dtype=fmt.storage)
@@ -128,6 +131,7 @@ class _Loop:
         self.format, self.grid, self.weights_BII = fmt, grid, weights_BII
         self.scale_GBO = grid.step.to(weight_BOI.dtype).permute(2, 0, 1).contiguous()
         self.zero_GBO = None if grid.zero is None else grid.zero.to(weight_BOI.dtype).permute(2, 0, 1).contiguous()
+        self.kept_IBO = None if kept_BOI is None else kept_BOI.permute(2, 0, 1).to(weight_BOI.dtype, memory_format=torch.contiguous_format)
         # Views, made once: in the loop every microsecond counts.
         self.scales = _rows(self.scale_GBO, group_BI)
         self.zeros = None if self.zero_GBO is None else _rows(self.zero_GBO, group_BI)
@@ -145,7 +149,8 @@ class _Loop:
 
     def group(self, low: int, high: int, group: int, fit: Callable[[Tensor, int, int], Grid]) -> None:
         """Make the grid of a group from its weights as they stand now, then round them."""
-        found, index = fit(self.weight_IBO[low:high].permute(1, 2, 0), low, high), low // group
+        weight_nBO = self.weight_IBO[low:high] if self.kept_IBO is None else self.weight_IBO[low:high] * self.kept_IBO[low:high]
+        found, index = fit(weight_nBO.permute(1, 2, 0), low, high), low // group
         self.scale_GBO[index] = self.grid.scale[..., index] = found.scale
         if self.zero_GBO is not None and self.grid.zero is not None and found.zero is not None:
             self.zero_GBO[index] = self.grid.zero[..., index] = found.zero
@@ -159,9 +164,14 @@ class _Loop:
             value, scale, weight = values[index], self.scales[column], self.columns[column]
             torch.div(weight, scale, out=value)
             if self.zeros is None:
-                weight.addcmul_(_round(value, self.format), scale, value=-1)
+                _round(value, self.format)
+                if self.kept_IBO is not None:
+                    value.mul_(self.kept_IBO[column])
+                weight.addcmul_(value, scale, value=-1)
             else:
                 _round(value.add_(self.zeros[column]), self.format)
+                if self.kept_IBO is not None:
+                    torch.lerp(self.zeros[column], value, self.kept_IBO[column], out=value)
                 weight.addcmul_(value - self.zeros[column], scale, value=-1)
             self.weight_IBO[column + 1 : high].addcmul_(push_NNB1[index, index + 1 :], weight, value=-1)
         self.codes_IBO[low:high] = to_codes(self.values_NBO[: high - low], self.format)

@@ -5,6 +5,7 @@ A new method needs no line here unless its defaults do not fit networks of width
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ KNOBS: dict[str, dict[str, Any]] = {name: {"scheme": "W8A16_G32"} for name in WE
 # Methods that reach a part of the network only.
 KNOBS["brecq"] = {"scheme": "W8A16_G32", "targets": ["Linear"], "steps": 20, "batch": 4}
 KNOBS["tiar"] = {"scheme": "W8A16_CHANNEL_ASYM", "steps": 20}
+
+# What the test file of a method says about its row: `MATRIX = {"options": ..., "bound": ...}`.
+OWN = {
+    path.stem.removeprefix("test_"): runpy.run_path(str(path)).get("MATRIX", {})
+    for path in Path(__file__).parent.glob("*/test_*.py")
+    if path.stem.removeprefix("test_") in METHODS and "\nMATRIX = " in path.read_text("utf-8")
+}
+KNOBS |= {name: own["options"] for name, own in OWN.items() if "options" in own}
 
 # Two experts a token: half of the pairs can go before a token has none.
 SKIPPING = {"modes", "single_threshold", "naee", "odp", "diep"}
@@ -98,6 +107,7 @@ CLOSE, ROUTED, EXACT = 0.03, 0.15, 1e-5
 LOOSER = {"attention_quant": 0.05}
 # Calls of a tiny network have noise of their own each, so what one gave is far from what the next would.
 LOOSER |= dict.fromkeys(CACHING, 2.0)
+LOOSER |= {name: own["bound"] for name, own in OWN.items() if "bound" in own}
 # Here five choices of the routers change in one call; the median token moves by 0.02, the worst by 0.96.
 TURNED = {"internvl": 0.3}
 # Random experts all say something else, so what they say is missed where they do not speak.

@@ -97,3 +97,23 @@ def test_gradients_reach_alpha_only_where_the_grid_does() -> None:
     assert (alpha.grad[inside] > 0).all()
     assert beyond.any()
     assert inside.any()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_zeros_of_a_pruned_weight_stay_zero_whatever_is_learned(name: str) -> None:
+    scheme = Scheme.parse(name).weights
+    pruned = weight() * (torch.arange(32) % 4 < 2)
+    grid = min_max(grouped(pruned, scheme.granularity), scheme)
+    alpha = torch.nn.Parameter(adaround.first_alpha(pruned, grid, scheme, pruned != 0))
+    optimizer = torch.optim.Adam([alpha], lr=1.0)
+    for _ in range(5):  # towards larger weights
+        optimizer.zero_grad()
+        soft = adaround.soft_weight(pruned, alpha, grid, scheme)
+        (adaround.undecided(alpha, 4.0) - 100 * soft.sum()).backward()
+        optimizer.step()
+    assert not alpha.isnan().any()
+    rounded = dequantize(adaround.hard_codes(pruned, alpha.detach(), grid, scheme), grid, scheme)
+    assert (rounded[pruned == 0] == 0).all()
+    assert (soft[pruned == 0] == 0).all()
+    assert (rounded[pruned != 0] >= pruned[pruned != 0].amin()).all()
+    assert rounded.count_nonzero() > 0

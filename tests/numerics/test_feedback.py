@@ -148,3 +148,36 @@ def test_float_formats_round_to_their_values_and_gain_from_feedback(name: str) -
         return float(((error @ moment) * error).sum())
 
     assert cost(helped) < 0.7 * cost(plain)
+
+
+def paper_of_sparsegpt(weight: Tensor, moment: Tensor, scale: Tensor, zero: Tensor, kept: Tensor, damping: float) -> Tensor:
+    """SparseGPT's loop with quantization (arXiv:2301.00774, section 3.5): a pruned weight is zero, and its whole value is an error."""
+    weight = weight.clone()
+    damped = moment + damping * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    codes = torch.empty_like(weight)
+    for column in range(weight.shape[1]):
+        nearest = (weight[:, column] / scale + zero).round().clamp(-4, 3)
+        codes[:, column] = torch.where(kept[:, column], nearest, zero)
+        error = (weight[:, column] - (codes[:, column] - zero) * scale) / upper[column, column]
+        weight[:, column:] -= error[:, None] * upper[column, column:]
+    return codes
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("problems", [1, 2])
+def test_pruned_weights_stay_zero_and_are_compensated(problems: int, symmetric: bool) -> None:
+    columns = 40
+    weight, moment = weights(problems, 6, columns), moments(problems, columns)
+    kept = torch.rand(weight.shape, generator=torch.Generator().manual_seed(5)) > 0.5
+    weight = weight * kept
+    scale = torch.full((problems, 6, 1), 0.4, dtype=torch.float64)
+    zero = None if symmetric else torch.full((problems, 6, 1), 1, dtype=torch.int8)
+    group = torch.zeros(problems, columns, dtype=torch.long)
+    found = feedback(moment, 0.01)
+    codes = round_columns(weight, found.weights_BII, INT3, Grid(scale, zero), group, kept_BOI=kept)
+    shift = torch.zeros(6) if zero is None else torch.ones(6)
+    for b in range(problems):
+        wanted = paper_of_sparsegpt(weight[b], moment[b], scale[b, :, 0], shift.double(), kept[b], 0.01)
+        assert torch.equal(codes[b].double(), wanted)
+        assert bool((codes[b][~kept[b]] == (0 if symmetric else 1)).all())

@@ -93,7 +93,10 @@ class Brecq(WeightMethod):
     def _learn(self, block: Block, module: nn.Module, jobs: Jobs, samples: Samples, alone: str = "") -> None:
         dtype = block.stored_dtype
         grids = {name: rounding_grid(layer, scheme, dtype) for name, (layer, scheme) in jobs.items()}
-        alphas = {name: nn.Parameter(first_alpha(matrix(layer), grids[name], scheme.weights)) for name, (layer, scheme) in jobs.items()}
+        alphas = {
+            name: nn.Parameter(first_alpha(matrix(layer), grids[name], scheme.weights, block.kept_mask(name)))
+            for name, (layer, scheme) in jobs.items()
+        }
 
         def loss_of(rounded: Any, chosen: Sequence[int]) -> Tensor:
             weights = {}

@@ -112,9 +112,18 @@ class Gptq(WeightMethod):
         fit = partial(self._fit, scheme=scheme, dtype=dtype)
         moves = self.act_order != "static" and isinstance(scheme.granularity, PerGroup) and scheme.scale_format == "float"
         weight_BOI = _stack([problem.weight() for problem in problems])
+        pruned = {block.full_name(name) for problem in problems for name in problem.linears} & block.network.pruned
+        kept_BOI = weight_BOI != 0 if pruned else None  # what is not pruned has next to no zeros
         # Without a name here, the Hessians are freed as soon as they are factorised.
         solution = solve(
-            weight_BOI, _stack([problem.hessian(block) for problem in problems]), scheme, fit, moves, self.act_order, self.damping
+            weight_BOI,
+            _stack([problem.hessian(block) for problem in problems]),
+            scheme,
+            fit,
+            moves,
+            self.act_order,
+            self.damping,
+            kept_BOI,
         )
         for index, problem in enumerate(problems):
             self._store(block, problem, solution, index)
@@ -199,12 +208,13 @@ def solve(
     moves: bool = False,
     act_order: ActOrder = "static",
     damping: float = 0.01,
+    kept_BOI: Tensor | None = None,
 ) -> _Solution:
     """Round weights so that the outputs for inputs with these Hessians change little.
 
     `fit` makes a stored grid from weights laid out by `quantize.grouped` and the importance of their errors. With `moves` (groups
     only) the grid of a group is made when its turn comes, from weights that have taken the errors before it; otherwise grids are
-    made from the weights as they are.
+    made from the weights as they are. Where `kept_BOI` is False, weights are pruned and stay zero.
     """
     columns = weight_BOI.shape[-1]
     as_is_BI = torch.arange(columns, device=weight_BOI.device).expand(len(weight_BOI), -1)
@@ -232,7 +242,9 @@ def solve(
         return fit(weight_BOn, found.importance_BI[:, None, low:high])
 
     ordered_BOI = weight_BOI.take_along_dim(order_BI[:, None, :], 2)
-    codes_BOI = round_columns(ordered_BOI, found.weights_BII, scheme.format, grid, group_BI, fit_now if moves else None, width)
+    if kept_BOI is not None:
+        kept_BOI = kept_BOI.take_along_dim(order_BI[:, None, :], 2)
+    codes_BOI = round_columns(ordered_BOI, found.weights_BII, scheme.format, grid, group_BI, fit_now if moves else None, width, kept_BOI)
     if moves:
         grids = [Grid(grid.scale[b], None if grid.zero is None else grid.zero[b]) for b in range(len(weight_BOI))]
     g_idx_BI = place_BI // width if moves and act_order == "group" else None

@@ -40,6 +40,11 @@ class Rotate(Method):
     @torch.no_grad()
     def apply(self, network: Network, calls: Sequence[Call]) -> None:
         """Rotate in place; raises AerogelError, before anything is changed, when the stream cannot be rotated exactly."""
+        if network.pruned:
+            raise AerogelError(
+                f"cannot rotate: {min(network.pruned)} and {len(network.pruned) - 1} other layers are pruned, and a rotation "
+                "would fill their zeros; put rotate before the step that prunes"
+            )
         stream = _stream(network)
         offset = network.family.norm_offset
         width = _width(stream, offset)
@@ -128,7 +133,7 @@ def _bias(module: nn.Module) -> Tensor | None:
 
 
 def _width(stream: _Stream, offset: float) -> int:
-    """The stream's width; raises AerogelError when a tensor cannot take part: absent, quantized, of another width, or not expressible."""
+    """Return the stream's width; raises AerogelError when a tensor cannot be rotated: absent, quantized or of another width."""
     width = _weight(stream.embeddings[0]).shape[-1]
     readers = [reader for _, readers in stream.norms for reader in readers]
     widths = {_weight(module).shape[-1] for module in (*stream.embeddings, *readers)} | {

@@ -36,7 +36,7 @@ class Pair(nn.Module):
         return self.behind(torch.cat([self.left(x), self.right(x).relu()], -1))
 
 
-def visit(method: Gptq, calls: int = 6, spoil: str = "") -> tuple[Block, dict[str, Tensor], Tensor]:
+def visit(method: Gptq, calls: int = 6, spoil: str = "", pruned: tuple[str, ...] = ()) -> tuple[Block, dict[str, Tensor], Tensor]:
     """One block after its visit, its weights before, and its inputs as rows."""
     torch.manual_seed(0)
     module = Pair().requires_grad_(False)
@@ -47,8 +47,10 @@ def visit(method: Gptq, calls: int = 6, spoil: str = "") -> tuple[Block, dict[st
             x[..., :3] = 0
         if spoil == "nan":
             x[0, 0, 0] = torch.nan
-    before = {name: linear.weight.clone() for name, linear in module.named_children() if isinstance(linear, nn.Linear)}
     block = Block("cell", module, 0, 1, [Call((x,)) for x in xs], Network(module, Family("f", ("f",), (Tower("t", "cell"),))))  # type: ignore[arg-type]
+    for name in pruned:
+        block.prune(name, torch.rand(module.get_parameter(f"{name}.weight").shape) < 0.5)
+    before = {name: linear.weight.clone() for name, linear in module.named_children() if isinstance(linear, nn.Linear)}
     method.compress(block)
     return block, before, torch.cat([x.reshape(-1, 48) for x in xs])
 
@@ -224,3 +226,23 @@ def test_calls_that_go_different_ways_are_not_waited_for() -> None:
     Gptq("W4A16_G16", ignore=("idle",)).compress(block)
     assert block.outputs is None
     assert {name for name, part in module.named_children() if isinstance(part, QuantLinear)} == {"left", "right", "behind"}
+
+
+@pytest.mark.parametrize("scheme", [W4, "W4A16_G32_ASYM", "W8A16_CHANNEL", "FP8_DYNAMIC", "MXFP4A16", "NVFP4A16"])
+@pytest.mark.parametrize("act_order", ["none", "static", "group"])
+def test_pruned_weights_stay_zero(scheme: str, act_order: str) -> None:
+    """One of two layers that share an input is pruned; the other one is solved with it, and has no zeros to keep."""
+    block, before, _ = visit(Gptq(scheme=scheme, act_order=act_order), pruned=("left", "behind"))  # type: ignore[arg-type]
+    for name in ("left", "behind", "right"):
+        rounded = quantized(block, name).dequantized(torch.float32)
+        assert (rounded[before[name] == 0] == 0).all()
+        assert rounded[before[name] != 0].count_nonzero() > 0.5 * before[name].count_nonzero()
+
+
+@pytest.mark.parametrize("scheme", [W4, "W4A16_G32_ASYM", "W8A16_CHANNEL"])
+def test_pruned_weights_are_compensated(scheme: str) -> None:
+    errors = []
+    for method in (Gptq(scheme=scheme), Gptq(scheme=scheme, damping=1e6)):  # the second one rounds to nearest
+        block, before, x = visit(method, pruned=("left", "behind"))
+        errors.append(float((x @ (quantized(block, "left").dequantized(torch.float32) - before["left"]).T).norm()))
+    assert errors[0] < 0.9 * errors[1]
