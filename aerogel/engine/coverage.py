@@ -20,14 +20,14 @@ def coverage(network: Network, policies: Sequence[CalibratedPolicy]) -> dict[str
     """
     layers = {name: part for name, part in network.module.named_modules() if isinstance(part, Layer | QuantLinear)}
     codes = {name: part.scheme for name, part in layers.items() if isinstance(part, QuantLinear)}
-    rounded = [name for measured in policies for name in measured.state.get("attentions", ())]
+    attentions = [name for measured in policies for name in measured.policy.quantized(measured.state)]
     return {
         "layers": len(layers),
         "weights": dict(Counter(_named(scheme.weights) for scheme in codes.values())),
         "inputs": dict(Counter(_named(scheme.inputs) for scheme in codes.values() if scheme.inputs is not None)),
         "float_weights": [name for name in layers if name not in codes],
         "float_inputs": [name for name in layers if name not in codes or codes[name].inputs is None],
-        "attentions": rounded,
+        "attentions": attentions,
     }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from aerogel.io.states import STATES, stored
 from aerogel.methods.base import RuntimePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trace import NON_BLOCK
 from aerogel.recipe import Recipe, Step
 from aerogel.runtime.policy_state import PolicyState
 
@@ -28,12 +30,18 @@ class CalibratedPolicy:
     state: Any
     """The record that the policy's class declares as its state."""
 
+    @property
+    def policy(self) -> RuntimePolicy[Any]:
+        """The policy itself."""
+        assert isinstance(self.step.method, RuntimePolicy)
+        return self.step.method
+
 
 def calibrated(network: Network, step: Step, calls: Sequence[Call], before: CalibratedPolicy | None = None) -> CalibratedPolicy:
     """Calibrate a policy, from the state of the one before where it supersedes that; raises AerogelError where it cannot follow it."""
     method = step.method
     assert isinstance(method, RuntimePolicy)
-    if before is not None and (why := method.refusal(_policy(before))):
+    if before is not None and (why := method.refusal(before.policy)):
         raise AerogelError(why)
     return CalibratedPolicy(step, method.calibrated(network, calls, None if before is None else before.state))
 
@@ -44,9 +52,36 @@ def superseded(step: Step, before: Sequence[CalibratedPolicy]) -> CalibratedPoli
     return before[-1] if before and step.method.supersedes else None
 
 
-def _policy(measured: CalibratedPolicy) -> RuntimePolicy[Any]:
-    assert isinstance(measured.step.method, RuntimePolicy)
-    return measured.step.method
+class Parameters:
+    """The parameters of the policies that are on, by block: policies look them up at each forward, block methods may learn them."""
+
+    def __init__(self, blocks: Iterable[str]) -> None:
+        self._by_block: dict[str, dict[str, Tensor]] = {name: {} for name in (*blocks, NON_BLOCK)}
+
+    def of(self, block: str) -> dict[str, Tensor]:
+        """Return those inside a block by full name, to be changed in place."""
+        return self._by_block[block]
+
+    @contextmanager
+    def on(self, network: Network, measured: CalibratedPolicy) -> Iterator[None]:
+        """Put a policy on with its parameters as they are here; raises AerogelError for a name that another policy has."""
+        own = measured.policy.parameters(measured.state)
+        for name, value in own.items():
+            values = self.of(next((block for block in self._by_block if name.startswith(f"{block}.")), NON_BLOCK))
+            if name in values:
+                raise AerogelError(f"two policies have a parameter {name}, the second is {measured.step.name}; leave one of them out")
+            values[name] = value
+        with measured.policy.on_with(network, measured.state, ChainMap(*self._by_block.values())):
+            yield
+        for values in self._by_block.values():
+            for name in own.keys() & values.keys():
+                del values[name]
+
+    def taken_over(self, measured: CalibratedPolicy) -> CalibratedPolicy:
+        """Return the policy with its parameters as they are here."""
+        now = ChainMap(*self._by_block.values())
+        values = {name: now[name].detach() for name in measured.policy.parameters(measured.state)}
+        return replace(measured, state=measured.policy.with_parameters(measured.state, values))
 
 
 @contextmanager
@@ -54,7 +89,7 @@ def on(network: Network, policies: Sequence[CalibratedPolicy]) -> Iterator[None]
     """Put policies on in the order of the recipe; afterwards the network is what it was."""
     with ExitStack() as stack:
         for measured in policies:
-            stack.enter_context(_policy(measured).on(network, measured.state))
+            stack.enter_context(measured.policy.on(network, measured.state))
         yield
 
 

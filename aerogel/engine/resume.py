@@ -2,7 +2,8 @@
 
 out.partial/run.json                      what the run is made of; a run goes on only with the same
 out.partial/stage-0/walk.json, activations/      the walk's own state
-out.partial/stage-0/blocks/NAME/          model.safetensors (the finished block), block.json (its structure and journal)
+out.partial/stage-0/blocks/NAME/          model.safetensors (the finished block), block.json (its structure and journal),
+                                          parameters.safetensors (those of policies inside the block, as they were learned)
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aerogel.errors import AerogelError
@@ -24,6 +25,7 @@ from aerogel.model.block import Block
 from aerogel.model.network import Network
 
 JOURNAL = "block.json"
+PARAMETERS = "parameters.safetensors"
 RUN = "run.json"
 
 
@@ -91,6 +93,16 @@ class Progress:
         return self._source
 
 
+class FinishedBlock(NamedTuple):
+    """What is stored of a finished block beside its tensors."""
+
+    block: str
+    notes: list[dict[str, Any]]
+    """What methods wrote down for the report."""
+    parameters: dict[str, Tensor]
+    """Parameters of policies inside the block, as they were learned, by full name."""
+
+
 class Stage:
     """What one stage of a recipe has finished."""
 
@@ -98,24 +110,25 @@ class Stage:
         self.folder = folder
         self._progress = progress
 
-    def commit(self, block: Block, notes: list[dict[str, Any]]) -> None:
-        """Put a finished block away, durably."""
+    def commit(self, block: Block) -> None:
+        """Store a finished block durably, with what its methods noted and learned of parameters of policies."""
         folder = self._folder_of(block.name)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {block.full_name(name): tensor.contiguous() for name, tensor in block.module.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors.new")
-        _settle(folder / "model.safetensors.new", folder / "model.safetensors")
+        _save(tensors, folder / "model.safetensors")
+        if block.parameters:
+            _save({name: value.detach().contiguous() for name, value in block.parameters.items()}, folder / PARAMETERS)
         pruned = sorted(name for name in block.network.pruned if name.startswith(f"{block.name}."))
-        _write(folder / JOURNAL, json.dumps({"structure": quantized.describe(block.module), "pruned": pruned, "notes": notes}))
+        _write(folder / JOURNAL, json.dumps({"structure": quantized.describe(block.module), "pruned": pruned, "notes": block.notes}))
         self._progress.homes[block.name] = Checkpoint.open(folder)
 
     def committed(self) -> set[str]:
         """Names of the blocks that are put away."""
         return {path.parent.name for path in self.folder.glob(f"blocks/*/{JOURNAL}")}
 
-    def restore(self, names: Iterable[str]) -> list[dict[str, Any]]:
-        """Give blocks that an earlier process finished their structure back, and return their journal."""
-        notes: list[dict[str, Any]] = []
+    def restore(self, names: Iterable[str]) -> list[FinishedBlock]:
+        """Rebuild the structure of blocks that an earlier process finished, and return what else it stored of them."""
+        found: list[FinishedBlock] = []
         for name in names:
             folder = self._folder_of(name)
             state = json.loads((folder / JOURNAL).read_text())
@@ -123,8 +136,9 @@ class Stage:
                 quantized.attach(self._progress.network.module.get_submodule(name), state["structure"])
             self._progress.network.pruned.update(state.get("pruned", ()))
             self._progress.homes[name] = Checkpoint.open(folder)
-            notes += state["notes"]
-        return notes
+            parameters = load_file(folder / PARAMETERS) if (folder / PARAMETERS).exists() else {}
+            found.append(FinishedBlock(name, state["notes"], parameters))
+        return found
 
     def _folder_of(self, name: str) -> Path:
         return self.folder / "blocks" / name
@@ -142,6 +156,12 @@ def _require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any
 def _brief(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    beside = path.with_name(f"{path.name}.new")
+    save_file(tensors, beside)
+    _settle(beside, path)
 
 
 def _write(path: Path, text: str) -> None:

@@ -24,7 +24,7 @@ from aerogel.engine import policies, provenance
 from aerogel.engine.calibration import Calibration, CalibrationInput, prepare, reading, shown
 from aerogel.engine.coverage import coverage
 from aerogel.engine.planning import Plan, blocks_of, needs_calls, needs_teacher, plan_network
-from aerogel.engine.policies import CalibratedPolicy
+from aerogel.engine.policies import CalibratedPolicy, Parameters
 from aerogel.engine.preflight import check_output, check_plan, check_weights, partial_of
 from aerogel.engine.progress import Event, Tell, Watch
 from aerogel.engine.result import Result, write
@@ -207,6 +207,10 @@ class Run:
     progress: Progress | None = None
     journal: list[dict[str, Any]] = field(default_factory=list)
     policies: list[CalibratedPolicy] = field(default_factory=list)
+    parameters: Parameters = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = Parameters(self.network.blocks())
 
     def go(self) -> None:
         """Do every step; neighbouring block methods share one walk, and a policy is on while later steps run."""
@@ -232,7 +236,7 @@ class Run:
                         self.policies.pop()
                     measured = self._calibrate(number, steps[0], method, before)
                 last = stack.enter_context(ExitStack())
-                last.enter_context(policies.on(self.network, [measured]))
+                last.enter_context(self.parameters.on(self.network, measured))
 
     def _calibrate(self, number: int, step: Step, policy: RuntimePolicy[Any], before: CalibratedPolicy | None) -> CalibratedPolicy:
         with self._resident(), resident(self._teacher(policy)), seeded(self.seed, number):
@@ -248,26 +252,18 @@ class Run:
         for block in visits:
             at = Event("compress", number * block.total + block.position, stages * block.total, block.name or "around the blocks")
             self.tell(at)
-            block.step_sizes = self._step_sizes(block.name)
+            block.parameters = self.parameters.of(block.name)
             with seeded(self.seed, number, block.position):
                 for place, step in enumerate(steps):
                     with watched(partial(self._inside, at, place, len(steps))):
                         _compress(block, step)
+        self.policies = [self.parameters.taken_over(measured) for measured in self.policies]
 
-    def _step_sizes(self, block: str) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
-        for measured in self.policies:
-            assert isinstance(measured.step.method, RuntimePolicy)
-            found |= dict.fromkeys(measured.step.method.step_sizes(measured.state, block), measured.state)
-        return found
-
-    def _restore(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Take over what an earlier process wrote down about blocks that it finished, step sizes that it learned included."""
-        for line in lines:
-            self.journal.append(line)
-            for measured in self.policies if "step_size" in line else ():
-                if line["name"] in measured.state:
-                    measured.state[line["name"]] = torch.full_like(measured.state[line["name"]], line["step_size"])
+    def _restore(self, stage: Stage, names: Iterable[str]) -> None:
+        """Take over blocks that an earlier process finished: structure, journal, learned parameters of policies."""
+        for finished in stage.restore(names):
+            self.journal += finished.notes
+            self.parameters.of(finished.block).update(finished.parameters)
 
     def _inside(self, at: Event, place: int, places: int, share: float) -> None:
         """Tell how far the step in hand has come with the part in hand."""
@@ -284,7 +280,7 @@ class Run:
             around=reaches_around(self.network, steps),
         )
         if stage:
-            self._restore(stage.restore(walk.order[: walk.position]))
+            self._restore(stage, walk.order[: walk.position])
         if any("teacher" in step.method.requires for step in steps):
             assert self.network.teacher is not None, "go() makes one"
             return walk_with_teacher(walk, self.network.teacher, self.calibration.calls, stage.folder / "teacher" if stage else None)
@@ -295,7 +291,7 @@ class Run:
         finish = self._finish(stage)
         done = stage.committed() if stage else set()
         if stage:
-            self._restore(stage.restore(name for name in self.network.blocks() if name in done))
+            self._restore(stage, (name for name in self.network.blocks() if name in done))
         for block in blocks_of(self.network):
             if block.name in done:
                 continue
@@ -310,7 +306,7 @@ class Run:
         def finish(block: Block) -> None:
             self.journal += block.notes
             if stage and block.name:
-                stage.commit(block, block.notes)
+                stage.commit(block)
 
         return finish
 
@@ -338,7 +334,7 @@ class Run:
         for block in blocks_of(self.network):
             if block.name:
                 if stage:
-                    stage.commit(block, [])
+                    stage.commit(block)
                 self.progress.release(block.name)
 
 
@@ -376,14 +372,14 @@ def _compress(block: Block, step: Step) -> None:
     with torch.set_grad_enabled("gradients" in step.method.requires):
         step.method.compress(block)
     block.notes[before:] = [
-        # AttentionQuant, whose notes tell a step size, have names but are no modules.
-        {"block": block.name, "method": step.name, **({} if "step_size" in note else _scheme_of(block, note["name"])), **note}
-        for note in block.notes[before:]
+        {"block": block.name, "method": step.name, **_scheme_of(block, note["name"]), **note} for note in block.notes[before:]
     ]
 
 
 def _scheme_of(block: Block, name: str) -> dict[str, str]:
-    """What a part of the block is stored in now, if in codes."""
+    """Return the scheme of a part of the block, if it is quantized by now; a note may also be of a parameter, which has none."""
+    if name in block.parameters:
+        return {}
     part = block.module.get_submodule(name.removeprefix(f"{block.name}."))
     part = part.inner if isinstance(part, ScaledInput) else part
     return {"scheme": str(part.scheme)} if isinstance(part, QuantLinear) else {}

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
@@ -134,9 +134,21 @@ class RuntimePolicy(ABC, Generic[State]):
         """Read a saved state; raises AerogelError that names the policy and the field where it is not one of this policy."""
         return saved if cls.state is None else cls.state.read(saved, cls.__module__.rpartition(".")[2])  # type: ignore[return-value]
 
-    def step_sizes(self, state: State, block: str) -> tuple[str, ...]:
-        """The step sizes in the state that act inside a block, by key: block methods may learn them; none unless a policy says so."""
+    def quantized(self, state: State) -> tuple[str, ...]:
+        """Return the full names of the modules whose inputs it quantizes while it is on; none unless a policy says so."""
         return ()
+
+    def parameters(self, state: State) -> dict[str, Tensor]:
+        """Return what block methods may learn of the state, by full name (module.parameter); nothing unless a policy says so."""
+        return {}
+
+    def with_parameters(self, state: State, values: Mapping[str, Tensor]) -> State:
+        """Return the state with these values of its parameters."""
+        return state
+
+    def on_with(self, network: Network, state: State, parameters: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Put the policy on with other values of its parameters, looked up at each forward: what is learned of them acts at once."""
+        return self.on(network, state)
 
     @abstractmethod
     def on(self, network: Network, state: State) -> AbstractContextManager[None]:

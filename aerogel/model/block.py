@@ -52,8 +52,9 @@ class Block:
     """What methods wrote down for the report."""
     targets: list[Any] | None = None
     """What the float network's block gives for the same calls, on inputs of its own; None where no method asked for a teacher."""
-    step_sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """The step sizes inside this block of policies that are on, by full name, with the state that holds each under that name."""
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    """Parameters that act inside this block and are not its own, those of policies that are on, by full name. A method may learn them: a
+    value that it puts in the place of another acts from the next forward on, and the engine takes over what stands here in the end."""
     outputs: list[Any] | None = None
     """What the block as it is now gives for its calls, one by one, where a method came to know it; None when it has to be run."""
 

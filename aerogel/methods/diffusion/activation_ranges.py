@@ -98,14 +98,14 @@ class ActivationRanges(BlockMethod):
         samples = block.samples()
         # Logarithms: a step stays positive, and one learning rate suits all sizes.
         logs = {name: nn.Parameter(grid.scale.log()) for name, grid in grids.items()}
-        others = {key: nn.Parameter(state[key].float().log()) for key, state in block.step_sizes.items()}
+        others = {name: nn.Parameter(step_size.float().log()) for name, step_size in block.parameters.items()}
 
         def now(name: str) -> Grid:
             return grids[name]._replace(scale=logs[name].exp())
 
         def loss(chosen: Sequence[int]) -> Tensor:
-            for key, log in others.items():
-                block.step_sizes[key][key] = log.exp()
+            for name, log in others.items():
+                block.parameters[name] = log.exp()
             errors = [
                 share * power_error(block.module(*call.args, **call.kwargs), wanted, self.exponent)
                 for call, wanted, share in samples.take(chosen)
@@ -119,9 +119,9 @@ class ActivationRanges(BlockMethod):
             history = fit(
                 [*logs.values(), *others.values()], loss, len(samples), how, torch.Generator().manual_seed(int(torch.randint(2**62, ())))
             )
-        for key, log in others.items():
-            block.step_sizes[key][key] = log.detach().exp()
-            block.note(key.removeprefix(f"{block.name}."), step_size=float(block.step_sizes[key][key]))
+        for name, log in others.items():
+            block.parameters[name] = log.detach().exp()
+            block.note(name.removeprefix(f"{block.name}."), step_size=float(block.parameters[name]))
         before, after = history.checks[0], history.checks[history.best]
         for name in layers:
             block.note(name, range_error=after, range_error_before=before)

@@ -5,10 +5,10 @@ T steps, C width of a feature. The paper's abstract names the idea; the layout o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,14 +26,29 @@ from aerogel.model.timesteps import steps_of
 from aerogel.numerics.formats import format_named
 from aerogel.numerics.quantize import Grid, grid_from_range, quantize
 from aerogel.numerics.scheme import PerToken, TensorScheme
+from aerogel.runtime.policy_state import PolicyState, by_name
 
 Choice = Literal["all", "layer", "layer_step"]
 
 
+@dataclass(frozen=True, eq=False)
+class TemporalCacheState(PolicyState):
+    """The tables, and the steps that their rows are of."""
+
+    steps: tuple[float, ...]
+    """The sampler's time steps, in order."""
+    sampler: str
+    """Class of the scheduler; empty where the model came without one."""
+    tables: Mapping[str, Tensor] = by_name()
+    """By layer: `layer` (T, C) as it is stored, `layer.scale` and `layer.zero_point` where these are integer codes; the squared errors
+    `layer.table_error` and `layer.path_error` (T), and `layer.chosen` (T), True where the table is nearer or has to answer."""
+
+
 @dataclass(frozen=True)
-class TemporalCache(RuntimePolicy[dict[str, Any]]):
+class TemporalCache(RuntimePolicy[TemporalCacheState]):
     """Looks the temporal features up in a table of all steps instead of computing them."""
 
+    state: ClassVar[type[PolicyState]] = TemporalCacheState
     by_step: ClassVar[bool] = True
 
     content: Literal["features", "path"] = "features"
@@ -50,7 +65,7 @@ class TemporalCache(RuntimePolicy[dict[str, Any]]):
         return frozenset({"calls", "time_path", "teacher"} if self.content == "features" else {"calls", "time_path"})
 
     @torch.no_grad()
-    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> TemporalCacheState:
         """Run the path once a step, on one sample, and keep what it gives; raises AerogelError where it is not of the step alone."""
         find(network).require_alone()
         steps = steps_of(network.module, calls)
@@ -58,29 +73,31 @@ class TemporalCache(RuntimePolicy[dict[str, Any]]):
         teacher = (network.teacher or network) if self.content == "features" else network
         wanted = own if teacher is network else features_of(teacher, calls[0], steps)
         scheduler = getattr(network.processor, "scheduler", None)
-        state: dict[str, Any] = {"steps": list(steps), "sampler": "" if scheduler is None else type(scheduler).__name__}
+        tables: dict[str, Tensor] = {}
         for name, feature_TC in wanted.items():
-            state |= self._stored(name, feature_TC)
-            table_T, path_T = ((given - feature_TC).float().square().sum(-1) for given in (self._table(name, state), own[name]))
+            tables |= self._stored(name, feature_TC)
+            table_T, path_T = ((given - feature_TC).float().square().sum(-1) for given in (looked_up_features(tables, name), own[name]))
             errors = {f"{name}.table_error": table_T, f"{name}.path_error": path_T}
-            state |= errors | {f"{name}.chosen": chosen(table_T, path_T, self.choose)}
-        return state
+            tables |= errors | {f"{name}.chosen": chosen(table_T, path_T, self.choose)}
+        return TemporalCacheState(tuple(steps), "" if scheduler is None else type(scheduler).__name__, tables)
 
     @contextmanager
-    def on(self, network: Network, state: dict[str, Any]) -> Iterator[None]:
+    def on(self, network: Network, state: TemporalCacheState) -> Iterator[None]:
         """Answer for the embedder and the projections out of the table; raises AerogelError at a step that is not in it."""
         path, followed = find(network), timestep_index_of(network.module)
-        clock = followed or TimestepIndex(state["steps"], state["sampler"])
-        if clock.steps != tuple(state["steps"]):
+        clock = followed or TimestepIndex(state.steps, state.sampler)
+        if clock.steps != state.steps:
             raise AerogelError(
-                f"the table is of {len(state['steps'])} steps, the network's scales of {len(clock.steps)} others; calibrate both together"
+                f"the table is of {len(state.steps)} steps, the network's scales of {len(clock.steps)} others; calibrate both together"
             )
         clock.belongs_to(network.processor)
         modules = dict(path.projections)
-        if all(bool(state[f"{name}.chosen"].all()) for name in modules):
+        if all(bool(state.tables[f"{name}.chosen"].all()) for name in modules):
             modules |= path.embedders  # nobody reads what they would compute
         answers = {
-            module: Lookup(clock, *self._kept(name, state), state[f"{name}.chosen"] | (name in path.embedders), module.forward)
+            module: Lookup(
+                clock, *_stored_table(state.tables, name), state.tables[f"{name}.chosen"] | (name in path.embedders), module.forward
+            )
             for name, module in modules.items()
         }
         with nullcontext() if followed else clock.on(network.module), patch_forward(answers):
@@ -99,14 +116,16 @@ class TemporalCache(RuntimePolicy[dict[str, Any]]):
         assert grid.zero is not None, "rows are asymmetric"
         return {name: quantize(feature_TC, grid, self._rows), f"{name}.scale": grid.scale, f"{name}.zero_point": grid.zero}
 
-    def _table(self, name: str, state: dict[str, Any]) -> Tensor:
-        """The features (T, C) as they are looked up."""
-        return dequantized(*self._kept(name, state))
 
-    def _kept(self, name: str, state: dict[str, Any]) -> tuple[Tensor, Grid | None]:
-        """The table as it is stored, and the grid of its codes where it holds codes."""
-        kept: Tensor = state[name]
-        return kept, None if kept.is_floating_point() else Grid(state[f"{name}.scale"], state[f"{name}.zero_point"])
+def looked_up_features(tables: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return the features (T, C) of a layer as they are looked up."""
+    return dequantized(*_stored_table(tables, name))
+
+
+def _stored_table(tables: Mapping[str, Tensor], name: str) -> tuple[Tensor, Grid | None]:
+    """The table as it is stored, and the grid of its codes where it holds codes."""
+    stored = tables[name]
+    return stored, None if stored.is_floating_point() else Grid(tables[f"{name}.scale"], tables[f"{name}.zero_point"])
 
 
 def chosen(table_error_T: Tensor, path_error_T: Tensor, choose: Choice) -> Tensor:

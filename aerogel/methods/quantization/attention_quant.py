@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -26,15 +26,26 @@ from aerogel.numerics.attention import OPERANDS, attention
 from aerogel.numerics.observers import Searched
 from aerogel.numerics.quantize import Grid
 from aerogel.runtime.attention import Attend, attending, attentions
+from aerogel.runtime.policy_state import PolicyState, by_name
 
-KEPT = (*OPERANDS, "query_zero_point", "key_zero_point", "value_zero_point")
-"""What the state holds for each attention."""
+_ZERO_POINTS = tuple(f"{operand}_zero_point" for operand in ("query", "key", "value"))
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionQuantState(PolicyState):
+    """The grids of all attentions."""
+
+    attentions: tuple[str, ...]
+    """Full names."""
+    grids: Mapping[str, Tensor] = by_name()
+    """Step sizes `attention.query`, `.key`, `.value`, `.probabilities` and zero points `attention.query_zero_point`, ..."""
 
 
 @dataclass(frozen=True)
-class AttentionQuant(RuntimePolicy[dict[str, Any]]):
+class AttentionQuant(RuntimePolicy[AttentionQuantState]):
     """Rounds the operands of every attention to static grids, one for the whole tensor."""
 
+    state: ClassVar[type[PolicyState]] = AttentionQuantState
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "attention"})
 
     bits: int = 8
@@ -53,7 +64,7 @@ class AttentionQuant(RuntimePolicy[dict[str, Any]]):
             )
 
     @torch.no_grad()
-    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> AttentionQuantState:
         """Look at the operands of all calls; raises AerogelError when the network's attention cannot be found."""
         named = attentions(network, calls[0])
         ignore = network.family.expand_patterns(self.ignore)
@@ -78,31 +89,44 @@ class AttentionQuant(RuntimePolicy[dict[str, Any]]):
         with attending(network, names, lambda name: partial(attention, change=partial(see, name))), cache_dequantized(network.module):
             for call in calls:
                 network.run(call)
-        state: dict[str, Any] = {"attentions": names}
-        for name, most in largest.items():
-            state[f"{name}.probabilities"] = most / (2**self.probability_bits - 1)
+        grids = {f"{name}.probabilities": most / (2**self.probability_bits - 1) for name, most in largest.items()}
         for (name, operand), search in searches.items():
             grid = search.grid()
             assert grid.zero is not None, "the scheme is asymmetric"
-            state |= {f"{name}.{operand}": grid.scale, f"{name}.{operand}_zero_point": grid.zero}
-        return state
+            grids |= {f"{name}.{operand}": grid.scale, f"{name}.{operand}_zero_point": grid.zero}
+        return AttentionQuantState(tuple(names), grids)
 
-    def step_sizes(self, state: Mapping[str, Any], block: str) -> tuple[str, ...]:
-        """Those of the attentions in the block."""
-        inside = [name for name in state["attentions"] if name == block or name.startswith(f"{block}.")]
-        return tuple(f"{name}.{operand}" for name in inside for operand in OPERANDS)
+    def quantized(self, state: AttentionQuantState) -> tuple[str, ...]:
+        """Return the names of the attentions."""
+        return state.attentions
+
+    def parameters(self, state: AttentionQuantState) -> dict[str, Tensor]:
+        """Return the step sizes of all operands."""
+        names = [f"{attention}.{operand}" for attention in state.attentions for operand in OPERANDS]
+        return {name: state.grids[name] for name in names}
+
+    def with_parameters(self, state: AttentionQuantState, values: Mapping[str, Tensor]) -> AttentionQuantState:
+        """Return the state with other step sizes."""
+        return replace(state, grids={**state.grids, **values})
+
+    def on(self, network: Network, state: AttentionQuantState) -> AbstractContextManager[None]:
+        """Round operands while attentions run, with straight-through gradients."""
+        return self.on_with(network, state, self.parameters(state))
 
     @contextmanager
-    def on(self, network: Network, state: dict[str, Any]) -> Iterator[None]:
-        """Round operands while attentions run, with straight-through gradients."""
-        with attending(network, state["attentions"], partial(self._attend, state)):
+    def on_with(self, network: Network, state: AttentionQuantState, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        """The same with other step sizes, which may change meanwhile."""
+        with attending(network, state.attentions, partial(self.attend, state.grids, parameters)):
             yield
 
-    def _attend(self, state: Mapping[str, Any], name: str) -> Attend:
+    def attend(self, grids: Mapping[str, Tensor], step_sizes: Mapping[str, Tensor], name: str) -> Attend:
+        """Return the attention of the module with this name on rounded operands."""
+
         def answer(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            here = {key: state[f"{name}.{key}"].to(query.device) for key in KEPT}
-            grids = {operand: Grid(here[operand], here[f"{operand}_zero_point"]) for operand in ("query", "key", "value")}
-            operands = kernel.Operands(grids, self.bits, here["probabilities"], 2**self.probability_bits - 1)
+            step = {operand: step_sizes[f"{name}.{operand}"].to(query.device) for operand in OPERANDS}
+            zero = {key: grids[f"{name}.{key}"].to(query.device) for key in _ZERO_POINTS}
+            rounded = {operand: Grid(step[operand], zero[f"{operand}_zero_point"]) for operand in ("query", "key", "value")}
+            operands = kernel.Operands(rounded, self.bits, step["probabilities"], 2**self.probability_bits - 1)
             return kernel.run(query, *args, operands=operands, **kwargs)
 
         return answer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import aerogel
 from aerogel.errors import AerogelError
 from aerogel.io.quantized import timestep_index_of
 from aerogel.layers.timestep_index import TimestepIndex
-from aerogel.methods.diffusion.temporal_cache import TemporalCache, chosen
+from aerogel.methods.diffusion.temporal_cache import TemporalCache, TemporalCacheState, chosen, looked_up_features
 from aerogel.model import time_path
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -38,7 +40,7 @@ def taught() -> Network:
     return network
 
 
-def looked_up(network: Network, policy: TemporalCache, state: dict[str, Any], call: Call) -> dict[str, torch.Tensor]:
+def looked_up(network: Network, policy: TemporalCache, state: TemporalCacheState, call: Call) -> dict[str, torch.Tensor]:
     with policy.on(network, state):
         return {name: given_by(network, name, call) for name in time_path.find(network).projections}
 
@@ -46,7 +48,7 @@ def looked_up(network: Network, policy: TemporalCache, state: dict[str, Any], ca
 def test_int8_rows_match_a_recomputation_by_hand() -> None:
     network = taught()
     policy = TemporalCache(dtype="int8")
-    state = policy.calibrate(network, calls())
+    tables = policy.calibrate(network, calls()).tables
     for name, feature_TC in features(network).items():
         for row in range(len(STEPS)):
             values = feature_TC[row].double()
@@ -54,9 +56,9 @@ def test_int8_rows_match_a_recomputation_by_hand() -> None:
             scale = (high - low) / 255
             zero = round(-128 - low / scale)
             wanted = (values / scale + zero).round().clamp(-128, 127)
-            assert (state[name][row].double() - wanted).abs().max() <= 1, "ties in float32 may fall to the other side"
-            assert (state[name][row].double() == wanted).double().mean() > 0.99
-            back = (state[name][row].double() - int(state[f"{name}.zero_point"][row])) * float(state[f"{name}.scale"][row])
+            assert (tables[name][row].double() - wanted).abs().max() <= 1, "ties in float32 may fall to the other side"
+            assert (tables[name][row].double() == wanted).double().mean() > 0.99
+            back = (tables[name][row].double() - int(tables[f"{name}.zero_point"][row])) * float(tables[f"{name}.scale"][row])
             assert (back - values).abs().max() <= scale * (1 + 1e-6)
             assert (back - values).abs().quantile(0.95) <= scale / 2 * (1 + 1e-6)
 
@@ -70,7 +72,7 @@ def test_answers_come_from_the_row_of_the_step(dtype: Any) -> None:
     mixed = Call((), calls(2)[0].kwargs | {"timestep": torch.tensor([STEPS[2], STEPS[0]])})
     for call, rows in [*((call, [row] * 2) for row, call in enumerate(calls(2))), (mixed, [2, 0])]:
         for name, feature in looked_up(network, policy, state, call).items():
-            bound = 1e-3 * wanted[name].abs().max() if dtype == "float16" else state[f"{name}.scale"].max()
+            bound = 1e-3 * wanted[name].abs().max() if dtype == "float16" else state.tables[f"{name}.scale"].max()
             assert (feature - wanted[name][rows]).abs().max() <= bound
 
 
@@ -103,19 +105,19 @@ def test_float_features_are_those_before_any_step() -> None:
     result = aerogel.compress(FAMILIES["unet"].build(), recipe, samples=calls(), measures=())
     (measured,) = result.policies
     for name, feature in features(opened("unet")).items():
-        torch.testing.assert_close(measured.state[name], feature.half())
+        torch.testing.assert_close(measured.state.tables[name], feature.half())
     assert result.network.teacher is None
 
 
-def selected(bits: int, dtype: str, choose: str) -> dict[str, Any]:
-    """The state after the path was rounded to nearest."""
+def selected(bits: int, dtype: str, choose: str) -> Mapping[str, torch.Tensor]:
+    """The tables after the path was rounded to nearest."""
     path = {"tiar": {"scheme": f"W{bits}A16_CHANNEL_ASYM", "steps": 0}}
     recipe = {"steps": [path, {"fsc": {}}, {"temporal_cache": {"dtype": dtype, "choose": choose}}]}
     (measured,) = aerogel.compress(FAMILIES["unet"].build(), recipe, samples=calls(), measures=()).policies
-    return measured.state
+    return measured.state.tables
 
 
-def total(state: dict[str, Any]) -> float:
+def total(state: Mapping[str, torch.Tensor]) -> float:
     """The error of what is chosen, over all projections and steps."""
     names = [name.removesuffix(".chosen") for name in state if name.endswith("time_emb_proj.chosen")]
     parts = [torch.where(state[f"{name}.chosen"], state[f"{name}.table_error"], state[f"{name}.path_error"]) for name in names]
@@ -158,13 +160,14 @@ def test_steps_of_one_layer_come_from_both_places() -> None:
     result = aerogel.compress(FAMILIES["unet"].build(), recipe, samples=calls(), measures=())
     (measured,) = result.policies
     name = next(iter(time_path.find(result.network).projections))
-    measured.state[f"{name}.chosen"] = torch.tensor([True, False, True, False])
+    turns = {f"{name}.chosen": torch.tensor([True, False, True, False])}
+    state = replace(measured.state, tables={**measured.state.tables, **turns})
     policy = measured.step.method
     assert isinstance(policy, TemporalCache)
     own = features(result.network)[name]
-    table = policy._table(name, measured.state)
+    table = looked_up_features(state.tables, name)
     mixed = Call((), calls(2)[0].kwargs | {"timestep": torch.tensor([STEPS[0], STEPS[1]])})
-    with policy.on(result.network, measured.state):
+    with policy.on(result.network, state):
         assert torch.equal(given_by(result.network, name, calls(2)[0])[0], table[0])
         assert torch.equal(given_by(result.network, name, calls(2)[1])[0], own[1])
         both = given_by(result.network, name, mixed)
@@ -179,6 +182,6 @@ def test_later_steps_see_the_table_and_the_folder_keeps_it(tmp_path: Path) -> No
     plain = taught()
     state = TemporalCache(dtype="int8").calibrate(plain, calls())
     name, wanted = next(iter(features(plain).items()))
-    assert (given_by(network, name, calls()[1])[0] - wanted[1]).abs().max() <= state[f"{name}.scale"].max()
+    assert (given_by(network, name, calls()[1])[0] - wanted[1]).abs().max() <= state.tables[f"{name}.scale"].max()
     with pytest.raises(AerogelError, match="time step 981"):
         network.run(Call((), calls()[0].kwargs | {"timestep": torch.tensor(981)}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,12 @@ def test_attentions_are_found_and_answered_in_each(family: str, count: int | Non
     assert all("forward" not in vars(module) for module in network.module.modules())
 
 
-def literal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+def literal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grids: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     def affine(x: torch.Tensor, operand: str) -> torch.Tensor:
-        scale, zero = float(state[f"{name}.{operand}"]), int(state[f"{name}.{operand}_zero_point"])
+        scale, zero = float(grids[f"{name}.{operand}"]), int(grids[f"{name}.{operand}_zero_point"])
         return ((x / scale + zero).clamp(-128, 127).round() - zero) * scale
 
-    step = float(state[f"{name}.probabilities"])
+    step = float(grids[f"{name}.probabilities"])
     p = (affine(q, "query") @ affine(k, "key").mT / q.shape[-1] ** 0.5).softmax(-1)
     return (p / step).round().clamp(0, 255) * step @ affine(v, "value")
 
@@ -58,7 +59,7 @@ def test_operands_are_rounded_as_the_formula_says() -> None:
     network, calls = aerogel.load(tiny.build()), tiny.calls(2)
     policy = AttentionQuant()
     state = policy.calibrate(network, calls)
-    (first, *_) = state["attentions"]
+    (first, *_) = state.attentions
     caught: list[tuple[torch.Tensor, ...]] = []
 
     def attend(name: str):
@@ -70,8 +71,8 @@ def test_operands_are_rounded_as_the_formula_says() -> None:
 
     with attending(network, [first], attend):
         plain = output(network.module, calls[0])
-    own = policy._attend(state, first)(*caught[0])
-    torch.testing.assert_close(own, literal(*caught[0], state, first), rtol=1e-4, atol=1e-5)
+    own = policy.attend(state.grids, state.grids, first)(*caught[0])
+    torch.testing.assert_close(own, literal(*caught[0], state.grids, first), rtol=1e-4, atol=1e-5)
     with policy.on(network, state):
         changed = output(network.module, calls[0])
     relative = float((changed - plain).square().mean() / plain.square().mean())
@@ -98,8 +99,8 @@ def test_a_folder_keeps_them(tmp_path: Path) -> None:
     recipe = {"steps": [{"rtn": {"scheme": "W8A16_CHANNEL"}}, {"attention_quant": {"ignore": ["*attn2"]}}]}
     result = aerogel.compress(tiny.build(), recipe, samples=calls, measures=(), output=tmp_path / "out")
     (measured,) = result.policies
-    assert measured.state["attentions"]
-    assert not any("attn2" in name for name in measured.state["attentions"])
+    assert measured.state.attentions
+    assert not any("attn2" in name for name in measured.state.attentions)
     reopened = aerogel.load(tmp_path / "out")
     with policies.on(result.network, result.policies):
         torch.testing.assert_close(output(reopened.module, calls[0]), output(result.network.module, calls[0]), rtol=0, atol=0)
