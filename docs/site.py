@@ -1,4 +1,4 @@
-"""What the site needs beyond Markdown: navigation from the folder, and formulas as MathML, which browsers draw without a script."""
+"""Site hooks: navigation from the folder, and formulas as MathML, which browsers render without a script."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAGES = {
     "Evaluation": "evaluation.md",
     "Saving and exporting": "export.md",
     "Diffusion": "diffusion.md",
-    "Mixtures of experts": "experts.md",
+    "MoE models": "moe.md",
     "Speed": "speed.md",
     "Figures": "figures.md",
     "Architecture": "architecture.md",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import typer
 
+from aerogel import catalog
 from aerogel.cli.commands import app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,9 +49,32 @@ def test_every_make_target_exists() -> None:
     assert {"demo", "test"} <= named <= targets
 
 
-def test_every_folder_and_picture_is_there() -> None:
-    folders = re.findall(r"^\| \d \| (.+?) \|", README, re.MULTILINE)
-    named = [name for cell in folders for name in re.findall(r"`([^`]+)`", cell)] + re.findall(r"\]\(([\w/.-]+)\)", README)
-    assert len(named) > 12
-    assert [name for name in named if not (ROOT / name).exists()] == []
-    assert {f"aerogel/{path.name}/" for path in (ROOT / "aerogel").iterdir() if path.is_dir() and path.name != "__pycache__"} <= set(named)
+def paths_of_the_tree() -> list[str]:
+    """Paths in the annotated file tree, with their parents."""
+    (tree,) = blocks("text")
+    parents: list[str] = []
+    paths = []
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        parents = [*parents[:depth], line.split()[0]]
+        paths.append("".join(parents))
+    return paths
+
+
+def test_every_folder_of_the_tree_is_there_and_none_is_missing() -> None:
+    tree = paths_of_the_tree()
+    assert [path for path in tree if not (ROOT / path).exists()] == []
+    folders = [*(ROOT / "aerogel").iterdir(), *(ROOT / "aerogel" / "methods").iterdir()]
+    present = {f"{path.relative_to(ROOT)}/" for path in folders if path.is_dir() and path.name != "__pycache__"}
+    assert present <= set(tree)
+
+
+def test_every_link_leads_to_a_file() -> None:
+    links = re.findall(r"\]\(((?!https?:)[\w/.-]+)(?:#[\w-]+)?\)", README)
+    assert len(links) > 40
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_method_is_in_the_table() -> None:
+    linked = set(re.findall(r"\]\(docs/methods/(\w+)\.md\)", README)) - {"index"}
+    assert linked == set(catalog.names("methods"))
