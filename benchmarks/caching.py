@@ -26,9 +26,9 @@ from aerogel.data.denoising import Denoising, record
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of, operations
 from aerogel.runtime.feature_cache.replay import Replay, output_of, replays
 from aerogel.runtime.feature_cache.schedule import Schedule
-from aerogel.runtime.feature_cache.units import operations, units_of
 
 DIT = Path(__file__).parents[1] / "zoo" / "fashion-dit"
 GUIDANCE, HELD, UNSEEN, TRIALS = 1.5, 64, 99, 1200
@@ -124,12 +124,12 @@ class Bench:
     def random(self, ratio: float, seed: int) -> dict[str, Any]:
         """The state of a schedule that reuses any slots behind the first step."""
         generator = torch.Generator().manual_seed(seed)
-        units = tuple(units_of(self.network))
-        computed_TN = torch.ones(len(self.unseen.calls), len(units), dtype=torch.bool)
+        modules = tuple(cached_modules_of(self.network))
+        computed_TN = torch.ones(len(self.unseen.calls), len(modules), dtype=torch.bool)
         free = computed_TN[1:].nonzero() + torch.tensor([1, 0])
-        for step, unit in free[torch.randperm(len(free), generator=generator)[: round(ratio * computed_TN.numel())]].tolist():
-            computed_TN[step, unit] = False
-        return Schedule(self.unseen.steps, "", units, computed_TN).as_state()
+        for step, module in free[torch.randperm(len(free), generator=generator)[: round(ratio * computed_TN.numel())]].tolist():
+            computed_TN[step, module] = False
+        return Schedule(self.unseen.steps, "", modules, computed_TN).as_state()
 
     def fewer(self, share: float) -> dict[str, float]:
         """The whole network with fewer steps, from the same noise."""
@@ -157,7 +157,7 @@ class Bench:
     def _measured(self, method: Any, state: dict[str, Any], taken: float | None) -> dict[str, Any]:
         with method.on(self.network, state) as reuse, operations() as left:
             error = float((self._images(self.unseen) - self.exact).square().mean())
-        out = [stretch is not None for _, stretch in getattr(reuse, "decisions", [])]
+        out = [range_ is not None for _, range_ in getattr(reuse, "decisions", [])]
         held = reuse.peak_bytes / len(self.exact) / 1024
         return {
             "reused": round(Schedule.of(self.network, state).reused if "computed" in state else sum(out) / len(out), 6),

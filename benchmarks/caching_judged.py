@@ -20,7 +20,7 @@ import aerogel
 from aerogel.data.denoising import Denoising, ImageBatch, generate_images, record
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
-from aerogel.runtime.feature_cache.units import operations
+from aerogel.runtime.feature_cache.cached_modules import operations
 
 SPEEDUP, NOISE, BATCH = 1.5, 500, 100
 BY_MACS = {"target_speedup": SPEEDUP, "by": "macs"}

@@ -34,8 +34,8 @@ from aerogel.methods.feature_cache.policy import FeatureCachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.hooks import patch_forward
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.schedule import Schedule, reusing
-from aerogel.runtime.feature_cache.units import Costs, costs_of, units_of
+from aerogel.runtime.feature_cache.cached_modules import Costs, cached_modules_of, costs_of
+from aerogel.runtime.feature_cache.schedule import Schedule, caching
 
 STEPS, SEED = (999.0, 749.0, 499.0, 249.0), 0
 THRESHOLD = 0.35
@@ -94,16 +94,16 @@ def calls(shape: Mapping[str, int], batch: int) -> list[Call]:
     return made
 
 
-def schedules(units: list[str]) -> dict[str, Tensor]:
+def schedules(modules: list[str]) -> dict[str, Tensor]:
     """Which units run (T, N)."""
-    computed_TN = torch.ones(len(STEPS), len(units), dtype=torch.bool)
+    computed_TN = torch.ones(len(STEPS), len(modules), dtype=torch.bool)
     whole, attention, random = (computed_TN.clone() for _ in range(3))
     whole[1::2] = False
-    attention[1:, [place for place, name in enumerate(units) if "attn" in name]] = False
+    attention[1:, [place for place, name in enumerate(modules) if "attn" in name]] = False
     generator = torch.Generator().manual_seed(SEED)
     free = computed_TN[1:].nonzero() + torch.tensor([1, 0])
-    for step, unit in free[torch.randperm(len(free), generator=generator)[: round(0.4 * computed_TN.numel())]].tolist():
-        random[step, unit] = False
+    for step, module in free[torch.randperm(len(free), generator=generator)[: round(0.4 * computed_TN.numel())]].tolist():
+        random[step, module] = False
     return {
         "all units, every second step": whole,
         "attention behind the first step": attention,
@@ -111,11 +111,11 @@ def schedules(units: list[str]) -> dict[str, Tensor]:
     }
 
 
-def units(made: Network) -> dict[Way, On]:
+def modules(made: Network) -> dict[Way, On]:
     """Ways to leave out units."""
-    names = list(units_of(made))
+    names = list(cached_modules_of(made))
     plans = {name: Schedule(STEPS, "", tuple(names), table) for name, table in schedules(names).items()}
-    return {("Aerogel", name): partial(reusing, made, plan) for name, plan in plans.items()}
+    return {("Aerogel", name): partial(caching, made, plan) for name, plan in plans.items()}
 
 
 def blocks_by_threshold(made: Network, given: list[Call]) -> dict[Way, On]:
@@ -206,13 +206,13 @@ class Counted:
 
     def fewer(self, costs: Costs) -> float:
         """How many times fewer multiply-accumulates."""
-        left = (self.ran_TN.double() * torch.tensor(costs.unit_macs)).sum() + len(STEPS) * costs.fixed
+        left = (self.ran_TN.double() * torch.tensor(costs.module_macs)).sum() + len(STEPS) * costs.fixed
         return len(STEPS) * costs.macs / float(left)
 
 
 def count(made: Network, given: list[Call], on: On) -> Counted:
     """Run once and see from within the units which of them run; packs weights and tries kernels too."""
-    names, find = list(units_of(made)), made.module.get_submodule
+    names, find = list(cached_modules_of(made)), made.module.get_submodule
     ran: set[str] = set()
 
     def seen(name: str, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -240,7 +240,7 @@ def turn(made: Network, given: list[Call], on: On) -> float:
 def measure(label: str, made: Network, given: list[Call], rounds: int) -> list[list[Any]]:
     """A row for each way of one network."""
     costs, blocks = costs_of(made, given[0]), blocks_by_threshold(made, given) | blocks_by_mask(made, given)
-    ways: dict[Way, On] = {NONE: nullcontext, **units(made), **blocks}
+    ways: dict[Way, On] = {NONE: nullcontext, **modules(made), **blocks}
     counted = {way: count(made, given, on) for way, on in ways.items()}
     wanted_TN = torch.ones_like(counted[NONE].ran_TN)
     wanted_TN[1::2, 2:] = False  # a block is two units

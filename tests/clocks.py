@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.units import units_of
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 
 
 class Counter:
@@ -37,7 +37,7 @@ class Ticks(Manual):
     def __init__(self, network: Network) -> None:
         super().__init__()
         network.module.register_forward_pre_hook(self.tick)
-        for name in units_of(network):
+        for name in cached_modules_of(network):
             self.count(network.module.get_submodule(name))
 
     def tick(self, *_: Any) -> None:

@@ -22,7 +22,7 @@ from aerogel.export.exporter import Exporter
 from aerogel.io.save import new_folder
 from aerogel.io.states import FACTS
 from aerogel.model.family import Family
-from aerogel.runtime.feature_cache.spans import Tabled
+from aerogel.runtime.feature_cache.block_cache import TableRule
 
 _OURS, _THEIRS = "cache_dit.yaml", "diffusers.yaml"
 
@@ -65,7 +65,7 @@ class _Mask:
     last: int
     """Blocks at the end that it lets run."""
     outputs: bool
-    """Whether it gives the outputs of units again, instead of what blocks added to the stream."""
+    """Whether it gives the outputs of modules again, instead of what blocks added to the stream."""
 
     @property
     def always(self) -> int:
@@ -97,25 +97,25 @@ def _read(folder: Path) -> _Mask:
 
 
 def _of_units(state: Mapping[str, Any]) -> tuple[tuple[bool, ...], int, int, int]:
-    """When all units run, the blocks that always do at both ends, and how many blocks there are."""
+    """When all modules run, the blocks that always do at both ends, and how many blocks there are."""
     for number, row in enumerate(state["computed"][1:], 1):
         if "1" in row and "0" in row:
             raise AerogelError(
                 f"step {number + 1} of {len(state['steps'])} (time step {state['steps'][number]:g}) reuses {row.count('0')} of {len(row)} "
-                "units, and a mask of steps says all or none; export it by cache_policy, or compress with a policy of whole steps"
+                "modules, and a mask of steps says all or none; export it by cache_policy, or compress with a policy of whole steps"
             )
     runs = (True, *("1" in row for row in state["computed"][1:]))  # nothing is kept before the first step
-    return runs, 0, 0, len({unit.rpartition(".")[0] for unit in state["units"]})
+    return runs, 0, 0, len({module.rpartition(".")[0] for module in state["units"]})
 
 
 def _of_stretches(name: str, rule: Any, state: Mapping[str, Any]) -> tuple[tuple[bool, ...], int, int, int]:
     """The same of a rule that leaves blocks out."""
-    if not isinstance(rule, Tabled):
+    if not isinstance(rule, TableRule):
         raise AerogelError(f"{name} decides while it runs, a mask of steps says it beforehand")
-    out = [rule.leaves_out(step, None) for step in range(len(state["steps"]))]
-    used = {rule.stretches[number] for number in out if number is not None}
+    out = [rule.skipped_range(step, None) for step in range(len(state["steps"]))]
+    used = {rule.ranges[number] for number in out if number is not None}
     if len(used) > 1:
-        raise AerogelError(f"{name} leaves out {len(used)} different stretches of blocks, a mask of steps has one; set its options to one")
+        raise AerogelError(f"{name} leaves out {len(used)} different block ranges, a mask of steps has one; set its options to one")
     blocks: int = state["blocks"]
     first, end = used.pop() if used else (0, blocks)
     return tuple(number is None for number in out), first, blocks - end, blocks
@@ -134,20 +134,20 @@ def _cache_config(mask: _Mask) -> dict[str, Any]:
 
 
 def _taylorseer(mask: _Mask) -> dict[str, Any] | None:
-    """The fields of diffusers' TaylorSeerCacheConfig under which the same units run at the same steps; None where there are none."""
+    """The fields of diffusers' TaylorSeerCacheConfig under which the same modules run at the same steps; None where there are none."""
     found = _spaced(mask.runs) if mask.outputs and _enables_caches(mask.family) else None
     if found is None:
         return None
     before, interval, after = found
-    units = mask.family.units
-    parts = [f"{unit.modules.rpartition('.')[0]}.{part}" for unit in units for part in unit.parts]
+    modules = mask.family.cached_modules
+    parts = [f"{module.glob.rpartition('.')[0]}.{part}" for module in modules for part in module.parts]
     return {
         "cache_interval": interval,
         "disable_cache_before_step": before,
         "disable_cache_after_step": after,
         "max_order": 0,
         "taylor_factors_dtype": None,  # as they come; bfloat16 by default
-        "cache_identifiers": [_as_pattern(unit.modules) for unit in units],
+        "cache_identifiers": [_as_pattern(module.glob) for module in modules],
         "skip_predict_identifiers": [_as_pattern(part) for part in parts] or None,
     }
 

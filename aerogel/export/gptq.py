@@ -113,8 +113,8 @@ def bit_stream(values: Tensor, bits: int) -> Tensor:
 
 def _settings(master: Master) -> dict[str, Any]:
     """What quantize_config.json says: the most frequent scheme, and every linear that differs from it by name."""
-    common = Counter(tuple(_knobs(assigned).items()) for assigned in master.linears.values()).most_common(1)[0][0]
-    different = {name: _knobs(assigned) for name, assigned in master.linears.items() if tuple(_knobs(assigned).items()) != common}
+    common = Counter(tuple(_options(assigned).items()) for assigned in master.linears.values()).most_common(1)[0][0]
+    different = {name: _options(assigned) for name, assigned in master.linears.items() if tuple(_options(assigned).items()) != common}
     dynamic: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in master.quantization.get("ignore", ()) if name != "lm_head"}
     dynamic |= {f"+:^{re.escape(name)}$": options for name, options in different.items()}
     return {
@@ -132,6 +132,6 @@ def _version(master: Master) -> str:
     return "gptq" if all(assigned.scheme.weights.symmetric for assigned in master.linears.values()) else "gptq_v2"
 
 
-def _knobs(assigned: Assigned) -> dict[str, Any]:
+def _options(assigned: Assigned) -> dict[str, Any]:
     scheme = assigned.scheme
     return {"bits": scheme.bits, "group_size": scheme.group or -1, "sym": scheme.weights.symmetric, "desc_act": assigned.act_order}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Family, TimePath, Tower, Unit
+from aerogel.model.family import CachedModule, Edge, Family, TimePath, Tower
 
 FAMILY = Family(
     name="cogvideox",
@@ -15,9 +15,9 @@ FAMILY = Family(
         projections=("transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm2.linear", "norm_out.linear"),
         others=(("ofs_embed_dim", "the offset (ofs)"),),
     ),
-    units=(
-        Unit("transformer_blocks.*.attn1", "self-attention", norms=("norm1.norm",)),
-        Unit("transformer_blocks.*.ff", "feed-forward", norms=("norm2.norm",)),
+    cached_modules=(
+        CachedModule("transformer_blocks.*.attn1", "self-attention", norms=("norm1.norm",)),
+        CachedModule("transformer_blocks.*.ff", "feed-forward", norms=("norm2.norm",)),
     ),
     hidden_state_args=("hidden_states", "encoder_hidden_states"),
     modality="video",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Family, TimePath, Tower, Unit
+from aerogel.model.family import CachedModule, Edge, Family, TimePath, Tower
 
 FAMILY = Family(
     name="dit",
@@ -14,9 +14,9 @@ FAMILY = Family(
         projections=("transformer_blocks.*.norm1.linear", "proj_out_1"),
         others=(("num_embeds_ada_norm", "the class label"),),
     ),
-    units=(
-        Unit("transformer_blocks.*.attn1", "self-attention", norms=("norm1.norm",)),
-        Unit("transformer_blocks.*.ff", "feed-forward", norms=("norm3",)),
+    cached_modules=(
+        CachedModule("transformer_blocks.*.attn1", "self-attention", norms=("norm1.norm",)),
+        CachedModule("transformer_blocks.*.ff", "feed-forward", norms=("norm3",)),
     ),
     hidden_state_args=("hidden_states",),
     modality="image",

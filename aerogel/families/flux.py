@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Family, TimePath, Tower, Unit
+from aerogel.model.family import CachedModule, Family, TimePath, Tower
 
 FAMILY = Family(
     name="flux",
@@ -19,12 +19,12 @@ FAMILY = Family(
         ),
         others=(("pooled_projection_dim", "the pooled text"), ("guidance_embeds", "the guidance scale")),
     ),
-    units=(
-        Unit("transformer_blocks.*.attn", "self-attention", norms=("norm1.norm", "norm1_context.norm")),
-        Unit("transformer_blocks.*.ff", "feed-forward", norms=("norm2",)),
-        Unit("transformer_blocks.*.ff_context", "feed-forward", norms=("norm2_context",)),
+    cached_modules=(
+        CachedModule("transformer_blocks.*.attn", "self-attention", norms=("norm1.norm", "norm1_context.norm")),
+        CachedModule("transformer_blocks.*.ff", "feed-forward", norms=("norm2",)),
+        CachedModule("transformer_blocks.*.ff_context", "feed-forward", norms=("norm2_context",)),
         # What proj_out gives is all that such a block adds to the stream.
-        Unit("single_transformer_blocks.*.proj_out", "block", norms=("norm.norm",), parts=("attn", "proj_mlp")),
+        CachedModule("single_transformer_blocks.*.proj_out", "block", norms=("norm.norm",), parts=("attn", "proj_mlp")),
     ),
     hidden_state_args=("encoder_hidden_states", "hidden_states"),
     modality="image",

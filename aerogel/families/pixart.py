@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Family, TimePath, Tower, Unit
+from aerogel.model.family import CachedModule, Edge, Family, TimePath, Tower
 
 FAMILY = Family(
     name="pixart",
@@ -17,10 +17,10 @@ FAMILY = Family(
         projections=("adaln_single.linear",),
         others=(("use_additional_conditions", "the sizes of the image"),),
     ),
-    units=(
-        Unit("transformer_blocks.*.attn1", "self-attention", norms=("norm1",)),
-        Unit("transformer_blocks.*.attn2", "cross-attention"),
-        Unit("transformer_blocks.*.ff", "feed-forward", norms=("norm2",)),
+    cached_modules=(
+        CachedModule("transformer_blocks.*.attn1", "self-attention", norms=("norm1",)),
+        CachedModule("transformer_blocks.*.attn2", "cross-attention"),
+        CachedModule("transformer_blocks.*.ff", "feed-forward", norms=("norm2",)),
     ),
     hidden_state_args=("hidden_states",),
     modality="image",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Family, TimePath, Tower, Unit
+from aerogel.model.family import CachedModule, Edge, Family, TimePath, Tower
 
 FAMILY = Family(
     name="sd3",
@@ -15,11 +15,11 @@ FAMILY = Family(
         projections=("transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm1_context.linear", "norm_out.linear"),
         others=(("pooled_projection_dim", "the pooled text"),),
     ),
-    units=(
-        Unit("transformer_blocks.*.attn", "self-attention", norms=("norm1.norm", "norm1_context.norm")),
-        Unit("transformer_blocks.*.attn2", "self-attention", norms=("norm1.norm",)),
-        Unit("transformer_blocks.*.ff", "feed-forward", norms=("norm2",)),
-        Unit("transformer_blocks.*.ff_context", "feed-forward", norms=("norm2_context",)),
+    cached_modules=(
+        CachedModule("transformer_blocks.*.attn", "self-attention", norms=("norm1.norm", "norm1_context.norm")),
+        CachedModule("transformer_blocks.*.attn2", "self-attention", norms=("norm1.norm",)),
+        CachedModule("transformer_blocks.*.ff", "feed-forward", norms=("norm2",)),
+        CachedModule("transformer_blocks.*.ff_context", "feed-forward", norms=("norm2_context",)),
     ),
     hidden_state_args=("encoder_hidden_states", "hidden_states"),
     modality="image",

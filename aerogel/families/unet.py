@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Family, Skips, TimePath, Tower, Unit
+from aerogel.model.family import CachedModule, Edge, Family, Skips, TimePath, Tower
 
 FAMILY = Family(
     name="unet",
@@ -60,13 +60,13 @@ FAMILY = Family(
         ),
         ("released_tfmq_inputs", ("time_embedding.linear_2", "down_blocks.0.resnets.0.conv1")),
     ),
-    units=tuple(
+    cached_modules=tuple(
         unit
         for place in ("down_blocks.*", "mid_block", "up_blocks.*")
         for unit in (
-            Unit(f"{place}.attentions.*.transformer_blocks.*.attn1", "self-attention", norms=("norm1",)),
-            Unit(f"{place}.attentions.*.transformer_blocks.*.attn2", "cross-attention", norms=("norm2",)),
-            Unit(f"{place}.attentions.*.transformer_blocks.*.ff", "feed-forward", norms=("norm3",)),
+            CachedModule(f"{place}.attentions.*.transformer_blocks.*.attn1", "self-attention", norms=("norm1",)),
+            CachedModule(f"{place}.attentions.*.transformer_blocks.*.attn2", "cross-attention", norms=("norm2",)),
+            CachedModule(f"{place}.attentions.*.transformer_blocks.*.ff", "feed-forward", norms=("norm3",)),
         )
     ),
     modality="image",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Family, Tower, Unit
+from aerogel.model.family import CachedModule, Edge, Family, Tower
 
 FAMILY = Family(
     name="wan",
@@ -14,10 +14,10 @@ FAMILY = Family(
         # Image-to-video adds a second value projection to what to_out reads.
         Edge("attn2.to_v", ("attn2.to_out.0",), heads=True, when=(("added_kv_proj_dim", None),)),
     ),
-    units=(
-        Unit("blocks.*.attn1", "self-attention", norms=("norm1",)),
-        Unit("blocks.*.attn2", "cross-attention", norms=("norm2",)),
-        Unit("blocks.*.ffn", "feed-forward", norms=("norm3",)),
+    cached_modules=(
+        CachedModule("blocks.*.attn1", "self-attention", norms=("norm1",)),
+        CachedModule("blocks.*.attn2", "cross-attention", norms=("norm2",)),
+        CachedModule("blocks.*.ffn", "feed-forward", norms=("norm3",)),
     ),
     hidden_state_args=("hidden_states",),
     modality="video",

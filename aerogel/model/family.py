@@ -112,18 +112,18 @@ class TimePath:
 
 
 @dataclass(frozen=True)
-class Unit:
+class CachedModule:
     """A part of a denoiser's blocks whose output can be kept for later steps: it is added to the stream, through a gate if there is one."""
 
-    modules: str
+    glob: str
     """Glob of their full names."""
     kind: Literal["self-attention", "cross-attention", "feed-forward", "block"]
     """Attention of text and image together is self-attention; `block` is attention and feed-forward that one linear joins."""
     norms: tuple[str, ...] = ()
-    """What nothing but the unit reads, by name beside it: norms that need not run where it does not; two units may share one. Only
+    """What nothing but the module reads, by name beside it: norms that need not run where it does not; two modules may share one. Only
     operations that work token by token may stand between the two, since they get no tokens then."""
     parts: tuple[str, ...] = ()
-    """Modules beside it that work for nothing but the unit and count as its own work; they run no more than it does."""
+    """Modules beside it that work for nothing but the module and count as its own work; they run no more than it does."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Family:
     experts: Experts | None = None
     residual: Residual | None = None
     time: TimePath | None = None
-    units: tuple[Unit, ...] = ()
+    cached_modules: tuple[CachedModule, ...] = ()
     """Of a denoiser, in the order in which a block runs them."""
     hidden_state_args: tuple[str, ...] = ()
     """Of a denoiser whose blocks are one row: the arguments that hold what blocks pass on, in the order in which they give it."""

@@ -14,7 +14,7 @@ import aerogel
 from aerogel.data.denoising import Denoising
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
-from aerogel.runtime.feature_cache.units import costs_of
+from aerogel.runtime.feature_cache.cached_modules import costs_of
 from tests.runtime.feature_cache.test_replay import painter
 from tests.tiny import opened
 
@@ -80,9 +80,9 @@ def test_a_schedule_says_what_it_saves() -> None:
     one = {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([0]), "class_labels": torch.tensor([0])}
     costs = costs_of(network, Call((), one))
     assert state["macs"] == costs.macs
-    assert state["macs_saved"] == pytest.approx(sum(costs.unit_macs) / costs.macs / 2)
+    assert state["macs_saved"] == pytest.approx(sum(costs.module_macs) / costs.macs / 2)
     assert 0 < state["macs_saved"] < 0.5
-    assert state["slot_bytes"] == sum(costs.unit_bytes)
+    assert state["slot_bytes"] == sum(costs.module_bytes)
     assert json.loads(json.dumps(state)) == state
 
 

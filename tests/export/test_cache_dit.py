@@ -26,10 +26,10 @@ from aerogel.export.cache_dit import CacheDit, _spaced
 from aerogel.export.cache_policy import CachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.units import units_of
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from tests import image_pipelines as painters
+from tests.runtime.feature_cache.test_block_cache import deep, ran
 from tests.runtime.feature_cache.test_schedule import calls, counted
-from tests.runtime.feature_cache.test_spans import deep, ran
 from tests.tiny import FAMILIES, output
 
 SEVEN = tuple(900.0 - 100 * step for step in range(7))
@@ -200,7 +200,7 @@ def test_diffusers_runs_the_same_units_and_answers_the_same(name: str, step: dic
     with counted(network) as theirs_ran:
         made = theirs(network, out, given)
     assert sorted(theirs_ran) == sorted(ours_ran)
-    assert len(ours_ran) == sum(mask) * len(units_of(network))
+    assert len(ours_ran) == sum(mask) * len(cached_modules_of(network))
     for a, b in zip(made, wanted, strict=True):
         assert torch.equal(a, b)
     reused = mask.index(0)
@@ -237,11 +237,11 @@ def test_every_spacing_that_is_found_is_what_the_hook_does() -> None:
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        ({"pab": {"self_every": 2, "cross_every": 3, "first": -1, "last": 1000}}, r"step 2 of 7 \(time step 800\) reuses 10 of 15 units"),
+        ({"pab": {"self_every": 2, "cross_every": 3, "first": -1, "last": 1000}}, r"step 2 of 7 \(time step 800\) reuses 10 of 15 modules"),
         ({"taylorseer": {}}, "taylorseer does more at some steps than give outputs again"),
         ({"toca": {}}, "toca does more at some steps"),
         ({"first_block": {}}, "first_block decides while it runs"),
-        ({"delta_dit": {"boundary": 0.5}}, "delta_dit leaves out 2 different stretches"),
+        ({"delta_dit": {"boundary": 0.5}}, "delta_dit leaves out 2 different block ranges"),
     ],
 )
 def test_what_a_mask_of_steps_cannot_say_is_refused(step: dict[str, Any], message: str, tmp_path: Path) -> None:

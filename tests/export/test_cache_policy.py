@@ -21,7 +21,7 @@ from aerogel.export.cache_policy import CachePolicy
 from aerogel.io.fingerprint import fingerprint
 from aerogel.io.load import load
 from aerogel.io.save import resident
-from aerogel.runtime.feature_cache.schedule import Schedule, reusing
+from aerogel.runtime.feature_cache.schedule import Schedule, caching
 from tests import image_pipelines as painters
 from tests.tiny import FAMILIES, fill
 
@@ -76,7 +76,7 @@ def test_it_paints_what_its_folder_paints(step: dict[str, Any], tmp_path: Path) 
 
 
 def test_it_says_what_the_schedule_saves(tmp_path: Path) -> None:
-    """Beside widths multiplied by hand, and beside what the slots hold while it runs."""
+    """Beside widths multiplied by hand, and beside what the cache entries hold while it runs."""
     out = exported(pipeline(), tmp_path, LEARNED)
     state = facts(out)["policies"][0]["state"]
     tokens, width = 16, 16  # 8 x 8 latents in patches of 2 x 2; two heads of 8
@@ -87,7 +87,7 @@ def test_it_says_what_the_schedule_saves(tmp_path: Path) -> None:
     assert state["macs_saved"] * 4 * state["macs"] == pytest.approx(skipped)
     assert 2 * (attention + forward) < state["macs"] < 4 * (attention + forward)
     network = load(pipeline())
-    with reusing(network, Schedule.of(network, state)) as reuse:
+    with caching(network, Schedule.of(network, state)) as reuse:
         paint(network.processor)
     assert state["slot_bytes"] == reuse.peak_bytes / 4 > 0  # two images under guidance
     assert {"steps", "sampler", "units", "guidance", "error"} <= state.keys()
@@ -165,7 +165,7 @@ def test_other_networks_and_samplers_are_refused(tmp_path: Path) -> None:
     ):
         pass
     with (
-        pytest.raises(AerogelError, match=r"the schedule is of 4 units, this denoiser has 6; transformer_blocks\.2\.attn1 is"),
+        pytest.raises(AerogelError, match=r"the schedule is of 4 modules, this denoiser has 6; transformer_blocks\.2\.attn1 is"),
         aerogel.cached(pipeline(layers=3), out),
     ):
         pass

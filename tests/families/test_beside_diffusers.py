@@ -15,7 +15,7 @@ from aerogel.methods.feature_cache.magcache import Magcache
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy
 from aerogel.model.network import Network
 from tests.methods.feature_cache.test_residuals import TEN, drifting, theirs, under
-from tests.runtime.feature_cache.test_spans import deep
+from tests.runtime.feature_cache.test_block_cache import deep
 from tests.tiny import output
 
 # diffusers has no cache for the class of SD3, and its hooks fail on a last block that drops the text.

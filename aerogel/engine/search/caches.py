@@ -21,8 +21,8 @@ from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import pipeline_of
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy
 from aerogel.model.network import Network
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.compiled import uncompiled
-from aerogel.runtime.feature_cache.units import units_of
 from aerogel.training.fit import watched
 
 BUDGET = 1.5
@@ -108,7 +108,7 @@ class CacheSearch:
         return {
             "sampler": type(self.network.processor.scheduler).__name__,
             "steps": judge.steps,
-            "units": list(judge.units),
+            "units": list(judge.modules),
             "guidance": self.wanted.guidance,
             "count": self.wanted.count,
             "held_out_seed": self.pace.seed,
@@ -141,7 +141,7 @@ def _images_of(network: Network, samples: CalibrationInput | None) -> Denoising:
     wanted = shown(network, samples)
     if not isinstance(wanted, Denoising):
         raise AerogelError("policies are compared by the images that a pipeline makes: give a Denoising as samples, not recorded calls")
-    units_of(network)
+    cached_modules_of(network)
     on = [measured.step for measured in policies.load(network.origin) if isinstance(measured.step.method, FeatureCachePolicy)]
     if on:
         raise AerogelError(f"{network.origin} has {on[0].name} on already; give the pipeline that it was made for")

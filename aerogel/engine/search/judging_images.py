@@ -1,6 +1,6 @@
 """What reuse costs: images of held-out noise under a policy against those of the whole network, step by step.
 
-T steps, N units.
+T steps, N modules.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from aerogel.data import denoising
 from aerogel.data.denoising import Denoising
-from aerogel.data.trajectories import stepping, trajectories
+from aerogel.data.latents import latents_by_step, watched_sampler
 from aerogel.engine.run import seeded
 from aerogel.evaluate.image_similarity import png
 from aerogel.model.calls import tensors_in
 from aerogel.model.hooks import patch_forward
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.units import units_of
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 
 SHOWN = 8
 """Images that are kept for the report."""
@@ -36,9 +36,9 @@ class Judge:
 
     def __init__(self, network: Network, wanted: Denoising, seed: int) -> None:
         self.network, self.wanted, self.seed = network, wanted, seed
-        self.units = tuple(units_of(network))
+        self.modules = tuple(cached_modules_of(network))
         with self._reading() as read_TN, seeded(seed):
-            self._exact = list(trajectories(network.processor, wanted, seed))
+            self._exact = list(latents_by_step(network.processor, wanted, seed))
         self._read_TN = read_TN[0]
         self.steps = [float(step) for step in network.processor.scheduler.timesteps]
         self.images, self.subjects = self._painted()
@@ -49,7 +49,7 @@ class Judge:
         return float(torch.cat([passed[-1].flatten().float() for passed in self._exact]).var())
 
     def policy(self, on: On) -> dict[str, Any]:
-        """The error behind each step and at the end, the share of each unit's work that was done, and images."""
+        """The error behind each step and at the end, the share of each module's work that was done, and images."""
         with self._reading() as read_TN, on():
             errors = self._errors(self.wanted)
         done_TN = torch.where(self._read_TN > 0, read_TN[0] / self._read_TN.clamp(min=1), 1.0)
@@ -71,7 +71,7 @@ class Judge:
         squares: list[float] = []
         values = 0
         with seeded(self.seed):
-            for exact, passed in zip(self._exact, trajectories(self.network.processor, wanted, self.seed), strict=True):
+            for exact, passed in zip(self._exact, latents_by_step(self.network.processor, wanted, self.seed), strict=True):
                 pairs = list(zip(exact, passed, strict=True)) if len(exact) == len(passed) else [(exact[-1], passed[-1])]
                 found = [float((a.double() - b.double()).square().sum()) for a, b in pairs]
                 squares = [before + now for before, now in zip(squares or [0.0] * len(found), found, strict=True)]
@@ -90,26 +90,26 @@ class Judge:
 
     @contextmanager
     def _reading(self) -> Iterator[list[Tensor]]:
-        """Count the numbers that each unit reads at each step; the table (T, N) is in the yielded list at the end."""
+        """Count the numbers that each module reads at each step; the table (T, N) is in the yielded list at the end."""
         find, scheduler = self.network.module.get_submodule, self.network.processor.scheduler
         read: dict[tuple[int, int], int] = {}
         behind = [0]
 
         def count(place: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            slot = (behind[0] % len(scheduler.timesteps), place)
-            read[slot] = read.get(slot, 0) + tensors_in((args, kwargs))[0].numel()
+            entry = (behind[0] % len(scheduler.timesteps), place)
+            read[entry] = read.get(entry, 0) + tensors_in((args, kwargs))[0].numel()
             return own(*args, **kwargs)
 
         def step(_: Tensor) -> None:
             behind[0] += 1
 
         answers: dict[nn.Module, Callable[..., Any]] = {
-            find(name): partial(count, place, find(name).forward) for place, name in enumerate(self.units)
+            find(name): partial(count, place, find(name).forward) for place, name in enumerate(self.modules)
         }
         found: list[Tensor] = []
-        with patch_forward(answers), stepping(self.network.processor, step):
+        with patch_forward(answers), watched_sampler(self.network.processor, step):
             yield found
-        table_TN = torch.zeros(len(scheduler.timesteps), len(self.units), dtype=torch.float64)
-        for slot, count_of in read.items():
-            table_TN[slot] = count_of
+        table_TN = torch.zeros(len(scheduler.timesteps), len(self.modules), dtype=torch.float64)
+        for entry, count_of in read.items():
+            table_TN[entry] = count_of
         found.append(table_TN)

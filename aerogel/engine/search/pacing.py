@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from aerogel.data.denoising import Denoising
-from aerogel.data.trajectories import seconds
+from aerogel.data.latents import denoising_seconds
 from aerogel.engine import policies
 from aerogel.engine.policies import CalibratedPolicy
 from aerogel.engine.run import seeded
@@ -63,7 +63,7 @@ class SpeedBudget:
 
     def _turn(self, wanted: Denoising, on: Callable[[], AbstractContextManager[Any]] = nullcontext) -> float:
         with seeded(self.seed), on():
-            return seconds(self.network.processor, self.network.module, wanted, self.seed, self.clock)
+            return denoising_seconds(self.network.processor, self.network.module, wanted, self.seed, self.clock)
 
 
 @dataclass(frozen=True)

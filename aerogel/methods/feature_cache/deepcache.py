@@ -14,7 +14,7 @@ from aerogel.methods.base import Requirement
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.skips import followed_skips, resting, skips_of
+from aerogel.runtime.feature_cache.skip_connections import caching_inner_blocks, skip_state, skips_of
 from aerogel.runtime.feature_cache.streams import steps_in
 
 
@@ -28,7 +28,7 @@ class Deepcache(FeatureCachePolicy):
     interval: int = 3
     """Steps from one at which all blocks run to the next, from the first on (as in the authors' README)."""
     branch: int = 0
-    """The skip connection inside of which blocks rest, counted from 0, the outermost (as in the authors' README)."""
+    """The skip connection inside of which blocks are skipped, counted from 0, the outermost (as in the authors' README)."""
     center: int | None = None
     """The step, counted from 0, near which they lie denser, as many in all; None spaces them evenly (the authors' default)."""
     power: float = 1.4
@@ -43,11 +43,11 @@ class Deepcache(FeatureCachePolicy):
         whole: Sequence[int] = range(0, steps, self.interval)
         if self.center is not None:
             whole = gathered(steps, len(whole), self.center, self.power)
-        return followed_skips(network, calls, self.branch) | {"whole": "".join("1" if step in whole else "0" for step in range(steps))}
+        return skip_state(network, calls, self.branch) | {"whole": "".join("1" if step in whole else "0" for step in range(steps))}
 
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
-        """Let blocks rest; raises AerogelError when the state is of other blocks, and at steps that are not its own."""
-        return resting(network, state)
+        """Skip blocks; raises AerogelError when the state is of other blocks, and at steps that are not its own."""
+        return caching_inner_blocks(network, state)
 
 
 def gathered(steps: int, count: int, center: int, power: float) -> list[int]:

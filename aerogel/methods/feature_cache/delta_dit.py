@@ -1,6 +1,6 @@
 """Delta-DiT: the rear blocks are left out while the outline forms, the front blocks while details do (arXiv:2406.01125).
 
-The paper's stretch and boundary could not be checked against code of its authors, which is not published: the defaults are ours.
+The paper's block range and boundary could not be checked against code of its authors, which is not published: the defaults are ours.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import BlockCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.spans import Rule, Tabled, followed_steps
+from aerogel.runtime.feature_cache.block_cache import Rule, TableRule, block_cache_state
 
 
 @dataclass(frozen=True)
 class DeltaDit(BlockCachePolicy):
-    """Runs all blocks every `interval` steps, and leaves out a stretch of them in between: the last ones first, the first ones later."""
+    """Runs all blocks every `interval` steps, and skips a block range in between: the last blocks first, the first ones later."""
 
     search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
     interval: int = 2
     """Steps from one at which all blocks run to the next."""
     share: float = 0.75
-    """How much of the blocks a stretch is."""
+    """Share of the blocks that is skipped."""
     boundary: float = 0.5
     """Share of the steps, at the start, at which it is the last blocks."""
 
@@ -35,12 +35,12 @@ class DeltaDit(BlockCachePolicy):
             raise AerogelError(
                 f"interval {self.interval} is at least 1, share {self.share} above 0 and at most 1, boundary {self.boundary} from 0 to 1"
             )
-        return followed_steps(network, calls)
+        return block_cache_state(network, calls)
 
     def rule(self, state: dict[str, Any]) -> Rule:
-        """Two stretches, by the step."""
+        """Two block ranges, by the step."""
         blocks, steps = state["blocks"], len(state["steps"])
         long = max(1, round(self.share * blocks))
         outline = self.boundary * steps
         table = [None if step % self.interval == 0 else (0 if step < outline else 1) for step in range(steps)]
-        return Tabled(((blocks - long, blocks), (0, long)), table)
+        return TableRule(((blocks - long, blocks), (0, long)), table)

@@ -1,6 +1,6 @@
 """FasterCache: self-attention follows its last change, and guidance's unconditional branch is made of the other (arXiv:2410.19355).
 
-T steps, N units; H height and W width of an image.
+T steps, N modules; H height and W width of an image.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from aerogel.methods.base import Requirement
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call, map_tensors
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.guidance import CFGBatch, Half, HalfSlot, UncondPredictor, guided, require_pair
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
+from aerogel.runtime.feature_cache.guidance import CFGBatch, Half, HalfBatchEntry, UncondPredictor, guided, require_pair
 from aerogel.runtime.feature_cache.replay import replays
-from aerogel.runtime.feature_cache.schedule import Schedule, reusing, scheduled
+from aerogel.runtime.feature_cache.schedule import Schedule, caching, schedule_state
 from aerogel.runtime.feature_cache.streams import latent_of, steps_in
-from aerogel.runtime.feature_cache.units import units_of
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Fastercache(FeatureCachePolicy):
         """
         if min(self.self_every, self.unconditional_every) < 1:
             raise AerogelError(f"self_every {self.self_every} and unconditional_every {self.unconditional_every} are at least 1")
-        units, steps = units_of(network), steps_in(network, calls)
+        modules, steps = cached_modules_of(network), steps_in(network, calls)
         conditional = self._conditional(network, calls) if self.unconditional_every > 1 else ""
         both_T = both_run(steps, self.unconditional_every, self.unconditional_window)
         runs_T = torch.tensor(attention_runs(steps, both_T, self.self_every, self.window))
-        attends_N = torch.tensor([unit.kind == "self-attention" for unit in units.values()])
-        state = scheduled(network, calls, lambda *_: runs_T[:, None] | ~attends_N)
+        attends_N = torch.tensor([module.kind == "self-attention" for module in modules.values()])
+        state = schedule_state(network, calls, lambda *_: runs_T[:, None] | ~attends_N)
         return state | {"both": "".join("1" if one else "0" for one in both_T), "conditional": conditional}
 
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
@@ -77,7 +77,7 @@ class Fastercache(FeatureCachePolicy):
         schedule = Schedule.of(network, state)
         make = partial(_Changing, weights=self._weights(schedule.computed_TN.all(-1).tolist()))
         if state["conditional"] == "":
-            return reusing(network, schedule, make)
+            return caching(network, schedule, make)
         halves = CFGBatch(tuple(one == "1" for one in state["both"]), state["conditional"])
         gains = [
             (self.low if _within(step, self.low_window) else 1.0, self.high if _within(step, self.high_window) else 1.0)
@@ -153,15 +153,15 @@ class _Bands(UncondPredictor):
 
 
 class _Output(NamedTuple):
-    """What a unit gave when it ran."""
+    """What a module gave when it ran."""
 
     made: Any
     whole: bool
     """Whether it is of both halves of the batch."""
 
 
-class _Changing(HalfSlot):
-    """Holds the last two outputs of a unit."""
+class _Changing(HalfBatchEntry):
+    """Holds the last two outputs of a module."""
 
     remembers: ClassVar[bool] = True
 

@@ -12,7 +12,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import BlockCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.spans import Rule, Stretch, followed_steps
+from aerogel.runtime.feature_cache.block_cache import BlockRange, Rule, block_cache_state
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class FirstBlock(BlockCachePolicy):
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Read the sampler's steps off the calls; raises AerogelError for options out of range."""
-        state = followed_steps(network, calls)
+        state = block_cache_state(network, calls)
         if self.first < 1 or self.last < 0 or self.first + self.last >= state["blocks"]:
             raise AerogelError(f"first {self.first} and last {self.last} leave nothing of {state['blocks']} blocks to be left out")
         if self.threshold < 0 or self.warmup < 1:
@@ -48,18 +48,18 @@ class _Compared(Rule):
     watches: ClassVar[Literal["nothing", "modulated", "change"]] = "change"
 
     def __init__(self, options: FirstBlock, blocks: int) -> None:
-        self._knobs = options
+        self._options = options
         self._stretch = (options.first, blocks - options.last)
 
     @property
-    def stretches(self) -> tuple[Stretch, ...]:
+    def ranges(self) -> tuple[BlockRange, ...]:
         return (self._stretch,)
 
-    def leaves_out(self, step: int, seen: Tensor | None) -> int | None:
+    def skipped_range(self, step: int, seen: Tensor | None) -> int | None:
         assert seen is not None, "it watches the change"
-        if step >= self._knobs.warmup and self.kept is not None:
+        if step >= self._options.warmup and self.kept is not None:
             apart = (seen - self.kept).abs().mean() / self.kept.abs().mean()
-            if float(apart) <= self._knobs.threshold:
+            if float(apart) <= self._options.threshold:
                 return 0
         self.kept = seen
         return None

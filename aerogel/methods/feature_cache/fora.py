@@ -1,4 +1,4 @@
-"""FORA: every unit runs at every Nth step and gives again what it gave at the others (arXiv:2407.01425)."""
+"""FORA: every module runs at every Nth step and returns its cached output at the others (arXiv:2407.01425)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.schedule import scheduled
+from aerogel.runtime.feature_cache.schedule import schedule_state
 
 
 @dataclass(frozen=True)
@@ -28,4 +28,6 @@ class Fora(FeatureCachePolicy):
         """Read the sampler's steps off the calls; raises AerogelError for an interval below 1."""
         if self.interval < 1:
             raise AerogelError(f"interval is {self.interval}; it is at least 1")
-        return scheduled(network, calls, lambda steps, units: torch.arange(steps).remainder(self.interval).eq(0)[:, None].expand(-1, units))
+        return schedule_state(
+            network, calls, lambda steps, modules: torch.arange(steps).remainder(self.interval).eq(0)[:, None].expand(-1, modules)
+        )

@@ -1,6 +1,6 @@
-"""HarmoniCa: a router of one score a step and unit is trained along whole trajectories, without images (arXiv:2410.01723).
+"""HarmoniCa: a router of one score a step and module is trained along whole trajectories, without images (arXiv:2410.01723).
 
-T steps, N units, B samples. A score is the share of a unit's new output that goes into what it gives; the rest is what it gave before.
+T steps, N modules, B samples. A score is the share of a module's new output that goes into what it gives; the rest is what it gave before.
 Published: step-wise denoising training (SDT) and the image error proxy-guided objective (IEPO). Ours: losses in relative units, the
 penalty's weight steered to the asked budget, exact decoding, forked proxies at half the cost, and the local search behind. In a group of
 processes each goes along with its share of the images, and what comes out is what one process makes of all of them.
@@ -24,15 +24,15 @@ from aerogel.methods.feature_cache.policy import BudgetedCachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.budgets import Budget
-from aerogel.runtime.feature_cache.driven import Driven, Held, Row, driven
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
+from aerogel.runtime.feature_cache.checkpointing import checkpointing_blocks
+from aerogel.runtime.feature_cache.controlled import CacheContents, ControlledDenoiser, Row, controlled
 from aerogel.runtime.feature_cache.masks import Search
-from aerogel.runtime.feature_cache.recompute import recomputing
 from aerogel.runtime.feature_cache.replay import Replay, State, output_of, replays
 from aerogel.runtime.feature_cache.schedule import Schedule
 from aerogel.runtime.feature_cache.sharding import shares_of
 from aerogel.runtime.feature_cache.streams import sampler_of, steps_in
 from aerogel.runtime.feature_cache.trials import Trials, mean_square
-from aerogel.runtime.feature_cache.units import units_of
 from aerogel.training.distributed import averaged, group_size, of_first, share, variance
 from aerogel.training.fit import progressed
 
@@ -60,7 +60,7 @@ class Harmonica(BudgetedCachePolicy):
     rate: float = 0.1
     """Learning rate of Adam (published: 0.01 for ten times as many trajectories)."""
     threshold: float = 0.1
-    """A unit with a score above it refreshes what is kept; without a budget, one with a score up to it is reused."""
+    """A module with a score above it refreshes what is kept; without a budget, one with a score up to it is reused."""
     proxy: Proxy = "leave_one_out"
     """What weighs the steps: how the final image moves when a step alone computes everything, or when it joins those before it that
     reuse (as the released code has it); `none` weighs all alike."""
@@ -73,7 +73,7 @@ class Harmonica(BudgetedCachePolicy):
     samples: int = 32
     """Images that are made in each trial."""
     max_age: int = 0
-    """Steps in a row at which a unit may be reused, in the schedule that comes out; 0 is without bound (as published)."""
+    """Steps in a row at which a module may be reused, in the schedule that comes out; 0 is without bound (as published)."""
     checkpointing: bool = False
     """Whether training keeps only what goes into each block and computes the rest again for gradients: slower, and less memory (published:
     no)."""
@@ -86,9 +86,9 @@ class Harmonica(BudgetedCachePolicy):
     def budget(self, network: Network, calls: Sequence[Call]) -> Budget:
         """What has to be saved, by the costs that the first process measures; raises AerogelError also where max_age forbids it.
 
-        Nothing, and all units cost the same, where a threshold decides.
+        Nothing, and all modules cost the same, where a threshold decides.
         """
-        mine = super().budget(network, calls) if self.budgeted else Budget((1.0,) * len(units_of(network)), 0.0)
+        mine = super().budget(network, calls) if self.budgeted else Budget((1.0,) * len(cached_modules_of(network)), 0.0)
         saving, *cost_N = of_first(torch.tensor([mine.saving, *mine.cost_N], dtype=torch.float64)).tolist()
         return Budget(tuple(cost_N), saving).with_max_reuse(self.max_age, len(steps_in(network, calls)))
 
@@ -111,10 +111,10 @@ class Harmonica(BudgetedCachePolicy):
         if not 0 <= self.threshold < _HIGHEST:
             raise AerogelError(f"threshold {self.threshold} is at least 0 and below {_HIGHEST:.3f}, the score of the first step")
         budget = self.budget(network, calls)
-        runs, units = replays(network, calls), tuple(units_of(network))
+        runs, modules = replays(network, calls), tuple(cached_modules_of(network))
         generator = torch.Generator().manual_seed(int(of_first(torch.tensor(torch.initial_seed() % 2**63))))
-        with driven(network) as denoiser, recomputing(denoiser) if self.checkpointing else nullcontext():
-            training = _Training(self, denoiser, runs, budget, len(units), generator)
+        with controlled(network) as denoiser, checkpointing_blocks(denoiser) if self.checkpointing else nullcontext():
+            training = _Training(self, denoiser, runs, budget, len(modules), generator)
             training.run()
             mask_TN = decoded_TN = training.decoded()
             training.note(mask_TN)
@@ -122,7 +122,7 @@ class Harmonica(BudgetedCachePolicy):
                 mask_TN = training.searched(mask_TN)
             unseen = training.unseen()
             error, without = unseen.error(mask_TN), unseen.error(torch.ones_like(mask_TN))
-        found = Schedule(runs[0].steps, sampler_of(network), units, mask_TN)
+        found = Schedule(runs[0].steps, sampler_of(network), modules, mask_TN)
         router = {"decoded": replace(found, computed_TN=decoded_TN).as_state()["computed"]} if self.search else {}
         return found.as_state() | router | {
             "scores": training.scores(), "lambda": training.lambda_T, "penalty": training.penalty, "guidance": runs[0].guidance,
@@ -135,19 +135,19 @@ class _Training:
     """A router on its way."""
 
     options: Harmonica
-    denoiser: Driven
+    denoiser: ControlledDenoiser
     runs: Sequence[Replay]
     budget: Budget
-    units: int
+    modules: int
     generator: torch.Generator
     log: list[dict[str, float]] = field(default_factory=list)
-    """At each measurement of the proxy: trajectories so far, share of slots reused, error of the soft and of the hard schedule."""
+    """At each measurement of the proxy: trajectories so far, share of cache entries reused, error of the soft and of the hard schedule."""
 
     def __post_init__(self) -> None:
         self.shares = shares_of(self.runs)
         """Of each generation, what this process makes of it; noise is drawn for the whole, so that it is the same in any number of them."""
         self.steps = len(self.runs[0].calls)
-        logits_TN = _START + _SPREAD * torch.randn(self.steps, self.units, generator=self.generator)
+        logits_TN = _START + _SPREAD * torch.randn(self.steps, self.modules, generator=self.generator)
         logits_TN[0] = _BOUND
         self.rows = [nn.Parameter(row_N) for row_N in logits_TN]
         self.rows[0].requires_grad_(False)
@@ -186,7 +186,7 @@ class _Training:
         while state.step < self.steps:
             state, held = self._step(run, state, held)
 
-    def _step(self, run: Replay, state: State, held: Held) -> tuple[State, Held]:
+    def _step(self, run: Replay, state: State, held: CacheContents) -> tuple[State, CacheContents]:
         call, row_N = run.call(state), self.rows[state.step]
         with torch.no_grad():
             wanted = run.guided(output_of(self.denoiser.wanted(call)))
@@ -208,7 +208,7 @@ class _Training:
         return torch.stack([row_N.detach() for row_N in self.rows]).sigmoid()
 
     def hard(self) -> Tensor:
-        """Which units compute (T, N) if scores up to the threshold reuse."""
+        """Which modules compute (T, N) if scores up to the threshold reuse."""
         return self.scores() > self.options.threshold
 
     def _steer(self) -> None:
@@ -237,8 +237,8 @@ class _Training:
         """The final image under a mask."""
         return self._finish(self.fixed[1], self.denoiser.empty, mask_TN.tolist())
 
-    def _along(self) -> tuple[Tensor, list[tuple[State, Held]]]:
-        """The final image under soft scores, and what the trajectory and the slots were before each step and at the end."""
+    def _along(self) -> tuple[Tensor, list[tuple[State, CacheContents]]]:
+        """The final image under soft scores, and what the trajectory and the cache entries were before each step and at the end."""
         run, state = self.fixed
         along, held, state = [], self.denoiser.empty, state.fork()
         for score_N in self.scores():
@@ -247,21 +247,21 @@ class _Training:
             state = run.advance(state, output_of(made))
         return state.x_BCHW, [*along, (state, held)]
 
-    def _left_out(self, soft: Tensor, along: list[tuple[State, Held]]) -> Tensor:
+    def _left_out(self, soft: Tensor, along: list[tuple[State, CacheContents]]) -> Tensor:
         """How the final image (mean square) moves when a step alone computes everything; the first step does anyway."""
         scores_TN, found = self.scores(), [0.0]
         for step in range(1, self.steps):
-            rows: list[Row] = [[True] * self.units, *scores_TN[step + 1 :]]
+            rows: list[Row] = [[True] * self.modules, *scores_TN[step + 1 :]]
             found.append(mean_square([self._finish(*along[step], rows)], [soft]))
         return torch.tensor(found)
 
-    def _joined(self, along: list[tuple[State, Held]]) -> Tensor:
+    def _joined(self, along: list[tuple[State, CacheContents]]) -> Tensor:
         """How the final image moves when a step reuses too, after all steps before it do and none behind it does."""
-        everything = [[True] * self.units] * self.steps
+        everything = [[True] * self.modules] * self.steps
         images = [self._finish(*along[step + 1], everything[step + 1 :]) for step in range(self.steps)]
         return torch.tensor([0.0, *(mean_square([after], [before]) for before, after in pairwise(images))])
 
-    def _finish(self, state: State, held: Held, rows: Sequence[Row]) -> Tensor:
+    def _finish(self, state: State, held: CacheContents, rows: Sequence[Row]) -> Tensor:
         run, state = self.fixed[0], state.fork()
         for row in rows:
             made, held = self.denoiser.step(run.call(state), row, held, self.options.threshold)
@@ -278,11 +278,11 @@ class _Training:
             self.budget = replace(self.budget, saving=self.budget.saved(mask_TN))
             return mask_TN
         scores_TN = self.scores()
-        slots = [(step, unit) for step in range(1, self.steps) for unit in range(self.units)]
+        entries = [(step, module) for step in range(1, self.steps) for module in range(self.modules)]
         order = sorted(
-            slots, key=lambda slot: (float(scores_TN[slot]), float(self.lambda_T[slot[0]]) / max(self.budget.cost_N[slot[1]], 1e-12))
+            entries, key=lambda entry: (float(scores_TN[entry]), float(self.lambda_T[entry[0]]) / max(self.budget.cost_N[entry[1]], 1e-12))
         )
-        return self.budget.decoded(order, (self.steps, self.units))
+        return self.budget.decoded(order, (self.steps, self.modules))
 
     @torch.no_grad()
     def note(self, mask_TN: Tensor) -> None:
@@ -295,7 +295,7 @@ class _Training:
         """Improve by trials on noise of their own: once from whole steps, with half of them or fewer, then from the router's schedule."""
         trials = self._trials()
         search = Search(trials, self.budget, self.options.search // 2)
-        other_TN = search.swaps(search.single_units(search.whole_steps((self.steps, self.units))))
+        other_TN = search.swaps(search.single_modules(search.whole_steps((self.steps, self.modules))))
         search.limit = self.options.search
         return min((search.swaps(mask_TN), other_TN), key=trials.error)
 

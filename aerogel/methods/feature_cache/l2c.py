@@ -1,9 +1,9 @@
-"""Learning-to-Cache: a router of one score a step and unit is trained at every second step, on noised images (arXiv:2406.01733).
+"""Learning-to-Cache: a router of one score a step and module is trained at every second step, on noised images (arXiv:2406.01733).
 
-T steps, N units, B samples, C channels, H height, W width. The method learns from data: the original reads the images that its model was
+T steps, N modules, B samples, C channels, H height, W width. The method learns from data: the original reads the images that its model was
 trained on. Here the images are the pipeline's own, the final latents of the recorded generations, and are noised to the level of a step;
 the trajectories themselves are not learned from. Steps are counted from the noise on: the second, fourth ... are trained and may reuse
-what the step before gave, the others compute everything; so at most half of the slots are reused. Ours: exact decoding, odd T too.
+what the step before gave, the others compute everything; so at most half of the cache entries are reused. Ours: exact decoding, odd T too.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from aerogel.methods.feature_cache.policy import BudgetedCachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.budgets import Budget
-from aerogel.runtime.feature_cache.driven import Driven, driven
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
+from aerogel.runtime.feature_cache.controlled import ControlledDenoiser, controlled
 from aerogel.runtime.feature_cache.replay import Replay, State, output_of, replays
 from aerogel.runtime.feature_cache.schedule import Schedule
 from aerogel.runtime.feature_cache.streams import sampler_of, steps_in
 from aerogel.runtime.feature_cache.trials import Trials, mean_square
-from aerogel.runtime.feature_cache.units import units_of
 from aerogel.training.fit import progressed
 
 _BOUND = 5.0
@@ -45,9 +45,9 @@ class L2c(BudgetedCachePolicy):
     """Learning rate of Adam (published: 1e-3 for ten times as many updates, and 1e-2 for DiT-L/2 at 20 steps)."""
     penalty: float = 1e-6
     """Weight of the scores' sum against the mean squared error (published: 1e-6 for DiT-XL/2 at 10 and 50 steps, 5e-6 at 20); about what
-    reusing a unit alone adds to that error, or no score falls."""
+    reusing a module alone adds to that error, or no score falls."""
     threshold: float = 0.1
-    """For the log: the published decision computes units with a score above it; here the budget decides."""
+    """For the log: the published decision computes modules with a score above it; here the budget decides."""
     check: int = 500
     """Updates between two measurements for the log."""
 
@@ -62,16 +62,16 @@ class L2c(BudgetedCachePolicy):
         budget = self.budget(network, calls)
         _within(budget, len(steps_in(network, calls)))
         _noises(network)
-        runs, units = replays(network, calls), tuple(units_of(network))
+        runs, modules = replays(network, calls), tuple(cached_modules_of(network))
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-        with driven(network) as denoiser:
+        with controlled(network) as denoiser:
             training = _Training(self, denoiser, runs, budget, generator)
             training.run()
             mask_TN = training.decoded()
             training.note(mask_TN)
             unseen = Trials(denoiser, runs[:1], [runs[0].noise(generator)])
             error, without = unseen.error(mask_TN), unseen.error(torch.ones_like(mask_TN))
-        state = Schedule(runs[0].steps, sampler_of(network), units, mask_TN).as_state()
+        state = Schedule(runs[0].steps, sampler_of(network), modules, mask_TN).as_state()
         return state | {
             "scores": training.scores(), "guidance": runs[0].guidance, "images": training.images, "error": error,
             "error_without_reuse": without, "log": training.log,
@@ -87,7 +87,7 @@ def _within(budget: Budget, steps: int) -> None:
     rows, each = len(_trained(steps)), sum(budget.cost_N)
     if budget.saving > rows * each:
         raise AerogelError(
-            f"the budget means to save {budget.saving:.3g}; l2c trains every second step only, and reusing all {len(budget.cost_N)} units "
+            f"the budget means to save {budget.saving:.3g}; l2c trains every second step only, caching all {len(budget.cost_N)} modules "
             f"at {rows} of {steps} steps saves {rows * each:.3g}: ask for less, or take a method that decides at every step"
         )
 
@@ -106,14 +106,14 @@ class _Training:
     """A router on its way."""
 
     options: L2c
-    denoiser: Driven
+    denoiser: ControlledDenoiser
     runs: Sequence[Replay]
     budget: Budget
     generator: torch.Generator
     images: int = 0
     """Clean images that were noised, repeats included."""
     log: list[dict[str, float]] = field(default_factory=list)
-    """At each check: iterations so far, share of slots reused, error of the soft and of the hard schedule."""
+    """At each check: iterations so far, share of cache entries reused, error of the soft and of the hard schedule."""
 
     def __post_init__(self) -> None:
         self.shape = (len(self.runs[0].calls), len(self.budget.cost_N))
@@ -184,8 +184,8 @@ class _Training:
     def decoded(self) -> Tensor:
         """The schedule of the budget: lowest scores first; of equal ones those that save most, and late steps before early ones."""
         scores_TN = self.scores()
-        slots = [(step, unit) for step in self.rows for unit in range(self.shape[1])]
-        order = sorted(slots, key=lambda slot: (float(scores_TN[slot]), -self.budget.cost_N[slot[1]], -slot[0]))
+        entries = [(step, module) for step in self.rows for module in range(self.shape[1])]
+        order = sorted(entries, key=lambda entry: (float(scores_TN[entry]), -self.budget.cost_N[entry[1]], -entry[0]))
         return self.budget.decoded(order, self.shape)
 
     def note(self, mask_TN: Tensor) -> None:

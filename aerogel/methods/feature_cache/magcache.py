@@ -16,7 +16,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import BlockCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.spans import Rule, Tabled, followed_steps, residuals
+from aerogel.runtime.feature_cache.block_cache import Rule, TableRule, block_cache_state, residuals
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Magcache(BlockCachePolicy):
             raise AerogelError(
                 f"threshold {self.threshold} is at least 0, longest {self.longest} at least 1, retention {self.retention} from 0 to 1"
             )
-        state = followed_steps(network, calls)
+        state = block_cache_state(network, calls)
         ratio_T, before = torch.zeros(len(state["steps"])), torch.empty(0)
         for number, residual_BND in enumerate(residuals(network, calls)):
             step = number % len(ratio_T)
@@ -51,7 +51,7 @@ class Magcache(BlockCachePolicy):
 
     def rule(self, state: dict[str, Any]) -> Rule:
         """Leave everything out at the steps that were found."""
-        return Tabled(((0, state["blocks"]),), [0 if out == "1" else None for out in state["left_out"]])
+        return TableRule(((0, state["blocks"]),), [0 if out == "1" else None for out in state["left_out"]])
 
 
 def left_out(ratio_T: Tensor, options: Magcache) -> str:

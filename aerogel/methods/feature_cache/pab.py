@@ -12,9 +12,9 @@ from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.schedule import scheduled
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
+from aerogel.runtime.feature_cache.schedule import schedule_state
 from aerogel.runtime.feature_cache.streams import steps_in
-from aerogel.runtime.feature_cache.units import units_of
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Pab(FeatureCachePolicy):
         if min(self.self_every, self.cross_every) < 1:
             raise AerogelError(f"self_every {self.self_every} and cross_every {self.cross_every} are at least 1")
         every = {"self-attention": self.self_every, "cross-attention": self.cross_every}
-        kinds = [every.get(unit.kind, 1) for unit in units_of(network).values()]
+        kinds = [every.get(module.kind, 1) for module in cached_modules_of(network).values()]
         steps = steps_in(network, calls)
         columns = {interval: broadcast(steps, interval, self.first, self.last) for interval in set(kinds)}
-        return scheduled(network, calls, lambda *_: torch.tensor([columns[interval] for interval in kinds]).T)
+        return schedule_state(network, calls, lambda *_: torch.tensor([columns[interval] for interval in kinds]).T)
 
 
 def broadcast(steps: Sequence[float], every: int, first: float, last: float) -> list[bool]:
-    """Return at which steps a unit runs: outside of the window always, inside when its last run was `every` steps ago."""
+    """Return at which steps a module runs: outside of the window always, inside when its last run was `every` steps ago."""
     runs, since = [], 0
     for place, step in enumerate(steps):
         inside = place > 0 and first < step < last and since + 1 < every

@@ -15,11 +15,11 @@ from aerogel.errors import AerogelError
 from aerogel.methods.base import Requirement, RuntimePolicy, name_of
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
+from aerogel.runtime.feature_cache.block_cache import Rule, caching_blocks
 from aerogel.runtime.feature_cache.budgets import Budget, Measure, budget_of
-from aerogel.runtime.feature_cache.schedule import Schedule, reusing, slot_bytes
-from aerogel.runtime.feature_cache.spans import Rule, spanning
-from aerogel.runtime.feature_cache.stored import CacheDtype, store_named
-from aerogel.runtime.feature_cache.units import Costs, costs_of
+from aerogel.runtime.feature_cache.cache_dtype import CacheDtype, cache_format
+from aerogel.runtime.feature_cache.cached_modules import Costs, costs_of
+from aerogel.runtime.feature_cache.schedule import Schedule, cache_bytes, caching
 
 SearchSpace = tuple[str, tuple[float, ...]]
 """A option, and values of it in order of what they save, the least first."""
@@ -27,7 +27,7 @@ SearchSpace = tuple[str, tuple[float, ...]]
 
 @dataclass(frozen=True)
 class FeatureCachePolicy(RuntimePolicy[dict[str, Any]]):
-    """Lets units of a denoiser give again what they gave at earlier steps, by a schedule that is its state."""
+    """Lets modules of a denoiser return their cached outputs of earlier steps, by a schedule that is its state."""
 
     skips_modules: ClassVar[bool] = True
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "trajectories", "cached_modules", "uncached"})
@@ -51,7 +51,7 @@ class FeatureCachePolicy(RuntimePolicy[dict[str, Any]]):
             cls.rounds = False
 
     def __post_init__(self) -> None:
-        store_named(self.cache_dtype)
+        cache_format(self.cache_dtype)
         if self.cache_dtype != "compute" and not self.rounds:
             name = name_of(self)
             raise AerogelError(f"{name} needs what it keeps as it was computed: set cache_dtype to compute, not {self.cache_dtype}")
@@ -73,8 +73,8 @@ class FeatureCachePolicy(RuntimePolicy[dict[str, Any]]):
         return self.calibrate(network, calls)
 
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
-        """Reuse by the schedule; raises AerogelError when it is of other units, and at steps that are not its own."""
-        return reusing(network, Schedule.of(network, state), store=self.cache_dtype)
+        """Reuse by the schedule; raises AerogelError when it is of other modules, and at steps that are not its own."""
+        return caching(network, Schedule.of(network, state), store=self.cache_dtype)
 
 
 class ScheduleRefiner(FeatureCachePolicy):
@@ -105,16 +105,16 @@ class ScheduleRefiner(FeatureCachePolicy):
 
 def _saving(schedule: Schedule, costs: Costs, samples: int) -> dict[str, Any]:
     reused_TN = ~schedule.computed_TN[1:]  # nothing is kept before the first step
-    saved = float((reused_TN.double() @ torch.tensor(costs.unit_macs, dtype=torch.float64)).sum())
+    saved = float((reused_TN.double() @ torch.tensor(costs.module_macs, dtype=torch.float64)).sum())
     return {
         "macs": costs.macs / samples,
         "macs_saved": saved / (len(schedule.steps) * costs.macs),
-        "slot_bytes": slot_bytes(schedule, costs.unit_bytes) // samples,
+        "slot_bytes": cache_bytes(schedule, costs.module_bytes) // samples,
     }
 
 
 class BlockCachePolicy(FeatureCachePolicy):
-    """Leaves out stretches of a denoiser's blocks by a rule, and adds what they added before."""
+    """Leaves out block ranges of a denoiser by a rule, and adds what they added before."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "trajectories", "block_range", "uncached"})
     rounds: ClassVar[bool] = True
@@ -125,7 +125,7 @@ class BlockCachePolicy(FeatureCachePolicy):
 
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
         """Leave out blocks by the rule; raises AerogelError when the state is of another network, and at steps that are not its own."""
-        return spanning(network, state, partial(self.rule, state), self.cache_dtype)
+        return caching_blocks(network, state, partial(self.rule, state), self.cache_dtype)
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,11 @@ class BudgetedCachePolicy(FeatureCachePolicy):
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "teacher", "trajectories", "cached_modules", "uncached"})
 
     ratio: float | None = None
-    """Share of slots (steps x units) to reuse; this or `target_speedup`."""
+    """Share of the schedule's entries (steps x modules) that return cached outputs; this or `target_speedup`."""
     target_speedup: float | None = None
     """How many times faster the denoiser has to be."""
     by: Measure = "latency"
-    """What a target speed-up is counted in: measured seconds of the units, or their multiply-accumulates."""
+    """What a target speed-up is counted in: measured seconds of the modules, or their multiply-accumulates."""
 
     def budget(self, network: Network, calls: Sequence[Call]) -> Budget:
         """What has to be saved; raises AerogelError when that is not said, said twice or cannot be had."""

@@ -1,6 +1,6 @@
 """A schedule bettered by exchanges on the network as it is by now: decoded once more, after ranges or weights have changed. Ours.
 
-T steps, N units.
+T steps, N modules.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class ScheduleRefine(ScheduleRefiner):
     samples: int = 32
     """Images that are made in each, of those that were recorded."""
     by: Measure = "macs"
-    """What has to be saved as before: multiply-accumulates, or measured seconds of the units."""
+    """What has to be saved as before: multiply-accumulates, or measured seconds of the modules."""
 
     def cost(self, size: CalibrationSize) -> CostEstimate:
         """Half a generation a trial, in both branches of guidance, and what confirms: made exactly, and as the schedule has it."""
         return CostEstimate(model_tokens=(self.trials + 4 * _CONFIRMING) * size.steps * self.samples * size.sample)
 
     def revise(self, network: Network, calls: Sequence[Call], before: dict[str, Any]) -> dict[str, Any]:
-        """Exchange slots where images of other noise gain by it too; raises AerogelError for calls of other steps."""
+        """Exchange cache entries where images of other noise gain by it too; raises AerogelError for calls of other steps."""
         schedule = Schedule.of(network, before)
         with generating(network, calls, self.samples) as generations:
             if generations.runs[0].steps != schedule.steps:

@@ -1,6 +1,6 @@
 """A schedule found by trial: real generations say which reuse the final image minds least. Ours; exhaustive searches of this kind are slow.
 
-T steps, N units.
+T steps, N modules.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from aerogel.methods.base import CalibrationSize, CostEstimate
 from aerogel.methods.feature_cache.policy import BudgetedCachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.masks import Search
 from aerogel.runtime.feature_cache.schedule import Schedule
 from aerogel.runtime.feature_cache.streams import sampler_of
 from aerogel.runtime.feature_cache.trials import generating
-from aerogel.runtime.feature_cache.units import units_of
 
 
 @dataclass(frozen=True)
 class ScheduleSearch(BudgetedCachePolicy):
-    """Reuses what was found to move the final images least: whole steps first, then single units, then exchanges."""
+    """Reuses what was found to move the final images least: whole steps first, then single modules, then exchanges."""
 
     trials: int = 2000
     """Generations it may take, forked where they differ."""
@@ -35,9 +35,9 @@ class ScheduleSearch(BudgetedCachePolicy):
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Search on the recorded generations; raises AerogelError when they do not replay or the budget cannot be met."""
-        budget, units = self.budget(network, calls), tuple(units_of(network))
+        budget, modules = self.budget(network, calls), tuple(cached_modules_of(network))
         with generating(network, calls, self.samples) as generations:
             search, steps = Search(generations.trials, budget, self.trials), generations.runs[0].steps
-            mask_TN = search.swaps(search.single_units(search.whole_steps((len(steps), len(units)))))
+            mask_TN = search.swaps(search.single_modules(search.whole_steps((len(steps), len(modules)))))
             facts = generations.facts(mask_TN)
-        return Schedule(steps, sampler_of(network), units, mask_TN).as_state() | facts
+        return Schedule(steps, sampler_of(network), modules, mask_TN).as_state() | facts

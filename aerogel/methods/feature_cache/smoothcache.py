@@ -1,4 +1,4 @@
-"""SmoothCache: units of a kind are reused as long as a calibration says that they change little (arXiv:2411.10510)."""
+"""SmoothCache: modules of a kind are reused as long as a calibration says that they change little (arXiv:2411.10510)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.schedule import scheduled
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
+from aerogel.runtime.feature_cache.schedule import schedule_state
 from aerogel.runtime.feature_cache.streams import generations, steps_in
-from aerogel.runtime.feature_cache.units import units_of
 
 
 @dataclass(frozen=True)
 class Smoothcache(FeatureCachePolicy):
-    """Reuses all units of a kind as long as their outputs changed by at most `alpha` since they ran."""
+    """Reuses all modules of a kind as long as their outputs changed by at most `alpha` since they ran."""
 
     search_space: ClassVar[SearchSpace | None] = ("alpha", (0.02, 0.04, 0.06, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0))
 
     alpha: float = 0.08
-    """Largest relative L1 distance, averaged over the units of a kind; the authors use 0.08 to 0.35."""
+    """Largest relative L1 distance, averaged over the modules of a kind; the authors use 0.08 to 0.35."""
     longest: int = 3
     """Most steps in a row that reuse."""
 
@@ -35,17 +35,17 @@ class Smoothcache(FeatureCachePolicy):
         """Measure the change from step to step on the recorded calls; raises AerogelError for options out of range."""
         if self.alpha < 0 or self.longest < 1:
             raise AerogelError(f"alpha {self.alpha} is at least 0, longest {self.longest} at least 1")
-        units, steps = units_of(network), len(steps_in(network, calls))
-        kinds = [unit.kind for unit in units.values()]
+        modules, steps = cached_modules_of(network), len(steps_in(network, calls))
+        kinds = [module.kind for module in modules.values()]
         changes_NTA = self._changes(network, calls, steps)
         changes = {kind: changes_NTA[[place for place, other in enumerate(kinds) if other == kind]].mean(0) for kind in set(kinds)}
         columns = {kind: smooth(change_TA, self.alpha) for kind, change_TA in changes.items()}
-        state = scheduled(network, calls, lambda *_: torch.tensor([columns[kind] for kind in kinds]).T)
+        state = schedule_state(network, calls, lambda *_: torch.tensor([columns[kind] for kind in kinds]).T)
         return state | {f"{kind}.change": change_TA for kind, change_TA in changes.items()}
 
     def _changes(self, network: Network, calls: Sequence[Call], steps: int) -> Tensor:
-        """Relative L1 distance (N, T, A) of each unit's output at a step to that 1 to A steps before, over all generations."""
-        names = list(units_of(network))
+        """Relative L1 distance (N, T, A) of each module's output at a step to that 1 to A steps before, over all generations."""
+        names = list(cached_modules_of(network))
         total_NTA = torch.zeros(len(names), steps, self.longest)
         recent: list[list[Tensor]] = []
         runs = generations(network, calls)
@@ -76,7 +76,7 @@ def _outputs(network: Network, names: Sequence[str], call: Call) -> list[Tensor]
 
 
 def smooth(change_TA: Tensor, alpha: float) -> list[bool]:
-    """Return at which of T steps a kind runs: from each run the longest stretch of reuse whose every step changed by at most alpha."""
+    """Return at which of T steps a kind runs: from each run the longest run of reuse whose every step changed by at most alpha."""
     steps, longest = change_TA.shape
     runs, last = [True], 0
     for step in range(1, steps):

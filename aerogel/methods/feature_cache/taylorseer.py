@@ -1,4 +1,4 @@
-"""TaylorSeer: units that do not run are extrapolated from the last steps at which they did (arXiv:2503.06923)."""
+"""TaylorSeer: modules that do not run are extrapolated from the last steps at which they did (arXiv:2503.06923)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.schedule import Schedule, Slot, reusing, scheduled
+from aerogel.runtime.feature_cache.schedule import CacheEntry, Schedule, caching, schedule_state
 
 
 @dataclass(frozen=True)
 class Taylorseer(FeatureCachePolicy):
-    """Runs all units every `interval` steps, and predicts them in between by a Taylor series of finite differences."""
+    """Runs all modules every `interval` steps, and predicts them in between by a Taylor series of finite differences."""
 
     search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
@@ -37,26 +37,26 @@ class Taylorseer(FeatureCachePolicy):
         """Read the sampler's steps off the calls; raises AerogelError for options below their least values."""
         if min(self.interval, self.warmup) < 1 or self.order < 0:
             raise AerogelError(f"interval {self.interval} and warmup {self.warmup} are at least 1, order {self.order} at least 0")
-        return scheduled(network, calls, self._computed)
+        return schedule_state(network, calls, self._computed)
 
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
         """Predict by the table."""
-        return reusing(network, Schedule.of(network, state), partial(_Series, order=self.order))
+        return caching(network, Schedule.of(network, state), partial(_Series, order=self.order))
 
-    def _computed(self, steps: int, units: int) -> Tensor:
+    def _computed(self, steps: int, modules: int) -> Tensor:
         steps_T = torch.arange(steps)
         since_T = steps_T - (self.warmup - 1)
-        return ((since_T <= 0) | since_T.remainder(self.interval).eq(0))[:, None].expand(-1, units)
+        return ((since_T <= 0) | since_T.remainder(self.interval).eq(0))[:, None].expand(-1, modules)
 
 
 class _Kept(NamedTuple):
-    """A unit's outputs and their finite differences, the newest."""
+    """A module's outputs and their finite differences, the newest."""
 
     row: int
     differences: tuple[Any, ...]
 
 
-class _Series(Slot):
+class _Series(CacheEntry):
     remembers: ClassVar[bool] = True
 
     def __init__(self, own: Callable[..., Any], order: int) -> None:

@@ -14,9 +14,9 @@ from aerogel.methods.feature_cache.policy import BlockCachePolicy, SearchSpace
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.hooks import capture_inputs
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.spans import Rule, Stretch, followed_steps
+from aerogel.runtime.feature_cache.block_cache import BlockRange, Rule, block_cache_state
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.streams import generations
-from aerogel.runtime.feature_cache.units import units_of
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Teacache(BlockCachePolicy):
     @torch.no_grad()
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Fit the polynomial; raises AerogelError for options out of range and too few recorded steps."""
-        state, runs = followed_steps(network, calls), generations(network, calls)
+        state, runs = block_cache_state(network, calls), generations(network, calls)
         pairs = sum(len(run) - 1 for run in runs)
         if self.threshold < 0 or not 1 <= self.degree < pairs:
             raise AerogelError(
                 f"threshold {self.threshold} is at least 0, degree {self.degree} at least 1 and below the {pairs} recorded pairs of steps"
             )
-        first = next(iter(units_of(network)))
+        first = next(iter(cached_modules_of(network)))
         inputs: list[float] = []
         outputs: list[float] = []
         seen: list[Tensor] = []
@@ -71,10 +71,10 @@ class _AddedUp(Rule):
         self._sum = 0.0
 
     @property
-    def stretches(self) -> tuple[Stretch, ...]:
+    def ranges(self) -> tuple[BlockRange, ...]:
         return ((0, self._blocks),)
 
-    def leaves_out(self, step: int, seen: Tensor | None) -> int | None:
+    def skipped_range(self, step: int, seen: Tensor | None) -> int | None:
         assert seen is not None, "it watches the input"
         before, self.kept = self.kept, seen
         if before is None or step in (0, self._steps - 1):

@@ -10,19 +10,19 @@ from typing import Any, ClassVar
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.tokens import TokenCacheConfig, recomputing, tokenwise
+from aerogel.runtime.feature_cache.partial_token_cache import TokenCacheConfig, caching_tokens, token_cache_state
 
 
 @dataclass(frozen=True)
 class Toca(TokenCacheConfig, FeatureCachePolicy):
-    """Runs all units now and then; in between it reuses attention, and feed-forwards compute their most important tokens anew."""
+    """Runs all modules now and then; in between it reuses attention, and feed-forwards compute their most important tokens anew."""
 
     search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Read the sampler's steps off the calls; raises AerogelError for options out of range, and where no attention scores tokens."""
-        return tokenwise(network, calls, self, lambda ahead: ahead > 0)
+        return token_cache_state(network, calls, self, lambda ahead: ahead > 0)
 
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
         """Reuse by the table, with some tokens computed anew."""
-        return recomputing(network, state, self)
+        return caching_tokens(network, state, self)

@@ -1,1 +1,1 @@
-"""What parts of a denoiser give again from one step to the next: units, stretches of blocks, tokens, branches of guidance."""
+"""Feature caching: outputs of earlier denoising steps returned for modules, block ranges, tokens and branches of guidance."""

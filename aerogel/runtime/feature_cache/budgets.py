@@ -1,4 +1,4 @@
-"""What a cache has to save, in slots, multiply-accumulates or measured seconds; a mask that saves it is exact, not about right."""
+"""What a cache has to save, in cache entries, multiply-accumulates or measured seconds; a mask that saves it is exact, not about right."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of, costs_of, seconds_of
 from aerogel.runtime.feature_cache.streams import steps_in
-from aerogel.runtime.feature_cache.units import costs_of, seconds_of, units_of
 
 Measure = Literal["latency", "macs"]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a mask (T, N; True where a unit runs) has to save."""
+    """What a mask (T, N; True where a module runs) has to save."""
 
     cost_N: tuple[float, ...]
-    """Cost of running each unit once."""
+    """Cost of running each module once."""
     saving: float
-    """What all units that do not run must cost together, at least."""
+    """What all modules that do not run must cost together, at least."""
     max_age: int = 0
-    """Steps in a row at which a unit may be reused, at most; 0 is without bound."""
+    """Steps in a row at which a module may be reused, at most; 0 is without bound."""
 
     def saved(self, mask_TN: Tensor) -> float:
         """What a mask saves."""
@@ -39,21 +39,21 @@ class Budget:
 
     def with_max_reuse(self, max_age: int, steps: int) -> Budget:
         """The same with a bound on the steps in a row; raises AerogelError where so many steps cannot save enough then."""
-        made, units = replace(self, max_age=max_age), len(self.cost_N)
-        if made.reachable(torch.ones(steps, units, dtype=torch.bool)):
+        made, modules = replace(self, max_age=max_age), len(self.cost_N)
+        if made.reachable(torch.ones(steps, modules, dtype=torch.bool)):
             return made
         most = _most([False] * steps, [step > 0 for step in range(steps)], max_age) or 0
         raise AerogelError(
-            f"the budget means to save {self.saving:.3g}; with max_age {max_age} each of the {units} units is reused at {most} of {steps} "
+            f"the budget means to save {self.saving:.3g}; with max_age {max_age} each of {modules} modules is cached at {most} of {steps} "
             f"steps at most, which saves {most * sum(self.cost_N):.3g}: ask for less, or set max_age higher (0 is without bound)"
         )
 
     def allowed(self, mask_TN: Tensor) -> bool:
-        """Whether no unit is reused at more steps in a row than it may be."""
+        """Whether no module is reused at more steps in a row than it may be."""
         return not self.max_age or None not in self._most(mask_TN, torch.zeros_like(mask_TN))
 
     def enforce(self, mask_TN: Tensor) -> Tensor:
-        """The mask with as few more units running as the bound on steps in a row asks for."""
+        """The mask with as few more modules running as the bound on steps in a row asks for."""
         made_TN, age_N = mask_TN.clone(), torch.zeros(mask_TN.shape[1], dtype=torch.long)
         for row_N in made_TN:
             if self.max_age:
@@ -81,31 +81,31 @@ class Budget:
         return [_most(reused_T, open_T, self.max_age) for reused_T, open_T in columns]
 
     def decoded(self, order: Sequence[tuple[int, int]], shape: tuple[int, int]) -> Tensor:
-        """Reuse slots (step, unit) in this order until it is met, then run again those that it does not need, the last first.
+        """Reuse entries (step, module) in this order until it is met, then run again those that it does not need, the last first.
 
         With a bound on the steps in a row, those are left out with which it could not be met any more.
         """
         mask_TN, open_TN = torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
-        for slot in order:
-            open_TN[slot] = True
+        for entry in order:
+            open_TN[entry] = True
         taken = []
-        for slot in order:
+        for entry in order:
             if self.is_met(mask_TN):
                 break
-            mask_TN[slot] = False
+            mask_TN[entry] = False
             if self.reachable(mask_TN, open_TN):
-                taken.append(slot)
+                taken.append(entry)
             else:
-                mask_TN[slot] = True
-        for slot in reversed(taken):
-            mask_TN[slot] = True
+                mask_TN[entry] = True
+        for entry in reversed(taken):
+            mask_TN[entry] = True
             if not self.is_met(mask_TN):
-                mask_TN[slot] = False
+                mask_TN[entry] = False
         return mask_TN
 
 
 def _most(reused_T: Sequence[bool], open_T: Sequence[bool], max_age: int) -> int | None:
-    """At how many steps a unit is reused at most, of those at which it is and those that are open; None where it is at too many in a row.
+    """At how many steps a module is reused at most, of those at which it is and those that are open; None where it is at too many in a row.
 
     Where too many come in a row it runs at the last of them that is free, so that the next ones begin as late as they can.
     """
@@ -124,16 +124,16 @@ def _most(reused_T: Sequence[bool], open_T: Sequence[bool], max_age: int) -> int
 
 
 def budget_of(network: Network, calls: Sequence[Call], ratio: float | None, speedup: float | None, by: Measure) -> Budget:
-    """The budget for a share of slots or a target speed-up of the denoiser.
+    """The budget for a share of cache entries or a target speed-up of the denoiser.
 
     Raises AerogelError unless one of the two is given, and when reusing everything after the first step would not be enough.
     """
     if (ratio is None) == (speedup is None):
-        raise AerogelError("give one of ratio (share of slots to reuse) and target_speedup (times faster)")
-    steps, units = len(steps_in(network, calls)), len(units_of(network))
+        raise AerogelError("give one of ratio (share of steps x modules to cache) and target_speedup (times faster)")
+    steps, modules = len(steps_in(network, calls)), len(cached_modules_of(network))
     most = steps - 1
     if ratio is not None:
-        made = Budget((1.0,) * units, float(round(ratio * steps * units)))
+        made = Budget((1.0,) * modules, float(round(ratio * steps * modules)))
         what = f"a ratio of {ratio}"
     else:
         assert speedup is not None, "one of the two"
@@ -142,7 +142,7 @@ def budget_of(network: Network, calls: Sequence[Call], ratio: float | None, spee
         what = f"a speed-up of {speedup} by {by}"
     if (speedup is not None and speedup < 1) or made.saving < 0 or made.saving > most * sum(made.cost_N):
         raise AerogelError(
-            f"{what} cannot be had: it means to save {made.saving:.3g}; reusing all {units} units at all but the first of {steps} steps "
+            f"{what} cannot be had: it saves {made.saving:.3g}; caching all {modules} modules at all but the first of {steps} steps "
             f"saves {most * sum(made.cost_N):.3g}"
         )
     return made
@@ -159,4 +159,4 @@ def _costs(network: Network, call: Call, by: Measure) -> tuple[float, tuple[floa
     if by == "latency":
         return seconds_of(network, call)
     costs = costs_of(network, call)
-    return costs.macs, costs.unit_macs
+    return costs.macs, costs.module_macs

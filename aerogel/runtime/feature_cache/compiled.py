@@ -1,7 +1,7 @@
 """Modules that were compiled in place, by `block.compile()` or diffusers' `compile_repeated_blocks()`, and how others answer for them.
 
 What torch.compile made of a module answers when it is called, and holds all that its forward did when it was traced. Who runs a module or
-does not, as a whole, answers in front of that, where nothing is traced. Who decides inside of a module, such as on the units of a block,
+does not, as a whole, answers in front of that, where nothing is traced. Who decides inside of a module, such as on the modules of a block,
 has the decisions traced too: a boolean each, set before the module is called, so that one graph is made for each pattern of booleans that
 comes up (at most 2^decisions for all modules of a kind, times their shapes), and a graph holds nothing of what does not run. Whatever else
 changes from step to step stays outside. Torch keeps graphs with the code of the forward, and at most 8 of one code (`recompile_limit`);
@@ -55,7 +55,7 @@ def compiled_around(denoiser: nn.Module, names: Iterable[str]) -> dict[nn.Module
 
 
 @contextmanager
-def standing_in(denoiser: nn.Module, answers: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def patch_compiled(denoiser: nn.Module, answers: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Let others answer for some modules of a denoiser for a while, in front of what was compiled of them; then all is as it was.
 
     Forwards raise AerogelError when one of them or what holds it was compiled meanwhile.

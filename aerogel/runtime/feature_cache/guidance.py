@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from aerogel.errors import AerogelError
 from aerogel.model.calls import map_tensors, tensors_in
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.schedule import Reuse, Schedule, Slot, in_place, stand_ins
-from aerogel.runtime.feature_cache.streams import followed, latent_of, same_twice
+from aerogel.runtime.feature_cache.schedule import CacheEntry, ModuleCache, Schedule, make_entries, patched_entries
+from aerogel.runtime.feature_cache.streams import latent_of, same_twice, tracked
 
 Half = Literal["first", "second"]
 
@@ -58,21 +58,21 @@ class UncondPredictor(ABC):
         """Return the unconditional output at a step, and what is to be remembered from then on."""
 
 
-class HalfSlot(Slot):
-    """A slot that may be asked for the conditional half alone, whatever it keeps."""
+class HalfBatchEntry(CacheEntry):
+    """A cache entry that may be asked for the conditional half alone, whatever it keeps."""
 
     half: Callable[[Tensor], Tensor] | None = None
     """What cuts that half out of a batch, at steps at which nothing else runs."""
 
 
-class Guided(Reuse):
+class Guided(ModuleCache):
     """Follows the forwards of a denoiser, gives it half of the batch at some steps, and puts the other half in its place behind it."""
 
     def __init__(
-        self, schedule: Schedule, slots: Mapping[str, HalfSlot], halves: CFGBatch, guess: UncondPredictor, pipeline: Any = None
+        self, schedule: Schedule, entries: Mapping[str, HalfBatchEntry], halves: CFGBatch, guess: UncondPredictor, pipeline: Any = None
     ) -> None:
-        super().__init__(schedule, slots, pipeline)
-        self._half_slots, self._halves, self._guess = slots, halves, guess
+        super().__init__(schedule, entries, pipeline)
+        self._half_slots, self._halves, self._guess = entries, halves, guess
         self._row, self._begins, self._alone = 0, True, False
         self._known: list[Any] | None = None
         """What is remembered of each output's two halves; None where no step needs it."""
@@ -94,12 +94,12 @@ class Guided(Reuse):
         return map_tensors(lambda given: self._halves.cut(given) if given.ndim and len(given) == len(x) else given, (args, kwargs))
 
     def begin(self, row: int, memory: Any) -> None:
-        """Set the slots, and find out which half runs."""
+        """Set the cache entries, and find out which half runs."""
         held, self._known = memory or ({}, None)
         self._row, self._begins = row, memory is None
         self._alone = not self._halves.both[row] and self._known is not None
-        for slot in self._half_slots.values():
-            slot.half = self._halves.cut if self._alone else None
+        for entry in self._half_slots.values():
+            entry.half = self._halves.cut if self._alone else None
         super().begin(row, held)
 
     def stop(self, denoiser: nn.Module, given: Any, output: Any) -> Any:
@@ -126,24 +126,24 @@ class Guided(Reuse):
         return made
 
     def end(self) -> Any:
-        """What the slots hold, and what is known of the halves."""
+        """What the cache entries hold, and what is known of the halves."""
         known = self._known
         return super().end(), known
 
     def drop(self) -> None:
-        """Empty the slots, and forget the halves."""
+        """Empty the cache entries, and forget the halves."""
         super().drop()
         self._known, self._alone = None, False
 
 
 @contextmanager
 def guided(
-    network: Network, schedule: Schedule, make: Callable[[Callable[..., Any]], HalfSlot], halves: CFGBatch, guess: UncondPredictor
+    network: Network, schedule: Schedule, make: Callable[[Callable[..., Any]], HalfBatchEntry], halves: CFGBatch, guess: UncondPredictor
 ) -> Iterator[Guided]:
     """Put a schedule and the halves on the denoiser for a while; afterwards it is what it was."""
-    slots, answers = stand_ins(network, make)
-    guidance = Guided(schedule, slots, halves, guess, network.processor)
-    with in_place(network.module, slots, answers), followed(network.module, guidance):
+    entries, answers = make_entries(network, make)
+    guidance = Guided(schedule, entries, halves, guess, network.processor)
+    with patched_entries(network.module, entries, answers), tracked(network.module, guidance):
         yield guidance
 
 

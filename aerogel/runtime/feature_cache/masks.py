@@ -1,6 +1,6 @@
-"""Which units of which steps to reuse, by the error of the final image: whole steps first, then single units, then exchanges.
+"""Which modules of which steps to reuse, by the error of the final image: whole steps first, then single modules, then exchanges.
 
-T steps, N units. A mask (T, N) is True where a unit runs. What a mask saves is counted in any unit of cost: slots, MACs or seconds.
+T steps, N modules. A mask (T, N) is True where a module runs. What a mask saves is counted in entries, MACs or seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from aerogel.runtime.feature_cache.budgets import Budget
 from aerogel.runtime.feature_cache.trials import Trials
 
 Part = tuple[tuple[int, int], ...]
-"""Slots (step, unit) that run or rest together: a single one, or all of a step."""
+"""Entries (step, module) of a schedule that run or are skipped together: a single one, or all of a step."""
 Exchange = tuple[tuple[Part, Part], ...]
 """Pairs of a part that rests and is to run, and one that runs and is to rest."""
 _TRIES = 40
@@ -41,15 +41,15 @@ class Search:
 
     def whole_steps(self, shape: tuple[int, int]) -> Tensor:
         """Reuse whole steps while the budget has room for another, then exchange them for better ones."""
-        steps = [tuple((step, unit) for unit in range(shape[1])) for step in range(1, shape[0])]
+        steps = [tuple((step, module) for module in range(shape[1])) for step in range(1, shape[0])]
         return self._exchanged(self._rested(torch.ones(shape, dtype=torch.bool), steps, beyond=False), steps)
 
-    def single_units(self, mask_TN: Tensor) -> Tensor:
-        """Reuse single units until the budget is met."""
+    def single_modules(self, mask_TN: Tensor) -> Tensor:
+        """Reuse single modules until the budget is met."""
         return self._rested(mask_TN, _slots(mask_TN), beyond=True)
 
     def swaps(self, mask_TN: Tensor) -> Tensor:
-        """Exchange single units that are reused for others that are not."""
+        """Exchange single modules that are reused for others that are not."""
         return self._exchanged(mask_TN, _slots(mask_TN))
 
     def _rested(self, mask_TN: Tensor, parts: Sequence[Part], *, beyond: bool) -> Tensor:
@@ -70,7 +70,7 @@ class Search:
             if too_much or not self.budget.reachable(made):  # nor would it be after further picks
                 continue
             if tried_at != picks and not self._spent():
-                cost = sum(self.budget.cost_N[unit] for _, unit in part)
+                cost = sum(self.budget.cost_N[module] for _, module in part)
                 heapq.heappush(queue, ((self.trials.error(made) - best) / cost, part, picks))
                 continue
             mask_TN = made
@@ -167,26 +167,26 @@ class Moves:
     def _best(self, along_S: Tensor, taken: set[int]) -> Iterator[tuple[int, int, float]]:
         """Places of a part that rests and one that runs, and what exchanging them adds to the error, the least first."""
         free = [place for place in range(len(self.parts)) if place not in taken]
-        resting, running = ([place for place in free if self.runs[place] == runs] for runs in (False, True))
+        caching_inner_blocks, running = ([place for place in free if self.runs[place] == runs] for runs in (False, True))
         gram_SS = self.products[1:, 1:]
         alone_S = 2 * along_S + gram_SS.diagonal()
-        change_RR = alone_S[resting, None] + alone_S[None, running] + 2 * gram_SS[resting][:, running]
+        change_RR = alone_S[caching_inner_blocks, None] + alone_S[None, running] + 2 * gram_SS[caching_inner_blocks][:, running]
         changes, order = change_RR.flatten().sort()
         for place, change in zip(order.tolist(), changes.tolist(), strict=True):
-            yield resting[place // len(running)], running[place % len(running)], change
+            yield caching_inner_blocks[place // len(running)], running[place % len(running)], change
 
 
 def _slots(mask_TN: Tensor) -> list[Part]:
-    """Every slot behind the first step, by itself."""
-    return [((step, unit),) for step in range(1, len(mask_TN)) for unit in range(mask_TN.shape[1])]
+    """Every cache entry behind the first step, by itself."""
+    return [((step, module),) for step in range(1, len(mask_TN)) for module in range(mask_TN.shape[1])]
 
 
 def _all(mask_TN: Tensor, part: Part, *, runs: bool) -> bool:
-    return all(bool(mask_TN[slot]) == runs for slot in part)
+    return all(bool(mask_TN[entry]) == runs for entry in part)
 
 
 def _turned(mask_TN: Tensor, part: Part) -> Tensor:
     made = mask_TN.clone()
-    for slot in part:
-        made[slot] ^= True
+    for entry in part:
+        made[entry] ^= True
     return made

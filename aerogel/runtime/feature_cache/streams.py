@@ -26,7 +26,7 @@ _CONTEXT = "cache_context"
 """The method by which diffusers' pipelines name the branch of guidance that comes next."""
 
 
-class Following(ABC):
+class StreamTracker(ABC):
     """Follows the forwards of a denoiser by the steps it was made for; what a stream remembers of its run is up to who inherits."""
 
     def __init__(self, steps: tuple[float, ...], sampler: str, pipeline: Any = None) -> None:
@@ -123,7 +123,7 @@ class Following(ABC):
 
 
 @contextmanager
-def followed(denoiser: nn.Module, by: Following) -> Iterator[None]:
+def tracked(denoiser: nn.Module, by: StreamTracker) -> Iterator[None]:
     """Let forwards be followed for a while, ahead of all other hooks: these see what `by` makes of the arguments."""
     hooks = [
         denoiser.register_forward_pre_hook(by.start, with_kwargs=True, prepend=True),
@@ -138,7 +138,7 @@ def followed(denoiser: nn.Module, by: Following) -> Iterator[None]:
 
 
 @contextmanager
-def _named_streams(denoiser: nn.Module, by: Following) -> Iterator[None]:
+def _named_streams(denoiser: nn.Module, by: StreamTracker) -> Iterator[None]:
     """Hear which branch of guidance a pipeline says that it runs, where its denoiser can be told."""
     own = getattr(denoiser, _CONTEXT, None)
     if own is None:

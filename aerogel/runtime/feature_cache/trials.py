@@ -1,6 +1,6 @@
 """What masks do to the final image itself: every trial is a real generation, forked where it differs.
 
-T steps, N units. A mask (T, N) is True where a unit runs.
+T steps, N modules. A mask (T, N) is True where a module runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.driven import Driven, Held, driven
+from aerogel.runtime.feature_cache.controlled import CacheContents, ControlledDenoiser, controlled
 from aerogel.runtime.feature_cache.replay import Replay, State, output_of, replays
 from aerogel.training.distributed import averaged
 
@@ -31,16 +31,16 @@ class Trials:
     Where they are `shared`, each process of a group makes its share of the images, and errors are those of all.
     """
 
-    def __init__(self, driven: Driven, replays: Sequence[Replay], states: Sequence[State], *, shared: bool = False) -> None:
-        self.driven, self._replays, self._shares = driven, replays, shared
-        self._starts = [[(state, driven.empty)] for state in states]
+    def __init__(self, controlled: ControlledDenoiser, replays: Sequence[Replay], states: Sequence[State], *, shared: bool = False) -> None:
+        self.controlled, self._replays, self._shares = controlled, replays, shared
+        self._starts = [[(state, controlled.empty)] for state in states]
         self.count = 0
         """Masks that were tried."""
         self.exact = [
-            replay.finish(state, lambda _, call: output_of(driven.wanted(call))) for replay, state in zip(replays, states, strict=True)
+            replay.finish(state, lambda _, call: output_of(controlled.wanted(call))) for replay, state in zip(replays, states, strict=True)
         ]
         self._mask: Tensor | None = None
-        self._along: list[list[tuple[State, Held]]] = self._starts
+        self._along: list[list[tuple[State, CacheContents]]] = self._starts
 
     @torch.no_grad()
     def images(self, mask_TN: Tensor) -> list[Tensor]:
@@ -84,7 +84,7 @@ class Trials:
             state = state.fork()
             for row in mask_TN.tolist():
                 states.append((state.fork(), held))
-                made, held = self.driven.step(replay.call(state), row, held)
+                made, held = self.controlled.step(replay.call(state), row, held)
                 state = replay.advance(state, output_of(made))
             along.append([*states, (state, held)])
         self._mask, self._along = mask_TN.clone(), along
@@ -101,10 +101,10 @@ class Trials:
         differs_T = (mask_TN != self._mask).any(-1)
         return int(differs_T.int().argmax()) if bool(differs_T.any()) else len(mask_TN)
 
-    def _finish(self, replay: Replay, state: State, held: Held, mask_TN: Tensor) -> Tensor:
+    def _finish(self, replay: Replay, state: State, held: CacheContents, mask_TN: Tensor) -> Tensor:
         state = state.fork()
         for row in mask_TN[state.step :].tolist():
-            made, held = self.driven.step(replay.call(state), row, held)
+            made, held = self.controlled.step(replay.call(state), row, held)
             state = replay.advance(state, output_of(made))
         return state.x_BCHW
 
@@ -121,7 +121,7 @@ class Generations:
     def others(self, times: int) -> Trials:
         """So many times as many, of other noise again."""
         runs = [*self.runs] * times
-        return Trials(self.trials.driven, runs, [run.noise(self.generator) for run in runs])
+        return Trials(self.trials.controlled, runs, [run.noise(self.generator) for run in runs])
 
     def facts(self, mask_TN: Tensor) -> dict[str, Any]:
         """What a policy's state says of a mask that was found: errors on both, the unseen ones' without reuse, trials, guidance."""
@@ -141,7 +141,7 @@ def generating(network: Network, calls: Sequence[Call], samples: int) -> Iterato
     recorded = replays(network, calls)
     runs = recorded[: max(1, math.ceil(samples / len(recorded[0].start().x_BCHW)))]
     generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-    with driven(network) as denoiser, torch.no_grad():
+    with controlled(network) as denoiser, torch.no_grad():
         trials = Trials(denoiser, runs, [run.start() for run in runs])
         unseen = Trials(denoiser, runs, [run.noise(generator) for run in runs])
         yield Generations(runs, trials, unseen, generator)

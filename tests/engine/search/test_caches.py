@@ -1,6 +1,6 @@
 """The search for a cache: equal measured speed, errors of other noise, fewer steps beside, and a folder that puts the best one on.
 
-Time is told by a clock that moves when a unit of the denoiser runs, or the denoiser itself: no test waits for a busy machine.
+Time is told by a clock that moves when a module of the denoiser runs, or the denoiser itself: no test waits for a busy machine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from aerogel.methods.feature_cache.uniform_cache import spread
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.replay import output_of, replays
-from aerogel.runtime.feature_cache.schedule import scheduled
+from aerogel.runtime.feature_cache.schedule import schedule_state
 from tests import image_pipelines as painters
 from tests.clocks import Ticks
 from tests.tiny import FAMILIES
@@ -65,7 +65,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Findings, Path
 
 
 def test_the_weakest_setting_that_is_fast_enough_is_taken(found: Any) -> None:
-    """A run is 6 x (1 + 2 units) = 18 ticks; with half of the units 12."""
+    """A run is 6 x (1 + 2 modules) = 18 ticks; with half of the modules 12."""
     made = rows(found[1])
     assert {name: (row["option"], row["value"], row["speedup"]) for name, row in made.items()} == {
         "fora": ("interval", 2, 1.5),
@@ -240,7 +240,7 @@ class Toy(BudgetedCachePolicy):
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         if (self.target_speedup or 0) > 2.5:
             raise AerogelError("cannot be had")
-        return scheduled(network, calls, lambda steps, units: torch.ones(steps, units, dtype=torch.bool))
+        return schedule_state(network, calls, lambda steps, modules: torch.ones(steps, modules, dtype=torch.bool))
 
 
 @dataclass(frozen=True)
@@ -327,8 +327,8 @@ def test_models_that_cannot_be_searched_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AerogelError, match="this llama model came without its pipeline and generates no images"):
         search(FAMILIES["llama"].build())
     network = load(painter())
-    network.family = replace(network.family, units=())
-    with pytest.raises(AerogelError, match="names no units whose outputs could be kept"):
+    network.family = replace(network.family, cached_modules=())
+    with pytest.raises(AerogelError, match="names no modules whose outputs could be cached"):
         search(network, samples=WANTED)
     aerogel.compress(painter(), {"steps": [{"fora": {}}]}, samples=WANTED, output=tmp_path / "cached", measures=())
     with pytest.raises(AerogelError, match="has fora on already; give the pipeline that it was made for"):
@@ -347,7 +347,7 @@ def test_findings_in_memory_report_where_they_are_told(tmp_path: Path) -> None:
 
 
 def test_every_policy_has_a_row_or_a_reason() -> None:
-    """Also those that learn, of which the target is met in real seconds of units: whether they are fast enough is not asked here."""
+    """Also those that learn, of which the target is met in real seconds of modules: whether they are fast enough is not asked here."""
     few = ["harmonica.trajectories=1", "l2c.iterations=1", "schedule_search.trials=3", "schedule_search.samples=2"]
     findings = searched(painter(), overrides=few)
     assert sorted([*rows(findings), *reasons(findings)]) == sorted(one.name for one in candidates())

@@ -24,7 +24,7 @@ from aerogel.methods.feature_cache.policy import FeatureCachePolicy
 from aerogel.methods.feature_cache.taylorseer import Taylorseer
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.units import units_of
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from tests.methods.feature_cache.test_fastercache import TEN, paired
 from tests.runtime.feature_cache.test_schedule import calls
 from tests.tiny import opened, output
@@ -58,8 +58,8 @@ def assert_same(found: Sequence[Tensor], wanted: Sequence[Tensor], rtol: float =
 
 
 def in_turns(network: Network, runs: Sequence[int], steps: int) -> list[str]:
-    """A table in which all units run at these steps."""
-    return [("1" if step in runs else "0") * len(units_of(network)) for step in range(steps)]
+    """A table in which all modules run at these steps."""
+    return [("1" if step in runs else "0") * len(cached_modules_of(network)) for step in range(steps)]
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart", "wan", "sd3"])
@@ -80,7 +80,7 @@ def test_taylorseer(name: str, interval: int, warmup: int, order: int, runs: lis
     assert ran == in_turns(network, runs, 17)
     config = TaylorSeerCacheConfig(
         cache_interval=interval, disable_cache_before_step=warmup, max_order=order, taylor_factors_dtype=torch.float32,
-        cache_identifiers=list(units_of(network)),
+        cache_identifiers=list(cached_modules_of(network)),
     )  # fmt: skip
     assert_same(found, theirs(opened(name), apply_taylorseer_cache, config, given))
 
@@ -102,8 +102,8 @@ def test_pab(name: str, self_every: int, cross_every: int, first: int, last: int
     """
     given, network = calls(name, steps=TEN), opened(name)
     found, ran = ours(network, Pab(self_every, cross_every, first, last), given)
-    for place, unit in enumerate(units_of(network).values()):
-        wanted = {"self-attention": runs[0], "cross-attention": runs[1]}.get(unit.kind, "1" * 10)
+    for place, module in enumerate(cached_modules_of(network).values()):
+        wanted = {"self-attention": runs[0], "cross-attention": runs[1]}.get(module.kind, "1" * 10)
         assert "".join(row[place] for row in ran) == wanted
     config = PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=self_every, cross_attention_block_skip_range=cross_every,

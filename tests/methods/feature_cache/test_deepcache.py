@@ -17,7 +17,7 @@ from aerogel.io.load import load
 from aerogel.methods.feature_cache.deepcache import Deepcache, gathered
 from tests import image_pipelines as painters
 from tests.runtime.feature_cache.test_schedule import calls as generation
-from tests.runtime.feature_cache.test_skips import calls, literal, made
+from tests.runtime.feature_cache.test_skip_connections import calls, literal, made
 from tests.tiny import fill, opened, output
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' samplers

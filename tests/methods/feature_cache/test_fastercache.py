@@ -16,7 +16,7 @@ from aerogel.methods.diffusion.temporal_cache import TemporalCache
 from aerogel.methods.feature_cache.fastercache import Fastercache, attention_runs, bands, both_run
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.units import units_of
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from tests.runtime.feature_cache.test_replay import painter, recorded
 from tests.runtime.feature_cache.test_schedule import calls, counted
 from tests.tiny import opened, output
@@ -46,7 +46,7 @@ def answers(network: Network, policy: Fastercache, given: Sequence[Call]) -> lis
 
 
 def table(policy: Fastercache, network: Network, given: Sequence[Call]) -> list[str]:
-    """What runs at each step: the halves, then the units."""
+    """What runs at each step: the halves, then the modules."""
     state = policy.calibrate(network, given)
     return [both + row for both, row in zip(state["both"], state["computed"], strict=True)]
 
@@ -107,8 +107,8 @@ class Literal:
     def run(self, given: Sequence[Call]) -> list[Tensor]:
         hooks = [
             self.network.module.get_submodule(name).register_forward_hook(lambda _, __, made, name=name: self.attention(name, made))
-            for name, unit in units_of(self.network).items()
-            if unit.kind == "self-attention"
+            for name, module in cached_modules_of(self.network).items()
+            if module.kind == "self-attention"
         ]
         made = []
         for self.row, call in enumerate(given):
@@ -197,7 +197,7 @@ def test_what_is_left_out_does_not_run(name: str) -> None:
             assert len(ran) == state["computed"][row].count("1")
     hook.remove()
     assert state["both"] == "1110010000"
-    attentions = sum(unit.kind == "self-attention" for unit in units_of(network).values())
+    attentions = sum(module.kind == "self-attention" for module in cached_modules_of(network).values())
     assert [row.count("0") for row in state["computed"]] == [0, 0, 0, attentions, 0, 0, 0, attentions, 0, attentions]
 
 

@@ -18,25 +18,25 @@ from aerogel.methods.feature_cache.harmonica import Harmonica, _Training
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.budgets import Budget, budget_of
-from aerogel.runtime.feature_cache.driven import Driven, driven
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
+from aerogel.runtime.feature_cache.controlled import ControlledDenoiser, controlled
 from aerogel.runtime.feature_cache.masks import Search
 from aerogel.runtime.feature_cache.replay import Replay, State, output_of, replays
 from aerogel.runtime.feature_cache.schedule import Schedule
 from aerogel.runtime.feature_cache.streams import steps_in
 from aerogel.runtime.feature_cache.trials import Trials
-from aerogel.runtime.feature_cache.units import units_of
 from tests.runtime.feature_cache.test_replay import apart, clips, packed, painter, recorded
 
 SHORT: dict[str, Any] = {"ratio": 0.4, "trajectories": 6, "refresh": 3}
 
 
-def training(network: Network, denoiser: Driven, runs: list[Replay], **options: Any) -> _Training:
+def training(network: Network, denoiser: ControlledDenoiser, runs: list[Replay], **options: Any) -> _Training:
     method = Harmonica(**SHORT | options)
-    budget = Budget((1.0,) * len(units_of(network)), 4.0)
-    return _Training(method, denoiser, runs, budget, len(units_of(network)), torch.Generator().manual_seed(0))
+    budget = Budget((1.0,) * len(cached_modules_of(network)), 4.0)
+    return _Training(method, denoiser, runs, budget, len(cached_modules_of(network)), torch.Generator().manual_seed(0))
 
 
-def soft(denoiser: Driven, run: Replay, state: State, scores_TN: Tensor, full: set[int]) -> Tensor:
+def soft(denoiser: ControlledDenoiser, run: Replay, state: State, scores_TN: Tensor, full: set[int]) -> Tensor:
     """A whole generation under scores, in which some steps compute everything."""
     state, held = state.fork(), denoiser.empty
     for step, score_N in enumerate(scores_TN):
@@ -48,7 +48,7 @@ def soft(denoiser: Driven, run: Replay, state: State, scores_TN: Tensor, full: s
 @torch.no_grad()
 def test_leave_one_out_is_what_whole_generations_say() -> None:
     network = painter()
-    with driven(network) as denoiser:
+    with controlled(network) as denoiser:
         made = training(network, denoiser, replays(network, recorded(network)))
         made.refresh(0)
         run, start = made.fixed
@@ -62,7 +62,7 @@ def test_leave_one_out_is_what_whole_generations_say() -> None:
 @torch.no_grad()
 def test_cumulative_is_what_whole_generations_say() -> None:
     network = painter()
-    with driven(network) as denoiser:
+    with controlled(network) as denoiser:
         made = training(network, denoiser, replays(network, recorded(network)), proxy="cumulative")
         made.refresh(0)
         run, start = made.fixed
@@ -74,7 +74,7 @@ def test_cumulative_is_what_whole_generations_say() -> None:
 @torch.no_grad()
 def test_a_step_that_computes_everything_has_no_weight() -> None:
     network = painter()
-    with driven(network) as denoiser:
+    with controlled(network) as denoiser:
         made = training(network, denoiser, replays(network, recorded(network)))
         made.rows[3].fill_(torch.inf)
         made.refresh(0)
@@ -85,7 +85,7 @@ def test_a_step_that_computes_everything_has_no_weight() -> None:
 def test_a_trajectory_moves_each_row_once_by_its_own_loss() -> None:
     """Against the loop of the paper written out, with gradients of the row at hand only."""
     network = painter()
-    with driven(network) as denoiser:
+    with controlled(network) as denoiser:
         made = training(network, denoiser, replays(network, recorded(network)))
         before = torch.stack([row_N.detach().clone() for row_N in made.rows])
         run, start = made._begin()
@@ -127,7 +127,7 @@ def test_no_unit_is_reused_longer_than_it_may(max_age: int, ratio: float, search
     options = SHORT | {"ratio": ratio, "search": search, "samples": 4, "max_age": max_age}
     schedule = Schedule.of(network, Harmonica(**options).calibrate(network, recorded(network)))
     lines = ["".join("1" if runs else "0" for runs in unit_T) for unit_T in schedule.computed_TN.T.tolist()]
-    assert max(len(stretch) for line in lines for stretch in line.split("1")) == max_age
+    assert max(len(range_) for line in lines for range_ in line.split("1")) == max_age
     assert schedule.reused == pytest.approx(ratio)
 
 
@@ -142,7 +142,7 @@ def test_denoisers_whose_pipelines_do_it_otherwise_learn_too(pipeline: Callable[
     assert schedule.reused == pytest.approx(0.4, abs=0.5 / schedule.computed_TN.numel())
     assert schedule.steps == steps_in(network, calls)
     run = replays(network, calls)[0]
-    with driven(network) as denoiser, torch.no_grad():
+    with controlled(network) as denoiser, torch.no_grad():
         error = Trials(denoiser, [run], [run.start()]).error(schedule.computed_TN)
     whole = run.finish(run.start(), lambda _, call: output_of(network.run(call)))
 
@@ -171,7 +171,7 @@ def test_without_a_budget_the_threshold_decides_and_the_penalty_stays(search: in
 
 def test_a_threshold_with_a_bound_on_age_runs_what_would_grow_too_old() -> None:
     network = painter()
-    with driven(network) as denoiser:
+    with controlled(network) as denoiser:
         made = training(network, denoiser, replays(network, recorded(network)), ratio=None, max_age=2)
         for row, logits in enumerate([[5.0, 5.0], [-5.0, 3.0], [-5.0, -5.0], [-5.0, -5.0], [-5.0, -5.0]]):
             made.rows[row].data = torch.tensor(logits)
@@ -182,7 +182,7 @@ def test_a_threshold_with_a_bound_on_age_runs_what_would_grow_too_old() -> None:
 
 def test_a_bound_on_age_passes_over_low_scores() -> None:
     network = painter()
-    with driven(network) as denoiser:
+    with controlled(network) as denoiser:
         made = training(network, denoiser, replays(network, recorded(network)))
         for row, logits in enumerate([[5.0, 5.0], [1.0, 3.0], [-2.0, 3.0], [-3.0, 3.0], [-1.0, 2.0]]):
             made.rows[row].data = torch.tensor(logits)
@@ -195,7 +195,7 @@ def test_a_budget_that_the_bound_on_age_forbids_is_refused_before_any_training(m
     network = painter()
     monkeypatch.setattr(_Training, "run", lambda _: pytest.fail("it has begun"))
     with pytest.raises(
-        AerogelError, match=r"means to save 5; with max_age 1 each of the 2 units is reused at 2 of 5 steps at most, .* saves 4"
+        AerogelError, match=r"means to save 5; with max_age 1 each of 2 modules is cached at 2 of 5 steps at most, .* saves 4"
     ):
         Harmonica(**SHORT | {"ratio": 0.5, "max_age": 1}).calibrate(network, recorded(network))
 
@@ -224,7 +224,7 @@ def test_a_target_speedup_is_met_by_the_costs() -> None:
 
 def test_lowest_scores_are_reused_first_and_ties_fall_to_what_costs_the_image_least() -> None:
     network = painter()
-    with driven(network) as denoiser:
+    with controlled(network) as denoiser:
         made = training(network, denoiser, replays(network, recorded(network)))
         for row, logits in enumerate([[5.0, 5.0], [-5.0, -5.0], [1.0, -2.0], [-5.0, -5.0], [3.0, 0.0]]):
             made.rows[row].data = torch.tensor(logits)
@@ -236,7 +236,7 @@ def test_lowest_scores_are_reused_first_and_ties_fall_to_what_costs_the_image_le
 
 def test_the_search_behind_it_keeps_the_better_of_two_starts() -> None:
     network = painter()
-    with driven(network) as denoiser, torch.no_grad():
+    with controlled(network) as denoiser, torch.no_grad():
         made = training(network, denoiser, replays(network, recorded(network)), search=200, samples=4)
         decoded = made.decoded()
         generator = made.generator.get_state()
@@ -244,7 +244,7 @@ def test_the_search_behind_it_keeps_the_better_of_two_starts() -> None:
         made.generator.set_state(generator)
         search = Search(made._trials(), made.budget, 10**6)
         assert made.budget.is_met(found)
-        ends = [search.swaps(decoded), search.swaps(search.single_units(search.whole_steps(tuple(decoded.shape))))]
+        ends = [search.swaps(decoded), search.swaps(search.single_modules(search.whole_steps(tuple(decoded.shape))))]
         assert search.trials.error(found) == pytest.approx(min(map(search.trials.error, ends)), rel=1e-5)
 
 

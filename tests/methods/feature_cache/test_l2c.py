@@ -19,10 +19,10 @@ from aerogel.methods.feature_cache.l2c import L2c, _Training
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.budgets import Budget, budget_of
-from aerogel.runtime.feature_cache.driven import Driven, driven
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
+from aerogel.runtime.feature_cache.controlled import ControlledDenoiser, controlled
 from aerogel.runtime.feature_cache.replay import output_of, replays
 from aerogel.runtime.feature_cache.schedule import Schedule
-from aerogel.runtime.feature_cache.units import units_of
 from tests.runtime.feature_cache.test_replay import SAMPLERS, painter, recorded
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' samplers
@@ -30,14 +30,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 SHORT: dict[str, Any] = {"ratio": 0.4, "iterations": 12, "check": 6}
 
 
-def training(network: Network, denoiser: Driven, calls: list[Call], seed: int = 0, **options: Any) -> _Training:
-    budget = Budget((1.0,) * len(units_of(network)), 4.0)
+def training(network: Network, denoiser: ControlledDenoiser, calls: list[Call], seed: int = 0, **options: Any) -> _Training:
+    budget = Budget((1.0,) * len(cached_modules_of(network)), 4.0)
     return _Training(L2c(**SHORT | options), denoiser, replays(network, calls), budget, torch.Generator().manual_seed(seed))
 
 
 @contextmanager
 def mixing(network: Network, kept: list[Any], score_N: Tensor | None) -> Iterator[None]:
-    """Units by plain hooks: without scores they leave what they gave, with scores they mix it in."""
+    """Modules by plain hooks: without scores they leave what they gave, with scores they mix it in."""
 
     def hook(place: int, given: Tensor) -> Tensor:
         if score_N is None:
@@ -47,7 +47,7 @@ def mixing(network: Network, kept: list[Any], score_N: Tensor | None) -> Iterato
 
     handles = [
         network.module.get_submodule(name).register_forward_hook(lambda _, __, given, place=place: hook(place, given))
-        for place, name in enumerate(units_of(network))
+        for place, name in enumerate(cached_modules_of(network))
     ]
     try:
         yield
@@ -119,7 +119,7 @@ def test_scores_move_as_the_rule_says(steps: int, iterations: int, penalty: floa
         network.teacher = painter()
         with torch.no_grad():
             network.module.transformer_blocks[0].ff.net[2].weight.mul_(1.5)
-    with driven(network) as denoiser:
+    with controlled(network) as denoiser:
         made = training(network, denoiser, calls, rate=0.5, penalty=penalty)
         before = made.scores()
         for _ in range(iterations):
@@ -133,7 +133,7 @@ def test_scores_move_as_the_rule_says(steps: int, iterations: int, penalty: floa
 
 def test_only_the_row_at_hand_moves() -> None:
     network = painter()
-    with driven(network) as denoiser:
+    with controlled(network) as denoiser:
         made = training(network, denoiser, recorded(network))
         assert list(made.rows) == [1, 3]
         seen = set()
@@ -152,7 +152,7 @@ def test_only_the_row_at_hand_moves() -> None:
 
 def test_scores_stay_within_their_bound() -> None:
     network = painter()
-    with driven(network) as denoiser:
+    with controlled(network) as denoiser:
         made = training(network, denoiser, recorded(network), rate=50.0)
         for _ in range(8):
             made.iterate()
@@ -162,7 +162,7 @@ def test_scores_stay_within_their_bound() -> None:
 def test_clean_pictures_are_those_that_the_pipeline_made() -> None:
     network = painter()
     wanted = Denoising(count=4, steps=5, batch=2, guidance=3.0)
-    with driven(network) as denoiser:
+    with controlled(network) as denoiser:
         clean = training(network, denoiser, recorded(network)).clean
     vae = network.processor.vae
     for latent, made in zip(clean, generate_images(network.processor, wanted), strict=True):
@@ -172,11 +172,11 @@ def test_clean_pictures_are_those_that_the_pipeline_made() -> None:
 
 
 def test_scores_end_in_the_order_of_what_reuse_costs() -> None:
-    """Measured by reusing one unit alone, on other noise than the scores were trained with."""
+    """Measured by reusing one module alone, on other noise than the scores were trained with."""
     network = painter()
     with torch.no_grad():
         network.module.transformer_blocks[0].ff.net[2].weight.mul_(4)
-    with driven(network) as denoiser:
+    with controlled(network) as denoiser:
         made = training(network, denoiser, recorded(network), rate=0.2, penalty=3e-6)
         for _ in range(120):
             made.iterate()
@@ -186,12 +186,12 @@ def test_scores_end_in_the_order_of_what_reuse_costs() -> None:
             with torch.no_grad():
                 whole, held = denoiser.step(made.runs[0].call(state), [True, True], denoiser.empty)
                 call = made.runs[0].call(made.runs[0].advance(state, output_of(whole)))
-                for unit in range(2):
-                    given, _ = denoiser.step(call, [unit != 0, unit != 1], held)
-                    costs[step, unit] = float((output_of(given) - output_of(denoiser.plain(call))).square().mean())
+                for module in range(2):
+                    given, _ = denoiser.step(call, [module != 0, module != 1], held)
+                    costs[step, module] = float((output_of(given) - output_of(denoiser.plain(call))).square().mean())
     scores_TN = made.scores()
     assert (
-        sorted(costs, key=costs.__getitem__) == sorted(costs, key=lambda slot: float(scores_TN[slot])) == [(3, 0), (3, 1), (1, 0), (1, 1)]
+        sorted(costs, key=costs.__getitem__) == sorted(costs, key=lambda entry: float(scores_TN[entry])) == [(3, 0), (3, 1), (1, 0), (1, 1)]
     )
 
 
@@ -236,7 +236,7 @@ def test_a_target_speedup_is_met_by_the_costs() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ratio": 0.5}, r"means to save 5; l2c trains every second step only, and reusing all 2 units at 2 of 5 steps saves 4"),
+        ({"ratio": 0.5}, r"means to save 5; l2c trains every second step only, caching all 2 modules at 2 of 5 steps saves 4"),
         ({"ratio": None, "target_speedup": 1.5, "by": "macs"}, "means to save .* every second step only"),
         ({"ratio": 0.9}, "cannot be had"),
         ({"ratio": None}, "give one of ratio"),
@@ -271,7 +271,7 @@ def test_a_sampler_that_cannot_noise_is_refused() -> None:
 
 def test_lowest_scores_are_reused_first_and_ties_fall_to_what_saves_most_then_to_late_steps() -> None:
     network = painter()
-    with driven(network) as denoiser:
+    with controlled(network) as denoiser:
         made = training(network, denoiser, recorded(network))
         for step, logits in {1: [-2.0, -2.0], 3: [-2.0, 1.0]}.items():
             made.rows[step].data = torch.tensor(logits)
@@ -290,7 +290,7 @@ def test_lowest_scores_are_reused_first_and_ties_fall_to_what_saves_most_then_to
 def test_pictures_are_noised_as_their_sampler_does(sampler: str, guidance: float) -> None:
     """Signal and noise of each level by the sampler's own tables, and the step from there begins anew."""
     network = painter(sampler)
-    with driven(network) as denoiser:
+    with controlled(network) as denoiser:
         made = training(network, denoiser, recorded(network, guidance=guidance))
         run, clean = made.runs[0], made.clean[0]
         for step in made.rows:

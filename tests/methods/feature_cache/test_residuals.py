@@ -22,10 +22,10 @@ from aerogel.methods.feature_cache.smoothcache import Smoothcache
 from aerogel.methods.feature_cache.teacache import Teacache
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.spans import residuals
+from aerogel.runtime.feature_cache.block_cache import residuals
+from tests.runtime.feature_cache.test_block_cache import DEPTH, deep, ran
 from tests.runtime.feature_cache.test_replay import apart, painter, recorded
 from tests.runtime.feature_cache.test_schedule import calls
-from tests.runtime.feature_cache.test_spans import DEPTH, deep, ran
 from tests.tiny import output
 
 TEN = tuple(99.0 - place for place in range(10))

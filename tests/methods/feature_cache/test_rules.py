@@ -15,8 +15,8 @@ from aerogel.methods.feature_cache.pab import Pab, broadcast
 from aerogel.methods.feature_cache.smoothcache import Smoothcache, smooth
 from aerogel.methods.feature_cache.taylorseer import Taylorseer, _Series
 from aerogel.methods.feature_cache.uniform_cache import UniformCache, spread
-from aerogel.runtime.feature_cache.schedule import Schedule, reusing
-from aerogel.runtime.feature_cache.units import units_of
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
+from aerogel.runtime.feature_cache.schedule import Schedule, caching
 from tests.runtime.feature_cache.test_replay import painter, recorded
 from tests.runtime.feature_cache.test_schedule import calls as generation
 from tests.tiny import opened, output
@@ -103,7 +103,9 @@ def test_pab_runs_now_and_then_within_its_window(every: int, runs: list[int]) ->
 def test_pab_treats_kinds_apart() -> None:
     network = opened("pixart")
     state = Pab(self_every=2, cross_every=3, first=-1, last=1000).calibrate(network, generation("pixart"))
-    columns = {unit.kind: [int(row[place]) for row in state["computed"]] for place, unit in enumerate(units_of(network).values())}
+    columns = {
+        module.kind: [int(row[place]) for row in state["computed"]] for place, module in enumerate(cached_modules_of(network).values())
+    }
     assert columns == {"self-attention": [1, 0, 1, 0], "cross-attention": [1, 0, 0, 1], "feed-forward": [1, 1, 1, 1]}
     with pytest.raises(AerogelError, match="at least 1"):
         Pab(self_every=0).calibrate(network, generation("pixart"))
@@ -122,8 +124,8 @@ def test_smoothcache_measures_changes_of_outputs() -> None:
     network = opened("pixart")
     given = generation("pixart")
     state = Smoothcache(alpha=0.1, longest=2).calibrate(network, given)
-    name = next(name for name, unit in units_of(network).items() if unit.kind == "cross-attention")
-    every = [name for name, unit in units_of(network).items() if unit.kind == "cross-attention"]
+    name = next(name for name, module in cached_modules_of(network).items() if module.kind == "cross-attention")
+    every = [name for name, module in cached_modules_of(network).items() if module.kind == "cross-attention"]
     made: dict[str, list[Tensor]] = {name: [] for name in every}
     hooks = [
         network.module.get_submodule(name).register_forward_hook(lambda *call, name=name: made[name].append(call[2])) for name in every
@@ -142,16 +144,16 @@ def test_smoothcache_measures_changes_of_outputs() -> None:
 def test_taylorseer_predicts_by_the_series() -> None:
     """Outputs at steps 0, 2 and 4, then two steps ahead: value + s x first difference + s^2 / 2 x second."""
     values = {0: 1.0, 2: 4.0, 4: 5.0}
-    slot = _Series(lambda row: torch.tensor([values[row]]), order=2)
-    slot.keeps = True
+    entry = _Series(lambda row: torch.tensor([values[row]]), order=2)
+    entry.keeps = True
     for row in (0, 2, 4):
-        slot.computes, slot.row = True, row
-        assert float(slot(row)) == values[row]
+        entry.computes, entry.row = True, row
+        assert float(entry(row)) == values[row]
     first, second = (5 - 4) / 2, ((5 - 4) / 2 - (4 - 1) / 2) / 2
-    slot.computes = False
+    entry.computes = False
     for ahead in (1, 2):
-        slot.row = 4 + ahead
-        assert float(slot(None)) == pytest.approx(5 + ahead * first + ahead**2 / 2 * second)
+        entry.row = 4 + ahead
+        assert float(entry(None)) == pytest.approx(5 + ahead * first + ahead**2 / 2 * second)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,7 @@ def test_taylorseer_of_order_zero_reuses() -> None:
     """And one of order 1 has the history it needs, across steps that compute."""
     network, given = opened("dit"), generation("dit")
     state = Taylorseer(interval=2, order=0, warmup=1).calibrate(network, given)
-    with reusing(network, Schedule.of(network, state)):
+    with caching(network, Schedule.of(network, state)):
         wanted = [output(network.module, call) for call in given]
     for order, same in ((0, True), (1, False)):
         with Taylorseer(interval=2, order=order, warmup=1).on(network, state):

@@ -18,11 +18,11 @@ from aerogel.methods.feature_cache.schedule_refine import ScheduleRefine
 from aerogel.methods.feature_cache.uniform_cache import UniformCache
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
-from aerogel.runtime.feature_cache.driven import driven
+from aerogel.runtime.feature_cache.cached_modules import costs_of
+from aerogel.runtime.feature_cache.controlled import controlled
 from aerogel.runtime.feature_cache.replay import replays
 from aerogel.runtime.feature_cache.schedule import Schedule
 from aerogel.runtime.feature_cache.trials import Trials
-from aerogel.runtime.feature_cache.units import costs_of
 from tests.runtime.feature_cache.test_replay import painter, recorded
 
 QUANTIZED: list[dict[str, Any]] = [
@@ -34,7 +34,7 @@ QUANTIZED: list[dict[str, Any]] = [
 def error(network: Network, calls: Any, state: dict[str, Any]) -> float:
     """On the recorded generations, with nothing on."""
     runs = replays(network, calls)
-    with driven(network) as denoiser, torch.no_grad():
+    with controlled(network) as denoiser, torch.no_grad():
         return Trials(denoiser, runs, [run.start() for run in runs]).error(Schedule.of(network, state).computed_TN)
 
 
@@ -44,7 +44,7 @@ def test_it_goes_on_from_the_schedule_and_saves_as_much() -> None:
     before = UniformCache(ratio=0.4).calibrate(network, calls)
     torch.manual_seed(0)
     after = ScheduleRefine(trials=300, samples=4).revise(network, calls, before)
-    macs = torch.tensor(costs_of(network, calls[0]).unit_macs)
+    macs = torch.tensor(costs_of(network, calls[0]).module_macs)
     saved = [float((~Schedule.of(network, state).computed_TN * macs).sum()) for state in (before, after)]
     assert saved[1] >= saved[0]
     assert after["changed"] > 0, "even spacing is not the best that there is"

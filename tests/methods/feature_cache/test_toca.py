@@ -21,10 +21,10 @@ from aerogel.model.calls import Call, bytes_in
 from aerogel.model.network import Network
 from aerogel.numerics.attention import attention
 from aerogel.runtime.attention import attending, attention_received
-from aerogel.runtime.feature_cache import tokens
-from aerogel.runtime.feature_cache.schedule import Schedule, reusing
-from aerogel.runtime.feature_cache.tokens import favoured, grid_of
-from aerogel.runtime.feature_cache.units import units_of
+from aerogel.runtime.feature_cache import partial_token_cache
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
+from aerogel.runtime.feature_cache.partial_token_cache import grid_of, raise_best_of_cells
+from aerogel.runtime.feature_cache.schedule import Schedule, caching
 from tests.runtime.feature_cache.test_replay import painter, recorded
 from tests.runtime.feature_cache.test_schedule import calls
 from tests.tiny import opened, output
@@ -75,9 +75,9 @@ def test_shares_grow_with_the_steps_and_shrink_with_depth() -> None:
     state = policy.calibrate(network, calls("pixart", steps=NINE))
     for row, left in enumerate(policy.ahead(9)):
         index = 8 - row
-        for place, (name, unit) in enumerate(units_of(network).items()):
+        for place, (name, module) in enumerate(cached_modules_of(network).items()):
             depth = int(name.split(".")[1])
-            kind = {"feed-forward": 1.6, "cross-attention": 0.6, "self-attention": 0.0}[unit.kind]
+            kind = {"feed-forward": 1.6, "cross-attention": 0.6, "self-attention": 0.0}[module.kind]
             wanted = 0.3 * kind * (1.5 - index / 9) * (1.7 - 1.4 * depth) if left else 0.0
             assert float(state["shares"][row, place]) == pytest.approx(min(wanted, 1.0))
     late = Duca(ratio=1.0, late=10.0, front=2.0).calibrate(network, calls("pixart", steps=NINE))["shares"]
@@ -105,7 +105,7 @@ def test_attention_received_is_the_map_summed_over_queries(masked: str, monkeypa
 def test_the_best_of_each_cell_is_raised(cell: int) -> None:
     torch.manual_seed(0)
     score = torch.rand(2, 2 * 4 * 5)
-    found = favoured(score, (2, 4, 5), cell, 0.6)
+    found = raise_best_of_cells(score, (2, 4, 5), cell, 0.6)
     torch.testing.assert_close(found, raised(score, (2, 4, 5), cell, 0.6))
     assert int((found > score).sum()) == 2 * 2 * 2 * (3 if cell == 2 else 2)
 
@@ -123,7 +123,7 @@ def raised(score: Tensor, grid: tuple[int, int, int], cell: int, bonus: float) -
 
 
 class Literal:
-    """Hooks on units that all run: what they give is written over what is kept token by token."""
+    """Hooks on modules that all run: what they give is written over what is kept token by token."""
 
     def __init__(self, network: Network, policy: Toca | Duca, state: dict[str, Any], grid: tuple[int, int, int]) -> None:
         self.policy, self.state, self.grid, self.row = policy, state, grid, 0
@@ -158,13 +158,13 @@ class Literal:
 
 
 def literal(network: Network, policy: Toca | Duca, given: Sequence[Call], grid: tuple[int, int, int]) -> tuple[list[Tensor], list[int]]:
-    """What the formula answers, and how many tokens it took at each step and unit that takes some."""
+    """What the formula answers, and how many tokens it took at each step and module that takes some."""
     at = Literal(network, policy, policy.calibrate(network, given), grid)
     answers = []
-    own = [name for name, unit in units_of(network).items() if unit.kind == "self-attention"]
+    own = [name for name, module in cached_modules_of(network).items() if module.kind == "self-attention"]
     with ExitStack() as stack:
         stack.enter_context(attending(network, own, lambda name: partial(attention, change=partial(at.see, name))))
-        for place, name in enumerate(units_of(network)):
+        for place, name in enumerate(cached_modules_of(network)):
             hook = lambda _, __, made, name=name, place=place: at.replace(name, place, made)  # noqa: E731
             stack.callback(network.module.get_submodule(name).register_forward_hook(hook).remove)
         for row, call in enumerate(given):
@@ -186,13 +186,13 @@ def test_tokens_are_those_of_the_formula(name: str, policy: Toca | Duca) -> None
         found = [output(network.module, call) for call in given]
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    with reusing(network, Schedule.of(network, state)):
+    with caching(network, Schedule.of(network, state)):
         without = [output(network.module, call) for call in given]
     assert max(float((a - b).abs().max()) for a, b in zip(found, without, strict=True)) > 0.01, "the tokens matter"
     rows = [count for count, every in ran if count < every]
     assert rows == [count for count in counts if count]
     full = policy.ahead(9).count(0)
-    assert len(ran) - len(rows) == full * sum(unit.kind != "self-attention" for unit in units_of(network).values())
+    assert len(ran) - len(rows) == full * sum(module.kind != "self-attention" for module in cached_modules_of(network).values())
 
 
 @contextmanager
@@ -201,8 +201,8 @@ def counted(network: Network) -> Iterator[list[tuple[int, int]]]:
     ran: list[tuple[int, int]] = []
     every = {"wan": 48}.get(network.family.name, 16)
     with ExitStack() as stack:
-        for name, unit in units_of(network).items():
-            if unit.kind != "self-attention":
+        for name, module in cached_modules_of(network).items():
+            if module.kind != "self-attention":
                 first = next(part for part in network.module.get_submodule(name).modules() if isinstance(part, nn.Linear))
                 stack.callback(first.register_forward_pre_hook(lambda _, args: ran.append((args[0].shape[1], every))).remove)
         yield ran
@@ -214,7 +214,12 @@ def test_norms_normalise_what_is_read(name: str) -> None:
     network, given = opened(name), calls(name, steps=NINE)
     policy, every = Duca(ratio=0.2, late=0.4, front=0.0), GRIDS[name][0] * 16
     state = policy.calibrate(network, given)
-    norms = {norm: place for place, unit in enumerate(units_of(network).values()) if unit.kind == "feed-forward" for norm in unit.norms}
+    norms = {
+        norm: place
+        for place, module in enumerate(cached_modules_of(network).values())
+        if module.kind == "feed-forward"
+        for norm in module.norms
+    }
     seen: dict[str, int] = {}
     with ExitStack() as stack:
         for norm in norms:
@@ -233,8 +238,10 @@ def test_all_tokens_are_the_whole_feed_forward(name: str) -> None:
     network, given = opened(name), calls(name, steps=NINE)
     policy = Toca(ratio=1.0, feed_forward=1.0, late=0.0, front=0.0)
     state = policy.calibrate(network, given)
-    whole_TN = Schedule.of(network, state).computed_TN | torch.tensor([unit.kind == "feed-forward" for unit in units_of(network).values()])
-    with reusing(network, Schedule(tuple(state["steps"]), "", tuple(state["units"]), whole_TN)):
+    whole_TN = Schedule.of(network, state).computed_TN | torch.tensor(
+        [module.kind == "feed-forward" for module in cached_modules_of(network).values()]
+    )
+    with caching(network, Schedule(tuple(state["steps"]), "", tuple(state["units"]), whole_TN)):
         wanted = [output(network.module, call) for call in given]
     for a, b in zip(run(network, policy, given), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -245,7 +252,7 @@ def test_without_tokens_it_is_plain_reuse(policy: type[Toca | Duca]) -> None:
     network, given = opened("dit"), calls("dit", steps=NINE)
     for ratio in (0.0, 0.001):  # the second is less than a token
         state = policy(ratio=ratio).calibrate(network, given)
-        with reusing(network, Schedule.of(network, state)):
+        with caching(network, Schedule.of(network, state)):
             wanted = [output(network.module, call) for call in given]
         assert all(torch.equal(a, b) for a, b in zip(run(network, policy(ratio=ratio), given), wanted, strict=True))
     assert Toca(ratio=0.0).calibrate(network, given)["scored_by"] == {}
@@ -285,7 +292,7 @@ def test_maps_are_summed_only_where_tokens_are_chosen_later(monkeypatch: pytest.
                 made.append(len(sums))
         return made
 
-    monkeypatch.setattr(tokens, "attention_received", spy)
+    monkeypatch.setattr(partial_token_cache, "attention_received", spy)
     policy = Duca(ratio=0.2)
     state = policy.calibrate(network, given)
     assert state["computed"] == ["1111" if full else "0000" for full in (1, 0, 0, 0, 1, 0, 0, 1, 0)]
@@ -342,7 +349,7 @@ def test_what_was_given_is_never_written_over() -> None:
     policy = Toca(**MANY)
     held: list[tuple[Tensor, Tensor]] = []
     state = policy.calibrate(network, given)
-    last = network.module.get_submodule(list(units_of(network))[-1])
+    last = network.module.get_submodule(list(cached_modules_of(network))[-1])
     hook = last.register_forward_hook(lambda _, __, made: held.append((made, made.clone())))
     with policy.on(network, state) as by:
         for row, call in enumerate(given):
@@ -351,7 +358,7 @@ def test_what_was_given_is_never_written_over() -> None:
     hook.remove()
     assert all(torch.equal(a, b) for a, b in held)
     scores = 2 * 16 * 4
-    assert by.peak_bytes == 4 * bytes_in(held[0][0]) + 2 * 2 * scores, "outputs of all units; attention and age of tokens in two blocks"
+    assert by.peak_bytes == 4 * bytes_in(held[0][0]) + 2 * 2 * scores, "outputs of all modules; attention and age of tokens in two blocks"
 
 
 def test_a_pipeline_takes_them_from_a_recipe() -> None:
@@ -391,7 +398,7 @@ def test_knobs_out_of_range_are_refused(options: dict[str, Any], message: str) -
 
 
 def test_networks_whose_tokens_nothing_scores_are_refused() -> None:
-    with pytest.raises(AerogelError, match="names no units"):
+    with pytest.raises(AerogelError, match="names no modules"):
         Toca().calibrate(opened("llama"), calls("dit"))
     network = opened("dit")
 
@@ -450,7 +457,7 @@ def test_text_among_the_tokens_needs_no_cells() -> None:
     policy = Toca(ratio=1.0, feed_forward=1.0, late=0.0, front=0.0, cell=1)
     state = policy.calibrate(network, given)
     whole_TN = Schedule.of(network, state).computed_TN | torch.tensor([False, True] * 2)
-    with reusing(network, Schedule(tuple(state["steps"]), "", tuple(state["units"]), whole_TN)):
+    with caching(network, Schedule(tuple(state["steps"]), "", tuple(state["units"]), whole_TN)):
         wanted = [output(network.module, call) for call in given]
     for a, b in zip(run(network, policy, given), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

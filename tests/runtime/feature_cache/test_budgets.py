@@ -1,4 +1,4 @@
-"""Budgets with a bound on how long a unit may be reused, against all masks that there are."""
+"""Budgets with a bound on how long a module may be reused, against all masks that there are."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from aerogel.errors import AerogelError
 from aerogel.runtime.feature_cache.budgets import Budget
 
 T, N = 5, 2
-SLOTS = [(step, unit) for step in range(1, T) for unit in range(N)]
+SLOTS = [(step, module) for step in range(1, T) for module in range(N)]
 
 
 def longest(mask_TN: Tensor) -> int:
-    """The most steps in a row at which a unit is reused."""
+    """The most steps in a row at which a module is reused."""
     lines = ("".join("1" if one else "0" for one in column_T) for column_T in mask_TN.T.tolist())
-    return max(len(stretch) for line in lines for stretch in line.split("1"))
+    return max(len(range_) for line in lines for range_ in line.split("1"))
 
 
 def every(budget: Budget) -> list[Tensor]:
@@ -35,7 +35,7 @@ def every(budget: Budget) -> list[Tensor]:
 
 
 def cases() -> Iterator[tuple[Budget, list[tuple[int, int]]]]:
-    """Budgets of whole slots and of costs that differ, each with an order; some cannot be had."""
+    """Budgets of whole cache entries and of costs that differ, each with an order; some cannot be had."""
     generator = torch.Generator().manual_seed(0)
     for number in range(60):
         cost_N = (1.0, 1.0) if number % 2 else tuple((torch.rand(N, generator=generator) + 0.2).tolist())
@@ -45,18 +45,18 @@ def cases() -> Iterator[tuple[Budget, list[tuple[int, int]]]]:
 
 
 def literal(budget: Budget, order: list[tuple[int, int]], masks: list[Tensor]) -> Tensor:
-    """Slot after slot is reused if one of the masks reuses it beside those before, until it is enough; then the last run again first."""
+    """Entry after entry is reused if one of the masks reuses it beside those before, until it is enough; then the last run again first."""
     taken: list[tuple[int, int]] = []
     made = torch.ones(T, N, dtype=torch.bool)
-    for slot in order:
-        with_it = [mask_TN for mask_TN in masks if not mask_TN[slot]]
+    for entry in order:
+        with_it = [mask_TN for mask_TN in masks if not mask_TN[entry]]
         if with_it and not budget.is_met(made):
-            masks, made[slot] = with_it, False
-            taken.append(slot)
-    for slot in reversed(taken):
-        made[slot] = True
+            masks, made[entry] = with_it, False
+            taken.append(entry)
+    for entry in reversed(taken):
+        made[entry] = True
         if not budget.is_met(made):
-            made[slot] = False
+            made[entry] = False
     return made
 
 
@@ -76,9 +76,7 @@ def test_a_budget_that_the_bound_forbids_is_refused_and_no_other() -> None:
         if every(budget):
             assert Budget(budget.cost_N, budget.saving).with_max_reuse(budget.max_age, T) == budget
         else:
-            with pytest.raises(
-                AerogelError, match=rf"save .*; with max_age {budget.max_age} each of the 2 units is reused at \d of 5 steps"
-            ):
+            with pytest.raises(AerogelError, match=rf"save .*; with max_age {budget.max_age} each of 2 modules is cached at \d of 5 steps"):
                 Budget(budget.cost_N, budget.saving).with_max_reuse(budget.max_age, T)
 
 
@@ -95,7 +93,7 @@ def test_what_can_be_reached_is_what_all_masks_say() -> None:
 
 @pytest.mark.parametrize(("max_age", "bound"), [(0, 4), (4, 4), (9, 4), (2, 2)])
 def test_a_bound_that_no_generation_reaches_changes_nothing(max_age: int, bound: int) -> None:
-    order: Any = sorted(SLOTS, key=lambda slot: (slot[1], slot[0]))
+    order: Any = sorted(SLOTS, key=lambda entry: (entry[1], entry[0]))
     budget = Budget((1.0, 1.0), 4.0).with_max_reuse(max_age, T)
     assert longest(budget.decoded(order, (T, N))) == bound
 

@@ -20,12 +20,12 @@ from aerogel.errors import AerogelError
 from aerogel.kernels import onepass
 from aerogel.methods.feature_cache.taylorseer import _Series
 from aerogel.model.network import Network
+from aerogel.runtime.feature_cache.block_cache import TableRule, caching_blocks
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of, costs_of
 from aerogel.runtime.feature_cache.compiled import uncompiled
-from aerogel.runtime.feature_cache.schedule import Schedule, Slot, reusing
-from aerogel.runtime.feature_cache.spans import Tabled, spanning
-from aerogel.runtime.feature_cache.units import costs_of, units_of
+from aerogel.runtime.feature_cache.schedule import CacheEntry, Schedule, caching
+from tests.runtime.feature_cache.test_block_cache import AT, DEPTH, _Odd, deep
 from tests.runtime.feature_cache.test_schedule import calls, scattered, table
-from tests.runtime.feature_cache.test_spans import AT, DEPTH, _Odd, deep
 from tests.tiny import FAMILIES, fill, opened, output
 
 
@@ -104,9 +104,9 @@ def close(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
 
 
 def patterns(network: Network, schedule: Schedule) -> set[tuple[bool, ...]]:
-    """What the units of a block do at a step, all that come up."""
-    rows = [[True] * len(schedule.units), *schedule.computed_TN[1:].tolist()]
-    places = [[place for place, unit in enumerate(schedule.units) if unit.startswith(f"{name}.")] for name in network.blocks()]
+    """What the modules of a block do at a step, all that come up."""
+    rows = [[True] * len(schedule.modules), *schedule.computed_TN[1:].tolist()]
+    places = [[place for place, module in enumerate(schedule.modules) if module.startswith(f"{name}.")] for name in network.blocks()]
     return {tuple(row[place] for place in inside) for row in rows for inside in places}
 
 
@@ -115,20 +115,20 @@ def test_compiled_blocks_answer_like_eager_ones(name: str) -> None:
     network = opened(name)
     schedule = table(network, scattered(network))
     plain = answers(network, name)
-    with linears(network.blocks().values()) as ran, reusing(network, schedule):
+    with linears(network.blocks().values()) as ran, caching(network, schedule):
         wanted = answers(network, name)
     graphs = compiled(network)
     before = answers(network, name)
     assert close(before, plain)
     shapes, graphs.ran = graphs.made, 0
-    with reusing(network, schedule):
+    with caching(network, schedule):
         given = answers(network, name)
     assert close(given, wanted)
     assert graphs.ran == ran.ran, "what is reused is in no graph that runs"
     made = graphs.made
     assert made - shapes <= len(patterns(network, schedule)) * shapes
     for _ in range(2):
-        with reusing(network, schedule):
+        with caching(network, schedule):
             assert close([*answers(network, name), *answers(network, name)], [*wanted, *wanted])
     assert all(torch.equal(a, b) for a, b in zip(answers(network, name), before, strict=True))
     assert graphs.made == made, "neither steps nor runs nor putting on and taking off make new ones"
@@ -141,7 +141,7 @@ def test_patterns_take_nothing_of_the_limit_of_shapes() -> None:
     steps = [900.0 - 100 * place for place in range(len(rows))]
     answers(network, "wan")
     assert torch._dynamo.config.recompile_limit == 8
-    with reusing(network, table(network, torch.tensor(rows), steps)):
+    with caching(network, table(network, torch.tensor(rows), steps)):
         answers(network, "wan", steps)
     assert graphs.made == 1 + 8
     call = calls("wan")[0].map(lambda given: given[..., :6] if given.ndim == 5 else given)
@@ -156,13 +156,13 @@ def test_machine_code_answers_like_eager_blocks() -> None:
     halves_TN = torch.ones(4, 2, dtype=torch.bool)
     halves_TN[[1, 3]] = False
     schedule = table(network, halves_TN)
-    with reusing(network, schedule):
+    with caching(network, schedule):
         wanted = answers(network, "dit")
     for block in network.blocks().values():
         block.compile(fullgraph=True)
-    with reusing(network, schedule):
+    with caching(network, schedule):
         assert close(answers(network, "dit"), wanted)
-    with reusing(network, schedule, store="float8"):
+    with caching(network, schedule, store="float8"):
         assert all((a - b).norm() < 0.05 * b.norm() for a, b in zip(answers(network, "dit"), wanted, strict=True))
 
 
@@ -172,17 +172,17 @@ def test_slots_that_reckon_do_so_outside() -> None:
     fewer_TN[[2, 4, 5]] = False
     steps = [900.0 - 100 * place for place in range(6)]
     schedule, make = table(network, fewer_TN, steps), partial(_Series, order=2)
-    with reusing(network, schedule, make):
+    with caching(network, schedule, make):
         wanted = answers(network, "dit", steps)
     graphs = compiled(network)
-    with reusing(network, schedule, make) as reuse:
+    with caching(network, schedule, make) as reuse:
         given = answers(network, "dit", steps)
     assert close(given, wanted)
-    assert graphs.made == 2, "units run or do not"
+    assert graphs.made == 2, "modules run or do not"
     assert reuse.computed == 6
 
 
-class _Own(Slot):
+class _Own(CacheEntry):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.own(*args, **kwargs)
 
@@ -190,20 +190,20 @@ class _Own(Slot):
 def test_slots_that_run_in_a_way_of_their_own_are_refused() -> None:
     network = opened("dit")
     compiled(network)
-    with pytest.raises(AerogelError, match="runs parts of units"), reusing(network, table(network, scattered(network)), _Own):
+    with pytest.raises(AerogelError, match="runs parts of modules"), caching(network, table(network, scattered(network)), _Own):
         pass
 
 
 def test_units_that_were_compiled_by_themselves() -> None:
     network = opened("dit")
     schedule = table(network, scattered(network))
-    units = [network.module.get_submodule(name) for name in units_of(network)]
-    with linears(units) as ran, reusing(network, schedule):
+    modules = [network.module.get_submodule(name) for name in cached_modules_of(network)]
+    with linears(modules) as ran, caching(network, schedule):
         wanted = answers(network, "dit")
     graphs = Graphs()
-    for unit in units:
-        unit.compile(fullgraph=True, backend=graphs)
-    with reusing(network, schedule):
+    for module in modules:
+        module.compile(fullgraph=True, backend=graphs)
+    with caching(network, schedule):
         assert close(answers(network, "dit"), wanted)
     assert graphs.ran == ran.ran > 0
     assert graphs.made == 2, "of attention and of feed-forward"
@@ -212,13 +212,13 @@ def test_units_that_were_compiled_by_themselves() -> None:
 def test_a_forward_that_somebody_else_put_there_stays() -> None:
     network = opened("dit")
     schedule = table(network, scattered(network))
-    with reusing(network, schedule):
+    with caching(network, schedule):
         wanted = answers(network, "dit")
     for block in network.blocks().values():
         block.forward = partial(block.forward)  # type: ignore[method-assign]
     before = [block.forward for block in network.blocks().values()]
     compiled(network)
-    with reusing(network, schedule):
+    with caching(network, schedule):
         assert close(answers(network, "dit"), wanted)
     assert [block.forward for block in network.blocks().values()] == before
 
@@ -228,7 +228,7 @@ def test_what_goes_on_comes_off() -> None:
     graphs = Graphs()
     network.module.compile_repeated_blocks(fullgraph=True, backend=graphs)  # type: ignore[operator]
     before = {part: dict(module.__dict__) for part, module in network.module.named_modules()}
-    with reusing(network, table(network, scattered(network))):
+    with caching(network, table(network, scattered(network))):
         answers(network, "wan")
     assert graphs.made
     after = {part: dict(module.__dict__) for part, module in network.module.named_modules()}
@@ -241,13 +241,13 @@ def test_what_goes_on_comes_off() -> None:
 
 def test_stretches_of_compiled_blocks_are_left_out() -> None:
     network = deep("dit")
-    rule = partial(Tabled, ((1, DEPTH),), [None, 0, None, 0])
-    with linears(network.blocks().values()) as ran, spanning(network, AT, rule):
+    rule = partial(TableRule, ((1, DEPTH),), [None, 0, None, 0])
+    with linears(network.blocks().values()) as ran, caching_blocks(network, AT, rule):
         wanted = answers(network, "dit")
     graphs = compiled(network)
     answers(network, "dit")
     made, graphs.ran = graphs.made, 0
-    with spanning(network, AT, rule):
+    with caching_blocks(network, AT, rule):
         given = answers(network, "dit")
     assert close(given, wanted)
     assert graphs.ran == ran.ran > 0
@@ -257,11 +257,11 @@ def test_stretches_of_compiled_blocks_are_left_out() -> None:
 def test_a_rule_that_sees_what_the_first_unit_reads_runs_one_block_eagerly() -> None:
     network = deep("dit")
     _, *others = network.blocks().values()
-    with linears(others) as ran, spanning(network, AT, lambda: _Odd([])):
+    with linears(others) as ran, caching_blocks(network, AT, lambda: _Odd([])):
         wanted = answers(network, "dit")
     graphs = compiled(network)
     seen: list[Tensor] = []
-    with spanning(network, AT, lambda: _Odd(seen)):
+    with caching_blocks(network, AT, lambda: _Odd(seen)):
         given = answers(network, "dit")
     assert close(given, wanted)
     assert len(seen) == 4
@@ -303,8 +303,8 @@ def test_blocks_that_are_compiled_with_what_holds_them_cannot_be_left_out() -> N
 
 def _on(network: Network, policy: str) -> Any:
     if policy == "units":
-        return reusing(network, table(network, scattered(network)))
-    return spanning(network, AT, partial(Tabled, ((1, DEPTH),), [None, 0, None, 0]))
+        return caching(network, table(network, scattered(network)))
+    return caching_blocks(network, AT, partial(TableRule, ((1, DEPTH),), [None, 0, None, 0]))
 
 
 def test_a_policy_on_another_is_no_compilation() -> None:
@@ -313,7 +313,7 @@ def test_a_policy_on_another_is_no_compilation() -> None:
     everything_TN = torch.ones(4, 2 * DEPTH, dtype=torch.bool)
     with _on(network, "stretches"):
         wanted = answers(network, "dit")
-    with _on(network, "stretches"), reusing(network, table(network, everything_TN)):
+    with _on(network, "stretches"), caching(network, table(network, everything_TN)):
         assert close(answers(network, "dit"), wanted)
     assert graphs.made
 

@@ -1,4 +1,4 @@
-"""Blocks computed again for the backward pass: the same gradients, less that is kept, and slots that notice nothing."""
+"""Blocks computed again for the backward pass: the same gradients, less that is kept, and cache entries that notice nothing."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from aerogel.io.load import load
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.driven import Driven, Held, driven
-from aerogel.runtime.feature_cache.recompute import recomputing
-from aerogel.runtime.feature_cache.units import units_of
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
+from aerogel.runtime.feature_cache.checkpointing import checkpointing_blocks
+from aerogel.runtime.feature_cache.controlled import CacheContents, ControlledDenoiser, controlled
 from tests.runtime.feature_cache.test_schedule import NAMES, calls
 from tests.tiny import opened
 
 
 def scores_of(network: Network) -> Tensor:
     """Some above the threshold, some below."""
-    return torch.linspace(0.05, 0.9, len(units_of(network))).flip(0).requires_grad_()
+    return torch.linspace(0.05, 0.9, len(cached_modules_of(network))).flip(0).requires_grad_()
 
 
-def forward(network: Network, denoiser: Driven, name: str, scores_N: Tensor) -> tuple[Tensor, Held]:
+def forward(network: Network, denoiser: ControlledDenoiser, name: str, scores_N: Tensor) -> tuple[Tensor, CacheContents]:
     """A step with scores behind one that computes everything."""
     first, second = calls(name)[:2]
     with torch.no_grad():
@@ -36,11 +36,11 @@ def forward(network: Network, denoiser: Driven, name: str, scores_N: Tensor) -> 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_stay_the_same(name: str) -> None:
     network = opened(name)
-    with driven(network) as denoiser:
+    with controlled(network) as denoiser:
         scores_N = scores_of(network)
         wanted, kept = forward(network, denoiser, name, scores_N)
         (gradient_N,) = torch.autograd.grad(wanted.square().mean(), scores_N)
-        with recomputing(denoiser):
+        with checkpointing_blocks(denoiser):
             made, after = forward(network, denoiser, name, scores_N)
             (again_N,) = torch.autograd.grad(made.square().mean(), scores_N)
     assert (gradient_N != 0).all()
@@ -51,26 +51,26 @@ def test_gradients_stay_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_slots_notice_nothing_and_nothing_is_read_of_them(name: str) -> None:
-    """What a later forward did to the slots is not seen when blocks are computed again, and is there still afterwards."""
+    """What a later forward did to the cache entries is not seen when blocks are computed again, and is there still afterwards."""
     network = opened(name)
-    with driven(network) as denoiser, recomputing(denoiser):
+    with controlled(network) as denoiser, checkpointing_blocks(denoiser):
         scores_N = scores_of(network)
         made, _ = forward(network, denoiser, name, scores_N)
         (wanted_N,) = torch.autograd.grad(made.square().mean(), scores_N)
         made, after = forward(network, denoiser, name, scores_N)
         with torch.no_grad():
             denoiser.step(calls(name)[2], [False] * len(scores_N), after)
-        slots = list(denoiser.slots.values())
-        for slot in slots:
-            slot.value = torch.full((1,), torch.nan)
-        before = [dict(vars(slot)) for slot in slots]
+        entries = list(denoiser.entries.values())
+        for entry in entries:
+            entry.value = torch.full((1,), torch.nan)
+        before = [dict(vars(entry)) for entry in entries]
         (gradient_N,) = torch.autograd.grad(made.square().mean(), scores_N)
-        assert [dict(vars(slot)) for slot in slots] == before, "compared by identity: these are the very tensors"
+        assert [dict(vars(entry)) for entry in entries] == before, "compared by identity: these are the very tensors"
     assert torch.equal(gradient_N, wanted_N)
 
 
 def saved_bytes(layers: int, *, again: bool) -> int:
-    """Of what a step with scores keeps for the backward pass, its weights and what the slots hold aside."""
+    """Of what a step with scores keeps for the backward pass, its weights and what the cache entries hold aside."""
     torch.manual_seed(0)
     transformer = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=layers, sample_size=8, patch_size=2,
@@ -82,12 +82,12 @@ def saved_bytes(layers: int, *, again: bool) -> int:
         seen[x.untyped_storage().data_ptr()] = x
         return x
 
-    with driven(network) as denoiser:
+    with controlled(network) as denoiser:
         given = calls("dit")[:2]
         with torch.no_grad():
             _, held = denoiser.step(given[0], [True] * 2 * layers, denoiser.empty)
         scores_N = torch.full((2 * layers,), 0.5, requires_grad=True)
-        with recomputing(denoiser) if again else torch.enable_grad(), saved_tensors_hooks(pack, lambda x: x):
+        with checkpointing_blocks(denoiser) if again else torch.enable_grad(), saved_tensors_hooks(pack, lambda x: x):
             made = denoiser.step(given[1], scores_N, held, 0.1)[0].sample
     assert made.requires_grad
     known = {tensor.untyped_storage().data_ptr() for tensor in (*transformer.parameters(), *held)}
@@ -103,12 +103,12 @@ def test_a_block_more_keeps_what_goes_into_it_and_no_more() -> None:
 
 def test_what_goes_on_comes_off() -> None:
     network = opened("dit")
-    with driven(network) as denoiser:
+    with controlled(network) as denoiser:
         blocks = list(network.blocks().values())
-        with recomputing(denoiser):
+        with checkpointing_blocks(denoiser):
             assert all("forward" in vars(block) for block in blocks)
         assert not any("forward" in vars(block) for block in blocks)
 
 
-def _flat(held: Held) -> list[Any]:
+def _flat(held: CacheContents) -> list[Any]:
     return [tensor for kept in held for tensor in (kept if isinstance(kept, tuple) else (kept,))]

@@ -1,8 +1,8 @@
-"""Denoisers that leave out stretches of blocks: what a stretch added to the stream when it last ran is added again.
+"""Block caching: a denoiser skips a range of blocks, and what the range added to the hidden states when it last ran is added again.
 
-A stretch is blocks first..last-1, one behind the other. Unlike reuse of units (schedule.py) it costs one slot however long it is, and
-the blocks' norms and modulations do not run either. Compiled blocks run, or do not, as they are; only a rule that sees what the first unit
-reads has the first block run as it is written.
+A block range is blocks first..last-1, one behind the other. Unlike module caching (schedule.py) it takes one cache entry however long it
+is, and the blocks' norms and modulations do not run either. Compiled blocks run, or do not, as they are; only a rule that sees what the
+first module reads has the first block run as it is written.
 """
 
 from __future__ import annotations
@@ -22,56 +22,56 @@ from aerogel.layers.signature import arguments_of
 from aerogel.model.calls import Call, bytes_in
 from aerogel.model.hooks import Stop, until
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.compiled import called, compiled, compiled_around, standing_in
-from aerogel.runtime.feature_cache.stored import CacheDtype, store_named, versions
-from aerogel.runtime.feature_cache.streams import Following, followed, generations, sampler_of, steps_in
-from aerogel.runtime.feature_cache.units import units_of
+from aerogel.runtime.feature_cache.cache_dtype import CacheDtype, cache_format, versions
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
+from aerogel.runtime.feature_cache.compiled import called, compiled, compiled_around, patch_compiled
+from aerogel.runtime.feature_cache.streams import StreamTracker, generations, sampler_of, steps_in, tracked
 
-Stretch = tuple[int, int]
+BlockRange = tuple[int, int]
 """The first block and the one behind the last."""
 Parts = tuple[Tensor | None, ...]
 """What the streams hold between two blocks; image alone, or text and image."""
 
 
 class Rule(ABC):
-    """Decides, step by step, whether a stretch is left out; one is made for each guidance stream of each run."""
+    """Decides, step by step, whether a block range is left out; one is made for each guidance stream of each run."""
 
     watches: ClassVar[Literal["nothing", "modulated", "change"]] = "nothing"
-    """What it sees of a forward before it decides: nothing; what the first unit reads, behind norm and modulation; or what the blocks
-    before its first stretch add to the image's stream."""
+    """What it sees of a forward before it decides: nothing; what the first module reads, behind norm and modulation; or what the blocks
+    before its first block range add to the image's stream."""
     kept: Tensor | None = None
     """What it remembers of a forward."""
 
     @property
     @abstractmethod
-    def stretches(self) -> tuple[Stretch, ...]:
-        """The stretches it may leave out, one at a time."""
+    def ranges(self) -> tuple[BlockRange, ...]:
+        """The block ranges it may leave out, one at a time."""
 
     @abstractmethod
-    def leaves_out(self, step: int, seen: Tensor | None) -> int | None:
-        """Which of the stretches is left out at this step; None where all blocks run. Nothing is left out at the first step."""
+    def skipped_range(self, step: int, seen: Tensor | None) -> int | None:
+        """Which of the block ranges is left out at this step; None where all blocks run. Nothing is left out at the first step."""
 
-    def wants(self, step: int) -> tuple[int, ...]:
-        """The stretches whose change may be added again behind this step, before all blocks run again."""
-        return tuple(range(len(self.stretches)))
+    def needed_ranges(self, step: int) -> tuple[int, ...]:
+        """The block ranges whose change may be added again behind this step, before all blocks run again."""
+        return tuple(range(len(self.ranges)))
 
 
-class Tabled(Rule):
-    """Leaves out what a table says: for each step the number of a stretch, or None."""
+class TableRule(Rule):
+    """Leaves out what a table says: for each step the number of a block range, or None."""
 
-    def __init__(self, stretches: tuple[Stretch, ...], table: Sequence[int | None]) -> None:
-        self._stretches, self._table = stretches, table
+    def __init__(self, ranges: tuple[BlockRange, ...], table: Sequence[int | None]) -> None:
+        self._stretches, self._table = ranges, table
 
     @property
-    def stretches(self) -> tuple[Stretch, ...]:
+    def ranges(self) -> tuple[BlockRange, ...]:
         """As given."""
         return self._stretches
 
-    def leaves_out(self, step: int, seen: Tensor | None) -> int | None:
+    def skipped_range(self, step: int, seen: Tensor | None) -> int | None:
         """What the table says; nothing at the first step."""
         return self._table[step] if step else None
 
-    def wants(self, step: int) -> tuple[int, ...]:
+    def needed_ranges(self, step: int) -> tuple[int, ...]:
         """What is left out from the next step on until all blocks run."""
         later = takewhile(lambda out: out is not None, self._table[step + 1 :])
         return tuple({out for out in later if out is not None})
@@ -81,21 +81,21 @@ class Tabled(Rule):
 class _Memory:
     rule: Rule
     changes: dict[int, Any] = field(default_factory=dict)
-    """What each stretch added when it last ran, as it is stored."""
+    """What each block range added when it last ran, as it is stored."""
     versions: tuple[int, ...] = ()
     """Of what the rule remembers."""
 
 
-class Spans(Following):
+class BlockCache(StreamTracker):
     """Follows the forwards of a denoiser and runs its blocks, or does not."""
 
     def __init__(self, network: Network, state: Mapping[str, Any], make: Callable[[], Rule], store: CacheDtype = "compute") -> None:
         super().__init__(tuple(state["steps"]), state["sampler"], network.processor)
-        self._streams = streams_of(network)
+        self._streams = hidden_states_of(network)
         self._image = _image_of(network)
-        self._make, self._store = make, store_named(store)
+        self._make, self._store = make, cache_format(store)
         self.decisions: list[tuple[int, int | None]] = []
-        """(step, stretch that was left out) of each forward."""
+        """(step, block range that was left out) of each forward."""
         self._stop = Stop()
         self.drop()
 
@@ -105,7 +105,7 @@ class Spans(Following):
         self._row = 0
         self._out: int | None = None
         self._entries: dict[int, tuple[Parts, tuple[int, ...]]] = {}
-        """What went into stretches, and its versions."""
+        """What went into block ranges, and its versions."""
 
     def begin(self, row: int, memory: Any) -> None:
         """Set out with what the stream remembers, or with a new rule."""
@@ -120,7 +120,7 @@ class Spans(Following):
         memory = self._memory
         assert memory is not None, "begin() set it"
         self.decisions.append((self._row, self._out))
-        wanted = memory.rule.wants(self._row)
+        wanted = memory.rule.needed_ranges(self._row)
         memory.changes = {number: change for number, change in memory.changes.items() if number in wanted}
         self.drop()
         return memory
@@ -135,7 +135,7 @@ class Spans(Following):
         if memory is None:  # a block by itself, outside of the denoiser's forward
             return forward(*args, **kwargs)
         x = _read(own, self._streams, args, kwargs)
-        for number, (first, _) in enumerate(memory.rule.stretches):
+        for number, (first, _) in enumerate(memory.rule.ranges):
             if place == first or (place == 0 and memory.rule.watches == "change"):
                 self._entries[number if place == first else -1] = (x, versions(x))
         made: Any = None
@@ -144,13 +144,13 @@ class Spans(Following):
                 made = forward(*args, **kwargs)
         if self._left_out(place):
             assert self._out is not None, "something is left out"
-            ends = place + 1 == memory.rule.stretches[self._out][1]
+            ends = place + 1 == memory.rule.ranges[self._out][1]
             return _packed(_plus(x, self._store.unpack(memory.changes[self._out])) if ends else x)
         self._ran(memory, place, _unpacked(made))
         return made
 
     def modulated(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What the first unit gives; if it is left out, its block is given up here."""
+        """What the first module gives; if it is left out, its block is given up here."""
         if self._memory is not None:
             self._decide(args[0] if args else kwargs["hidden_states"])
             if self._left_out(0):
@@ -158,35 +158,35 @@ class Spans(Following):
         return forward(*args, **kwargs)
 
     def _ran(self, memory: _Memory, place: int, made: Parts) -> None:
-        stretches = memory.rule.stretches
-        if memory.rule.watches == "change" and place + 1 == stretches[0][0]:
+        ranges = memory.rule.ranges
+        if memory.rule.watches == "change" and place + 1 == ranges[0][0]:
             (change,) = _minus((made[self._image],), (self._entered(-1)[self._image],))
             self._decide(change)
         if self._out is None:
-            for number, (_, last) in enumerate(stretches):
-                if place + 1 == last and number in memory.rule.wants(self._row):
+            for number, (_, last) in enumerate(ranges):
+                if place + 1 == last and number in memory.rule.needed_ranges(self._row):
                     memory.changes[number] = self._store.pack(_minus(made, self._entered(number)))
 
     def _entered(self, number: int) -> Parts:
-        """What went into a stretch; -1 stands for the first block."""
+        """What went into a block range; -1 stands for the first block."""
         x, before = self._entries[number]
         _require_same(x, before)
         return x
 
     def _decide(self, seen: Tensor | None) -> None:
         assert self._memory is not None, "begin() set it"
-        out = self._memory.rule.leaves_out(self._row, seen)
-        self._out = out if out in self._memory.changes else None  # without what it added, a stretch runs whatever the rule says
+        out = self._memory.rule.skipped_range(self._row, seen)
+        self._out = out if out in self._memory.changes else None  # without what it added, a block range runs whatever the rule says
         self._memory.versions = versions(self._memory.rule.kept)
 
     def _left_out(self, place: int) -> bool:
         if self._out is None or self._memory is None:
             return False
-        first, last = self._memory.rule.stretches[self._out]
+        first, last = self._memory.rule.ranges[self._out]
         return first <= place < last
 
 
-def streams_of(network: Network) -> tuple[str, ...]:
+def hidden_states_of(network: Network) -> tuple[str, ...]:
     """The names of the streams that blocks read and give, in the order in which they give them.
 
     Raises AerogelError for a family whose blocks are no single row.
@@ -194,14 +194,14 @@ def streams_of(network: Network) -> tuple[str, ...]:
     if not network.family.hidden_state_args:
         raise AerogelError(
             f"the {network.family.name} family names no streams that all blocks read and give (streams in aerogel/families); "
-            "policies that leave out blocks need them, those that reuse units (fora, harmonica) do not"
+            "policies that leave out blocks need them, those that reuse modules (fora, harmonica) do not"
         )
     return network.family.hidden_state_args
 
 
-def followed_steps(network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+def block_cache_state(network: Network, calls: Sequence[Call]) -> dict[str, Any]:
     """The state that every rule needs: steps and sampler of the recorded calls, and how many blocks there are."""
-    streams_of(network)
+    hidden_states_of(network)
     return {"steps": list(steps_in(network, calls)), "sampler": sampler_of(network), "blocks": len(network.blocks())}
 
 
@@ -210,7 +210,7 @@ def residuals(network: Network, calls: Sequence[Call]) -> Iterator[Tensor]:
 
     Raises AerogelError when the calls are not whole generations.
     """
-    streams, image = streams_of(network), _image_of(network)
+    streams, image = hidden_states_of(network), _image_of(network)
     runs = generations(network, calls)
     blocks = list(network.blocks().values())
     seen: list[Tensor | None] = []
@@ -233,8 +233,10 @@ def residuals(network: Network, calls: Sequence[Call]) -> Iterator[Tensor]:
 
 
 @contextmanager
-def spanning(network: Network, state: Mapping[str, Any], make: Callable[[], Rule], store: CacheDtype = "compute") -> Iterator[Spans]:
-    """Leave stretches of blocks out by a rule for a while, at the steps that `followed_steps` found; then the denoiser is what it was.
+def caching_blocks(
+    network: Network, state: Mapping[str, Any], make: Callable[[], Rule], store: CacheDtype = "compute"
+) -> Iterator[BlockCache]:
+    """Leave block ranges out by a rule for a while, at the steps that `block_cache_state` found; then the denoiser is what it was.
 
     Raises AerogelError when the state is of a network with more or fewer blocks, and where blocks are compiled with what holds them.
     """
@@ -245,22 +247,22 @@ def spanning(network: Network, state: Mapping[str, Any], make: Callable[[], Rule
         raise AerogelError(
             f"{type(together[0]).__name__} is compiled with the blocks in it, which cannot be left out then: compile each block"
         )
-    spans = Spans(network, state, make, store)
+    spans = BlockCache(network, state, make, store)
     answers: dict[nn.Module, Callable[..., Any]] = {
         block: partial(spans.block, place, block, called(block)) for place, block in enumerate(blocks)
     }
     if make().watches == "modulated":
-        first = network.module.get_submodule(next(iter(units_of(network))))
+        first = network.module.get_submodule(next(iter(cached_modules_of(network))))
         answers[first] = partial(spans.modulated, called(first))
         if compiled(blocks[0]):  # compiled code cannot be given up half-way
             answers[blocks[0]] = partial(spans.block, 0, blocks[0], blocks[0]._call_impl)
-    with standing_in(network.module, answers), followed(network.module, spans):
+    with patch_compiled(network.module, answers), tracked(network.module, spans):
         yield spans
 
 
 def _image_of(network: Network) -> int:
     """The place of the image's stream among the streams."""
-    return streams_of(network).index(network.family.image_stream)
+    return hidden_states_of(network).index(network.family.image_stream)
 
 
 def _require_same(kept: Any, before: tuple[int, ...]) -> None:

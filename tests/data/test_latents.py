@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from aerogel.data.denoising import Denoising, generate_images, record
-from aerogel.data.trajectories import seconds, stepping, trajectories
+from aerogel.data.latents import denoising_seconds, latents_by_step, watched_sampler
 from aerogel.errors import AerogelError
 from aerogel.runtime.feature_cache.replay import output_of, replays
 from tests.runtime.feature_cache.test_replay import SAMPLERS, painter
@@ -24,7 +24,7 @@ WANTED = Denoising(count=3, steps=4, batch=2, guidance=3.0)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_they_are_where_a_replay_goes(sampler: str) -> None:
     network = painter(sampler)
-    made = list(trajectories(network.processor, WANTED, 5))
+    made = list(latents_by_step(network.processor, WANTED, 5))
     runs = replays(network, record(network.processor, network.module, WANTED, 5))
     assert [len(passed) for passed in made] == [4, 4]
     for passed, run in zip(made, runs, strict=True):
@@ -37,19 +37,19 @@ def test_they_are_where_a_replay_goes(sampler: str) -> None:
 def test_a_sampler_with_two_calls_a_step_has_them_all() -> None:
     network = painter()
     network.processor.scheduler = diffusers.HeunDiscreteScheduler()
-    passed, _ = trajectories(network.processor, WANTED, 0)
+    passed, _ = latents_by_step(network.processor, WANTED, 0)
     assert len(passed) == len(network.processor.scheduler.timesteps) == 7
-    assert seconds(network.processor, network.module, WANTED, 0, iter(range(9)).__next__) == 2
+    assert denoising_seconds(network.processor, network.module, WANTED, 0, iter(range(9)).__next__) == 2
 
 
 def test_the_sampler_is_what_it_was() -> None:
     network = painter()
     scheduler = network.processor.scheduler
-    list(trajectories(network.processor, WANTED, 0))
+    list(latents_by_step(network.processor, WANTED, 0))
     assert "step" not in scheduler.__dict__
     own = scheduler.step
     scheduler.step = own
-    with pytest.raises(KeyboardInterrupt), stepping(network.processor, lambda _: None):
+    with pytest.raises(KeyboardInterrupt), watched_sampler(network.processor, lambda _: None):
         raise KeyboardInterrupt
     assert scheduler.__dict__["step"] is own
 
@@ -67,7 +67,7 @@ def test_only_the_time_of_the_steps_counts() -> None:
 
     pipeline.vae.decoder.register_forward_hook(spend(100))
     network.module.register_forward_hook(spend(1))
-    taken = seconds(pipeline, network.module, WANTED, 0, lambda: time[0])
+    taken = denoising_seconds(pipeline, network.module, WANTED, 0, lambda: time[0])
     assert taken == 4 * 2, "two batches of four steps"
     assert time[0] > 200
     assert not network.module._forward_pre_hooks
@@ -86,4 +86,4 @@ def test_steps_that_do_not_add_up_are_refused() -> None:
 
     scheduler.set_timesteps = longer
     with pytest.raises(AerogelError, match="DDIMScheduler has 9 time steps, but made another number of steps"):
-        seconds(network.processor, network.module, replace(WANTED, count=2), 0, count().__next__)
+        denoising_seconds(network.processor, network.module, replace(WANTED, count=2), 0, count().__next__)

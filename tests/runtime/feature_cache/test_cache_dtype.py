@@ -1,4 +1,4 @@
-"""Slots in float8: they hold as many bytes as the formula says and give what they hold; what is kept must not be written into."""
+"""Cache entries in float8: they hold as many bytes as the formula says and give what they hold; what is kept must not be written into."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from aerogel.methods.feature_cache.taylorseer import _Series
 from aerogel.model.calls import tensors_in
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
-from aerogel.runtime.feature_cache.schedule import Schedule, Slot, reusing, slot_bytes, slot_sizes
-from aerogel.runtime.feature_cache.spans import Tabled, spanning
-from aerogel.runtime.feature_cache.stored import Float8, store_named
-from aerogel.runtime.feature_cache.units import costs_of, units_of
+from aerogel.runtime.feature_cache.block_cache import TableRule, caching_blocks
+from aerogel.runtime.feature_cache.cache_dtype import Float8, cache_format
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of, costs_of
+from aerogel.runtime.feature_cache.schedule import CacheEntry, Schedule, cache_bytes, caching, entry_sizes
+from tests.runtime.feature_cache.test_block_cache import AT, DEPTH, deep
 from tests.runtime.feature_cache.test_schedule import STEPS, calls, table
-from tests.runtime.feature_cache.test_spans import AT, DEPTH, deep
 from tests.tiny import opened, output
 
-FLOAT8 = store_named("float8")
+FLOAT8 = cache_format("float8")
 POLICIES = [
     policy
     for policy in (catalog.find("methods", name) for name in catalog.names("methods"))
@@ -36,18 +36,18 @@ POLICIES = [
 
 def half(network: Network) -> Schedule:
     """The second step and the third reuse everything."""
-    computed_TN = torch.ones(len(STEPS), len(units_of(network)), dtype=torch.bool)
+    computed_TN = torch.ones(len(STEPS), len(cached_modules_of(network)), dtype=torch.bool)
     computed_TN[1:3] = False
     return table(network, computed_TN)
 
 
 @contextmanager
 def given(network: Network) -> Iterator[list[list[Tensor]]]:
-    """What units give, one after the other."""
+    """What modules give, one after the other."""
     seen: list[list[Tensor]] = []
     hooks = [
         network.module.get_submodule(name).register_forward_hook(lambda *about: seen.append([one.clone() for one in tensors_in(about[2])]))
-        for name in units_of(network)
+        for name in cached_modules_of(network)
     ]
     yield seen
     for hook in hooks:
@@ -97,13 +97,13 @@ def test_slots_hold_what_the_formula_says(name: str) -> None:
     schedule, call = half(network), calls(name)[0]
     with given(network) as seen:
         output(network.module, call)
-    with reusing(network, schedule, store="float8") as reuse:
+    with caching(network, schedule, store="float8") as reuse:
         for each in calls(name):
             output(network.module, each)
     held = sum(formula(outputs) for outputs in seen)
-    sizes = slot_sizes(network, call, "float8")
-    assert reuse.peak_bytes == held == sum(sizes) == slot_bytes(schedule, sizes)
-    assert slot_sizes(network, call) == costs_of(network, call).unit_bytes
+    sizes = entry_sizes(network, call, "float8")
+    assert reuse.peak_bytes == held == sum(sizes) == cache_bytes(schedule, sizes)
+    assert entry_sizes(network, call) == costs_of(network, call).module_bytes
     assert not any("forward" in module.__dict__ for module in network.module.modules())
 
 
@@ -111,7 +111,7 @@ def test_slots_hold_what_the_formula_says(name: str) -> None:
 def test_units_give_what_they_gave_but_for_the_rounding(name: str) -> None:
     network = opened(name)
     steps = []
-    with reusing(network, half(network), store="float8"), given(network) as seen:
+    with caching(network, half(network), store="float8"), given(network) as seen:
         for call in calls(name)[:3]:
             seen.clear()
             output(network.module, call)
@@ -127,16 +127,16 @@ def test_units_give_what_they_gave_but_for_the_rounding(name: str) -> None:
 def test_slots_that_reckon_with_changes_are_refused() -> None:
     network = opened("dit")
     with (
-        pytest.raises(AerogelError, match="slots in float8 hold outputs to 4 bits"),
-        reusing(network, half(network), partial(_Series, order=1), "float8"),
+        pytest.raises(AerogelError, match="cache entries in float8 hold outputs to 4 bits"),
+        caching(network, half(network), partial(_Series, order=1), "float8"),
     ):
         pass
     with (
-        pytest.raises(AerogelError, match="slots is 'float4', expected one of compute, float8"),
-        reusing(
+        pytest.raises(AerogelError, match="cache_dtype is 'float4', expected one of compute, float8"),
+        caching(
             network,
             half(network),
-            Slot,
+            CacheEntry,
             "float4",  # type: ignore[arg-type]
         ),
     ):
@@ -145,14 +145,14 @@ def test_slots_that_reckon_with_changes_are_refused() -> None:
 
 def test_stretches_keep_their_change_in_float8() -> None:
     network = deep("dit")
-    rule = partial(Tabled, ((0, DEPTH),), [None, 0, 0, None])
+    rule = partial(TableRule, ((0, DEPTH),), [None, 0, 0, None])
     blocks = list(network.blocks().values())
     ends: list[Tensor] = []
     hooks = [
         blocks[0].register_forward_pre_hook(lambda _, args: ends.append(args[0].clone())),
         blocks[-1].register_forward_hook(lambda *about: ends.append(about[2].clone())),
     ]
-    with spanning(network, AT, rule, "float8") as spans:
+    with caching_blocks(network, AT, rule, "float8") as spans:
         for call in calls("dit")[:2]:
             output(network.module, call)
     for hook in hooks:
@@ -176,19 +176,19 @@ def test_a_policy_keeps_float8_or_says_that_it_does_not(policy: type[FeatureCach
             Recipe.parse(steps)
     assert policy().cache_dtype == "compute"
     with pytest.raises(AerogelError, match="'float4'"):
-        policy(slots="float4")  # type: ignore[arg-type]
+        policy(cache_dtype="float4")  # type: ignore[arg-type]
 
 
-def test_policies_hand_the_knob_on() -> None:
+def test_policies_hand_the_option_on() -> None:
     network = deep("dit")
     peaks = {}
-    for slots in ("compute", "float8"):
+    for entries in ("compute", "float8"):
         for name, options in {"fora": {}, "delta_dit": {"share": 1.0}}.items():
-            policy = catalog.find("methods", name)(slots=slots, **options)
+            policy = catalog.find("methods", name)(cache_dtype=entries, **options)
             with policy.on(network, policy.calibrate(network, calls("dit"))) as put_on:
                 for call in calls("dit"):
                     output(network.module, call)
-            peaks[name, slots] = put_on.peak_bytes
+            peaks[name, entries] = put_on.peak_bytes
     tokens, width = 2 * 16, 64
     assert peaks["fora", "compute"] == 2 * DEPTH * tokens * width * 4
     assert peaks["fora", "float8"] == 2 * DEPTH * tokens * (width + 4)
@@ -197,14 +197,14 @@ def test_policies_hand_the_knob_on() -> None:
 
 
 def double(_: nn.Module, __: Any, made: Tensor) -> None:
-    """A hook that writes into what a unit gave."""
+    """A hook that writes into what a module gave."""
     made.mul_(2)
 
 
 def test_outputs_that_are_written_into_are_no_outputs_to_keep() -> None:
     network = opened("dit")
     given = calls("dit")
-    with reusing(network, half(network)):
+    with caching(network, half(network)):
         output(network.module, given[0])
         hook = network.module.get_submodule("transformer_blocks.1.ff").register_forward_hook(double)
         output(network.module, given[1])
@@ -212,11 +212,11 @@ def test_outputs_that_are_written_into_are_no_outputs_to_keep() -> None:
             AerogelError, match=r"what transformer_blocks.1.ff gave was changed in place .* or keep copies with cache_dtype: float8"
         ):
             output(network.module, given[2])
-    with reusing(network, half(network)):
+    with caching(network, half(network)):
         output(network.module, given[0])
         with pytest.raises(AerogelError, match=r"what transformer_blocks.1.ff gave was changed in place"):
             output(network.module, given[1])
-    with reusing(network, half(network), store="float8"):
+    with caching(network, half(network), store="float8"):
         assert all(output(network.module, call).isfinite().all() for call in given)
     hook.remove()
 
@@ -225,7 +225,7 @@ def test_streams_that_are_written_into_have_no_change() -> None:
     network = deep("dit")
     hook = network.module.get_submodule("transformer_blocks.2").register_forward_hook(lambda _, args, made: double(_, made, args[0]))
     with (
-        spanning(network, AT, partial(Tabled, ((2, DEPTH),), [None, 0, 0, None])),
+        caching_blocks(network, AT, partial(TableRule, ((2, DEPTH),), [None, 0, 0, None])),
         pytest.raises(AerogelError, match="what goes into a block was changed in place"),
     ):
         output(network.module, calls("dit")[0])
@@ -234,7 +234,7 @@ def test_streams_that_are_written_into_have_no_change() -> None:
 
 def test_inference_mode_counts_nothing_and_works() -> None:
     network = opened("dit")
-    with reusing(network, half(network)):
+    with caching(network, half(network)):
         wanted = [output(network.module, call) for call in calls("dit")]
-    with torch.inference_mode(), reusing(network, half(network)):
+    with torch.inference_mode(), caching(network, half(network)):
         assert all(torch.equal(output(network.module, call), a) for call, a in zip(calls("dit"), wanted, strict=True))

@@ -1,6 +1,6 @@
-"""Denoisers that compute some tokens of a unit anew at steps at which they reuse the others: a static table says how many, attention which.
+"""Token caching: a module computes some tokens anew and returns the others from its cache; a schedule says how many, attention which.
 
-B batch, H heads, L queries, S keys, N tokens, K of them that are computed anew, D channels, T steps, U units.
+B batch, H heads, L queries, S keys, N tokens, K of them that are computed anew, D channels, T steps, U modules.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from aerogel.model.calls import Call
 from aerogel.model.hooks import capture_inputs
 from aerogel.model.network import Network
 from aerogel.runtime.attention import Attend, attending, attention_received
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.compiled import compiled_around
-from aerogel.runtime.feature_cache.schedule import Reuse, Schedule, Slot, in_place, scheduled, stand_ins
-from aerogel.runtime.feature_cache.streams import followed, latent_of
-from aerogel.runtime.feature_cache.units import units_of
+from aerogel.runtime.feature_cache.schedule import CacheEntry, ModuleCache, Schedule, make_entries, patched_entries, schedule_state
+from aerogel.runtime.feature_cache.streams import latent_of, tracked
 
 Grid = tuple[int, int, int]
 """Frames, rows and columns of tokens."""
@@ -32,10 +32,10 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class TokenCacheConfig:
-    """When all units run, how many tokens the steps between compute anew, and which; steps are counted down to 0, the last."""
+    """When all modules run, how many tokens the steps between compute anew, and which; steps are counted down to 0, the last."""
 
     interval: int = 3
-    """About how many steps from one at which all units run to the next (published: 3 for 50 DDIM steps of DiT, 4 for 250 of DDPM)."""
+    """About how many steps from one at which all modules run to the next (published: 3 for 50 DDIM steps of DiT, 4 for 250 of DDPM)."""
     pace: float = 0.4
     """After step i of T the interval is divided by 1 + pace - 2 x pace x i / T, so it is longest at the start (PixArt: 0.2)."""
     dense: tuple[float, float] = (0.2, 0.4)
@@ -81,22 +81,22 @@ class TokenCacheConfig:
         return found
 
     def factor(self, kind: str) -> float:
-        """The share of the tokens that units of a kind compute anew, before the factors of step and block."""
+        """The share of the tokens that modules of a kind compute anew, before the factors of step and block."""
         return self.ratio * {"feed-forward": self.feed_forward, "cross-attention": self.cross_attention}.get(kind, 0.0)
 
     def shares(self, network: Network, partial_T: Tensor) -> Tensor:
-        """The share of its tokens that a unit computes anew (T, U), at the steps that compute some."""
-        units, steps = units_of(network).values(), len(partial_T)
-        blocks = list(dict.fromkeys(_block(unit.name) for unit in units))
-        depth_U = torch.tensor([blocks.index(_block(unit.name)) for unit in units], dtype=torch.float64) / max(len(blocks) - 1, 1)
-        kind_U = torch.tensor([self.factor(unit.kind) for unit in units], dtype=torch.float64)
+        """The share of its tokens that a module computes anew (T, U), at the steps that compute some."""
+        modules, steps = cached_modules_of(network).values(), len(partial_T)
+        blocks = list(dict.fromkeys(_block(module.name) for module in modules))
+        depth_U = torch.tensor([blocks.index(_block(module.name)) for module in modules], dtype=torch.float64) / max(len(blocks) - 1, 1)
+        kind_U = torch.tensor([self.factor(module.kind) for module in modules], dtype=torch.float64)
         index_T = torch.arange(steps, dtype=torch.float64).flip(0)
         share_T = (1 + self.late - 2 * self.late * index_T / steps).clamp(min=0) * partial_T
         share_U = kind_U * (1 + self.front - 2 * self.front * depth_U)
         return torch.outer(share_T, share_U).clamp(0, 1)
 
 
-def favoured(score_BN: Tensor, grid: Grid, cell: int, bonus: float) -> Tensor:
+def raise_best_of_cells(score_BN: Tensor, grid: Grid, cell: int, bonus: float) -> Tensor:
     """Return scores in which the best token of each cell of a frame is worth 1 + bonus times as much; cells at the edge may be cut."""
     plane_F1RC = score_BN.unflatten(1, grid).flatten(0, 1).unsqueeze(1)
     best, place = max_pool2d(plane_F1RC, cell, ceil_mode=True, return_indices=True)
@@ -118,48 +118,48 @@ def grid_of(latent: Sequence[int], tokens: int) -> Grid:
     return grid
 
 
-def tokenwise(network: Network, calls: Sequence[Call], options: TokenCacheConfig, some: Callable[[int], bool]) -> dict[str, Any]:
-    """The state of a policy: a schedule, the shares of tokens by step and unit, and the attention that scores each unit's tokens.
+def token_cache_state(network: Network, calls: Sequence[Call], options: TokenCacheConfig, some: Callable[[int], bool]) -> dict[str, Any]:
+    """The state of a policy: a schedule, the shares of tokens by step and module, and the attention that scores each module's tokens.
 
     `some` says how far ahead the next full step is where some tokens are computed anew. Runs the first call. Raises AerogelError for
-    options out of range, for compiled blocks, and where no attention scores the tokens of a unit.
+    options out of range, for compiled blocks, and where no attention scores the tokens of a module.
     """
     options.check()
     _require_written(network)
 
-    def full(steps: int, units: int) -> Tensor:
-        return torch.tensor(options.ahead(steps)).eq(0)[:, None].expand(-1, units)
+    def full(steps: int, modules: int) -> Tensor:
+        return torch.tensor(options.ahead(steps)).eq(0)[:, None].expand(-1, modules)
 
-    names = [name for name, unit in units_of(network).items() if options.factor(unit.kind)]
+    names = [name for name, module in cached_modules_of(network).items() if options.factor(module.kind)]
     scored_by = _scored_by(network, calls[0], names, options.cell) if calls and names else {}
-    state = scheduled(network, calls, full)
+    state = schedule_state(network, calls, full)
     partial_T = torch.tensor([ahead > 0 and some(ahead) for ahead in options.ahead(len(state["steps"]))])
     return state | {"shares": options.shares(network, partial_T), "scored_by": scored_by}
 
 
 @contextmanager
-def recomputing(network: Network, state: Mapping[str, Any], options: TokenCacheConfig) -> Iterator[Reuse]:
-    """Reuse by the state of `tokenwise` for a while, with some tokens computed anew; afterwards the denoiser is what it was.
+def caching_tokens(network: Network, state: Mapping[str, Any], options: TokenCacheConfig) -> Iterator[ModuleCache]:
+    """Reuse by the state of `token_cache_state` for a while, with some tokens computed anew; afterwards the denoiser is what it was.
 
     Raises AerogelError for compiled blocks.
     """
     _require_written(network)
-    schedule, units, find = Schedule.of(network, state), units_of(network), network.module.get_submodule
+    schedule, modules, find = Schedule.of(network, state), cached_modules_of(network), network.module.get_submodule
     readers: dict[str, list[PartialTokenCache]] = {attention: [] for attention in state["scored_by"].values()}
     with attending(network, readers, lambda name: partial(_watched, readers[name])):
-        slots, answers = stand_ins(network, PartialTokenCache)
-        for (name, slot), share_T in zip(slots.items(), state["shares"].T.tolist(), strict=True):
-            slot.prepare(name, options, share_T, schedule)
+        entries, answers = make_entries(network, PartialTokenCache)
+        for (name, entry), share_T in zip(entries.items(), state["shares"].T.tolist(), strict=True):
+            entry.prepare(name, options, share_T, schedule)
         for name, attention in state["scored_by"].items():
-            readers[attention].append(slots[name])
-            answers |= {norm: _Norm(norm.forward, slots[name]).__call__ for norm in map(find, units[name].norms)}
-        by = _Recomputing(schedule, slots, network.processor)
-        with in_place(network.module, slots, answers), followed(network.module, by):
+            readers[attention].append(entries[name])
+            answers |= {norm: _Norm(norm.forward, entries[name]).__call__ for norm in map(find, modules[name].norms)}
+        by = _Recomputing(schedule, entries, network.processor)
+        with patched_entries(network.module, entries, answers), tracked(network.module, by):
             yield by
 
 
 class _Kept(NamedTuple):
-    """What a unit gave, token by token as new as it is."""
+    """What a module gave, token by token as new as it is."""
 
     made_BND: Tensor
     received_BN: Tensor | None
@@ -168,8 +168,8 @@ class _Kept(NamedTuple):
     """Selections that passed a token over since it was computed."""
 
 
-class PartialTokenCache(Slot):
-    """A slot that can also run its unit on some tokens, which are known before the forward, and keep what it has of the others."""
+class PartialTokenCache(CacheEntry):
+    """A cache entry that can also run its module on some tokens, which are known before the forward, and keep what it has of the others."""
 
     def __init__(self, own: Callable[..., Any]) -> None:
         super().__init__(own)
@@ -181,10 +181,10 @@ class PartialTokenCache(Slot):
 
     def prepare(self, name: str, options: TokenCacheConfig, shares: Sequence[float], schedule: Schedule) -> None:
         """Take what holds for all steps."""
-        self._name, self._knobs, self._shares = name, options, shares
+        self._name, self._options, self._shares = name, options, shares
         self._scores: list[bool] = []
         later = False
-        for share, runs in zip(reversed(shares), reversed(schedule.computed_TN[:, schedule.units.index(name)].tolist()), strict=True):
+        for share, runs in zip(reversed(shares), reversed(schedule.computed_TN[:, schedule.modules.index(name)].tolist()), strict=True):
             self._scores.insert(0, later)
             later = not runs and (later or share > 0)
 
@@ -194,11 +194,11 @@ class PartialTokenCache(Slot):
         self.scores = self.computes and self._scores[self.row]
         if self.computes or not self._shares[self.row]:
             return
-        kept, options = self.value, self._knobs
+        kept, options = self.value, self._options
         self._tokens: int = kept.made_BND.shape[1]
         score_BN = kept.received_BN + options.staleness * kept.stale_BN / options.interval
         if options.cell > 1:
-            score_BN = favoured(score_BN, grid_of(latent, self._tokens), options.cell, options.bonus)
+            score_BN = raise_best_of_cells(score_BN, grid_of(latent, self._tokens), options.cell, options.bonus)
         chosen_BK = score_BN.topk(int(self._shares[self.row] * self._tokens), dim=1).indices
         self.index_BK = chosen_BK.sort(dim=1).values  # in order, all tokens may be cut twice: read() sees no difference
 
@@ -207,7 +207,7 @@ class PartialTokenCache(Slot):
         self.received_BN = self.index_BK = None
 
     def read(self, x_BND: Tensor) -> Tensor:
-        """The tokens of its input that the unit needs at this step; what was cut already, or is a part only, stays as it is."""
+        """The tokens of its input that the module needs at this step; what was cut already, or is a part only, stays as it is."""
         if self.computes:
             return x_BND
         if self.index_BK is None:
@@ -215,7 +215,7 @@ class PartialTokenCache(Slot):
         return x_BND.gather(1, _wide(self.index_BK, x_BND)) if x_BND.shape[1] == self._tokens else x_BND
 
     def traced(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the unit, on all or some tokens, or do not."""
+        """Run the module, on all or some tokens, or do not."""
         if self.index_BK is None:
             return super().traced(*args, **kwargs)
         if self.index_BK.shape[1]:
@@ -225,7 +225,7 @@ class PartialTokenCache(Slot):
         return self.given
 
     def close(self) -> None:
-        """After the unit: keep of its output what later steps want."""
+        """After the module: keep of its output what later steps want."""
         if self.keeps and self.index_BK is not None:
             kept: _Kept = self.value
             assert kept.stale_BN is not None, "scored when all tokens ran"
@@ -252,21 +252,21 @@ class PartialTokenCache(Slot):
 
 
 class _Norm:
-    """Stands in for the forward of a norm that only one unit reads, and normalises the tokens that it needs."""
+    """Stands in for the forward of a norm that only one module reads, and normalises the tokens that it needs."""
 
-    def __init__(self, own: Callable[..., Tensor], slot: PartialTokenCache) -> None:
-        self.own, self.slot = own, slot
+    def __init__(self, own: Callable[..., Tensor], entry: PartialTokenCache) -> None:
+        self.own, self.entry = own, entry
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Normalise some tokens, all or none."""
-        x = self.slot.read(x)
+        x = self.entry.read(x)
         return self.own(x, *args, **kwargs) if x.shape[1] else x
 
 
-class _Recomputing(Reuse):
-    """Lets the slots choose tokens, too."""
+class _Recomputing(ModuleCache):
+    """Lets the cache entries choose tokens, too."""
 
-    slots: Mapping[str, PartialTokenCache]
+    entries: Mapping[str, PartialTokenCache]
     _latent: Sequence[int] = ()
 
     def start(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -275,16 +275,16 @@ class _Recomputing(Reuse):
         super().start(denoiser, args, kwargs)
 
     def begin(self, row: int, memory: Any) -> None:
-        """Set the slots."""
+        """Set the cache entries."""
         super().begin(row, memory)
-        for slot in self.slots.values():
-            slot.choose(self._latent)
+        for entry in self.entries.values():
+            entry.choose(self._latent)
 
     def drop(self) -> None:
-        """Empty the slots."""
+        """Empty the cache entries."""
         super().drop()
-        for slot in self.slots.values():
-            slot.clear()
+        for entry in self.entries.values():
+            entry.clear()
 
 
 def _watched(
@@ -298,19 +298,19 @@ def _watched(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Answer for scaled_dot_product_attention, and tell units what attention their tokens got where they will need it."""
-    waiting = [slot for slot in readers if slot.scores]
+    """Answer for scaled_dot_product_attention, and tell modules what attention their tokens got where they will need it."""
+    waiting = [entry for entry in readers if entry.scores]
     if waiting:
         received_BN = normalize(attention_received(query, key, attn_mask, scale), dim=1)
-        for slot in waiting:
-            slot.received_BN = received_BN
+        for entry in waiting:
+            entry.received_BN = received_BN
     return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def _scored_by(network: Network, call: Call, names: Sequence[str], cell: int) -> dict[str, str]:
-    """For each of these units the self-attention beside it that runs over the same tokens."""
-    units, find = units_of(network), network.module.get_submodule
-    attentions = [name for name, unit in units.items() if unit.kind == "self-attention"]
+    """For each of these modules the self-attention beside it that runs over the same tokens."""
+    modules, find = cached_modules_of(network), network.module.get_submodule
+    attentions = [name for name, module in modules.items() if module.kind == "self-attention"]
     keys: dict[str, int] = {}
     tokens: dict[str, int] = {}
 
@@ -333,7 +333,7 @@ def _scored_by(network: Network, call: Call, names: Sequence[str], cell: int) ->
         if not beside:
             raise AerogelError(
                 f"{name} reads {tokens[name]} tokens, and no self-attention beside it attends to just these through "
-                "scaled_dot_product_attention, so which of them matter cannot be told; a policy that reuses whole units (fora) can be had"
+                "scaled_dot_product_attention, so which of them matter cannot be told; a policy that reuses whole modules (fora) can be had"
             )
         found[name] = beside[0]
         if cell > 1:
@@ -343,11 +343,11 @@ def _scored_by(network: Network, call: Call, names: Sequence[str], cell: int) ->
 
 def _require_written(network: Network) -> None:
     """Raise AerogelError for compiled blocks: the count of tokens changes from step to step, and torch would make graph after graph."""
-    around = compiled_around(network.module, units_of(network))
+    around = compiled_around(network.module, cached_modules_of(network))
     if around:
         raise AerogelError(
             f"the {type(next(iter(around))).__name__} around {next(iter(around.values()))[0]} is compiled, and how many tokens run inside "
-            "of it changes from step to step: take a denoiser that is not compiled, or a policy that reuses whole units (fora)"
+            "of it changes from step to step: take a denoiser that is not compiled, or a policy that reuses whole modules (fora)"
         )
 
 
@@ -355,5 +355,5 @@ def _wide(index_BK: Tensor, like_BND: Tensor) -> Tensor:
     return index_BK.unsqueeze(-1).expand(-1, -1, like_BND.shape[-1])
 
 
-def _block(unit: str) -> str:
-    return unit.rpartition(".")[0]
+def _block(module: str) -> str:
+    return module.rpartition(".")[0]

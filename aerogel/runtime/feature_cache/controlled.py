@@ -1,6 +1,6 @@
-"""A denoiser whose units are decided from outside, forward by forward: nothing is remembered in between, so any moment can be forked.
+"""A denoiser whose modules are decided from outside, forward by forward: nothing is remembered in between, so any moment can be forked.
 
-What a unit gave at earlier steps is handed in and handed back. Kept tensors are never changed, so a fork costs nothing.
+What a module gave at earlier steps is handed in and handed back. Kept tensors are never changed, so a fork costs nothing.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from aerogel.model.calls import Call, map_tensors
 from aerogel.model.hooks import patch_forward
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.compiled import uncompiled
-from aerogel.runtime.feature_cache.schedule import Slot, stand_ins
+from aerogel.runtime.feature_cache.schedule import CacheEntry, make_entries
 
-Held = tuple[Any, ...]
-"""What each unit gave last, None where it has not run yet."""
+CacheContents = tuple[Any, ...]
+"""What each module gave last, None where it has not run yet."""
 Row = Sequence[bool] | Tensor
-"""Which units run; or scores (N), by which a unit's output is score x new + (1 - score) x kept: both are there, nothing is saved."""
+"""Which modules run; or scores (N), by which a module's output is score x new + (1 - score) x kept: both are there, nothing is saved."""
 
 
-class _Blend(Slot):
-    """A slot that can also mix what it computes with what it kept."""
+class _Blend(CacheEntry):
+    """A cache entry that can also mix what it computes with what it kept."""
 
     def __init__(self, own: Callable[..., Any]) -> None:
         super().__init__(own)
@@ -38,7 +38,7 @@ class _Blend(Slot):
         return _detached(made)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the unit gives, mixed or not."""
+        """What the module gives, mixed or not."""
         before, score = self.value, self.score
         if score is None or before is None:
             return super().__call__(*args, **kwargs)
@@ -47,21 +47,21 @@ class _Blend(Slot):
         return made
 
 
-class Driven:
-    """Runs a denoiser with decisions and slots that are given by hand."""
+class ControlledDenoiser:
+    """Runs a denoiser with decisions and cache entries that are given by hand."""
 
-    def __init__(self, network: Network, slots: dict[str, _Blend]) -> None:
+    def __init__(self, network: Network, entries: dict[str, _Blend]) -> None:
         self.network = network
-        self.slots = slots
+        self.entries = entries
 
     @property
-    def empty(self) -> Held:
+    def empty(self) -> CacheContents:
         """What is kept before the first step."""
-        return (None,) * len(self.slots)
+        return (None,) * len(self.entries)
 
     def plain(self, call: Call) -> Any:
-        """A forward in which every unit runs; of what is kept it knows nothing."""
-        made, _ = self.step(call, [True] * len(self.slots), self.empty)
+        """A forward in which every module runs; of what is kept it knows nothing."""
+        made, _ = self.step(call, [True] * len(self.entries), self.empty)
         return made
 
     def wanted(self, call: Call) -> Any:
@@ -69,25 +69,25 @@ class Driven:
         teacher = self.network.teacher
         return self.plain(call) if teacher is None else teacher.run(call)
 
-    def step(self, call: Call, row: Row, held: Held, threshold: float = 0.0) -> tuple[Any, Held]:
+    def step(self, call: Call, row: Row, held: CacheContents, threshold: float = 0.0) -> tuple[Any, CacheContents]:
         """A forward by a row; scores above the threshold refresh what is kept. Returns the output and what is kept then."""
-        for place, (slot, kept) in enumerate(zip(self.slots.values(), held, strict=True)):
+        for place, (entry, kept) in enumerate(zip(self.entries.values(), held, strict=True)):
             scored = isinstance(row, Tensor)
-            slot.score = row[place] if isinstance(row, Tensor) else None
-            slot.computes = scored or kept is None or bool(row[place])
-            slot.refreshes = bool(row[place] > threshold)
-            slot.keeps, slot.value = True, kept
+            entry.score = row[place] if isinstance(row, Tensor) else None
+            entry.computes = scored or kept is None or bool(row[place])
+            entry.refreshes = bool(row[place] > threshold)
+            entry.keeps, entry.value = True, kept
         made = self.network.module(*call.args, **call.kwargs)
-        after = tuple(slot.value for slot in self.slots.values())
-        for slot in self.slots.values():
-            slot.value = slot.score = None
+        after = tuple(entry.value for entry in self.entries.values())
+        for entry in self.entries.values():
+            entry.value = entry.score = None
         return made, after
 
 
 @contextmanager
-def driven(network: Network) -> Iterator[Driven]:
-    """Take over the units of a denoiser for a while; its weights get no gradients meanwhile."""
-    slots, answers = stand_ins(network, _Blend)
+def controlled(network: Network) -> Iterator[ControlledDenoiser]:
+    """Take over the modules of a denoiser for a while; its weights get no gradients meanwhile."""
+    entries, answers = make_entries(network, _Blend)
     with ExitStack() as stack:
         for parameter in network.module.parameters():
             if parameter.requires_grad:
@@ -95,7 +95,7 @@ def driven(network: Network) -> Iterator[Driven]:
                 stack.callback(parameter.requires_grad_, True)
         stack.enter_context(uncompiled(network.module))  # gradients and blends are not for kernels made for use
         stack.enter_context(patch_forward(answers))
-        yield Driven(network, slots)
+        yield ControlledDenoiser(network, entries)
 
 
 def _detached(tree: Any) -> Any:

@@ -14,7 +14,7 @@ from aerogel import catalog
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.spans import Rule, Stretch, Tabled, followed_steps, residuals, spanning
+from aerogel.runtime.feature_cache.block_cache import BlockRange, Rule, TableRule, block_cache_state, caching_blocks, residuals
 from tests.runtime.feature_cache.test_schedule import STEPS, calls
 from tests.tiny import FAMILIES, fill, opened, output
 
@@ -61,8 +61,8 @@ def each(made: Any) -> tuple[Tensor | None, ...]:
     return made if isinstance(made, tuple) else (made,)
 
 
-def literal(network: Network, given: Sequence[Call], table: Sequence[int | None], stretches: Sequence[Stretch]) -> list[Tensor]:
-    """All blocks run always; behind a stretch that is left out the streams are set to what went in plus what it added last."""
+def literal(network: Network, given: Sequence[Call], table: Sequence[int | None], ranges: Sequence[BlockRange]) -> list[Tensor]:
+    """All blocks run always; behind a block range that is left out the streams are set to what went in plus what it added last."""
     entered: dict[int, tuple[Tensor, ...]] = {}
     added: dict[int, list[Tensor | None]] = {}
     row = 0
@@ -71,7 +71,7 @@ def literal(network: Network, given: Sequence[Call], table: Sequence[int | None]
         entered[place] = taken(network, args, kwargs)
 
     def after(place: int, _: object, __: object, made: Any) -> Any:
-        for number, (first, last) in enumerate(stretches):
+        for number, (first, last) in enumerate(ranges):
             if place + 1 == last:
                 if table[row] == number and number in added:
                     sums = [None if b is None else a + b for a, b in zip(entered[first], added[number], strict=True)]
@@ -92,7 +92,7 @@ def literal(network: Network, given: Sequence[Call], table: Sequence[int | None]
     return made
 
 
-TABLES: list[tuple[list[int | None], tuple[Stretch, ...]]] = [
+TABLES: list[tuple[list[int | None], tuple[BlockRange, ...]]] = [
     ([None, 0, 0, None], ((0, DEPTH),)),
     ([None, 0, None, 0], ((1, DEPTH),)),
     ([None, 0, 1, None], ((2, DEPTH), (0, 3))),
@@ -101,17 +101,17 @@ TABLES: list[tuple[list[int | None], tuple[Stretch, ...]]] = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("table", "stretches"), TABLES)
-def test_a_table_answers_like_hooks_that_set_the_stream(name: str, table: list[int | None], stretches: tuple[Stretch, ...]) -> None:
+@pytest.mark.parametrize(("table", "ranges"), TABLES)
+def test_a_table_answers_like_hooks_that_set_the_stream(name: str, table: list[int | None], ranges: tuple[BlockRange, ...]) -> None:
     network = deep(name)
-    wanted = literal(network, calls(name), table, stretches)
+    wanted = literal(network, calls(name), table, ranges)
     found = ran(network)
-    with spanning(network, AT, lambda: Tabled(stretches, table)) as spans:
+    with caching_blocks(network, AT, lambda: TableRule(ranges, table)) as spans:
         for row, (call, answer) in enumerate(zip(calls(name), wanted, strict=True)):
             found.clear()
             assert torch.equal(output(network.module, call), answer)
             out = table[row] if row else None
-            first, last = (0, 0) if out is None else stretches[out]
+            first, last = (0, 0) if out is None else ranges[out]
             assert set(found) == set(range(DEPTH)) - set(range(first, last))
     assert spans.decisions == [(row, table[row] if row else None) for row in range(len(STEPS))]
 
@@ -121,7 +121,7 @@ def test_what_goes_on_comes_off(name: str) -> None:
     network = deep(name)
     wanted = [output(network.module, call) for call in calls(name)]
     before = {part: set(module.__dict__) for part, module in network.module.named_modules()}
-    with spanning(network, AT, lambda: Tabled(((0, DEPTH),), [None, 0, 0, 0])) as spans:
+    with caching_blocks(network, AT, lambda: TableRule(((0, DEPTH),), [None, 0, 0, 0])) as spans:
         given = [output(network.module, call) for call in calls(name)]
     assert not torch.equal(given[2], wanted[2])
     assert {part: set(module.__dict__) for part, module in network.module.named_modules()} == before
@@ -137,21 +137,21 @@ def _tokens(network: Network, name: str) -> int:
 def test_memory_is_let_go_when_nobody_wants_it() -> None:
     network = deep("dit")
     tables: dict[tuple[int | None, ...], int] = {(None, None, None, None): 0, (None, 0, None, None): 1, (None, 0, 1, None): 2}
-    for table, slots in tables.items():
-        with spanning(network, AT, lambda table=table: Tabled(((0, 2), (2, 5)), table)) as spans:
+    for table, entries in tables.items():
+        with caching_blocks(network, AT, lambda table=table: TableRule(((0, 2), (2, 5)), table)) as spans:
             for call in calls("dit"):
                 output(network.module, call)
-        assert spans.peak_bytes == slots * 2 * 16 * 64 * 4
+        assert spans.peak_bytes == entries * 2 * 16 * 64 * 4
 
 
 def test_runs_and_branches_do_not_see_each_other() -> None:
     network = deep("dit")
-    rule = partial(Tabled, ((1, DEPTH),), [None, 0, 0, None])
+    rule = partial(TableRule, ((1, DEPTH),), [None, 0, 0, None])
     alone = []
     for seed in (0, 4):
-        with spanning(network, AT, rule):
+        with caching_blocks(network, AT, rule):
             alone.append([output(network.module, call) for call in calls("dit", seed)])
-    with spanning(network, AT, rule) as spans:
+    with caching_blocks(network, AT, rule) as spans:
         for seed, wanted in zip((0, 4), alone, strict=True):
             assert all(torch.equal(output(network.module, call), a) for call, a in zip(calls("dit", seed), wanted, strict=True))
             for call in calls("dit")[:2]:  # given up
@@ -167,7 +167,7 @@ def test_another_shape_in_the_middle_of_a_run_runs_all_blocks() -> None:
     first, second, third, *_ = calls("dit")
     one = [Call((), {key: value[:1] for key, value in call.kwargs.items()}) for call in (second, third)]
     wanted = output(network.module, one[0])
-    with spanning(network, AT, partial(Tabled, ((1, DEPTH),), [None, 0, 0, None])) as spans:
+    with caching_blocks(network, AT, partial(TableRule, ((1, DEPTH),), [None, 0, 0, None])) as spans:
         output(network.module, first)
         assert torch.equal(output(network.module, one[0]), wanted)
         output(network.module, one[1])
@@ -176,7 +176,7 @@ def test_another_shape_in_the_middle_of_a_run_runs_all_blocks() -> None:
 
 def test_a_failure_leaves_nothing_behind() -> None:
     network = deep("dit")
-    with spanning(network, AT, partial(Tabled, ((1, DEPTH),), [None, 0, 0, None])):
+    with caching_blocks(network, AT, partial(TableRule, ((1, DEPTH),), [None, 0, 0, None])):
         wanted = [output(network.module, call) for call in calls("dit")]
         output(network.module, calls("dit", 4)[0])
         with pytest.raises((IndexError, RuntimeError)):
@@ -193,10 +193,10 @@ class _Odd(Rule):
         self._seen = seen
 
     @property
-    def stretches(self) -> tuple[Stretch, ...]:
+    def ranges(self) -> tuple[BlockRange, ...]:
         return ((0, DEPTH),)
 
-    def leaves_out(self, step: int, seen: Tensor | None) -> int | None:
+    def skipped_range(self, step: int, seen: Tensor | None) -> int | None:
         assert seen is not None
         self._seen.append(seen)
         return 0 if step % 2 else None
@@ -215,7 +215,7 @@ def test_a_rule_may_see_what_the_first_unit_reads(name: str) -> None:
         output(network.module, call)
     hook.remove()
     found, seen = ran(network), list[Tensor]()
-    with spanning(network, AT, lambda: _Odd(seen)):
+    with caching_blocks(network, AT, lambda: _Odd(seen)):
         for row, (call, answer) in enumerate(zip(calls(name), wanted, strict=True)):
             found.clear()
             assert torch.equal(output(network.module, call), answer)
@@ -225,7 +225,7 @@ def test_a_rule_may_see_what_the_first_unit_reads(name: str) -> None:
 
 def test_blocks_with_skips_between_them_are_refused() -> None:
     with pytest.raises(AerogelError, match="the unet family names no streams"):
-        followed_steps(opened("unet"), calls("unet"))
+        block_cache_state(opened("unet"), calls("unet"))
 
 
 def image_of(network: Network, streams: tuple[Tensor | None, ...]) -> Tensor:
@@ -272,10 +272,10 @@ class _Watching(Rule):
         self._seen = seen
 
     @property
-    def stretches(self) -> tuple[Stretch, ...]:
+    def ranges(self) -> tuple[BlockRange, ...]:
         return ((2, DEPTH),)
 
-    def leaves_out(self, step: int, seen: Tensor | None) -> int | None:
+    def skipped_range(self, step: int, seen: Tensor | None) -> int | None:
         assert seen is not None
         self._seen.append(seen)
         return None
@@ -285,7 +285,7 @@ class _Watching(Rule):
 def test_a_rule_may_see_what_the_first_blocks_add_to_the_image(name: str) -> None:
     network, seen = deep(name), list[Tensor]()
     ends = ends_of(network, calls(name), 1)
-    with spanning(network, AT, lambda: _Watching(seen)):
+    with caching_blocks(network, AT, lambda: _Watching(seen)):
         for call in calls(name):
             output(network.module, call)
     assert len(seen) == len(STEPS)

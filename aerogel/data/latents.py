@@ -1,4 +1,4 @@
-"""What a pipeline's own sampler passes through while it makes images: the latents behind every step, and the time that all steps take.
+"""The latents after each step of a pipeline's own sampler, and the seconds that all steps take.
 
 Unlike a replay it asks nothing of the pipeline but a sampler, so that guidance in calls of its own and noise on the way are fine.
 """
@@ -18,7 +18,7 @@ from aerogel.kernels.synchronized_clock import now
 
 
 @contextmanager
-def stepping(pipeline: Any, passed: Callable[[Tensor], None]) -> Iterator[None]:
+def watched_sampler(pipeline: Any, passed: Callable[[Tensor], None]) -> Iterator[None]:
     """Call `passed` with the latents behind each step of the pipeline's sampler for a while."""
     scheduler = pipeline.scheduler
     own, before = scheduler.step, scheduler.__dict__.get("step")
@@ -38,16 +38,16 @@ def stepping(pipeline: Any, passed: Callable[[Tensor], None]) -> Iterator[None]:
             scheduler.__dict__["step"] = before
 
 
-def trajectories(pipeline: Any, wanted: Denoising, seed: int) -> Iterator[list[Tensor]]:
+def latents_by_step(pipeline: Any, wanted: Denoising, seed: int) -> Iterator[list[Tensor]]:
     """Make images and yield, batch after batch, the latents behind each step, on the CPU."""
     passed: list[Tensor] = []
-    with stepping(pipeline, passed.append):
+    with watched_sampler(pipeline, passed.append):
         for _ in denoised(pipeline, wanted, seed):
             yield [latents.cpu() for latents in passed]
             passed.clear()
 
 
-def seconds(pipeline: Any, denoiser: nn.Module, wanted: Denoising, seed: int, clock: Callable[[], float]) -> float:
+def denoising_seconds(pipeline: Any, denoiser: nn.Module, wanted: Denoising, seed: int, clock: Callable[[], float]) -> float:
     """Make images and return the seconds from the denoiser's first forward to the end of the sampler's last step, all batches together.
 
     Raises AerogelError for a sampler that does not make a step for each of its time steps.
@@ -70,7 +70,7 @@ def seconds(pipeline: Any, denoiser: nn.Module, wanted: Denoising, seed: int, cl
 
     handle = denoiser.register_forward_pre_hook(begin, prepend=True)
     try:
-        with stepping(pipeline, passed):
+        with watched_sampler(pipeline, passed):
             for _ in denoised(pipeline, wanted, seed):
                 pass
     finally:

@@ -1,4 +1,4 @@
-"""The units of a denoiser, in the order in which they run, with what they cost: the parts whose outputs can be kept for later steps."""
+"""The modules of a denoiser, in the order in which they run, with what they cost: the parts whose outputs can be kept for later steps."""
 
 from __future__ import annotations
 
@@ -38,44 +38,46 @@ def operations() -> FlopCounterMode:
 
 
 @dataclass(frozen=True)
-class BoundUnit:
-    """A unit of one network."""
+class BoundModule:
+    """A module of one network."""
 
     name: str
     """Full name of its module."""
     kind: str
     norms: tuple[str, ...]
-    """Full names of the modules that only it reads, and maybe another unit that names them too."""
+    """Full names of the modules that only it reads, and maybe another module that names them too."""
     parts: tuple[str, ...]
-    """Full names of the modules whose work is the unit's own."""
+    """Full names of the modules whose work is the module's own."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a forward costs, and each of its units."""
+    """What a forward costs, and each of its modules."""
 
     macs: float
     """Multiply-accumulates of the whole forward."""
-    unit_macs: tuple[float, ...]
-    unit_bytes: tuple[int, ...]
-    """Of what each unit gives."""
+    module_macs: tuple[float, ...]
+    module_bytes: tuple[int, ...]
+    """Of what each module gives."""
 
     @property
     def fixed(self) -> float:
-        """Multiply-accumulates outside of the units."""
-        return self.macs - sum(self.unit_macs)
+        """Multiply-accumulates outside of the modules."""
+        return self.macs - sum(self.module_macs)
 
 
-def units_of(network: Network) -> dict[str, BoundUnit]:
-    """The units by full name, block after block; raises AerogelError for a family that names none."""
+def cached_modules_of(network: Network) -> dict[str, BoundModule]:
+    """The modules by full name, block after block; raises AerogelError for a family that names none."""
     found = {}
-    for unit in network.family.units:
-        for name in network.named(unit.modules):
+    for module in network.family.cached_modules:
+        for name in network.named(module.glob):
             beside = name.rpartition(".")[0]
-            norms, parts = ([f"{beside}.{other}" for other in others] for others in (unit.norms, unit.parts))
-            found[name] = BoundUnit(name, unit.kind, tuple(norms), tuple(parts))
+            norms, parts = ([f"{beside}.{other}" for other in others] for others in (module.norms, module.parts))
+            found[name] = BoundModule(name, module.kind, tuple(norms), tuple(parts))
     if not found:
-        raise AerogelError(f"the {network.family.name} family names no units whose outputs could be kept (units in aerogel/families)")
+        raise AerogelError(
+            f"the {network.family.name} family names no modules whose outputs could be cached (cached_modules in aerogel/families)"
+        )
     places = {name: place for place, (name, _) in enumerate(network.module.named_modules())}
     blocks = [name.rpartition(".")[0] for name in found]
     first = {block: min(places[name] for name in found if name.rpartition(".")[0] == block) for block in blocks}
@@ -85,7 +87,7 @@ def units_of(network: Network) -> dict[str, BoundUnit]:
 @torch.no_grad()
 def costs_of(network: Network, call: Call) -> Costs:
     """Count one forward as it is written; attention and quantized layers count like the floats they stand for."""
-    names = list(units_of(network))
+    names = list(cached_modules_of(network))
     macs, sizes = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
     written_out: dict[nn.Module, Callable[..., Any]] = {
         module: partial(_written_out, module) for module in network.module.modules() if isinstance(module, QuantLinear)
@@ -107,8 +109,8 @@ def costs_of(network: Network, call: Call) -> Costs:
 
 @torch.no_grad()
 def seconds_of(network: Network, call: Call, rounds: int = 5) -> tuple[float, tuple[float, ...]]:
-    """The median wall-clock seconds of a forward, and of each unit in it; compiled blocks run as they are written."""
-    names = list(units_of(network))
+    """The median wall-clock seconds of a forward, and of each module in it; compiled blocks run as they are written."""
+    names = list(cached_modules_of(network))
     taken: dict[str, list[float]] = {name: [] for name in names}
     whole: list[float] = []
 
@@ -129,9 +131,9 @@ def seconds_of(network: Network, call: Call, rounds: int = 5) -> tuple[float, tu
 
 
 def _around(network: Network, do: Callable[..., Any]) -> dict[nn.Module, Callable[..., Any]]:
-    """What answers for each unit and its parts: `do` gets the names of both and the module's own forward."""
+    """What answers for each module and its parts: `do` gets the names of both and the module's own forward."""
     find = network.module.get_submodule
-    pairs = [(name, part) for name, unit in units_of(network).items() for part in (name, *unit.parts)]
+    pairs = [(name, part) for name, module in cached_modules_of(network).items() for part in (name, *module.parts)]
     return {find(part): partial(do, name, part, find(part).forward) for name, part in pairs}
 
 

@@ -1,4 +1,4 @@
-"""Inner blocks that rest: outer ones read what these gave last, resting blocks really do not run, streams and runs stay apart."""
+"""Inner blocks that rest: outer ones read what these gave last, skipped blocks really do not run, streams and runs stay apart."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from aerogel import catalog
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.skips import followed_skips, inner, resting
+from aerogel.runtime.feature_cache.skip_connections import caching_inner_blocks, inner, skip_state
 from tests.runtime.feature_cache.test_schedule import STEPS
 from tests.tiny import FAMILIES, VARIANTS, fill, opened, output
 
@@ -68,7 +68,7 @@ def calls(name: str, seed: int = 0, steps: Sequence[float] = STEPS) -> list[Call
 
 
 def state_of(network: Network, name: str, branch: int, whole: str) -> dict[str, Any]:
-    return followed_skips(network, calls(name), branch) | {"whole": whole}
+    return skip_state(network, calls(name), branch) | {"whole": whole}
 
 
 OUTER: dict[tuple[str, int], tuple[str, int, tuple[str, ...]]] = {
@@ -145,7 +145,7 @@ def equal(answers: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
 
 @EVERY
 def test_answers_are_those_of_hooks_that_set_the_feature(name: str, branch: int) -> None:
-    """And resting blocks do not run, whatever part of them one looks at."""
+    """And skipped blocks do not run, whatever part of them one looks at."""
     network = made(name)
     reader, skip, outer = OUTER[name, branch]
     wanted = literal(network, calls(name), "1001", reader, skip)
@@ -155,7 +155,7 @@ def test_answers_are_those_of_hooks_that_set_the_feature(name: str, branch: int)
         plain = [output(network.module, call) for call in calls(name)]
         every = set(ran)
         awake = {part for part in every if not part.startswith(blocks) or part.startswith((f"{reader}.", *outer))}
-        with resting(network, state) as by:
+        with caching_inner_blocks(network, state) as by:
             for row, call in enumerate(calls(name)):
                 ran.clear()
                 assert torch.equal(output(network.module, call), wanted[row])
@@ -170,7 +170,7 @@ def test_one_feature_is_kept_while_somebody_wants_it(whole: str) -> None:
     network = made("unet")
     reader, skip, _ = OUTER["unet", 1]
     wanted = literal(network, calls("unet"), whole, reader, skip)
-    with resting(network, state_of(network, "unet", 1, whole)) as by:
+    with caching_inner_blocks(network, state_of(network, "unet", 1, whole)) as by:
         assert equal([output(network.module, call) for call in calls("unet")], wanted)
     assert by.peak_bytes == ("0" in whole) * 2 * 64 * 8 * 8 * 4
 
@@ -182,7 +182,7 @@ def test_what_goes_on_comes_off(name: str) -> None:
     before = {part: set(module.__dict__) for part, module in network.module.named_modules()}
     weights = {key: value.clone() for key, value in network.module.state_dict().items()}
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in network.module.modules()]
-    with resting(network, state_of(network, name, 1, "1000")):
+    with caching_inner_blocks(network, state_of(network, name, 1, "1000")):
         assert not equal([output(network.module, call) for call in calls(name)], wanted)
     assert {part: set(module.__dict__) for part, module in network.module.named_modules()} == before
     assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in network.module.modules()]
@@ -195,9 +195,9 @@ def test_runs_and_branches_of_guidance_do_not_see_each_other() -> None:
     state = state_of(network, "unet", 1, "1001")
     alone = []
     for seed in (0, 4):
-        with resting(network, state):
+        with caching_inner_blocks(network, state):
             alone.append([output(network.module, call) for call in calls("unet", seed)])
-    with resting(network, state) as by:
+    with caching_inner_blocks(network, state) as by:
         for seed, wanted in zip((0, 4), alone, strict=True):
             assert equal([output(network.module, call) for call in calls("unet", seed)], wanted)
             for call in calls("unet")[:2]:  # given up
@@ -214,7 +214,7 @@ def test_another_shape_in_the_middle_of_a_run_runs_all_blocks() -> None:
     state = state_of(network, "unet", 0, "1000")
     single = [Call((), {key: value[:1] for key, value in call.kwargs.items()}) for call in calls("unet")]
     wanted = output(network.module, single[1])
-    with resting(network, state) as by:
+    with caching_inner_blocks(network, state) as by:
         output(network.module, calls("unet")[0])
         assert torch.equal(output(network.module, single[1]), wanted)
         output(network.module, single[2])
@@ -223,7 +223,7 @@ def test_another_shape_in_the_middle_of_a_run_runs_all_blocks() -> None:
 
 def test_a_failure_leaves_nothing_behind() -> None:
     network = made("unet")
-    with resting(network, state_of(network, "unet", 1, "1000")) as by:
+    with caching_inner_blocks(network, state_of(network, "unet", 1, "1000")) as by:
         wanted = [output(network.module, call) for call in calls("unet")]
         output(network.module, calls("unet", 4)[0])
         wrong = Call((), calls("unet", 4)[1].kwargs | {"sample": torch.zeros(2, 5, 8, 8)})
@@ -253,7 +253,7 @@ def test_skips_are_counted_from_the_outermost(branch: int, last: int) -> None:
 @pytest.mark.parametrize("name", ["dit", "pixart", "wan"])
 def test_denoisers_without_skips_are_refused(name: str) -> None:
     with pytest.raises(AerogelError, match=f"the {name} family names no skip connections"):
-        followed_skips(opened(name), calls(name), 0)
+        skip_state(opened(name), calls(name), 0)
 
 
 def test_blocks_that_others_read_too_are_refused() -> None:
@@ -263,21 +263,24 @@ def test_blocks_that_others_read_too_are_refused() -> None:
         down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"), up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
     )  # fmt: skip
     other = Network(module.eval(), catalog.find("families", "unet"))
-    with pytest.raises(AerogelError, match="the denoiser reads more of them than what the last one gives"):
-        followed_skips(other, calls("unet_pixels"), 0)
+    with pytest.raises(AerogelError, match="the denoiser reads more of them than what the last gives"):
+        skip_state(other, calls("unet_pixels"), 0)
     network = made("unet")
     residuals = tuple(torch.ones(2, width, size, size) for width, size in ((32, 8), (32, 8), (32, 4), (64, 4)))
     controlled = {"down_block_additional_residuals": residuals, "mid_block_additional_residual": torch.ones(2, 64, 4, 4)}
     with pytest.raises(AerogelError, match="residuals of a ControlNet"):
-        followed_skips(network, [Call((), call.kwargs | controlled) for call in calls("unet")], 0)
+        skip_state(network, [Call((), call.kwargs | controlled) for call in calls("unet")], 0)
 
 
 def test_states_of_other_networks_are_refused() -> None:
     state = state_of(made("unet"), "unet", 0, "1000")
     with (
         pytest.raises(AerogelError, match=r"made for 14 blocks, this denoiser has \d+; .* is none of them"),
-        resting(made("stable"), state),
+        caching_inner_blocks(made("stable"), state),
     ):
         pass
-    with pytest.raises(AerogelError, match=r"made for 15 blocks, this denoiser has 14$"), resting(made("unet"), state | {"blocks": 15}):
+    with (
+        pytest.raises(AerogelError, match=r"made for 15 blocks, this denoiser has 14$"),
+        caching_inner_blocks(made("unet"), state | {"blocks": 15}),
+    ):
         pass

@@ -1,7 +1,7 @@
-"""Denoisers whose inner blocks rest at some steps: what these gave when they ran last enters the outer blocks again.
+"""Denoisers whose inner blocks are skipped at some steps: what these gave when they ran last enters the outer blocks again.
 
 A denoiser with skip connections goes down and up again. All that the blocks outside of a skip read of those inside is what the last of
-these gives, so one slot is enough however many blocks rest; and what is handed across inside is read by nobody else.
+these gives, so one cache entry is enough however many blocks are skipped; and what is handed across inside is read by nobody else.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from aerogel.model.calls import Call, tensors_in
 from aerogel.model.family import Skips
 from aerogel.model.network import Network
 from aerogel.model.trace import trace
-from aerogel.runtime.feature_cache.compiled import called, standing_in
-from aerogel.runtime.feature_cache.streams import Following, followed, sampler_of, step_of, steps_in
+from aerogel.runtime.feature_cache.compiled import called, patch_compiled
+from aerogel.runtime.feature_cache.streams import StreamTracker, sampler_of, step_of, steps_in, tracked
 
 _CLOSE = 1e-2
 """Largest relative distance between two answers that ought to be the same; half precision needs that much."""
 _CROSSED = (
-    "the blocks inside of this skip connection cannot rest, because the denoiser reads more of them than what the last one gives (as with "
-    "residuals of a ControlNet or an adapter, or with blocks of another kind)"
+    "the blocks inside of this skip connection cannot be skipped, because the denoiser reads more of them than what the last gives (as "
+    "with residuals of a ControlNet or an adapter, or with blocks of another kind)"
 )
 
 
-class Resting(Following):
+class SkipConnectionCache(StreamTracker):
     """Follows the forwards of a denoiser and runs its inner blocks, or lets them rest."""
 
     def __init__(self, network: Network, state: Mapping[str, Any]) -> None:
@@ -78,13 +78,13 @@ def skips_of(network: Network) -> Skips:
     """The skip connections of the network's family; raises AerogelError for a family without them."""
     if network.family.skips is None:
         raise AerogelError(
-            f"the {network.family.name} family names no skip connections (skips in aerogel/families); policies that let the blocks inside "
-            "of one rest need them, those that reuse units (fora, harmonica) do not"
+            f"the {network.family.name} family names no skip connections (skips in aerogel/families); policies that skip the blocks inside "
+            "of one need them, those that reuse modules (fora, harmonica) do not"
         )
     return network.family.skips
 
 
-def followed_skips(network: Network, calls: Sequence[Call], branch: int) -> dict[str, Any]:
+def skip_state(network: Network, calls: Sequence[Call], branch: int) -> dict[str, Any]:
     """The state of a policy that lets the blocks inside of a skip rest, but for its steps: `whole` has a 1 for each that runs all blocks.
 
     Skips are counted from 0, the outermost. One recorded call proves that these blocks can be left out: with what they gave at the same
@@ -117,7 +117,7 @@ def inner(network: Network, call: Call, branch: int) -> list[str]:
 
 def _prove(network: Network, call: Call, state: dict[str, Any]) -> None:
     step = step_of(network.module, call.args, call.kwargs)
-    with resting(network, state | {"steps": [step] * 2, "whole": "10"}) as by:
+    with caching_inner_blocks(network, state | {"steps": [step] * 2, "whole": "10"}) as by:
         wanted = tensors_in(network.run(call))[0]
         try:
             given = tensors_in(network.run(call))[0]
@@ -130,8 +130,8 @@ def _prove(network: Network, call: Call, state: dict[str, Any]) -> None:
 
 
 @contextmanager
-def resting(network: Network, state: Mapping[str, Any]) -> Iterator[Resting]:
-    """Let inner blocks rest for a while at the steps that a state says; then the denoiser is what it was.
+def caching_inner_blocks(network: Network, state: Mapping[str, Any]) -> Iterator[SkipConnectionCache]:
+    """Skip inner blocks for a while at the steps that a state says; then the denoiser is what it was.
 
     Raises AerogelError when the state is of a network with other blocks.
     """
@@ -142,7 +142,7 @@ def resting(network: Network, state: Mapping[str, Any]) -> Iterator[Resting]:
             f"the policy was made for {state['blocks']} blocks, this denoiser has {len(blocks)}"
             + (f"; {unknown[0]} is none of them" if unknown else "")
         )
-    by = Resting(network, state)
+    by = SkipConnectionCache(network, state)
     answers: dict[nn.Module, Callable[..., Any]] = {blocks[name]: partial(by.block, name, called(blocks[name])) for name in state["inner"]}
-    with standing_in(network.module, answers), followed(network.module, by):
+    with patch_compiled(network.module, answers), tracked(network.module, by):
         yield by

@@ -31,18 +31,18 @@ class Float8(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Store:
+class CacheFormat:
     """How whatever nest of tensors is put away, and how it is read again."""
 
     pack: Callable[[Any], Any]
     unpack: Callable[[Any], Any]
 
 
-def store_named(slots: str) -> Store:
+def cache_format(name: str) -> CacheFormat:
     """The store of a name; raises AerogelError for one that is none."""
-    if slots not in _STORES:
-        raise AerogelError(f"slots is {slots!r}, expected one of {', '.join(_STORES)}")
-    return _STORES[slots]
+    if name not in _STORES:
+        raise AerogelError(f"cache_dtype is {name!r}, expected one of {', '.join(_STORES)}")
+    return _STORES[name]
 
 
 def versions(tree: Any) -> tuple[int, ...]:
@@ -77,4 +77,4 @@ def _from_float8(leaf: Any) -> Any:
     return dequantize(leaf.codes, Grid(leaf.scale), _FLOAT8, leaf.dtype) if isinstance(leaf, Float8) else leaf
 
 
-_STORES = {"compute": Store(_as_it_is, _as_it_is), "float8": Store(_packed, _unpacked)}
+_STORES = {"compute": CacheFormat(_as_it_is, _as_it_is), "float8": CacheFormat(_packed, _unpacked)}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aerogel.runtime.feature_cache.driven import driven
-from aerogel.runtime.feature_cache.schedule import reusing
-from aerogel.runtime.feature_cache.units import units_of
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
+from aerogel.runtime.feature_cache.controlled import controlled
+from aerogel.runtime.feature_cache.schedule import caching
 from tests.runtime.feature_cache.test_schedule import NAMES, calls, everything, scattered, table
 from tests.tiny import opened, output
 
@@ -16,9 +16,9 @@ from tests.tiny import opened, output
 def test_rows_answer_like_a_table(name: str) -> None:
     network = opened(name)
     computed_TN = scattered(network)
-    with reusing(network, table(network, computed_TN)):
+    with caching(network, table(network, computed_TN)):
         wanted = [output(network.module, call) for call in calls(name)]
-    with driven(network) as denoiser, torch.no_grad():
+    with controlled(network) as denoiser, torch.no_grad():
         held = denoiser.empty
         for row, call in enumerate(calls(name)):
             made, held = denoiser.step(call, computed_TN[row].tolist(), held)
@@ -29,11 +29,11 @@ def test_rows_answer_like_a_table(name: str) -> None:
 def test_full_scores_compute_all_and_leave_the_plain_forward_alone(name: str) -> None:
     network = opened(name)
     wanted = [output(network.module, call) for call in calls(name)]
-    with driven(network) as denoiser, torch.no_grad():
+    with controlled(network) as denoiser, torch.no_grad():
         held = denoiser.empty
         for row, call in enumerate(calls(name)):
             before = held
-            made, held = denoiser.step(call, torch.ones(len(units_of(network))), held, 0.1)
+            made, held = denoiser.step(call, torch.ones(len(cached_modules_of(network))), held, 0.1)
             torch.testing.assert_close(made.sample, wanted[row], rtol=1e-5, atol=1e-6)
             assert torch.equal(denoiser.plain(call).sample, wanted[row])
             assert all(kept is not None for kept in held)
@@ -43,14 +43,14 @@ def test_full_scores_compute_all_and_leave_the_plain_forward_alone(name: str) ->
 
 
 def test_a_score_mixes_new_and_kept() -> None:
-    """One unit with score s gives s x new + (1 - s) x kept; it is refreshed with the mixture above the threshold only."""
+    """One module with score s gives s x new + (1 - s) x kept; it is refreshed with the mixture above the threshold only."""
     network = opened("dit")
     first, second = calls("dit")[:2]
-    name = next(iter(units_of(network)))
-    unit = network.module.get_submodule(name)
-    with driven(network) as denoiser, torch.no_grad():
+    name = next(iter(cached_modules_of(network)))
+    module = network.module.get_submodule(name)
+    with controlled(network) as denoiser, torch.no_grad():
         _, held = denoiser.step(first, [True] * 4, denoiser.empty)
-        own = unit.forward
+        own = module.forward
         given: dict[str, torch.Tensor] = {}
 
         def watch(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
@@ -58,13 +58,13 @@ def test_a_score_mixes_new_and_kept() -> None:
             given["mixed"] = own(*args, **kwargs)
             return given["mixed"]
 
-        unit.__dict__["forward"] = watch
+        module.__dict__["forward"] = watch
         scores = torch.tensor([0.25, 1.0, 1.0, 1.0])
         for threshold, refreshed in ((0.1, True), (0.3, False)):
             _, after = denoiser.step(second, scores, held, threshold)
             torch.testing.assert_close(given["mixed"], 0.25 * given["new"] + 0.75 * held[0])
             assert torch.equal(after[0], given["mixed"] if refreshed else held[0])
-        unit.__dict__["forward"] = own
+        module.__dict__["forward"] = own
 
 
 def test_gradients_reach_the_scores_and_nothing_else() -> None:
@@ -73,7 +73,7 @@ def test_gradients_reach_the_scores_and_nothing_else() -> None:
     flags = [parameter.requires_grad for parameter in network.module.parameters()]
     first, second = calls("dit")[:2]
     scores = torch.full((4,), 0.5, requires_grad=True)
-    with driven(network) as denoiser:
+    with controlled(network) as denoiser:
         _, held = denoiser.step(first, scores, denoiser.empty, 0.1)
         made, after = denoiser.step(second, scores, held, 0.1)
         assert not any(kept.requires_grad for kept in (*held, *after))
