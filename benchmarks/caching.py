@@ -47,23 +47,32 @@ RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6)
 COLUMNS = [
     "steps",
     "policy",
-    "slots reused",
-    "operations, times fewer",
+    "cache ratio",
+    "operations, reduction",
     "slots' KB an image",
     "error of x0",
-    "of even spacing's",
-    "seeds: least to most",
-    "processor seconds to make",
+    "relative to even spacing",
+    "seeds: min to max",
+    "processor seconds to calibrate",
 ]
 NOTES = [
-    "Error: mean squared, of final images of held-out noise against those of the same network without reuse (variance below).",
-    "Operations are counted while the held-out images are made; shares of toca and duca count partly computed units as reused.",
-    "Stretches of blocks (first_block, teacache, magcache, delta_dit): the share of steps at which one is left out.",
-    "Policies with a ratio meet it exactly; the others stand at what their rules give, beside even spacing interpolated between ratios.",
-    "Trained and searched rows are the median of the seeds, and the least and most; searches saw 32 images of other noise.",
+    "Error: mean squared distance between final images of held-out noise and those of the same denoiser without a cache (variance below).",
+    (
+        "Operations are counted while the held-out images are generated. The cache ratios of toca and duca count "
+        "partly recomputed modules as cached."
+    ),
+    "Block-range policies (first_block, teacache, magcache, delta_dit): the cache ratio is the share of steps at which a range is skipped.",
+    (
+        "Policies with a ratio meet it exactly. For the others the ratio is what the rule gives, compared with even "
+        "spacing interpolated between ratios."
+    ),
+    "Trained and searched rows are the median, minimum and maximum over seeds. Searches used 32 images of other noise.",
     f"Searches take up to {TRIALS} trials and end where no exchange helps.",
-    "At 20 steps beside rules the router by itself at 0.2 and 0.3; at 50 rules only: the rest is hours of training and was not run.",
-    "Target: harmonica alone at most a third of even spacing's error at 0.2 and 0.3; with the local search the best row at every ratio.",
+    (
+        "At 20 steps: fixed rules, and the router alone at 0.2 and 0.3. At 50 steps: fixed rules only. The other runs "
+        "take hours of training and were not made."
+    ),
+    "Target: harmonica alone at most a third of the error of even spacing at 0.2 and 0.3; with local search the best row at every ratio.",
 ]  # fmt: skip
 
 
@@ -73,7 +82,7 @@ def budgeted(ratios: list[float], steps: int) -> Iterator[tuple[str, float | Non
         yield "uniform_cache", ratio, {"uniform_cache": {"ratio": ratio}}
         if ratio < 0.7:
             yield "uniform_cache, from the fourth step", ratio, {"uniform_cache": {"ratio": ratio, "first": 3}}
-        yield "random slots", ratio, {}
+        yield "random entries", ratio, {}
         if steps > 10:
             yield "harmonica", ratio, {"harmonica": {"ratio": ratio}}
         else:  # the router's own schedule is measured too
@@ -190,7 +199,8 @@ def main() -> None:
     for steps in given.steps:
         bench = Bench(steps)
         settings = {
-            "network": "zoo/fashion-dit, 12 units", "guidance": GUIDANCE, "sampler": type(bench.network.processor.scheduler).__name__,
+            "model": "zoo/fashion-dit, 12 cached modules", "guidance": GUIDANCE,
+            "sampler": type(bench.network.processor.scheduler).__name__,
             "held-out images": HELD, "threads": given.threads, "variance": round(float(bench.exact.var()), 4),
         }  # fmt: skip
         for label, ratio, step in chain(budgeted(given.ratios, steps), ruled()):
@@ -221,7 +231,7 @@ def keep(row: list[Any], settings: dict[str, Any]) -> None:
         spaced = even(kept, one[0], one[2])
         one[6] = None if spaced is None else one[5] / spaced
     kept.sort(key=lambda one: (one[0], one[2], one[5]))
-    write(path.stem, "Reuse in a DiT: error of the final image", settings, COLUMNS, kept, NOTES)
+    write(path.stem, "Feature caching in a DiT: error of the final image", settings, COLUMNS, kept, NOTES)
 
 
 if __name__ == "__main__":

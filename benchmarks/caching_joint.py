@@ -1,7 +1,7 @@
 """Reuse and quantization of the zoo's DiT, made apart and together: error of final images; writes benchmarks/results/caching_joint.json.
 
 python benchmarks/caching_joint.py
-python benchmarks/caching_joint.py --widths W8A8 --by searched --orders apart "apart, then ranges anew"   # other rows stay
+python benchmarks/caching_joint.py --widths W8A8 --by searched --orders apart "apart, then recalibrate"   # other rows stay
 """
 
 from __future__ import annotations
@@ -36,25 +36,34 @@ QUANTIZED: dict[str, list[dict[str, Any]]] = {
     ],
 }
 ORDERS = (
-    "no reuse",
+    "no cache",
     "apart",
-    "apart, then ranges anew",
+    "apart, then recalibrate",
     "apart, then schedule_refine",
     "on the quantized",
-    "on the quantized, then ranges anew",
+    "on the quantized, then recalibrate",
     "alternate: then schedule_refine too",
 )
-COLUMNS = ["made by", "weights and inputs", "order", "error of x0", "least to most", "of that made apart"]
+COLUMNS = ["policy", "weights and inputs", "order", "error of x0", "min to max", "relative to apart"]
 NOTES = [
-    "Error: mean squared, of final images of held-out noise against those of the float network without reuse; median, least and most.",
-    "Held out: 512 images; on 64 of such noise what is made apart with seed 0 has 4.9e-4, a tenth less: too few to tell orders apart.",
-    "Apart: the schedule of the float network is put on the quantized one. On the quantized: it is made there, against the float network.",
-    "Refined: exchanges on the quantized network from the schedule that is there, each confirmed on 128 images of other noise.",
-    "Then ranges anew: static ranges of inputs are measured once more on the generations that the cache leads to (recalibrate).",
-    "Weights are rounded to nearest, inputs have one static range each: what differs between rows is the order alone.",
-    "W4A8 once, on 64 images and one seed: on the quantized 1.18 of apart, with ranges anew 1.15; rounding alone has 4.4e-3.",
-    "Kernels are chosen by timing: an error differs by 1 % between runs. Ranges anew behind apart are of another run, as is their ratio.",
-    "Target: made together, an error below that of both made apart. Two of the three seeds lie within 4 % of it, either side.",
+    (
+        "Error: mean squared distance between final images of held-out noise and those of the float denoiser without a "
+        "cache; median, minimum and maximum."
+    ),
+    "Held out: 512 images. On 64 images, apart with seed 0 has 4.9e-4, a tenth less: too few images to distinguish the orders.",
+    (
+        "Apart: the schedule of the float denoiser is used on the quantized one. On the quantized: the schedule is "
+        "made there, with the float denoiser as the reference."
+    ),
+    "Refined: exchanges on the quantized denoiser, starting from the existing schedule, each confirmed on 128 images of other noise.",
+    "Then recalibrate: static input ranges are measured again on generations with the cache enabled.",
+    "Weights are rounded to nearest, inputs have one static range each. Rows differ in the order only.",
+    "W4A8, one run with 64 images and one seed: on the quantized 1.18 of apart, with recalibrate 1.15. Quantization alone has 4.4e-3.",
+    (
+        "Kernels are chosen by timing, so errors differ by 1 % between runs. The row 'apart, then recalibrate' and its "
+        "ratio are from another run."
+    ),
+    "Target: joint calibration has a smaller error than apart. Two of the three seeds are within 4 % of it, on either side.",
 ]
 
 
@@ -97,7 +106,7 @@ class Orders:
     def _ordered(self, order: str, quantizing: list[dict[str, Any]]) -> tuple[Network, Sequence[CalibratedPolicy]]:
         behind = order.startswith(("on the quantized", "alternate"))
         result = self._made([*quantizing, self.step] if behind else quantizing)
-        network, on = result.network, () if order == "no reuse" else result.policies if behind else self.alone
+        network, on = result.network, () if order == "no cache" else result.policies if behind else self.alone
         network.teacher, network.processor = self.bench.plain, self.bench.plain.processor
         if "ranges anew" in order or "alternate" in order:
             with policies.on(network, on):  # as the recipe's next step would
@@ -118,9 +127,9 @@ def keep(rows: Sequence[list[Any]], settings: dict[str, Any]) -> None:
     before = json.loads(path.read_text())["rows"] if path.exists() else []
     made = {tuple(row[:3]) for row in rows}
     kept = [row for row in before if tuple(row[:3]) not in made]
-    place = {order: number for number, order in enumerate(("reuse alone", *ORDERS))}
+    place = {order: number for number, order in enumerate(("cache alone", *ORDERS))}
     rows = sorted([*kept, *rows], key=lambda row: (row[0], row[1] != "float", row[1], place[row[2]]))
-    write(path.stem, "Reuse and quantization, apart and together", settings, COLUMNS, rows, NOTES)
+    write(path.stem, "Feature caching and quantization: separate and joint calibration", settings, COLUMNS, rows, NOTES)
 
 
 def main() -> None:
@@ -140,7 +149,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     bench = Bench(given.held)
     settings = {
-        "network": "zoo/fashion-dit, 12 units", "steps": STEPS, "guidance": GUIDANCE, "ratio": given.ratio, "trials": given.trials,
+        "model": "zoo/fashion-dit, 12 cached modules", "steps": STEPS, "guidance": GUIDANCE, "ratio": given.ratio, "trials": given.trials,
         "seeds": given.seeds, "held-out images": given.held, "threads": given.threads, "variance": round(float(bench.exact.var()), 4),
     }  # fmt: skip
     makers = {"schedule_search": {"ratio": given.ratio, "trials": given.trials}, "harmonica": {"ratio": given.ratio}}
@@ -148,7 +157,7 @@ def main() -> None:
         found: dict[tuple[str, str], list[float]] = {}
         for seed in given.seeds:
             orders = Orders(bench, {maker: makers[maker]}, given.trials, seed)
-            found.setdefault(("float", "reuse alone"), []).append(bench.error(bench.plain, orders.alone))
+            found.setdefault(("float", "cache alone"), []).append(bench.error(bench.plain, orders.alone))
             for width in given.widths:
                 for order, error in orders.of(width, given.orders):
                     found.setdefault((width, order), []).append(error)

@@ -34,18 +34,18 @@ POLICIES: dict[str, dict[str, Any]] = {
 COLUMNS = [
     "steps",
     "policy",
-    "operations, times fewer",
+    "operations, reduction",
     "MSE to uncached",
     "frechet[fashion-judge]",
-    "of uncached's",
+    "relative to uncached",
     "frechet[efficientnet-lite0@128]",
-    "of uncached's ",
+    "relative to uncached ",
     "accuracy[fashion-judge]",
 ]
 NOTES = [
-    "Fréchet distances of generated images to real ones, of the same number of images and the same noise in all rows.",
-    "Operations are counted while images are made. Trained policies: the median of the seeds; budgets are in multiply-accumulates.",
-    "Target: distances at most 5 % above those without reuse.",
+    "Fréchet distances between generated and real images, with the same number of images and the same noise in all rows.",
+    "Operations are counted while images are generated. Trained policies: the median over seeds. Budgets are in multiply-accumulates.",
+    "Target: distances at most 5 % above those without a cache.",
 ]
 
 
@@ -108,7 +108,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     bench = Bench(given.steps, given.images)
-    settings = {"network": "zoo/fashion-dit", "guidance": GUIDANCE, "images": given.images, "seeds": given.seeds, "trials": TRIALS}
+    settings = {"model": "zoo/fashion-dit", "guidance": GUIDANCE, "images": given.images, "seeds": given.seeds, "trials": TRIALS}
     path = FOLDER / "caching_judged.json"
     for make in (bench.without, bench.fewer, *((lambda policy=policy: bench.row(policy, given.seeds)) for policy in given.only)):
         row = make()

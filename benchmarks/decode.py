@@ -111,10 +111,10 @@ def shape(options: argparse.Namespace) -> None:
         "layers": options.layers, "width": 2048, "MLP": 8192, "heads": "32/8", "vocabulary": config.vocab_size, "batch": 1,
         "prompt": options.prompt, "new tokens": options.new_tokens, "rounds": options.rounds, "threads": torch_threads(options),
     }  # fmt: skip
-    columns = ["network", "prefill tok/s", "decode tok/s", "prefill over fastest float", "decode over fastest float", "peak MiB", "path"]
+    columns = ["model", "prefill tok/s", "decode tok/s", "prefill over fastest float", "decode over fastest float", "peak MiB", "path"]
     notes = [
-        "Random weights of the shape of Llama 3.2 1B; all networks take turns in one process and run through the same generation path.",
-        "Float embeddings and heads everywhere; torchao is eager, its 4-bit kernel takes bfloat16 networks only.",
+        "Random weights of the shape of Llama 3.2 1B. All models alternate in one process and use the same generation code.",
+        "Float embeddings and heads in all rows. torchao runs eagerly; its 4-bit kernel supports bfloat16 models only.",
     ]
     print(write("decode", "Llama-1B shape: prefill and decode", settings, columns, rows, notes).read_text())
 
@@ -149,10 +149,10 @@ def text(options: argparse.Namespace) -> None:
     rivals: dict[str, Callable[[], float]] = {}
     if (ENVIRONMENTS / "llama-cpp").exists():
         llama = LlamaCpp(torch_threads(options), length)
-        rivals["llama.cpp, its own Q4_1 file (head in 8 bits)"] = lambda: llama.turn(tokens_BT[0].tolist(), options.new_tokens)
+        rivals["llama.cpp, Q4_1 (8-bit head)"] = lambda: llama.turn(tokens_BT[0].tolist(), options.new_tokens)
     made: dict[str, Tensor] = {}
     for label, network in (("W4A16 (groups of 64)", small), ("float32", original)):
-        rivals[f"aerogel lean, {label}"] = _lean(label, network, tokens_BT, options.new_tokens, made)
+        rivals[f"aerogel fast decoder, {label}"] = _lean(label, network, tokens_BT, options.new_tokens, made)
         rivals[f"transformers generate, {label}"] = _own(label, network, tokens_BT, options.new_tokens, made)
     for turn in rivals.values():
         turn()
@@ -176,10 +176,10 @@ def text(options: argparse.Namespace) -> None:
         "rounds": options.rounds, "threads": torch_threads(options),
     }  # fmt: skip
     notes = [
-        "Engines take turns; milliseconds are medians over rounds of each round's median token, ratios are taken within a round.",
-        f"Greedy tokens of the lean path equal to those of transformers generate: {', '.join(f'{k}: {v}' for k, v in same.items())}.",
+        "Engines alternate. Milliseconds are medians over rounds of the median token of each round; ratios are taken within a round.",
+        f"Greedy tokens of the fast decoder equal those of transformers generate: {', '.join(f'{k}: {v}' for k, v in same.items())}.",
     ]
-    columns = ["engine", "tok/s", "ms a token", f"speed over {next(iter(turns)).split(',')[0]}"]
+    columns = ["engine", "tok/s", "ms per token", f"speed over {next(iter(turns)).split(',')[0]}"]
     print(write("generation", "SmolLM2-135M, greedy decoding at batch 1", settings, columns, rows, notes).read_text())
 
 

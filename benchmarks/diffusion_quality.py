@@ -38,8 +38,11 @@ GUIDANCE = {"unet": 2.0, "dit": 1.5}
 JUDGES = {"fashion-judge": str(ZOO / "fashion-judge"), "efficientnet-lite0@128": "efficientnet-lite0@128"}
 LAYERS = ["Linear", "Conv2d"]
 COVERAGE = {
-    "unet": "Rows but W4A32 cover all layers with 8-bit inputs and 8-bit attention operands; rtn rows are without any learning.",
-    "dit": "All rows cover all linears; the patch embedding and attention operands are in float. One range is learned in brecq rows.",
+    "unet": "All rows except W4A32 quantize all layers with 8-bit inputs and 8-bit attention operands. rtn rows involve no learning.",
+    "dit": (
+        "All rows quantize all linear layers. The patch embedding and attention operands are not quantized. "
+        "In brecq rows the single range is learned."
+    ),
 }
 
 
@@ -54,7 +57,7 @@ def nearest(bits: int, inputs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def linears(bits: int, method: str, *ranges: dict[str, Any] | None) -> dict[str, Any]:
-    """All linears of a transformer with symmetric channels: float inputs, static ranges with these options, or (None) a scale a token."""
+    """All linear layers of a transformer with symmetric channels; inputs float, with static ranges, or (None) one scale per token."""
     scheme = f"W{bits}A8" if None in ranges else f"W{bits}A16_CHANNEL"
     return {
         "steps": [
@@ -73,7 +76,7 @@ ROWS: dict[str, dict[tuple[str, str], Any]] = {
         ("W4A32", "qdiffusion"): {"steps": [{"brecq": {"scheme": weights(4)}}]},
         ("W4A32", "tfmq"): "tfmq-w4a32",
         ("W8A8", "rtn, one range"): nearest(8, ONE_RANGE),
-        ("W8A8", "rtn, one range a step"): nearest(8, A_STEP),
+        ("W8A8", "rtn, one range per step"): nearest(8, A_STEP),
         ("W8A8", "qdiffusion"): ("qdiffusion-w4a8", [f"brecq.scheme={weights(8)}"]),
         ("W8A8", "tfmq"): "tfmq-w8a8",
         ("W4A8", "rtn, one range"): nearest(4, ONE_RANGE),
@@ -90,7 +93,7 @@ ROWS: dict[str, dict[tuple[str, str], Any]] = {
         **{
             (f"W{bits}A8", f"{method}, {name}"): linears(bits, method, inputs)
             for bits, method in ((8, "rtn"), (4, "rtn"), (4, "brecq"), (3, "brecq"))
-            for name, inputs in (("one range", {"start": "minmax", "steps": 0} if method == "rtn" else {}), ("a scale a token", None))
+            for name, inputs in (("one range", {"start": "minmax", "steps": 0} if method == "rtn" else {}), ("one scale per token", None))
         },
     },
 }
@@ -171,7 +174,7 @@ def rows_of(name: str, given: argparse.Namespace) -> Iterator[list[Any]]:
         yield [scheme, method, round(taken), *_summary([figures(*pair) for pair in zip(ours, theirs, strict=True)])]
 
 
-TARGET = ("Target at W4A8: the best recipe's distances at most 10 % above float's and not above qdiffusion's, accuracy within a point.",)
+TARGET = ("Target at W4A8: distances of the best recipe at most 10 % above float and not above qdiffusion, accuracy within one point.",)
 FIGURES = ("mse", "ssim", "frechet[fashion-judge]", "frechet[efficientnet-lite0@128]", "accuracy[fashion-judge]")
 
 
@@ -199,13 +202,13 @@ def main() -> None:
     path = FOLDER / f"diffusion_quality_{given.network}.json"
     settings = {
         "calibration": f"{SHOWN} images, {STEPS} DDIM steps, guidance {GUIDANCE[given.network]:g}",
-        "optimiser steps a block": given.steps, "rate": given.rate, "seeds": given.seeds, "images a seed": given.images,
+        "optimiser steps per block": given.steps, "rate": given.rate, "seeds": given.seeds, "images per seed": given.images,
     }  # fmt: skip
     notes = [
-        "Means and standard deviations over seeds of the images' noise, after one calibration. Images have values from 0 to 1.",
+        "Means and standard deviations over noise seeds, after one calibration. Pixel values are from 0 to 1.",
         COVERAGE[given.network],
-        "Fréchet distances compare only within a column: they are of few images, and of this reference.",
-        "Rows are kept from run to run: seconds may be of several machines and beside other work, an order of size.",
+        "Fréchet distances are comparable only within a column: they use few images and this reference.",
+        "Rows are from several runs. Seconds may be from different, shared machines and show the order of magnitude only.",
         *(TARGET if given.network == "unet" else ()),
     ]
     for row in rows_of(given.network, given):

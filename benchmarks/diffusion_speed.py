@@ -28,7 +28,7 @@ from aerogel.model.calls import Call
 
 STEP, SEED = 500, 0
 CACHED = "W8A8, temporal path cached"
-ATTENTION = "W8A8, attention too"
+ATTENTION = "W8A8, with attention"
 
 
 def unet() -> tuple[nn.Module, dict[str, Tensor]]:
@@ -85,7 +85,7 @@ RECIPES: dict[str, dict[str, list[dict[str, Any]]]] = {
     "ldm": {f"W{bits}A8": static(bits, A_STEP) for bits in (8, 4)},
     "sdxl": {"W8A8": static(8, ONE_RANGE)},  # its time path knows the image's size: no ranges by step
     "dit": {
-        **{f"W{bits}A8, a scale a token": [{"rtn": {"scheme": f"W{bits}A8"}}] for bits in (8, 4)},
+        **{f"W{bits}A8, one scale per token": [{"rtn": {"scheme": f"W{bits}A8"}}] for bits in (8, 4)},
         **{f"W{bits}A8": static(bits, ONE_RANGE) for bits in (8, 4)},
     },
 }
@@ -120,7 +120,7 @@ def floats(name: str, base: nn.Module, half: nn.Module, inputs: dict[str, Any]) 
 
 
 def quantized(name: str, half: nn.Module, inputs: dict[str, Any]) -> Turns:
-    """The recipes; the first UNet recipe with its temporal path cached too, and a scale a token compiled."""
+    """The recipes; the first UNet recipe with its temporal path cached too, and one scale per token compiled."""
     turns, unets = {}, name != "dit"
     cached = [{"temporal_cache": {"content": "path"}}] if name in ("unet", "ldm") else []
     calls = [Call((), cast(inputs, torch.bfloat16))]
@@ -200,16 +200,22 @@ def main() -> None:
         "rounds": given.rounds, "threads": given.threads,
     }  # fmt: skip
     notes = [
-        "Random weights; both guidance branches in one batch; all variants take turns in one process, ratios are taken within a round.",
-        "Rows of one network are from one run; networks are kept from run to run, so they compare only where the processor was the same.",
-        "The largest was made in bfloat16 alone: in float32 it does not fit into 24 GB beside the others.",
-        "Outside of their integer layers quantized networks compute in bfloat16. W4 weights are held as int8 while they are multiplied.",
-        "Inputs have static ranges: one a step in unet and ldm, one in all in sdxl and dit; in rows that say so each token has a scale.",
-        "Attention too: its operands are in 8 bits as well, by integers where that was faster; elsewhere it is torch's own, in bfloat16.",
-        "Compiled: each transformer block by torch.compile, once for all; static ranges run through oneDNN, which is not traced.",
-        "Target: at least 1.5 times the fastest float variant, and nothing measurable for the temporal path once it is cached.",
+        "Random weights; both guidance branches in one batch. All variants alternate in one process, and ratios are taken within a round.",
+        "Rows of one model are from one run. Different models may be from different runs and are comparable only on the same processor.",
+        "The largest model was measured in bfloat16 only: in float32 it does not fit into 24 GB together with the others.",
+        "Quantized models compute in bfloat16 outside their integer layers. W4 weights are converted to int8 for the matrix product.",
+        (
+            "Inputs have static ranges: one per step in unet and ldm, one per tensor in sdxl and dit, or one scale per "
+            "token where the row says so."
+        ),
+        (
+            "With attention: attention operands are quantized to 8 bits too, with integer products where that was faster. "
+            "Other rows use torch attention in bfloat16."
+        ),
+        "Compiled: each transformer block with torch.compile. Static ranges use oneDNN, which is not traced.",
+        "Target: at least 1.5 times the fastest float variant, and no measurable time for a cached temporal path.",
     ]
-    columns = ["network", "parameters", "variant", "seconds a step", "times the fastest float"]
+    columns = ["model", "parameters", "variant", "seconds per step", "times the fastest float"]
     path = FOLDER / "diffusion_speed.json"
     for name in [given.only] if given.only else NETWORKS:
         before = json.loads(path.read_text())["rows"] if path.exists() else []

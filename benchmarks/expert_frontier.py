@@ -19,10 +19,16 @@ from aerogel.data import chats
 from aerogel.errors import AerogelError
 from aerogel.methods.experts.modes import Modes
 
-COLUMNS = ["ratio", "search", "evaluations", "seconds", "KL, nats", "pairs skipped", "neighbours where KL fell", "where the ratio fell"]
+COLUMNS = ["ratio", "search", "evaluations", "seconds", "KL, nats", "assignments skipped", "KL violations", "ratio violations"]
 NOTES = [
-    "Thresholds follow the quantiles of the scores. All pairs are evaluated once for all ratios; the seconds are those of that one look.",
-    "Both take KL and ratio not to fall as a threshold grows; the last columns count neighbours among the evaluated pairs where one did.",
+    (
+        "Thresholds follow the quantiles of the scores. All combinations are evaluated once for all ratios; the "
+        "seconds are those of that evaluation."
+    ),
+    (
+        "Both searches assume that KL divergence and ratio do not decrease as a threshold grows. The last columns "
+        "count neighbouring evaluations that violate this."
+    ),
 ]
 
 
@@ -51,18 +57,18 @@ def main() -> None:
                     break
                 taken = time.perf_counter() - start
                 looked = max(looked, taken) if exhaustive else looked
-                fell, name = state["against_monotony"], "all pairs" if exhaustive else "along the border"
+                fell, name = state["against_monotony"], "all combinations" if exhaustive else "border walk"
                 seconds = looked if exhaustive else taken
                 rows.append([ratio, name, state["evaluations"], seconds, state["kl"], state["skipped"], fell["error"], fell["ratio"]])
                 print(rows[-1], flush=True)
     settings = {
-        "network": "zoo/fashion-vlm",
-        "thresholds a modality": given.points,
+        "model": "zoo/fashion-vlm",
+        "thresholds per modality": given.points,
         "chats": given.chats,
         "threads": given.threads,
         "seed": 0,
     }
-    write("expert_frontier", "Two thresholds: along the border or all pairs", settings, COLUMNS, rows, NOTES)
+    write("expert_frontier", "Threshold search: border walk against all combinations", settings, COLUMNS, rows, NOTES)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,22 @@ from aerogel.methods.experts.modes import Modes
 from aerogel.model.network import Network
 from aerogel.runtime.expert_skipping import backend
 
-COLUMNS = ["phase", "variant", "MB of weights", "pairs skipped", "milliseconds", "times float", "of the product of both"]
+COLUMNS = [
+    "phase",
+    "variant",
+    "MB of weights",
+    "assignments skipped",
+    "milliseconds",
+    "speed-up over float",
+    "relative to the product of both",
+]
 NOTES = [
-    "One process, turns A B A B, medians; prefill of 512 tokens, decoding one token behind them, batch 1; weights as in expert_speed.",
-    "Float experts are fused and run through our implementation, 4-bit ones (W4A16, groups of 64) one by one; attention is 4-bit too.",
-    "Skipping: MoDES with importance that falls by a third from layer to layer; thresholds meet the ratio on this prompt, on each network.",
+    "One process, variants alternate, medians; prefill of 512 tokens, then decoding of one token, batch 1; weights as in expert_speed.",
+    "Float experts are fused and use our implementation. 4-bit experts (W4A16, groups of 64) run one by one, with 4-bit attention layers.",
+    (
+        "Skipping: MoDES with importance that decreases by a third from layer to layer. Thresholds meet the ratio on "
+        "this prompt, for each model."
+    ),
 ]  # fmt: skip
 
 
@@ -69,7 +80,7 @@ def main() -> None:
         "layers": given.layers, "shape": f"{EXPERTS} experts, {TOP} a token, hidden {HIDDEN}, expert 768", "dtype": given.dtype,
         "threads": given.threads, "rounds": given.rounds, "seed": 0,
     }  # fmt: skip
-    write("expert_quantized", "4-bit experts and skipping together", settings, COLUMNS, rows, NOTES)
+    write("expert_quantized", "4-bit experts with expert skipping", settings, COLUMNS, rows, NOTES)
 
 
 def megabytes(network: Network) -> float:

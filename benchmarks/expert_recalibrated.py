@@ -32,12 +32,12 @@ COLUMNS = [
     "skipped in prompts",
     "in answers",
     "KL to float, nats",
-    "seeds: least to most",
-    "replies right",
+    "seeds: min to max",
+    "exact match",
 ]
 NOTES = [
-    "KL of the quantized network with experts skipped from the float one without, where answers are predicted; means over seeds.",
-    "MoDES with power 0.25 and 24 thresholds a modality, calibrated on 64 chats: on the float network, or on the quantized one.",
+    "KL divergence between the quantized model with expert skipping and the float model without, over answer tokens; means over seeds.",
+    "MoDES with power 0.25 and 24 thresholds per modality, calibrated on 64 chats with the float or the quantized model.",
 ]
 
 
@@ -64,12 +64,12 @@ def main() -> None:
                 rows.append([scheme, 0.0, "none", 0.0, 0.0, alone["kl"], "1", alone["right"]])
                 print(rows[-1], flush=True)
                 for ratio in given.ratios:
-                    for name, origin in (("of the float network", plain), ("of the quantized network", coded)):
+                    for name, origin in (("of the float model", plain), ("of the quantized model", coded)):
                         found = [skipping(ratio, origin, coded, plain, calls, judge) for calls in shown]
                         rows.append([scheme, ratio, name, *summary(found)])
                         print(rows[-1], flush=True)
-    settings = {"network": "zoo/fashion-vlm", "held-out chats": HELD, "seeds": given.seeds, "threads": given.threads}
-    write("expert_recalibrated", "Thresholds before or behind quantization", settings, COLUMNS, rows, NOTES)
+    settings = {"model": "zoo/fashion-vlm", "held-out chats": HELD, "seeds": given.seeds, "threads": given.threads}
+    write("expert_recalibrated", "Thresholds calibrated before or after quantization", settings, COLUMNS, rows, NOTES)
 
 
 def skipping(ratio: float, source: Network, coded: Network, plain: Network, calls: Any, judge: ExactMatch) -> dict[str, Any]:

@@ -48,12 +48,15 @@ def main() -> None:
         original = nats(opened(network.origin), held_out)
     write(
         "gptq_rivals",
-        "GPTQ of a whole model beside other libraries",
+        "GPTQ of a complete model, compared with other libraries",
         {**vars(given), "weights": "as published"},
-        ["GPTQ W4 g64 symmetric", "computed in", "seconds", "Aerogel's share of it", "peak GB", "perplexity", "nats lost"],
+        ["GPTQ W4 g64 symmetric", "computed in", "seconds", "Aerogel time relative to it", "peak GB", "perplexity", "nats lost"],
         rows(runs, losses, original),
         [
-            "Aerogel's seconds include opening and saving; the rivals' are the quantization alone. Its share is that of its fastest run.",
+            (
+                "The seconds of Aerogel include opening and saving; those of the other libraries are the quantization alone. "
+                "The relative time uses the fastest run of Aerogel."
+            ),
             "Targets: at most half of llm-compressor's time, less than GPTQModel's, perplexity not worse by more than 0.5 %.",
         ],
     )

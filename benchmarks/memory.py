@@ -149,14 +149,14 @@ def save(rows: list[list[Any]]) -> None:
         "blocks",
         "recipe",
         "weights MB",
-        "peak MB over the interpreter",
+        "peak MB above the interpreter",
         "planned MB",
         "interpreter MB",
         "seconds",
         "peaks of all rounds",
     ]
     notes = [
-        "Target: at most 1200 MB over the interpreter's own (all imports done), and the same for both depths to 10 %.",
+        "Target: at most 1200 MB above the interpreter (after all imports), and equal for both depths within 10 %.",
         f"Other depths than {DEPTHS[0]} and {DEPTHS[1]} are checkpoints of the same width, where a full run took too long.",
     ]
     write(

@@ -144,14 +144,14 @@ def main() -> None:
     kernels, seconds = images(pipelines[0], given.count)
     float_pictures, float_seconds = images(pipelines[1], given.count)
     lines: dict[str, Any] = {
-        "float": apart(reference, float_pictures) | {"seconds a step": float_seconds},
-        "our kernels": step_error(network.module, seen) | apart(reference, kernels) | {"seconds a step": seconds},
+        "float": apart(reference, float_pictures) | {"seconds per step": float_seconds},
+        "our kernels": step_error(network.module, seen) | apart(reference, kernels) | {"seconds per step": seconds},
     }
     for name, folder in graphs.items():
         forward = engine(folder / "denoiser.onnx", clock, given.threads)
         with patch_forward({network.module: forward}):
             theirs, seconds = images(pipelines[0], given.count)
-        lines[f"onnxruntime, {name}"] = step_error(forward, seen) | apart(reference, theirs) | {"seconds a step": seconds}
+        lines[f"onnxruntime, {name}"] = step_error(forward, seen) | apart(reference, theirs) | {"seconds per step": seconds}
     weights = "unet/diffusion_pytorch_model.safetensors"
     files = {"original": ZOO / weights, "master": master / weights} | {name: folder / "denoiser.onnx" for name, folder in graphs.items()}
     print(json.dumps({"apart from our reference": lines, "bytes": {name: path.stat().st_size for name, path in files.items()}}, indent=1))

@@ -26,15 +26,17 @@ class Plot:
 
 
 PLOTS = {
-    "quality": Plot(("weights", "scheme", "method"), "nats lost", "nats a token over the original, lower is better", True, ("float",)),
+    "quality": Plot(("weights", "scheme", "method"), "nats lost", "nats per token above the original, lower is better", True, ("float",)),
     "gptq_rivals": Plot(("GPTQ W4 g64 symmetric",), "seconds", "seconds for the whole model, lower is better", skip=("float",)),
-    "memory": Plot(("recipe", "blocks"), "peak MB over the interpreter", "peak MB over the interpreter, lower is better"),
-    "generation": Plot(("engine",), "tok/s", "tokens a second, higher is better"),
+    "memory": Plot(("recipe", "blocks"), "peak MB above the interpreter", "peak MB above the interpreter, lower is better"),
+    "generation": Plot(("engine",), "tok/s", "tokens per second, higher is better"),
     "expert_skipping": Plot(
-        ("ratio asked for", "policy"), "KL, nats an answer token", "KL where answers are predicted, nats a token, lower is better", True
+        ("target ratio", "policy"), "KL, nats per answer token", "KL divergence, nats per answer token, lower is better", True
     ),
-    "expert_speed": Plot(("phase", "variant"), "times the fastest stock", "times the fastest stock implementation, higher is better"),
-    "decode": Plot(("network",), "decode tok/s", "tokens a second while decoding, higher is better"),
+    "expert_speed": Plot(
+        ("phase", "variant"), "speed-up over the fastest stock", "speed-up over the fastest stock implementation, higher is better"
+    ),
+    "decode": Plot(("model",), "decode tok/s", "tokens per second in decoding, higher is better"),
 }
 
 

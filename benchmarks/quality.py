@@ -39,11 +39,14 @@ EIGHT_BITS = ("rtn-w8a8", "smoothquant-w8a8")
 """Recipes of W8A8 with dynamic inputs."""
 PERPLEXITY = Perplexity(tokens=16384, stride=1023)
 AGREEMENT = KlDivergence(tokens=4096, stride=1023)
-COLUMNS = ["weights", "scheme", "method", "perplexity", "nats lost", "share of RTN's loss", "KL", "top-1"]
+COLUMNS = ["weights", "scheme", "method", "perplexity", "nats lost", "relative to RTN loss", "KL", "top-1"]
 NOTES = [
-    "Targets for W4 on the rotated copy and W3 on both: GPTQ loses at most 60 %, AWQ at most 85 % of what RTN loses; at W2 the same order.",
-    "Target for W8A8 with dynamic inputs: a perplexity at most 1 % over the original's, which is 0.01 nats.",
-    "RTN's ranges cover every weight here (`observer: minmax`).",
+    (
+        "Targets for W4 on the rotated copy and W3 on both: GPTQ loses at most 60 % and AWQ at most 85 % of the RTN "
+        "loss; at W2 the same order."
+    ),
+    "Target for W8A8 with dynamic inputs: perplexity at most 1 % above the original, which is 0.01 nats.",
+    "RTN ranges cover every weight (`observer: minmax`).",
 ]
 
 

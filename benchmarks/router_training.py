@@ -39,23 +39,23 @@ ROUTERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 COLUMNS = [
     "router",
-    "slots reused",
+    "cache ratio",
     "trajectories",
-    "network calls",
+    "denoiser calls",
     "clean images read",
     "processor seconds",
     "peak MB",
     "of it before training",
     "error of x0",
-    "seeds: least to most",
+    "seeds: min to max",
 ]
 NOTES = [
-    "Equal numbers of trajectories; l2c has none, so it makes as many iterations as there are steps in those.",
-    "Network calls: all forwards of the denoiser, those that prove the replay and measure for the log or the proxy included.",
-    "Clean images: those that are noised, repeats included; here the final latents of the recorded images.",
-    "The penalty of l2c alone is the published one, for the errors of a larger network; harmonica steers its own to the budget.",
-    "Error: mean squared, of final images of held-out noise against those of the same network without reuse.",
-    "Each training in a process of its own, of which the peak is the resident memory; figures are medians of the seeds.",
+    "Equal numbers of trajectories. l2c has no trajectories and runs as many iterations as these have steps.",
+    "Denoiser calls: all forward passes, including those that verify the replay and measure the log and the proxy.",
+    "Clean images: images that are noised, including repetitions; here the final latents of the recorded images.",
+    "l2c uses the published penalty, which was chosen for a larger model. harmonica adjusts its penalty to the budget.",
+    "Error: mean squared distance between final images of held-out noise and those of the same denoiser without a cache.",
+    "Each training runs in a separate process; the peak is its resident memory. Values are medians over seeds.",
 ]  # fmt: skip
 
 
@@ -135,10 +135,10 @@ def save(rows: list[list[Any]], threads: int) -> None:
     before = json.loads(path.read_text())["rows"] if path.exists() else []
     kept = [row for row in before if row[:2] not in [new[:2] for new in rows]]
     settings = {
-        "network": "zoo/fashion-dit, 12 units", "steps": STEPS, "guidance": GUIDANCE, "recorded images": IMAGES, "at once": BATCH,
+        "model": "zoo/fashion-dit, 12 cached modules", "steps": STEPS, "guidance": GUIDANCE, "recorded images": IMAGES, "at once": BATCH,
         "held-out images": HELD, "threads": threads,
     }  # fmt: skip
-    title = "Training a router of reuse"
+    title = "Training a caching router"
     write(path.stem, title, settings, COLUMNS, sorted(kept + rows, key=lambda row: (row[1], list(ROUTERS).index(row[0]))), NOTES)
 
 
