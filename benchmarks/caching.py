@@ -25,6 +25,7 @@ import aerogel
 from aerogel.data.denoising import Denoising, record
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.recipe import Recipe
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of, operations
 from aerogel.runtime.feature_cache.replay import Replay, output_of, replays
@@ -117,7 +118,7 @@ class Bench:
         self.network: Network = aerogel.load(DIT, lazy=False)
         self.steps = steps
         self.few = self._recorded(steps, 32, 0, batch=4)
-        (self.unseen,) = replays(self.network, self._recorded(steps, HELD, UNSEEN))
+        (self.unseen,) = replays(self.network, Trajectories.of(self.network, self._recorded(steps, HELD, UNSEEN)))
         with operations() as whole:
             self.exact = self._images(self.unseen)
         self.macs = whole.get_total_flops()
@@ -142,7 +143,7 @@ class Bench:
 
     def fewer(self, share: float) -> dict[str, float]:
         """The whole network with fewer steps, from the same noise."""
-        (run,) = replays(self.network, self._recorded(round(share * len(self.unseen.calls)), HELD, UNSEEN))
+        (run,) = replays(self.network, Trajectories.of(self.network, self._recorded(round(share * len(self.unseen.calls)), HELD, UNSEEN)))
         with operations() as left:
             error = float((self._images(run) - self.exact).square().mean())
         return {"reused": round(1 - share, 6), "macs": self.macs / left.get_total_flops(), "kb": 0.0, "error": error, "s": 0.0}

@@ -24,6 +24,7 @@ from aerogel.engine.policies import CalibratedPolicy
 from aerogel.methods.diffusion.recalibrate import Recalibrate
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.recipe import Recipe
 from aerogel.runtime.feature_cache.replay import output_of, replays
 
@@ -77,7 +78,7 @@ class Bench:
 
     def __init__(self, held: int) -> None:
         self.plain: Network = aerogel.load(DIT, lazy=False)
-        self._unseen = replays(self.plain, recorded(self.plain, held, UNSEEN, min(held, 64)))
+        self._unseen = replays(self.plain, Trajectories.of(self.plain, recorded(self.plain, held, UNSEEN, min(held, 64))))
         self.exact = self._pictures(self.plain)
 
     def _pictures(self, network: Network) -> torch.Tensor:

@@ -25,6 +25,7 @@ import aerogel
 from aerogel.data.denoising import Denoising, record
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.recipe import Recipe
 from aerogel.runtime.feature_cache.replay import Replay, output_of, replays
 
@@ -91,7 +92,7 @@ def train_here(step: dict[str, Any], seed: int) -> dict[str, float]:
     state = method.calibrate(network, calls)
     taken, peak = time.process_time() - start, status("VmHWM")
     hook.remove()
-    (unseen,) = replays(network, recorded(network, HELD, HELD, UNSEEN))
+    (unseen,) = replays(network, Trajectories.of(network, recorded(network, HELD, HELD, UNSEEN)))
     exact = final(network, unseen)
     with method.on(network, state):
         error = float((final(network, unseen) - exact).square().mean())

@@ -19,7 +19,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.base import CalibrationSize
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.streams import steps_in
+from aerogel.model.trajectories import Trajectories
 
 TOKENS_OF_A_CALL = 4096
 """Sequences are batched up to this many tokens, so that activations stay small and matrix products stay efficient."""
@@ -130,7 +130,7 @@ def reading(network: Network, samples: Shown) -> CalibrationSize:
 def _steps(network: Network, calls: Sequence[Call]) -> int:
     if network.family.modality in ("image", "video"):
         with suppress(AerogelError):  # samples of one call at several steps are no generation: what needs one says so
-            return len(steps_in(network, calls))
+            return len(Trajectories.of(network, calls).steps)
     return 1
 
 

@@ -17,7 +17,7 @@ from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.model.calls import Call
 from aerogel.model.hooks import capture_inputs
 from aerogel.model.network import Network
-from aerogel.model.timesteps import steps_of
+from aerogel.model.trajectories import Trajectories
 from aerogel.numerics.formats import format_named
 from aerogel.numerics.quantize import grid_from_range, to_codes, to_values
 from aerogel.numerics.scheme import PerTensor, PerToken, TensorScheme
@@ -59,7 +59,7 @@ class Inputs(Measure):
         original = original_of(self, against)
         wanted = Denoising(self.count, self.steps, self.guidance, tuple(self.prompts), batch=self.count)
         calls = record(pipeline_of(original), original.module, wanted)
-        clock = TimestepIndex(steps_of(original.module, calls))
+        clock = TimestepIndex(Trajectories.of(original, calls).distinct_steps)
         layers = {name: part for name, part in original.module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
         with torch.no_grad(), clock.on(original.module):
             ranges = _ranges(original, calls, clock, layers)

@@ -10,7 +10,7 @@ from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure, original_of, pipeline_of
 from aerogel.model.network import Network
 from aerogel.model.time_path import features_of, find
-from aerogel.model.timesteps import steps_of
+from aerogel.model.trajectories import Trajectories
 from aerogel.numerics.temporal import drift, totals
 
 
@@ -43,7 +43,7 @@ class Temporal(Measure):
         pipeline = pipeline_of(original)
         # One image of no prompt in particular: the features see neither.
         calls = record(pipeline, original.module, Denoising(1, self.steps, prompts=("",), batch=1))
-        steps = steps_of(original.module, calls)
+        steps = Trajectories.of(original, calls).distinct_steps
         wanted, given = (features_of(side, calls[0], steps) for side in (original, network))
         names = [name for name in wanted if name in path.projections]
         if missing := [name for name in names if name not in given or given[name].shape != wanted[name].shape]:

@@ -16,7 +16,7 @@ from aerogel.data.denoising import Denoising, generate_images, record
 from aerogel.engine.calibration import CalibrationRequest, Samples, shown
 from aerogel.errors import AerogelError
 from aerogel.model.network import Network
-from aerogel.model.timesteps import steps_of
+from aerogel.model.trajectories import Trajectories
 from tests.image_pipelines import classes, unconditional
 from tests.tiny import FAMILIES
 
@@ -26,7 +26,7 @@ def test_every_step_and_branch_of_one_pass() -> None:
     calls = record(pipeline, pipeline.transformer, Denoising(count=3, steps=4, guidance=2.0, batch=2))
     assert len(calls) == 2 * 4
     pipeline.scheduler.set_timesteps(4)
-    assert steps_of(pipeline.transformer, calls) == tuple(float(step) for step in pipeline.scheduler.timesteps)
+    assert Trajectories(pipeline.transformer, "", tuple(calls)).steps == tuple(float(step) for step in pipeline.scheduler.timesteps)
     assert calls[0].kwargs["class_labels"].tolist() == [0, 7, 1000, 1000]
     assert calls[4].kwargs["class_labels"].tolist() == [0, 1000], "the third image is of the first class again"
 

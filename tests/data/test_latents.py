@@ -13,6 +13,7 @@ import torch
 from aerogel.data.denoising import Denoising, generate_images, record
 from aerogel.data.latents import denoising_seconds, latents_by_step, watched_sampler
 from aerogel.errors import AerogelError
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.replay import output_of, replays
 from tests.runtime.feature_cache.test_replay import SAMPLERS, painter
 
@@ -25,7 +26,7 @@ WANTED = Denoising(count=3, steps=4, batch=2, guidance=3.0)
 def test_they_are_where_a_replay_goes(sampler: str) -> None:
     network = painter(sampler)
     made = list(latents_by_step(network.processor, WANTED, 5))
-    runs = replays(network, record(network.processor, network.module, WANTED, 5))
+    runs = replays(network, Trajectories.of(network, record(network.processor, network.module, WANTED, 5)))
     assert [len(passed) for passed in made] == [4, 4]
     for passed, run in zip(made, runs, strict=True):
         state = run.start()

@@ -17,7 +17,7 @@ from aerogel.errors import AerogelError
 from aerogel.model import time_path
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.timesteps import steps_of
+from aerogel.model.trajectories import Trajectories
 from tests.tiny import FAMILIES, VARIANTS, opened
 
 TINY = FAMILIES | VARIANTS
@@ -58,7 +58,7 @@ def test_features_are_those_of_a_forward_and_see_no_image(name: str) -> None:
     network, calls = opened(name), TINY[name].calls(3)
     path = time_path.find(network)
     time_path.check(network, path, calls[0])
-    steps = steps_of(network.module, calls)
+    steps = Trajectories.of(network, calls).distinct_steps
     assert steps == (900, 40, 600, 300)
     sinusoid_TC = time_path.sinusoids(network, path, calls[0], steps)
     for call in calls:  # of another image
@@ -150,7 +150,7 @@ def test_a_projection_that_is_never_reached_is_found_out() -> None:
 def test_a_timestep_given_by_place_is_found() -> None:
     network, (call,) = opened("unet"), FAMILIES["unet"].calls(1)
     given = Call((call.kwargs["sample"], 40, call.kwargs["encoder_hidden_states"]))
-    assert steps_of(network.module, [given, call]) == (40, 900)
+    assert Trajectories.of(network, [given, call]).distinct_steps == (40, 900)
     path = time_path.find(network)
     by_place, by_name = (time_path.sinusoids(network, path, one, (7.0, 3.0)) for one in (given, call))
     assert torch.equal(by_place, by_name)

@@ -13,6 +13,7 @@ from torch import Tensor, distributed
 from aerogel.errors import AerogelError
 from aerogel.kernels import synchronized_clock
 from aerogel.methods.feature_cache.harmonica import Harmonica
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache import sharding
 from aerogel.runtime.feature_cache.replay import Replay, replays
 from aerogel.runtime.feature_cache.sharding import shares_of
@@ -52,8 +53,8 @@ def work(rank: int, folder: str) -> None:
         "mean": averaged(mine.mean()).item(),
         "first": of_first(torch.tensor([rank + 5])).tolist(),
         "budget": Harmonica(target_speedup=1.1).budget(network, recorded(network)).cost_N,
-        "odd": refused(replays(network, recorded(network, count=3, batch=3))),
-        "different": refused(replays(network, recorded(network))[: 1 + rank]),
+        "odd": refused(replays(network, Trajectories.of(network, recorded(network, count=3, batch=3)))),
+        "different": refused(replays(network, Trajectories.of(network, recorded(network)))[: 1 + rank]),
     }
     torch.manual_seed(7 + rank)  # the first process's is that of all
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found | {"state": calibrated()}))
@@ -100,7 +101,7 @@ def test_what_cannot_be_shared_is_refused(pair: list[dict[str, Any]]) -> None:
 
 def test_alone_everything_is_what_it_was() -> None:
     network = painter()
-    runs = replays(network, recorded(network))
+    runs = replays(network, Trajectories.of(network, recorded(network)))
     assert all(same(VALUES) is VALUES for same in (averaged, of_first, share))
     assert torch.equal(variance(VALUES), VALUES.var())
     assert all(mine is run for mine, run in zip(shares_of(runs), runs, strict=True))
@@ -109,7 +110,7 @@ def test_alone_everything_is_what_it_was() -> None:
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 def test_shares_are_whole_images_with_both_halves_of_guidance(guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     network = painter()
-    (run,) = replays(network, recorded(network, count=4, batch=4, guidance=guidance))
+    (run,) = replays(network, Trajectories.of(network, recorded(network, count=4, batch=4, guidance=guidance)))
     for module in (processes, sharding):
         monkeypatch.setattr(module, "group_size", lambda: 2)
     monkeypatch.setattr(sharding, "of_first", lambda x: x)

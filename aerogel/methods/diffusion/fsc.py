@@ -26,7 +26,7 @@ from aerogel.model.hooks import capture_inputs
 from aerogel.model.match import matches
 from aerogel.model.network import Network
 from aerogel.model.time_path import TemporalPath, check, find, sinusoids
-from aerogel.model.timesteps import steps_of
+from aerogel.model.trajectories import Trajectories
 from aerogel.numerics.formats import format_named
 from aerogel.numerics.observers import MovingAverage
 from aerogel.numerics.quantize import Grid, grid_from_range
@@ -49,7 +49,7 @@ class Fsc(Method):
     @torch.no_grad()
     def apply(self, network: Network, calls: Sequence[Call]) -> None:
         """Give layers whose weights are quantized already per-step ranges; from now on the network follows a clock."""
-        path, steps = find(network), steps_of(network.module, calls)
+        path, steps = find(network), Trajectories.of(network, calls).distinct_steps
         check(network, path, calls[0])
         layers = self._layers(network)
         within = {name: layers.pop(name) for name in (*path.embedding_linears, *path.projections) if name in layers}

@@ -21,6 +21,7 @@ from aerogel.methods.base import Method, Requirement
 from aerogel.model.calls import Call
 from aerogel.model.hooks import capture_inputs
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.numerics.observers import MovingAverage, RunningMinMax
 from aerogel.numerics.quantize import Grid
 from aerogel.numerics.scheme import PerStep, PerTensor, TensorScheme
@@ -56,7 +57,7 @@ class Recalibrate(Method):
                 seen[name][row].update(x)
 
         with capture_inputs(layers, see):
-            for run in replays(network, calls):
+            for run in replays(network, Trajectories.of(network, calls)):
                 run.finish(run.start(), lambda _, call: output_of(network.run(call)))
         for name, layer in layers.items():
             _give(network, name, layer, {row: observer.grid() for row, observer in seen[name].items()})

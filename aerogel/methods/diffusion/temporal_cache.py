@@ -22,7 +22,7 @@ from aerogel.model.calls import Call
 from aerogel.model.hooks import patch_forward
 from aerogel.model.network import Network
 from aerogel.model.time_path import features_of, find
-from aerogel.model.timesteps import steps_of
+from aerogel.model.trajectories import Trajectories
 from aerogel.numerics.formats import format_named
 from aerogel.numerics.quantize import Grid, grid_from_range, quantize
 from aerogel.numerics.scheme import PerToken, TensorScheme
@@ -68,7 +68,7 @@ class TemporalCache(RuntimePolicy[TemporalCacheState]):
     def calibrate(self, network: Network, calls: Sequence[Call]) -> TemporalCacheState:
         """Run the path once a step, on one sample, and keep what it gives; raises AerogelError where it is not of the step alone."""
         find(network).require_alone()
-        steps = steps_of(network.module, calls)
+        steps = Trajectories.of(network, calls).distinct_steps
         own = features_of(network, calls[0], steps)
         teacher = (network.teacher or network) if self.content == "features" else network
         wanted = own if teacher is network else features_of(teacher, calls[0], steps)

@@ -22,7 +22,7 @@ from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.rounding import rounding_grid
 from aerogel.model.time_path import TemporalPath, check, find, sinusoids
-from aerogel.model.timesteps import steps_of
+from aerogel.model.trajectories import Trajectories
 from aerogel.numerics.adaround import beta_at, first_alpha, hard_codes, soft_weight, undecided
 from aerogel.numerics.scheme import Scheme
 from aerogel.training.fit import Fit, fit
@@ -59,7 +59,7 @@ class Tiar(Method):
         """Learn the rounding and put quantized linears into the path."""
         path, scheme = find(network), Scheme.parse(self.scheme)
         check(network, path, calls[0])
-        sinusoid_TC = sinusoids(network, path, calls[0], steps_of(network.module, calls))
+        sinusoid_TC = sinusoids(network, path, calls[0], Trajectories.of(network, calls).distinct_steps)
         dtype = network.stored_dtype or sinusoid_TC.dtype
         for name, twin in self.quantize(path.float(), sinusoid_TC.float(), scheme, dtype).items():
             twin.bias = network.module.get_submodule(name)._parameters["bias"]

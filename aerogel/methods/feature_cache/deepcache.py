@@ -14,8 +14,8 @@ from aerogel.methods.base import Requirement
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.skip_connections import caching_inner_blocks, skip_state, skips_of
-from aerogel.runtime.feature_cache.streams import steps_in
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,12 @@ class Deepcache(FeatureCachePolicy):
         if self.interval < 1:
             raise AerogelError(f"interval is {self.interval}; it is at least 1")
         skips_of(network)
-        steps = len(steps_in(network, calls))
+        trajectories = Trajectories.of(network, calls)
+        steps = len(trajectories.steps)
         whole: Sequence[int] = range(0, steps, self.interval)
         if self.center is not None:
             whole = gathered(steps, len(whole), self.center, self.power)
-        return skip_state(network, calls, self.branch) | {"whole": "".join("1" if step in whole else "0" for step in range(steps))}
+        return skip_state(network, trajectories, self.branch) | {"whole": "".join("1" if step in whole else "0" for step in range(steps))}
 
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
         """Skip blocks; raises AerogelError when the state is of other blocks, and at steps that are not its own."""

@@ -13,6 +13,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import BlockCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.block_cache import Rule, TableRule, block_cache_state
 
 
@@ -35,7 +36,7 @@ class DeltaDit(BlockCachePolicy):
             raise AerogelError(
                 f"interval {self.interval} is at least 1, share {self.share} above 0 and at most 1, boundary {self.boundary} from 0 to 1"
             )
-        return block_cache_state(network, calls)
+        return block_cache_state(network, Trajectories.of(network, calls))
 
     def rule(self, state: dict[str, Any]) -> Rule:
         """Two block ranges, by the step."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.partial_token_cache import TokenCacheConfig, caching_tokens, token_cache_state
 
 
@@ -30,7 +31,7 @@ class Duca(TokenCacheConfig, FeatureCachePolicy):
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Read the sampler's steps off the calls; raises AerogelError for options out of range, and where no attention scores tokens."""
-        return token_cache_state(network, calls, self, lambda ahead: ahead % 2 == 1)
+        return token_cache_state(network, Trajectories.of(network, calls), self, lambda ahead: ahead % 2 == 1)
 
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
         """Reuse by the table, with some tokens computed anew."""

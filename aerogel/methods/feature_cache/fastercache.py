@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -20,11 +20,11 @@ from aerogel.methods.base import Requirement
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call, map_tensors
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories, latent_of
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.guidance import CFGBatch, Half, HalfBatchEntry, UncondPredictor, guided, require_pair
 from aerogel.runtime.feature_cache.replay import replays
 from aerogel.runtime.feature_cache.schedule import Schedule, caching, schedule_state
-from aerogel.runtime.feature_cache.streams import latent_of, steps_in
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,13 @@ class Fastercache(FeatureCachePolicy):
         """
         if min(self.self_every, self.unconditional_every) < 1:
             raise AerogelError(f"self_every {self.self_every} and unconditional_every {self.unconditional_every} are at least 1")
-        modules, steps = cached_modules_of(network), steps_in(network, calls)
-        conditional = self._conditional(network, calls) if self.unconditional_every > 1 else ""
+        trajectories = Trajectories.of(network, calls)
+        modules, steps = cached_modules_of(network), trajectories.steps
+        conditional = self._conditional(network, trajectories) if self.unconditional_every > 1 else ""
         both_T = both_run(steps, self.unconditional_every, self.unconditional_window)
         runs_T = torch.tensor(attention_runs(steps, both_T, self.self_every, self.window))
         attends_N = torch.tensor([module.kind == "self-attention" for module in modules.values()])
-        state = schedule_state(network, calls, lambda *_: runs_T[:, None] | ~attends_N)
+        state = schedule_state(network, trajectories, lambda *_: runs_T[:, None] | ~attends_N)
         return state | {"both": "".join("1" if one else "0" for one in both_T), "conditional": conditional}
 
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
@@ -85,10 +86,10 @@ class Fastercache(FeatureCachePolicy):
         ]
         return guided(network, schedule, make, halves, _Bands(gains))
 
-    def _conditional(self, network: Network, calls: Sequence[Call]) -> Half:
+    def _conditional(self, network: Network, trajectories: Trajectories) -> Half:
         """Which half has the condition: guidance goes from the other one towards it and beyond."""
         alone = "set unconditional_every to 1 to leave out attention only"
-        x = latent_of(network.module, calls[0].args, calls[0].kwargs)
+        x = latent_of(network.module, trajectories.first.args, trajectories.first.kwargs)
         require_pair(x, alone)
         if x.ndim < 4:
             raise AerogelError(
@@ -97,7 +98,7 @@ class Fastercache(FeatureCachePolicy):
             )
         if self.conditional != "found":
             return self.conditional
-        (run,) = replays(network, calls[: len(steps_in(network, calls))])
+        (run,) = replays(network, replace(trajectories, calls=trajectories.calls[: len(trajectories.steps)]))
         return "first" if run.guidance > 0.5 else "second"
 
     def _weights(self, runs: Sequence[bool]) -> list[float]:

@@ -12,6 +12,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import BlockCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.block_cache import BlockRange, Rule, block_cache_state
 
 
@@ -32,7 +33,7 @@ class FirstBlock(BlockCachePolicy):
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Read the sampler's steps off the calls; raises AerogelError for options out of range."""
-        state = block_cache_state(network, calls)
+        state = block_cache_state(network, Trajectories.of(network, calls))
         if self.first < 1 or self.last < 0 or self.first + self.last >= state["blocks"]:
             raise AerogelError(f"first {self.first} and last {self.last} leave nothing of {state['blocks']} blocks to be left out")
         if self.threshold < 0 or self.warmup < 1:

@@ -12,6 +12,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.schedule import schedule_state
 
 
@@ -29,5 +30,7 @@ class Fora(FeatureCachePolicy):
         if self.interval < 1:
             raise AerogelError(f"interval is {self.interval}; it is at least 1")
         return schedule_state(
-            network, calls, lambda steps, modules: torch.arange(steps).remainder(self.interval).eq(0)[:, None].expand(-1, modules)
+            network,
+            Trajectories.of(network, calls),
+            lambda steps, modules: torch.arange(steps).remainder(self.interval).eq(0)[:, None].expand(-1, modules),
         )

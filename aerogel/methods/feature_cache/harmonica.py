@@ -23,6 +23,7 @@ from aerogel.methods.base import CalibrationSize, CostEstimate
 from aerogel.methods.feature_cache.policy import BudgetedCachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.budgets import Budget
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.checkpointing import checkpointing_blocks
@@ -31,7 +32,6 @@ from aerogel.runtime.feature_cache.masks import Search
 from aerogel.runtime.feature_cache.replay import Replay, State, output_of, replays
 from aerogel.runtime.feature_cache.schedule import Schedule
 from aerogel.runtime.feature_cache.sharding import shares_of
-from aerogel.runtime.feature_cache.streams import sampler_of, steps_in
 from aerogel.runtime.feature_cache.trials import Trials, mean_square
 from aerogel.training.distributed import averaged, group_size, of_first, share, variance
 from aerogel.training.fit import progressed
@@ -83,14 +83,14 @@ class Harmonica(BudgetedCachePolicy):
         """Whether a budget is asked for."""
         return self.ratio is not None or self.target_speedup is not None
 
-    def budget(self, network: Network, calls: Sequence[Call]) -> Budget:
+    def budget(self, network: Network, trajectories: Trajectories) -> Budget:
         """What has to be saved, by the costs that the first process measures; raises AerogelError also where max_age forbids it.
 
         Nothing, and all modules cost the same, where a threshold decides.
         """
-        mine = super().budget(network, calls) if self.budgeted else Budget((1.0,) * len(cached_modules_of(network)), 0.0)
+        mine = super().budget(network, trajectories) if self.budgeted else Budget((1.0,) * len(cached_modules_of(network)), 0.0)
         saving, *cost_N = of_first(torch.tensor([mine.saving, *mine.cost_N], dtype=torch.float64)).tolist()
-        return Budget(tuple(cost_N), saving).with_max_reuse(self.max_age, len(steps_in(network, calls)))
+        return Budget(tuple(cost_N), saving).with_max_reuse(self.max_age, len(trajectories.steps))
 
     def cost(self, size: CalibrationSize) -> CostEstimate:
         """A teacher, a student and its gradients at each step; proxies, each of half a generation; trials, the same, in both branches."""
@@ -110,8 +110,9 @@ class Harmonica(BudgetedCachePolicy):
             )
         if not 0 <= self.threshold < _HIGHEST:
             raise AerogelError(f"threshold {self.threshold} is at least 0 and below {_HIGHEST:.3f}, the score of the first step")
-        budget = self.budget(network, calls)
-        runs, modules = replays(network, calls), tuple(cached_modules_of(network))
+        trajectories = Trajectories.of(network, calls)
+        budget = self.budget(network, trajectories)
+        runs, modules = replays(network, trajectories), tuple(cached_modules_of(network))
         generator = torch.Generator().manual_seed(int(of_first(torch.tensor(torch.initial_seed() % 2**63))))
         with controlled(network) as denoiser, checkpointing_blocks(denoiser) if self.checkpointing else nullcontext():
             training = _Training(self, denoiser, runs, budget, len(modules), generator)
@@ -122,7 +123,7 @@ class Harmonica(BudgetedCachePolicy):
                 mask_TN = training.searched(mask_TN)
             unseen = training.unseen()
             error, without = unseen.error(mask_TN), unseen.error(torch.ones_like(mask_TN))
-        found = Schedule(runs[0].steps, sampler_of(network), modules, mask_TN)
+        found = Schedule(runs[0].steps, trajectories.sampler, modules, mask_TN)
         router = {"decoded": replace(found, computed_TN=decoded_TN).as_state()["computed"]} if self.search else {}
         return found.as_state() | router | {
             "scores": training.scores(), "lambda": training.lambda_T, "penalty": training.penalty, "guidance": runs[0].guidance,

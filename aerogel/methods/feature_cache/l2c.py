@@ -21,12 +21,12 @@ from aerogel.methods.base import CalibrationSize, CostEstimate
 from aerogel.methods.feature_cache.policy import BudgetedCachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.budgets import Budget
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.controlled import ControlledDenoiser, controlled
 from aerogel.runtime.feature_cache.replay import Replay, State, output_of, replays
 from aerogel.runtime.feature_cache.schedule import Schedule
-from aerogel.runtime.feature_cache.streams import sampler_of, steps_in
 from aerogel.runtime.feature_cache.trials import Trials, mean_square
 from aerogel.training.fit import progressed
 
@@ -59,10 +59,11 @@ class L2c(BudgetedCachePolicy):
         """Train and decode; raises AerogelError when the calls do not replay or every second step cannot meet the budget."""
         if min(self.iterations, self.check) < 1:
             raise AerogelError(f"iterations {self.iterations} and check {self.check} are at least 1")
-        budget = self.budget(network, calls)
-        _within(budget, len(steps_in(network, calls)))
+        trajectories = Trajectories.of(network, calls)
+        budget = self.budget(network, trajectories)
+        _within(budget, len(trajectories.steps))
         _noises(network)
-        runs, modules = replays(network, calls), tuple(cached_modules_of(network))
+        runs, modules = replays(network, trajectories), tuple(cached_modules_of(network))
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
         with controlled(network) as denoiser:
             training = _Training(self, denoiser, runs, budget, generator)
@@ -71,7 +72,7 @@ class L2c(BudgetedCachePolicy):
             training.note(mask_TN)
             unseen = Trials(denoiser, runs[:1], [runs[0].noise(generator)])
             error, without = unseen.error(mask_TN), unseen.error(torch.ones_like(mask_TN))
-        state = Schedule(runs[0].steps, sampler_of(network), modules, mask_TN).as_state()
+        state = Schedule(runs[0].steps, trajectories.sampler, modules, mask_TN).as_state()
         return state | {
             "scores": training.scores(), "guidance": runs[0].guidance, "images": training.images, "error": error,
             "error_without_reuse": without, "log": training.log,

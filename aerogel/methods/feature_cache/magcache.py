@@ -16,6 +16,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import BlockCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.block_cache import Rule, TableRule, block_cache_state, residuals
 
 
@@ -39,9 +40,10 @@ class Magcache(BlockCachePolicy):
             raise AerogelError(
                 f"threshold {self.threshold} is at least 0, longest {self.longest} at least 1, retention {self.retention} from 0 to 1"
             )
-        state = block_cache_state(network, calls)
+        trajectories = Trajectories.of(network, calls)
+        state = block_cache_state(network, trajectories)
         ratio_T, before = torch.zeros(len(state["steps"])), torch.empty(0)
-        for number, residual_BND in enumerate(residuals(network, calls)):
+        for number, residual_BND in enumerate(residuals(network, trajectories)):
             step = number % len(ratio_T)
             norm_BN = residual_BND.float().norm(dim=-1)
             ratio_T[step] += 1.0 if step == 0 else (norm_BN / (before + 1e-8)).mean()

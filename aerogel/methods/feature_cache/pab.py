@@ -12,9 +12,9 @@ from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.schedule import schedule_state
-from aerogel.runtime.feature_cache.streams import steps_in
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Pab(FeatureCachePolicy):
             raise AerogelError(f"self_every {self.self_every} and cross_every {self.cross_every} are at least 1")
         every = {"self-attention": self.self_every, "cross-attention": self.cross_every}
         kinds = [every.get(module.kind, 1) for module in cached_modules_of(network).values()]
-        steps = steps_in(network, calls)
-        columns = {interval: broadcast(steps, interval, self.first, self.last) for interval in set(kinds)}
-        return schedule_state(network, calls, lambda *_: torch.tensor([columns[interval] for interval in kinds]).T)
+        trajectories = Trajectories.of(network, calls)
+        columns = {interval: broadcast(trajectories.steps, interval, self.first, self.last) for interval in set(kinds)}
+        return schedule_state(network, trajectories, lambda *_: torch.tensor([columns[interval] for interval in kinds]).T)
 
 
 def broadcast(steps: Sequence[float], every: int, first: float, last: float) -> list[bool]:

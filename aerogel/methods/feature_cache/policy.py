@@ -15,6 +15,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.base import Requirement, RuntimePolicy, name_of
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.block_cache import Rule, caching_blocks
 from aerogel.runtime.feature_cache.budgets import Budget, Measure, budget_of
 from aerogel.runtime.feature_cache.cache_dtype import CacheDtype, cache_format
@@ -141,6 +142,6 @@ class BudgetedCachePolicy(FeatureCachePolicy):
     by: Measure = "latency"
     """What a target speed-up is counted in: measured seconds of the modules, or their multiply-accumulates."""
 
-    def budget(self, network: Network, calls: Sequence[Call]) -> Budget:
+    def budget(self, network: Network, trajectories: Trajectories) -> Budget:
         """What has to be saved; raises AerogelError when that is not said, said twice or cannot be had."""
-        return budget_of(network, calls, self.ratio, self.target_speedup, self.by)
+        return budget_of(network, trajectories, self.ratio, self.target_speedup, self.by)

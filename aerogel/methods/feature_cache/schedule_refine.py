@@ -16,6 +16,7 @@ from aerogel.methods.base import CalibrationSize, CostEstimate, Requirement
 from aerogel.methods.feature_cache.policy import ScheduleRefiner
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.budgets import Measure, budget_like
 from aerogel.runtime.feature_cache.masks import Search
 from aerogel.runtime.feature_cache.schedule import Schedule
@@ -45,7 +46,7 @@ class ScheduleRefine(ScheduleRefiner):
     def revise(self, network: Network, calls: Sequence[Call], before: dict[str, Any]) -> dict[str, Any]:
         """Exchange cache entries where images of other noise gain by it too; raises AerogelError for calls of other steps."""
         schedule = Schedule.of(network, before)
-        with generating(network, calls, self.samples) as generations:
+        with generating(network, Trajectories.of(network, calls), self.samples) as generations:
             if generations.runs[0].steps != schedule.steps:
                 raise AerogelError(
                     f"the schedule before schedule_refine is of {len(schedule.steps)} steps, the recorded generations have "

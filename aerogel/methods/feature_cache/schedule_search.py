@@ -13,10 +13,10 @@ from aerogel.methods.base import CalibrationSize, CostEstimate
 from aerogel.methods.feature_cache.policy import BudgetedCachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.masks import Search
 from aerogel.runtime.feature_cache.schedule import Schedule
-from aerogel.runtime.feature_cache.streams import sampler_of
 from aerogel.runtime.feature_cache.trials import generating
 
 
@@ -35,9 +35,10 @@ class ScheduleSearch(BudgetedCachePolicy):
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Search on the recorded generations; raises AerogelError when they do not replay or the budget cannot be met."""
-        budget, modules = self.budget(network, calls), tuple(cached_modules_of(network))
-        with generating(network, calls, self.samples) as generations:
+        trajectories = Trajectories.of(network, calls)
+        budget, modules = self.budget(network, trajectories), tuple(cached_modules_of(network))
+        with generating(network, trajectories, self.samples) as generations:
             search, steps = Search(generations.trials, budget, self.trials), generations.runs[0].steps
             mask_TN = search.swaps(search.single_modules(search.whole_steps((len(steps), len(modules)))))
             facts = generations.facts(mask_TN)
-        return Schedule(steps, sampler_of(network), modules, mask_TN).as_state() | facts
+        return Schedule(steps, trajectories.sampler, modules, mask_TN).as_state() | facts

@@ -14,9 +14,9 @@ from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.schedule import schedule_state
-from aerogel.runtime.feature_cache.streams import generations, steps_in
 
 
 @dataclass(frozen=True)
@@ -35,28 +35,27 @@ class Smoothcache(FeatureCachePolicy):
         """Measure the change from step to step on the recorded calls; raises AerogelError for options out of range."""
         if self.alpha < 0 or self.longest < 1:
             raise AerogelError(f"alpha {self.alpha} is at least 0, longest {self.longest} at least 1")
-        modules, steps = cached_modules_of(network), len(steps_in(network, calls))
-        kinds = [module.kind for module in modules.values()]
-        changes_NTA = self._changes(network, calls, steps)
+        trajectories = Trajectories.of(network, calls)
+        kinds = [module.kind for module in cached_modules_of(network).values()]
+        changes_NTA = self._changes(network, trajectories)
         changes = {kind: changes_NTA[[place for place, other in enumerate(kinds) if other == kind]].mean(0) for kind in set(kinds)}
         columns = {kind: smooth(change_TA, self.alpha) for kind, change_TA in changes.items()}
-        state = schedule_state(network, calls, lambda *_: torch.tensor([columns[kind] for kind in kinds]).T)
+        state = schedule_state(network, trajectories, lambda *_: torch.tensor([columns[kind] for kind in kinds]).T)
         return state | {f"{kind}.change": change_TA for kind, change_TA in changes.items()}
 
-    def _changes(self, network: Network, calls: Sequence[Call], steps: int) -> Tensor:
+    def _changes(self, network: Network, trajectories: Trajectories) -> Tensor:
         """Relative L1 distance (N, T, A) of each module's output at a step to that 1 to A steps before, over all generations."""
         names = list(cached_modules_of(network))
-        total_NTA = torch.zeros(len(names), steps, self.longest)
+        total_NTA = torch.zeros(len(names), len(trajectories.steps), self.longest)
         recent: list[list[Tensor]] = []
-        runs = generations(network, calls)
-        for step, call in ((step, call) for run in runs for step, call in enumerate(run)):
+        for step, call in ((step, call) for run in trajectories.runs for step, call in enumerate(run.calls)):
             recent = [] if step == 0 else recent
             given = _outputs(network, names, call)
             for ago, before in enumerate(reversed(recent[-self.longest :])):
                 for place, (new, old) in enumerate(zip(given, before, strict=True)):
                     total_NTA[place, step, ago] += (new - old).abs().sum() / old.abs().sum().clamp(min=torch.finfo(torch.float32).tiny)
             recent = [*recent[1 - self.longest :], given] if self.longest > 1 else [given]
-        return total_NTA / len(runs)
+        return total_NTA / len(trajectories.runs)
 
 
 def _outputs(network: Network, names: Sequence[str], call: Call) -> list[Tensor]:

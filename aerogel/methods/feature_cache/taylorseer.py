@@ -17,6 +17,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.schedule import CacheEntry, Schedule, caching, schedule_state
 
 
@@ -37,7 +38,7 @@ class Taylorseer(FeatureCachePolicy):
         """Read the sampler's steps off the calls; raises AerogelError for options below their least values."""
         if min(self.interval, self.warmup) < 1 or self.order < 0:
             raise AerogelError(f"interval {self.interval} and warmup {self.warmup} are at least 1, order {self.order} at least 0")
-        return schedule_state(network, calls, self._computed)
+        return schedule_state(network, Trajectories.of(network, calls), self._computed)
 
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
         """Predict by the table."""

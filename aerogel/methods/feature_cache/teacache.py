@@ -14,9 +14,9 @@ from aerogel.methods.feature_cache.policy import BlockCachePolicy, SearchSpace
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.hooks import capture_inputs
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.block_cache import BlockRange, Rule, block_cache_state
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
-from aerogel.runtime.feature_cache.streams import generations
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class Teacache(BlockCachePolicy):
     @torch.no_grad()
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Fit the polynomial; raises AerogelError for options out of range and too few recorded steps."""
-        state, runs = block_cache_state(network, calls), generations(network, calls)
-        pairs = sum(len(run) - 1 for run in runs)
+        trajectories = Trajectories.of(network, calls)
+        state, runs = block_cache_state(network, trajectories), trajectories.runs
+        pairs = sum(len(run.calls) - 1 for run in runs)
         if self.threshold < 0 or not 1 <= self.degree < pairs:
             raise AerogelError(
                 f"threshold {self.threshold} is at least 0, degree {self.degree} at least 1 and below the {pairs} recorded pairs of steps"
@@ -46,7 +47,7 @@ class Teacache(BlockCachePolicy):
         with capture_inputs({first: network.module.get_submodule(first)}, lambda _, x: seen.append(x)):
             for run in runs:
                 seen.clear()
-                made = [tensors_in(network.run(call))[0] for call in run]
+                made = [tensors_in(network.run(call))[0] for call in run.calls]
                 inputs += map(changed, seen[1:], seen)
                 outputs += map(changed, made[1:], made)
         powers = torch.tensor(inputs, dtype=torch.float64)[:, None] ** torch.arange(self.degree + 1)

@@ -13,6 +13,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.schedule import schedule_state
 
 
@@ -29,7 +30,11 @@ class UniformCache(FeatureCachePolicy):
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Read the sampler's steps off the calls; raises AerogelError when so many steps cannot reuse."""
-        return schedule_state(network, calls, lambda steps, modules: spread(steps, self.ratio, self.first)[:, None].expand(-1, modules))
+        return schedule_state(
+            network,
+            Trajectories.of(network, calls),
+            lambda steps, modules: spread(steps, self.ratio, self.first)[:, None].expand(-1, modules),
+        )
 
 
 def spread(steps: int, ratio: float, first: int) -> Tensor:

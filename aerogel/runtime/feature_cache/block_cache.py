@@ -12,20 +12,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, takewhile
+from itertools import takewhile
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
 from aerogel.layers.signature import arguments_of
-from aerogel.model.calls import Call, bytes_in
+from aerogel.model.calls import bytes_in
 from aerogel.model.hooks import Stop, until
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.cache_dtype import CacheDtype, cache_format, versions
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.compiled import called, compiled, compiled_around, patch_compiled
-from aerogel.runtime.feature_cache.streams import StreamTracker, generations, sampler_of, steps_in, tracked
+from aerogel.runtime.feature_cache.streams import StreamTracker, tracked
 
 BlockRange = tuple[int, int]
 """The first block and the one behind the last."""
@@ -199,19 +200,19 @@ def hidden_states_of(network: Network) -> tuple[str, ...]:
     return network.family.hidden_state_args
 
 
-def block_cache_state(network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+def block_cache_state(network: Network, trajectories: Trajectories) -> dict[str, Any]:
     """The state that every rule needs: steps and sampler of the recorded calls, and how many blocks there are."""
     hidden_states_of(network)
-    return {"steps": list(steps_in(network, calls)), "sampler": sampler_of(network), "blocks": len(network.blocks())}
+    return {"steps": list(trajectories.steps), "sampler": trajectories.sampler, "blocks": len(network.blocks())}
 
 
-def residuals(network: Network, calls: Sequence[Call]) -> Iterator[Tensor]:
+def residuals(network: Network, trajectories: Trajectories) -> Iterator[Tensor]:
     """What all blocks together add to the image's stream (B, N, D) in each step of the recorded generations.
 
     Raises AerogelError when the calls are not whole generations.
     """
     streams, image = hidden_states_of(network), _image_of(network)
-    runs = generations(network, calls)
+    calls = [call for run in trajectories.runs for call in run.calls]
     blocks = list(network.blocks().values())
     seen: list[Tensor | None] = []
     hooks = [
@@ -221,7 +222,7 @@ def residuals(network: Network, calls: Sequence[Call]) -> Iterator[Tensor]:
         blocks[-1].register_forward_hook(lambda own, args, made: seen.append(_unpacked(made)[image])),
     ]
     try:
-        for call in chain.from_iterable(runs):
+        for call in calls:
             seen.clear()
             network.run(call)
             (change,) = _minus((seen[1],), (seen[0],))

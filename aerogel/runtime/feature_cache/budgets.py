@@ -12,8 +12,8 @@ from torch import Tensor
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of, costs_of, seconds_of
-from aerogel.runtime.feature_cache.streams import steps_in
 
 Measure = Literal["latency", "macs"]
 
@@ -123,21 +123,21 @@ def _most(reused_T: Sequence[bool], open_T: Sequence[bool], max_age: int) -> int
     return count
 
 
-def budget_of(network: Network, calls: Sequence[Call], ratio: float | None, speedup: float | None, by: Measure) -> Budget:
+def budget_of(network: Network, trajectories: Trajectories, ratio: float | None, speedup: float | None, by: Measure) -> Budget:
     """The budget for a share of cache entries or a target speed-up of the denoiser.
 
     Raises AerogelError unless one of the two is given, and when reusing everything after the first step would not be enough.
     """
     if (ratio is None) == (speedup is None):
         raise AerogelError("give one of ratio (share of steps x modules to cache) and target_speedup (times faster)")
-    steps, modules = len(steps_in(network, calls)), len(cached_modules_of(network))
+    steps, modules = len(trajectories.steps), len(cached_modules_of(network))
     most = steps - 1
     if ratio is not None:
         made = Budget((1.0,) * modules, float(round(ratio * steps * modules)))
         what = f"a ratio of {ratio}"
     else:
         assert speedup is not None, "one of the two"
-        whole, cost_N = _costs(network, calls[0], by)
+        whole, cost_N = _costs(network, trajectories.first, by)
         made = Budget(cost_N, steps * whole * (1 - 1 / speedup))
         what = f"a speed-up of {speedup} by {by}"
     if (speedup is not None and speedup < 1) or made.saving < 0 or made.saving > most * sum(made.cost_N):

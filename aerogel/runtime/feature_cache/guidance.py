@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from aerogel.errors import AerogelError
 from aerogel.model.calls import map_tensors, tensors_in
 from aerogel.model.network import Network
+from aerogel.model.trajectories import latent_of, same_twice
 from aerogel.runtime.feature_cache.schedule import CacheEntry, ModuleCache, Schedule, make_entries, patched_entries
-from aerogel.runtime.feature_cache.streams import latent_of, same_twice, tracked
+from aerogel.runtime.feature_cache.streams import tracked
 
 Half = Literal["first", "second"]
 

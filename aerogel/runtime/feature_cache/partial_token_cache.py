@@ -20,11 +20,12 @@ from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.hooks import capture_inputs
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories, latent_of
 from aerogel.runtime.attention import Attend, attending, attention_received
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.compiled import compiled_around
 from aerogel.runtime.feature_cache.schedule import CacheEntry, ModuleCache, Schedule, make_entries, patched_entries, schedule_state
-from aerogel.runtime.feature_cache.streams import latent_of, tracked
+from aerogel.runtime.feature_cache.streams import tracked
 
 Grid = tuple[int, int, int]
 """Frames, rows and columns of tokens."""
@@ -118,7 +119,9 @@ def grid_of(latent: Sequence[int], tokens: int) -> Grid:
     return grid
 
 
-def token_cache_state(network: Network, calls: Sequence[Call], options: TokenCacheConfig, some: Callable[[int], bool]) -> dict[str, Any]:
+def token_cache_state(
+    network: Network, trajectories: Trajectories, options: TokenCacheConfig, some: Callable[[int], bool]
+) -> dict[str, Any]:
     """The state of a policy: a schedule, the shares of tokens by step and module, and the attention that scores each module's tokens.
 
     `some` says how far ahead the next full step is where some tokens are computed anew. Runs the first call. Raises AerogelError for
@@ -131,8 +134,8 @@ def token_cache_state(network: Network, calls: Sequence[Call], options: TokenCac
         return torch.tensor(options.ahead(steps)).eq(0)[:, None].expand(-1, modules)
 
     names = [name for name, module in cached_modules_of(network).items() if options.factor(module.kind)]
-    scored_by = _scored_by(network, calls[0], names, options.cell) if calls and names else {}
-    state = schedule_state(network, calls, full)
+    scored_by = _scored_by(network, trajectories.first, names, options.cell) if names else {}
+    state = schedule_state(network, trajectories, full)
     partial_T = torch.tensor([ahead > 0 and some(ahead) for ahead in options.ahead(len(state["steps"]))])
     return state | {"shares": options.shares(network, partial_T), "scored_by": scored_by}
 

@@ -21,7 +21,7 @@ from aerogel.errors import AerogelError
 from aerogel.layers.signature import arguments_of
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.streams import generations, same_twice, step_of
+from aerogel.model.trajectories import Trajectories, Trajectory
 
 _CLOSE = 1e-2
 """Largest relative distance between a recorded and a replayed input; half precision needs that much."""
@@ -110,7 +110,7 @@ class Replay:
         return _scale_at(self.sampler, 0)
 
 
-def replays(network: Network, calls: Sequence[Call]) -> list[Replay]:
+def replays(network: Network, trajectories: Trajectories) -> list[Replay]:
     """Return the generations among recorded calls, each proved to be what the pipeline made.
 
     Raises AerogelError without a pipeline, for a sampler that draws noise on the way, and where calls are not whole generations.
@@ -119,7 +119,7 @@ def replays(network: Network, calls: Sequence[Call]) -> list[Replay]:
     if sampler is None:
         raise AerogelError("the network came without its pipeline: give the pipeline or its folder, so that its sampler can be replayed")
     recorded = network.teacher or network  # what is compressed meanwhile goes another way
-    made = [_replay(recorded, sampler, run) for run in generations(recorded, calls)]
+    made = [_replay(recorded, sampler, run) for run in trajectories.runs]
     _prove(recorded, made[0])
     return made
 
@@ -130,14 +130,11 @@ def output_of(given: Any) -> Tensor:
     return tensor
 
 
-def _replay(network: Network, sampler: Any, calls: Sequence[Call]) -> Replay:
+def _replay(network: Network, sampler: Any, trajectory: Trajectory) -> Replay:
     names = arguments_of(network.module)
-    name, run = names[0], tuple(Call((), dict(zip(names, call.args, strict=False)) | call.kwargs) for call in calls)
-    given = tuple(step_of(network.module, call.args, call.kwargs) for call in run)
-    fresh = _at_start(sampler, given)
-    halves = same_twice(run[0].kwargs[name])
-    found = Replay(run, given, fresh, name, halves)
-    return replace(found, guidance=_guidance(network, found)) if halves else found
+    name, run = names[0], tuple(Call((), dict(zip(names, call.args, strict=False)) | call.kwargs) for call in trajectory.calls)
+    found = Replay(run, trajectory.steps, _at_start(sampler, trajectory.steps), name, trajectory.cfg_batch)
+    return replace(found, guidance=_guidance(network, found)) if found.halves else found
 
 
 def _at_start(sampler: Any, given: Sequence[float]) -> Any:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call, bytes_in
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.cache_dtype import CacheDtype, cache_format, versions
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.compiled import by_pattern, called, compiled_around, patch_compiled
-from aerogel.runtime.feature_cache.streams import StreamTracker, sampler_of, steps_in, tracked
+from aerogel.runtime.feature_cache.streams import StreamTracker, tracked
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ class Schedule:
         return cls(tuple(state["steps"]), state["sampler"], modules, computed_TN)
 
 
-def schedule_state(network: Network, calls: Sequence[Call], decide: Callable[[int, int], Tensor]) -> dict[str, Any]:
+def schedule_state(network: Network, trajectories: Trajectories, decide: Callable[[int, int], Tensor]) -> dict[str, Any]:
     """The state of a schedule for the steps of recorded calls; `decide` gets T and N and says which modules compute (T, N)."""
-    modules, steps = tuple(cached_modules_of(network)), steps_in(network, calls)
-    return Schedule(steps, sampler_of(network), modules, decide(len(steps), len(modules))).as_state()
+    modules, steps = tuple(cached_modules_of(network)), trajectories.steps
+    return Schedule(steps, trajectories.sampler, modules, decide(len(steps), len(modules))).as_state()
 
 
 class CacheEntry:

@@ -6,7 +6,7 @@ these gives, so one cache entry is enough however many blocks are skipped; and w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -18,8 +18,9 @@ from aerogel.model.calls import Call, tensors_in
 from aerogel.model.family import Skips
 from aerogel.model.network import Network
 from aerogel.model.trace import trace
+from aerogel.model.trajectories import Trajectories, step_of
 from aerogel.runtime.feature_cache.compiled import called, patch_compiled
-from aerogel.runtime.feature_cache.streams import StreamTracker, sampler_of, step_of, steps_in, tracked
+from aerogel.runtime.feature_cache.streams import StreamTracker, tracked
 
 _CLOSE = 1e-2
 """Largest relative distance between two answers that ought to be the same; half precision needs that much."""
@@ -84,7 +85,7 @@ def skips_of(network: Network) -> Skips:
     return network.family.skips
 
 
-def skip_state(network: Network, calls: Sequence[Call], branch: int) -> dict[str, Any]:
+def skip_state(network: Network, trajectories: Trajectories, branch: int) -> dict[str, Any]:
     """The state of a policy that lets the blocks inside of a skip rest, but for its steps: `whole` has a 1 for each that runs all blocks.
 
     Skips are counted from 0, the outermost. One recorded call proves that these blocks can be left out: with what they gave at the same
@@ -92,12 +93,12 @@ def skip_state(network: Network, calls: Sequence[Call], branch: int) -> dict[str
     """
     skips_of(network)
     state: dict[str, Any] = {
-        "steps": list(steps_in(network, calls)),
-        "sampler": sampler_of(network),
+        "steps": list(trajectories.steps),
+        "sampler": trajectories.sampler,
         "blocks": len(network.blocks()),
-        "inner": inner(network, calls[0], branch),
+        "inner": inner(network, trajectories.first, branch),
     }
-    _prove(network, calls[0], state)
+    _prove(network, trajectories.first, state)
     return state
 
 

@@ -7,19 +7,16 @@ Streams (the branches of guidance that come in calls of their own) never see eac
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from aerogel.errors import AerogelError
-from aerogel.layers.signature import arguments_of
-from aerogel.layers.timestep_index import in_use, timestep_of
-from aerogel.model.calls import Call, bytes_in, tensors_in
-from aerogel.model.network import Network
+from aerogel.layers.timestep_index import in_use
+from aerogel.model.calls import bytes_in, tensors_in
+from aerogel.model.trajectories import step_of
 
 _BRANCH = "branch {}"
 _CONTEXT = "cache_context"
@@ -162,81 +159,3 @@ def _named_streams(denoiser: nn.Module, by: StreamTracker) -> Iterator[None]:
         denoiser.__dict__.pop(_CONTEXT)
         if before is not None:
             denoiser.__dict__[_CONTEXT] = before
-
-
-def sampler_of(network: Network) -> str:
-    """What the pipeline's sampler is called; empty without a pipeline."""
-    scheduler = getattr(network.processor, "scheduler", None)
-    return "" if scheduler is None else type(scheduler).__name__
-
-
-def steps_in(network: Network, calls: Sequence[Call]) -> tuple[float, ...]:
-    """The time steps of the first recorded generation, in order; branches of guidance in calls of their own count once."""
-    steps = [step_of(network.module, call.args, call.kwargs) for call in calls]
-    if not steps:
-        raise AerogelError("no recorded calls: give samples, or a pipeline that they can be recorded from")
-    again = next((place for place in range(1, len(steps)) if steps[place] == steps[0] != steps[place - 1]), len(steps))
-    return tuple(step for step, before in zip(steps[:again], [None, *steps], strict=False) if step != before)
-
-
-def generations(network: Network, calls: Sequence[Call]) -> list[Sequence[Call]]:
-    """Cut recorded calls into whole generations, one call a step; branches of guidance in calls of their own become halves of a batch.
-
-    Raises AerogelError where they are not that, and where such branches are of other sizes.
-    """
-    once, calls = steps_in(network, calls), _joined(network.module, calls)
-    steps = [step_of(network.module, call.args, call.kwargs) for call in calls]
-    if len(once) < 2 or steps != list(once) * (len(calls) // len(once)):
-        raise AerogelError(
-            f"{len(calls)} recorded calls are not generations of {len(once)} steps, one call a step: "
-            "samplers that call the denoiser several times a step do not serve here"
-        )
-    return [calls[start : start + len(once)] for start in range(0, len(calls), len(once))]
-
-
-def _joined(denoiser: nn.Module, calls: Sequence[Call]) -> Sequence[Call]:
-    """The calls, with branches of guidance that came one behind the other (Wan, true guidance of Flux) as halves of one batch."""
-    found = []
-    for first, second in zip(calls[::2], calls[1::2], strict=False):
-        latents = [latent_of(denoiser, call.args, call.kwargs) for call in (first, second)]
-        at = {step_of(denoiser, call.args, call.kwargs) for call in (first, second)}
-        if len(at) > 1 or not torch.equal(*latents):
-            return calls
-        found.append(_both(first, second, len(latents[0])))
-    return found if 2 * len(found) == len(calls) else calls
-
-
-def _both(first: Call, second: Call, samples: int) -> Call:
-    def join(one: Any, other: Any) -> Any:
-        if not isinstance(one, Tensor) or not one.ndim or len(one) != samples:
-            return one
-        if one.shape != other.shape:
-            raise AerogelError(
-                f"the branches of guidance come in calls of their own, with {tuple(one.shape)} and {tuple(other.shape)}: "
-                "pad their prompts to one length"
-            )
-        return torch.cat([one, other])
-
-    args, kwargs = pytree.tree_map(join, (first.args, first.kwargs), (second.args, second.kwargs))
-    return Call(args, kwargs)
-
-
-def latent_of(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a forward denoises: the first argument."""
-    name = arguments_of(denoiser)[0]
-    given: Tensor = kwargs[name] if name in kwargs else args[0]
-    return given
-
-
-def same_twice(x: Tensor) -> bool:
-    """Whether the second half of a batch is the first once more, as with both branches of guidance in one batch."""
-    return len(x) % 2 == 0 and torch.equal(*x.chunk(2))
-
-
-def step_of(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-    """The time step of a forward; raises AerogelError where its samples are at several."""
-    timestep = timestep_of(denoiser, args, kwargs)
-    found = set(timestep.flatten().tolist()) if isinstance(timestep, Tensor) else {timestep}
-    if len(found) != 1:
-        raise AerogelError(f"a forward over {len(found)} different time steps: a cache needs all samples at one step")
-    return float(found.pop())

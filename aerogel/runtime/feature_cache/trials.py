@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.controlled import CacheContents, ControlledDenoiser, controlled
 from aerogel.runtime.feature_cache.replay import Replay, State, output_of, replays
 from aerogel.training.distributed import averaged
@@ -133,12 +133,12 @@ class Generations:
 
 
 @contextmanager
-def generating(network: Network, calls: Sequence[Call], samples: int) -> Iterator[Generations]:
+def generating(network: Network, trajectories: Trajectories, samples: int) -> Iterator[Generations]:
     """Take over a denoiser to try masks on the first of its recorded generations, about as many images as `samples` says.
 
     Raises AerogelError when the calls do not replay.
     """
-    recorded = replays(network, calls)
+    recorded = replays(network, trajectories)
     runs = recorded[: max(1, math.ceil(samples / len(recorded[0].start().x_BCHW)))]
     generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
     with controlled(network) as denoiser, torch.no_grad():

@@ -29,6 +29,7 @@ from aerogel.methods.feature_cache.policy import BudgetedCachePolicy, FeatureCac
 from aerogel.methods.feature_cache.uniform_cache import spread
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.replay import output_of, replays
 from aerogel.runtime.feature_cache.schedule import schedule_state
 from tests import image_pipelines as painters
@@ -107,7 +108,7 @@ def test_errors_are_those_of_replays(found: Any) -> None:
     """An independent way to the same latents: the recorded generation, replayed outside of the pipeline."""
     _, findings, _ = found
     network = load(painter())
-    runs = replays(network, record(network.processor, network.module, WANTED, findings.facts["held_out_seed"]))
+    runs = replays(network, Trajectories.of(network, record(network.processor, network.module, WANTED, findings.facts["held_out_seed"])))
 
     def along() -> list[list[Tensor]]:
         made = []
@@ -133,7 +134,10 @@ def test_errors_are_those_of_replays(found: Any) -> None:
 
     fewer = findings.facts["fewer"]
     assert (fewer["value"], fewer["speedup"]) == (4, 1.5)
-    runs = replays(network, record(network.processor, network.module, replace(WANTED, steps=4), findings.facts["held_out_seed"]))
+    runs = replays(
+        network,
+        Trajectories.of(network, record(network.processor, network.module, replace(WANTED, steps=4), findings.facts["held_out_seed"])),
+    )
     assert fewer["error"] == pytest.approx(apart(along(), -1), rel=1e-2)
 
 
@@ -240,7 +244,7 @@ class Toy(BudgetedCachePolicy):
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         if (self.target_speedup or 0) > 2.5:
             raise AerogelError("cannot be had")
-        return schedule_state(network, calls, lambda steps, modules: torch.ones(steps, modules, dtype=torch.bool))
+        return schedule_state(network, Trajectories.of(network, calls), lambda steps, modules: torch.ones(steps, modules, dtype=torch.bool))
 
 
 @dataclass(frozen=True)

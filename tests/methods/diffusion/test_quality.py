@@ -21,7 +21,7 @@ from aerogel.model import time_path
 from aerogel.model.calls import Call
 from aerogel.model.hooks import capture_inputs
 from aerogel.model.network import Network
-from aerogel.model.timesteps import steps_of
+from aerogel.model.trajectories import Trajectories
 
 pytestmark = pytest.mark.quality
 
@@ -74,7 +74,7 @@ def features_error(network: Network) -> tuple[float, float]:
     """(relative squared error of the temporal features, share of those nearer to another step's): over all steps and projections."""
     plain = aerogel.load(pipeline().unet)
     path = time_path.find(plain)
-    steps = steps_of(plain.module, calls())
+    steps = Trajectories.of(plain, calls()).distinct_steps
     sinusoid_TC = time_path.sinusoids(plain, path, calls()[0], steps)
     weights = {
         name: part.dequantized(torch.float32)
@@ -117,7 +117,7 @@ def inputs_of_path() -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
     linears = {name: part for name, part in [*path.embedding_linears.items(), *path.projections.items()][1:] if isinstance(part, nn.Linear)}
     with capture_inputs(linears, lambda name, x: seen.update({name: x.detach()})), torch.no_grad():
-        path.features(time_path.sinusoids(plain, path, calls()[0], steps_of(plain.module, calls())))
+        path.features(time_path.sinusoids(plain, path, calls()[0], Trajectories.of(plain, calls()).distinct_steps))
     return seen
 
 
@@ -151,7 +151,7 @@ def test_ranges_of_their_own_keep_the_features_of_8_bit_weights() -> None:
     per_step = compressed(rounded, {"fsc": {}})
     shared = compressed(rounded, {"activation_ranges": {"start": "minmax", "steps": 0, "targets": PATH}})
     plain = aerogel.load(pipeline().unet)
-    steps = steps_of(plain.module, calls())
+    steps = Trajectories.of(plain, calls()).distinct_steps
     sinusoid_TC = time_path.sinusoids(plain, time_path.find(plain), calls()[0], steps)
     with torch.no_grad():
         wanted = time_path.find(plain).features(sinusoid_TC)

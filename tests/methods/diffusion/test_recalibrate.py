@@ -17,6 +17,7 @@ from aerogel.errors import AerogelError
 from aerogel.layers.linear import QuantLinear
 from aerogel.methods.diffusion.recalibrate import Recalibrate, _give
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.numerics.quantize import Grid
 from aerogel.recipe import Recipe
 from aerogel.runtime.feature_cache.replay import output_of, replays
@@ -58,7 +59,7 @@ def test_ranges_are_those_of_the_generation_under_the_cache(fora: dict[str, Any]
     network.processor.scheduler = teacher.processor.scheduler
     hook = network.module.get_submodule(LAYER).register_forward_pre_hook(see)
     with policies.on(network, made.policies):
-        for run in replays(teacher, calls):
+        for run in replays(teacher, Trajectories.of(teacher, calls)):
             run.finish(run.start(), lambda _, call: output_of(network.run(call)))
     hook.remove()
     assert len(low) == (6 if fora else 10), "two generations of five steps; a layer that rests is not seen"

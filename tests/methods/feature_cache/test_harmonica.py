@@ -17,13 +17,13 @@ from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.harmonica import Harmonica, _Training
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.budgets import Budget, budget_of
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.controlled import ControlledDenoiser, controlled
 from aerogel.runtime.feature_cache.masks import Search
 from aerogel.runtime.feature_cache.replay import Replay, State, output_of, replays
 from aerogel.runtime.feature_cache.schedule import Schedule
-from aerogel.runtime.feature_cache.streams import steps_in
 from aerogel.runtime.feature_cache.trials import Trials
 from tests.runtime.feature_cache.test_replay import apart, clips, packed, painter, recorded
 
@@ -49,7 +49,7 @@ def soft(denoiser: ControlledDenoiser, run: Replay, state: State, scores_TN: Ten
 def test_leave_one_out_is_what_whole_generations_say() -> None:
     network = painter()
     with controlled(network) as denoiser:
-        made = training(network, denoiser, replays(network, recorded(network)))
+        made = training(network, denoiser, replays(network, Trajectories.of(network, recorded(network))))
         made.refresh(0)
         run, start = made.fixed
         scores_TN = made.scores()
@@ -63,7 +63,7 @@ def test_leave_one_out_is_what_whole_generations_say() -> None:
 def test_cumulative_is_what_whole_generations_say() -> None:
     network = painter()
     with controlled(network) as denoiser:
-        made = training(network, denoiser, replays(network, recorded(network)), proxy="cumulative")
+        made = training(network, denoiser, replays(network, Trajectories.of(network, recorded(network))), proxy="cumulative")
         made.refresh(0)
         run, start = made.fixed
         images = [soft(denoiser, run, start, made.scores(), set(range(step + 1, 5))) for step in range(5)]
@@ -75,7 +75,7 @@ def test_cumulative_is_what_whole_generations_say() -> None:
 def test_a_step_that_computes_everything_has_no_weight() -> None:
     network = painter()
     with controlled(network) as denoiser:
-        made = training(network, denoiser, replays(network, recorded(network)))
+        made = training(network, denoiser, replays(network, Trajectories.of(network, recorded(network))))
         made.rows[3].fill_(torch.inf)
         made.refresh(0)
     assert made.lambda_T[3] == 0
@@ -86,7 +86,7 @@ def test_a_trajectory_moves_each_row_once_by_its_own_loss() -> None:
     """Against the loop of the paper written out, with gradients of the row at hand only."""
     network = painter()
     with controlled(network) as denoiser:
-        made = training(network, denoiser, replays(network, recorded(network)))
+        made = training(network, denoiser, replays(network, Trajectories.of(network, recorded(network))))
         before = torch.stack([row_N.detach().clone() for row_N in made.rows])
         run, start = made._begin()
         made.trajectory(run, start.fork())
@@ -140,8 +140,8 @@ def test_denoisers_whose_pipelines_do_it_otherwise_learn_too(pipeline: Callable[
     state = method.calibrate(network, calls)
     schedule = Schedule.of(network, state)
     assert schedule.reused == pytest.approx(0.4, abs=0.5 / schedule.computed_TN.numel())
-    assert schedule.steps == steps_in(network, calls)
-    run = replays(network, calls)[0]
+    assert schedule.steps == Trajectories.of(network, calls).steps
+    run = replays(network, Trajectories.of(network, calls))[0]
     with controlled(network) as denoiser, torch.no_grad():
         error = Trials(denoiser, [run], [run.start()]).error(schedule.computed_TN)
     whole = run.finish(run.start(), lambda _, call: output_of(network.run(call)))
@@ -172,7 +172,7 @@ def test_without_a_budget_the_threshold_decides_and_the_penalty_stays(search: in
 def test_a_threshold_with_a_bound_on_age_runs_what_would_grow_too_old() -> None:
     network = painter()
     with controlled(network) as denoiser:
-        made = training(network, denoiser, replays(network, recorded(network)), ratio=None, max_age=2)
+        made = training(network, denoiser, replays(network, Trajectories.of(network, recorded(network))), ratio=None, max_age=2)
         for row, logits in enumerate([[5.0, 5.0], [-5.0, 3.0], [-5.0, -5.0], [-5.0, -5.0], [-5.0, -5.0]]):
             made.rows[row].data = torch.tensor(logits)
         made.budget = Budget((1.0, 1.0), 0.0, 2)
@@ -183,7 +183,7 @@ def test_a_threshold_with_a_bound_on_age_runs_what_would_grow_too_old() -> None:
 def test_a_bound_on_age_passes_over_low_scores() -> None:
     network = painter()
     with controlled(network) as denoiser:
-        made = training(network, denoiser, replays(network, recorded(network)))
+        made = training(network, denoiser, replays(network, Trajectories.of(network, recorded(network))))
         for row, logits in enumerate([[5.0, 5.0], [1.0, 3.0], [-2.0, 3.0], [-3.0, 3.0], [-1.0, 2.0]]):
             made.rows[row].data = torch.tensor(logits)
         for max_age, reused in ((0, [[2, 0], [3, 0], [4, 0]]), (1, [[1, 0], [3, 0], [4, 1]]), (2, [[2, 0], [3, 0], [4, 1]])):
@@ -218,14 +218,14 @@ def test_a_target_speedup_is_met_by_the_costs() -> None:
     network = painter()
     calls = recorded(network)
     state = Harmonica(target_speedup=1.15, by="macs", trajectories=2).calibrate(network, calls)
-    budget = budget_of(network, calls, None, 1.15, "macs")
+    budget = budget_of(network, Trajectories.of(network, calls), None, 1.15, "macs")
     assert budget.is_met(Schedule.of(network, state).computed_TN)
 
 
 def test_lowest_scores_are_reused_first_and_ties_fall_to_what_costs_the_image_least() -> None:
     network = painter()
     with controlled(network) as denoiser:
-        made = training(network, denoiser, replays(network, recorded(network)))
+        made = training(network, denoiser, replays(network, Trajectories.of(network, recorded(network))))
         for row, logits in enumerate([[5.0, 5.0], [-5.0, -5.0], [1.0, -2.0], [-5.0, -5.0], [3.0, 0.0]]):
             made.rows[row].data = torch.tensor(logits)
         made.lambda_T = torch.tensor([0.0, 1.0, 1.0, 0.1, 1.0])
@@ -237,7 +237,7 @@ def test_lowest_scores_are_reused_first_and_ties_fall_to_what_costs_the_image_le
 def test_the_search_behind_it_keeps_the_better_of_two_starts() -> None:
     network = painter()
     with controlled(network) as denoiser, torch.no_grad():
-        made = training(network, denoiser, replays(network, recorded(network)), search=200, samples=4)
+        made = training(network, denoiser, replays(network, Trajectories.of(network, recorded(network))), search=200, samples=4)
         decoded = made.decoded()
         generator = made.generator.get_state()
         found = made.searched(decoded)

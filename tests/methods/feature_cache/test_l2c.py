@@ -18,6 +18,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.l2c import L2c, _Training
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.budgets import Budget, budget_of
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.controlled import ControlledDenoiser, controlled
@@ -32,7 +33,9 @@ SHORT: dict[str, Any] = {"ratio": 0.4, "iterations": 12, "check": 6}
 
 def training(network: Network, denoiser: ControlledDenoiser, calls: list[Call], seed: int = 0, **options: Any) -> _Training:
     budget = Budget((1.0,) * len(cached_modules_of(network)), 4.0)
-    return _Training(L2c(**SHORT | options), denoiser, replays(network, calls), budget, torch.Generator().manual_seed(seed))
+    return _Training(
+        L2c(**SHORT | options), denoiser, replays(network, Trajectories.of(network, calls)), budget, torch.Generator().manual_seed(seed)
+    )
 
 
 @contextmanager
@@ -230,7 +233,7 @@ def test_a_target_speedup_is_met_by_the_costs() -> None:
     network = painter()
     calls = recorded(network)
     state = L2c(target_speedup=1.1, by="macs", iterations=2).calibrate(network, calls)
-    assert budget_of(network, calls, None, 1.1, "macs").is_met(Schedule.of(network, state).computed_TN)
+    assert budget_of(network, Trajectories.of(network, calls), None, 1.1, "macs").is_met(Schedule.of(network, state).computed_TN)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from aerogel.methods.feature_cache.smoothcache import Smoothcache
 from aerogel.methods.feature_cache.teacache import Teacache
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.block_cache import residuals
 from tests.runtime.feature_cache.test_block_cache import DEPTH, deep, ran
 from tests.runtime.feature_cache.test_replay import apart, painter, recorded
@@ -103,7 +104,7 @@ def test_magcache_answers_like_diffusers(threshold: float, retention: float) -> 
 def test_magcache_measures_ratios_of_token_norms() -> None:
     network, given = deep("dit"), [*drifting("dit"), *drifting("dit", 4)]
     ratio_T = Magcache().calibrate(network, given)["ratios"]
-    norms = [change.norm(dim=-1) for change in residuals(network, given)]
+    norms = [change.norm(dim=-1) for change in residuals(network, Trajectories.of(network, given))]
     literal = [(norms[3] / norms[2]).mean(), (norms[13] / norms[12]).mean()]
     assert float(ratio_T[3]) == pytest.approx(float(sum(literal)) / 2, rel=1e-5)
     assert float(ratio_T[0]) == 1

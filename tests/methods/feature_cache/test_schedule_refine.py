@@ -17,6 +17,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.schedule_refine import ScheduleRefine
 from aerogel.methods.feature_cache.uniform_cache import UniformCache
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.recipe import Recipe
 from aerogel.runtime.feature_cache.cached_modules import costs_of
 from aerogel.runtime.feature_cache.controlled import controlled
@@ -33,7 +34,7 @@ QUANTIZED: list[dict[str, Any]] = [
 
 def error(network: Network, calls: Any, state: dict[str, Any]) -> float:
     """On the recorded generations, with nothing on."""
-    runs = replays(network, calls)
+    runs = replays(network, Trajectories.of(network, calls))
     with controlled(network) as denoiser, torch.no_grad():
         return Trials(denoiser, runs, [run.start() for run in runs]).error(Schedule.of(network, state).computed_TN)
 

@@ -14,6 +14,7 @@ from aerogel import catalog
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.block_cache import BlockRange, Rule, TableRule, block_cache_state, caching_blocks, residuals
 from tests.runtime.feature_cache.test_schedule import STEPS, calls
 from tests.tiny import FAMILIES, fill, opened, output
@@ -131,7 +132,7 @@ def test_what_goes_on_comes_off(name: str) -> None:
 
 
 def _tokens(network: Network, name: str) -> int:
-    return next(residuals(network, calls(name))).shape[1]
+    return next(residuals(network, Trajectories.of(network, calls(name)))).shape[1]
 
 
 def test_memory_is_let_go_when_nobody_wants_it() -> None:
@@ -225,7 +226,7 @@ def test_a_rule_may_see_what_the_first_unit_reads(name: str) -> None:
 
 def test_blocks_with_skips_between_them_are_refused() -> None:
     with pytest.raises(AerogelError, match="the unet family names no streams"):
-        block_cache_state(opened("unet"), calls("unet"))
+        block_cache_state(opened("unet"), Trajectories.of(opened("unet"), calls("unet")))
 
 
 def image_of(network: Network, streams: tuple[Tensor | None, ...]) -> Tensor:
@@ -256,11 +257,11 @@ def ends_of(network: Network, given: Sequence[Call], last: int) -> list[Tensor]:
 def test_residuals_are_those_of_all_blocks(name: str) -> None:
     network = deep(name)
     ends = ends_of(network, calls(name), -1)
-    found = list(residuals(network, calls(name)))
+    found = list(residuals(network, Trajectories.of(network, calls(name))))
     assert len(ends) == 2 * len(found) == 2 * len(STEPS)
     assert all(torch.equal(change, ends[2 * place + 1] - ends[2 * place]) for place, change in enumerate(found))
     with pytest.raises(AerogelError, match="7 recorded calls are not generations of 4 steps"):
-        list(residuals(network, [*calls(name), *calls(name)[:3]]))
+        list(residuals(network, Trajectories.of(network, [*calls(name), *calls(name)[:3]])))
 
 
 class _Watching(Rule):

@@ -14,6 +14,7 @@ from torch import Tensor
 from aerogel.errors import AerogelError
 from aerogel.kernels import synchronized_clock
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.budgets import Budget, budget_of
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of, costs_of
 from aerogel.runtime.feature_cache.controlled import controlled
@@ -34,7 +35,7 @@ def network() -> Network:
 
 @pytest.fixture
 def runs(network: Network) -> list[Replay]:
-    return replays(network, recorded(network))
+    return replays(network, Trajectories.of(network, recorded(network)))
 
 
 @pytest.fixture
@@ -237,7 +238,7 @@ def test_decoding_is_exact() -> None:
 @pytest.mark.parametrize("by", ["macs", "latency"])
 def test_a_target_speedup_is_what_the_costs_say(by: Any, network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synchronized_clock, "host_clock", Ticks(network))
-    budget = budget_of(network, recorded(network), None, 1.1, by)
+    budget = budget_of(network, Trajectories.of(network, recorded(network)), None, 1.1, by)
     costs = costs_of(network, recorded(network)[0])
     whole, cost_N = (3, (1, 1)) if by == "latency" else (costs.macs, costs.module_macs)
     assert budget.cost_N == cost_N
@@ -257,4 +258,4 @@ def test_a_target_speedup_is_what_the_costs_say(by: Any, network: Network, monke
 )
 def test_budgets_that_cannot_be_met_are_refused(options: tuple[Any, Any], message: str, network: Network) -> None:
     with pytest.raises(AerogelError, match=message):
-        budget_of(network, recorded(network), *options, "macs")
+        budget_of(network, Trajectories.of(network, recorded(network)), *options, "macs")

@@ -15,6 +15,7 @@ from aerogel.errors import AerogelError
 from aerogel.io.load import load
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.replay import Replay, output_of, replays
 from tests import image_pipelines as painters
 from tests.tiny import FAMILIES
@@ -53,7 +54,7 @@ def last_of(network: Network, run: Replay) -> Tensor:
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 def test_a_replay_goes_where_the_pipeline_went(sampler: str, guidance: float) -> None:
     network = painter(sampler)
-    runs = replays(network, recorded(network, guidance=guidance))
+    runs = replays(network, Trajectories.of(network, recorded(network, guidance=guidance)))
     assert len(runs) == 2
     for run in runs:
         assert run.halves == (guidance > 1)
@@ -69,7 +70,7 @@ def test_a_replay_goes_where_the_pipeline_went(sampler: str, guidance: float) ->
 def test_a_pipeline_without_classes_replays_too() -> None:
     network = load(painters.unconditional())
     network.processor.scheduler = SAMPLERS["ddim"]()
-    (run,) = replays(network, recorded(network, guidance=None, count=2))
+    (run,) = replays(network, Trajectories.of(network, recorded(network, guidance=None, count=2)))
     assert (run.halves, run.name) == (False, "sample")
 
 
@@ -77,7 +78,7 @@ def test_a_pipeline_without_classes_replays_too() -> None:
 def test_a_fork_has_the_past_of_its_trajectory(sampler: str) -> None:
     """Also where the sampler remembers earlier steps."""
     network = painter(sampler)
-    run = replays(network, recorded(network))[0]
+    run = replays(network, Trajectories.of(network, recorded(network)))[0]
     wanted = run.finish(run.start(), whole(network))
     state = run.start()
     for _ in range(2):
@@ -91,7 +92,7 @@ def test_a_fork_has_the_past_of_its_trajectory(sampler: str) -> None:
 
 def test_new_noise_depends_on_its_generator_alone() -> None:
     network = painter()
-    run = replays(network, recorded(network))[0]
+    run = replays(network, Trajectories.of(network, recorded(network)))[0]
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first, second, third = (run.noise(torch.Generator().manual_seed(seed)).x_BCHW for seed in (0, 0, 1))
@@ -131,7 +132,7 @@ def apart(calls: list[Call]) -> list[Call]:
 def test_branches_of_guidance_in_calls_of_their_own_are_joined() -> None:
     network = painter()
     calls = recorded(network)
-    whole_runs, runs = replays(network, calls), replays(network, apart(calls))
+    whole_runs, runs = replays(network, Trajectories.of(network, calls)), replays(network, Trajectories.of(network, apart(calls)))
     assert [run.halves for run in runs] == [True, True]
     assert runs[0].guidance == pytest.approx(whole_runs[0].guidance)
     for one, other in zip(runs, whole_runs, strict=True):
@@ -162,7 +163,7 @@ def clips(guidance: float = 4.0) -> tuple[Network, list[Call]]:
 def test_clips_whose_branches_come_one_behind_the_other_replay() -> None:
     network, calls = clips()
     assert len(calls) == 20
-    runs = replays(network, calls)
+    runs = replays(network, Trajectories.of(network, calls))
     assert len(runs) == 2
     assert all(run.halves and len(run.calls) == 5 for run in runs)
     assert runs[0].guidance == pytest.approx(4.0, rel=1e-3)
@@ -177,7 +178,7 @@ def test_branches_of_other_lengths_are_refused() -> None:
     calls = [Call(call.args, call.kwargs | {"encoder_hidden_states": call.kwargs["encoder_hidden_states"][:, : 7 - place % 2]})
              for place, call in enumerate(calls)]  # fmt: skip
     with pytest.raises(AerogelError, match=r"calls of their own, with \(2, 7, 32\) and \(2, 6, 32\): pad their prompts"):
-        replays(network, calls)
+        replays(network, Trajectories.of(network, calls))
 
 
 @pytest.mark.parametrize("shifts", [True, False])
@@ -185,7 +186,7 @@ def test_branches_of_other_lengths_are_refused() -> None:
 def test_a_sampler_that_was_told_more_than_a_number_goes_on_as_it_was_left(dtype: torch.dtype, shifts: bool) -> None:
     network, calls = packed(dtype, shifts)
     before = network.processor.scheduler._step_index
-    runs = replays(network, calls)
+    runs = replays(network, Trajectories.of(network, calls))
     assert [run.steps for run in runs] == [tuple(float(call.kwargs["timestep"][0]) for call in calls[:5])] * 2
     assert not runs[0].halves
     for run, recorded_calls in zip(runs, (calls[:5], calls[5:]), strict=True):
@@ -200,14 +201,14 @@ def test_a_sampler_that_was_set_anew_since_is_refused() -> None:
     network, calls = packed()
     network.processor.scheduler.set_timesteps(4, mu=0.5)
     with pytest.raises(AerogelError, match=r"cannot be set to 5 steps by their number alone .*mu.*not replayed"):
-        replays(network, calls)
+        replays(network, Trajectories.of(network, calls))
 
 
 def test_a_sampler_that_draws_noise_is_refused() -> None:
     network = painter()
     network.processor.scheduler = diffusers.DDPMScheduler(clip_sample=False)
     with pytest.raises(AerogelError, match=r"does not replay: at step 2 of 5 .*DDPMScheduler may draw noise"):
-        replays(network, recorded(network))
+        replays(network, Trajectories.of(network, recorded(network)))
 
 
 def test_a_pipeline_that_does_something_else_is_refused() -> None:
@@ -215,25 +216,25 @@ def test_a_pipeline_that_does_something_else_is_refused() -> None:
     network = painter()
     network.processor.scheduler = diffusers.EulerDiscreteScheduler()
     with pytest.raises(AerogelError, match=r"does not replay: .*or the pipeline do more than classifier-free guidance"):
-        replays(network, recorded(network))
+        replays(network, Trajectories.of(network, recorded(network)))
 
 
 def test_a_sampler_with_two_calls_a_step_is_refused() -> None:
     network = painter()
     network.processor.scheduler = diffusers.HeunDiscreteScheduler()
     with pytest.raises(AerogelError, match="samplers that call the denoiser several times a step do not serve"):
-        replays(network, recorded(network))
+        replays(network, Trajectories.of(network, recorded(network)))
 
 
 def test_calls_that_are_no_generation_are_refused() -> None:
     network = painter()
     calls = recorded(network)
     with pytest.raises(AerogelError, match="9 recorded calls are not generations of 5 steps"):
-        replays(network, calls[:-1])
+        replays(network, Trajectories.of(network, calls[:-1]))
     with pytest.raises(AerogelError, match="1 recorded calls are not generations of 1 steps"):
-        replays(network, calls[:1])
+        replays(network, Trajectories.of(network, calls[:1]))
     with pytest.raises(AerogelError, match="came without its pipeline"):
-        replays(Network(network.module, network.family), calls)
+        replays(Network(network.module, network.family), Trajectories.of(Network(network.module, network.family), calls))
     network.processor.scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing")
     with pytest.raises(AerogelError, match="has other steps than the 5 recorded ones from step 1 on"):
-        replays(network, calls)
+        replays(network, Trajectories.of(network, calls))

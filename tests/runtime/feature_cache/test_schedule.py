@@ -14,9 +14,9 @@ from aerogel.errors import AerogelError
 from aerogel.kernels import synchronized_clock
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of, costs_of, seconds_of
 from aerogel.runtime.feature_cache.schedule import Schedule, cache_bytes, caching, schedule_state
-from aerogel.runtime.feature_cache.streams import steps_in
 from tests.clocks import Ticks
 from tests.tiny import FAMILIES, opened, output
 
@@ -327,19 +327,11 @@ def test_bytes_are_those_that_views_keep() -> None:
 
 
 def test_schedules_of_other_networks_are_refused() -> None:
-    state = schedule_state(opened("dit"), calls("dit"), lambda steps, modules: torch.ones(steps, modules, dtype=torch.bool))
+    state = schedule_state(
+        opened("dit"), Trajectories.of(opened("dit"), calls("dit")), lambda steps, modules: torch.ones(steps, modules, dtype=torch.bool)
+    )
     assert Schedule.of(opened("dit"), state).computed_TN.all()
     with pytest.raises(AerogelError, match="the schedule is of 4 modules, this denoiser has 6; transformer_blocks"):
         Schedule.of(opened("pixart"), state)
     with pytest.raises(AerogelError, match="names no modules"):
         cached_modules_of(opened("llama"))
-
-
-def test_steps_are_those_of_one_generation() -> None:
-    network = opened("dit")
-    assert steps_in(network, calls("dit")) == STEPS
-    assert steps_in(network, calls("dit") * 2) == STEPS
-    twice = [call for call in calls("dit") for _ in range(2)]
-    assert steps_in(network, twice * 2) == STEPS
-    with pytest.raises(AerogelError, match="no recorded calls"):
-        steps_in(network, [])

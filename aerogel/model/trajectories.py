@@ -1,0 +1,145 @@
+"""Recorded generations of a denoiser: its calls by step and guidance branch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from aerogel.errors import AerogelError
+from aerogel.layers.signature import arguments_of
+from aerogel.layers.timestep_index import timestep_of
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One generation, with one call a step; guidance branches that come in calls of their own are joined to halves of a batch."""
+
+    steps: tuple[float, ...]
+    """The time step of each call."""
+    calls: tuple[Call, ...]
+    cfg_batch: bool
+    """True where both guidance branches are in one batch: the second half of the latents is the first once more."""
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """All recorded generations; built once from the calls, each view of them is computed when it is first read."""
+
+    denoiser: nn.Module
+    sampler: str
+    """Class name of the pipeline's sampler; empty without a pipeline."""
+    calls: tuple[Call, ...]
+    """As they were recorded: every step, and every guidance branch that has a call of its own."""
+
+    @classmethod
+    def of(cls, network: Network, calls: Sequence[Call]) -> Trajectories:
+        """Build them from the calls that a network's denoiser was recorded with."""
+        scheduler = getattr(network.processor, "scheduler", None)
+        return cls(network.module, "" if scheduler is None else type(scheduler).__name__, tuple(calls))
+
+    @property
+    def first(self) -> Call:
+        """The first recorded call; raises AerogelError where there is none."""
+        if not self.calls:
+            raise AerogelError("no recorded calls: give samples, or a pipeline that they can be recorded from")
+        return self.calls[0]
+
+    @cached_property
+    def call_steps(self) -> tuple[float, ...]:
+        """The time step of each recorded call; raises AerogelError where the samples of one are at several."""
+        return tuple(step_of(self.denoiser, call.args, call.kwargs) for call in self.calls)
+
+    @cached_property
+    def steps(self) -> tuple[float, ...]:
+        """The time steps of the first generation, in order; guidance branches in calls of their own count once.
+
+        Raises AerogelError without calls.
+        """
+        assert self.first, "there is one"
+        return _first_run(self.call_steps)
+
+    @property
+    def distinct_steps(self) -> tuple[float, ...]:
+        """The distinct time steps in the order in which they come; the samples of a call may be at several."""
+        given = (timestep_of(self.denoiser, call.args, call.kwargs) for call in self.calls)
+        found = (step for one in given for step in (one.flatten().tolist() if isinstance(one, Tensor) else [one]))
+        return tuple(dict.fromkeys(float(step) for step in found))
+
+    @cached_property
+    def runs(self) -> tuple[Trajectory, ...]:
+        """The generations one by one.
+
+        Raises AerogelError where the calls are not whole generations, and where guidance branches in calls of their own differ in size.
+        """
+        once, calls = self.steps, self._joined()
+        steps = [step_of(self.denoiser, call.args, call.kwargs) for call in calls]
+        if len(once) < 2 or steps != list(once) * (len(calls) // len(once)):
+            raise AerogelError(
+                f"{len(calls)} recorded calls are not generations of {len(once)} steps, one call a step: "
+                "samplers that call the denoiser several times a step do not serve here"
+            )
+        starts = range(0, len(calls), len(once))
+        return tuple(Trajectory(once, tuple(calls[at : at + len(once)]), same_twice(self._latent(calls[at]))) for at in starts)
+
+    def _joined(self) -> Sequence[Call]:
+        """The calls, with guidance branches that came one behind the other (Wan, true guidance of Flux) as halves of one batch."""
+        found = []
+        for first, second, *steps in zip(self.calls[::2], self.calls[1::2], self.call_steps[::2], self.call_steps[1::2], strict=False):
+            latents = [self._latent(call) for call in (first, second)]
+            if len(set(steps)) > 1 or not torch.equal(*latents):
+                return self.calls
+            found.append(_both(first, second, len(latents[0])))
+        return found if 2 * len(found) == len(self.calls) else self.calls
+
+    def _latent(self, call: Call) -> Tensor:
+        return latent_of(self.denoiser, call.args, call.kwargs)
+
+
+def _first_run(steps: Sequence[float]) -> tuple[float, ...]:
+    """Return the steps up to where the first comes again, each once where calls of it follow each other."""
+    again = next((place for place in range(1, len(steps)) if steps[place] == steps[0] != steps[place - 1]), len(steps))
+    return tuple(step for step, before in zip(steps[:again], [None, *steps], strict=False) if step != before)
+
+
+def _both(first: Call, second: Call, samples: int) -> Call:
+    def join(one: Any, other: Any) -> Any:
+        if not isinstance(one, Tensor) or not one.ndim or len(one) != samples:
+            return one
+        if one.shape != other.shape:
+            raise AerogelError(
+                f"the branches of guidance come in calls of their own, with {tuple(one.shape)} and {tuple(other.shape)}: "
+                "pad their prompts to one length"
+            )
+        return torch.cat([one, other])
+
+    args, kwargs = pytree.tree_map(join, (first.args, first.kwargs), (second.args, second.kwargs))
+    return Call(args, kwargs)
+
+
+def step_of(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+    """Return the time step of a forward; raises AerogelError where its samples are at several."""
+    timestep = timestep_of(denoiser, args, kwargs)
+    found = set(timestep.flatten().tolist()) if isinstance(timestep, Tensor) else {timestep}
+    if len(found) != 1:
+        raise AerogelError(f"a forward over {len(found)} different time steps: a cache needs all samples at one step")
+    return float(found.pop())
+
+
+def latent_of(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return what a forward denoises: the first argument."""
+    name = arguments_of(denoiser)[0]
+    given: Tensor = kwargs[name] if name in kwargs else args[0]
+    return given
+
+
+def same_twice(x: Tensor) -> bool:
+    """Return whether the second half of a batch is the first once more, as with both guidance branches in one batch."""
+    return len(x) % 2 == 0 and torch.equal(*x.chunk(2))
