@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from aerogel.version import __version__
+
 if TYPE_CHECKING:
     from aerogel.engine.opening import load
     from aerogel.engine.planning import Plan, plan
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from aerogel.io.pipelines import register_diffusers
     from aerogel.recipe import Recipe
 
-__version__ = "0.1.0"
 __all__ = [
     "AerogelError",
     "Plan",
@@ -31,8 +32,8 @@ __all__ = [
     "skipping",
 ]
 
-# Where each name lives; imported when first asked for, because torch alone takes longer to import than `aerogel --help` may take.
-_HOMES = {
+# The module that defines each name; imported on first use, because torch alone takes longer to import than `aerogel --help` may take.
+_MODULES = {
     "AerogelError": "aerogel.errors",
     "Plan": "aerogel.engine.planning",
     "Recipe": "aerogel.recipe",
@@ -48,9 +49,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'aerogel' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -9,14 +9,13 @@ import importlib.metadata
 import importlib.util
 import inspect
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aerogel.errors import AerogelError
+from aerogel.errors import AerogelError, nearest
 
 PLUGINS = "aerogel.plugins"
 """Entry-point group of third parties: each value names an importable package that has folders like aerogel's own."""
@@ -96,15 +95,6 @@ def options(cls: Any) -> list[Option]:
                 docs[name] = doc or docs.get(name, "")
                 annotations[name] = annotation
     return [Option(field.name, annotations[field.name], _default(field), docs[field.name]) for field in dataclasses.fields(cls)]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the known names closest to a mistyped one, or all of them when none is close."""
-    known = sorted(known)
-    close = get_close_matches(name, known, n=3, cutoff=0.5)
-    if close:
-        return f"; did you mean {' or '.join(close)}?"
-    return f"; known are {', '.join(known)}" if known else "; there are none"
 
 
 def _singular(kind: str) -> str:

@@ -1,7 +1,19 @@
-"""The one error that a user can mend: it names the thing, what was expected and what to do."""
+"""The one error that a user can correct: it names the thing, what was found and what to do."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class AerogelError(ValueError):
     """A mistake in what the user gave; the command line prints it as one line and exits with code 2."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the known names closest to a mistyped one, or all of them when none is close."""
+    known = sorted(known)
+    close = get_close_matches(name, known, n=3, cutoff=0.5)
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; known are {', '.join(known)}" if known else "; there are none"

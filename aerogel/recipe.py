@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, TypeAdapter, ValidationError
 
 from aerogel import catalog
-from aerogel.errors import AerogelError
+from aerogel.errors import AerogelError, nearest
 from aerogel.methods.base import BlockMethod, Method, RuntimePolicy
 from aerogel.numerics.scheme import Scheme
 
@@ -122,7 +122,7 @@ def _yaml(text: str) -> Any:
 def _document(content: Mapping[str, Any], where: str) -> _Document:
     for key in content:
         if key not in _Document.model_fields:
-            raise AerogelError(f"{where}: unknown key {key!r}{catalog.nearest(str(key), _Document.model_fields)}")
+            raise AerogelError(f"{where}: unknown key {key!r}{nearest(str(key), _Document.model_fields)}")
     try:
         return _Document.model_validate(dict(content))
     except ValidationError as error:
@@ -161,7 +161,7 @@ def knobs_of(overrides: Iterable[str], expected: str) -> dict[str, dict[str, Any
 
 
 def _nearest_step(document: _Document, name: str) -> str:
-    return catalog.nearest(name, {key for step in document.steps for key in step})
+    return nearest(name, {key for step in document.steps for key in step})
 
 
 def _step(recipe: str, number: int, step: Mapping[str, Mapping[str, Any] | None]) -> Step:
@@ -170,7 +170,7 @@ def _step(recipe: str, number: int, step: Mapping[str, Mapping[str, Any] | None]
     ((name, options),) = step.items()
     where = f"recipe {recipe!r}, step {number} ({name})"
     if name not in catalog.names("methods"):
-        raise AerogelError(f"recipe {recipe!r}, step {number}: unknown method {name!r}{catalog.nearest(name, catalog.names('methods'))}")
+        raise AerogelError(f"recipe {recipe!r}, step {number}: unknown method {name!r}{nearest(name, catalog.names('methods'))}")
     return Step(name, build(catalog.find("methods", name), options or {}, where))
 
 
@@ -180,7 +180,7 @@ def build(cls: type[Built], options: Mapping[str, Any], where: str) -> Built:
     hints = typing.get_type_hints(cls, include_extras=True)
     for option in options:
         if option not in fields:
-            raise AerogelError(f"{where}: unknown option {option!r}{catalog.nearest(str(option), fields)}")
+            raise AerogelError(f"{where}: unknown option {option!r}{nearest(str(option), fields)}")
     missing = [
         name
         for name, field in fields.items()

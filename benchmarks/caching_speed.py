@@ -27,7 +27,7 @@ from results import write
 from torch import Tensor, nn
 
 import aerogel
-from aerogel.io.load import load
+from aerogel.engine.opening import open_model
 from aerogel.methods.feature_cache.delta_dit import DeltaDit
 from aerogel.methods.feature_cache.first_block import FirstBlock
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy
@@ -81,7 +81,7 @@ def network(shape: Mapping[str, int], batch: int, quantized: bool) -> Network:
     made = DiTTransformer2DModel(in_channels=4, out_channels=8, patch_size=2, **shape)
     made = made.eval().requires_grad_(False).bfloat16()
     if not quantized:
-        return load(made)
+        return open_model(made)
     steps = [{"rtn": {"scheme": "W8A16_CHANNEL"}}, {"activation_ranges": {"start": "minmax", "steps": 0}}]
     return aerogel.compress(made, {"steps": steps}, samples=calls(shape, batch)[:1], measures=()).network
 

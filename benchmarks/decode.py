@@ -26,10 +26,10 @@ from results import write
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from aerogel.engine.opening import open_model
 from aerogel.evaluate.speed import Speed
 from aerogel.families.llama import FAMILY
 from aerogel.inference.generate import Generator
-from aerogel.io.load import load
 from aerogel.io.reference import REFERENCES
 from aerogel.layers.linear import QuantLinear, stored_grid
 from aerogel.model.network import Network
@@ -141,7 +141,7 @@ class LlamaCpp:
 def text(options: argparse.Namespace) -> None:
     """Greedy tokens of SmolLM2-135M: 4 bits on the lean path, through transformers' own generate, and llama.cpp on its own file."""
     torch.set_num_threads(torch_threads(options))
-    original = load("smollm2-135m", lazy=False, dtype=torch.float32)
+    original = open_model("smollm2-135m", lazy=False, dtype=torch.float32)
     original.module.generation_config.eos_token_id = None  # all write the same number of tokens
     small = Network(rounded(original.module, "W4A16_G64"), original.family, processor=original.processor)
     tokens_BT = torch.tensor([original.processor(PROMPT).input_ids])

@@ -18,7 +18,7 @@ from results import write
 from torch import nn
 
 import aerogel
-from aerogel.io.load import load
+from aerogel.engine.opening import open_model
 from aerogel.methods.experts.modes import Modes
 from aerogel.model.network import Network
 from aerogel.runtime.expert_skipping import backend
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.88)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    plain = load(build(given.layers, getattr(torch, given.dtype), "cpu"), unfuse_experts=False)
+    plain = open_model(build(given.layers, getattr(torch, given.dtype), "cpu"), unfuse_experts=False)
     coded = aerogel.compress(
         build(given.layers, getattr(torch, given.dtype), "cpu"), {"steps": [{"rtn": {"scheme": "W4A16_G64"}}]}, measures=()
     ).network

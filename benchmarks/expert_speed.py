@@ -20,7 +20,7 @@ from results import write
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from aerogel.io.load import load
+from aerogel.engine.opening import open_model
 from aerogel.methods.experts.modes import Modes
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -193,7 +193,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     model = build(given.layers, getattr(torch, given.dtype), given.device)
-    network = load(model, unfuse_experts=False)
+    network = open_model(model, unfuse_experts=False)
     ids = torch.randint(0, 4096, (1, PROMPT), generator=torch.Generator().manual_seed(1)).to(given.device)
     phases = {"prefill": Prefill(network, ids), "decode": Decode(network, ids)}
     variants: dict[str, tuple[Callable[[], AbstractContextManager[Any]], str]] = {name: (nullcontext, name) for name in STOCK}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import aerogel
 from aerogel.data.denoising import Denoising
+from aerogel.engine.exporting import source_of
 from aerogel.export.onnx import Onnx
 from aerogel.io.quantized import timestep_index_of
 from aerogel.layers.linear import cache_dequantized
@@ -131,7 +132,7 @@ def main() -> None:
     graphs = {"packed": given.folder / "packed", "bytes": given.folder / "bytes"}
     for name, folder in graphs.items():
         if not folder.exists():
-            Onnx(pack=name == "packed").write(master, folder)
+            Onnx(pack=name == "packed").write(source_of(master), folder)
     network, original = aerogel.load(master), aerogel.load(str(ZOO))
     pipelines = network.processor, original.processor
     for pipeline in pipelines:

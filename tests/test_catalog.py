@@ -13,7 +13,7 @@ import pytest
 
 import aerogel
 from aerogel import catalog
-from aerogel.errors import AerogelError
+from aerogel.errors import AerogelError, nearest
 
 PACKAGE = Path(catalog.__file__).parent
 
@@ -82,8 +82,8 @@ def test_unknown_names_name_the_nearest() -> None:
 
 
 def test_nearest_lists_everything_when_nothing_is_close() -> None:
-    assert catalog.nearest("zzz", ["b", "a"]) == "; known are a, b"
-    assert catalog.nearest("zzz", []) == "; there are none"
+    assert nearest("zzz", ["b", "a"]) == "; known are a, b"
+    assert nearest("zzz", []) == "; there are none"
 
 
 def test_third_parties_bring_methods_and_recipes(plugin: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from aerogel import catalog
-from aerogel.errors import AerogelError
+from aerogel.errors import AerogelError, nearest
 from aerogel.io.reference import REFERENCES
 from aerogel.recipe import Recipe, plain
 
@@ -27,7 +27,7 @@ def show(name: str) -> list[dict[str, Any]]:
     cards = [_card(kind, name) for kind in catalog.KINDS if name in catalog.names(kind)]
     if not cards:
         known = {known for kind in catalog.KINDS for known in catalog.names(kind)}
-        raise AerogelError(f"nothing is called {name!r}{catalog.nearest(name, known)}")
+        raise AerogelError(f"nothing is called {name!r}{nearest(name, known)}")
     return cards
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from aerogel.engine import policies
 from aerogel.engine.calibration import CalibrationInput, prepare, shown
+from aerogel.engine.opening import open_model
 from aerogel.engine.policies import CalibratedPolicy
 from aerogel.engine.result import Result
 from aerogel.engine.run import seeded
 from aerogel.errors import AerogelError
-from aerogel.io.load import load
 from aerogel.io.save import fingerprint_of
 from aerogel.io.states import FACTS
 from aerogel.methods.base import RuntimePolicy
@@ -34,7 +34,7 @@ def cached(model: Any, policy: Policy, *, samples: CalibrationInput | None = Non
     and for a network of another family, with other units or blocks. A folder of that exporter also says which weights it was made for;
     others are a warning.
     """
-    network = model if isinstance(model, Network) else load(model, lazy=False, unfuse_experts=False)
+    network = model if isinstance(model, Network) else open_model(model, lazy=False, unfuse_experts=False)
     found = _saved(policy)
     if found is None:
         found = _measured(network, Recipe.parse(policy), samples, seed)  # type: ignore[arg-type]

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from aerogel import catalog
+from aerogel.engine import policies
+from aerogel.engine.opening import families
 from aerogel.errors import AerogelError
-from aerogel.export.exporter import Exporter
+from aerogel.export.exporter import Exporter, SavedPolicy, Source
 from aerogel.io import save
 from aerogel.recipe import build, knobs_of
 
@@ -23,4 +25,10 @@ def export(folder: Path, name: str, output: Path, overrides: Iterable[str] = ())
         raise AerogelError(f"an option of {others[0]!r} is set, but the folder is exported by {name!r}")
     exporter = build(found, options.get(name, {}), f"exporter {name!r}")
     save.preflight(output, origin=folder)
-    exporter.write(folder, output)
+    exporter.write(source_of(folder), output)
+
+
+def source_of(folder: Path) -> Source:
+    """Return a saved folder as exporters take it, with its runtime policies."""
+    found = [SavedPolicy(measured.step.name, measured.step.method, measured.state, policies.saved(measured.state)) for measured in policies.load(folder)]
+    return Source(folder, families(), found)

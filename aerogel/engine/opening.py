@@ -1,7 +1,8 @@
-"""Opening a network as it was saved: with its runtime policies on."""
+"""Opening a network as it was saved, with its runtime policies on, or as its weights alone are."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -9,13 +10,27 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from aerogel import catalog
 from aerogel.engine import policies
-from aerogel.io import load as plain
+from aerogel.io import load as weights
 from aerogel.io.quantized import timestep_index_of
+from aerogel.model.family import Family
 from aerogel.model.network import Network
 
 # A context whose last reference goes is left, and the policy with it.
 _on: WeakKeyDictionary[nn.Module, ExitStack] = WeakKeyDictionary()
+
+
+def families() -> Sequence[Family]:
+    """Return all known families in alphabetical order of their names."""
+    return [catalog.find("families", name) for name in catalog.names("families")]
+
+
+def open_model(
+    source: Any, *, dtype: torch.dtype | None = None, lazy: bool = True, trust_remote_code: bool = False, unfuse_experts: bool = True
+) -> Network:
+    """Open a network without its runtime policies; the arguments are those of `load`."""
+    return weights.load(source, families(), dtype=dtype, lazy=lazy, trust_remote_code=trust_remote_code, unfuse_experts=unfuse_experts)
 
 
 def load(
@@ -29,7 +44,7 @@ def load(
     checkpoint's, or float32 on a CPU that has no instructions for it. A live module's fused experts become linears in place, unless
     `unfuse_experts` is false. Raises AerogelError when the source is not found, damaged, pickled or of an unknown family.
     """
-    network = plain.load(source, dtype=dtype, lazy=lazy, trust_remote_code=trust_remote_code, unfuse_experts=unfuse_experts)
+    network = open_model(source, dtype=dtype, lazy=lazy, trust_remote_code=trust_remote_code, unfuse_experts=unfuse_experts)
     if network is not source and (clock := timestep_index_of(network.module)) is not None:
         clock.belongs_to(network.processor)
     if network is not source and (found := policies.load(network.origin)):

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from aerogel.engine.calibration import CalibrationInput, reading, shown
+from aerogel.engine.opening import open_model
 from aerogel.engine.progress import StageName
 from aerogel.evaluate.measure import TextMeasure
-from aerogel.io.load import load
 from aerogel.kernels import synchronized_clock
 from aerogel.layers import layout
 from aerogel.layers.conv import Layer, refuse, size
@@ -103,7 +103,7 @@ def plan(
     samples: CalibrationInput | None = None,
 ) -> Plan:
     """Say what a recipe will do to a model without changing a weight; raises AerogelError when either cannot be read."""
-    network = load(model)
+    network = open_model(model)
     return plan_network(network, Recipe.parse(recipe, overrides), reading(network, shown(network, samples)))
 
 

@@ -98,7 +98,7 @@ def save(policies: Sequence[CalibratedPolicy], folder: Path) -> list[dict[str, A
     tensors = {
         f"{number}.{key}": value.detach().contiguous()
         for number, measured in enumerate(policies)
-        for key, value in _saved(measured.state).items()
+        for key, value in saved(measured.state).items()
         if isinstance(value, Tensor)
     }
     if tensors:
@@ -106,14 +106,14 @@ def save(policies: Sequence[CalibratedPolicy], folder: Path) -> list[dict[str, A
     return [
         {
             "step": measured.step.as_dict(),
-            "state": {key: value for key, value in _saved(measured.state).items() if not isinstance(value, Tensor)},
+            "state": {key: value for key, value in saved(measured.state).items() if not isinstance(value, Tensor)},
         }
         for measured in policies
     ]
 
 
-def _saved(state: Any) -> Mapping[str, Any]:
-    """What is saved of a state, by key; a dict is that of a policy that declares no class yet."""
+def saved(state: Any) -> Mapping[str, Any]:
+    """Return what is saved of a state, by key; a dict is that of a policy that declares no class yet."""
     return state.as_dict() if isinstance(state, PolicyState) else state
 
 

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-import aerogel
 from aerogel.io.older import SCHEMA as SCHEMA
 from aerogel.layers.slots import slots
 from aerogel.model.network import Network
+from aerogel.version import __version__
 
 
 def versions() -> dict[str, str]:
     """Releases that a result depends on."""
-    return {"aerogel": aerogel.__version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")}}
+    return {"aerogel": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")}}
 
 
 def run_facts(network: Network, seed: int, calibration: dict[str, Any]) -> dict[str, Any]:

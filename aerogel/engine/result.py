@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from aerogel.engine import policies
+from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
 from aerogel.io import save
-from aerogel.io.load import load
 from aerogel.io.older import upgraded
 from aerogel.io.states import FACTS
 from aerogel.model.network import Network
@@ -50,7 +50,7 @@ class Result:
         """The compressed network with its weights in memory."""
         if self._network is None:
             assert self.folder is not None
-            self._network = load(self.folder, lazy=False)
+            self._network = open_model(self.folder, lazy=False)
         return self._network
 
     @property

@@ -23,6 +23,7 @@ from torch import nn
 from aerogel.engine import policies, provenance
 from aerogel.engine.calibration import Calibration, CalibrationInput, prepare, reading, shown
 from aerogel.engine.coverage import coverage
+from aerogel.engine.opening import open_model
 from aerogel.engine.planning import Plan, blocks_of, needs_calls, needs_teacher, plan_network
 from aerogel.engine.policies import CalibratedPolicy, Parameters
 from aerogel.engine.preflight import check_output, check_plan, check_weights, partial_of
@@ -34,7 +35,6 @@ from aerogel.engine.teacher import resident, teacher_of, walk_with_teacher
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure
 from aerogel.io import save
-from aerogel.io.load import load
 from aerogel.io.quantized import fuse_activations
 from aerogel.kernels.malloc import limit_fragmentation
 from aerogel.layers.linear import QuantLinear, ScaledInput
@@ -69,7 +69,7 @@ def compress(
     named = isinstance(model, str | Path)  # what lives already is in memory anyway, and its speed is measured on the way
     with limit_fragmentation() if named else nullcontext():
         with watch.stage("load", str(model) if named else ""):
-            network = load(model)
+            network = open_model(model)
         job = _Job(network, checked, Path(output).absolute() if output is not None else None, seed)
         with watch.stage("check"):
             calibration = job.check(samples, resume)
@@ -83,7 +83,7 @@ def compress(
     result.add(timings=watch.seconds)
     if measures is None or measures:
         with watch.stage("evaluate"):
-            original = load(origin, lazy=False) if origin is not None else None
+            original = open_model(origin, lazy=False) if origin is not None else None
             with policies.on(result.network, result.policies):
                 scores = measure(result.network, original, measures, tell, speed=True)
         result.add(metrics={**before, **scores})

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 from aerogel import catalog
 from aerogel.engine import policies
+from aerogel.engine.opening import open_model
 from aerogel.engine.progress import Event, Tell
 from aerogel.engine.result import add_metrics
-from aerogel.errors import AerogelError
+from aerogel.errors import AerogelError, nearest
 from aerogel.evaluate.measure import Measure, positions
 from aerogel.evaluate.sampling import Sampling
 from aerogel.evaluate.speed import Speed
 from aerogel.evaluate.timing import Timed
-from aerogel.io.load import load
 from aerogel.model.network import Network
 from aerogel.recipe import build, knobs_of
 
@@ -74,8 +74,8 @@ def measure_models(
     overrides: Iterable[str] = (),
 ) -> dict[str, Scores]:
     """Open models and measure them; the numbers are added to the record of a compressed folder."""
-    network = load(model, lazy=False)
-    original = load(against, lazy=False) if against is not None else None
+    network = open_model(model, lazy=False)
+    original = open_model(against, lazy=False) if against is not None else None
     with policies.on(network, policies.load(network.origin)):
         metrics = measure(network, original, measures(network) if callable(measures) else measures, tell, overrides=overrides)
     add_metrics(network.origin, metrics)
@@ -125,7 +125,7 @@ def _takes(name: str, found: Measure, network: Network, against: Network | None,
 def _named(measures: Sequence[str | Measure], options: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Measure]]:
     by_name = {given for given in measures if isinstance(given, str)}
     if untaken := [name for name in options if name not in by_name]:
-        raise AerogelError(f"an option of {untaken[0]!r} is set, but that measure is not taken{catalog.nearest(untaken[0], by_name)}")
+        raise AerogelError(f"an option of {untaken[0]!r} is set, but that measure is not taken{nearest(untaken[0], by_name)}")
     made = [_made(given, options.get(given, {})) if isinstance(given, str) else given for given in measures]
     return [(type(measure).__module__.rpartition(".")[2], measure) for measure in made]
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
-from aerogel.io.load import load
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -19,7 +19,7 @@ from aerogel.model.walk import Walk
 def teacher_of(network: Network) -> Network:
     """Return a network that stays as `network` is now: a copy of what is in memory, or the folder opened again."""
     if network.checkpoint is not None:
-        return load(network.origin)
+        return open_model(network.origin)
     return replace(network, module=copy.deepcopy(network.module), processor=None)
 
 

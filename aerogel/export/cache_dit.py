@@ -15,10 +15,9 @@ from typing import Any
 
 import yaml
 
-from aerogel import catalog
 from aerogel.errors import AerogelError
 from aerogel.export.cache_policy import caching
-from aerogel.export.exporter import Exporter
+from aerogel.export.exporter import Exporter, Source
 from aerogel.io.save import new_folder
 from aerogel.io.states import FACTS
 from aerogel.model.family import Family
@@ -31,18 +30,18 @@ _OURS, _THEIRS = "cache_dit.yaml", "diffusers.yaml"
 class CacheDit(Exporter):
     """The steps at which a policy runs all blocks: as cache-dit's mask, and as diffusers' TaylorSeer configuration where that is exact."""
 
-    def refuse(self, folder: Path) -> list[str]:
+    def refuse(self, source: Source) -> list[str]:
         """Policies that decide while they run, that reuse parts of a step, or that do more than reuse."""
         try:
-            _read(folder)
+            _read(source)
         except AerogelError as error:
             return [str(error)]
         return []
 
-    def write(self, folder: Path, output: Path) -> None:
+    def write(self, source: Source, output: Path) -> None:
         """Write output/cache_dit.yaml and, where diffusers can say the same exactly, output/diffusers.yaml."""
-        self.accept(folder)
-        mask = _read(folder)
+        self.accept(source)
+        mask = _read(source)
         other = _taylorseer(mask)
         with new_folder(output) as target:
             (target / _OURS).write_text(_commented(_about_cache_dit(mask), {"cache_config": _cache_config(mask)}), encoding="utf-8")
@@ -73,21 +72,20 @@ class _Mask:
         return max(self.first, 1)
 
 
-def _read(folder: Path) -> _Mask:
+def _read(source: Source) -> _Mask:
     """Read the folder's caching policy; raises AerogelError that says why no mask of steps can say it."""
-    found = caching(folder)
+    found = caching(source)
     if found is None:
         raise AerogelError("it has no caching policy; compress with a recipe that has one, such as fora")
-    name, options, state = found
-    model = json.loads((folder / FACTS).read_text())["model"]
-    family: Family = catalog.find("families", model["family"])
+    name, policy, own, state = found
+    model = json.loads((source.folder / FACTS).read_text())["model"]
+    family = next(family for family in source.families if family.name == model["family"])
     if not family.hidden_state_args:
         raise AerogelError(f"cache-dit runs transformers, whose blocks stand one behind the other, not {family.name} networks")
-    policy = catalog.find("methods", name)(**options)
     if policy.plain:
         runs, first, last, blocks = _of_units(state)
     elif hasattr(policy, "rule"):
-        runs, first, last, blocks = _of_stretches(name, policy.rule(state), state)
+        runs, first, last, blocks = _of_stretches(name, policy.rule(own), state)
     else:
         raise AerogelError(f"{name} does more at some steps than give outputs again, which a mask of steps cannot say")
     mask = _Mask(name, model["name"], family, state["sampler"], runs, first, last, "computed" in state)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from aerogel.export.exporter import Exporter, Master
+from aerogel.export.exporter import Exporter, Master, SavedPolicy, Source
 from aerogel.io.fingerprint import fingerprint
-from aerogel.io.load import part_of
 from aerogel.io.save import new_folder
-from aerogel.io.states import FACTS, STATES, stored
+from aerogel.io.states import FACTS, STATES
 
 _KEPT = ("schema", "recipe", "provenance", "policies")
 """Facts about the run that hold without its weights."""
@@ -23,15 +20,16 @@ _KEPT = ("schema", "recipe", "provenance", "policies")
 class CachePolicy(Exporter):
     """The folder's policies without its weights, for `aerogel.cached` to put on any pipeline with these weights."""
 
-    def refuse(self, folder: Path) -> list[str]:
+    def refuse(self, source: Source) -> list[str]:
         """A folder without a caching policy has nothing to give."""
-        return [] if caching(folder) else ["it has no caching policy; compress with a recipe that has one, such as harmonica"]
+        return [] if caching(source) else ["it has no caching policy; compress with a recipe that has one, such as harmonica"]
 
-    def write(self, folder: Path, output: Path) -> None:
+    def write(self, source: Source, output: Path) -> None:
         """Write output/aerogel.json and, where policies have tensors, output/aerogel.safetensors."""
-        self.accept(folder)
+        self.accept(source)
+        folder = source.folder
         facts = json.loads((folder / FACTS).read_text())
-        master = Master.open(part_of(folder))
+        master = Master.open(source.denoiser)
         weights = ((name, master.checkpoint.tensor(name)) for name in master.checkpoint.names())
         model = facts["model"] | {"fingerprint": fingerprint(weights), "quantization": master.quantization or None}
         with new_folder(output) as target:
@@ -40,10 +38,7 @@ class CachePolicy(Exporter):
                 shutil.copyfile(folder / STATES, target / STATES)
 
 
-def caching(folder: Path) -> tuple[str, Mapping[str, Any], dict[str, Any]] | None:
-    """The name, the options and the state of a folder's caching policy, of which there is one at most; None without one."""
-    for named, state in stored(folder):
-        if {"computed", "blocks"} & state.keys():  # which units compute, or how many blocks there are
-            ((name, options),) = named.items()
-            return name, options, state
-    return None
+def caching(source: Source) -> SavedPolicy | None:
+    """Return the folder's feature-caching policy, of which there is one at most; None without one."""
+    # Their states say which units are computed, or how many blocks there are.
+    return next((policy for policy in source.policies if {"computed", "blocks"} & policy.saved.keys()), None)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
 from aerogel.io.checkpoint import Checkpoint
-from aerogel.io.load import family_of
+from aerogel.io.load import family_of, part_of
 from aerogel.io.quantized import Assigned, assignments
 from aerogel.layers.layout import Stored, decode
 from aerogel.model.family import Family
@@ -27,22 +28,51 @@ _PARTS = (
 )
 
 
+class SavedPolicy(NamedTuple):
+    """A runtime policy of a saved folder."""
+
+    name: str
+    """Name of the method, as recipes call it."""
+    method: Any
+    """The method with its options."""
+    state: Any
+    """What its calibration gave, as the method takes it."""
+    saved: Mapping[str, Any]
+    """The same as it is saved: tensors, numbers and texts by key."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A saved folder, and what an exporter needs to read it."""
+
+    folder: Path
+    families: Sequence[Family]
+    """All known families, the folder's own among them."""
+    policies: Sequence[SavedPolicy] = ()
+    """The folder's runtime policies in the order in which they are put on."""
+
+    @property
+    def denoiser(self) -> Source:
+        """The sub-folder of a pipeline that holds its denoiser; any other folder itself."""
+        return replace(self, folder=part_of(self.folder))
+
+
 class Exporter(ABC):
     """Writes a saved folder anew in another format, without calibration; its fields are its options."""
 
     @abstractmethod
-    def refuse(self, folder: Path) -> list[str]:
+    def refuse(self, source: Source) -> list[str]:
         """Return why the folder cannot be expressed in this format, reason by reason; empty when it can."""
 
     @abstractmethod
-    def write(self, folder: Path, output: Path) -> None:
+    def write(self, source: Source, output: Path) -> None:
         """Write the new folder; raises AerogelError with the first reason when the folder is refused, or when the disk fails."""
 
-    def accept(self, folder: Path) -> None:
+    def accept(self, source: Source) -> None:
         """Raise AerogelError with the first reason when the folder is refused."""
-        if reasons := self.refuse(folder):
+        if reasons := self.refuse(source):
             more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-            raise AerogelError(f"{folder} cannot be written as {type(self).__name__}: {reasons[0]}{more}")
+            raise AerogelError(f"{source.folder} cannot be written as {type(self).__name__}: {reasons[0]}{more}")
 
 
 @dataclass(frozen=True)
@@ -56,13 +86,14 @@ class Master:
     """Its tensors by their names in memory."""
 
     @classmethod
-    def open(cls, folder: Path) -> Master:
-        """Open a Hugging Face folder; raises AerogelError when it is damaged or of an unknown family."""
+    def open(cls, source: Source) -> Master:
+        """Open a folder with one network; raises AerogelError when it is damaged or of an unknown family."""
+        folder = source.folder
         path = folder / "config.json"
         if not path.is_file():
             raise AerogelError(f"{path} is missing; give a folder that `aerogel compress` wrote")
         config: dict[str, Any] = json.loads(path.read_text())
-        family = family_of(config.get("model_type"), config.get("_class_name"))
+        family = family_of(source.families, config.get("model_type"), config.get("_class_name"))
         checkpoint = Checkpoint.open(folder, family.in_memory)
         checkpoint.verify()
         return cls(folder, config, family, checkpoint)

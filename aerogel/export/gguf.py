@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.export.exporter import Exporter, Master, not_language
+from aerogel.export.exporter import Exporter, Master, Source, not_language
 from aerogel.io.quantized import Assigned
 from aerogel.io.save import new_folder
 from aerogel.layers.layout import Stored
@@ -70,12 +70,12 @@ class Gguf(Exporter):
     requantize: Literal["Q4_0", "Q4_1", "Q8_0"] | None = None
     """Block type that linears whose codes no block can hold are rounded to anew; None refuses them."""
 
-    def refuse(self, folder: Path) -> list[str]:
+    def refuse(self, source: Source) -> list[str]:
         """Architectures, tokenizers and schemes that GGUF has no words for, or would say with other numbers."""
-        master = Master.open(folder)
+        master = Master.open(source)
         if reasons := not_language(master):
             return reasons
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(source.folder, local_files_only=True)
         reasons = _network_reasons(master, config)
         if not reasons:
             for name in master.linears:
@@ -83,16 +83,16 @@ class Gguf(Exporter):
                     reasons.append(f"{name}: {reason}")
         return reasons
 
-    def write(self, folder: Path, output: Path) -> None:
+    def write(self, source: Source, output: Path) -> None:
         """Write output/model.gguf, tensor by tensor."""
-        self.accept(folder)
-        master = Master.open(folder)
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        self.accept(source)
+        master = Master.open(source)
+        config = transformers.AutoConfig.from_pretrained(source.folder, local_files_only=True)
         items = list(self._items(master, config))
         with new_folder(output) as target:
             writer = gguf.GGUFWriter(target / "model.gguf", gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[config.model_type]])
-            _add_settings(writer, config, items, folder.absolute().name)
-            add_tokenizer(writer, folder, config.vocab_size)
+            _add_settings(writer, config, items, source.folder.absolute().name)
+            add_tokenizer(writer, source.folder, config.vocab_size)
             for item in items:
                 size = math.prod(gguf.quant_shape_to_byte_shape(item.shape, item.type))
                 writer.add_tensor_info(item.name, item.shape, np.dtype(np.float32), size, item.type)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aerogel.export.exporter import Exporter, Master, not_language
+from aerogel.export.exporter import Exporter, Master, Source, not_language
 from aerogel.io.quantized import Assigned
 from aerogel.io.save import copy_companions, new_folder
 from aerogel.io.shards import write_shards
@@ -37,9 +37,9 @@ class GptqLayout(Exporter):
     max_shard_size: int = 5_000_000_000
     """Largest size of one weight file in bytes."""
 
-    def refuse(self, folder: Path) -> list[str]:
+    def refuse(self, source: Source) -> list[str]:
         """Other formats, quantized inputs, and sizes that do not divide by 32."""
-        master = Master.open(folder)
+        master = Master.open(source)
         if reasons := not_language(master):
             return reasons
         if not master.linears:
@@ -47,13 +47,13 @@ class GptqLayout(Exporter):
         reasons = [f"{name}: {reason}" for name in master.linears if (reason := _reason(master, name))]
         return reasons + [f"{name} divides its input by a scale for each channel" for name in master.quantization.get("scaled_inputs", ())]
 
-    def write(self, folder: Path, output: Path) -> None:
+    def write(self, source: Source, output: Path) -> None:
         """Write the layout linear by linear; scales keep their dtype."""
-        self.accept(folder)
-        master = Master.open(folder)
+        self.accept(source)
+        master = Master.open(source)
         settings = _settings(master)
         with new_folder(output) as target:
-            copy_companions(folder, target)
+            copy_companions(source.folder, target)
             write_shards(target, _tensors(master), max_shard_size=self.max_shard_size)
             (target / "config.json").write_text(json.dumps(master.config | {"quantization_config": settings}, indent=2) + "\n")
             (target / "quantize_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from aerogel import catalog
-from aerogel.export.exporter import Exporter, Master
+from aerogel.export.exporter import Exporter, Master, SavedPolicy, Source
 from aerogel.export.onnx_graph import program
 from aerogel.export.onnx_inputs import BATCH, KNOWN, STEP, TIME, Shape, dtype_of, inputs_of, unknown_inputs
-from aerogel.io import states
-from aerogel.io.load import load, part_of
+from aerogel.io.load import load
 from aerogel.io.quantized import Assigned, timestep_index_of
 from aerogel.io.save import new_folder
 from aerogel.layers.lookup import Lookup
 from aerogel.layers.timestep_index import TimestepIndex
+from aerogel.model.hooks import patched
 from aerogel.model.network import Network
 from aerogel.numerics.scheme import PerBlock, PerGroup, PerStep, PerTensor, PerToken
 
@@ -43,11 +43,11 @@ class Onnx(Exporter):
     size: int | None = None
     """Height and width of the sample; None takes the sample_size of the network's config."""
 
-    def refuse(self, folder: Path) -> list[str]:
+    def refuse(self, source: Source) -> list[str]:
         """Absent packages, other networks than denoisers of images, and inputs, schemes and policies that a graph has no words for."""
         if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
             return [f"the package {missing[0]} is not installed: pip install 'aerogel[onnx]'"]
-        master = Master.open(part_of(folder))
+        master = Master.open(source.denoiser)
         if (name := str(master.config.get("_class_name", master.family.name))) not in KNOWN:
             return [f"a {name} is none of the denoisers that graphs are written of: {', '.join(KNOWN)}"]
         if not master.linears:
@@ -58,16 +58,17 @@ class Onnx(Exporter):
         if self.size is None and not isinstance(master.config.get("sample_size"), int):
             reasons.append("its config names no single sample_size; give size")
         reasons += [f"{name}: {why}" for name, assigned in master.linears.items() if (why := _reason(assigned, self.opset))]
-        policies = [name for named, _ in states.stored(folder) for name in named]
-        more = [name for name in policies if not catalog.find("methods", name).by_step]
-        return reasons + [f"the policy {name} does more than look answers up by the step: compress without it" for name in more]
+        if reasons or not source.policies:
+            return reasons
+        more = _unsupported(self._network(source), source.policies)
+        return [f"the policy {name} does more than look answers up by the step: compress without it" for name in more]
 
     @torch.no_grad()
-    def write(self, folder: Path, output: Path) -> None:
+    def write(self, source: Source, output: Path) -> None:
         """Write output/denoiser.onnx, and output/denoiser.json with its inputs and its list of time steps."""
-        self.accept(folder)
-        network = load(part_of(folder), dtype=torch.float32, lazy=False)
-        lookups = _lookups(network, folder)
+        self.accept(source)
+        network = self._network(source)
+        lookups = _lookups(network, source.policies)
         clock = timestep_index_of(network.module) or next((lookup.clock for lookup in lookups.values()), None)
         time: dict[str, Shape] = {TIME: (BATCH,)} if clock is None else {STEP: ()}
         inputs = inputs_of(network.config, self.size) | time
@@ -75,6 +76,10 @@ class Onnx(Exporter):
         with new_folder(output) as target:
             _save(graph, target / "denoiser.onnx")
             (target / "denoiser.json").write_text(json.dumps(_described(inputs, clock, self.opset), indent=2) + "\n")
+
+    @staticmethod
+    def _network(source: Source) -> Network:
+        return load(source.denoiser.folder, source.families, dtype=torch.float32, lazy=False)
 
 
 def _save(graph: Any, path: Path) -> None:
@@ -99,15 +104,36 @@ def _reason(assigned: Assigned, opset: int) -> str | None:
     return f"{inputs.format} inputs, expected int8 under one scale, one a token or one a step"
 
 
-def _lookups(network: Network, folder: Path) -> dict[str, Lookup]:
-    """What the folder's policies answer out of tables, by the full name of the module they answer for."""
+def _lookups(network: Network, policies: Sequence[SavedPolicy]) -> dict[str, Lookup]:
+    """Return the tables that answer while the policies are on, by the full name of the module they answer for."""
     with ExitStack() as stack:
-        for named, state in states.stored(folder):
-            ((name, options),) = named.items()
-            policy = catalog.find("methods", name)(**options)
-            stack.enter_context(policy.on(network, policy.read(state)))
-        answers = ((name, module.__dict__.get("forward")) for name, module in network.module.named_modules())
+        for policy in policies:
+            stack.enter_context(policy.method.on(network, policy.state))
+        answers = ((name, patched(module)) for name, module in network.module.named_modules())
         return {name: answer for name, answer in answers if isinstance(answer, Lookup)}
+
+
+def _unsupported(network: Network, policies: Sequence[SavedPolicy]) -> list[str]:
+    """Return the names of the policies that put on something else than tables by the step, which a static graph can say."""
+    found = []
+    with ExitStack() as stack:
+        for policy in policies:
+            before = _acting(network.module)
+            stack.enter_context(policy.method.on(network, policy.state))
+            added = {what for what in _acting(network.module) - before if not isinstance(getattr(what, "__self__", None), TimestepIndex)}
+            if not added or not all(isinstance(what, Lookup) for what in added):
+                found.append(policy.name)
+    return found
+
+
+def _acting(module: nn.Module) -> set[Callable[..., Any]]:
+    """Return the hooks and the replaced forwards of a network."""
+    acting: set[Callable[..., Any]] = set()
+    for part in module.modules():
+        acting.update(part._forward_pre_hooks.values(), part._forward_hooks.values())
+        if (answer := patched(part)) is not None:
+            acting.add(answer)
+    return acting
 
 
 def _described(inputs: Mapping[str, Shape], clock: TimestepIndex | None, opset: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +19,7 @@ import transformers
 from huggingface_hub.errors import HFValidationError
 from torch import nn
 
-from aerogel import catalog
-from aerogel.errors import AerogelError
+from aerogel.errors import AerogelError, nearest
 from aerogel.io.checkpoint import Checkpoint
 from aerogel.io.experts import pieces
 from aerogel.io.processors import Pair
@@ -39,33 +38,38 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vo
 
 
 def load(
-    source: Any, *, dtype: torch.dtype | None = None, lazy: bool = True, trust_remote_code: bool = False, unfuse_experts: bool = True
+    source: Any,
+    families: Sequence[Family],
+    *,
+    dtype: torch.dtype | None = None,
+    lazy: bool = True,
+    trust_remote_code: bool = False,
+    unfuse_experts: bool = True,
 ) -> Network:
-    """Open a network without runtime policies; `aerogel.load`, which puts them on, says what the arguments are.
+    """Open a network of one of these families without runtime policies; `aerogel.load` says what the other arguments are.
 
     A live module's fused experts become linears in place, unless `unfuse_experts` is false: who only runs it can leave it as it is.
     """
     if isinstance(source, Network):
         return source
     if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], nn.Module):
-        return _live(source[0], source[1], dtype, unfuse_experts)
+        return _live(families, source[0], source[1], dtype, unfuse_experts)
     if isinstance(source, nn.Module):
-        return _live(source, None, dtype, unfuse_experts)
+        return _live(families, source, None, dtype, unfuse_experts)
     if _is_pipeline(source):
-        return _live(_denoiser(source), source, dtype, unfuse_experts)
+        return _live(families, _denoiser(source), source, dtype, unfuse_experts)
     if isinstance(source, str | Path):
-        return _open(_find(str(source), trust_remote_code), dtype, lazy, trust_remote_code)
+        return _open(families, _find(str(source), trust_remote_code), dtype, lazy, trust_remote_code)
     raise AerogelError(
         f"cannot open a {type(source).__name__}; give a name, a folder, a hub id, a module, a pipeline or (module, processor)"
     )
 
 
-def family_of(*names: str | None) -> Family:
-    """The family that one of these names belongs to: model types of configurations, class names of modules.
+def family_of(families: Sequence[Family], *names: str | None) -> Family:
+    """Return the family that one of these names belongs to: model types of configurations, class names of modules.
 
     Raises AerogelError that lists the known families.
     """
-    families = [catalog.find("families", name) for name in catalog.names("families")]
     for family in families:
         if set(names) & set(family.matches):
             return family
@@ -94,8 +98,8 @@ def part_of(folder: Path) -> Path:
     return folder / parts[0]
 
 
-def _live(module: nn.Module, processor: Any, dtype: torch.dtype | None, unfuse_experts: bool) -> Network:
-    family = family_of(getattr(getattr(module, "config", None), "model_type", None), type(module).__name__)
+def _live(families: Sequence[Family], module: nn.Module, processor: Any, dtype: torch.dtype | None, unfuse_experts: bool) -> Network:
+    family = family_of(families, getattr(getattr(module, "config", None), "model_type", None), type(module).__name__)
     stored = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     if absent := [name for name, parameter in module.named_parameters() if parameter.is_meta]:
         raise AerogelError(
@@ -135,7 +139,7 @@ def _find(source: str, trust_remote_code: bool) -> Path:
     if source in REFERENCES:
         return folder_of(source)
     if not _HUB_ID.fullmatch(source):
-        raise AerogelError(f"{source!r} is no folder, no hub id (owner/name){catalog.nearest(source, REFERENCES)}")
+        raise AerogelError(f"{source!r} is no folder, no hub id (owner/name){nearest(source, REFERENCES)}")
     try:
         wanted = [*_WANTED, "*.py"] if trust_remote_code else list(_WANTED)
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=wanted, ignore_patterns=list(_UNWANTED)))
@@ -146,10 +150,10 @@ def _find(source: str, trust_remote_code: bool) -> Path:
         ) from error
 
 
-def _open(folder: Path, dtype: torch.dtype | None, lazy: bool, trust_remote_code: bool) -> Network:
+def _open(families: Sequence[Family], folder: Path, dtype: torch.dtype | None, lazy: bool, trust_remote_code: bool) -> Network:
     if (folder / "model_index.json").is_file():
-        return _open_pipeline(folder, dtype)
-    given = _Folder.read(folder, dtype)
+        return _open_pipeline(families, folder, dtype)
+    given = _Folder.read(folder, families, dtype)
     if "_class_name" in given.settings:
         return Network(_denoiser_in(given), given.family, folder, stored_dtype=given.stored)
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
@@ -168,9 +172,9 @@ def _open(folder: Path, dtype: torch.dtype | None, lazy: bool, trust_remote_code
     return Network(module.eval(), given.family, folder, processor, given.checkpoint if lazy and fits else None, given.stored)
 
 
-def _open_pipeline(folder: Path, dtype: torch.dtype | None) -> Network:
+def _open_pipeline(families: Sequence[Family], folder: Path, dtype: torch.dtype | None) -> Network:
     part = part_of(folder)
-    given = _Folder.read(part, dtype)
+    given = _Folder.read(part, families, dtype)
     module = _denoiser_in(given)
     diffusers = _diffusers(folder)
     with _without_bars(diffusers.utils.logging), _without_bars(transformers.utils.logging):
@@ -205,9 +209,9 @@ class _Folder:
     """What to compute in."""
 
     @classmethod
-    def read(cls, path: Path, dtype: torch.dtype | None) -> _Folder:
+    def read(cls, path: Path, families: Sequence[Family], dtype: torch.dtype | None) -> _Folder:
         settings = _read_json(path / "config.json")
-        family = family_of(settings.get("model_type"), settings.get("_class_name"))
+        family = family_of(families, settings.get("model_type"), settings.get("_class_name"))
         checkpoint = Checkpoint.open(path, family.in_memory, partial(pieces, family))
         checkpoint.verify()
         stored = checkpoint.main_dtype()

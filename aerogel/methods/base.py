@@ -110,8 +110,6 @@ class RuntimePolicy(ABC, Generic[State]):
     """True where modules do not run while it is on: steps that require `uncached` cannot come after it."""
     supersedes: ClassVar[bool] = False
     """True where it starts from the state of the policy right before it and takes that one's place."""
-    by_step: ClassVar[bool] = False
-    """True where all it does is to let modules answer out of tables by the step (layers/lookup.py), which a static graph can say."""
 
     def cost(self, size: CalibrationSize) -> CostEstimate:
         """Estimate what calibrating it takes."""

@@ -58,3 +58,9 @@ def patch_forward(answers: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[N
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = old
+
+
+def patched(module: nn.Module) -> Callable[..., Any] | None:
+    """Return what `patch_forward` has put in place of a module's forward; None where its own runs."""
+    found: Callable[..., Any] | None = module.__dict__.get("forward")
+    return found

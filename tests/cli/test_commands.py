@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from aerogel import catalog
 from aerogel.cli import commands as cli
 from aerogel.cli import terminal
-from aerogel.io.load import load
+from aerogel.engine.opening import open_model
 from aerogel.layers.linear import QuantLinear
 from aerogel.methods.quantization.gptq import Gptq
 from tests.folders import digests, model_folder, text_file
@@ -69,7 +69,7 @@ def test_compress_writes_a_folder_and_a_report(desk: Path, compressed: Any) -> N
     assert compressed["provenance"]["machine"]["threads"] == 1
     assert compressed["metrics"]["original"]["size"]["stored_bytes"] > compressed["metrics"]["compressed"]["size"]["stored_bytes"]
     assert 0 < compressed["metrics"]["compressed"]["kl_divergence"]["top1"] <= 1
-    network = load(desk / "out", lazy=False).module
+    network = open_model(desk / "out", lazy=False).module
     schemes = {name: str(part.scheme) for name, part in network.named_modules() if isinstance(part, QuantLinear)}
     assert schemes["model.layers.0.mlp.down_proj"] == "W8A16_G32"
     assert schemes["model.layers.1.mlp.up_proj"] == "W4A16_G32"

@@ -12,8 +12,8 @@ from PIL import Image
 from aerogel.data import chats
 from aerogel.data.chats import IGNORED, Chat
 from aerogel.engine.calibration import CalibrationRequest, prepare, reading, shown
+from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
-from aerogel.io.load import load
 from aerogel.io.processors import Pair
 from tests.questions import asked, untrained, written
 from tests.tiny import opened
@@ -72,7 +72,7 @@ def test_a_file_is_what_was_written(tmp_path: Path) -> None:
 
 def test_a_network_is_shown_chats_by_their_path(tmp_path: Path) -> None:
     module, pair = untrained()
-    network = load((module, pair))
+    network = open_model((module, pair))
     wanted = shown(network, CalibrationRequest(source=str(written(tmp_path, 9)), count=5))
     made = prepare(network, wanted, 0, head=False)
     assert sum(len(call.kwargs["input_ids"]) for call in made.calls) == made.facts["count"] == 5

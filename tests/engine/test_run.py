@@ -14,12 +14,12 @@ from torch import nn
 from aerogel.engine import policies
 from aerogel.engine import run as engine
 from aerogel.engine.calibration import Samples
+from aerogel.engine.opening import open_model
 from aerogel.engine.planning import plan
 from aerogel.engine.progress import Event
 from aerogel.engine.run import compress
 from aerogel.errors import AerogelError
 from aerogel.evaluate.perplexity import Perplexity
-from aerogel.io.load import load
 from aerogel.layers.linear import QuantLinear
 from aerogel.layers.slots import slots
 from aerogel.methods.base import RuntimePolicy
@@ -60,7 +60,7 @@ def test_a_folder_gives_the_bits_of_a_live_network(source: Path, tmp_path: Path,
     lazily, live = tmp_path / "lazily", tmp_path / "live"
     before = digests(source)
     first = compress(source, recipe, output=lazily, samples=samples(source), measures=())
-    opened = load(source, lazy=False)
+    opened = open_model(source, lazy=False)
     opened.checkpoint = None
     second = compress(opened, recipe, output=live, samples=samples(source), measures=())
     assert digests(source) == before
@@ -84,7 +84,7 @@ def test_the_plan_predicts_the_size_to_the_byte(source: Path, tmp_path: Path, re
 
 
 def test_the_plan_changes_no_weight_and_says_why_layers_are_kept(source: Path) -> None:
-    network = load(source, lazy=False)
+    network = open_model(source, lazy=False)
     before = {slot.name: slot.tensor.clone() for slot in slots(network.module)}
     made = plan(network, {"steps": [{"rtn": {"scheme": "W4A16_G32", "targets": ["*_proj"], "ignore": ["*.0.mlp.*"]}}]})
     assert all(torch.equal(slot.tensor, before[slot.name]) for slot in slots(network.module))
@@ -141,7 +141,7 @@ def test_methods_that_read_weights_only_need_no_text(tmp_path: Path) -> None:
 
 
 def test_memory_holds_the_block_in_hand_only(source: Path) -> None:
-    network = load(source)
+    network = open_model(source)
     most = []
 
     def resident(event: Event) -> None:
@@ -186,8 +186,8 @@ def test_the_record_says_what_was_done(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_live_module_is_measured_before_it_changes(source: Path) -> None:
-    opened = load(source, lazy=False)
-    live = load((opened.module, opened.processor))
+    opened = open_model(source, lazy=False)
+    live = open_model((opened.module, opened.processor))
     measure = Perplexity(source=str(source.parent / "text.txt"))
     expected = measure.measure(live)["perplexity"]
     result = compress(live, RTN, measures=(measure,))
@@ -269,7 +269,7 @@ def test_only_folders_resume(source: Path, tmp_path: Path) -> None:
 
 def test_given_calls_have_a_fingerprint() -> None:
     calls = [Call((torch.arange(4),), {"scale": torch.tensor([0.5], dtype=torch.bfloat16)})]
-    network = load(FAMILIES["llama"].build())
+    network = open_model(FAMILIES["llama"].build())
     first = engine.prepare(network, calls, 0, head=False).facts
     changed = [call.map(lambda tensor: tensor + 1) for call in calls]
     assert first["count"] == 1

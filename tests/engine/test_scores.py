@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from aerogel.engine.opening import open_model
 from aerogel.engine.progress import Event
 from aerogel.engine.scores import measure
 from aerogel.errors import AerogelError
@@ -13,7 +14,6 @@ from aerogel.evaluate.kl_divergence import KlDivergence
 from aerogel.evaluate.perplexity import Perplexity
 from aerogel.evaluate.size import Size
 from aerogel.evaluate.speed import Speed
-from aerogel.io.load import load
 from aerogel.model.network import Network
 from tests.folders import model_folder, text_file
 from tests.tiny import FAMILIES
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def network(folder: Path) -> Network:
-    return load(model_folder(folder / "model"), lazy=False)
+    return open_model(model_folder(folder / "model"), lazy=False)
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,13 @@ def text(folder: Path) -> str:
 
 
 def test_a_denoiser_is_measured_by_what_fits_it() -> None:
-    scores = measure(load(FAMILIES["dit"].build()), speed=True)
+    scores = measure(open_model(FAMILIES["dit"].build()), speed=True)
     assert set(scores) == {"compressed"}
     assert set(scores["compressed"]) == {"size"}
 
 
 def test_a_network_without_a_tokenizer_reads_no_text() -> None:
-    assert set(measure(load(FAMILIES["llama"].build()))["compressed"]) == {"size"}
+    assert set(measure(open_model(FAMILIES["llama"].build()))["compressed"]) == {"size"}
 
 
 def test_without_an_original_nothing_is_compared(network: Network) -> None:

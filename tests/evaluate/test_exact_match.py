@@ -10,10 +10,10 @@ import torch
 
 from aerogel.data import chats
 from aerogel.engine import policies
+from aerogel.engine.opening import open_model
 from aerogel.engine.policies import CalibratedPolicy
 from aerogel.errors import AerogelError
 from aerogel.evaluate.exact_match import ExactMatch
-from aerogel.io.load import load
 from aerogel.methods.experts.reduced_topk import ReducedTopk
 from aerogel.recipe import Recipe
 from tests.questions import untrained, written
@@ -22,7 +22,7 @@ from tests.questions import untrained, written
 @pytest.fixture(scope="module")
 def network() -> Any:
     torch.manual_seed(0)
-    return load(untrained(), dtype=torch.float32)
+    return open_model(untrained(), dtype=torch.float32)
 
 
 def test_replies_that_are_the_expected_ones_count(network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from diffusers.hooks.taylorseer_cache import TaylorSeerCacheHook, TaylorSeerStat
 from torch import Tensor, nn
 
 import aerogel
+from aerogel.engine.exporting import source_of
 from aerogel.errors import AerogelError
 from aerogel.export.cache_dit import CacheDit, _spaced
 from aerogel.export.cache_policy import CachePolicy
@@ -46,7 +47,7 @@ def exported(name: str, step: dict[str, Any], folder: Path) -> tuple[Network, Pa
     """A network of five blocks, what was written for it, and the calls of a generation."""
     given = calls(name, steps=SEVEN)
     result = aerogel.compress(deep(name).module, {"steps": [step]}, samples=given, measures=(), output=folder / "master")
-    CacheDit().write(folder / "master", folder / "out")
+    CacheDit().write(source_of(folder / "master"), folder / "out")
     return result.network, folder / "out", given
 
 
@@ -253,19 +254,21 @@ def test_what_a_mask_of_steps_cannot_say_is_refused(step: dict[str, Any], messag
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     given = deep("dit").module
     aerogel.compress(given, {"steps": [{"rtn": {"scheme": "W8A8"}}]}, samples=calls("dit"), measures=(), output=tmp_path / "plain")
-    assert CacheDit().refuse(tmp_path / "plain") == ["it has no caching policy; compress with a recipe that has one, such as fora"]
+    assert CacheDit().refuse(source_of(tmp_path / "plain")) == [
+        "it has no caching policy; compress with a recipe that has one, such as fora"
+    ]
     for name, module in {"unet": FAMILIES["unet"].build(), "short": painters.classes().transformer}.items():
         seen = calls("unet" if name == "unet" else "dit")
         aerogel.compress(module, {"steps": [{"fora": {}}]}, samples=seen, measures=(), output=tmp_path / name)
-    (reason,) = CacheDit().refuse(tmp_path / "unet")
+    (reason,) = CacheDit().refuse(source_of(tmp_path / "unet"))
     assert reason == "cache-dit runs transformers, whose blocks stand one behind the other, not unet networks"
-    (reason,) = CacheDit().refuse(tmp_path / "short")
+    (reason,) = CacheDit().refuse(source_of(tmp_path / "short"))
     assert reason == "cache-dit lets the first block run at every step, which leaves none of the 1 that fora reuses"
 
 
 def test_the_artefact_of_a_policy_is_enough(tmp_path: Path) -> None:
     _, out, _ = exported("wan", {"fora": {}}, tmp_path)
-    CachePolicy().write(tmp_path / "master", tmp_path / "artefact")
-    CacheDit().write(tmp_path / "artefact", tmp_path / "again")
+    CachePolicy().write(source_of(tmp_path / "master"), tmp_path / "artefact")
+    CacheDit().write(source_of(tmp_path / "artefact"), tmp_path / "again")
     for path in out.iterdir():
         assert (tmp_path / "again" / path.name).read_text() == path.read_text()

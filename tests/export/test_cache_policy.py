@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 import aerogel
 from aerogel.cli import commands as cli
 from aerogel.data.denoising import Denoising
+from aerogel.engine.exporting import source_of
+from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
 from aerogel.export.cache_policy import CachePolicy
 from aerogel.io.fingerprint import fingerprint
-from aerogel.io.load import load
 from aerogel.io.save import resident
 from aerogel.runtime.feature_cache.schedule import Schedule, caching
 from tests import image_pipelines as painters
@@ -86,7 +87,7 @@ def test_it_says_what_the_schedule_saves(tmp_path: Path) -> None:
     assert skipped > 0
     assert state["macs_saved"] * 4 * state["macs"] == pytest.approx(skipped)
     assert 2 * (attention + forward) < state["macs"] < 4 * (attention + forward)
-    network = load(pipeline())
+    network = open_model(pipeline())
     with caching(network, Schedule.of(network, state)) as reuse:
         paint(network.processor)
     assert state["slot_bytes"] == reuse.peak_bytes / 4 > 0  # two images under guidance
@@ -106,7 +107,7 @@ def test_weights_are_the_same_in_any_dtype(dtype: torch.dtype, tmp_path: Path) -
     given.transformer.to(dtype)
     given.save_pretrained(tmp_path / "half")
     out = exported(tmp_path / "half", tmp_path, {"fora": {}})
-    opened = load(tmp_path / "half", dtype=torch.float32)
+    opened = open_model(tmp_path / "half", dtype=torch.float32)
     assert next(opened.module.parameters()).dtype == torch.float32
     assert facts(out)["model"]["dtype"] == str(dtype).removeprefix("torch.")
     for live in (opened.module, opened.module.to(dtype), opened.module.to(torch.bfloat16)):
@@ -129,7 +130,7 @@ def test_the_fingerprint_is_of_names_shapes_and_values_in_any_order() -> None:
 def test_quantized_weights_have_a_fingerprint_of_their_own(tmp_path: Path) -> None:
     out = exported(pipeline(), tmp_path, {"rtn": {"scheme": "W8A8"}}, {"fora": {}})
     assert facts(out)["model"]["quantization"]["config_groups"]
-    quantized = load(tmp_path / "master")
+    quantized = open_model(tmp_path / "master")
     with aerogel.cached(quantized, out):
         within = paint(quantized.processor)
     assert torch.equal(within, paint(aerogel.load(tmp_path / "master").processor))
@@ -188,10 +189,10 @@ def test_other_numbers_of_blocks_are_refused(tmp_path: Path) -> None:
 
 def test_folders_without_a_caching_policy_are_refused(tmp_path: Path) -> None:
     aerogel.compress(pipeline(), "rtn-w8a8", samples=WANTED, measures=(), output=tmp_path / "master")
-    (reason,) = CachePolicy().refuse(tmp_path / "master")
+    (reason,) = CachePolicy().refuse(source_of(tmp_path / "master"))
     assert "no caching policy" in reason
     with pytest.raises(AerogelError, match="cannot be written as CachePolicy: it has no caching policy"):
-        CachePolicy().write(tmp_path / "master", tmp_path / "out")
+        CachePolicy().write(source_of(tmp_path / "master"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     pipeline().save_pretrained(tmp_path / "plain")
-    assert CachePolicy().refuse(tmp_path / "plain")
+    assert CachePolicy().refuse(source_of(tmp_path / "plain"))

@@ -14,9 +14,10 @@ import torch
 import transformers
 from torch import Tensor
 
+from aerogel.engine.exporting import source_of
+from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
 from aerogel.export.gguf import Gguf
-from aerogel.io.load import load
 from aerogel.layers.linear import QuantLinear, ScaledInput, cache_dequantized
 from tests.saved import network, round_to_nearest, save, tokenizer
 from tests.tiny import FAMILIES, output
@@ -46,7 +47,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], gguf.GGUFReader
 
 
 def written(folder: Path, **options: str) -> Path:
-    Gguf(**options).write(folder, folder.parent / "gguf")  # type: ignore[arg-type]
+    Gguf(**options).write(source_of(folder), folder.parent / "gguf")  # type: ignore[arg-type]
     return folder.parent / "gguf/model.gguf"
 
 
@@ -128,7 +129,7 @@ def test_transformers_opens_it_and_gives_our_logits_and_tokens(tmp_path: Path) -
 def test_what_blocks_cannot_hold_is_refused_or_rounded_anew_when_asked(scheme: str, word: str, tmp_path: Path) -> None:
     given = network(scheme, processor=tokenizer())
     save(given, tmp_path / "master")
-    reasons = Gguf().refuse(tmp_path / "master")
+    reasons = Gguf().refuse(source_of(tmp_path / "master"))
     assert len(reasons) == 14
     assert all(word in reason and "requantize=Q8_0" in reason for reason in reasons)
     with pytest.raises(AerogelError, match=word):
@@ -147,23 +148,23 @@ def test_activation_order_and_scaled_inputs_are_refused(tmp_path: Path) -> None:
     inner = given.module.get_submodule(Q_PROJ)
     assert isinstance(inner, QuantLinear)
     save(given, tmp_path / "a")
-    assert all("activation order" in reason for reason in Gguf().refuse(tmp_path / "a"))
+    assert all("activation order" in reason for reason in Gguf().refuse(source_of(tmp_path / "a")))
     given.module.set_submodule(Q_PROJ, ScaledInput(inner, torch.ones(inner.in_features)))
     save(given, tmp_path / "b")
-    assert Gguf().refuse(tmp_path / "b")[0] == f"{Q_PROJ} divides its input by a scale for each channel"
+    assert Gguf().refuse(source_of(tmp_path / "b"))[0] == f"{Q_PROJ} divides its input by a scale for each channel"
 
 
 def test_architectures_and_tokenizers_without_a_word_in_gguf_are_refused(tmp_path: Path) -> None:
     save(network(kind="opt"), tmp_path / "opt")
-    assert Gguf().refuse(tmp_path / "opt") == ["the architecture opt is not one of llama, mistral, qwen2, qwen3"]
+    assert Gguf().refuse(source_of(tmp_path / "opt")) == ["the architecture opt is not one of llama, mistral, qwen2, qwen3"]
     save(network(kind="mistral", processor=tokenizer()), tmp_path / "mistral")
-    assert Gguf().refuse(tmp_path / "mistral") == ["it attends to a sliding window of 8, which llama.cpp does not do for it"]
+    assert Gguf().refuse(source_of(tmp_path / "mistral")) == ["it attends to a sliding window of 8, which llama.cpp does not do for it"]
     save(network(), tmp_path / "bare")
-    assert Gguf().refuse(tmp_path / "bare") == ["it has no tokenizer.json, and a GGUF file carries its tokenizer"]
+    assert Gguf().refuse(source_of(tmp_path / "bare")) == ["it has no tokenizer.json, and a GGUF file carries its tokenizer"]
     given = tokenizer()
     given.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     save(network(processor=given), tmp_path / "words")
-    assert "byte-level" in Gguf().refuse(tmp_path / "words")[0]
+    assert "byte-level" in Gguf().refuse(source_of(tmp_path / "words"))[0]
 
 
 def test_the_tokenizer_says_how_text_is_split_and_whether_it_begins_with_a_token(tmp_path: Path) -> None:
@@ -208,7 +209,7 @@ def llama_cpp() -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["W4A16_G32_ASYM", "W4A16_G32", "W8A16_G64"])
 def test_llama_cpp_decodes_the_same_tokens_as_generate(scheme: str, llama_cpp: Path, tmp_path: Path) -> None:
-    given = load("smollm2-135m", lazy=False)
+    given = open_model("smollm2-135m", lazy=False)
     round_to_nearest(given.module, scheme, dtype=given.stored_dtype)
     save(given, tmp_path / "master")
     path = written(tmp_path / "master")

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from aerogel.engine.exporting import source_of
 from aerogel.errors import AerogelError
 from aerogel.export.gptq import GptqLayout
 from aerogel.layers.linear import QuantLinear, ScaledInput, cache_dequantized
@@ -37,7 +38,7 @@ def literal_weight(tensors: dict[str, Tensor], name: str, bits: int, version: st
 
 
 def exported(folder: Path, **options: object) -> dict[str, Tensor]:
-    GptqLayout(**options).write(folder, folder.parent / "gptq")  # type: ignore[arg-type]
+    GptqLayout(**options).write(source_of(folder), folder.parent / "gptq")  # type: ignore[arg-type]
     return load_file(folder.parent / "gptq/model.safetensors")
 
 
@@ -94,7 +95,7 @@ def test_a_channel_has_no_group_size_and_reordered_columns_are_said(tmp_path: Pa
 def test_shards_and_bytes_of_the_master_stay(tmp_path: Path) -> None:
     save(network(), tmp_path / "master")
     before = {path.name: path.read_bytes() for path in (tmp_path / "master").iterdir()}
-    GptqLayout(max_shard_size=20_000).write(tmp_path / "master", tmp_path / "gptq")
+    GptqLayout(max_shard_size=20_000).write(source_of(tmp_path / "master"), tmp_path / "gptq")
     assert len(list((tmp_path / "gptq").glob("model-*.safetensors"))) > 2
     assert {path.name: path.read_bytes() for path in (tmp_path / "master").iterdir()} == before
 
@@ -110,9 +111,9 @@ def test_shards_and_bytes_of_the_master_stay(tmp_path: Path) -> None:
 )
 def test_what_the_layout_cannot_say_is_refused_before_any_work(scheme: str | None, word: str, tmp_path: Path) -> None:
     save(network(scheme), tmp_path / "master")
-    assert all(word in reason for reason in GptqLayout().refuse(tmp_path / "master"))
+    assert all(word in reason for reason in GptqLayout().refuse(source_of(tmp_path / "master")))
     with pytest.raises(AerogelError, match=f"cannot be written as GptqLayout: .*{word}"):
-        GptqLayout().write(tmp_path / "master", tmp_path / "gptq")
+        GptqLayout().write(source_of(tmp_path / "master"), tmp_path / "gptq")
     assert not (tmp_path / "gptq").exists()
 
 
@@ -122,7 +123,7 @@ def test_scaled_inputs_are_refused(tmp_path: Path) -> None:
     assert isinstance(inner, QuantLinear)
     given.module.set_submodule(Q_PROJ, ScaledInput(inner, torch.ones(inner.in_features)))
     save(given, tmp_path / "master")
-    assert GptqLayout().refuse(tmp_path / "master") == [f"{Q_PROJ} divides its input by a scale for each channel"]
+    assert GptqLayout().refuse(source_of(tmp_path / "master")) == [f"{Q_PROJ} divides its input by a scale for each channel"]
 
 
 READER = """
@@ -139,7 +140,7 @@ torch.save(model.model(torch.arange(3, 23)[None]).logits.float(), sys.argv[2])
 def test_gptqmodel_opens_it_and_gives_our_logits(scheme: str, tmp_path: Path) -> None:
     given = network(scheme, dtype=torch.bfloat16, processor=tokenizer())
     save(given, tmp_path / "master")
-    GptqLayout().write(tmp_path / "master", tmp_path / "gptq")
+    GptqLayout().write(source_of(tmp_path / "master"), tmp_path / "gptq")
     command = [str(GPTQMODEL), "-c", READER, str(tmp_path / "gptq"), str(tmp_path / "logits.pt")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,6 +10,7 @@ import importlib.util
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from typer.testing import CliRunner
 
 import aerogel
 from aerogel.cli import commands as cli
+from aerogel.engine.exporting import source_of
 from aerogel.errors import AerogelError
 from aerogel.export import onnx as exporting
 from aerogel.export.onnx import Onnx
@@ -285,21 +287,23 @@ def test_what_a_graph_cannot_say_is_refused_before_any_work(
     kind: str, scheme: str | None, act_order: bool, options: dict[str, int], word: str, tmp_path: Path
 ) -> None:
     save(rounded(scheme, kind, act_order=act_order), tmp_path / "master")
-    assert all(word in reason for reason in Onnx(**options).refuse(tmp_path / "master"))
+    assert all(word in reason for reason in Onnx(**options).refuse(source_of(tmp_path / "master")))
     with pytest.raises(AerogelError, match=f"cannot be written as Onnx: .*{word}"):
-        Onnx(**options).write(tmp_path / "master", tmp_path / "graph")
+        Onnx(**options).write(source_of(tmp_path / "master"), tmp_path / "graph")
     assert not (tmp_path / "graph").exists()
 
 
 def test_absent_packages_and_policies_with_other_effects_are_refused(pixart: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     master = pixart.folder.parent / "master"
-    assert Onnx().refuse(master) == []
+    assert Onnx().refuse(source_of(master)) == []
     with monkeypatch.context() as patch:
-        patch.setattr(TemporalCache, "by_step", False)
-        assert Onnx().refuse(master) == ["the policy temporal_cache does more than look answers up by the step: compress without it"]
+        patch.setattr(TemporalCache, "on", lambda *_: nullcontext())
+        assert Onnx().refuse(source_of(master)) == [
+            "the policy temporal_cache does more than look answers up by the step: compress without it"
+        ]
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
-    assert Onnx().refuse(master) == ["the package onnxscript is not installed: pip install 'aerogel[onnx]'"]
+    assert Onnx().refuse(source_of(master)) == ["the package onnxscript is not installed: pip install 'aerogel[onnx]'"]
 
 
 def test_inputs_follow_the_config_of_the_network() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel import catalog
-from aerogel.io.load import load
+from aerogel.engine.opening import open_model
 from aerogel.model.block import Block, BoundEdge
 from aerogel.model.calls import Call, record, tensors_in
 from aerogel.model.edges import channels, fold
@@ -108,7 +108,7 @@ def test_one_block_in_memory_is_enough(name: str, tmp_path: Path) -> None:
     calls = TINY[name].calls(3)
     expected = plain_calls(opened(name), calls)
     TINY[name].build().save_pretrained(tmp_path)
-    network = load(tmp_path)
+    network = open_model(tmp_path)
     for block in Walk(network, calls, residency=OneAtATime(network)):
         for ours, theirs in zip(block.calls, expected[block.name], strict=True):
             assert_same(ours, theirs)

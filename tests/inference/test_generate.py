@@ -145,9 +145,9 @@ def test_the_screened_head_finds_the_token_of_all_logits(spread: float) -> None:
 
 @pytest.mark.quality
 def test_a_real_model_in_four_bits_makes_the_tokens_of_transformers() -> None:
-    from aerogel.io.load import load
+    from aerogel.engine.opening import open_model
 
-    network = quantized(load("smollm2-135m", lazy=False), "W4A16_G64")
+    network = quantized(open_model("smollm2-135m", lazy=False), "W4A16_G64")
     network.module.float()
     for text in ("The history of the American presidency begins with", "Water boils at", "def fibonacci(n):"):
         tokens_BT = torch.tensor([network.processor(text).input_ids])

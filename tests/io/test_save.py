@@ -17,8 +17,8 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
-from aerogel.io.load import load
 from aerogel.io.save import new_folder, preflight, resident, write
 from aerogel.layers.linear import cache_dequantized
 from tests.saved import network, round_to_nearest, save
@@ -164,12 +164,12 @@ def pipeline() -> diffusers.DiTPipeline:
 
 
 def test_a_denoiser_is_saved_into_its_part_of_the_pipeline_from_memory_and_from_a_folder(tmp_path: Path) -> None:
-    live = load(pipeline())
+    live = open_model(pipeline())
     round_to_nearest(live.module, "W4A16_G32")
     checksums = save(live, tmp_path / "a")
     assert list(checksums) == ["transformer/diffusion_pytorch_model.safetensors"]
     pipeline().save_pretrained(tmp_path / "source")
-    opened_again = load(tmp_path / "source")
+    opened_again = open_model(tmp_path / "source")
     round_to_nearest(opened_again.module, "W4A16_G32")
     save(opened_again, tmp_path / "b")
     call = FAMILIES["dit"].calls(1)[0]
@@ -179,7 +179,7 @@ def test_a_denoiser_is_saved_into_its_part_of_the_pipeline_from_memory_and_from_
         assert config["_class_name"] == "DiTTransformer2DModel"
         assert config["quantization_config"]["format"] == "pack-quantized"
         assert load_file(folder / "vae/diffusion_pytorch_model.safetensors").keys() == pipeline().vae.state_dict().keys()
-        again = load(folder, lazy=False)
+        again = open_model(folder, lazy=False)
         with cache_dequantized(again.module), cache_dequantized(live.module):
             torch.testing.assert_close(output(again.module, call), output(live.module, call))
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import aerogel
 from aerogel import catalog
 from aerogel.engine import policies
+from aerogel.engine.exporting import source_of
 from aerogel.errors import AerogelError
 from aerogel.layers.linear import QuantLinear
 from aerogel.methods.base import WeightMethod
@@ -209,7 +210,7 @@ def test_formats_of_language_engines_refuse_denoisers(name: str, tmp_path: Path)
     formats = set(catalog.names("exporters")) - {"compressed_tensors", "onnx", "cache_policy", "cache_dit"}  # made for denoisers
     assert formats
     for exporter in formats:
-        (reason,) = catalog.find("exporters", exporter)().refuse(tmp_path / "out")
+        (reason,) = catalog.find("exporters", exporter)().refuse(source_of(tmp_path / "out"))
         assert "language models" in reason, exporter
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from aerogel import catalog
-from aerogel.errors import AerogelError
+from aerogel.errors import AerogelError, nearest
 from aerogel.recipe import build, knobs_of
 
 Chosen = dict[str, tuple[type, Mapping[str, Any]]]
@@ -24,7 +24,7 @@ def chosen(unfit: Callable[[type], str], only: Sequence[str], overrides: Iterabl
     fitting = {name: cls for name, cls in classes.items() if not unfit(cls)}
     options = knobs_of(overrides, "policy.option=value, for example harmonica.search=400")
     if unused := [name for name in options if name not in fitting]:
-        raise AerogelError(f"an option of {unused[0]!r} is set, but that policy is not tried{catalog.nearest(unused[0], fitting)}")
+        raise AerogelError(f"an option of {unused[0]!r} is set, but that policy is not tried{nearest(unused[0], fitting)}")
     for name, given in options.items():
         build(fitting[name], given, f"policy {name!r}")
     return {name: (cls, options.get(name, {})) for name, cls in fitting.items()}

@@ -49,7 +49,6 @@ class TemporalCache(RuntimePolicy[TemporalCacheState]):
     """Looks the temporal features up in a table of all steps instead of computing them."""
 
     state: ClassVar[type[PolicyState]] = TemporalCacheState
-    by_step: ClassVar[bool] = True
 
     content: Literal["features", "path"] = "features"
     """What the table holds: the features of the network before any step, or what the path as it is by then gives, bit for bit."""

@@ -18,12 +18,12 @@ from torch import Tensor
 
 import aerogel
 from aerogel.data.denoising import Denoising, generate_images, record
+from aerogel.engine.opening import open_model
 from aerogel.engine.progress import Event
 from aerogel.engine.search.pacing import Attempt, Candidate, SpeedBudget, candidates
 from aerogel.engine.search.searching import Findings, search
 from aerogel.errors import AerogelError
 from aerogel.evaluate.image_similarity import png
-from aerogel.io.load import load
 from aerogel.methods.feature_cache.fora import Fora
 from aerogel.methods.feature_cache.policy import BudgetedCachePolicy, FeatureCachePolicy
 from aerogel.methods.feature_cache.uniform_cache import spread
@@ -47,7 +47,7 @@ def painter() -> diffusers.DiTPipeline:
 
 
 def searched(pipeline: Any, *only: str, **options: Any) -> Findings:
-    clock = options.pop("clock", None) or Ticks(load(pipeline))
+    clock = options.pop("clock", None) or Ticks(open_model(pipeline))
     return search(pipeline, **{"samples": WANTED, "only": only, "clock": clock, "rounds": 1} | options)
 
 
@@ -107,7 +107,7 @@ def test_a_knob_that_was_set_stays(found: Any) -> None:
 def test_errors_are_those_of_replays(found: Any) -> None:
     """An independent way to the same latents: the recorded generation, replayed outside of the pipeline."""
     _, findings, _ = found
-    network = load(painter())
+    network = open_model(painter())
     runs = replays(network, Trajectories.of(network, record(network.processor, network.module, WANTED, findings.facts["held_out_seed"])))
 
     def along() -> list[list[Tensor]]:
@@ -210,7 +210,7 @@ def test_states_with_tensors_are_saved_too(tmp_path: Path) -> None:
 
 def test_what_goes_on_comes_off() -> None:
     pipeline = painter()
-    clock = Ticks(load(pipeline))
+    clock = Ticks(open_model(pipeline))
     own = {name: module.__dict__.get("forward") for name, module in pipeline.transformer.named_modules()}
     weights = {name: tensor.clone() for name, tensor in pipeline.transformer.state_dict().items()}
     hooks = len(pipeline.transformer._forward_pre_hooks)
@@ -257,7 +257,7 @@ class Plain(FeatureCachePolicy):
 
 def attempt(cls: type[FeatureCachePolicy], *speeds: float, **options: Any) -> Attempt:
     """An attempt whose measured speeds are these, one after the other."""
-    network = load(painter())
+    network = open_model(painter())
     pace = SpeedBudget(network, WANTED, 1.5, 0, 1, Ticks(network))
     left = iter(speeds)
     pace.speedup = lambda on: next(left)  # type: ignore[method-assign,assignment,misc]
@@ -330,7 +330,7 @@ def test_models_that_cannot_be_searched_are_refused(tmp_path: Path) -> None:
         search(painter().transformer, only=["fora"], samples=WANTED)
     with pytest.raises(AerogelError, match="this llama model came without its pipeline and generates no images"):
         search(FAMILIES["llama"].build())
-    network = load(painter())
+    network = open_model(painter())
     network.family = replace(network.family, cached_modules=())
     with pytest.raises(AerogelError, match="names no modules whose outputs could be cached"):
         search(network, samples=WANTED)

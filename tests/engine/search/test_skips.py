@@ -20,13 +20,13 @@ from aerogel.data import chats, text
 from aerogel.data.chats import Chats
 from aerogel.engine import policies
 from aerogel.engine.calibration import Samples
+from aerogel.engine.opening import open_model
 from aerogel.engine.policies import CalibratedPolicy
 from aerogel.engine.search.candidates import chosen
 from aerogel.engine.search.searching import Findings, search
 from aerogel.engine.search.skips import BUDGET, RATIOS, SkipSearch, _unfit
 from aerogel.errors import AerogelError
 from aerogel.evaluate.exact_match import ExactMatch
-from aerogel.io.load import load
 from aerogel.layers.experts import ExpertList
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -67,7 +67,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mixture() -> Network:
     torch.manual_seed(0)
     model, pair = untrained()
-    return load((model, pair), dtype=torch.float32, unfuse_experts=False)
+    return open_model((model, pair), dtype=torch.float32, unfuse_experts=False)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_a_folder_and_its_live_model_are_the_same_weights(source: Path, tmp_path
     options: dict[str, Any] = {"samples": Chats(source, 2), "only": ["reduced_topk"], "rounds": 1}
     opened = search(ZOO / "fashion-vlm", "skip", output=tmp_path / "out", **options)
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(ZOO / "fashion-vlm")
-    for live in (theirs, load(ZOO / "fashion-vlm", lazy=False)):
+    for live in (theirs, open_model(ZOO / "fashion-vlm", lazy=False)):
         with aerogel.skipping(live, tmp_path / "out"):  # a warning about other weights would be an error
             pass
     assert opened.facts["model"]["fingerprint"].startswith("sha256:")
@@ -211,7 +211,7 @@ def test_so_are_those_of_a_family_whose_checkpoints_hold_experts_apart(
     monkeypatch.setattr(SkipSearch, "check", check)
     search(texts[0], "skip", 0.5, samples=Samples(texts[1], 2, 24), only=["reduced_topk"], rounds=1, output=tmp_path / "out")
     assert not any(isinstance(part, ExpertList) for part in seen[0].module.modules()), "as transformers runs them"
-    for live in (transformers.AutoModelForCausalLM.from_pretrained(texts[0]), load(texts[0], lazy=False)):
+    for live in (transformers.AutoModelForCausalLM.from_pretrained(texts[0]), open_model(texts[0], lazy=False)):
         with aerogel.skipping(live, tmp_path / "out"):
             pass
 
@@ -230,7 +230,7 @@ def test_text_is_continued_and_judged_by_what_stays_first(texts: Any) -> None:
     facts = findings.facts
     assert (facts["budget"], facts["right"], facts["chats"], facts["count"]) == (0.5, None, False, 3)
     assert facts["prompt"] == 12
-    network = load(model, lazy=False)
+    network = open_model(model, lazy=False)
     rows_NL = text.samples(network.processor, words, 6, 24, 0)
     assert facts["provenance"]["calibration"]["fingerprint"] == text.fingerprint(rows_NL[:3])
     (step,) = Recipe.parse({"steps": [row(findings, "single_threshold", 0.5)["step"]]}).steps

@@ -14,8 +14,8 @@ from torch.nn.functional import log_softmax
 
 import aerogel
 from aerogel.engine import policies
+from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
-from aerogel.io.load import load
 from aerogel.methods.experts.diep import Diep, likeness
 from aerogel.methods.experts.modes import Modes
 from aerogel.methods.experts.naee import Naee
@@ -300,7 +300,7 @@ def test_a_saved_policy_is_on_when_opened_and_refused_elsewhere(tmp_path: Path) 
     torch.testing.assert_close(skipped, output(reopened.module, call), rtol=0, atol=2e-5)
     assert torch.equal(output(live, call), before)
     assert not any("experts.0" in name for name, _ in live.named_parameters())  # fused experts stayed fused
-    other = load(FAMILIES["deepseek_v3"].build())
+    other = open_model(FAMILIES["deepseek_v3"].build())
     with (
         pytest.raises(AerogelError, match="calibrated for 2 layers of 4 experts, 2 a token; this network has 1 of 4"),
         policies.on(other, result.policies),

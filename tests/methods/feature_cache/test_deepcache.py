@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import aerogel
 from aerogel.data.denoising import Denoising, record
+from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
-from aerogel.io.load import load
 from aerogel.methods.feature_cache.deepcache import Deepcache, gathered
 from tests import image_pipelines as painters
 from tests.runtime.feature_cache.test_schedule import calls as generation
@@ -92,7 +92,7 @@ def paint(pipeline: Any) -> Tensor:
 
 def test_a_pipeline_paints_what_hooks_paint() -> None:
     """Twice in a row; the hook gives the last up block what it got two steps in three, beside the skip."""
-    network = load(painters.unconditional())
+    network = open_model(painters.unconditional())
     fill(network.module, torch.Generator().manual_seed(0))
     plain = paint(network.processor)
     kept: list[Tensor] = []

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import aerogel
+from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
-from aerogel.io.load import load
 from aerogel.layers.linear import cache_dequantized
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -26,7 +26,7 @@ MIXTURES = ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "qwen3_vl_moe", "i
 
 
 def opened(name: str, unfuse_experts: bool) -> Network:
-    return load(FAMILIES[name].build(), unfuse_experts=unfuse_experts)
+    return open_model(FAMILIES[name].build(), unfuse_experts=unfuse_experts)
 
 
 def weak(routed: Routed) -> Tensor:

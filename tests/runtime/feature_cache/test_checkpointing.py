@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from aerogel.io.load import load
+from aerogel.engine.opening import open_model
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.checkpointing import checkpointing_blocks
@@ -76,7 +76,7 @@ def saved_bytes(layers: int, *, again: bool) -> int:
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=layers, sample_size=8, patch_size=2,
         norm_num_groups=4,
     ).eval()  # fmt: skip
-    network, seen = load(transformer), dict[int, Tensor]()
+    network, seen = open_model(transformer), dict[int, Tensor]()
 
     def pack(x: Tensor) -> Tensor:
         seen[x.untyped_storage().data_ptr()] = x

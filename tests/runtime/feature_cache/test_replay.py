@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from aerogel.data.denoising import Denoising, record
+from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
-from aerogel.io.load import load
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
@@ -33,7 +33,7 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
 def painter(sampler: str = "ddim", seed: int = 0) -> Network:
     pipeline = painters.classes(seed)
     pipeline.scheduler = SAMPLERS[sampler]()
-    return load(pipeline)
+    return open_model(pipeline)
 
 
 def recorded(network: Network, **options: Any) -> list[Call]:
@@ -68,7 +68,7 @@ def test_a_replay_goes_where_the_pipeline_went(sampler: str, guidance: float) ->
 
 
 def test_a_pipeline_without_classes_replays_too() -> None:
-    network = load(painters.unconditional())
+    network = open_model(painters.unconditional())
     network.processor.scheduler = SAMPLERS["ddim"]()
     (run,) = replays(network, Trajectories.of(network, recorded(network, guidance=None, count=2)))
     assert (run.halves, run.name) == (False, "sample")
@@ -121,7 +121,7 @@ def packed(dtype: torch.dtype = torch.float32, shifts: bool = True) -> tuple[Net
             num_inference_steps=5, output_type="latent", num_images_per_prompt=2, generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
     hook.remove()
-    return load(pipeline), calls
+    return open_model(pipeline), calls
 
 
 def apart(calls: list[Call]) -> list[Call]:
@@ -157,7 +157,7 @@ def clips(guidance: float = 4.0) -> tuple[Network, list[Call]]:
             num_inference_steps=5, guidance_scale=guidance, output_type="latent", generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
     hook.remove()
-    return load(pipeline), calls
+    return open_model(pipeline), calls
 
 
 def test_clips_whose_branches_come_one_behind_the_other_replay() -> None:
