@@ -23,8 +23,7 @@ import aerogel
 from aerogel.data.denoising import Denoising
 from aerogel.engine.exporting import source_of
 from aerogel.export.onnx import Onnx
-from aerogel.io.quantized import timestep_index_of
-from aerogel.layers.linear import cache_dequantized
+from aerogel.layers.linear import cache_dequantized, timestep_index_of
 from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.model.hooks import patch_forward
 
@@ -48,14 +47,14 @@ RECIPE = {
 }
 
 
-def engine(path: Path, clock: TimestepIndex, threads: int) -> Callable[..., tuple[Tensor]]:
+def engine(path: Path, index: TimestepIndex, threads: int) -> Callable[..., tuple[Tensor]]:
     """Return a forward of the UNet that onnxruntime runs."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def forward(sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
-        (row,) = set(clock.rows_of(timestep))
+        (row,) = set(index.rows_of(timestep))
         given = {"sample": sample.numpy(), "encoder_hidden_states": encoder_hidden_states.numpy(), "step": np.array(row)}
         return (torch.from_numpy(session.run(None, given)[0]),)
 
@@ -137,8 +136,8 @@ def main() -> None:
     pipelines = network.processor, original.processor
     for pipeline in pipelines:
         pipeline.set_progress_bar_config(disable=True)
-    clock = timestep_index_of(network.module)
-    assert clock is not None
+    index = timestep_index_of(network.module)
+    assert index is not None
     seen: Seen = []
     with cache_dequantized(network.module), recorded(network.module, seen):
         reference, _ = images(pipelines[0], given.count)
@@ -149,7 +148,7 @@ def main() -> None:
         "our kernels": step_error(network.module, seen) | apart(reference, kernels) | {"seconds per step": seconds},
     }
     for name, folder in graphs.items():
-        forward = engine(folder / "denoiser.onnx", clock, given.threads)
+        forward = engine(folder / "denoiser.onnx", index, given.threads)
         with patch_forward({network.module: forward}):
             theirs, seconds = images(pipelines[0], given.count)
         lines[f"onnxruntime, {name}"] = step_error(forward, seen) | apart(reference, theirs) | {"seconds per step": seconds}

@@ -13,7 +13,7 @@ from torch import nn
 from aerogel import catalog
 from aerogel.engine import policies
 from aerogel.io import load as weights
-from aerogel.io.quantized import timestep_index_of
+from aerogel.layers.linear import timestep_index_of
 from aerogel.model.family import Family
 from aerogel.model.network import Network
 
@@ -45,8 +45,8 @@ def load(
     `unfuse_experts` is false. Raises AerogelError when the source is not found, damaged, pickled or of an unknown family.
     """
     network = open_model(source, dtype=dtype, lazy=lazy, trust_remote_code=trust_remote_code, unfuse_experts=unfuse_experts)
-    if network is not source and (clock := timestep_index_of(network.module)) is not None:
-        clock.belongs_to(network.processor)
+    if network is not source and (index := timestep_index_of(network.module)) is not None:
+        index.set_pipeline(network.processor)
     if network is not source and (found := policies.load(network.origin)):
         stack = _on[network.module] = ExitStack()
         stack.enter_context(policies.on(network, found))

@@ -37,7 +37,8 @@ from aerogel.evaluate.measure import Measure
 from aerogel.io import save
 from aerogel.io.quantized import fuse_activations
 from aerogel.kernels.malloc import limit_fragmentation
-from aerogel.layers.linear import QuantLinear, ScaledInput
+from aerogel.layers.linear import QuantLinear
+from aerogel.layers.scaled_input import ScaledInput
 from aerogel.methods.base import BlockMethod, Method, RuntimePolicy, WeightMethod
 from aerogel.model.block import Block
 from aerogel.model.network import Network

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from aerogel.export.exporter import Exporter, Master, Source
+from aerogel.export.exporter import Exporter, Master, Source, inexpressible
 from aerogel.io.checkpoint import Checkpoint
 from aerogel.io.save import copy_companions, new_folder
 from aerogel.io.shards import write_shards
@@ -19,10 +19,8 @@ class CompressedTensors(Exporter):
     """Largest size of one weight file in bytes."""
 
     def refuse(self, source: Source) -> list[str]:
-        """Scaled inputs are the one thing this format has no words for."""
-        master = Master.open(source)
-        scaled = master.quantization.get("scaled_inputs", ())
-        return [f"{name} divides its input by a scale for each channel, which compressed-tensors cannot say" for name in scaled]
+        """Return the layers that are more than a quantized linear."""
+        return [f"{reason}, which compressed-tensors cannot say" for reason in inexpressible(Master.open(source))]
 
     def write(self, source: Source, output: Path) -> None:
         """Copy tensor by tensor; names and values stay as they are."""

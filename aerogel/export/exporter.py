@@ -16,8 +16,9 @@ from torch import Tensor
 from aerogel.errors import AerogelError
 from aerogel.io.checkpoint import Checkpoint
 from aerogel.io.load import family_of, part_of
-from aerogel.io.quantized import Assigned, assignments
+from aerogel.io.quantized import assignments, replacements
 from aerogel.layers.layout import Stored, decode
+from aerogel.layers.replacement import Assigned, class_of
 from aerogel.model.family import Family
 from aerogel.numerics.quantize import dequantize
 
@@ -134,6 +135,11 @@ class Master:
         """The float32 weight_OI of one quantized linear."""
         codes, grid, g_idx, _ = self.stored(name)
         return dequantize(codes, grid, self.linears[name].scheme.weights, torch.float32, g_idx)
+
+
+def inexpressible(master: Master) -> list[str]:
+    """Return the reasons why formats of plain quantized linears refuse a folder: its replacement layers, one by one."""
+    return [f"{name} {class_of(told['kind']).effect}" for name, told in replacements(master.quantization).items()]
 
 
 def not_language(master: Master) -> list[str]:

@@ -19,10 +19,10 @@ import transformers
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.export.exporter import Exporter, Master, Source, not_language
-from aerogel.io.quantized import Assigned
+from aerogel.export.exporter import Exporter, Master, Source, inexpressible, not_language
 from aerogel.io.save import new_folder
 from aerogel.layers.layout import Stored
+from aerogel.layers.replacement import Assigned
 from aerogel.numerics.quantize import expand
 from aerogel.numerics.scheme import PerBlock, PerGroup, Scheme
 
@@ -195,7 +195,7 @@ def _network_reasons(master: Master, config: Any) -> list[str]:
     architecture = _ARCHITECTURES.get(config.model_type)
     if architecture is None:
         return [f"the architecture {config.model_type} is not one of {', '.join(_ARCHITECTURES)}"]
-    reasons = [f"{name} divides its input by a scale for each channel" for name in master.quantization.get("scaled_inputs", ())]
+    reasons = inexpressible(master)
     rope = config.rope_parameters.get("rope_type", "default")
     if rope != "default":
         reasons.append(f"its rotary embedding is of the type {rope}, written here is the default one only")

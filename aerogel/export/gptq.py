@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aerogel.export.exporter import Exporter, Master, Source, not_language
-from aerogel.io.quantized import Assigned
+from aerogel.export.exporter import Exporter, Master, Source, inexpressible, not_language
 from aerogel.io.save import copy_companions, new_folder
 from aerogel.io.shards import write_shards
 from aerogel.layers.layout import Stored, format_of
+from aerogel.layers.replacement import Assigned
 from aerogel.numerics.scheme import PerTensor, Scheme
 
 _BITS = (2, 3, 4, 8)
@@ -45,7 +45,7 @@ class GptqLayout(Exporter):
         if not master.linears:
             return ["no linear in it is quantized"]
         reasons = [f"{name}: {reason}" for name in master.linears if (reason := _reason(master, name))]
-        return reasons + [f"{name} divides its input by a scale for each channel" for name in master.quantization.get("scaled_inputs", ())]
+        return reasons + inexpressible(master)
 
     def write(self, source: Source, output: Path) -> None:
         """Write the layout linear by linear; scales keep their dtype."""

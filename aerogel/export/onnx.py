@@ -17,9 +17,10 @@ from aerogel.export.exporter import Exporter, Master, SavedPolicy, Source
 from aerogel.export.onnx_graph import program
 from aerogel.export.onnx_inputs import BATCH, KNOWN, STEP, TIME, Shape, dtype_of, inputs_of, unknown_inputs
 from aerogel.io.load import load
-from aerogel.io.quantized import Assigned, timestep_index_of
 from aerogel.io.save import new_folder
+from aerogel.layers.linear import timestep_index_of
 from aerogel.layers.lookup import Lookup
+from aerogel.layers.replacement import Assigned
 from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.model.hooks import patched
 from aerogel.model.network import Network
@@ -69,13 +70,13 @@ class Onnx(Exporter):
         self.accept(source)
         network = self._network(source)
         lookups = _lookups(network, source.policies)
-        clock = timestep_index_of(network.module) or next((lookup.clock for lookup in lookups.values()), None)
-        time: dict[str, Shape] = {TIME: (BATCH,)} if clock is None else {STEP: ()}
+        index = timestep_index_of(network.module) or next((lookup.index for lookup in lookups.values()), None)
+        time: dict[str, Shape] = {TIME: (BATCH,)} if index is None else {STEP: ()}
         inputs = inputs_of(network.config, self.size) | time
-        graph = program(network, clock, lookups, inputs, self.opset, self.pack and self.opset >= _PACKED)
+        graph = program(network, index, lookups, inputs, self.opset, self.pack and self.opset >= _PACKED)
         with new_folder(output) as target:
             _save(graph, target / "denoiser.onnx")
-            (target / "denoiser.json").write_text(json.dumps(_described(inputs, clock, self.opset), indent=2) + "\n")
+            (target / "denoiser.json").write_text(json.dumps(_described(inputs, index, self.opset), indent=2) + "\n")
 
     @staticmethod
     def _network(source: Source) -> Network:
@@ -136,7 +137,7 @@ def _acting(module: nn.Module) -> set[Callable[..., Any]]:
     return acting
 
 
-def _described(inputs: Mapping[str, Shape], clock: TimestepIndex | None, opset: int) -> dict[str, Any]:
+def _described(inputs: Mapping[str, Shape], index: TimestepIndex | None, opset: int) -> dict[str, Any]:
     """What denoiser.json says."""
     return {
         "inputs": [
@@ -144,5 +145,5 @@ def _described(inputs: Mapping[str, Shape], clock: TimestepIndex | None, opset: 
         ],
         "outputs": ["output"],
         "opset": opset,
-        "step": None if clock is None else {"sampler": clock.sampler, "time_steps": list(clock.steps)},
+        "step": None if index is None else {"sampler": index.sampler, "time_steps": list(index.steps)},
     }

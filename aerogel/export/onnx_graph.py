@@ -153,19 +153,19 @@ class _ByStep(nn.Module):
 class _Traced(nn.Module):
     """A denoiser that takes the graph's inputs in one dictionary."""
 
-    def __init__(self, denoiser: nn.Module, inputs: Mapping[str, Shape], clock: TimestepIndex | None, row: _Row) -> None:
+    def __init__(self, denoiser: nn.Module, inputs: Mapping[str, Shape], index: TimestepIndex | None, row: _Row) -> None:
         super().__init__()
-        self.denoiser, self.inputs, self.clock, self.row = denoiser, inputs, clock, row
+        self.denoiser, self.inputs, self.index, self.row = denoiser, inputs, index, row
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """The denoiser's answer."""
         self._agree(inputs)
         given = nested(inputs)
-        if self.clock is not None:
+        if self.index is not None:
             self.row.step = given.pop(STEP)
             # Nobody reads the time step: the embedder's sinusoids are in a table.
             first = next(iter(inputs.values()))
-            given[TIME] = first.new_full((first.shape[0],), self.clock.steps[0])
+            given[TIME] = first.new_full((first.shape[0],), self.index.steps[0])
         answer: Tensor = self.denoiser(**given, return_dict=False)[0]
         return answer
 
@@ -178,10 +178,10 @@ class _Traced(nn.Module):
                     torch._check(lengths.setdefault(axis, length) == length)
 
 
-def _traceable(network: Network, clock: TimestepIndex | None, lookups: Mapping[str, Lookup], inputs: Mapping[str, Shape]) -> _Traced:
+def _traceable(network: Network, index: TimestepIndex | None, lookups: Mapping[str, Lookup], inputs: Mapping[str, Shape]) -> _Traced:
     """Change a network's layers for good into what is traced."""
     row, module = _Row(), network.module
-    by_step = {} if clock is None else _by_step(network, clock, inputs)
+    by_step = {} if index is None else _by_step(network, index, inputs)
     for name, layer in list(module.named_modules()):
         if isinstance(layer, QuantLinear):
             module.set_submodule(name, _Layer(layer, row))
@@ -189,28 +189,28 @@ def _traceable(network: Network, clock: TimestepIndex | None, lookups: Mapping[s
         lookup = lookups.get(name)
         inner = None if lookup is not None and bool(lookup.chosen_T.all()) else module.get_submodule(name)
         module.set_submodule(name, _ByStep(inner, row, sinusoid_TC, lookup))
-    return _Traced(module.eval(), inputs, clock, row)
+    return _Traced(module.eval(), inputs, index, row)
 
 
-def _by_step(network: Network, clock: TimestepIndex, inputs: Mapping[str, Shape]) -> dict[str, Tensor | None]:
-    """The modules that depend on the step alone, embedders with the sinusoid_TC that they get; the clock is followed no more."""
+def _by_step(network: Network, index: TimestepIndex, inputs: Mapping[str, Shape]) -> dict[str, Tensor | None]:
+    """The modules that depend on the step alone, embedders with the sinusoid_TC that they get; the timestep index leaves the network."""
     path = time_path.find(network)
     given = nested({name: example(name, shape) for name, shape in inputs.items() if name != STEP})
-    call = Call((), given | {TIME: torch.full((2,), clock.steps[0])})
-    sinusoid_TC = time_path.sinusoids(network, path, call, clock.steps)
-    clock.leave(network.module)
+    call = Call((), given | {TIME: torch.full((2,), index.steps[0])})
+    sinusoid_TC = time_path.sinusoids(network, path, call, index.steps)
+    index.untrack(network.module)
     return dict.fromkeys(path.embedders, sinusoid_TC) | dict.fromkeys(path.projections)
 
 
 def program(
-    network: Network, clock: TimestepIndex | None, lookups: Mapping[str, Lookup], inputs: Mapping[str, Shape], opset: int, pack: bool
+    network: Network, index: TimestepIndex | None, lookups: Mapping[str, Lookup], inputs: Mapping[str, Shape], opset: int, pack: bool
 ) -> Any:
     """Trace a network, whose layers are changed for good, and return the graph as an onnx_ir model.
 
-    It takes `inputs`, among them a row of the clock's steps where there is a clock; `lookups` are answers by the step, by the full name of
+    It takes `inputs`, among them a row of the timestep index where there is one; `lookups` are answers by the step, by the full name of
     a module. With `pack` weights whose codes fit into 4 bits take no more.
     """
-    traced = _traceable(network, clock, lookups, inputs)
+    traced = _traceable(network, index, lookups, inputs)
     axes = {BATCH: torch.export.Dim(BATCH), TOKENS: torch.export.Dim(TOKENS)}
     shapes = {
         name: {place: axes[length] for place, length in enumerate(shape) if isinstance(length, str)} for name, shape in inputs.items()

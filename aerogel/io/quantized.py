@@ -5,56 +5,48 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from aerogel.errors import AerogelError
-from aerogel.layers.conv import Layer, QuantConv2d, empty
-from aerogel.layers.layout import format_of, refuse
-from aerogel.layers.linear import QuantLinear, ScaledInput
-from aerogel.layers.split import split, splits
+from aerogel.layers.layout import format_of
+from aerogel.layers.linear import set_timestep_index, timestep_index_of
+from aerogel.layers.replacement import Assigned, Replacement, class_of, kind_of
 from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.numerics.formats import FORMATS
 from aerogel.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerStep, PerTensor, PerToken, Scheme, TensorScheme
 
+_PLAIN = "linear"
+"""The kind of the layers that compressed-tensors can express."""
 _SCALE_DTYPES = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
 # The library that reads plain folders also counts these classes as linears, though they keep their weight themselves.
 _ROUTERS = ("Router", "Gate", "Gating")
 
 
-class Assigned(NamedTuple):
-    """How one linear is stored."""
-
-    scheme: Scheme
-    act_order: bool = False
-
-
 def describe(module: nn.Module) -> dict[str, Any] | None:
-    """Return the quantization_config of a module (a network or a block), or None when no linear in it is quantized.
+    """Return the quantization_config of a module (a network or a block), or None when no layer in it was replaced.
 
-    `ignore` names every linear left in float. Several schemes become several groups that name their linears one by one. A module
-    with scaled inputs, convolutions, split layers (all listed) or one scale a step, which compressed-tensors cannot express, gets the
-    method name "aerogel": other readers then refuse it instead of reading it wrongly. Raises AerogelError when a layer does not fit
-    its scheme.
+    `ignore` names every linear left in float. Several schemes become several groups that name their layers one by one. Layers that
+    compressed-tensors cannot express are listed in `replacements`, and the method name is "aerogel" then: other readers refuse the folder
+    instead of reading it wrongly. Raises AerogelError when a layer does not fit its scheme.
     """
-    quantized = {name: part for name, part in module.named_modules() if isinstance(part, QuantLinear)}
-    scaled = [name for name, part in module.named_modules() if isinstance(part, ScaledInput)]
-    split_at = splits(module)
-    if not quantized and not scaled and not split_at:
+    replaced = {name: part for name, part in module.named_modules() if isinstance(part, Replacement)}
+    if not replaced:
         return None
-    beyond = [name for name, part in quantized.items() if _beyond_compressed_tensors(part)]
+    told = {name: options for name, part in replaced.items() if (options := part.describe()) is not None}
     groups: dict[tuple[TensorScheme, TensorScheme | None, bool], list[str]] = {}
-    for name, linear in quantized.items():
-        if reason := refuse(linear.scheme, linear.in_features, linear.out_features):
-            raise AerogelError(f"{name} in {linear.scheme}: {reason}")
-        groups.setdefault((linear.scheme.weights, linear.scheme.inputs, linear.g_idx is not None), []).append(name)
+    for name, part in replaced.items():
+        if (assigned := part.assigned) is not None:
+            if reason := part.refuse():
+                raise AerogelError(f"{name} in {assigned.scheme}: {reason}")
+            groups.setdefault((assigned.scheme.weights, assigned.scheme.inputs, assigned.act_order), []).append(name)
+    by_name = len(groups) > 1 or any(replaced[name].in_groups for name in told)
     config_groups = {}
     for number, ((weights, inputs, act_order), names) in enumerate(groups.items()):
         config_groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(groups) == 1 and not beyond else names,
+            "targets": names if by_name else ["Linear"],
             "weights": _write(weights) | ({"actorder": "group"} if act_order else {}),
             "input_activations": None if inputs is None else _write(inputs),
             "output_activations": None,
@@ -62,7 +54,7 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
         }
     formats = {group["format"] for group in config_groups.values()} or {"dense"}
     config = {
-        "quant_method": "aerogel" if scaled or beyond or split_at else "compressed-tensors",
+        "quant_method": "aerogel" if told else "compressed-tensors",
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "config_groups": config_groups,
@@ -70,32 +62,53 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
-    convs = [name for name, part in quantized.items() if isinstance(part, QuantConv2d)]
-    if (clock := timestep_index_of(module)) is not None:
-        config["clock"] = {"steps": list(clock.steps), "sampler": clock.sampler, "alone": list(clock.alone)}
-    lists = {"scaled_inputs": scaled, "convolutions": convs, "splits": split_at}
-    return config | {key: names for key, names in lists.items() if names}
+    if (index := timestep_index_of(module)) is not None:
+        config["timestep_index"] = {"steps": list(index.steps), "sampler": index.sampler, "once_per_step": list(index.once_per_step)}
+    if told:
+        config["replacements"] = {name: {"kind": kind_of(replaced[name]), **options} for name, options in told.items()}
+    return config
 
 
 def attach(module: nn.Module, config: Mapping[str, Any]) -> None:
-    """Put empty quantized linears where a quantization_config says, ready for the checkpoint's tensors.
+    """Put empty replacement layers where a quantization_config says, ready for the checkpoint's tensors.
 
     Raises AerogelError on a config that is not compressed-tensors or that says something this package cannot run.
     """
-    for name, widths in config.get("splits", {}).items():
-        split(module, name, widths)
-    for name in config.get("scaled_inputs", ()):
-        inner = module.get_submodule(name)
-        assert isinstance(inner, nn.Linear)
-        module.set_submodule(name, ScaledInput(inner, torch.ones(inner.in_features, dtype=inner.weight.dtype, device=inner.weight.device)))
-    convs = set(config.get("convolutions", ()))
-    for name, assigned in assignments(config, [*linears(module), *convs]).items():
-        layer = module.get_submodule(name)
-        assert isinstance(layer, Layer)
-        module.set_submodule(name, empty(layer, assigned.scheme, assigned.act_order))
-    if told := config.get("clock"):
-        set_timestep_index(module, TimestepIndex(told["steps"], told["sampler"]), told["alone"])
+    told = replacements(config)
+    classes = {name: class_of(options["kind"]) for name, options in told.items()}
+    for name, cls in classes.items():
+        # An earlier step of the same run may have put the layer in place.
+        if not cls.in_groups and not isinstance(module.get_submodule(name), cls):
+            _rebuild(module, name, cls, told[name], None)
+    named = [name for name, cls in classes.items() if cls.in_groups]
+    for name, assigned in assignments(config, list(dict.fromkeys([*linears(module), *named]))).items():
+        _rebuild(module, name, classes.get(name) or class_of(_PLAIN), told.get(name, {}), assigned)
+    if (index := config.get("timestep_index", _clock(config))) is not None:
+        set_timestep_index(module, TimestepIndex(index["steps"], index["sampler"]), index["once_per_step"])
     fuse_activations(module)
+
+
+def _rebuild(module: nn.Module, name: str, cls: type[Replacement], told: Mapping[str, Any], assigned: Assigned | None) -> None:
+    try:
+        module.set_submodule(name, cls.rebuild(module.get_submodule(name), told, assigned))
+    except AerogelError as error:
+        raise AerogelError(f"quantization_config: {name}: {error}") from error
+
+
+def replacements(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the layers that compressed-tensors cannot express, by name, with their kinds and options; outer ones first."""
+    if "replacements" in config:
+        return {name: dict(told) for name, told in config["replacements"].items()}
+    # Folders of earlier releases have one list for each kind.
+    found: dict[str, dict[str, Any]] = {name: {"kind": "split", "widths": widths} for name, widths in config.get("splits", {}).items()}
+    found |= {name: {"kind": "scaled_input"} for name in config.get("scaled_inputs", ())}
+    return found | {name: {"kind": "conv"} for name in config.get("convolutions", ())}
+
+
+def _clock(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the timestep index as earlier releases wrote it."""
+    told = config.get("clock")
+    return None if told is None else {"steps": told["steps"], "sampler": told["sampler"], "once_per_step": told["alone"]}
 
 
 def fuse_activations(module: nn.Module) -> None:
@@ -104,24 +117,6 @@ def fuse_activations(module: nn.Module) -> None:
         from aerogel.layers.fused_activations import fuse
 
         fuse(module)
-
-
-def timestep_index_of(module: nn.Module) -> TimestepIndex | None:
-    """The clock that layers of a denoiser follow, or None when no layer has one scale a step."""
-    return next((part.clock for part in module.modules() if isinstance(part, QuantLinear) and part.clock is not None), None)
-
-
-def set_timestep_index(module: nn.Module, clock: TimestepIndex, alone: Iterable[str]) -> None:
-    """Let a denoiser's layers with one scale a step follow this clock from now on; see Clock.follow for `alone`."""
-    for part in module.modules():
-        if isinstance(part, QuantLinear) and part.scheme.inputs is not None and isinstance(part.scheme.inputs.granularity, PerStep):
-            part.clock = clock
-    clock.follow(module, alone)
-
-
-def _beyond_compressed_tensors(part: QuantLinear) -> bool:
-    inputs = part.scheme.inputs
-    return isinstance(part, QuantConv2d) or (inputs is not None and isinstance(inputs.granularity, PerStep))
 
 
 def linears(module: nn.Module) -> list[str]:

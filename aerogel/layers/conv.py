@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from aerogel.kernels.conv2d import Window, run
 from aerogel.layers import layout
 from aerogel.layers.layout import Stored, blank, encode
 from aerogel.layers.linear import QuantLinear
+from aerogel.layers.replacement import Assigned
 from aerogel.numerics.quantize import Grid
 from aerogel.numerics.scheme import PerToken, Scheme, TensorScheme
 
@@ -25,6 +27,8 @@ class QuantConv2d(QuantLinear):
 
     Shapes: input (N, C, H, W) float, output (N, O, H, W) in the input's dtype.
     """
+
+    effect: ClassVar[str] = "is a quantized convolution"
 
     window: Window
 
@@ -39,6 +43,20 @@ class QuantConv2d(QuantLinear):
         )
         made.window = Window(kernel, stride, padding, dilation, conv.groups)
         return made
+
+    def describe(self) -> dict[str, Any]:
+        """Return nothing: the geometry is that of the model's own convolution."""
+        return {}
+
+    @classmethod
+    def rebuild(cls, layer: nn.Module, told: Mapping[str, Any], assigned: Assigned | None) -> QuantConv2d:
+        """Return the quantized twin of a convolution with nothing in it."""
+        assert isinstance(layer, nn.Conv2d)
+        assert assigned is not None
+        weight = layer.weight
+        tensors = blank(weight[0].numel(), len(weight), assigned.scheme, weight.dtype, weight.device)
+        bias = None if layer.bias is None else nn.Parameter(torch.empty_like(layer.bias), requires_grad=False)
+        return cls.of(layer, assigned.scheme, tensors, bias)
 
     def _multiply(self, x: Tensor) -> Tensor:
         if self._held is None:
@@ -87,21 +105,10 @@ def with_inputs(layer: QuantLinear, inputs: TensorScheme, grid: Grid, dtype: tor
         encode(stored._replace(input_grid=grid), scheme, dtype or kept),
         cast(nn.Parameter | None, layer.bias),
     )
-    made.clock = layer.clock
+    made.timestep_index = layer.timestep_index
     if isinstance(layer, QuantConv2d) and isinstance(made, QuantConv2d):
         made.window = layer.window
     return made
-
-
-def empty(layer: Layer, scheme: Scheme, act_order: bool = False) -> QuantLinear:
-    """Return the quantized twin of a layer with nothing in it, for load_state_dict."""
-    weight = layer.weight
-    if isinstance(layer, nn.Linear):
-        shape = (layer.in_features, layer.out_features, layer.bias is not None)
-        return QuantLinear.empty(*shape, scheme, weight.dtype, weight.device, act_order)
-    tensors = blank(weight[0].numel(), len(weight), scheme, weight.dtype, weight.device)
-    bias = None if layer.bias is None else nn.Parameter(torch.empty_like(layer.bias), requires_grad=False)
-    return QuantConv2d.of(layer, scheme, tensors, bias)
 
 
 def refuse(layer: Layer, scheme: Scheme) -> str | None:

@@ -14,6 +14,10 @@ from aerogel.layers.linear import QuantLinear
 class FusedGELU(GELU):
     """diffusers' GELU behind a linear, which it leaves to the kernel of a quantized one."""
 
+    def __init__(self, own: GELU) -> None:
+        nn.Module.__init__(self)  # GELU's own would make a linear
+        self.proj, self.approximate = own.proj, own.approximate
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Project and activate."""
         if isinstance(self.proj, QuantLinear):
@@ -25,6 +29,10 @@ class FusedGELU(GELU):
 class FusedGEGLU(GEGLU):
     """diffusers' gated GELU behind a linear: activation and product in one pass over what a quantized one gives."""
 
+    def __init__(self, own: GEGLU) -> None:
+        nn.Module.__init__(self)  # GEGLU's own would make a linear
+        self.proj = own.proj
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Project, activate and gate."""
         if not isinstance(self.proj, QuantLinear):
@@ -34,19 +42,11 @@ class FusedGEGLU(GEGLU):
         return onepass.gated(projected) if onepass.takes(projected) else onepass.gated_written_out(projected)
 
 
-_FUSED: dict[type[nn.Module], type[nn.Module]] = {GELU: FusedGELU, GEGLU: FusedGEGLU}
+_FUSED: dict[type[nn.Module], type[FusedGELU | FusedGEGLU]] = {GELU: FusedGELU, GEGLU: FusedGEGLU}
 
 
 def fuse(module: nn.Module) -> None:
-    """Let activations behind quantized linears be fused with them; their class is all that changes."""
-    for part in module.modules():
-        if type(part) in _FUSED and isinstance(part.get_submodule("proj"), QuantLinear):
-            part.__class__ = _FUSED[type(part)]
-
-
-def part_again(module: nn.Module) -> None:
-    """Undo `fuse`."""
-    plain = {fused: own for own, fused in _FUSED.items()}
-    for part in module.modules():
-        if type(part) in plain:
-            part.__class__ = plain[type(part)]
+    """Replace activations behind quantized linears by fused ones; names of tensors stay."""
+    for name, part in list(module.named_modules()):
+        if name and type(part) in _FUSED and isinstance(part.get_submodule("proj"), QuantLinear):
+            module.set_submodule(name, _FUSED[type(part)](part).train(part.training))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from aerogel.errors import AerogelError
 from aerogel.kernels.kernel import ACTIVATIONS
 from aerogel.kernels.linear import run
-from aerogel.layers.layout import Stored, blank, decode, decode_input, encode
+from aerogel.layers.layout import Stored, blank, decode, decode_input, encode, refuse
+from aerogel.layers.replacement import Assigned, Replacement
 from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.numerics.quantize import Grid, dequantize, dynamic_grid, fake_quantize
 from aerogel.numerics.scheme import PerStep, Scheme
@@ -31,11 +32,14 @@ def stored_grid(grid: Grid, dtype: torch.dtype) -> Grid:
     return grid._replace(scale=grid.scale.float().clamp(info.tiny * info.eps, info.max).to(dtype).float())
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(Replacement):
     """A linear whose weight is codes and a grid; its buffers are the compressed-tensors layout (see layout.py).
 
     Shapes: input (..., in_features) float, output (..., out_features) in the input's dtype.
     """
+
+    effect: ClassVar[str] = "has one input scale for each denoising step"
+    in_groups: ClassVar[bool] = True
 
     def __init__(self, in_features: int, out_features: int, scheme: Scheme, tensors: dict[str, Tensor], bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -44,7 +48,7 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.register_parameter("bias", bias)
         self.bias: nn.Parameter | None
-        self.clock: TimestepIndex | None = None
+        self.timestep_index: TimestepIndex | None = None
         self._packed = WeakTensorKeyDictionary()
         self._held: dict[torch.dtype, Tensor] | None = None
 
@@ -83,6 +87,29 @@ class QuantLinear(nn.Module):
         return cls(in_features, out_features, scheme, blank(in_features, out_features, scheme, dtype, device, act_order), vector)
 
     @property
+    def assigned(self) -> Assigned:
+        """How the weight is stored."""
+        return Assigned(self.scheme, self.g_idx is not None)
+
+    def describe(self) -> dict[str, Any] | None:
+        """Return None, save where there is one scale a step, which compressed-tensors cannot express."""
+        inputs = self.scheme.inputs
+        return {} if inputs is not None and isinstance(inputs.granularity, PerStep) else None
+
+    @classmethod
+    def rebuild(cls, layer: nn.Module, told: Mapping[str, Any], assigned: Assigned | None) -> QuantLinear:
+        """Return the quantized twin of a linear with nothing in it."""
+        assert isinstance(layer, nn.Linear)
+        assert assigned is not None
+        weight = layer.weight
+        shape = (layer.in_features, layer.out_features, layer.bias is not None)
+        return QuantLinear.empty(*shape, assigned.scheme, weight.dtype, weight.device, assigned.act_order)
+
+    def refuse(self) -> str | None:
+        """Return why the format cannot hold a layer of this shape, or None when it can."""
+        return refuse(self.scheme, self.in_features, self.out_features)
+
+    @property
     def cache(self) -> dict[Any, Any]:
         """What kernels packed for themselves: never saved, and gone as soon as the tensor it was packed from is."""
         kept: dict[Any, Any] = self._packed.setdefault(next(iter(self._tensors().values())), {})
@@ -113,10 +140,10 @@ class QuantLinear(nn.Module):
         grid, inputs = decode_input(self._tensors(), self.scheme), self.scheme.inputs
         if grid is None or inputs is None or not isinstance(inputs.granularity, PerStep):
             return grid
-        rows = set(self.clock.rows) if self.clock is not None else set()
+        rows = set(self.timestep_index.rows) if self.timestep_index is not None else set()
         if len(rows) != 1:
             raise AerogelError(
-                f"a layer with one scale a step needs a batch of one step and its denoiser's clock, got steps {sorted(rows)}"
+                f"a layer with one scale a step needs a batch of one step and its denoiser's time step, got steps {sorted(rows)}"
             )
         (row,) = rows
         return Grid(grid.scale[row], None if grid.zero is None else grid.zero[row])
@@ -135,19 +162,19 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize the input if the scheme says so, and multiply; samples of different steps one by one, each with its own scale."""
-        inputs, clock = self.scheme.inputs, self.clock
-        if clock is None or inputs is None or not isinstance(inputs.granularity, PerStep) or len(set(clock.rows)) == 1:
+        inputs, index = self.scheme.inputs, self.timestep_index
+        if index is None or inputs is None or not isinstance(inputs.granularity, PerStep) or len(set(index.rows)) == 1:
             return self._multiply(x)
         parts = []
-        for number, row in enumerate(clock.rows):
-            with clock.at((row,)):
+        for number, row in enumerate(index.rows):
+            with index.at((row,)):
                 parts.append(self._multiply(x[number : number + 1]))
         return torch.cat(parts)
 
     def followed(self, x: Tensor, after: str) -> Tensor:
         """Forward and the activation `after` it (see ACTIVATIONS), by one kernel where one does both, unless somebody looks between."""
         watched = self._forward_pre_hooks or self._forward_hooks or "forward" in vars(self)
-        if watched or self._held is not None or (self.clock is not None and len(set(self.clock.rows)) > 1):
+        if watched or self._held is not None or (self.timestep_index is not None and len(set(self.timestep_index.rows)) > 1):
             return ACTIVATIONS[after](self(x))
         return run(x, self, {} if torch.compiler.is_compiling() else self.cache, after)
 
@@ -182,21 +209,6 @@ class QuantLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-class ScaledInput(nn.Module):
-    """A linear that divides its input by one scale a channel first, where no other layer can take the scale."""
-
-    def __init__(self, inner: nn.Linear | QuantLinear, scale_I: Tensor) -> None:
-        super().__init__()
-        self.inner = inner
-        self.register_buffer("scale", scale_I)
-        self.scale: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return inner(x / scale)."""
-        out: Tensor = self.inner(x / self.scale.to(x.dtype))
-        return out
-
-
 @contextmanager
 def cache_dequantized(module: nn.Module) -> Iterator[None]:
     """Keep the float weights of all quantized linears in `module` from their first use to the end of the context.
@@ -212,3 +224,17 @@ def cache_dequantized(module: nn.Module) -> Iterator[None]:
     finally:
         for linear in linears:
             linear._held = None
+
+
+def timestep_index_of(module: nn.Module) -> TimestepIndex | None:
+    """Return the timestep index that layers of a denoiser read, or None when no layer has one scale a step."""
+    layers = (part for part in module.modules() if isinstance(part, QuantLinear))
+    return next((layer.timestep_index for layer in layers if layer.timestep_index is not None), None)
+
+
+def set_timestep_index(module: nn.Module, index: TimestepIndex, once_per_step: Iterable[str]) -> None:
+    """Let a denoiser's layers with one scale a step read this index from now on; see TimestepIndex.track for `once_per_step`."""
+    for part in module.modules():
+        if isinstance(part, QuantLinear) and part.scheme.inputs is not None and isinstance(part.scheme.inputs.granularity, PerStep):
+            part.timestep_index = index
+    index.track(module, once_per_step)

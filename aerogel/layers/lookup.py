@@ -18,15 +18,15 @@ from aerogel.numerics.quantize import Grid
 class Lookup:
     """Called in the place of a module's forward; exporters read what it holds."""
 
-    def __init__(self, clock: TimestepIndex, kept_TC: Tensor, grid: Grid | None, chosen_T: Tensor, computed: Callable[..., Tensor]) -> None:
+    def __init__(self, index: TimestepIndex, kept_TC: Tensor, grid: Grid | None, chosen_T: Tensor, computed: Callable[..., Tensor]) -> None:
         """`kept_TC` are floats, or codes of `grid`; `chosen_T` says at which steps they answer, at the others `computed` does."""
-        self.clock, self.kept_TC, self.grid, self.chosen_T = clock, kept_TC, grid, chosen_T
+        self.index, self.kept_TC, self.grid, self.chosen_T = index, kept_TC, grid, chosen_T
         self._computed = computed
         self._table_TC, self._from_table = dequantized(kept_TC, grid), chosen_T.tolist()
 
     def __call__(self, x_NC: Tensor, *rest: Any) -> Tensor:
         """Return the answers (N, C) of the steps that the samples are at; of the input only its size, dtype and place matter then."""
-        rows = self.clock.rows if len(self.clock.rows) == len(x_NC) else self.clock.rows * len(x_NC)
+        rows = self.index.rows if len(self.index.rows) == len(x_NC) else self.index.rows * len(x_NC)
         table = self._table_TC.to(x_NC.device, x_NC.dtype)
         if not any(self._from_table[row] for row in rows):
             return self._computed(x_NC, *rest)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
 from aerogel.layers.conv import Layer
+from aerogel.layers.replacement import Assigned, Replacement
 
 
-class Split(nn.Module):
+class Split(Replacement):
     """A linear or a convolution as the sum of parts that read a run of its input channels each; the first has the bias.
 
     Shapes: input (..., I) or (N, I, H, W), output as the layer's; `widths` sum to I.
     """
+
+    effect: ClassVar[str] = "is split into layers that read some of its input channels each"
 
     def __init__(self, layer: Layer, widths: Sequence[int]) -> None:
         super().__init__()
@@ -35,6 +39,18 @@ class Split(nn.Module):
             total = total + part(piece)
         return total
 
+    def describe(self) -> dict[str, Any]:
+        """Return how many input channels each part reads."""
+        return {"widths": list(self.widths)}
+
+    @classmethod
+    def rebuild(cls, layer: nn.Module, told: Mapping[str, Any], assigned: Assigned | None) -> Split:
+        """Return the split form of a layer, with its weights."""
+        widths = told["widths"]
+        if not isinstance(layer, Layer) or sum(widths) != layer.weight.shape[1]:
+            raise AerogelError(f"a {type(layer).__name__} is no layer with {sum(widths)} input channels and cannot be split at {widths}")
+        return cls(layer, widths)
+
 
 def _part(layer: Layer, weight: Tensor, bias: bool) -> Layer:
     made: Layer
@@ -49,18 +65,3 @@ def _part(layer: Layer, weight: Tensor, bias: bool) -> Layer:
     if made.bias is not None:
         made.bias = layer.bias
     return made.train(layer.training)
-
-
-def splits(module: nn.Module) -> dict[str, list[int]]:
-    """The split layers of a module by name, with their widths."""
-    return {name: list(part.widths) for name, part in module.named_modules() if isinstance(part, Split)}
-
-
-def split(module: nn.Module, name: str, widths: Sequence[int]) -> None:
-    """Put the split form of a layer in its place; one that is split already stays."""
-    layer = module.get_submodule(name)
-    if isinstance(layer, Split):
-        return
-    if not isinstance(layer, Layer) or sum(widths) != layer.weight.shape[1]:
-        raise AerogelError(f"{name} is no layer with {sum(widths)} input channels; it cannot be split at {list(widths)}")
-    module.set_submodule(name, Split(layer, widths))

@@ -1,4 +1,4 @@
-"""The clock of a denoiser: which step of its sampler each sample of a batch is at, read from the time step that a forward gets."""
+"""The step of its sampler that each sample of a denoiser's batch is at, read from the time step that a forward gets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aerogel.layers.signature import arguments_of
 
 
 class TimestepIndex:
-    """Turns time steps into rows of tables; everything that depends on the step holds the same clock.
+    """Turns time steps into rows of tables; everything that depends on the step holds the same index.
 
     Rows count the distinct time steps of a sampler in the order in which they come. They are found by looking a time step up, never by
     arithmetic on it: samplers space, repeat and round their steps as they like.
@@ -27,25 +27,25 @@ class TimestepIndex:
         """What gave the steps, for error messages."""
         self._pipeline: weakref.ref[Any] | None = None
         self._row_of = {step: row for row, step in enumerate(self.steps)}
-        self.alone: tuple[str, ...] = ()
-        """Full names of the modules that run once a row."""
+        self.once_per_step: tuple[str, ...] = ()
+        """Full names of the modules that run once for each step of a batch."""
         self._rows: tuple[int, ...] | None = None
-        self._wide: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = []
+        self._expanded: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = []
 
-    def belongs_to(self, pipeline: Any) -> None:
+    def set_pipeline(self, pipeline: Any) -> None:
         """Remember the pipeline that makes the forwards, so that an error can name the sampler that it has by then."""
         # Weakly: a copy of the network must not copy its pipeline.
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """The row of every sample of the batch at hand; raises AerogelError outside of a forward."""
+        """The row of every sample of the current batch; raises AerogelError outside of a forward."""
         if self._rows is None:
             raise AerogelError("a layer whose scale depends on the time step ran outside of its denoiser; run the whole denoiser")
         return self._rows
 
     def rows_of(self, timestep: Any) -> tuple[int, ...]:
-        """The rows of time steps; raises AerogelError that names a step it does not know."""
+        """Return the rows of time steps; raises AerogelError that names a step it does not know."""
         found = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [timestep]
         if unknown := [step for step in found if float(step) not in self._row_of]:
             first, last = self.steps[0], self.steps[-1]
@@ -65,74 +65,74 @@ class TimestepIndex:
         finally:
             self._rows = before
 
-    def follow(self, denoiser: nn.Module, alone: Iterable[str] = ()) -> list[RemovableHandle]:
-        """Follow the forwards of a denoiser until the handles are removed.
+    def track(self, denoiser: nn.Module, once_per_step: Iterable[str] = ()) -> list[RemovableHandle]:
+        """Read the time step of each forward of a denoiser until the handles are removed.
 
-        Modules named in `alone` depend on the step alone: they run on one sample of each row, whose result is spread over the others, so
-        that it is the same in every batch, bit for bit.
+        Modules named in `once_per_step` depend on the step alone: they run on one sample of each row, whose result is expanded to the
+        others, so that it is the same in every batch, bit for bit.
         """
-        self.alone = tuple(alone)
+        self.once_per_step = tuple(once_per_step)
         handles = [
             denoiser.register_forward_pre_hook(self._start, with_kwargs=True),
             denoiser.register_forward_hook(self._stop, always_call=True),
         ]
-        for name in self.alone:
+        for name in self.once_per_step:
             module = denoiser.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(self._narrow))
-            handles.append(module.register_forward_hook(self._widen, always_call=True))
+            handles.append(module.register_forward_pre_hook(self._select_steps))
+            handles.append(module.register_forward_hook(self._expand_steps, always_call=True))
         return handles
 
     @contextmanager
-    def on(self, denoiser: nn.Module, alone: Iterable[str] = ()) -> Iterator[None]:
-        """Follow for a while."""
-        handles = self.follow(denoiser, alone)
+    def on(self, denoiser: nn.Module, once_per_step: Iterable[str] = ()) -> Iterator[None]:
+        """Track a denoiser inside the context."""
+        handles = self.track(denoiser, once_per_step)
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def leave(self, denoiser: nn.Module) -> None:
-        """Follow a denoiser no more, whoever made it follow."""
+    def untrack(self, denoiser: nn.Module) -> None:
+        """Remove the hooks of every `track` from a denoiser."""
         for module in denoiser.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
                     del hooks[key]
 
-    # Bound methods, because a copy of a network must get hooks of its own clock, the one that the copied layers have.
+    # Bound methods, because a copy of a network must get hooks of its own index, the one that the copied layers have.
     def _start(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A walk stops forwards half-way and then runs a block by itself: the rows stay those of its call until the next one starts.
-        self._wide.clear()
+        self._expanded.clear()
         self._rows = self.rows_of(timestep_of(denoiser, args, kwargs))
 
     def _stop(self, *_: Any) -> None:
         self._rows = None
-        self._wide.clear()
+        self._expanded.clear()
 
-    def _narrow(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _select_steps(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x_NC, *rest = args
         rows = self.rows if len(self.rows) == len(x_NC) else self.rows * len(x_NC)
-        self._wide.append((rows, self._rows))
+        self._expanded.append((rows, self._rows))
         self._rows = tuple(dict.fromkeys(rows))
         return (x_NC[[rows.index(row) for row in self._rows]], *rest)
 
-    def _widen(self, _: nn.Module, __: Any, y: Any) -> Any:
-        narrow, (rows, self._rows) = self.rows, self._wide.pop()
+    def _expand_steps(self, _: nn.Module, __: Any, y: Any) -> Any:
+        narrow, (rows, self._rows) = self.rows, self._expanded.pop()
         if not isinstance(y, Tensor):  # the module failed
             return y
         return y.expand(len(rows), -1) if len(narrow) == 1 else y[[narrow.index(row) for row in rows]]
 
 
 def in_use(pipeline: Any) -> str:
-    """The sampler that a pipeline has now, for messages about a time step; empty without one."""
+    """Return the sampler that a pipeline has now, for messages about a time step; empty without one."""
     scheduler = getattr(pipeline, "scheduler", None)
     steps = getattr(scheduler, "timesteps", None)
     return "" if steps is None else f", one of the {len(set(steps.tolist()))} steps of {type(scheduler).__name__},"
 
 
 def timestep_of(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The time step that a call of a denoiser has; raises AerogelError when its forward takes none."""
+    """Return the time step of a call of a denoiser; raises AerogelError when its forward takes none."""
     names = arguments_of(denoiser)
     if "timestep" not in names:
-        raise AerogelError(f"{type(denoiser).__name__} takes no timestep; temporal features are a matter of denoisers")
+        raise AerogelError(f"{type(denoiser).__name__} takes no timestep; temporal features are those of diffusion denoisers")
     return kwargs["timestep"] if "timestep" in kwargs else args[names.index("timestep")]

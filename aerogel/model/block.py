@@ -75,9 +75,9 @@ class Block:
     def samples(self) -> Samples:
         """The samples of all calls with what the float network's block gives for them, to be mixed into batches.
 
-        Raises AerogelError where layers follow a clock: a batch of mixed steps run outside of the denoiser has no time.
+        Raises AerogelError where layers have one scale a step: a batch of mixed steps run outside of the denoiser has no time step.
         """
-        clocked = [name for name, part in self.module.named_modules() if isinstance(part, QuantLinear) and part.clock is not None]
+        clocked = [name for name, part in self.module.named_modules() if isinstance(part, QuantLinear) and part.timestep_index is not None]
         if clocked:
             raise AerogelError(f"{self.full_name(clocked[0])} has one scale a step already: put steps like fsc after those that fit blocks")
         assert self.targets is not None, "the engine gives them to methods that need a teacher"

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from aerogel.engine.exporting import source_of
 from aerogel.export.compressed_tensors import CompressedTensors
-from aerogel.layers.linear import QuantLinear, ScaledInput
+from aerogel.layers.linear import QuantLinear
+from aerogel.layers.scaled_input import ScaledInput
 from tests.saved import network, save
 
 

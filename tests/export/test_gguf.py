@@ -18,7 +18,8 @@ from aerogel.engine.exporting import source_of
 from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
 from aerogel.export.gguf import Gguf
-from aerogel.layers.linear import QuantLinear, ScaledInput, cache_dequantized
+from aerogel.layers.linear import QuantLinear, cache_dequantized
+from aerogel.layers.scaled_input import ScaledInput
 from tests.saved import network, round_to_nearest, save, tokenizer
 from tests.tiny import FAMILIES, output
 

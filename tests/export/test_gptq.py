@@ -14,7 +14,8 @@ from torch import Tensor
 from aerogel.engine.exporting import source_of
 from aerogel.errors import AerogelError
 from aerogel.export.gptq import GptqLayout
-from aerogel.layers.linear import QuantLinear, ScaledInput, cache_dequantized
+from aerogel.layers.linear import QuantLinear, cache_dequantized
+from aerogel.layers.scaled_input import ScaledInput
 from tests.saved import network, save, tokenizer
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"

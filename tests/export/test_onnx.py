@@ -32,8 +32,7 @@ from aerogel.errors import AerogelError
 from aerogel.export import onnx as exporting
 from aerogel.export.onnx import Onnx
 from aerogel.export.onnx_inputs import inputs_of, nested, unknown_inputs
-from aerogel.io.quantized import timestep_index_of
-from aerogel.layers.linear import QuantLinear, cache_dequantized
+from aerogel.layers.linear import QuantLinear, cache_dequantized, timestep_index_of
 from aerogel.methods.diffusion.temporal_cache import TemporalCache
 from aerogel.model.calls import Call
 from aerogel.model.network import Network

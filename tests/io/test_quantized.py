@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +12,11 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 from torch import nn
 
+import aerogel.layers
 from aerogel.errors import AerogelError
 from aerogel.io.quantized import assignments, attach, describe, linears
-from aerogel.layers.linear import QuantLinear, ScaledInput
+from aerogel.layers.linear import QuantLinear
+from aerogel.layers.scaled_input import ScaledInput
 from aerogel.numerics.scheme import Scheme
 from tests.saved import SchemeOf, round_to_nearest
 from tests.tiny import FAMILIES
@@ -89,11 +93,60 @@ def test_a_block_describes_itself_with_its_scaled_inputs_and_comes_back() -> Non
     block.set_submodule("mlp.down_proj", ScaledInput(down, torch.ones(down.in_features)))
     description = describe(block)
     assert description is not None
+    assert description["replacements"] == {"mlp.down_proj": {"kind": "scaled_input"}}
     assert description["quant_method"] == "aerogel"  # no other reader may take it for plain compressed-tensors
     again = FAMILIES["llama"].build().get_submodule("model.layers.0")
     attach(again, description)
     assert shapes(again) == shapes(block)
     assert describe(again) == description
+
+
+def test_lists_of_earlier_releases_are_read() -> None:
+    block = llama(mixed).get_submodule("model.layers.0")
+    down = block.get_submodule("mlp.down_proj")
+    assert isinstance(down, QuantLinear)
+    block.set_submodule("mlp.down_proj", ScaledInput(down, torch.ones(down.in_features)))
+    description = describe(block)
+    assert description is not None
+    earlier = {key: value for key, value in description.items() if key != "replacements"} | {"scaled_inputs": ["mlp.down_proj"]}
+    again = FAMILIES["llama"].build().get_submodule("model.layers.0")
+    attach(again, earlier)
+    assert describe(again) == description
+
+
+@pytest.mark.parametrize("kind", ["abacus", "layout", "../errors", "os.path"])
+def test_unknown_kinds_of_layers_are_refused(kind: str) -> None:
+    config = describe(llama("W4A16_G32"))
+    assert config is not None
+    with pytest.raises(AerogelError, match="of the kind"):
+        attach(FAMILIES["llama"].build(), config | {"replacements": {"model.layers.0.mlp": {"kind": kind}}})
+
+
+def test_a_new_kind_of_layer_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "doubled.py").write_text(
+        "from torch import nn\n"
+        "from aerogel.layers.replacement import Replacement\n"
+        "class Doubled(Replacement):\n"
+        "    def __init__(self, inner, times):\n"
+        "        super().__init__()\n"
+        "        self.inner, self.times = inner, times\n"
+        "    def describe(self):\n"
+        "        return {'times': self.times}\n"
+        "    @classmethod\n"
+        "    def rebuild(cls, layer, told, assigned):\n"
+        "        return cls(layer, told['times'])\n"
+    )
+    monkeypatch.setattr("aerogel.layers.replacement._FOLDER", tmp_path)
+    monkeypatch.setattr(aerogel.layers, "__path__", [*aerogel.layers.__path__, str(tmp_path)])
+    doubled = importlib.import_module("aerogel.layers.doubled").Doubled
+    block = FAMILIES["llama"].build().get_submodule("model.layers.0")
+    block.set_submodule("mlp.up_proj", doubled(block.get_submodule("mlp.up_proj"), 2))
+    description = describe(block)
+    assert description is not None
+    assert description["replacements"] == {"mlp.up_proj": {"kind": "doubled", "times": 2}}
+    again = FAMILIES["llama"].build().get_submodule("model.layers.0")
+    attach(again, description)
+    assert isinstance(again.get_submodule("mlp.up_proj"), doubled)
 
 
 def test_a_float_module_has_no_description() -> None:

@@ -51,10 +51,10 @@ def test_one_packed_weight_serves_the_scales_of_all_steps() -> None:
     twin, x = made("W4A8_CHANNEL_ASYM_AFFINE")
     inputs = TensorScheme(format_named("int8"), PerStep(2), symmetric=False)
     stepped = with_inputs(twin, inputs, grid_from_range(torch.tensor([-1.0, -4.0]), torch.tensor([1.0, 3.0]), inputs))
-    stepped.clock = TimestepIndex([9, 4])
+    stepped.timestep_index = TimestepIndex([9, 4])
     kernel = Affine(stepped, x.dtype)
     for row in (0, 1, 0):
-        with stepped.clock.at((row,)):
+        with stepped.timestep_index.at((row,)):
             torch.testing.assert_close(kernel(x).double(), literal(stepped, x), rtol=1e-5, atol=1e-5)
 
 

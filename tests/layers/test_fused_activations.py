@@ -15,7 +15,7 @@ import aerogel
 from aerogel.data.denoising import Denoising
 from aerogel.kernels import onepass
 from aerogel.kernels.affine import Affine
-from aerogel.layers.fused_activations import FusedGEGLU, FusedGELU, fuse, part_again
+from aerogel.layers.fused_activations import FusedGEGLU, FusedGELU, fuse
 from aerogel.layers.linear import QuantLinear, cache_dequantized
 from aerogel.model.hooks import capture_inputs
 from tests.image_pipelines import classes
@@ -49,8 +49,7 @@ def test_it_gives_what_the_two_gave(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         together = module(**given()).sample
         assert fused == ["gelu_tanh"]
-        part_again(module)
-        assert [type(part) for part in activations(module)] == [GELU]
+        monkeypatch.setattr(FusedGELU, "forward", GELU.forward)
         apart = module(**given()).sample
     assert fused == ["gelu_tanh"]
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
@@ -61,16 +60,12 @@ def test_a_gated_activation_gives_what_it_gave(rows: int) -> None:
     """Small inputs by torch's own operations, large ones by one pass."""
     tiny = FAMILIES["unet"]
     module = aerogel.compress(tiny.build(), STATIC, samples=calls(), measures=()).network.module
-    name, part = next((name, part) for name, part in module.named_modules() if isinstance(part, GEGLU))
+    part = next(part for part in module.modules() if isinstance(part, GEGLU))
     assert type(part) is FusedGEGLU
     x = torch.randn(1, rows, part.proj.in_features)
     with torch.no_grad():
         assert onepass.takes(part.proj(x)) == (rows == 600 and onepass.works())
-        together = part(x)
-        part_again(module)
-        assert type(module.get_submodule(name)) is GEGLU
-        torch.testing.assert_close(together, part(x), rtol=1e-5, atol=1e-6)
-    fuse(module)
+        torch.testing.assert_close(part(x), GEGLU.forward(part, x), rtol=1e-5, atol=1e-6)
     x.requires_grad_()
     part(x).sum().backward()
     assert x.grad is not None
@@ -111,7 +106,7 @@ def test_floats_are_left_alone() -> None:
     fuse(transformer)
     (gelu,) = activations(transformer)
     assert type(gelu) is GELU
-    gelu.__class__ = FusedGELU
+    gelu = FusedGELU(gelu)
     x = torch.randn(3, 16)
     assert torch.equal(gelu(x), nn.functional.gelu(gelu.proj(x), approximate="tanh"))
     assert not isinstance(gelu.proj, QuantLinear)

@@ -11,7 +11,8 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
 
 from aerogel.io.quantized import describe
-from aerogel.layers.linear import QuantLinear, ScaledInput, cache_dequantized, stored_grid
+from aerogel.layers.linear import QuantLinear, cache_dequantized, stored_grid
+from aerogel.layers.scaled_input import ScaledInput
 from aerogel.numerics.quantize import Grid, dequantize, quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
 

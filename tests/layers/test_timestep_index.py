@@ -1,4 +1,4 @@
-"""The clock finds the row of a time step by looking it up, follows a denoiser's forwards, and refuses what it does not know."""
+"""The timestep index looks the row of a time step up, reads it from a denoiser's forwards, and refuses what it does not know."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from aerogel.layers.timestep_index import TimestepIndex
 
 
 class Denoiser(nn.Module):
-    def __init__(self, clock: TimestepIndex) -> None:
+    def __init__(self, index: TimestepIndex) -> None:
         super().__init__()
-        self.clock = clock
+        self.index = index
         self.seen: list[tuple[int, ...]] = []
 
     def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
-        self.seen.append(self.clock.rows)
+        self.seen.append(self.index.rows)
         if sample.isnan().any():
             raise ValueError("broken")
         return sample
@@ -31,16 +31,16 @@ class Denoiser(nn.Module):
 def test_rows_are_the_samplers_own_steps(count: int, sampler: type) -> None:
     scheduler = sampler()
     scheduler.set_timesteps(count)
-    clock = TimestepIndex(scheduler.timesteps.tolist())
-    rows = [clock.rows_of(step)[0] for step in scheduler.timesteps]
+    index = TimestepIndex(scheduler.timesteps.tolist())
+    rows = [index.rows_of(step)[0] for step in scheduler.timesteps]
     assert sorted(set(rows)) == list(range(len(set(scheduler.timesteps.tolist()))))
-    assert all(clock.steps[row] == step for row, step in zip(rows, scheduler.timesteps.tolist(), strict=True))
+    assert all(index.steps[row] == step for row, step in zip(rows, scheduler.timesteps.tolist(), strict=True))
 
 
 def test_repeated_steps_share_a_row() -> None:
-    clock = TimestepIndex([9, 4, 4, 1])
-    assert clock.steps == (9, 4, 1)
-    assert clock.rows_of(torch.tensor([1, 4, 9, 4])) == (2, 1, 0, 1)
+    index = TimestepIndex([9, 4, 4, 1])
+    assert index.steps == (9, 4, 1)
+    assert index.rows_of(torch.tensor([1, 4, 9, 4])) == (2, 1, 0, 1)
 
 
 def test_an_unknown_step_is_refused() -> None:
@@ -49,51 +49,51 @@ def test_an_unknown_step_is_refused() -> None:
 
 
 def test_it_follows_a_forward_and_comes_off() -> None:
-    clock = TimestepIndex([9, 4, 1])
-    denoiser = Denoiser(clock)
-    with clock.on(denoiser):
+    index = TimestepIndex([9, 4, 1])
+    denoiser = Denoiser(index)
+    with index.on(denoiser):
         denoiser(torch.zeros(2, 1), torch.tensor([4, 1]))
         denoiser(torch.zeros(1, 1), timestep=9)
         with pytest.raises(ValueError, match="broken"):
             denoiser(torch.full((1, 1), torch.nan), 4)
         with pytest.raises(AerogelError, match="outside"):
-            _ = clock.rows
+            _ = index.rows
     assert denoiser.seen == [(1, 2), (0,), (1,)]
     assert not denoiser._forward_hooks
     assert not denoiser._forward_pre_hooks
 
 
 class Projected(Denoiser):
-    def __init__(self, clock: TimestepIndex) -> None:
-        super().__init__(clock)
+    def __init__(self, index: TimestepIndex) -> None:
+        super().__init__(index)
         torch.manual_seed(0)
         self.time = nn.Sequential(nn.Linear(48, 96), nn.SiLU(), nn.Linear(96, 32))
         self.table = torch.randn(3, 48)
 
     def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
-        rows = self.clock.rows
+        rows = self.index.rows
         return sample + self.time(self.table[list(rows)].expand(len(sample), -1))
 
 
 @pytest.mark.parametrize("steps", [(4, 4, 4, 4), (1, 9, 1), (9,)], ids=str)
 def test_what_depends_on_the_step_alone_gives_the_same_bits_in_any_batch(steps: tuple[int, ...]) -> None:
-    clock = TimestepIndex([9, 4, 1])
-    denoiser = Projected(clock)
+    index = TimestepIndex([9, 4, 1])
+    denoiser = Projected(index)
     alone = [denoiser.time(denoiser.table[row : row + 1]) for row in range(3)]
     sample = torch.zeros(len(steps), 32)
-    with clock.on(denoiser, ["time"]):
+    with index.on(denoiser, ["time"]):
         batches = [torch.tensor(steps)] + ([torch.tensor(steps[0])] if len(set(steps)) == 1 else [])
         for timestep in batches:  # one step may stand for a batch
             y = denoiser(sample, timestep)
-            wanted = torch.cat([alone[clock.steps.index(step)] for step in steps])
+            wanted = torch.cat([alone[index.steps.index(step)] for step in steps])
             assert torch.equal(y, wanted) if len(set(steps)) == 1 else torch.allclose(y, wanted, atol=1e-6)
     assert not denoiser.time._forward_hooks
 
 
 def test_a_module_that_fails_leaves_the_clock_in_order() -> None:
-    clock = TimestepIndex([9, 4, 1])
-    denoiser = Projected(clock)
-    with clock.on(denoiser, ["time"]):
+    index = TimestepIndex([9, 4, 1])
+    denoiser = Projected(index)
+    with index.on(denoiser, ["time"]):
         denoiser.table = torch.randn(3, 47)
         with pytest.raises(RuntimeError):
             denoiser(torch.zeros(2, 32), 4)
@@ -102,20 +102,20 @@ def test_a_module_that_fails_leaves_the_clock_in_order() -> None:
 
 
 def test_a_copy_follows_a_clock_of_its_own() -> None:
-    clock = TimestepIndex([9, 4, 1])
-    denoiser = Projected(clock)
-    clock.follow(denoiser, ["time"])
+    index = TimestepIndex([9, 4, 1])
+    denoiser = Projected(index)
+    index.track(denoiser, ["time"])
     twin = copy.deepcopy(denoiser)
-    assert twin.clock is not clock
+    assert twin.index is not index
     assert torch.equal(twin(torch.zeros(2, 32), 1), denoiser(torch.zeros(2, 32), 1))
 
 
 def test_a_denoiser_that_it_left_is_followed_no_more_and_keeps_its_other_hooks() -> None:
-    clock, other = TimestepIndex([3, 1]), TimestepIndex([3, 1])
+    index, other = TimestepIndex([3, 1]), TimestepIndex([3, 1])
     denoiser = nn.Sequential(nn.Linear(2, 2))
-    clock.follow(denoiser, ["0"])
+    index.track(denoiser, ["0"])
     kept = denoiser[0].register_forward_hook(other._stop)
-    clock.leave(denoiser)
+    index.untrack(denoiser)
     assert not denoiser._forward_pre_hooks
     assert not denoiser._forward_hooks
     assert not denoiser[0]._forward_pre_hooks

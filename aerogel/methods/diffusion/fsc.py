@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.io.quantized import set_timestep_index
 from aerogel.layers.conv import with_inputs
-from aerogel.layers.linear import QuantLinear, cache_dequantized, stored_grid
+from aerogel.layers.linear import QuantLinear, cache_dequantized, set_timestep_index, stored_grid
 from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.methods.base import Method, Requirement
 from aerogel.model.calls import Call
@@ -48,7 +47,7 @@ class Fsc(Method):
 
     @torch.no_grad()
     def apply(self, network: Network, calls: Sequence[Call]) -> None:
-        """Give layers whose weights are quantized already per-step ranges; from now on the network follows a clock."""
+        """Give layers whose weights are quantized already per-step ranges; from now on the model has a timestep index."""
         path, steps = find(network), Trajectories.of(network, calls).distinct_steps
         check(network, path, calls[0])
         layers = self._layers(network)
@@ -57,17 +56,17 @@ class Fsc(Method):
             raise AerogelError("no linear of the temporal path is quantized: put tiar, or rtn on its linears, before fsc")
         sinusoid_TC = sinusoids(network, path, calls[0], steps)
         scheduler = getattr(network.processor, "scheduler", None)
-        clock = TimestepIndex(steps, "" if scheduler is None else f"{type(scheduler).__name__}")
-        clock.belongs_to(network.processor)
+        index = TimestepIndex(steps, "" if scheduler is None else f"{type(scheduler).__name__}")
+        index.set_pipeline(network.processor)
         shared: tuple[Tensor, Tensor] | None = None  # by the projections, which all read one tensor
         for name, layer in within.items():  # in order: each sees what quantized inputs before it give
-            low_T, high_T = shared or _extremes(path, sinusoid_TC, name, layer, clock)
+            low_T, high_T = shared or _extremes(path, sinusoid_TC, name, layer, index)
             shared = (low_T, high_T) if name in path.projections else None
-            _give(network, name, layer, grid_from_range(low_T, high_T, _inputs(clock)), clock)
+            _give(network, name, layer, grid_from_range(low_T, high_T, _inputs(index)), index)
             path = find(network)
-        set_timestep_index(network.module, clock, [*path.embedders, *path.projections])
+        set_timestep_index(network.module, index, [*path.embedders, *path.projections])
         if self.scope == "all":
-            self._rest(network, calls, clock, layers)
+            self._rest(network, calls, index, layers)
 
     def _layers(self, network: Network) -> dict[str, QuantLinear]:
         """The layers with float inputs, by full name, that get a range at each step."""
@@ -75,39 +74,39 @@ class Fsc(Method):
         coded = {name: part for name, part in network.module.named_modules() if isinstance(part, QuantLinear)}
         return {name: part for name, part in coded.items() if part.scheme.inputs is None and not matches(name, ignore, part)}
 
-    def _rest(self, network: Network, calls: Sequence[Call], clock: TimestepIndex, layers: dict[str, QuantLinear]) -> None:
+    def _rest(self, network: Network, calls: Sequence[Call], index: TimestepIndex, layers: dict[str, QuantLinear]) -> None:
         """Ranges of layers outside of the path, all seen in one pass."""
         one = TensorScheme(format_named("int8"), PerTensor(), symmetric=False)
         seen: dict[str, dict[int, MovingAverage]] = defaultdict(lambda: defaultdict(partial(MovingAverage, one, 1 - self.momentum)))
 
         def see(name: str, x: Tensor) -> None:
-            for row in dict.fromkeys(clock.rows):
-                seen[name][row].update(x[[at == row for at in clock.rows]] if len(set(clock.rows)) > 1 else x)
+            for row in dict.fromkeys(index.rows):
+                seen[name][row].update(x[[at == row for at in index.rows]] if len(set(index.rows)) > 1 else x)
 
         with capture_inputs(layers, see), cache_dequantized(network.module):
             for call in calls:
                 network.run(call)
-        if unseen := [name for name in layers if len(seen[name]) < len(clock.steps)]:
+        if unseen := [name for name in layers if len(seen[name]) < len(index.steps)]:
             raise AerogelError(f"{unseen[0]} was not reached at every step; calibrate with calls that do, or leave it out with `ignore`")
         for name, layer in layers.items():
-            grids = [seen[name][row].grid() for row in range(len(clock.steps))]
+            grids = [seen[name][row].grid() for row in range(len(index.steps))]
             zeros = [grid.zero for grid in grids if grid.zero is not None]
-            _give(network, name, layer, Grid(torch.stack([grid.scale for grid in grids]), torch.stack(zeros)), clock)
+            _give(network, name, layer, Grid(torch.stack([grid.scale for grid in grids]), torch.stack(zeros)), index)
 
 
-def _inputs(clock: TimestepIndex) -> TensorScheme:
-    return TensorScheme(format_named("int8"), PerStep(len(clock.steps)), symmetric=False)
+def _inputs(index: TimestepIndex) -> TensorScheme:
+    return TensorScheme(format_named("int8"), PerStep(len(index.steps)), symmetric=False)
 
 
-def _give(network: Network, name: str, layer: QuantLinear, grid: Grid, clock: TimestepIndex) -> None:
+def _give(network: Network, name: str, layer: QuantLinear, grid: Grid, index: TimestepIndex) -> None:
     """Put the layer's twin with inputs on this grid in its place."""
     dtype = network.stored_dtype or layer.get_buffer("weight_scale").dtype
-    twin = with_inputs(layer, _inputs(clock), stored_grid(grid, dtype), dtype)
-    twin.clock = clock
+    twin = with_inputs(layer, _inputs(index), stored_grid(grid, dtype), dtype)
+    twin.timestep_index = index
     network.module.set_submodule(name, twin)
 
 
-def _extremes(path: TemporalPath, sinusoid_TC: Tensor, name: str, layer: nn.Module, clock: TimestepIndex) -> tuple[Tensor, Tensor]:
+def _extremes(path: TemporalPath, sinusoid_TC: Tensor, name: str, layer: nn.Module, index: TimestepIndex) -> tuple[Tensor, Tensor]:
     """The least and the largest number that goes into a layer at each step, (T,) each."""
     ranges: list[tuple[Tensor, Tensor]] = []
 
@@ -116,7 +115,7 @@ def _extremes(path: TemporalPath, sinusoid_TC: Tensor, name: str, layer: nn.Modu
 
     with capture_inputs({name: layer}, see):
         for row in range(len(sinusoid_TC)):
-            with clock.at((row,)):
+            with index.at((row,)):
                 path.features(sinusoid_TC[row : row + 1])
     low_T, high_T = (torch.stack(side) for side in zip(*ranges, strict=True))
     return low_T, high_T

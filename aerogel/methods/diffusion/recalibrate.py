@@ -52,8 +52,8 @@ class Recalibrate(Method):
         seen: dict[str, dict[int, MovingAverage | RunningMinMax]] = defaultdict(lambda: defaultdict(partial(self._observer, one)))
 
         def see(name: str, x: Tensor) -> None:
-            clock = layers[name].clock
-            for row in dict.fromkeys(clock.rows) if clock is not None and _by_step(layers[name]) else (0,):
+            index = layers[name].timestep_index
+            for row in dict.fromkeys(index.rows) if index is not None and _by_step(layers[name]) else (0,):
                 seen[name][row].update(x)
 
         with capture_inputs(layers, see):

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 
 from aerogel.errors import AerogelError
-from aerogel.layers.split import split
+from aerogel.layers.conv import Layer
+from aerogel.layers.split import Split
 from aerogel.methods.base import Method, Requirement
 from aerogel.model.calls import Call
 from aerogel.model.match import matches
@@ -36,4 +37,6 @@ class SplitShortcut(Method):
                 f"no float layer of this {network.family.name} network reads concatenated channels; leave split_shortcut out"
             )
         for name, widths in found.items():
-            split(network.module, name, widths)
+            layer = layers(name)
+            assert isinstance(layer, Layer), "only these are found"
+            network.module.set_submodule(name, Split(layer, widths))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.io.quantized import timestep_index_of
+from aerogel.layers.linear import timestep_index_of
 from aerogel.layers.lookup import Lookup, dequantized
 from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.methods.base import Requirement, RuntimePolicy
@@ -84,22 +84,22 @@ class TemporalCache(RuntimePolicy[TemporalCacheState]):
     def on(self, network: Network, state: TemporalCacheState) -> Iterator[None]:
         """Answer for the embedder and the projections out of the table; raises AerogelError at a step that is not in it."""
         path, followed = find(network), timestep_index_of(network.module)
-        clock = followed or TimestepIndex(state.steps, state.sampler)
-        if clock.steps != state.steps:
+        index = followed or TimestepIndex(state.steps, state.sampler)
+        if index.steps != state.steps:
             raise AerogelError(
-                f"the table is of {len(state.steps)} steps, the network's scales of {len(clock.steps)} others; calibrate both together"
+                f"the table is of {len(state.steps)} steps, the network's scales of {len(index.steps)} others; calibrate both together"
             )
-        clock.belongs_to(network.processor)
+        index.set_pipeline(network.processor)
         modules = dict(path.projections)
         if all(bool(state.tables[f"{name}.chosen"].all()) for name in modules):
             modules |= path.embedders  # nobody reads what they would compute
         answers = {
             module: Lookup(
-                clock, *_stored_table(state.tables, name), state.tables[f"{name}.chosen"] | (name in path.embedders), module.forward
+                index, *_stored_table(state.tables, name), state.tables[f"{name}.chosen"] | (name in path.embedders), module.forward
             )
             for name, module in modules.items()
         }
-        with nullcontext() if followed else clock.on(network.module), patch_forward(answers):
+        with nullcontext() if followed else index.on(network.module), patch_forward(answers):
             yield
 
     @property

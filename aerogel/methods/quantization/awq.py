@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from aerogel.layers.linear import QuantLinear, ScaledInput, stored_grid
+from aerogel.layers.linear import QuantLinear, stored_grid
+from aerogel.layers.scaled_input import ScaledInput
 from aerogel.methods.base import Requirement, WeightMethod
 from aerogel.model.block import Block, BoundEdge
 from aerogel.model.edges import channels, fold

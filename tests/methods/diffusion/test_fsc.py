@@ -11,8 +11,7 @@ import torch
 import aerogel
 from aerogel.data.denoising import Denoising
 from aerogel.errors import AerogelError
-from aerogel.io.quantized import timestep_index_of
-from aerogel.layers.linear import QuantLinear
+from aerogel.layers.linear import QuantLinear, timestep_index_of
 from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.model import time_path
 from aerogel.model.calls import Call
@@ -63,8 +62,8 @@ def test_each_range_is_that_of_the_input_at_the_step() -> None:
     for row in range(len(STEPS)):
         wanted = grid_from_range(sinusoid_TC[row].min(), sinusoid_TC[row].max(), first.scheme.inputs)
         assert float(inputs_of(first)[row]) == pytest.approx(float(wanted.scale))
-        assert first.clock is not None
-        with first.clock.at((row,)):
+        assert first.timestep_index is not None
+        with first.timestep_index.at((row,)):
             grid = first.input_grid()
         assert grid is not None
         error = fake_quantize(sinusoid_TC[row], grid, first.scheme.inputs) - sinusoid_TC[row]
@@ -166,7 +165,7 @@ def test_outside_of_its_denoiser_a_layer_says_so() -> None:
     layer = next(part for part in compressed().module.modules() if isinstance(part, QuantLinear))
     with pytest.raises(AerogelError, match="outside of its denoiser"):
         layer(torch.zeros(1, layer.in_features))
-    layer.clock = TimestepIndex([1])
+    layer.timestep_index = TimestepIndex([1])
     with pytest.raises(AerogelError, match="outside of its denoiser"):
         layer(torch.zeros(1, layer.in_features))
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import aerogel
 from aerogel.data.denoising import Denoising, record
-from aerogel.io.quantized import timestep_index_of
-from aerogel.layers.linear import QuantLinear
+from aerogel.layers.linear import QuantLinear, timestep_index_of
 from aerogel.methods.diffusion.tiar import features_with, temporal_error
 from aerogel.model import time_path
 from aerogel.model.calls import Call
@@ -127,12 +126,12 @@ def test_ranges_of_their_own_quantize_inputs_of_the_path_better() -> None:
     for name, x_TC in inputs_of_path().items():
         twin = per_step.module.get_submodule(name)
         assert isinstance(twin, QuantLinear)
-        assert twin.clock is not None
+        assert twin.timestep_index is not None
         low, high = min(float(x_TC.min()), 0.0), max(float(x_TC.max()), 0.0)
         shared = (high - low) / 255
         error, shared_error = 0.0, 0.0
         for row, x_C in enumerate(x_TC):
-            with twin.clock.at((row,)):
+            with twin.timestep_index.at((row,)):
                 grid = twin.input_grid()
                 own = twin.quantized_input(x_C[None])[0]
             assert grid is not None

@@ -11,7 +11,7 @@ from torch import nn
 import aerogel
 from aerogel.errors import AerogelError
 from aerogel.layers.linear import QuantLinear
-from aerogel.layers.split import Split, split
+from aerogel.layers.split import Split
 from aerogel.model.network import Network
 from aerogel.model.seams import seams
 from tests.methods.diffusion.test_fsc import calls
@@ -77,4 +77,4 @@ def test_what_cannot_be_split_is_refused() -> None:
     with pytest.raises(AerogelError, match="groups"):
         Split(nn.Conv2d(4, 4, 1, groups=2), [2, 2])
     with pytest.raises(AerogelError, match="cannot be split at"):
-        split(nn.Sequential(nn.Linear(4, 4)), "0", [1, 1])
+        Split.rebuild(nn.Linear(4, 4), {"widths": [1, 1]}, None)

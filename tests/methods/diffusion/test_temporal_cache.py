@@ -12,7 +12,7 @@ import torch
 
 import aerogel
 from aerogel.errors import AerogelError
-from aerogel.io.quantized import timestep_index_of
+from aerogel.layers.linear import timestep_index_of
 from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.methods.diffusion.temporal_cache import TemporalCache, TemporalCacheState, chosen, looked_up_features
 from aerogel.model import time_path

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aerogel.layers.linear import QuantLinear, ScaledInput
+from aerogel.layers.linear import QuantLinear
+from aerogel.layers.scaled_input import ScaledInput
 from aerogel.methods.quantization.awq import Awq, clipped
 from aerogel.methods.quantization.rtn import Rtn
 from aerogel.model.block import Block
