@@ -57,9 +57,9 @@ def main() -> None:
                     break
                 taken = time.perf_counter() - start
                 looked = max(looked, taken) if exhaustive else looked
-                fell, name = state["against_monotony"], "all combinations" if exhaustive else "border walk"
+                fell, name = state.against_monotony, "all combinations" if exhaustive else "border walk"
                 seconds = looked if exhaustive else taken
-                rows.append([ratio, name, state["evaluations"], seconds, state["kl"], state["skipped"], fell["error"], fell["ratio"]])
+                rows.append([ratio, name, state.evaluations, seconds, state.kl, state.skipped, fell["error"], fell["ratio"]])
                 print(rows[-1], flush=True)
     settings = {
         "model": "zoo/fashion-vlm",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from aerogel.engine.opening import open_model
-from aerogel.methods.experts.modes import Modes
+from aerogel.methods.experts.modes import Modes, ModesState
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.expert_skipping import backend
@@ -82,28 +82,23 @@ def importance(layers: int, falling: bool) -> Tensor:
     return torch.stack([text / text.sum(), torch.full((layers,), 1 / layers)], dim=1)
 
 
-def state(network: Network, ratio: float, falling: bool, call: Call, layers: int) -> dict[str, Any]:
+def state(network: Network, ratio: float, falling: bool, call: Call, layers: int) -> ModesState:
     """A MoDES policy that skips so much of this prompt."""
-    known = {
-        "layers": layers,
-        "experts": EXPERTS,
-        "top_k": TOP,
-        "vision": [],
-        "special": [],
-        "power": 1.0,
-        "importance": importance(layers, falling),
-    }
     thresholds = torch.logspace(-5, 0, 200).tolist()
 
+    def made(number: int) -> ModesState:
+        both = torch.tensor([thresholds[number]] * 2)
+        model: dict[str, Any] = {"layers": layers, "experts": EXPERTS, "top_k": TOP, "vision": (), "special": ()}
+        return ModesState(**model, power=1.0, importance=importance(layers, falling), thresholds=both)
+
     def evaluate(cell: tuple[int, int]) -> Value:
-        tried = known | {"thresholds": torch.tensor([thresholds[cell[0]]] * 2)}
-        with Modes().on(network, tried), counting(network, Vocabulary((), ())) as tally:
+        with Modes().on(network, made(cell[0])), counting(network, Vocabulary((), ())) as tally:
             network.run(call)
         return Value(0.0, tally.ratio())
 
     found = crossing(Evaluations(evaluate), len(thresholds), ratio)
     assert found is not None
-    return known | {"thresholds": torch.tensor([thresholds[found.cell[0]]] * 2)}
+    return made(found.cell[0])
 
 
 class Prefill:

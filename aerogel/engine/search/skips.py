@@ -20,7 +20,7 @@ from aerogel.engine.run import seeded
 from aerogel.engine.search.candidates import chosen
 from aerogel.engine.search.judging_answers import HeldOut, Judge
 from aerogel.errors import AerogelError
-from aerogel.methods.experts.policy import SkipPolicy
+from aerogel.methods.experts.policy import ExpertSkippingPolicy
 from aerogel.model.network import Network
 from aerogel.recipe import Step, build
 from aerogel.runtime.expert_skipping.answers import Answers
@@ -51,7 +51,7 @@ class TunedRule(NamedTuple):
     @property
     def dropped(self) -> float:
         """The share of the calibration's pairs that it drops."""
-        return float(self.measured.state["skipped"])
+        return float(self.measured.state.skipped)
 
 
 class SkipSearch:
@@ -79,7 +79,7 @@ class SkipSearch:
             raise AerogelError(
                 "rules are compared on text or chats that are read and replied to: give Samples or Chats, not recorded calls"
             )
-        on = [measured.step for measured in policies.load(network.origin) if isinstance(measured.step.method, SkipPolicy)]
+        on = [measured.step for measured in policies.load(network.origin) if isinstance(measured.step.method, ExpertSkippingPolicy)]
         if on:
             raise AerogelError(f"{network.origin} has {on[0].name} on already; give the model that it was made for")
         self._network, self._wanted = network, wanted
@@ -132,7 +132,7 @@ class SkipSearch:
 
     def _calibrated(self, name: str, cls: type, options: dict[str, Any]) -> CalibratedPolicy:
         step = Step(name, build(cls, options, f"policy {name!r}"))
-        assert isinstance(step.method, SkipPolicy)
+        assert isinstance(step.method, ExpertSkippingPolicy)
         with seeded(self._seed):
             return CalibratedPolicy(step, step.method.calibrated_on(self._answers))
 
@@ -159,7 +159,7 @@ class SkipSearch:
 
 
 def _unfit(cls: type) -> str:
-    return "" if issubclass(cls, SkipPolicy) else "skips no experts by a rule, so there is nothing to choose"
+    return "" if issubclass(cls, ExpertSkippingPolicy) else "skips no experts by a rule, so there is nothing to choose"
 
 
 def _share(budget: float | str) -> float:

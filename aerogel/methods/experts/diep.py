@@ -7,23 +7,34 @@ E experts, L layers, T tokens, K experts a token is routed to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from aerogel.methods.experts.policy import SkipPolicy
+from aerogel.methods.experts.policy import ExpertSkippingPolicy, ExpertSkippingState
 from aerogel.runtime.expert_skipping.answers import Answers
 from aerogel.runtime.expert_skipping.routing import Routed, Rule, Shape
 from aerogel.runtime.expert_skipping.seen import outputs_of_each
 from aerogel.runtime.expert_skipping.thresholds import keeping, met, seen, tail_over_head
+from aerogel.runtime.policy_state import PolicyState
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DiepState(ExpertSkippingState):
+    """Similarity of the experts, and the threshold."""
+
+    alike: Tensor
+    """Linear CKA (L, E, E) of the outputs of the experts of a layer."""
+    beta: float
 
 
 @dataclass(frozen=True)
-class Diep(SkipPolicy):
+class Diep(ExpertSkippingPolicy[DiepState]):
     """Drops experts that weigh less than beta times their likeness to the best one times what stands before them."""
+
+    state: ClassVar[type[PolicyState]] = DiepState
 
     ratio: float | None = None
     """Share of all pairs to drop: beta is scaled until it is met. None leaves the median of the calibration tokens."""
@@ -36,17 +47,17 @@ class Diep(SkipPolicy):
         """Likeness of all experts, then beta."""
         inputs = answers.inputs(self.tokens)
         alike = [likeness(outputs_of_each(answers.network, layer, x_TH)) for layer, x_TH in enumerate(inputs)]
-        state: dict[str, Any] = {"alike": torch.stack(alike)}
-        score = _score(state["alike"])
+        alike_LEE = torch.stack(alike)
+        score = _score(alike_LEE)
         values = seen(answers, score)
-        state["beta"] = float(values.median()) if len(values) else 1.0
+        beta = float(values.median()) if len(values) else 1.0
         if self.ratio is not None:
-            state["beta"], _ = met(answers, lambda tried: self.skip(state | {"beta": tried}, answers.vocabulary), score, self.ratio)
-        return state
+            beta, _ = met(answers, lambda tried: self.skip(keeping(score, tried), answers.vocabulary), score, self.ratio)
+        return {"alike": alike_LEE, "beta": beta}
 
-    def rule(self, state: Mapping[str, Any]) -> Rule:
+    def rule(self, state: DiepState) -> Rule:
         """Drop what weighs too little, or says too much the same."""
-        return keeping(_score(state["alike"]), state["beta"])
+        return keeping(_score(state.alike), state.beta)
 
 
 def likeness(y_ETH: Tensor) -> Tensor:

@@ -8,28 +8,51 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from aerogel.methods.base import CalibrationSize, CostEstimate
-from aerogel.methods.experts.policy import SkipPolicy
+from aerogel.methods.experts.policy import ExpertSkippingPolicy, ExpertSkippingState
 from aerogel.runtime.expert_skipping.answers import Answers
 from aerogel.runtime.expert_skipping.frontier import Evaluations, Found, Value, exhaustive, frontier, violations
 from aerogel.runtime.expert_skipping.routing import Lost, Routed, Rule, Shape, Skipping
 from aerogel.runtime.expert_skipping.thresholds import POINTS, Score, UnreachableError, checked, grid, seen
+from aerogel.runtime.policy_state import PolicyState
 from aerogel.runtime.token_types import KINDS, MODALITIES, TEXT, VISION
 
 _PUBLISHED = {TEXT: 0.71, VISION: 0.6}
 """Where the grid of the public code ends, before its sigmoid."""
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ModesState(ExpertSkippingState):
+    """Importance of the layers, thresholds, and how they were found."""
+
+    importance: Tensor
+    """Importance (L, M) of each layer's experts; sums to one in each modality."""
+    power: float
+    """Power of the importance in the score."""
+    thresholds: Tensor
+    """Thresholds (M) of text and vision."""
+    ratio: float | None = None
+    """Share of the token-expert assignments that was asked for."""
+    tried: Tensor | None = None
+    """Evaluations: numbers of the two thresholds, KL divergence, share that is dropped."""
+    evaluations: int = 0
+    """How many there were."""
+    against_monotony: Mapping[str, int] = field(default_factory=dict)
+    """How often KL divergence and ratio fell from one evaluated cell to the next, and of how many steps."""
+
+
 @dataclass(frozen=True)
-class Modes(SkipPolicy):
+class Modes(ExpertSkippingPolicy[ModesState]):
     """Drops a pair where the layer's importance times the expert's share of the token is below the threshold of the token's modality."""
+
+    state: ClassVar[type[PolicyState]] = ModesState
 
     ratio: float = 0.67
     """Share of all pairs of token and expert to drop, over all layers."""
@@ -60,19 +83,19 @@ class Modes(SkipPolicy):
         checked(self.ratio)
         importance_LM = answers.once(("importance", self.importance, self.bypass), lambda: self._importance(answers, shape))
         found = {power: self._found(answers, importance_LM, power) for power in self._powers}
-        best = min(found, key=lambda power: found[power]["kl"])
-        return {"importance": importance_LM, "power": best, "ratio": self.ratio, **found[best]}
+        best = min(found, key=lambda power: found[power][0])
+        return {"importance": importance_LM, "power": best, "ratio": self.ratio, **found[best][1]}
 
-    def rule(self, state: Mapping[str, Any]) -> Rule:
+    def rule(self, state: ModesState) -> Rule:
         """Drop what scores below the threshold of its token; marks of a chat count as text where they are not protected."""
-        return _rule(state["importance"] ** state["power"], state["thresholds"])
+        return _rule(state.importance**state.power, state.thresholds)
 
     @property
     def _powers(self) -> tuple[float, ...]:
         return self.power if isinstance(self.power, tuple) else (self.power,)
 
-    def _found(self, answers: Answers, importance_LM: Tensor, power: float) -> dict[str, Any]:
-        """The thresholds with the least KL among those that drop enough, and how they were found."""
+    def _found(self, answers: Answers, importance_LM: Tensor, power: float) -> tuple[float, dict[str, Any]]:
+        """The least KL among the thresholds that drop enough; these, and how they were found."""
         grids = {kind: self._grid(answers, importance_LM**power, kind) for kind in (TEXT, VISION)}
         if self.thresholds == "single":
             grids = {TEXT: sorted({*grids[TEXT], *grids[VISION]} if answers.pictured else grids[TEXT]), VISION: [0.0]}
@@ -83,9 +106,8 @@ class Modes(SkipPolicy):
         if found is None:
             raise UnreachableError(self.ratio, evaluations((rows - 1, columns - 1)).ratio)
         tried = [[*cell, *value] for cell, value in evaluations.known.items()]
-        return {
+        return found.value.error, {
             "thresholds": torch.tensor(self._pair(grids, found.cell), dtype=torch.float64),
-            "kl": found.value.error,
             "tried": torch.tensor(tried, dtype=torch.float64),
             "evaluations": len(tried),
             "against_monotony": violations(evaluations.known),
@@ -128,8 +150,7 @@ class Modes(SkipPolicy):
     def _evaluations(self, answers: Answers, importance_LM: Tensor, power: float, grids: Mapping[int, list[float]]) -> Evaluations:
         def evaluate(cell: tuple[int, int]) -> Any:
             thresholds = torch.tensor(self._pair(grids, cell), dtype=torch.float64)
-            tried = {"importance": importance_LM, "power": power, "thresholds": thresholds}
-            return answers.judge(self.skip(tried, answers.vocabulary))
+            return answers.judge(self.skip(_rule(importance_LM**power, thresholds), answers.vocabulary))
 
         about = {
             "importance": importance_LM.tolist(), "grids": [grids[TEXT], grids[VISION]], "answer tokens": answers.tokens,

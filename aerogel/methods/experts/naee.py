@@ -5,25 +5,37 @@ L layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from aerogel.methods.experts.policy import SkipPolicy
+from aerogel.methods.experts.policy import ExpertSkippingPolicy, ExpertSkippingState
 from aerogel.runtime.expert_skipping.answers import Answers
 from aerogel.runtime.expert_skipping.routing import Routed, Rule, Shape
 from aerogel.runtime.expert_skipping.thresholds import keeping, met, seen, tail_over_head
+from aerogel.runtime.policy_state import PolicyState
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NaeeState(ExpertSkippingState):
+    """Thresholds of the layers."""
+
+    beta: Tensor
+    """Median (L) of the last expert's weight over that of the experts before it."""
+    scale: float
+    """Factor of all medians that meets the ratio."""
 
 
 @dataclass(frozen=True)
-class Naee(SkipPolicy):
+class Naee(ExpertSkippingPolicy[NaeeState]):
     """Drops the experts from rank i on where together they weigh less than beta times those before; beta is the layer's median of that.
 
     With two experts a token this is the published rule: the second goes where it weighs less than beta times the first.
     """
+
+    state: ClassVar[type[PolicyState]] = NaeeState
 
     ratio: float | None = None
     """Share of all pairs to drop: all betas are scaled alike until it is met. None leaves the medians as they are."""
@@ -33,15 +45,15 @@ class Naee(SkipPolicy):
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
         """Medians of the calibration tokens, then the scale that meets the ratio."""
         betas = [_median(seen(answers, _of_layer(layer))) for layer in range(shape.layers)]
-        state: dict[str, Any] = {"beta": torch.tensor(betas, dtype=torch.float64), "scale": 1.0}
+        beta_L, scale = torch.tensor(betas, dtype=torch.float64), 1.0
         if self.ratio is not None:
-            score = _score(state["beta"])
-            state["scale"], _ = met(answers, lambda tried: self.skip(state | {"scale": tried}, answers.vocabulary), score, self.ratio)
-        return state
+            score = _score(beta_L)
+            scale, _ = met(answers, lambda tried: self.skip(keeping(score, tried), answers.vocabulary), score, self.ratio)
+        return {"beta": beta_L, "scale": scale}
 
-    def rule(self, state: Mapping[str, Any]) -> Rule:
+    def rule(self, state: NaeeState) -> Rule:
         """Drop what weighs too little beside the better ones."""
-        return keeping(_score(state["beta"]), state["scale"])
+        return keeping(_score(state.beta), state.scale)
 
 
 def _score(beta_L: Tensor) -> Any:

@@ -5,7 +5,6 @@ B rows, S positions, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,16 +12,28 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.methods.experts.policy import SkipPolicy
+from aerogel.methods.experts.policy import ExpertSkippingPolicy, ExpertSkippingState
 from aerogel.runtime.expert_skipping.answers import Answers
 from aerogel.runtime.expert_skipping.routing import Routed, Rule, Shape
 from aerogel.runtime.expert_skipping.thresholds import met, tail_over_head
+from aerogel.runtime.policy_state import PolicyState
 from aerogel.runtime.token_types import PADDING
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OdpState(ExpertSkippingState):
+    """The threshold."""
+
+    beta: float
+    ratio: float | None = None
+    """Share of the token-expert assignments that was asked for; None where beta was given."""
+
+
 @dataclass(frozen=True)
-class Odp(SkipPolicy):
+class Odp(ExpertSkippingPolicy[OdpState]):
     """Drops experts that weigh less than beta times those before; in a prompt, by what attention a token receives, all or none of them."""
+
+    state: ClassVar[type[PolicyState]] = OdpState
 
     attends: ClassVar[bool] = True
 
@@ -47,14 +58,18 @@ class Odp(SkipPolicy):
             raise AerogelError(f"kept {self.kept} and lost {self.lost}: shares of tokens, together at most 1, are expected")
         if self.ratio is None:
             return {"beta": self.beta}
-        beta, _ = met(answers, lambda tried: self.skip({"beta": tried}, answers.vocabulary), _score, self.ratio, attention=True)
+        beta, _ = met(answers, lambda tried: self.skip(self.below(tried), answers.vocabulary), _score, self.ratio, attention=True)
         return {"beta": beta, "ratio": self.ratio}
 
-    def rule(self, state: Mapping[str, Any]) -> Rule:
-        """NAEE's rule, and the tokens' own."""
+    def rule(self, state: OdpState) -> Rule:
+        """Return NAEE's rule with the tokens told apart by their importance."""
+        return self.below(state.beta)
+
+    def below(self, beta: float) -> Rule:
+        """Return the rule for one threshold."""
 
         def rule(routed: Routed) -> Tensor:
-            kept_TK = _score(routed) >= state["beta"]
+            kept_TK = _score(routed) >= beta
             if routed.received_BS is None or routed.layer >= self.layers:
                 return kept_TK
             order_T = _order(routed, self.as_published).reshape(-1, 1)

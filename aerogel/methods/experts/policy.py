@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
 
 from aerogel.errors import AerogelError
 from aerogel.methods.base import CalibrationSize, CostEstimate, Requirement, RuntimePolicy, name_of
@@ -14,23 +15,49 @@ from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.expert_skipping.answers import Answers
 from aerogel.runtime.expert_skipping.routing import Rule, Shape, Skipping, shape_of, skipping
+from aerogel.runtime.policy_state import PolicyState
 from aerogel.runtime.token_types import Vocabulary
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ExpertSkippingState(PolicyState):
+    """The model that a rule fits, its special tokens, and what the rule costs on the calibration data; methods add what the rule needs."""
+
+    layers: int
+    """Layers with routed experts."""
+    experts: int
+    """Routed experts of a layer."""
+    top_k: int
+    """Experts that a token is routed to."""
+    vision: tuple[int, ...]
+    """Token ids of images and video."""
+    special: tuple[int, ...]
+    """Ids of special tokens."""
+    kl: float = math.nan
+    """KL divergence from the model with all experts, in nats an answer token; NaN before it is measured."""
+    skipped: float = math.nan
+    """Share of the token-expert assignments that is dropped."""
+    answer_tokens: int = 0
+    """Answer tokens that both were measured on."""
+
+
+SkipState = TypeVar("SkipState", bound=ExpertSkippingState)
+
+
 @dataclass(frozen=True)
-class SkipPolicy(RuntimePolicy[dict[str, Any]]):
-    """Lets tokens of a mixture do without some of the experts they were routed to; what is dropped is not computed."""
+class ExpertSkippingPolicy(RuntimePolicy[SkipState]):
+    """Drops some token-expert assignments of an MoE model after the router; what is dropped is not computed."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "experts"})
     attends: ClassVar[bool] = False
-    """Whether its rule asks what attention each token received."""
+    """True where its rule reads what attention each token received."""
 
     renormalise: bool = field(default=False, kw_only=True)
-    """Whether the weights of the experts that are left are raised to what all weighed together."""
+    """Scale the weights of a token's kept experts to the sum of all."""
     keep_top1: bool = field(default=False, kw_only=True)
-    """Whether a token keeps its best expert whatever the rule says."""
+    """Keep the best expert of each token, whatever the rule says."""
     protect_special: bool = field(default=True, kw_only=True)
-    """Whether marks of a chat keep all experts; they count in the ratio all the same."""
+    """Keep all experts of special tokens; they count in the ratio all the same."""
 
     def cost(self, size: CalibrationSize) -> CostEstimate:
         """Once whole, once to look at scores, a bisection of a hundred thresholds, and once for what it says in the end."""
@@ -38,37 +65,36 @@ class SkipPolicy(RuntimePolicy[dict[str, Any]]):
 
     @abstractmethod
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
-        """Measure what the rule needs."""
+        """Measure what the rule needs: the fields that the method adds to the state."""
 
     @abstractmethod
-    def rule(self, state: Mapping[str, Any]) -> Rule:
-        """The rule that a state stands for."""
+    def rule(self, state: SkipState) -> Rule:
+        """Return the rule of a state."""
 
-    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> SkipState:
         """Fit the rule on the calls and say what it costs there; raises AerogelError without routed experts."""
         shape_of(network)
         return self.calibrated_on(Answers(network, calls, Vocabulary.of(network)))
 
-    def calibrated_on(self, answers: Answers) -> dict[str, Any]:
-        """The same where the whole network's predictions are there already."""
+    def calibrated_on(self, answers: Answers) -> SkipState:
+        """Fit the rule where the predictions of the model with all experts are known already."""
         shape, vocabulary = shape_of(answers.network), answers.vocabulary
-        state = {**vars(shape), "vision": list(vocabulary.vision), "special": list(vocabulary.special)}
-        state |= self.fitted(answers, shape)
-        error, ratio = answers.judge(self.skip(state, vocabulary), self.attends)
-        return state | {"kl": error, "skipped": ratio, "answer_tokens": answers.tokens}
+        made: Any = self.state
+        state: SkipState = made(**vars(shape), **vars(vocabulary), **self.fitted(answers, shape))
+        error, ratio = answers.judge(self.skip(self.rule(state), vocabulary), self.attends)
+        return replace(state, kl=error, skipped=ratio, answer_tokens=answers.tokens)
 
-    def skip(self, state: Mapping[str, Any], vocabulary: Vocabulary) -> Skipping:
-        """The rule of a state with this policy's switches."""
-        return Skipping(self.rule(state), vocabulary, self.renormalise, self.keep_top1, self.protect_special)
+    def skip(self, rule: Rule, vocabulary: Vocabulary) -> Skipping:
+        """Return what acts between router and experts: a rule with this policy's options."""
+        return Skipping(rule, vocabulary, self.renormalise, self.keep_top1, self.protect_special)
 
-    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
+    def on(self, network: Network, state: SkipState) -> AbstractContextManager[Any]:
         """Skip by the rule; raises AerogelError when the state is of a network with other layers or experts."""
-        ours, theirs = shape_of(network), Shape(*(state[key.name] for key in fields(Shape)))
+        ours, theirs = shape_of(network), Shape(state.layers, state.experts, state.top_k)
         if ours != theirs:
             raise AerogelError(
                 f"{name_of(self)} was calibrated for {theirs.layers} layers of {theirs.experts} experts, {theirs.top_k} a "
                 "token; "
                 f"this network has {ours.layers} of {ours.experts}, {ours.top_k} a token: calibrate it anew"
             )
-        vocabulary = Vocabulary(tuple(state["vision"]), tuple(state["special"]))
-        return skipping(network, self.skip(state, vocabulary), self.attends)
+        return skipping(network, self.skip(self.rule(state), Vocabulary(state.vision, state.special)), self.attends)

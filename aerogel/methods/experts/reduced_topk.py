@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.methods.experts.policy import SkipPolicy
+from aerogel.methods.experts.policy import ExpertSkippingPolicy, ExpertSkippingState
 from aerogel.runtime.expert_skipping.answers import Answers
 from aerogel.runtime.expert_skipping.routing import Routed, Rule, Shape
 from aerogel.runtime.expert_skipping.thresholds import UnreachableError, checked
+from aerogel.runtime.policy_state import PolicyState
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ReducedTopkState(ExpertSkippingState):
+    """The number of kept experts."""
+
+    k: int
+    """Experts that each token keeps."""
 
 
 @dataclass(frozen=True)
-class ReducedTopk(SkipPolicy):
+class ReducedTopk(ExpertSkippingPolicy[ReducedTopkState]):
     """Keeps the best `k` experts of each token; give `k`, or the ratio that it has to drop at least."""
+
+    state: ClassVar[type[PolicyState]] = ReducedTopkState
 
     k: int | None = None
     """Experts that are left to each token."""
@@ -36,11 +46,11 @@ class ReducedTopk(SkipPolicy):
             raise AerogelError(f"k {kept}: this router chooses {shape.top_k} experts, so 0 to {shape.top_k} can be left")
         return {"k": kept}
 
-    def rule(self, state: Mapping[str, Any]) -> Rule:
+    def rule(self, state: ReducedTopkState) -> Rule:
         """Keep the best."""
 
         def rule(routed: Routed) -> Tensor:
-            best_TK = routed.share_TK.topk(state["k"], dim=-1).indices
+            best_TK = routed.share_TK.topk(state.k, dim=-1).indices
             return torch.zeros_like(routed.index_TK, dtype=torch.bool).scatter_(1, best_TK, True)
 
         return rule

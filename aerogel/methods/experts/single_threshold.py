@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from aerogel.methods.experts.policy import SkipPolicy
+from aerogel.methods.experts.policy import ExpertSkippingPolicy, ExpertSkippingState
 from aerogel.runtime.expert_skipping.answers import Answers
 from aerogel.runtime.expert_skipping.routing import Routed, Rule, Shape
 from aerogel.runtime.expert_skipping.thresholds import keeping, met
+from aerogel.runtime.policy_state import PolicyState
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SingleThresholdState(ExpertSkippingState):
+    """The threshold."""
+
+    threshold: float
+    ratio: float
+    """Share of the token-expert assignments that was asked for."""
 
 
 @dataclass(frozen=True)
-class SingleThreshold(SkipPolicy):
+class SingleThreshold(ExpertSkippingPolicy[SingleThresholdState]):
     """Drops experts that weigh less than one threshold, the same in all layers and for all tokens."""
+
+    state: ClassVar[type[PolicyState]] = SingleThresholdState
 
     ratio: float = 0.67
     """Share of all pairs of token and expert to drop, over all layers."""
 
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
         """Find the threshold that meets the ratio."""
-        threshold, _ = met(
-            answers,
-            lambda tried: self.skip({**vars(shape), "threshold": tried}, answers.vocabulary),
-            _score(shape.layers),
-            self.ratio,
-        )
+        score = _score(shape.layers)
+        threshold, _ = met(answers, lambda tried: self.skip(keeping(score, tried), answers.vocabulary), score, self.ratio)
         return {"threshold": threshold, "ratio": self.ratio}
 
-    def rule(self, state: Mapping[str, Any]) -> Rule:
+    def rule(self, state: SingleThresholdState) -> Rule:
         """Drop what is below the threshold."""
-        return keeping(_score(state["layers"]), state["threshold"])
+        return keeping(_score(state.layers), state.threshold)
 
 
 def _score(layers: int) -> Any:

@@ -12,7 +12,7 @@ from PIL import Image
 import aerogel
 from aerogel.data import chats
 from aerogel.evaluate.exact_match import ExactMatch
-from aerogel.methods.experts.policy import SkipPolicy
+from aerogel.methods.experts.policy import ExpertSkippingPolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
@@ -31,9 +31,9 @@ def calls(network: Network) -> list[Call]:
     return chats.calls(asked(32, seed=7), network.processor, batch=16)
 
 
-def judged(network: Network, calls: list[Call], step: dict[str, Any]) -> dict[str, Any]:
+def judged(network: Network, calls: list[Call], step: dict[str, Any]) -> Any:
     (made,) = Recipe.parse({"steps": [step]}).steps
-    assert isinstance(made.method, SkipPolicy)
+    assert isinstance(made.method, ExpertSkippingPolicy)
     return made.method.calibrate(network, calls)
 
 
@@ -57,14 +57,14 @@ def _dark(png: bytes) -> bytes:
 
 
 def test_fewer_experts_cost_more(network: Network, calls: list[Call]) -> None:
-    three, two, one = (judged(network, calls, {"reduced_topk": {"k": k}})["kl"] for k in (3, 2, 1))
+    three, two, one = (judged(network, calls, {"reduced_topk": {"k": k}}).kl for k in (3, 2, 1))
     assert 0 < three < two < one
 
 
 def test_the_first_layer_matters_most_to_text(network: Network, calls: list[Call]) -> None:
     state = judged(network, calls, {"modes": {"ratio": 0.5, "points": 4}})
-    assert state["importance"][:, 0].argmax() == 0
-    assert state["importance"].sum(0).tolist() == pytest.approx([1, 1])
+    assert state.importance[:, 0].argmax() == 0
+    assert state.importance.sum(0).tolist() == pytest.approx([1, 1])
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.75])
@@ -72,7 +72,7 @@ def test_the_walk_finds_the_optimum_of_a_small_grid(network: Network, calls: lis
     options = {"ratio": ratio, "points": 7, "power": 0.25}
     few = judged(network, calls[:1], {"modes": options})
     all_ = judged(network, calls[:1], {"modes": {**options, "exhaustive": True}})
-    assert few["kl"] <= 1.05 * all_["kl"]
+    assert few.kl <= 1.05 * all_.kl
     assert few["evaluations"] <= 3 * 8 < all_["evaluations"]
     assert all_["against_monotony"]["ratio"] == 0
 
@@ -81,13 +81,13 @@ def test_modes_beats_its_rivals_where_much_is_skipped(network: Network, calls: l
     """At three quarters of all pairs, which rules that keep each token's best expert do not reach."""
     modes = judged(network, calls, {"modes": {"ratio": 0.75, "points": 16, "power": 0.25}})
     plain = judged(network, calls, {"single_threshold": {"ratio": 0.75}})
-    assert min(modes["skipped"], plain["skipped"]) >= 0.75
-    assert modes["kl"] < 0.5 * plain["kl"]
+    assert min(modes.skipped, plain.skipped) >= 0.75
+    assert modes.kl < 0.5 * plain.kl
     lower = judged(network, calls, {"reduced_topk": {"k": 1}})
-    assert lower["skipped"] < 0.75
-    same = judged(network, calls, {"modes": {"ratio": lower["skipped"], "points": 16, "power": 0.25}})
-    naee = judged(network, calls, {"naee": {"ratio": lower["skipped"] - 0.01}})
-    assert same["kl"] < 0.5 * min(lower["kl"], naee["kl"])
+    assert lower.skipped < 0.75
+    same = judged(network, calls, {"modes": {"ratio": lower.skipped, "points": 16, "power": 0.25}})
+    naee = judged(network, calls, {"naee": {"ratio": lower.skipped - 0.01}})
+    assert same.kl < 0.5 * min(lower.kl, naee.kl)
 
 
 def test_padding_on_the_left_changes_no_prediction(network: Network) -> None:
@@ -95,5 +95,5 @@ def test_padding_on_the_left_changes_no_prediction(network: Network) -> None:
     questions = asked(6, seed=3)
     together = judged(network, chats.calls(questions, network.processor, batch=6), {"reduced_topk": {"k": 2}})
     alone = judged(network, chats.calls(questions, network.processor, batch=1), {"reduced_topk": {"k": 2}})
-    assert torch.tensor(together["kl"]) == pytest.approx(alone["kl"], rel=1e-3)
-    assert together["skipped"] == pytest.approx(alone["skipped"], abs=1e-9)
+    assert torch.tensor(together.kl) == pytest.approx(alone.kl, rel=1e-3)
+    assert together.skipped == pytest.approx(alone.skipped, abs=1e-9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ import aerogel
 from aerogel.engine import policies
 from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
-from aerogel.methods.experts.diep import Diep, likeness
-from aerogel.methods.experts.modes import Modes
-from aerogel.methods.experts.naee import Naee
+from aerogel.methods.experts.diep import Diep, DiepState, likeness
+from aerogel.methods.experts.modes import Modes, ModesState
+from aerogel.methods.experts.naee import Naee, NaeeState
 from aerogel.methods.experts.odp import Odp, importance
-from aerogel.methods.experts.policy import SkipPolicy
-from aerogel.methods.experts.reduced_topk import ReducedTopk
-from aerogel.methods.experts.single_threshold import SingleThreshold
+from aerogel.methods.experts.policy import ExpertSkippingPolicy
+from aerogel.methods.experts.reduced_topk import ReducedTopk, ReducedTopkState
+from aerogel.methods.experts.single_threshold import SingleThreshold, SingleThresholdState
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
@@ -41,10 +42,14 @@ def routed(layer: int = 0, kinds: tuple[int, ...] = (TEXT, TEXT, TEXT), received
     return Routed(layer, torch.ones(3, 8), SHARES, index_TK, torch.tensor([kinds]), decoding, received)
 
 
-def calibrated(step: dict[str, Any], name: str = "qwen3_vl_moe") -> tuple[Network, SkipPolicy, dict[str, Any]]:
+MODEL: dict[str, Any] = {"layers": 2, "experts": 4, "top_k": 2, "vision": (), "special": ()}
+"""What a state says of the model."""
+
+
+def calibrated(step: dict[str, Any], name: str = "qwen3_vl_moe") -> tuple[Network, ExpertSkippingPolicy[Any], Any]:
     network = opened(name)
     (method,) = (one.method for one in Recipe.parse({"steps": [step]}).steps)
-    assert isinstance(method, SkipPolicy)
+    assert isinstance(method, ExpertSkippingPolicy)
     return network, method, method.calibrate(network, FAMILIES[name].calls(3))
 
 
@@ -62,7 +67,7 @@ def test_tail_over_head_by_hand() -> None:
 
 
 def test_lower_k_keeps_the_best() -> None:
-    rule = ReducedTopk(k=2).rule({"k": 2})
+    rule = ReducedTopk(k=2).rule(ReducedTopkState(**MODEL, k=2))
     assert kept(rule, routed())[:2] == [[True, True, False, False], [False, False, True, True]]
     assert rule(routed()).sum(-1).tolist() == [2, 2, 2]
 
@@ -71,7 +76,7 @@ def test_naee_with_two_experts_is_the_published_rule() -> None:
     """The second goes where it weighs less than beta times the first."""
     share_TK = torch.tensor([[0.6, 0.4], [0.9, 0.1], [0.35, 0.65]])
     given = Routed(1, torch.ones(3, 8), share_TK, torch.zeros(3, 2, dtype=torch.long), torch.zeros(1, 3), False, None)
-    rule = Naee().rule({"beta": torch.tensor([9.0, 0.5]), "scale": 1.0})
+    rule = Naee().rule(NaeeState(**MODEL, beta=torch.tensor([9.0, 0.5]), scale=1.0))
     assert kept(rule, given) == [[True, True], [True, False], [True, True]]
 
 
@@ -89,7 +94,7 @@ def test_naee_takes_medians_of_each_layer() -> None:
         for call in FAMILIES["mixtral"].calls(3):
             network.run(call)
     for layer, values in ratios.items():
-        assert state["beta"][layer] == pytest.approx(statistics.median_low(values))
+        assert state.beta[layer] == pytest.approx(statistics.median_low(values))
 
 
 def test_odp_importance_by_hand() -> None:
@@ -103,7 +108,7 @@ def test_odp_importance_by_hand() -> None:
 
 def test_odp_spares_and_strips_tokens_of_a_prompt_only() -> None:
     """The least important of three tokens loses all experts, the most important keeps all; not when a token is written."""
-    rule = Odp(kept=0.4, lost=0.3, layers=1).rule({"beta": 0.5})
+    rule = Odp(kept=0.4, lost=0.3, layers=1).below(0.5)
     received = torch.tensor([[0.4, 0.1, 3.0]])  # 8 * 0.4 / 3, 8 * 0.1 / 2 and 8 * 3 / 1
     ours = kept(rule, routed(received=received))
     assert ours[0] == [True, True, False, False]  # the rule without exceptions: 1, 0.25 and 0.05 beside what stands before
@@ -127,27 +132,28 @@ def test_likeness_is_one_for_equal_experts_and_does_not_mind_scale() -> None:
 def test_diep_skips_more_readily_what_is_alike() -> None:
     alike = torch.eye(4).clamp(min=0.2)[None].clone()
     alike[0, 3, 1] = 1.0  # the best expert of the first token, and its second
-    rule = Diep().rule({"alike": alike, "beta": 1.1})
+    rule = Diep().rule(DiepState(**MODEL, alike=alike, beta=1.1))
     assert kept(rule, routed())[0] == [True, False, True, False]  # 1 / 1, 0.25 / 0.2 and 0.053 / 0.2
 
 
 def test_modes_scores_are_importance_times_share() -> None:
-    state = {"importance": torch.tensor([[0.8, 0.1], [0.2, 0.9]]), "power": 1.0, "thresholds": torch.tensor([0.1, 0.05])}
+    importance_LM = torch.tensor([[0.8, 0.1], [0.2, 0.9]])
+    state = ModesState(**MODEL, importance=importance_LM, power=1.0, thresholds=torch.tensor([0.1, 0.05]))
     rule = Modes().rule(state)
-    rooted = Modes().rule({**state, "importance": state["importance"] ** 2, "power": 0.5})
+    rooted = Modes().rule(replace(state, importance=importance_LM**2, power=0.5))
     assert all(torch.equal(rooted(routed(layer)), rule(routed(layer))) for layer in (0, 1))
     for layer in (0, 1):
         given = routed(layer, (TEXT, VISION, SPECIAL))
         for row, kind, got in zip(SHARES.tolist(), (0, 1, 0), kept(rule, given), strict=True):
-            weight, threshold = float(state["importance"][layer, kind]), float(state["thresholds"][kind])
+            weight, threshold = float(state.importance[layer, kind]), float(state.thresholds[kind])
             assert got == [not weight * share < threshold for share in row]
 
 
 def test_modes_importance_is_the_divergence_without_a_layer() -> None:
     """Against a network whose experts give nothing to the tokens of a modality, computed from its logits as they stand."""
     network, _, state = calibrated({"modes": {"ratio": 0.4, "points": 4}})
-    assert state["importance"].sum(0).tolist() == pytest.approx([1, 1])
-    assert (state["importance"] >= 0).all()
+    assert state.importance.sum(0).tolist() == pytest.approx([1, 1])
+    assert (state.importance >= 0).all()
     calls = FAMILIES["qwen3_vl_moe"].calls(3)
     for column, kind in enumerate((TEXT, VISION)):
         errors = []
@@ -164,23 +170,23 @@ def test_modes_importance_is_the_divergence_without_a_layer() -> None:
                 total += float((whole.exp() * (whole - other)).sum(-1)[:, :-1][alive_BS].clamp(min=0).sum())
             errors.append(total)
         expected = [error / sum(errors) for error in errors]
-        assert state["importance"][:, column].tolist() == pytest.approx(expected, rel=1e-3)
+        assert state.importance[:, column].tolist() == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_modality_that_does_not_occur_has_no_importance() -> None:
     _, _, state = calibrated({"modes": {"ratio": 0.4, "points": 5}}, "qwen3_moe")
-    assert state["importance"][:, 1].tolist() == [0, 0]
-    assert state["thresholds"][1] == 0
+    assert state.importance[:, 1].tolist() == [0, 0]
+    assert state.thresholds[1] == 0
 
 
 def test_thresholds_of_zero_drop_nothing_and_beyond_all_everything() -> None:
     network, method, state = calibrated({"modes": {"ratio": 0.3, "points": 4, "protect_special": False}})
     calls = FAMILIES["qwen3_vl_moe"].calls(3)
     answers = Answers(network, calls, Vocabulary.of(network))
-    none, all_ = (state | {"thresholds": torch.full((2,), value)} for value in (0.0, float("inf")))
-    assert answers.judge(method.skip(none, Vocabulary.of(network))).ratio == 0
-    assert answers.judge(method.skip(none, Vocabulary.of(network))).error < 1e-6
-    assert answers.judge(method.skip(all_, Vocabulary.of(network))).ratio == 1
+    none, all_ = (replace(state, thresholds=torch.full((2,), value)) for value in (0.0, float("inf")))
+    assert answers.judge(method.skip(method.rule(none), Vocabulary.of(network))).ratio == 0
+    assert answers.judge(method.skip(method.rule(none), Vocabulary.of(network))).error < 1e-6
+    assert answers.judge(method.skip(method.rule(all_), Vocabulary.of(network))).ratio == 1
     before = output(network.module, calls[2])
     with method.on(network, all_):
         without = output(network.module, calls[2])
@@ -199,7 +205,7 @@ def test_what_is_dropped_in_the_first_layer_grows_with_the_threshold() -> None:
     before: Tensor | None = None
     for threshold in (0.0, 0.1, 0.2, 0.3, 0.5):
         seen: list[Tensor] = []
-        with method.on(network, state | {"thresholds": torch.full((2,), threshold)}):
+        with method.on(network, replace(state, thresholds=torch.full((2,), threshold))):
             handle = first.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[1] == 4))
             network.run(call)
             handle.remove()
@@ -216,14 +222,14 @@ def test_what_is_dropped_in_the_first_layer_grows_with_the_threshold() -> None:
 )
 def test_a_ratio_is_met_and_what_is_said_of_it_is_true(step: dict[str, Any]) -> None:
     network, method, state = calibrated(step)
-    assert 0.3 <= state["skipped"] < 0.5
+    assert 0.3 <= state.skipped < 0.5
     with method.on(network, state), counting(network, Vocabulary.of(network)) as tally:
         for call in FAMILIES["qwen3_vl_moe"].calls(3):
             network.run(call)
-    assert tally.ratio() == pytest.approx(state["skipped"])
-    assert state["kl"] == pytest.approx(
+    assert tally.ratio() == pytest.approx(state.skipped)
+    assert state.kl == pytest.approx(
         Answers(network, FAMILIES["qwen3_vl_moe"].calls(3), Vocabulary.of(network))
-        .judge(method.skip(state, Vocabulary.of(network)), method.attends)
+        .judge(method.skip(method.rule(state), Vocabulary.of(network)), method.attends)
         .error
     )
 
@@ -233,10 +239,10 @@ def test_frontier_finds_what_looking_at_all_pairs_finds(grids: str) -> None:
     options = {"ratio": 0.4, "points": 6, "thresholds": grids}
     _, _, few = calibrated({"modes": options})
     _, _, all_ = calibrated({"modes": {**options, "exhaustive": True}})
-    if all_["against_monotony"]["error"] == all_["against_monotony"]["ratio"] == 0:
-        assert few["kl"] == all_["kl"]
-    assert few["kl"] <= 1.1 * all_["kl"]
-    assert few["evaluations"] <= 3 * 6 + 3 < all_["evaluations"] or grids == "single"
+    if all_.against_monotony["error"] == all_.against_monotony["ratio"] == 0:
+        assert few.kl == all_.kl
+    assert few.kl <= 1.1 * all_.kl
+    assert few.evaluations <= 3 * 6 + 3 < all_.evaluations or grids == "single"
 
 
 def test_labels_say_where_answers_are() -> None:
@@ -246,7 +252,7 @@ def test_labels_say_where_answers_are() -> None:
     labels[:, -3:] = call.kwargs["input_ids"][:, -3:]
     answers = Answers(network, [Call((), {**call.kwargs, "labels": labels})], Vocabulary.of(network))
     assert answers.tokens == 6
-    rule = ReducedTopk(k=1).rule({"k": 1})
+    rule = ReducedTopk(k=1).rule(ReducedTopkState(**MODEL, k=1))
     skip = Skipping(rule, Vocabulary.of(network), protect=False)
     whole = log_softmax(output(network.module, call), -1)
     with skipping(network, skip):
@@ -326,18 +332,21 @@ def test_evaluations_outlive_a_search_that_was_stopped(tmp_path: Path, monkeypat
     monkeypatch.setattr(Answers, "judge", real)
     _, _, state = calibrated(step)
     _, _, afresh = calibrated({"modes": {"ratio": 0.4, "points": 6}})
-    assert torch.equal(state["tried"], afresh["tried"])
+    assert torch.equal(state.tried, afresh.tried)
 
 
 def test_single_threshold_is_the_same_in_all_layers() -> None:
-    rule = SingleThreshold().rule({"layers": 2, "threshold": 0.1})
+    rule = SingleThreshold().rule(SingleThresholdState(**MODEL, threshold=0.1, ratio=0.5))
     assert kept(rule, routed(0)) == kept(rule, routed(1)) == (SHARES >= 0.2).tolist()
 
 
 def test_image_tokens_have_a_threshold_of_their_own() -> None:
     network, method, state = calibrated({"modes": {"ratio": 0.3, "points": 4}})
     call = FAMILIES["qwen3_vl_moe"].calls(1)[0]
-    with method.on(network, state | {"thresholds": torch.tensor([0.0, float("inf")])}), counting(network, Vocabulary.of(network)) as tally:
+    with (
+        method.on(network, replace(state, thresholds=torch.tensor([0.0, float("inf")]))),
+        counting(network, Vocabulary.of(network)) as tally,
+    ):
         network.run(call)
     assert int((call.kwargs["input_ids"] == IMAGE_TOKEN).sum()) == tally.lost_LKP[0, VISION, 0]
     assert tally.kept_LKP[:, TEXT].equal(tally.pairs_LKP[:, TEXT])
@@ -347,9 +356,9 @@ def test_of_several_powers_the_one_with_the_least_divergence_stays() -> None:
     options = {"ratio": 0.4, "points": 6}
     alone = {power: calibrated({"modes": {**options, "power": power}})[2] for power in (0.0, 0.5, 1.0)}
     _, _, state = calibrated({"modes": {**options, "power": [0.0, 0.5, 1.0]}})
-    assert state["kl"] == min(one["kl"] for one in alone.values())
-    assert state["power"] == min(alone, key=lambda power: alone[power]["kl"])
-    assert torch.equal(state["thresholds"], alone[state["power"]]["thresholds"])
+    assert state.kl == min(one.kl for one in alone.values())
+    assert state.power == min(alone, key=lambda power: alone[power].kl)
+    assert torch.equal(state.thresholds, alone[state.power].thresholds)
 
 
 def test_ratios_on_the_same_answers_share_what_was_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,9 +379,9 @@ def test_ratios_on_the_same_answers_share_what_was_looked_at(monkeypatch: pytest
     layers = shape_of(network).layers
     assert len(judged) <= apart - 2 * layers, "importance at least is measured once"
     for ours, theirs in zip(shared, alone, strict=True):
-        assert torch.equal(ours["thresholds"], theirs["thresholds"])
-        assert torch.equal(ours["importance"], theirs["importance"])
-        assert (ours["kl"], ours["skipped"]) == (theirs["kl"], theirs["skipped"])
+        assert torch.equal(ours.thresholds, theirs.thresholds)
+        assert torch.equal(ours.importance, theirs.importance)
+        assert (ours.kl, ours.skipped) == (theirs.kl, theirs.skipped)
 
 
 def test_lower_k_leaves_an_expert_whatever_the_ratio() -> None:
@@ -382,7 +391,7 @@ def test_lower_k_leaves_an_expert_whatever_the_ratio() -> None:
     assert refused.value.most == 0.5
     with pytest.raises(AerogelError, match="a share of pairs between 0 and 1"):
         ReducedTopk(ratio=1.5).calibrate(network, given)
-    assert ReducedTopk(k=0).calibrate(network, given)["skipped"] > 0.5, "who says none means none"
+    assert ReducedTopk(k=0).calibrate(network, given).skipped > 0.5, "who says none means none"
 
 
 def test_weights_are_raised_where_the_authors_raise_them() -> None:
@@ -390,8 +399,8 @@ def test_weights_are_raised_where_the_authors_raise_them() -> None:
     network, given = opened("mixtral"), FAMILIES["mixtral"].calls(1)
     for name, raised in {"naee": True, "odp": True, "diep": True, "modes": False, "single_threshold": False, "reduced_topk": False}.items():
         (method,) = (one.method for one in Recipe.parse({"steps": [{name: {}}]}).steps)
-        assert isinstance(method, SkipPolicy)
-        best = Skipping(ReducedTopk(k=1).rule({"k": 1}), Vocabulary.of(network), method.renormalise, method.keep_top1)
+        assert isinstance(method, ExpertSkippingPolicy)
+        best = Skipping(ReducedTopk(k=1).rule(ReducedTopkState(**MODEL, k=1)), Vocabulary.of(network), method.renormalise, method.keep_top1)
         sums: list[Tensor] = []
         with skipping(network, best):
             module = next(iter(experts_of(network).values()))
