@@ -83,12 +83,12 @@ class ExactMatch(Measure):
 def skipped(tally: Tally) -> dict[str, Any]:
     """A tally as facts: shares of pairs dropped in prefill and decoding, of tokens without experts, and by layer of text and vision."""
     alive = slice(None, PADDING)
-    kept, pairs = (counts[:, [TEXT, VISION]].sum(2).double() for counts in (tally.kept_LKP, tally.pairs_LKP))
+    kept, pairs = (counts[:, [TEXT, VISION]].sum(2).double() for counts in (tally.kept_LKP, tally.assignments_LKP))
     tokens = tally.tokens_LKP[:, alive].sum(2).double()
     return {
         "prefill": tally.ratio(PREFILL),
         "decode": tally.ratio(DECODING),
-        "lost": float(tally.lost_LKP[:, alive].sum() / tokens.sum()),
+        "lost": float(tally.dropped_LKP[:, alive].sum() / tokens.sum()),
         "layers": (1 - kept / pairs.clamp(min=1)).tolist(),
-        "lost_of_layers": (tally.lost_LKP[:, alive].sum((1, 2)) / tokens.sum(1)).tolist(),
+        "lost_of_layers": (tally.dropped_LKP[:, alive].sum((1, 2)) / tokens.sum(1)).tolist(),
     }

@@ -18,14 +18,14 @@ from aerogel.model.network import Network
 TEXT, VISION, SPECIAL, PADDING = range(4)
 KINDS = ("text", "vision", "special", "padding")
 MODALITIES = KINDS[:2]
-_PICTURED = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_VISION_IDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 _there: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
-_MARKS = ("bos_token_id", "eos_token_id", "pad_token_id", "vision_start_token_id", "vision_end_token_id")
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Which token ids stand for features of images and video, and which are marks of a chat rather than words."""
+    """Token ids of images and video, and ids of special tokens."""
 
     vision: tuple[int, ...]
     special: tuple[int, ...]
@@ -35,8 +35,8 @@ class Vocabulary:
         """As the configuration and the tokenizer, where there is one, say."""
         config = network.config
         configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
-        vision = {number for one in configs for key in _PICTURED for number in _numbers(getattr(one, key, None))}
-        special = {number for one in configs for key in _MARKS for number in _numbers(getattr(one, key, None))}
+        vision = {number for one in configs for key in _VISION_IDS for number in _numbers(getattr(one, key, None))}
+        special = {number for one in configs for key in _SPECIAL_IDS for number in _numbers(getattr(one, key, None))}
         tokenizer = getattr(network.processor, "tokenizer", network.processor)
         special |= set(getattr(tokenizer, "all_special_ids", ()))
         special |= {number for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}

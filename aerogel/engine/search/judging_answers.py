@@ -1,4 +1,4 @@
-"""What skipped experts cost and win: predictions, replies and seconds on held-out text or chats, beside those of the whole mixture.
+"""What skipped experts cost and win: predictions, replies and seconds on held-out text or chats, beside those with all experts.
 
 B rows, S positions.
 """
@@ -56,7 +56,7 @@ class Turn(NamedTuple):
 
 
 class Judge:
-    """The whole mixture's predictions, replies and speed, and what others are held against them."""
+    """Predictions, replies and speed of the model with all experts, and policies compared with them."""
 
     def __init__(self, network: Network, held_out: HeldOut, rounds: int, clock: Callable[[], float]) -> None:
         self.network, self._held_out, self._rounds, self._clock = network, held_out, rounds, clock
@@ -65,7 +65,7 @@ class Judge:
         self._prompts = held_out.prompts(network)
         self._turn()  # kernels are chosen and memory grows in it
         self.turns = [self._turn() for _ in range(rounds)]
-        """Of the whole mixture alone."""
+        """Of the model with all experts."""
         self.right = self._written()
 
     @property
@@ -86,7 +86,7 @@ class Judge:
         }
 
     def policy(self, on: On) -> dict[str, Any]:
-        """How far predictions move, which pairs were dropped, the share of right replies, and how many times faster it runs."""
+        """Return how far predictions move, the share of dropped assignments, that of right replies, and the speed-up."""
         with on(), counting(self.network, self._vocabulary) as read:
             kl, top1 = self._answers.moved()
         with on(), counting(self.network, self._vocabulary) as written:

@@ -105,7 +105,7 @@ def search(
     """Compare all policies of a kind (or `only` some) on a model at one budget, and keep the best; with `output` it is saved.
 
     `cache`: policies of reuse on a pipeline; the budget says how many times faster denoising has to be, "1.5x" unless told otherwise.
-    `skip`: policies that skip experts of a mixture; the budget is the share of pairs of token and expert that is dropped, 0.67.
+    `skip`: policies that skip experts of an MoE model; the budget is the share of dropped token-expert assignments, 0.67.
     Speeds are measured by `rounds` turns with and without a policy. Raises AerogelError for an unknown task, a model that has nothing of
     the kind and a budget that is none; a policy that refuses the network or misses the budget is among the facts with its reason.
     """

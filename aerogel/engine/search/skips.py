@@ -1,4 +1,4 @@
-"""The search for a rule that skips experts: all policies at several shares of dropped pairs, judged on what they were not calibrated on."""
+"""The search for a rule that skips experts: all policies at several shares of dropped assignments, judged on data they have not seen."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from aerogel.runtime.token_types import Vocabulary
 
 BUDGET = 0.67
 RATIOS = (0.5, 0.67, 0.75, 0.88)
-"""Shares of dropped pairs that curves go through, beside the one that is asked for."""
+"""Shares of dropped assignments that curves go through, beside the one that is asked for."""
 _SHORT = 0.005
 """A policy meets a share that it misses by no more than this."""
 
 
 class TunedRule(NamedTuple):
-    """A policy at a share of dropped pairs, or at the most that it drops."""
+    """A policy at a share of dropped assignments, or at the most that it drops."""
 
     asked: float
     measured: CalibratedPolicy
@@ -45,12 +45,12 @@ class TunedRule(NamedTuple):
 
     @property
     def met(self) -> bool:
-        """Whether it drops what was asked for, of the calibration's pairs."""
+        """True where it drops what was asked for on the calibration data."""
         return self.dropped >= self.asked - _SHORT
 
     @property
     def dropped(self) -> float:
-        """The share of the calibration's pairs that it drops."""
+        """The share of assignments that it drops on the calibration data."""
         return float(self.measured.state.skipped)
 
 
@@ -106,7 +106,7 @@ class SkipSearch:
         try:
             measured = self._calibrated(name, cls, options)
         except UnreachableError as error:
-            self._leave_out(name, asked, f"it drops {error.most:.1%} of all pairs at most")
+            self._leave_out(name, asked, f"it drops {error.most:.1%} of all token-expert assignments at most")
             measured = self._calibrated(name, cls, {**options, "ratio": math.floor(1000 * error.most) / 1000})
             self._add(TunedRule(asked, measured, self._clock() - start))
             return False
@@ -115,7 +115,7 @@ class SkipSearch:
             return False
         brought = TunedRule(asked, measured, self._clock() - start)
         if asked == self.budget and not brought.met:
-            self._leave_out(name, asked, f"asked for {asked:.1%}, it drops {brought.dropped:.1%} of all pairs")
+            self._leave_out(name, asked, f"asked for {asked:.1%}, it drops {brought.dropped:.1%} of all token-expert assignments")
         self._add(brought)
         return True
 
@@ -137,9 +137,9 @@ class SkipSearch:
             return CalibratedPolicy(step, step.method.calibrated_on(self._answers))
 
     def judge(self) -> dict[str, Any]:
-        """Hold all that was calibrated against the whole mixture; the facts, by policy and share."""
+        """Hold all that was calibrated against the model with all experts; return the facts, by policy and share."""
         total = len(self._brought) + 1
-        self._tell(Event("evaluate", 0, total, "the whole network"))
+        self._tell(Event("evaluate", 0, total, "the model with all experts"))
         judge = Judge(self._network, self._held_out, self._rounds, self._clock)
         rows = []
         for number, brought in enumerate(self._brought, 1):
@@ -170,7 +170,7 @@ def _share(budget: float | str) -> float:
     except ValueError:
         share = math.nan
     if not 0 < share < 1:
-        raise AerogelError(f"budget {budget!r} is no share of pairs to drop; give a number between 0 and 1, for example 0.67 or 67%")
+        raise AerogelError(f"budget {budget!r} is no share of assignments to drop; give a number between 0 and 1, for example 0.67 or 67%")
     return share
 
 

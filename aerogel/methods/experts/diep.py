@@ -37,11 +37,11 @@ class Diep(ExpertSkippingPolicy[DiepState]):
     state: ClassVar[type[PolicyState]] = DiepState
 
     ratio: float | None = None
-    """Share of all pairs to drop: beta is scaled until it is met. None leaves the median of the calibration tokens."""
+    """Share of the token-expert assignments to drop: beta is scaled until it is met. None leaves the median of the calibration tokens."""
     tokens: int = 256
     """Tokens of each layer on which the outputs of all experts are compared."""
     renormalise: bool = field(default=True, kw_only=True)
-    """Whether the weights of the experts that are left are raised to what all weighed together."""
+    """Scale the weights of a token's kept experts to the sum of all."""
 
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
         """Likeness of all experts, then beta."""

@@ -19,7 +19,7 @@ from aerogel.methods.base import CalibrationSize, CostEstimate
 from aerogel.methods.experts.policy import ExpertSkippingPolicy, ExpertSkippingState
 from aerogel.runtime.expert_skipping.answers import Answers
 from aerogel.runtime.expert_skipping.frontier import Evaluations, Found, Value, exhaustive, frontier, violations
-from aerogel.runtime.expert_skipping.routing import Lost, Routed, Rule, Shape, Skipping
+from aerogel.runtime.expert_skipping.routing import Bypass, Routed, Rule, Shape, Skipping
 from aerogel.runtime.expert_skipping.thresholds import POINTS, Score, UnreachableError, checked, grid, seen
 from aerogel.runtime.policy_state import PolicyState
 from aerogel.runtime.token_types import KINDS, MODALITIES, TEXT, VISION
@@ -50,26 +50,26 @@ class ModesState(ExpertSkippingState):
 
 @dataclass(frozen=True)
 class Modes(ExpertSkippingPolicy[ModesState]):
-    """Drops a pair where the layer's importance times the expert's share of the token is below the threshold of the token's modality."""
+    """Drops an assignment where the layer's importance times the router's weight is below the threshold of the token's modality."""
 
     state: ClassVar[type[PolicyState]] = ModesState
 
     ratio: float = 0.67
-    """Share of all pairs of token and expert to drop, over all layers."""
+    """Share of the token-expert assignments to drop, over all layers."""
     importance: Literal["modality", "layer", "none"] = "modality"
     """How much the answers change without a layer's experts: told apart by modality, one number a layer, or all layers alike."""
     power: float | tuple[float, ...] = 1.0
     """Power of the importance in the score: 1 as published, less to tell layers apart less sharply; of several the best is taken."""
-    bypass: Lost = "zero"
+    bypass: Bypass = "zero"
     """What stands for a layer's experts while its importance is measured: nothing, or their own input (as the public code has it)."""
     thresholds: Literal["modality", "single"] = "modality"
-    """Whether text and vision have thresholds of their own."""
+    """One threshold for text and one for vision, or a single one."""
     grid: Literal["quantiles", "published"] = "quantiles"
     """Where thresholds are looked for: where the scores are, or on the grid of the public code."""
     points: int = POINTS
     """Thresholds of each modality that are looked at."""
     exhaustive: bool = False
-    """Whether all pairs of thresholds are tried; for small grids."""
+    """Try all combinations of the two thresholds; for small grids."""
     evaluations: str = ""
     """A folder in which evaluations are kept, so that a search that was stopped goes on."""
 
@@ -87,7 +87,7 @@ class Modes(ExpertSkippingPolicy[ModesState]):
         return {"importance": importance_LM, "power": best, "ratio": self.ratio, **found[best][1]}
 
     def rule(self, state: ModesState) -> Rule:
-        """Drop what scores below the threshold of its token; marks of a chat count as text where they are not protected."""
+        """Drop what scores below the threshold of its token; special tokens count as text where they are not protected."""
         return _rule(state.importance**state.power, state.thresholds)
 
     @property
@@ -98,7 +98,7 @@ class Modes(ExpertSkippingPolicy[ModesState]):
         """The least KL among the thresholds that drop enough; these, and how they were found."""
         grids = {kind: self._grid(answers, importance_LM**power, kind) for kind in (TEXT, VISION)}
         if self.thresholds == "single":
-            grids = {TEXT: sorted({*grids[TEXT], *grids[VISION]} if answers.pictured else grids[TEXT]), VISION: [0.0]}
+            grids = {TEXT: sorted({*grids[TEXT], *grids[VISION]} if answers.has_images else grids[TEXT]), VISION: [0.0]}
         evaluations = self._evaluations(answers, importance_LM, power, grids)
         search = exhaustive if self.exhaustive else frontier
         rows, columns = (len(grids[kind]) for kind in (TEXT, VISION))
@@ -120,23 +120,23 @@ class Modes(ExpertSkippingPolicy[ModesState]):
         told = [(TEXT,), (VISION,)] if self.importance == "modality" else [(TEXT, VISION)]
         columns = []
         for kinds in told:
-            occurs = answers.pictured or TEXT in kinds
+            occurs = answers.has_images or TEXT in kinds
             errors = [answers.judge(self._without(answers, layer, kinds)).error if occurs else 0.0 for layer in range(shape.layers)]
             columns.append(torch.tensor(errors))
         importance_LM = torch.stack(columns * (len(MODALITIES) // len(columns)), dim=1)
         return importance_LM / importance_LM.sum(0).clamp(min=torch.finfo(torch.float32).tiny)
 
     def _without(self, answers: Answers, layer: int, kinds: tuple[int, ...]) -> Skipping:
-        """One layer loses all experts of tokens of some kinds."""
+        """Return the rule that drops all assignments of one layer for tokens of some kinds."""
 
         def rule(routed: Routed) -> Tensor:
             own_T = torch.isin(routed.kind_T, torch.tensor(kinds, device=routed.kind_T.device))
             return ~((routed.layer == layer) & own_T)[:, None].expand_as(routed.index_TK)
 
-        return Skipping(rule, answers.vocabulary, lost=self.bypass)
+        return Skipping(rule, answers.vocabulary, bypass=self.bypass)
 
     def _grid(self, answers: Answers, weight_LM: Tensor, kind: int) -> list[float]:
-        if kind == VISION and not answers.pictured:
+        if kind == VISION and not answers.has_images:
             return [0.0]
         if self.grid == "published":
             places = torch.linspace(0, _PUBLISHED[kind], self.points, dtype=torch.float64).tolist()

@@ -38,9 +38,9 @@ class Naee(ExpertSkippingPolicy[NaeeState]):
     state: ClassVar[type[PolicyState]] = NaeeState
 
     ratio: float | None = None
-    """Share of all pairs to drop: all betas are scaled alike until it is met. None leaves the medians as they are."""
+    """Share of the token-expert assignments to drop: all betas are scaled alike until it is met. None leaves the medians as they are."""
     renormalise: bool = field(default=True, kw_only=True)
-    """Whether the weights of the experts that are left are raised to what all weighed together; the authors do."""
+    """Scale the weights of a token's kept experts to the sum of all; the authors do."""
 
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
         """Medians of the calibration tokens, then the scale that meets the ratio."""

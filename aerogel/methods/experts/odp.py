@@ -38,19 +38,19 @@ class Odp(ExpertSkippingPolicy[OdpState]):
     attends: ClassVar[bool] = True
 
     ratio: float | None = None
-    """Share of all pairs to drop: beta is chosen for it. None leaves `beta`."""
+    """Share of the token-expert assignments to drop: beta is chosen for it. None leaves `beta`."""
     beta: float = 0.5
     """How little the last experts weigh beside those before them to be dropped; the authors' value."""
     kept: float = 0.1
     """Share of a prompt's tokens that keep all experts: the most important ones."""
     lost: float = 0.1
-    """Share of a prompt's tokens that lose all experts: the least important ones."""
+    """Share of a prompt's tokens of which all assignments are dropped: the least important ones."""
     layers: int = 20
     """First layers in which tokens are told apart so."""
     as_published: bool = False
-    """Whether attention is summed over the wrong side, as the public code does: each token then counts one over those that see it."""
+    """Sum attention over the wrong side, as the public code does: each token then counts one over those that see it."""
     renormalise: bool = field(default=True, kw_only=True)
-    """Whether the weights of the experts that are left are raised to what all weighed together; the authors do."""
+    """Scale the weights of a token's kept experts to the sum of all; the authors do."""
 
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
         """Find beta where a ratio is asked for; raises AerogelError for shares that are none."""

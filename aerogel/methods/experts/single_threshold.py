@@ -30,7 +30,7 @@ class SingleThreshold(ExpertSkippingPolicy[SingleThresholdState]):
     state: ClassVar[type[PolicyState]] = SingleThresholdState
 
     ratio: float = 0.67
-    """Share of all pairs of token and expert to drop, over all layers."""
+    """Share of the token-expert assignments to drop, over all layers."""
 
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
         """Find the threshold that meets the ratio."""

@@ -1,1 +1,1 @@
-"""Skipping experts: which tokens lose which of the experts they were routed to, and the backend that then does not run them."""
+"""Skipping experts: which token-expert assignments of an MoE model are dropped, and the backend that then does not compute them."""

@@ -1,4 +1,4 @@
-"""How far a mixture with skipped experts moves from the whole one, where answers are predicted.
+"""How far the predictions of an MoE model with skipped experts are from those with all experts, where answers are predicted.
 
 L layers, N tokens of answers, V vocabulary, B rows, S positions.
 """
@@ -27,7 +27,7 @@ _ROWS = 1024
 
 
 class Moved(NamedTuple):
-    """How far predictions are from the whole network's."""
+    """Distance of predictions from those with all experts."""
 
     kl: float
     """KL(whole || network) in nats, the mean over answer tokens."""
@@ -36,14 +36,14 @@ class Moved(NamedTuple):
 
 
 class Answers:
-    """The whole network's predictions of the answers in some calls, and what skipping does to them.
+    """The predictions with all experts of the answers in some calls, and what skipping does to them.
 
-    Answers are what `labels` of a call say, where it has any, else every token but the first and padding. Logits of the whole network are
-    kept: N x V numbers of four bytes.
+    Answers are what `labels` of a call say, where it has any, else every token but the first and padding. Logits with all
+    experts are kept: N x V numbers of four bytes.
     """
 
     def __init__(self, network: Network, calls: Sequence[Call], vocabulary: Vocabulary) -> None:
-        """Run the whole network; raises AerogelError for calls without token ids, or when there is nothing to predict."""
+        """Run the model with all experts; raises AerogelError for calls without token ids, or when there is nothing to predict."""
         self.network, self.vocabulary = network, vocabulary
         self._memory: dict[Hashable, Any] = {}
         self._calls = [_bare(call) for call in calls]
@@ -53,17 +53,17 @@ class Answers:
             raise AerogelError("these calls hold no answer to predict; give chats with answers, or longer text")
         self._whole = [logits_at(network, call, at_BS) for call, at_BS in zip(self._calls, self._predicted, strict=True)]
         shown = [vocabulary.kinds(call.kwargs) for call in self._calls]
-        self.pictured = any(bool((kind_BS == VISION).any()) for kind_BS in shown)
-        """Whether any token is an image's."""
+        self.has_images = any(bool((kind_BS == VISION).any()) for kind_BS in shown)
+        """True where a token is of an image."""
 
     def judge(self, skip: Skipping, attention: bool = False) -> Value:
-        """Mean KL(whole || skipping) in nats an answer token, and the share of pairs that were dropped; one pass over the calls."""
+        """Return the mean KL(all experts || skipping) in nats an answer token, and the share of dropped assignments; in one pass."""
         with skipping(self.network, skip, attention), counting(self.network, self.vocabulary) as tally:
             error = sum(divergence(*pair) for pair in self._pairs()) / self.tokens
             return Value(error, tally.ratio())
 
     def moved(self) -> Moved:
-        """How far the network's predictions are from the whole one's under whatever is on just now; one pass over the calls."""
+        """Return how far the predictions are from those with all experts under the policy that is on; one pass over the calls."""
         kl = same = 0.0
         for whole_NV, other_NV in self._pairs():
             kl += divergence(whole_NV, other_NV)
@@ -71,7 +71,7 @@ class Answers:
         return Moved(kl / self.tokens, same / self.tokens)
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Predictions of the whole network and of the network as it is, call by call."""
+        """Yield predictions with all experts and those of the network as it is, call by call."""
         for call, at_BS, whole_NV in zip(self._calls, self._predicted, self._whole, strict=True):
             yield whole_NV, logits_at(self.network, call, at_BS)
 

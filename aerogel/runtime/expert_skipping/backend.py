@@ -1,4 +1,4 @@
-"""The experts implementation `aerogel` of transformers: dropped pairs never reach a product.
+"""The experts implementation `aerogel` of transformers: dropped assignments are not computed.
 
 Registered when this module is imported; `model.set_experts_implementation("aerogel")` chooses it, with or without a policy on. An index
 of E (the number of experts) means "dropped". The stock implementations must not be given it: but for the eager one they read past the

@@ -1,4 +1,4 @@
-"""Counts what reaches a mixture's experts and what does not, by layer, kind of token and phase, whoever drops it.
+"""Counts the token-expert assignments of an MoE model that are kept and dropped, by layer, kind of token and phase.
 
 L layers, K kinds of token, P phases (prefill and decoding).
 """
@@ -24,13 +24,13 @@ PREFILL, DECODING = 0, 1
 
 @dataclass
 class Tally:
-    """Pairs of token and expert, and tokens."""
+    """Counts of token-expert assignments and of tokens."""
 
-    pairs_LKP: Tensor
+    assignments_LKP: Tensor
     kept_LKP: Tensor
     tokens_LKP: Tensor
-    lost_LKP: Tensor
-    """Tokens that lost all experts."""
+    dropped_LKP: Tensor
+    """Tokens of which all assignments are dropped."""
     kind_BS: Tensor | None = None
 
     @classmethod
@@ -49,23 +49,23 @@ class Tally:
         phase = DECODING if self.kind_BS.shape[1] == 1 else PREFILL
         one_T = torch.ones_like(kept_T)
         for counts_LKP, numbers_T in (
-            (self.pairs_LKP, one_T * args[1].shape[1]),
+            (self.assignments_LKP, one_T * args[1].shape[1]),
             (self.kept_LKP, kept_T),
             (self.tokens_LKP, one_T),
-            (self.lost_LKP, (kept_T == 0).long()),
+            (self.dropped_LKP, (kept_T == 0).long()),
         ):
             counts_LKP[layer, :, phase].index_add_(0, kind_T, numbers_T)
 
     def ratio(self, phase: int | None = None) -> float:
-        """Share of pairs that were dropped, of all but padding; of one phase or of both. NaN where nothing passed."""
+        """Return the share of dropped assignments, of all but padding; of one phase or of both. NaN where no token passed."""
         phases = slice(None) if phase is None else slice(phase, phase + 1)
-        pairs, kept = (int(counts[:, :PADDING, phases].sum()) for counts in (self.pairs_LKP, self.kept_LKP))
+        pairs, kept = (int(counts[:, :PADDING, phases].sum()) for counts in (self.assignments_LKP, self.kept_LKP))
         return 1 - kept / pairs if pairs else float("nan")
 
 
 @contextmanager
 def counting(network: Network, vocabulary: Vocabulary) -> Iterator[Tally]:
-    """Count while the network runs; enter it after whatever drops pairs. Raises AerogelError when there are no routed experts."""
+    """Count while the network runs; enter it after the policy that skips experts. Raises AerogelError when there are no routed experts."""
     found = experts_of(network)
     tally = Tally.empty(len(found), network.device)
     with ExitStack() as stack:

@@ -26,7 +26,7 @@ class Value(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A pair of thresholds by number, and what they give."""
+    """Two thresholds by number, and what they give."""
 
     cell: Cell
     value: Value

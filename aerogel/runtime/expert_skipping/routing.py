@@ -1,4 +1,4 @@
-"""Between router and experts: a rule says which pairs of token and expert are kept, the others get the number of no expert.
+"""Between router and experts: a rule says which token-expert assignments are kept, the others get an index past the last expert.
 
 L layers with routed experts, E experts, K of them a token, B rows, S positions, T = B * S tokens, H hidden width.
 """
@@ -22,7 +22,7 @@ from aerogel.runtime.attention import received_from, with_probabilities
 from aerogel.runtime.expert_skipping import backend
 from aerogel.runtime.token_types import PADDING, SPECIAL, Vocabulary
 
-Lost = Literal["zero", "identity"]
+Bypass = Literal["zero", "identity"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Routed:
     index_TK: Tensor
     kind_BS: Tensor
     decoding: bool
-    """Whether each row has one position, as when a token is written."""
+    """True where each row has one position, as in decoding."""
     received_BS: Tensor | None
     """Attention that each position received, as a mean over the heads; where a rule asks for it and it is no token being written."""
 
@@ -57,7 +57,7 @@ class Routed:
 
 
 Rule = Callable[[Routed], Tensor]
-"""Which pairs are kept, kept_TK. What stands in it for padding is ignored: padding loses all experts."""
+"""Returns kept_TK, True where an assignment is kept. Its values at padding are ignored: padding has no expert."""
 
 
 @dataclass
@@ -67,13 +67,13 @@ class Skipping:
     rule: Rule
     vocabulary: Vocabulary
     renormalise: bool = False
-    """Whether kept weights are raised to the sum that all had."""
+    """Scale kept weights to the sum of all."""
     keep_top1: bool = False
-    """Whether a token keeps its best expert in any case."""
+    """Keep the best expert of each token."""
     protect: bool = True
-    """Whether marks of a chat keep all experts."""
-    lost: Lost = "zero"
-    """What the experts give a token that lost all of them: nothing, or what they would have read."""
+    """Keep all experts of special tokens."""
+    bypass: Bypass = "zero"
+    """Output for a token of which all assignments are dropped: zero, or the input of the experts."""
     kind_BS: Tensor | None = field(default=None, init=False)
     received: dict[int, Tensor] = field(default_factory=dict, init=False)
 
@@ -106,9 +106,9 @@ class Skipping:
         return x_TH, index_TK.masked_fill(~kept_TK, count_of(module)), self._weights(weight_TK, kept_TK)
 
     def give_input(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """After a layer's experts: what they read, for a token that lost all of them."""
-        lost_T1 = (args[1] >= count_of(module)).all(-1, keepdim=True)
-        return torch.where(lost_T1, args[0], output)
+        """After a layer's experts: return their input for a token of which all assignments are dropped."""
+        dropped_T1 = (args[1] >= count_of(module)).all(-1, keepdim=True)
+        return torch.where(dropped_T1, args[0], output)
 
     def _kept(self, routed: Routed) -> Tensor:
         kept_TK = self.rule(routed)
@@ -170,7 +170,7 @@ def skipping(network: Network, skip: Skipping, attention: bool = False) -> Itera
             stack.enter_context(_set(config, "_experts_implementation_internal", backend.NAME))
         for layer, (name, module) in enumerate(found.items()):
             stack.callback(module.register_forward_pre_hook(partial(skip.route, layer)).remove)
-            if skip.lost == "identity":
+            if skip.bypass == "identity":
                 stack.callback(module.register_forward_hook(skip.give_input).remove)
             if attention:
                 stack.enter_context(with_probabilities(_attention_of(network, name), partial(skip.attended, layer)))

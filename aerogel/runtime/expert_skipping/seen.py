@@ -1,4 +1,4 @@
-"""What reaches a mixture's experts while calls pass, and what each expert would say to it.
+"""Tokens that reach the experts of an MoE model while calls pass, and what each expert gives for them.
 
 E experts, T tokens, H hidden width, K experts a token is routed to.
 """

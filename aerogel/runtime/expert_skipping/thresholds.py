@@ -1,4 +1,4 @@
-"""Thresholds for rules that score each pair of token and expert and drop what scores too little.
+"""Thresholds for rules that score each token-expert assignment and drop those with a low score.
 
 T tokens, K experts a token is routed to.
 """
@@ -17,7 +17,7 @@ from aerogel.runtime.expert_skipping.routing import Routed, Rule, Skipping
 from aerogel.runtime.token_types import PADDING, SPECIAL
 
 Score = Callable[[Routed], Tensor]
-"""score_TK; infinite where a pair is never dropped."""
+"""score_TK; infinite where an assignment is never dropped."""
 POINTS = 100
 
 
@@ -27,7 +27,7 @@ def keeping(score: Score, threshold: float) -> Rule:
 
 
 def seen(answers: Answers, score: Score, kinds: Sequence[int] | None = None, attention: bool = False) -> Tensor:
-    """All finite scores while nothing is dropped, ascending: of tokens of some kinds, or of all but padding and marks of a chat."""
+    """All finite scores while nothing is dropped, ascending: of tokens of some kinds, or of all but padding and special tokens."""
     found: list[Tensor] = []
 
     def watch(routed: Routed) -> Tensor:
@@ -55,7 +55,7 @@ def grid(sorted_: Tensor, points: int = POINTS) -> list[float]:
 
 
 def met(answers: Answers, skip: Callable[[float], Skipping], score: Score, ratio: float, attention: bool = False) -> tuple[float, Found]:
-    """Return the smallest threshold of a grid whose rule drops at least `ratio` of all pairs, and what it gives there.
+    """Return the smallest threshold of a grid whose rule drops at least `ratio` of all assignments, and what it gives there.
 
     Raises AerogelError that says how much can be dropped at most.
     """
@@ -71,7 +71,7 @@ def met(answers: Answers, skip: Callable[[float], Skipping], score: Score, ratio
 def checked(ratio: float) -> float:
     """The ratio; raises AerogelError where it is none."""
     if not 0 <= ratio <= 1:
-        raise AerogelError(f"ratio {ratio}: a share of pairs between 0 and 1 is expected")
+        raise AerogelError(f"ratio {ratio}: a share of token-expert assignments between 0 and 1 is expected")
     return ratio
 
 
@@ -79,15 +79,15 @@ class UnreachableError(AerogelError):
     """No setting of a rule drops enough."""
 
     def __init__(self, ratio: float, most: float) -> None:
-        super().__init__(f"ratio {ratio} cannot be reached: this rule drops {most:.3f} of all pairs at most; ask for less")
+        super().__init__(f"ratio {ratio} cannot be reached: this rule drops {most:.3f} of all assignments at most; ask for less")
         self.most = most
-        """The share of pairs that can be dropped."""
+        """The share of assignments that can be dropped."""
 
 
 def tail_over_head(share_TK: Tensor) -> Tensor:
     """What an expert and all behind it weigh, divided by what stands before it; infinite for the best expert of each token.
 
-    Ranks are by weight; the result stands where the pairs stand.
+    Ranks are by weight; the result is in the order of the assignments.
     """
     sorted_TK, order_TK = share_TK.sort(dim=-1, descending=True)
     head_TK = sorted_TK.cumsum(-1) - sorted_TK

@@ -246,14 +246,17 @@ def test_a_search_that_finds_nothing_keeps_nothing(texts: Any, tmp_path: Path) -
     model, words = texts
     findings = search(model, "skip", 0.9, samples=Samples(words, 2, 24), only=["naee"], rounds=1, output=tmp_path / "out")
     assert findings.best is None
-    assert [one["reason"] for one in findings.facts["left_out"]] == ["it drops 50.0% of all pairs at most"]
+    assert [one["reason"] for one in findings.facts["left_out"]] == ["it drops 50.0% of all token-expert assignments at most"]
     assert json.loads((tmp_path / "out" / "aerogel.json").read_text())["policies"] == []
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": "1.5x"}, "budget '1.5x' is no share of pairs to drop; give a number between 0 and 1, for example 0.67 or 67%"),
+        (
+            {"budget": "1.5x"},
+            "budget '1.5x' is no share of assignments to drop; give a number between 0 and 1, for example 0.67 or 67%",
+        ),
         ({"budget": 1.0}, r"budget 1\.0 is no share"),
         ({"only": ["fora"]}, "fora skips no experts by a rule, so there is nothing to choose; leave it out"),
         ({"only": ["prune_experts"]}, "prune_experts skips no experts by a rule"),

@@ -275,8 +275,8 @@ def test_grid_splits_scores_evenly() -> None:
     [
         ({"reduced_topk": {}}, "one of k and ratio"),
         ({"reduced_topk": {"k": 3}}, "this router chooses 2 experts"),
-        ({"modes": {"ratio": 1.2}}, "a share of pairs between 0 and 1"),
-        ({"naee": {"ratio": 0.9}}, "this rule drops 0.4.. of all pairs at most"),
+        ({"modes": {"ratio": 1.2}}, "a share of token-expert assignments between 0 and 1"),
+        ({"naee": {"ratio": 0.9}}, "this rule drops 0.4.. of all assignments at most"),
         ({"odp": {"kept": 0.7, "lost": 0.5}}, "together at most 1"),
         ({"modes": {"points": 1}}, "at least 2 are expected"),
     ],
@@ -348,8 +348,8 @@ def test_image_tokens_have_a_threshold_of_their_own() -> None:
         counting(network, Vocabulary.of(network)) as tally,
     ):
         network.run(call)
-    assert int((call.kwargs["input_ids"] == IMAGE_TOKEN).sum()) == tally.lost_LKP[0, VISION, 0]
-    assert tally.kept_LKP[:, TEXT].equal(tally.pairs_LKP[:, TEXT])
+    assert int((call.kwargs["input_ids"] == IMAGE_TOKEN).sum()) == tally.dropped_LKP[0, VISION, 0]
+    assert tally.kept_LKP[:, TEXT].equal(tally.assignments_LKP[:, TEXT])
 
 
 def test_of_several_powers_the_one_with_the_least_divergence_stays() -> None:
@@ -386,10 +386,12 @@ def test_ratios_on_the_same_answers_share_what_was_looked_at(monkeypatch: pytest
 
 def test_lower_k_leaves_an_expert_whatever_the_ratio() -> None:
     network, given = opened("mixtral"), FAMILIES["mixtral"].calls(1)
-    with pytest.raises(UnreachableError, match=r"ratio 0\.6 cannot be reached: this rule drops 0\.500 of all pairs at most") as refused:
+    with pytest.raises(
+        UnreachableError, match=r"ratio 0\.6 cannot be reached: this rule drops 0\.500 of all assignments at most"
+    ) as refused:
         ReducedTopk(ratio=0.6).calibrate(network, given)
     assert refused.value.most == 0.5
-    with pytest.raises(AerogelError, match="a share of pairs between 0 and 1"):
+    with pytest.raises(AerogelError, match="a share of token-expert assignments between 0 and 1"):
         ReducedTopk(ratio=1.5).calibrate(network, given)
     assert ReducedTopk(k=0).calibrate(network, given).skipped > 0.5, "who says none means none"
 

@@ -160,7 +160,7 @@ def test_padding_loses_all_and_is_not_counted() -> None:
     assert tally.tokens_LKP[:, PADDING, PREFILL].tolist() == [3, 3]
     assert tally.kept_LKP[:, PADDING].sum() == 0
     assert tally.ratio() == 0
-    assert int(tally.pairs_LKP[0, :PADDING].sum()) == 2 * int(call.kwargs["attention_mask"].sum())
+    assert int(tally.assignments_LKP[0, :PADDING].sum()) == 2 * int(call.kwargs["attention_mask"].sum())
     with skipping(network, skip(network, nothing)), counting(network, Vocabulary.of(network)) as tally:
         output(network.module, call)
     assert tally.ratio() == 1
@@ -173,8 +173,8 @@ def test_marks_keep_their_experts_unless_told_otherwise() -> None:
         with skipping(network, skip(network, nothing, protect=protect)), counting(network, Vocabulary.of(network)) as tally:
             network.run(Call((), {"input_ids": ids}))
         assert tally.kept_LKP[0, :, PREFILL].tolist() == kept
-        assert tally.pairs_LKP[0, :, PREFILL].tolist() == [4, 0, 4, 0]
-        assert tally.lost_LKP[0, TEXT, PREFILL] == 2
+        assert tally.assignments_LKP[0, :, PREFILL].tolist() == [4, 0, 4, 0]
+        assert tally.dropped_LKP[0, TEXT, PREFILL] == 2
         assert tally.ratio() == (0.5 if protect else 1.0)
 
 
@@ -182,7 +182,7 @@ def test_keep_top1_leaves_no_token_without_experts() -> None:
     network, call = opened("mixtral", unfuse_experts=True), FAMILIES["mixtral"].calls(1)[0]
     with skipping(network, skip(network, nothing, keep_top1=True)), counting(network, Vocabulary.of(network)) as tally:
         output(network.module, call)
-    assert tally.lost_LKP.sum() == 0
+    assert tally.dropped_LKP.sum() == 0
     assert tally.ratio() == 0.5
 
 
@@ -206,7 +206,7 @@ def test_identity_gives_lost_tokens_what_their_experts_would_have_read() -> None
     network, call = opened("mixtral", unfuse_experts=True), FAMILIES["mixtral"].calls(1)[0]
     module = next(iter(experts_of(network).values()))
     seen: list[tuple[Tensor, Tensor]] = []
-    with skipping(network, skip(network, nothing, lost="identity")):
+    with skipping(network, skip(network, nothing, bypass="identity")):
         handle = module.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
         output(network.module, call)
         handle.remove()
