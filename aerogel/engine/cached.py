@@ -63,7 +63,7 @@ def _saved(policy: Policy) -> Sequence[CalibratedPolicy] | None:
 
 
 def _made_for(policy: Policy) -> Mapping[str, Any]:
-    """What is known of the network that saved policies were made for; nothing of those that are made on the spot."""
+    """Return the facts of the model that saved policies were made for; empty for policies that are calibrated here."""
     if isinstance(policy, Result):
         return policy.facts["model"]
     if isinstance(policy, str | Path) and Path(policy).is_dir():
@@ -91,7 +91,7 @@ def _compare_weights(network: Network, made_for: Mapping[str, Any]) -> None:
 
 def _measured(network: Network, recipe: Recipe, samples: CalibrationInput | None, seed: int) -> list[CalibratedPolicy]:
     if changing := [step.name for step in recipe.steps if not isinstance(step.method, RuntimePolicy)]:
-        raise AerogelError(f"{changing[0]} changes the network for good, so it cannot be put on for a while; use aerogel.compress")
+        raise AerogelError(f"{changing[0]} changes the model for good, so it cannot be a policy of a context; use aerogel.compress")
     calls = prepare(network, shown(network, samples), seed, head=False).calls
     made: list[CalibratedPolicy] = []
     for number, step in enumerate(recipe.steps):

@@ -64,7 +64,7 @@ class _Mask:
     last: int
     """Blocks at the end that it lets run."""
     outputs: bool
-    """Whether it gives the outputs of modules again, instead of what blocks added to the stream."""
+    """True where it returns cached outputs of modules, instead of what blocks added to the stream."""
 
     @property
     def always(self) -> int:
@@ -85,7 +85,7 @@ def _read(source: Source) -> _Mask:
     if policy.plain:
         runs, first, last, blocks = _of_units(state)
     elif hasattr(policy, "rule"):
-        runs, first, last, blocks = _of_stretches(name, policy.rule(own), state)
+        runs, first, last, blocks = _of_block_ranges(name, policy.rule(own), state)
     else:
         raise AerogelError(f"{name} does more at some steps than give outputs again, which a mask of steps cannot say")
     mask = _Mask(name, model["name"], family, state["sampler"], runs, first, last, "computed" in state)
@@ -106,7 +106,7 @@ def _of_units(state: Mapping[str, Any]) -> tuple[tuple[bool, ...], int, int, int
     return runs, 0, 0, len({module.rpartition(".")[0] for module in state["units"]})
 
 
-def _of_stretches(name: str, rule: Any, state: Mapping[str, Any]) -> tuple[tuple[bool, ...], int, int, int]:
+def _of_block_ranges(name: str, rule: Any, state: Mapping[str, Any]) -> tuple[tuple[bool, ...], int, int, int]:
     """The same of a rule that leaves blocks out."""
     if not isinstance(rule, TableRule):
         raise AerogelError(f"{name} decides while it runs, a mask of steps says it beforehand")
@@ -170,7 +170,7 @@ def _computes(step: int, before: int, interval: int, after: int | None) -> bool:
 
 
 def _enables_caches(family: Family) -> bool:
-    """Whether diffusers can enable a cache on denoisers of the family, whose pipelines then tell branches of guidance apart."""
+    """Return True where diffusers can enable a cache on denoisers of the family, whose pipelines then tell branches of guidance apart."""
     if importlib.util.find_spec("diffusers") is None:
         return False
     import diffusers
@@ -203,7 +203,7 @@ def _about_cache_dit(mask: _Mask) -> str:
 
 
 def _compared(mask: _Mask) -> str:
-    """How what cache-dit does compares with the policy."""
+    """Return how what cache-dit does compares with the policy."""
     if mask.outputs:
         return (
             f"Under {mask.policy} each attention and feed-forward gives its last output again instead, through the gate of the step at\n"

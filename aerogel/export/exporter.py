@@ -1,4 +1,4 @@
-"""What an exporter is: it rewrites a saved folder for another engine, tensor by tensor, and says beforehand what it cannot express."""
+"""Base of exporters: they rewrite a saved folder for another engine, tensor by tensor, and refuse beforehand what they cannot express."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SavedPolicy(NamedTuple):
     method: Any
     """The method with its options."""
     state: Any
-    """What its calibration gave, as the method takes it."""
+    """Result of its calibration, as the method takes it."""
     saved: Mapping[str, Any]
     """The same as it is saved: tensors, numbers and texts by key."""
 

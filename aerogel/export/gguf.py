@@ -71,7 +71,7 @@ class Gguf(Exporter):
     """Block type that linears whose codes no block can hold are rounded to anew; None refuses them."""
 
     def refuse(self, source: Source) -> list[str]:
-        """Architectures, tokenizers and schemes that GGUF has no words for, or would say with other numbers."""
+        """Return the architectures, tokenizers and schemes that GGUF cannot express, or only with other numbers."""
         master = Master.open(source)
         if reasons := not_language(master):
             return reasons
@@ -166,7 +166,7 @@ def _block_type(scheme: Scheme) -> gguf.GGMLQuantizationType:
 
 
 def _inexpressible(master: Master, name: str) -> str | None:
-    """Why no block type holds the codes of a linear as they are."""
+    """Return why no block type holds the codes of a linear as they are."""
     assigned = master.linears[name]
     highest = float(master.checkpoint.tensor(f"{name}.weight_scale").float().max())
     return _scheme_reason(assigned) or (
@@ -191,7 +191,7 @@ def _scheme_reason(assigned: Assigned) -> str | None:
 
 
 def _network_reasons(master: Master, config: Any) -> list[str]:
-    """What GGUF or llama.cpp has no words for apart from the linears."""
+    """Return what GGUF or llama.cpp cannot express apart from the linears."""
     architecture = _ARCHITECTURES.get(config.model_type)
     if architecture is None:
         return [f"the architecture {config.model_type} is not one of {', '.join(_ARCHITECTURES)}"]

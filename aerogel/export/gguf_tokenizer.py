@@ -14,7 +14,7 @@ _SPLITS = {_WORDS % r"\p{N}{1,3}": "llama-bpe", _WORDS % r"\p{N}": "qwen2"}
 
 
 def tokenizer_reason(folder: Path, vocabulary: int) -> str | None:
-    """Why the folder's tokenizer cannot be said in GGUF, or None; `vocabulary` is the number of embeddings."""
+    """Return why the folder's tokenizer cannot be stored in GGUF, or None; `vocabulary` is the number of embeddings."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return "it has no tokenizer.json, and a GGUF file carries its tokenizer"

@@ -112,7 +112,7 @@ def bit_stream(values: Tensor, bits: int) -> Tensor:
 
 
 def _settings(master: Master) -> dict[str, Any]:
-    """What quantize_config.json says: the most frequent scheme, and every linear that differs from it by name."""
+    """Return the content of quantize_config.json: the most frequent scheme, and every linear that differs from it by name."""
     common = Counter(tuple(_options(assigned).items()) for assigned in master.linears.values()).most_common(1)[0][0]
     different = {name: _options(assigned) for name, assigned in master.linears.items() if tuple(_options(assigned).items()) != common}
     dynamic: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in master.quantization.get("ignore", ()) if name != "lm_head"}

@@ -45,7 +45,7 @@ class Onnx(Exporter):
     """Height and width of the sample; None takes the sample_size of the network's config."""
 
     def refuse(self, source: Source) -> list[str]:
-        """Absent packages, other networks than denoisers of images, and inputs, schemes and policies that a graph has no words for."""
+        """Absent packages, other networks than denoisers of images, and inputs, schemes and policies that a graph cannot express."""
         if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
             return [f"the package {missing[0]} is not installed: pip install 'aerogel[onnx]'"]
         master = Master.open(source.denoiser)
@@ -92,7 +92,7 @@ def _save(graph: Any, path: Path) -> None:
 
 
 def _reason(assigned: Assigned, opset: int) -> str | None:
-    """Why a layer's scheme has no words in a static graph."""
+    """Return why a static graph cannot express a layer's scheme, or None when it can."""
     scheme, weights, inputs = assigned.scheme, assigned.scheme.weights, assigned.scheme.inputs
     if weights.format.kind == "float":
         return f"{weights.format} weights, expected integers"
@@ -138,7 +138,7 @@ def _acting(module: nn.Module) -> set[Callable[..., Any]]:
 
 
 def _described(inputs: Mapping[str, Shape], index: TimestepIndex | None, opset: int) -> dict[str, Any]:
-    """What denoiser.json says."""
+    """Return the content of denoiser.json."""
     return {
         "inputs": [
             {"name": name, "dtype": str(dtype_of(name)).removeprefix("torch."), "shape": list(shape)} for name, shape in inputs.items()

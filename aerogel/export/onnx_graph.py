@@ -68,7 +68,7 @@ class _Layer(nn.Module):
         self.input_zero: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the layer gives, by operators of ONNX."""
+        """Compute the layer by operators of ONNX."""
         x = self._rounded(x)
         weight = _dequantize(self.codes, self.scale, self.zero, **self.attributes)
         if self.window is None:

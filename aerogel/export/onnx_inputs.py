@@ -1,4 +1,4 @@
-"""What the denoisers of diffusers take: inputs of a graph by name, read off a network's config."""
+"""Inputs of the denoisers of diffusers by name, read off a model's config."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def nested(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unknown_inputs(config: Mapping[str, Any]) -> list[str]:
-    """Why a network takes inputs that are not known here."""
+    """Return why a model takes inputs that are not known here."""
     return [f"it {what} ({key}={config.get(key)!r})" for key, known, what in _UNKNOWN if config.get(key) not in known]
 
 
@@ -75,7 +75,7 @@ def _label(config: Mapping[str, Any], setting: str) -> dict[str, Shape]:
 
 
 def _pooled(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """What SDXL adds to its time step: six sizes and the pooled text fill the width of its embedding."""
+    """Return what SDXL adds to its time step: six sizes and the pooled text fill the width of its embedding."""
     if config.get("addition_embed_type") is None:
         return {}
     width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
@@ -83,7 +83,7 @@ def _pooled(config: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """What PixArt adds for images of 1024 pixels."""
+    """Return what PixArt adds for images of 1024 pixels."""
     given = config.get("use_additional_conditions")
     if not (config["sample_size"] == 128 if given is None else given):
         return {}

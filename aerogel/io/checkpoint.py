@@ -45,7 +45,7 @@ _REPAIR = "fetch or copy the file again"
 
 @dataclass(frozen=True)
 class Entry:
-    """What a shard's header says of one tensor."""
+    """One tensor in a shard's header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

@@ -15,7 +15,7 @@ _FUSED = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 
 
 def pieces(family: Family, name: str, shape: Callable[[], tuple[int, ...]]) -> dict[str, Piece]:
-    """What a fused parameter of a checkpoint is made of, by the names that these have in memory; nothing for any other tensor."""
+    """Return the parts of a fused parameter of a checkpoint by their names in memory; nothing for any other tensor."""
     names = family.experts
     home, _, key = name.rpartition(".")
     if names is None or not names.fused or not f".{home}".endswith(f".{names.module}") or key not in _FUSED:
@@ -32,7 +32,7 @@ def pieces(family: Family, name: str, shape: Callable[[], tuple[int, ...]]) -> d
 
 
 def joined(module: nn.Module, family: Family, tensors: Iterable[tuple[str, Tensor]], always: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Pass tensors on by full name; those of experts in float as fused parameters, where checkpoints of the family hold these or `always`.
+    """Pass tensors on by full name; those of float experts as fused parameters, where checkpoints of the family have these, or `always`.
 
     The experts of one block are in memory at a time, if they come one block after another. Nothing is passed on from meta.
     """

@@ -198,7 +198,7 @@ def _without_bars(logging: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Folder:
-    """What a folder with one network says before anything of it is built."""
+    """Description of a folder with one network, before anything of it is built."""
 
     path: Path
     settings: dict[str, Any]
@@ -206,7 +206,7 @@ class _Folder:
     checkpoint: Checkpoint
     stored: torch.dtype
     dtype: torch.dtype
-    """What to compute in."""
+    """The dtype to compute in."""
 
     @classmethod
     def read(cls, path: Path, families: Sequence[Family], dtype: torch.dtype | None) -> _Folder:
@@ -259,9 +259,9 @@ def _kept_in_float32(module: nn.Module, dtype: torch.dtype) -> set[str]:
 
 
 def _fits(module: nn.Module, given: _Folder) -> bool:
-    """Whether the checkpoint has exactly the module's tensors, so that each can be read when it is needed.
+    """Return True where the checkpoint has exactly the module's tensors, so that each can be read when it is needed.
 
-    Raises AerogelError when it does not and cannot be read in another way, because its tensors are codes.
+    Raises AerogelError when it does not and cannot be read in another way, because its tensors are quantized.
     """
     names: dict[int, set[str]] = {}
     for slot in slots(module):

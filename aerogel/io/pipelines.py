@@ -37,7 +37,7 @@ def register_diffusers() -> None:
 
 
 class _Config:
-    """What diffusers asks of a quantization_config, which it passes on as it is."""
+    """Configuration as diffusers wants it: a quantization_config that it passes on as it is."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
@@ -55,7 +55,7 @@ class _Config:
 
 
 class _Quantizer:
-    """What diffusers asks of a quantizer."""
+    """Quantizer as diffusers wants it."""
 
     quantization_config: _Config
     is_serializable = False  # aerogel saves; diffusers would write codes without their configuration

@@ -1,4 +1,4 @@
-"""What `quantization_config` in a config.json says, and the quantized linears it means: written, read, put in place."""
+"""`quantization_config` in a config.json: written from the layers of a model, read, and the layers put in place."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _ROUTERS = ("Router", "Gate", "Gating")
 def describe(module: nn.Module) -> dict[str, Any] | None:
     """Return the quantization_config of a module (a network or a block), or None when no layer in it was replaced.
 
-    `ignore` names every linear left in float. Several schemes become several groups that name their layers one by one. Layers that
-    compressed-tensors cannot express are listed in `replacements`, and the method name is "aerogel" then: other readers refuse the folder
-    instead of reading it wrongly. Raises AerogelError when a layer does not fit its scheme.
+    `ignore` names every linear layer that is not quantized. Several schemes become several groups that name their layers one by one.
+    Layers that compressed-tensors cannot express are listed in `replacements`, and the method name is "aerogel" then: other readers
+    refuse the folder instead of reading it wrongly. Raises AerogelError when a layer does not fit its scheme.
     """
     replaced = {name: part for name, part in module.named_modules() if isinstance(part, Replacement)}
     if not replaced:
@@ -131,7 +131,7 @@ def assignments(config: Mapping[str, Any], names: list[str]) -> dict[str, Assign
             f"quantization_config says quant_method={config.get('quant_method')!r}; only compressed-tensors folders are opened"
         )
     if config.get("kv_cache_scheme"):
-        warnings.warn("the folder's scales for a quantized KV cache are not used: keys and values stay in float", stacklevel=3)
+        warnings.warn("the folder's scales for a quantized KV cache are not used: keys and values are not quantized", stacklevel=3)
     ignore = config.get("ignore") or []
     groups = [(_read_group(name, group), group["targets"]) for name, group in config["config_groups"].items()]
     targets = [(target, assigned) for assigned, named in groups for target in named]

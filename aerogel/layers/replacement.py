@@ -19,7 +19,7 @@ _FOLDER = Path(__file__).parent
 
 
 class Assigned(NamedTuple):
-    """How the weight of one layer is stored."""
+    """Scheme of the weight of one layer."""
 
     scheme: Scheme
     act_order: bool = False
@@ -29,13 +29,13 @@ class Replacement(nn.Module):
     """Base of replacement layers; what a layer keeps in parameters and persistent buffers is what is stored."""
 
     effect: ClassVar[str]
-    """What other readers of quantized folders cannot say of such a layer, for messages: it follows the layer's name."""
+    """The end of a message about such a layer, behind its name: what formats of plain quantized layers cannot express."""
     in_groups: ClassVar[bool] = False
     """True where the config_groups of a quantization_config give the scheme of its weight."""
 
     @property
     def assigned(self) -> Assigned | None:
-        """How the weight is stored; None for layers that have no scheme of their own."""
+        """Scheme of the weight; None for layers that have none of their own."""
         return None
 
     def describe(self) -> dict[str, Any] | None:

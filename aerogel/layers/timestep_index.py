@@ -24,7 +24,7 @@ class TimestepIndex:
     def __init__(self, steps: Sequence[float], sampler: str = "") -> None:
         self.steps = tuple(dict.fromkeys(float(step) for step in steps))
         self.sampler = sampler
-        """What gave the steps, for error messages."""
+        """Name of the sampler that gave the steps, for error messages."""
         self._pipeline: weakref.ref[Any] | None = None
         self._row_of = {step: row for row, step in enumerate(self.steps)}
         self.once_per_step: tuple[str, ...] = ()

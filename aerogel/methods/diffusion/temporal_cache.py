@@ -93,6 +93,7 @@ class TemporalCache(RuntimePolicy[TemporalCacheState]):
         modules = dict(path.projections)
         if all(bool(state.tables[f"{name}.chosen"].all()) for name in modules):
             modules |= path.embedders  # nobody reads what they would compute
+        # Forwards are replaced, not modules: names and kinds of layers stay, by which weights are saved and resumed while the policy is on.
         answers = {
             module: Lookup(
                 index, *_stored_table(state.tables, name), state.tables[f"{name}.chosen"] | (name in path.embedders), module.forward
