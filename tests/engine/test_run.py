@@ -212,14 +212,25 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from aerogel.methods.base import RuntimePolicy
+from aerogel.runtime.policy_state import PolicyState
+
+
+@dataclass(frozen=True, eq=False)
+class ShiftState(PolicyState):
+    """The mean of the embeddings."""
+
+    mean: Tensor
+    calls: int
 
 
 @dataclass(frozen=True)
-class Shift(RuntimePolicy):
+class Shift(RuntimePolicy[ShiftState]):
     """Shifts embeddings by their mean."""
+
+    state = ShiftState
 
     strength: float = 1.0
     """How much of the mean."""
@@ -227,11 +238,11 @@ class Shift(RuntimePolicy):
     def calibrate(self, network, calls):
         total = sum(network.module.model.embed_tokens(call.kwargs["input_ids"]).mean((0, 1)) for call in calls)
         network.run(calls[0])
-        return {"mean": (total / len(calls)).detach(), "calls": len(calls)}
+        return ShiftState((total / len(calls)).detach(), len(calls))
 
     @contextmanager
     def on(self, network, state):
-        hook = lambda module, args, result: result + self.strength * state["mean"]
+        hook = lambda module, args, result: result + self.strength * state.mean
         handle = network.module.model.embed_tokens.register_forward_hook(hook)
         try:
             yield
@@ -248,8 +259,8 @@ def test_policies_are_measured_saved_and_put_on(source: Path, tmp_path: Path, pl
     assert isinstance(measured.step.method, RuntimePolicy)
     (read,) = policies.load(tmp_path / "out")
     assert read.step == measured.step
-    assert read.state["calls"] == measured.state["calls"] == 1
-    assert torch.equal(read.state["mean"], measured.state["mean"])
+    assert read.state.calls == measured.state.calls == 1
+    assert torch.equal(read.state.mean, measured.state.mean)
     plain = output(result.network.module, CALLS[0])
     with policies.on(result.network, [read]):
         shifted = output(result.network.module, CALLS[0])

@@ -1,6 +1,6 @@
 """Static ranges of inputs measured anew on the trajectory that the compressed network takes, a cache's included; ours.
 
-Where units rest, what comes after them gets other inputs than the ranges were made for, and the sampler goes another way.
+Where modules are skipped, what comes after them gets other inputs than the ranges were made for, and the sampler goes another way.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class Recalibrate(Method):
 
     @torch.no_grad()
     def apply(self, network: Network, calls: Sequence[Call]) -> None:
-        """Generate what was recorded again, under all policies that are on, and take its ranges; steps at which a layer rests keep theirs.
+        """Generate what was recorded again, under all policies that are on, and take its ranges; skipped steps of a layer keep theirs.
 
         Raises AerogelError where no layer has static inputs, and where calls do not replay.
         """
         layers = {name: part for name, part in network.module.named_modules() if isinstance(part, QuantLinear) and _static(part)}
         if not layers:
-            raise AerogelError("no layer has inputs with static ranges; put ranges or fsc before recalibrate")
+            raise AerogelError("no layer has inputs with static ranges; put activation_ranges or fsc before recalibrate")
         one = TensorScheme(next(iter(layers.values())).scheme.inputs.format, PerTensor(), symmetric=False)  # type: ignore[union-attr]
         seen: dict[str, dict[int, MovingAverage | RunningMinMax]] = defaultdict(lambda: defaultdict(partial(self._observer, one)))
 

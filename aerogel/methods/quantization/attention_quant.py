@@ -72,7 +72,7 @@ class AttentionQuant(RuntimePolicy[AttentionQuantState]):
         if not names:
             raise AerogelError(
                 f"{len(named)} modules of this network call scaled_dot_product_attention and {len(named)} are ignored; "
-                "expected at least one to be left: use torch's attention (attn_implementation='sdpa'), or leave operands out"
+                "expected at least one to be left: use torch's attention (attn_implementation='sdpa'), or leave attention_quant out"
             )
         searches: dict[tuple[str, str], Searched] = defaultdict(
             partial(Searched, kernel.scheme_of(self.bits), max(1, self.searched // len(calls)))

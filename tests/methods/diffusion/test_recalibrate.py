@@ -105,7 +105,7 @@ def test_a_folder_and_a_live_pipeline_get_the_same_ranges(tmp_path: Path) -> Non
 
 def test_a_network_without_static_inputs_is_refused() -> None:
     network = painter()
-    with pytest.raises(AerogelError, match="put ranges or fsc before recalibrate"):
+    with pytest.raises(AerogelError, match="put activation_ranges or fsc before recalibrate"):
         Recalibrate().apply(network, recorded(network))
 
 
