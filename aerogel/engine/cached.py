@@ -74,7 +74,7 @@ def _made_for(policy: Policy) -> Mapping[str, Any]:
 def _require_family(network: Network, made_for: Mapping[str, Any]) -> None:
     if made_for and made_for["family"] != network.family.name:
         raise AerogelError(
-            f"the policy was made for {made_for['name']}, of the {made_for['family']} family, and this network is of the "
+            f"the policy was made for {made_for['name']}, of the {made_for['family']} family, and this model is of the "
             f"{network.family.name} family; make one for it"
         )
 
@@ -83,7 +83,7 @@ def _compare_weights(network: Network, made_for: Mapping[str, Any]) -> None:
     """Warn where it is known which weights a policy was made for, and these are others."""
     if "fingerprint" in made_for and (ours := fingerprint_of(network)) != made_for["fingerprint"]:
         warnings.warn(
-            f"the policy was made for {made_for['name']} with weights {made_for['fingerprint']}, this network has {ours}: "
+            f"the policy was made for {made_for['name']} with weights {made_for['fingerprint']}, this model has {ours}: "
             "it runs, but what was measured of it holds for those",
             stacklevel=4,  # of who enters the context
         )

@@ -1,4 +1,4 @@
-"""What a network is shown while it is compressed: calls, and the facts about them that go into the output."""
+"""Calibration data of a run: the calls, and the facts about them that are saved with the output."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOKENS_OF_A_CALL = 4096
 
 @dataclass(frozen=True)
 class Samples:
-    """Which text a language model is calibrated on."""
+    """Text that a language model is calibrated on."""
 
     source: str | Path = "sotu"
     """Name of shipped text, or a .txt, .jsonl or datasets folder."""
@@ -43,26 +43,26 @@ class Samples:
 
 
 Shown = Samples | Chats | Denoising | Sequence[Call]
-"""What a network can be shown: text, chats about images, its own images in the making, or calls that were recorded."""
+"""Kinds of calibration data: text, chats with images, generations of the model itself, or recorded calls."""
 _TOKENS_OF_AN_IMAGE = 256
 _TOKENS_OF_A_CHAT = 512
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calls of a run and where they come from."""
+    """Calls of a run and their source."""
 
     calls: Sequence[Call]
     facts: dict[str, Any] = field(default_factory=dict)
-    """source, count and length when known, and the fingerprint."""
+    """Source, count and length if known, and the fingerprint."""
 
 
 @dataclass(frozen=True)
 class CalibrationRequest:
-    """What somebody said about calibration before it is known whether the network reads text or makes images; None is the default."""
+    """Calibration options given by the user, before the modality of the model is known; None is the default."""
 
     source: str | None = None
-    """Text by name or path, or a .jsonl of chats about images; for images, a file with a prompt on each line."""
+    """Text by name or path, or a .jsonl of chats with images; for diffusion models, a file with one prompt per line."""
     count: int | None = None
     """Sequences, or images."""
     length: int | None = None
@@ -73,18 +73,18 @@ class CalibrationRequest:
     """Guidance scale."""
 
     def shown(self, network: Network) -> Shown:
-        """What this means for a network; raises AerogelError for what is of the other kind."""
+        """Return the calibration data for this model; raises AerogelError for an option of the other modality."""
         is_diffusion = network.family.modality in ("image", "video")
         unfit = {"length": self.length} if is_diffusion else {"steps": self.steps, "guidance": self.guidance}
         if wrong := [name for name, value in unfit.items() if value is not None]:
-            kind = "makes images" if is_diffusion else "reads text"
-            raise AerogelError(f"{wrong[0]} means nothing to a network that {kind} ({network.family.name}); leave it out")
+            kind = "diffusion" if is_diffusion else "language"
+            raise AerogelError(f"{wrong[0]} does not apply to a {kind} model ({network.family.name}); remove it")
         if is_diffusion:
             prompts = None if self.source is None else _prompts(Path(self.source))
             return Denoising(**_said(count=self.count, steps=self.steps, guidance=self.guidance, prompts=prompts))
         if network.family.modality == "image-text" and self.source is not None and chats.are_at(self.source):
             if self.length is not None:
-                raise AerogelError("length means nothing to chats, which are read whole; leave it out")
+                raise AerogelError("length does not apply to chats, which are read completely; remove it")
             return Chats(**_said(source=self.source, count=self.count))
         return Samples(**_said(source=self.source, count=self.count, length=self.length))
 
@@ -95,10 +95,10 @@ def _said(**options: Any) -> dict[str, Any]:
 
 def _prompts(path: Path) -> tuple[str, ...]:
     if not path.is_file():
-        raise AerogelError(f"{path} is no file; give a text file with a prompt on each line")
+        raise AerogelError(f"{path}: no such file; give a text file with one prompt per line")
     prompts = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
     if not prompts:
-        raise AerogelError(f"{path} holds no prompt; expected one on each line")
+        raise AerogelError(f"{path}: no prompt found; expected one prompt per line")
     return prompts
 
 
@@ -106,18 +106,18 @@ CalibrationInput = Shown | CalibrationRequest
 
 
 def shown(network: Network, samples: CalibrationInput | None) -> Shown:
-    """What a network is shown; when nothing is said, text or its own images in the making."""
+    """Return the calibration data for a model; the default is text, or generations of a diffusion model."""
     samples = CalibrationRequest() if samples is None else samples
     return samples.shown(network) if isinstance(samples, CalibrationRequest) else samples
 
 
 def reading(network: Network, samples: Shown) -> CalibrationSize:
-    """How much there is to read."""
+    """Return the size of the calibration data."""
     if isinstance(samples, Denoising):
         # Under guidance a call has twice the images; an image counts as the tokens of a small one, its size is not known here.
         each = _TOKENS_OF_AN_IMAGE
         return CalibrationSize(2 * samples.count * samples.steps * each, 2 * samples.batch * each, each, samples.steps)
-    if isinstance(samples, Chats):  # how long a chat is, is known only when it was read
+    if isinstance(samples, Chats):  # the length of a chat is known only after tokenization
         return CalibrationSize(samples.count * _TOKENS_OF_A_CHAT, samples.batch * _TOKENS_OF_A_CHAT, _TOKENS_OF_A_CHAT)
     if isinstance(samples, Samples):
         return CalibrationSize(samples.count * samples.length, samples.batch * samples.length, samples.length)
@@ -129,15 +129,15 @@ def reading(network: Network, samples: Shown) -> CalibrationSize:
 
 def _steps(network: Network, calls: Sequence[Call]) -> int:
     if network.family.modality in ("image", "video"):
-        with suppress(AerogelError):  # samples of one call at several steps are no generation: what needs one says so
+        with suppress(AerogelError):  # single calls at several steps are not a generation; a method that needs one reports it
             return len(Trajectories.of(network, calls).steps)
     return 1
 
 
 def prepare(network: Network, samples: Shown, seed: int, head: bool) -> Calibration:
-    """The calls to calibrate with; with `head` every token passes the network's head, else only the last one where that can be said.
+    """Return the calibration calls; with `head` the LM head is applied to every token, else to the last one if the model supports that.
 
-    Raises AerogelError when no calls are given to a network that neither reads text nor came with its pipeline, or the text is too short.
+    Raises AerogelError if the model has neither a tokenizer nor a pipeline and no calls are given, or if the text is too short.
     """
     if isinstance(samples, Denoising):
         return _recorded(network, samples, seed)
@@ -148,7 +148,7 @@ def prepare(network: Network, samples: Shown, seed: int, head: bool) -> Calibrat
         return Calibration(calls, {"source": "given calls", "count": len(calls), "fingerprint": _fingerprint(calls)})
     tokenizer = getattr(network.processor, "tokenizer", network.processor)
     if tokenizer is None:
-        raise AerogelError(f"this {network.family.name} network has no tokenizer to calibrate it on text; give recorded calls as samples")
+        raise AerogelError(f"this {network.family.name} model has no tokenizer for calibration text; give recorded calls as samples")
     tokens_NL = text.samples(tokenizer, samples.source, samples.count, samples.length, seed)
     facts = {"source": str(samples.source), "count": len(tokens_NL), "length": samples.length, "fingerprint": text.fingerprint(tokens_NL)}
     calls = text.calls(tokens_NL.to(network.device), samples.batch)
@@ -167,8 +167,8 @@ def _read(network: Network, wanted: Chats, seed: int) -> Calibration:
 def _recorded(network: Network, wanted: Denoising, seed: int) -> Calibration:
     if not hasattr(network.processor, "scheduler"):
         raise AerogelError(
-            f"this {network.family.name} network came without its pipeline, so it cannot be watched making images; "
-            "open the pipeline's folder, or give recorded calls as samples"
+            f"this {network.family.name} model came without its pipeline, so no generations can be recorded; "
+            "open the folder of the pipeline, or give recorded calls as samples"
         )
     calls = denoising.record(network.processor, network.module, wanted, seed)
     facts = {"source": type(network.processor).__name__, "sampler": type(network.processor.scheduler).__name__, **asdict(wanted)}

@@ -39,7 +39,7 @@ class Result:
         self.policies = list(measured)
         """Runtime policies with their states; `aerogel.engine.policies.on(network, policies)` puts them on."""
         self.folder = folder
-        """Where it is saved, or None when it lives in memory only."""
+        """Where it is saved, or None when it is in memory only."""
         self._network = network
         # What holds the folder of a result that was not asked to be saved lives as long as the result does.
         if keep is not None:
@@ -90,7 +90,7 @@ class Result:
         if self.folder is not None:
             return page.write(self.folder, path)
         if path is None:
-            raise AerogelError("this result lives in memory only; give the report a path, or save the result first")
+            raise AerogelError("this result is in memory only; give the report a path, or save the result first")
         Path(path).write_text(page.page(record.parse(self.facts)), encoding="utf-8")
         return Path(path)
 

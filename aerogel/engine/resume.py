@@ -149,7 +149,7 @@ def _require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any
         if before.get(part) != now.get(part):
             raise AerogelError(
                 f"{folder} was started with another {part} ({_brief(before.get(part))}, now {_brief(now.get(part))}); "
-                f"give the same {part} to resume, or remove the folder to start anew"
+                f"give the same {part} to resume, or remove the folder to start again"
             )
 
 

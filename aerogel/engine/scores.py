@@ -95,7 +95,7 @@ def _timing(options: Mapping[str, Any], network: Network) -> list[Measure]:
     modality = network.family.modality
     found = next((cls for cls in (Speed, Sampling) if modality in cls.modalities), None)
     if found is None:
-        raise AerogelError(f"there is no benchmark for {modality} networks yet; text and image networks can be timed")
+        raise AerogelError(f"no benchmark for {modality} models yet; language and image models can be timed")
     return [build(found, options, f"a benchmark of {modality} networks")]
 
 

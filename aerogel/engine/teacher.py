@@ -63,7 +63,7 @@ def walk_with_teacher(walk: Walk, teacher: Network, calls: Sequence[Call], folde
     """
     beside = Walk(teacher, calls, residency=_Resident(teacher), folder=folder)
     if beside.order != walk.order or not 0 <= walk.position - beside.position <= 1:  # a run may be killed between the two
-        raise AerogelError(f"{folder}: the teacher is not where the run is; remove the unfinished run and start anew")
+        raise AerogelError(f"{folder}: the teacher is missing from the unfinished run; remove the run and start again")
     model = iter(beside)
     for block in walk:
         if block.name:

@@ -202,7 +202,7 @@ def _classifier(folder: Path) -> FeatureNetwork:
         answer = made((images_NCHW - mean.to(images_NCHW)) / deviation.to(images_NCHW), output_hidden_states=True)
         maps = [states for states in answer.hidden_states if states.ndim == 4]
         if len(maps) < 2:
-            raise AerogelError(f"{folder}: {type(made).__name__} returns no feature maps; a convolutional network is expected")
+            raise AerogelError(f"{folder}: {type(made).__name__} returns no feature maps; expected a convolutional classifier")
         return maps, maps[-1].mean((2, 3)), answer.logits
 
     return FeatureNetwork(folder.resolve().name, made, see, middle=-2, labels=_by_name(made.config.id2label))

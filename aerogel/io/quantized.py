@@ -183,7 +183,7 @@ def _write(tensor: TensorScheme) -> dict[str, Any]:
 def _read_group(name: str, group: Mapping[str, Any]) -> Assigned:
     if not isinstance(group, Mapping) or "targets" not in group or not group.get("weights") or group.get("output_activations"):
         raise AerogelError(
-            f"quantization_config: {name} is not a group of linears with quantized weights and float outputs; it cannot be run"
+            f"quantization_config: {name} is not a group of linear layers with quantized weights and float outputs; it is not supported"
         )
     weights = _read(name, group["weights"])
     inputs = _read(name, group["input_activations"]) if group.get("input_activations") else None

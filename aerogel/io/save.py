@@ -49,7 +49,7 @@ def preflight(output: Path, needed_bytes: int = 0, origin: Path | None = None) -
         raise AerogelError(f"{parent}: cannot write here ({error.strerror}); give an output folder in another place") from error
     free = shutil.disk_usage(parent).free
     if free < needed_bytes + _SPARE:
-        raise AerogelError(f"{parent}: {_gb(free)} free, about {_gb(needed_bytes + _SPARE)} needed; make room or give another place")
+        raise AerogelError(f"{parent}: {_gb(free)} free, about {_gb(needed_bytes + _SPARE)} needed; free disk space or give another folder")
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def unpack(packed: Tensor, bits: int, columns: int, packed_dim: int = 1) -> Tens
 def pack_fp4(codes_OI: Tensor) -> Tensor:
     """Pack fp4 codes (O, I) into bytes (O, I / 2), the even column in the low half; raises AerogelError when I is odd."""
     if codes_OI.shape[-1] % 2:
-        raise AerogelError(f"cannot pack fp4: a row has {codes_OI.shape[-1]} codes, expected an even number")
+        raise AerogelError(f"cannot pack fp4: a row has {codes_OI.shape[-1]} values, expected an even number")
     return codes_OI[..., 0::2] | (codes_OI[..., 1::2] << 4)
 
 

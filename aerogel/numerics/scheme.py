@@ -74,7 +74,7 @@ class TensorScheme:
 
     def __post_init__(self) -> None:
         if not self.symmetric and self.format.kind == "float":
-            raise AerogelError(f"{self.format} codes have a sign of their own and no zero point: leave the scheme symmetric")
+            raise AerogelError(f"{self.format} has no zero point: make the scheme symmetric")
 
 
 _PRESET = re.compile(r"^W(?P<w>[2-8])A(?P<a>8|16)(?P<options>(_[A-Z0-9]+)*)$")

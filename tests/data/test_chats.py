@@ -79,7 +79,7 @@ def test_a_network_is_shown_chats_by_their_path(tmp_path: Path) -> None:
     assert made.facts["fingerprint"] == prepare(network, wanted, 0, head=False).facts["fingerprint"]
     assert made.facts["fingerprint"] != prepare(network, wanted, 1, head=False).facts["fingerprint"]
     assert reading(network, wanted).tokens > 0
-    with pytest.raises(AerogelError, match="length means nothing to chats"):
+    with pytest.raises(AerogelError, match="length does not apply to chats"):
         shown(network, CalibrationRequest(source=str(tmp_path / "samples.jsonl"), length=64))
 
 

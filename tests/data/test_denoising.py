@@ -125,12 +125,12 @@ def test_what_is_asked_becomes_pictures_or_text(tmp_path: Path) -> None:
     assert CalibrationRequest(count=5, length=9).shown(words) == Samples(count=5, length=9)
     assert shown(images, None) == Denoising()
     assert shown(words, None) == Samples()
-    with pytest.raises(AerogelError, match="steps means nothing to a network that reads text"):
+    with pytest.raises(AerogelError, match="steps does not apply to a language model"):
         asked.shown(words)
-    with pytest.raises(AerogelError, match="length means nothing to a network that makes images"):
+    with pytest.raises(AerogelError, match="length does not apply to a diffusion model"):
         CalibrationRequest(length=9).shown(images)
     prompts.write_text("\n")
-    with pytest.raises(AerogelError, match="holds no prompt"):
+    with pytest.raises(AerogelError, match="no prompt found"):
         asked.shown(images)
     with pytest.raises(AerogelError, match="is no file"):
         CalibrationRequest(source=str(tmp_path)).shown(images)

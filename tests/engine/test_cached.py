@@ -89,7 +89,7 @@ def test_a_schedule_says_what_it_saves() -> None:
 def test_a_result_of_another_family_is_refused() -> None:
     result = aerogel.compress(painter().processor, FORA, samples=WANTED, measures=())
     with (
-        pytest.raises(AerogelError, match="of the dit family, and this network is of the wan family"),
+        pytest.raises(AerogelError, match="of the dit family, and this model is of the wan family"),
         aerogel.cached(opened("wan"), result),
     ):
         pass
@@ -124,7 +124,7 @@ def test_quantization_comes_before(tmp_path: Path) -> None:
 
 def test_what_is_no_policy_is_refused(tmp_path: Path) -> None:
     pipeline = painter().processor
-    with pytest.raises(AerogelError, match="rtn changes the network for good"), aerogel.cached(pipeline, "rtn-w8a8", samples=WANTED):
+    with pytest.raises(AerogelError, match="rtn changes the weights permanently"), aerogel.cached(pipeline, "rtn-w8a8", samples=WANTED):
         pass
     aerogel.compress(painter().processor, "rtn-w8a8", samples=WANTED, output=tmp_path / "out", measures=())
     with pytest.raises(AerogelError, match="has no runtime policies"), aerogel.cached(pipeline, tmp_path / "out"):

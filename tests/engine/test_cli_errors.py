@@ -182,7 +182,7 @@ def test_an_output_inside_the_model(desk: Desk) -> None:
 
 def test_too_little_disk(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    assert re.search(r"0\.0 GB free, about 0\.1 GB needed; make room or give another place", desk.refused(*desk.compress()))
+    assert re.search(r"0\.0 GB free, about 0\.1 GB needed; free disk space or give another folder", desk.refused(*desk.compress()))
 
 
 def test_a_disk_that_fills_up_while_saving_keeps_the_calibration(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

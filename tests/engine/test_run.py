@@ -197,7 +197,7 @@ def test_a_live_module_is_measured_before_it_changes(source: Path) -> None:
 
 def test_reports_go_to_the_folder_or_where_told(source: Path, tmp_path: Path) -> None:
     result = compress(FAMILIES["llama"].build(), RTN, measures=())
-    with pytest.raises(AerogelError, match="lives in memory only"):
+    with pytest.raises(AerogelError, match="is in memory only"):
         result.report()
     assert "<html" in result.report(tmp_path / "live.html").read_text()
     saved = compress(source, RTN, output=tmp_path / "out", measures=())

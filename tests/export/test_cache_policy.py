@@ -149,7 +149,7 @@ def test_other_weights_are_a_warning_and_run(tmp_path: Path) -> None:
     assert facts(out)["model"]["quantization"] is None
     other = pipeline(seed=5)
     before = paint(other)
-    message = r"was made for DiTTransformer2DModel with weights sha256:\w{64}, this network has sha256:\w{64}"
+    message = r"was made for DiTTransformer2DModel with weights sha256:\w{64}, this model has sha256:\w{64}"
     with pytest.warns(UserWarning, match=message), aerogel.cached(other, out):
         assert not torch.equal(paint(other), before)
     with warnings.catch_warnings():  # nobody says which weights
@@ -161,7 +161,7 @@ def test_other_weights_are_a_warning_and_run(tmp_path: Path) -> None:
 def test_other_networks_and_samplers_are_refused(tmp_path: Path) -> None:
     out = exported(pipeline(), tmp_path, {"fora": {}})
     with (
-        pytest.raises(AerogelError, match="of the dit family, and this network is of the pixart family"),
+        pytest.raises(AerogelError, match="of the dit family, and this model is of the pixart family"),
         aerogel.cached(FAMILIES["pixart"].build(), out),
     ):
         pass

@@ -66,7 +66,7 @@ REFUSED = {
     "tiar": (NO_TIME, OF_MORE),
     "temporal_cache": (NO_TIME, OF_MORE),
     # Soft-caps and sinks are written out.
-    "attention_quant": ({"gemma2", "gpt_oss"}, "0 modules of this network call scaled_dot_product_attention"),
+    "attention_quant": ({"gemma2", "gpt_oss"}, "0 modules of this model call scaled_dot_product_attention"),
     "split_shortcut": (set(FAMILIES) - {"unet", "flux"}, "reads concatenated channels"),
     "fsc": (set(FAMILIES), f"{OF_MORE}|put tiar"),
     "fora": (NO_UNITS, "names no units"),

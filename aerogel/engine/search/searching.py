@@ -83,7 +83,7 @@ class Findings:
         if self.folder is not None:
             return page.write(self.folder, path)
         if path is None:
-            raise AerogelError("these findings live in memory only; give the report a path, or save them first")
+            raise AerogelError("these findings are in memory only; give the report a path, or save them first")
         Path(path).write_text(page.page(self.facts), encoding="utf-8")
         return Path(path)
 

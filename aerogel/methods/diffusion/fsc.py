@@ -53,7 +53,7 @@ class Fsc(Method):
         layers = self._layers(network)
         within = {name: layers.pop(name) for name in (*path.embedding_linears, *path.projections) if name in layers}
         if not within and not (layers and self.scope == "all"):
-            raise AerogelError("no linear of the temporal path is quantized: put tiar, or rtn on its linears, before fsc")
+            raise AerogelError("no layer of the temporal path is quantized: put tiar, or rtn on its layers, before fsc")
         sinusoid_TC = sinusoids(network, path, calls[0], steps)
         scheduler = getattr(network.processor, "scheduler", None)
         index = TimestepIndex(steps, "" if scheduler is None else f"{type(scheduler).__name__}")

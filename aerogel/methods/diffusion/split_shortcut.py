@@ -33,9 +33,7 @@ class SplitShortcut(Method):
         ignore, layers = network.family.expand_patterns(self.ignore), network.module.get_submodule
         found = {name: widths for name, widths in seams(network, calls[0]).items() if not matches(name, ignore, layers(name))}
         if not found:
-            raise AerogelError(
-                f"no float layer of this {network.family.name} network reads concatenated channels; leave split_shortcut out"
-            )
+            raise AerogelError(f"no float layer of this {network.family.name} model reads concatenated channels; leave split_shortcut out")
         for name, widths in found.items():
             layer = layers(name)
             assert isinstance(layer, Layer), "only these are found"

@@ -95,6 +95,6 @@ class ExpertSkippingPolicy(RuntimePolicy[SkipState]):
             raise AerogelError(
                 f"{name_of(self)} was calibrated for {theirs.layers} layers of {theirs.experts} experts, {theirs.top_k} a "
                 "token; "
-                f"this network has {ours.layers} of {ours.experts}, {ours.top_k} a token: calibrate it anew"
+                f"this model has {ours.layers} of {ours.experts}, {ours.top_k} a token: calibrate the policy again"
             )
         return skipping(network, self.skip(self.rule(state), Vocabulary(state.vision, state.special)), self.attends)

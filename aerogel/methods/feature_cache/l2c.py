@@ -139,7 +139,7 @@ class _Training:
             progressed((number + 1) / self.options.iterations)
         if not bool(self.scores().isfinite().all()):
             raise AerogelError(
-                f"scores are not finite after {self.options.iterations} iterations: the network, or what it was before the recipe, gives "
+                f"scores are not finite after {self.options.iterations} iterations: the model, or the original before the recipe, gives "
                 "outputs that are not finite; look there first"
             )
 

@@ -135,7 +135,7 @@ def experts_of(network: Network) -> dict[str, nn.Module]:
         if names is not None and part is not None and (isinstance(part, ExpertList) or hasattr(part, "num_experts")):
             found[f"{block_name}.{names.module}"] = part
     if not found:
-        raise AerogelError(f"this {network.family.name} network has no routed experts; leave this step out")
+        raise AerogelError(f"this {network.family.name} model has no routed experts; remove this step")
     return found
 
 

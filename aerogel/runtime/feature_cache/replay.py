@@ -117,7 +117,7 @@ def replays(network: Network, trajectories: Trajectories) -> list[Replay]:
     """
     sampler = getattr(network.processor, "scheduler", None)
     if sampler is None:
-        raise AerogelError("the network came without its pipeline: give the pipeline or its folder, so that its sampler can be replayed")
+        raise AerogelError("the denoiser came without its pipeline: give the pipeline or its folder, so that its sampler can be replayed")
     recorded = network.teacher or network  # what is compressed meanwhile goes another way
     made = [_replay(recorded, sampler, run) for run in trajectories.runs]
     _prove(recorded, made[0])

@@ -343,7 +343,7 @@ def test_models_that_cannot_be_searched_are_refused(tmp_path: Path) -> None:
 
 def test_findings_in_memory_report_where_they_are_told(tmp_path: Path) -> None:
     findings = searched(painter(), "fora")
-    with pytest.raises(AerogelError, match="live in memory only"):
+    with pytest.raises(AerogelError, match="are in memory only"):
         findings.report()
     assert "fora" in findings.report(tmp_path / "r.html").read_text()
     assert findings.best is not None

@@ -280,7 +280,7 @@ def test_one_sequence_cannot_calibrate_and_judge(texts: Any, tmp_path: Path) -> 
 
 def test_models_that_have_no_mixture_or_a_rule_are_refused(texts: Sequence[Path], tmp_path: Path) -> None:
     model_folder(tmp_path / "dense", "llama")
-    with pytest.raises(AerogelError, match="this llama network has no routed experts"):
+    with pytest.raises(AerogelError, match="this llama model has no routed experts"):
         search(tmp_path / "dense", "skip")
     samples = Samples(texts[1], 2, 24)
     aerogel.compress(texts[0], {"steps": [{"reduced_topk": {"k": 1}}]}, samples=samples, output=tmp_path / "on", measures=())

@@ -157,7 +157,7 @@ def test_batches_of_several_steps_show_each_step_its_own_samples() -> None:
 
 
 def test_float_weights_are_refused() -> None:
-    with pytest.raises(AerogelError, match="put tiar, or rtn on its linears, before fsc"):
+    with pytest.raises(AerogelError, match="put tiar, or rtn on its layers, before fsc"):
         aerogel.compress(FAMILIES["unet"].build(), {"steps": [{"fsc": {}}]}, samples=calls(), measures=())
 
 

@@ -72,7 +72,7 @@ def test_a_folder_opens_split(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_split_is_refused() -> None:
-    with pytest.raises(AerogelError, match="no float layer of this dit network reads concatenated channels"):
+    with pytest.raises(AerogelError, match="no float layer of this dit model reads concatenated channels"):
         aerogel.compress(FAMILIES["dit"].build(), {"steps": [{"split_shortcut": {}}]}, samples=FAMILIES["dit"].calls(1), measures=())
     with pytest.raises(AerogelError, match="groups"):
         Split(nn.Conv2d(4, 4, 1, groups=2), [2, 2])

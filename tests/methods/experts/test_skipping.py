@@ -308,7 +308,7 @@ def test_a_saved_policy_is_on_when_opened_and_refused_elsewhere(tmp_path: Path) 
     assert not any("experts.0" in name for name, _ in live.named_parameters())  # fused experts stayed fused
     other = open_model(FAMILIES["deepseek_v3"].build())
     with (
-        pytest.raises(AerogelError, match="calibrated for 2 layers of 4 experts, 2 a token; this network has 1 of 4"),
+        pytest.raises(AerogelError, match="calibrated for 2 layers of 4 experts, 2 a token; this model has 1 of 4"),
         policies.on(other, result.policies),
     ):
         pass

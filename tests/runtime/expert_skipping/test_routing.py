@@ -258,7 +258,7 @@ def test_a_forward_without_token_ids_is_refused() -> None:
 
 
 def test_a_network_without_experts_is_refused() -> None:
-    with pytest.raises(AerogelError, match="this llama network has no routed experts"):
+    with pytest.raises(AerogelError, match="this llama model has no routed experts"):
         experts_of(opened("llama", unfuse_experts=True))
 
 
