@@ -20,7 +20,7 @@ PRIVATE = {
     r"floors?": "layer, baseline",
     r"rooms?": "module, folder",
     r"faces?": "public API",
-    r"lives?": "is in",
+    r"lives": "is in",
     r"bears?": "has, defines",
     r"mend(s|ed|ing)?": "fix",
     r"doomed|bad days": "crashing",
@@ -55,9 +55,8 @@ PRIVATE = {
     r"(was|were) begun": "was started",
     r"the operating system": "the file and the reason",
     r"rivals?": "baseline",
-    r"anew": "again",
     r"twins?": "fast implementation",
-    r"(evenly|searched|lower_k|time_table)(?=`|:)|`(operands|ranges|refined)`": "the new name of the method",
+    r"`(evenly|lower_k|refined|time_table|operands)`": "the new name of the method",
 }
 
 ALLOWED = {
@@ -65,7 +64,11 @@ ALLOWED = {
     r"integer codes": "the term of the field",
     r"(source|error|exit) codes": "other codes",
     r"in units of": "a unit of measure",
-    r"units of the": "a unit of measure",
+    r"shapes, units": "a unit of measure",
+    r"nats lost": "a loss",
+    r"`lost`|lost \*": "an option",
+    r"perceptual\[NETWORK, unlearned\]": "the name of a metric",
+    r"\| lean(?= \|)": "a value of `path` in saved results",
     r"\bunits\b(?= \(the names of the cached modules\))|`units`|`slot_bytes`|`linears`": "a key of a saved file or an attribute",
     r"(feature|neural) networks?": "the network of a Fréchet distance",
     r"\bnetwork\b(?= (access|connection))": "a computer network",

@@ -23,7 +23,7 @@ from aerogel.runtime.token_types import PADDING, TEXT, VISION, Vocabulary
 
 @dataclass(frozen=True)
 class ExactMatch(Measure):
-    """The share of replies that are word for word the expected ones, and how far predictions of the expected ones moved.
+    """Share of answers that equal the expected ones exactly, and KL divergence of the predictions over the expected answers.
 
     Replies are written greedily. KL(original || network) in nats and the share of tokens for which both rank the same one first are
     means over the tokens of the expected replies, each after the true ones before it.

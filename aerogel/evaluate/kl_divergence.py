@@ -17,7 +17,7 @@ ROWS = 256
 
 @dataclass(frozen=True)
 class KlDivergence(TextMeasure):
-    """How far the network's next-token distribution has moved from the original's: KL lower, top-1 higher is better.
+    """KL divergence of the next-token distributions from the original's (lower is better), and top-1 agreement (higher is better).
 
     KL(original || network) = sum over the vocabulary of p (log p - log q), in nats, and the share of tokens for which both rank the
     same token first; means over the scored tokens of the same sliding windows that perplexity reads.
@@ -26,7 +26,7 @@ class KlDivergence(TextMeasure):
     compares: ClassVar[bool] = True
 
     tokens: int = 4096
-    """Tokens read from the start of the source; 0 reads all. Both networks read them."""
+    """Tokens read from the start of the source; 0 reads all. Both models read them."""
 
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
         """Return kl (nats per token), top1 (share), the scored tokens and what was read."""

@@ -66,7 +66,7 @@ class TextMeasure(Measure):
     tokens: int = 8192
     """Tokens read from the start of the source; 0 reads all."""
     length: int = 1024
-    """Tokens the network sees at once; one with fewer positions sees as many as it has."""
+    """Tokens per window; limited to the number of positions of the model."""
     stride: int = 512
     """Tokens by which the window moves; after the first window every scored token has at least `length - stride` before it."""
     batch: int = 1
@@ -111,7 +111,7 @@ class ImageMeasure(Measure):
     asked: ClassVar[bool] = True
 
     features: str = "efficientnet-lite0"
-    """Network to judge by: efficientnet-lite0, inception:WEIGHTS, or a classifier's folder; `@128` behind it keeps 128 directions."""
+    """Feature network: efficientnet-lite0, inception:WEIGHTS, or a classifier's folder; `@128` behind it keeps 128 directions."""
     count: int = 64
     """Images; their noise differs, their prompts or labels take turns."""
     steps: int = 20

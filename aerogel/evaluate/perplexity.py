@@ -18,7 +18,7 @@ ROWS = 256
 
 @dataclass(frozen=True)
 class Perplexity(TextMeasure):
-    """How surprised the network is by text it was not calibrated on: lower is better.
+    """Perplexity on text that was not used for calibration: lower is better.
 
     exp(-1/n sum log p(token i | the tokens before it in its window)) over n = T - 1 scored tokens: the window of `length` tokens
     moves by `stride`, and each time only the tokens that no window before it scored count. The sum is kept in float64.

@@ -37,7 +37,7 @@ class Sampling(Timed):
     prompts: tuple[str, ...] = ("photo",)
     """Prompts for text-to-image pipelines."""
     rounds: int = 3
-    """Turns of each network, after one that does not count."""
+    """Timed rounds of each model, after one warm-up round."""
     threads: int | None = None
     """Threads that torch may use; all it has when None."""
 

@@ -32,7 +32,7 @@ class Speed(Timed):
     new_tokens: int = 32
     """Tokens written after each prompt."""
     rounds: int = 3
-    """Turns of each network, after one that does not count."""
+    """Timed rounds of each model, after one warm-up round."""
     threads: int | None = None
     """Threads that torch may use; all it has when None."""
 

@@ -28,7 +28,7 @@ class Temporal(Measure):
     modalities: ClassVar[frozenset[str]] = frozenset({"image"})
 
     steps: int = 20
-    """Steps of the sampler: those that the network was calibrated for."""
+    """Sampling steps: those that the model was calibrated for."""
 
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
         """Return steps, layers, errors, cosines and mismatches (of a layer at each step), and error, cosine, least_cosine and mismatch.

@@ -13,7 +13,7 @@ from aerogel.io.shards import write_shards
 
 @dataclass(frozen=True)
 class CompressedTensors(Exporter):
-    """The folder as compressed-tensors readers (transformers, vLLM) expect it: weights sharded anew, nothing else of ours beside them."""
+    """The folder as compressed-tensors readers (transformers, vLLM) expect it, with new shards and without files of Aerogel."""
 
     max_shard_size: int = 5_000_000_000
     """Largest size of one weight file in bytes."""

@@ -65,10 +65,10 @@ class _Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Gguf(Exporter):
-    """One GGUF file for llama.cpp, tokenizer included: Q4_0, Q4_1 and Q8_0 blocks with the master's own codes."""
+    """One GGUF file for llama.cpp, tokenizer included: Q4_0, Q4_1 and Q8_0 blocks with unchanged integer codes."""
 
     requantize: Literal["Q4_0", "Q4_1", "Q8_0"] | None = None
-    """Block type that linears whose codes no block can hold are rounded to anew; None refuses them."""
+    """Block type for layers that no block type can represent exactly, which are requantized; None refuses them."""
 
     def refuse(self, source: Source) -> list[str]:
         """Return the architectures, tokenizers and schemes that GGUF cannot express, or only with other numbers."""

@@ -38,11 +38,11 @@ class Onnx(Exporter):
     """One ONNX graph of a diffusion denoiser: int8 or int4 weights, QuantizeLinear and DequantizeLinear, the step's row as an input."""
 
     opset: int = 21
-    """Version of the operators, at least 18; groups and codes of 4 bits need 21."""
+    """Version of the operators, at least 18; groups and 4-bit values need 21."""
     pack: bool = True
-    """Whether codes of up to 4 bits lie two in a byte; else they take a byte each, and engines may multiply them as int8."""
+    """Whether values of up to 4 bits are packed two per byte; else they take one byte each, and engines may use int8 products."""
     size: int | None = None
-    """Height and width of the sample; None takes the sample_size of the network's config."""
+    """Height and width of the sample; None takes the sample_size of the model's config."""
 
     def refuse(self, source: Source) -> list[str]:
         """Absent packages, other networks than denoisers of images, and inputs, schemes and policies that a graph cannot express."""

@@ -31,7 +31,7 @@ from aerogel.training.fit import Fit, fit
 
 @dataclass(frozen=True)
 class ActivationRanges(BlockMethod):
-    """Gives quantized layers static 8-bit inputs with a zero point, and learns their step sizes."""
+    """Quantizes the inputs of quantized layers to static 8 bits with a zero point, and learns the step sizes."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "gradients", "teacher", "uncached"})
 

@@ -33,7 +33,7 @@ Jobs = Mapping[str, tuple[Layer, Scheme]]
 
 @dataclass(frozen=True)
 class Brecq(WeightMethod):
-    """Learns whether to round each weight up or down, block by block, against what the float network's blocks give."""
+    """Learns block by block whether to round each weight up or down, to reproduce the outputs of the original blocks."""
 
     layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d)
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "gradients", "teacher", "uncached"})

@@ -34,7 +34,7 @@ from aerogel.numerics.scheme import PerStep, PerTensor, TensorScheme
 
 @dataclass(frozen=True)
 class Fsc(Method):
-    """Quantizes inputs to 8 bits with one range for each step of the sampler: those of the temporal path's linears, or of all layers."""
+    """Quantizes the inputs of the temporal path, or of all layers, to 8 bits with one range per sampling step."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "time_path", "uncached"})
 

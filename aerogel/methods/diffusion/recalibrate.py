@@ -30,7 +30,7 @@ from aerogel.runtime.feature_cache.replay import output_of, replays
 
 @dataclass(frozen=True)
 class Recalibrate(Method):
-    """Gives quantized layers with static inputs new ranges, those of the generations that the network makes by now."""
+    """Measures the static input ranges of quantized layers again, on generations of the compressed model."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "teacher"})
 

@@ -20,7 +20,7 @@ from aerogel.model.seams import seams
 
 @dataclass(frozen=True)
 class SplitShortcut(Method):
-    """Splits layers that read concatenated channels at the seam, so that later steps quantize each part by itself."""
+    """Splits layers that read concatenated channels, so that later steps quantize each part separately."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "concatenations", "uncached"})
 

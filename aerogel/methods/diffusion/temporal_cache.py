@@ -46,12 +46,12 @@ class TemporalCacheState(PolicyState):
 
 @dataclass(frozen=True)
 class TemporalCache(RuntimePolicy[TemporalCacheState]):
-    """Looks the temporal features up in a table of all steps instead of computing them."""
+    """Reads the temporal features from a table of all steps instead of computing them."""
 
     state: ClassVar[type[PolicyState]] = TemporalCacheState
 
     content: Literal["features", "path"] = "features"
-    """What the table holds: the features of the network before any step, or what the path as it is by then gives, bit for bit."""
+    """Content of the table: the features of the original model, or those of the path in its current state, bit for bit."""
     dtype: Literal["int4", "int5", "int6", "int8", "float16"] = "float16"
     """How features are stored: integers with a scale and a zero point a step, int8 as published, or float16. `path` stores what it gets."""
     choose: Choice = "all"

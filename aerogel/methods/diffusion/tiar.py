@@ -30,7 +30,7 @@ from aerogel.training.fit import Fit, fit
 
 @dataclass(frozen=True)
 class Tiar(Method):
-    """Rounds the weights of the temporal path so that the temporal features of every step stay what they are."""
+    """Rounds the weights of the temporal path so that the temporal features of every step are preserved."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "gradients", "time_path", "uncached"})
 

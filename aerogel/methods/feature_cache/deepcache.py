@@ -20,7 +20,7 @@ from aerogel.runtime.feature_cache.skip_connections import caching_inner_blocks,
 
 @dataclass(frozen=True)
 class Deepcache(FeatureCachePolicy):
-    """Runs all blocks of a UNet every `interval` steps, and in between only those outside of a skip connection."""
+    """Runs all blocks of a UNet every `interval` steps, and only the blocks outside a skip connection in between."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "trajectories", "skips", "uncached"})
     search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))

@@ -16,7 +16,7 @@ from aerogel.runtime.feature_cache.partial_token_cache import TokenCacheConfig, 
 
 @dataclass(frozen=True)
 class Duca(TokenCacheConfig, FeatureCachePolicy):
-    """Runs all modules now and then; in between it reuses everything, and at every second step computes important tokens anew."""
+    """Runs all modules at some steps; in between it returns cached outputs, and recomputes important tokens at every second step."""
 
     search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 

@@ -29,7 +29,7 @@ from aerogel.runtime.feature_cache.schedule import Schedule, caching, schedule_s
 
 @dataclass(frozen=True)
 class Fastercache(FeatureCachePolicy):
-    """Extrapolates self-attention outputs, and makes guidance's unconditional half of the conditional one, at some steps."""
+    """Extrapolates self-attention outputs, and predicts the unconditional branch of guidance from the conditional one, at some steps."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "trajectories", "cached_modules", "cfg", "uncached"})
     search_space: ClassVar[SearchSpace | None] = ("unconditional_every", (2, 3, 4, 5, 6, 8, 10))

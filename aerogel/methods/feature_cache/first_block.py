@@ -18,7 +18,7 @@ from aerogel.runtime.feature_cache.block_cache import BlockRange, Rule, block_ca
 
 @dataclass(frozen=True)
 class FirstBlock(BlockCachePolicy):
-    """Leaves out what is behind the first blocks as long as these add nearly what they added when all blocks ran last."""
+    """Skips the blocks after the first ones while the residual of the first ones has changed little."""
 
     search_space: ClassVar[SearchSpace | None] = ("threshold", (0.02, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0))
 

@@ -18,7 +18,7 @@ from aerogel.runtime.feature_cache.schedule import schedule_state
 
 @dataclass(frozen=True)
 class Fora(FeatureCachePolicy):
-    """Runs all attentions and feed-forwards of a denoiser every `interval` steps, and reuses their outputs in between."""
+    """Runs all attention and FFN modules of a denoiser every `interval` steps, and returns their cached outputs in between."""
 
     search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 

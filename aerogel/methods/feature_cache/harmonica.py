@@ -50,7 +50,7 @@ _STEERING = 0.05
 
 @dataclass(frozen=True)
 class Harmonica(BudgetedCachePolicy):
-    """Learns which attentions and feed-forwards of a denoiser to reuse at which steps, for an exact budget.
+    """Learns which attention and FFN outputs of a denoiser to cache at which steps, for an exact budget.
 
     Without a budget (neither `ratio` nor `target_speedup`) the penalty stays as it is and the threshold decides, as published.
     """
@@ -69,13 +69,13 @@ class Harmonica(BudgetedCachePolicy):
     penalty: float = 3e-4
     """Weight of the scores' sum at the start, against relative errors; from there it is steered to the budget, if there is one."""
     search: int = 0
-    """Trials of a local search: a first half from the best of whole steps, the rest from the learned schedule; the better is kept."""
+    """Trials of a local search: half of them from the best complete steps, the others from the learned one; the better result is kept."""
     samples: int = 32
     """Images that are made in each trial."""
     max_age: int = 0
     """Steps in a row at which a module may be reused, in the schedule that comes out; 0 is without bound (as published)."""
     checkpointing: bool = False
-    """Whether training keeps only what goes into each block and computes the rest again for gradients: slower, and less memory (published:
+    """Whether training stores only the input of each block and recomputes the block for gradients: slower, and less memory (published:
     no)."""
 
     @property

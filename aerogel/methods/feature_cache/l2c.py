@@ -36,7 +36,7 @@ _BOUND = 5.0
 
 @dataclass(frozen=True)
 class L2c(BudgetedCachePolicy):
-    """Learns from noised images which attentions and feed-forwards of a denoiser to reuse at every second step, for an exact budget."""
+    """Learns from noised images which attention and FFN outputs of a denoiser to cache at every second step, for an exact budget."""
 
     iterations: int = 2000
     """Updates, each of the scores of one step (published: about 20 000 of 64 images); each is of as many images as were recorded at

@@ -22,7 +22,7 @@ from aerogel.runtime.feature_cache.block_cache import Rule, TableRule, block_cac
 
 @dataclass(frozen=True)
 class Magcache(BlockCachePolicy):
-    """Adds what all blocks added at the last step that ran, until the product of magnitude ratios since then strays too far from 1."""
+    """Skips all blocks and adds their cached residual, until the product of calibrated magnitude ratios is too far from 1."""
 
     search_space: ClassVar[SearchSpace | None] = ("threshold", (0.02, 0.04, 0.06, 0.09, 0.12, 0.18, 0.24, 0.4, 0.8, 2.0))
 

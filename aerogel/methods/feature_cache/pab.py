@@ -19,7 +19,7 @@ from aerogel.runtime.feature_cache.schedule import schedule_state
 
 @dataclass(frozen=True)
 class Pab(FeatureCachePolicy):
-    """Broadcasts attention outputs to the next steps while the time step is within a window; feed-forwards always run."""
+    """Broadcasts attention outputs to the next steps while the time step is within a window; FFNs always run."""
 
     search_space: ClassVar[SearchSpace | None] = ("self_every", (2, 3, 4, 6, 8, 10))
 

@@ -28,7 +28,7 @@ _CONFIRMING = 4
 
 @dataclass(frozen=True)
 class ScheduleRefine(ScheduleRefiner):
-    """Goes on from the schedule of the policy before it, saves as much, and takes its place."""
+    """Improves the schedule of the preceding caching policy at the same savings, and replaces that policy."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "teacher", "trajectories", "cached_modules", "schedule"})
 

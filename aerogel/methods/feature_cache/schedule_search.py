@@ -22,7 +22,7 @@ from aerogel.runtime.feature_cache.trials import generating
 
 @dataclass(frozen=True)
 class ScheduleSearch(BudgetedCachePolicy):
-    """Reuses what was found to move the final images least: whole steps first, then single modules, then exchanges."""
+    """Searches the schedule with the least error of the final images: complete steps first, then single modules, then exchanges."""
 
     trials: int = 2000
     """Generations it may take, forked where they differ."""

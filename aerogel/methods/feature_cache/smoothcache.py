@@ -21,7 +21,7 @@ from aerogel.runtime.feature_cache.schedule import schedule_state
 
 @dataclass(frozen=True)
 class Smoothcache(FeatureCachePolicy):
-    """Reuses all modules of a kind as long as their outputs changed by at most `alpha` since they ran."""
+    """Returns the cached outputs of all modules of a kind while these have changed by at most `alpha`."""
 
     search_space: ClassVar[SearchSpace | None] = ("alpha", (0.02, 0.04, 0.06, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0))
 

@@ -23,7 +23,7 @@ from aerogel.runtime.feature_cache.schedule import CacheEntry, Schedule, caching
 
 @dataclass(frozen=True)
 class Taylorseer(FeatureCachePolicy):
-    """Runs all modules every `interval` steps, and predicts them in between by a Taylor series of finite differences."""
+    """Runs all modules every `interval` steps, and extrapolates their outputs in between with a Taylor series of finite differences."""
 
     search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 

@@ -21,7 +21,7 @@ from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 
 @dataclass(frozen=True)
 class Teacache(BlockCachePolicy):
-    """Adds what all blocks added at the last step that ran, while a polynomial of the first block's input says that little has changed."""
+    """Skips all blocks and adds their cached residual, while the estimated change of the output is small."""
 
     search_space: ClassVar[SearchSpace | None] = ("threshold", (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 2.0))
 

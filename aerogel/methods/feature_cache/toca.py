@@ -16,7 +16,7 @@ from aerogel.runtime.feature_cache.partial_token_cache import TokenCacheConfig, 
 
 @dataclass(frozen=True)
 class Toca(TokenCacheConfig, FeatureCachePolicy):
-    """Runs all modules now and then; in between it reuses attention, and feed-forwards compute their most important tokens anew."""
+    """Runs all modules at some steps; in between attention is cached, and FFNs recompute their most important tokens."""
 
     search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 

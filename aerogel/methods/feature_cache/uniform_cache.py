@@ -19,7 +19,7 @@ from aerogel.runtime.feature_cache.schedule import schedule_state
 
 @dataclass(frozen=True)
 class UniformCache(FeatureCachePolicy):
-    """Reuses all outputs at some steps, spread evenly from the first that may to the last."""
+    """Returns all cached outputs at evenly spaced steps, from the first allowed step to the last."""
 
     search_space: ClassVar[SearchSpace | None] = ("ratio", tuple(step / 20 for step in range(2, 20)))
 

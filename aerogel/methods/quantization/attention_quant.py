@@ -43,7 +43,7 @@ class AttentionQuantState(PolicyState):
 
 @dataclass(frozen=True)
 class AttentionQuant(RuntimePolicy[AttentionQuantState]):
-    """Rounds the operands of every attention to static grids, one for the whole tensor."""
+    """Quantizes the operands of every attention with static ranges, one per tensor."""
 
     state: ClassVar[type[PolicyState]] = AttentionQuantState
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "attention"})

@@ -90,9 +90,9 @@ class Awq(WeightMethod):
     clip: bool = True
     """Whether ranges are searched (least output error) after scaling; without it they cover every weight."""
     unclipped: tuple[str, ...] = ("*q_proj", "*k_proj", "*qkv_proj", "*to_q", "*to_k")
-    """Linears whose ranges are not searched: their outputs meet in a product, where errors do not just add up."""
+    """Layers whose ranges are not clipped: query and key, whose outputs are multiplied with each other."""
     unmapped: Literal["skip", "keep"] = "skip"
-    """Linears that no edge feeds: left unscaled (skip), or divide their input at run time (keep), which only aerogel can open."""
+    """Linear layers that no edge feeds: left unscaled (skip), or divide their input at run time (keep), which only aerogel can open."""
     rounds: int = 1
     """How often all scales are searched, each time from where the last round ended."""
     input_range: InputRange = "absmax"

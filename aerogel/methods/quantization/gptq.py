@@ -41,7 +41,7 @@ class Gptq(WeightMethod):
     """Second-order rounding of weights: compensates the error of each column in the columns that follow."""
 
     damping: float = 0.01
-    """Share of the mean of the second moment's diagonal that is added to the diagonal; grows tenfold where that is too little."""
+    """percdamp of GPTQ: this times the mean of the Hessian's diagonal is added to the diagonal; increased tenfold if that is too little."""
     act_order: ActOrder = "static"
     """Order of columns: as they are (none), or largest inputs first, with groups as they are (static) or in the new order (group)."""
     observer: Observer | Literal["output"] = "output"

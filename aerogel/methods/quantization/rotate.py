@@ -28,7 +28,7 @@ from aerogel.numerics.rotation import ROTATIONS, apply_rotation
 
 @dataclass(frozen=True)
 class Rotate(Method):
-    """Rotates the residual stream; the network computes what it did, with weights that quantize better (arXiv:2404.00456)."""
+    """Rotates the residual stream without changing the function, so that weights quantize better (arXiv:2404.00456)."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"residual", "uncached"})
 

@@ -20,7 +20,7 @@ from aerogel.numerics.search import Observer, observe
 
 @dataclass(frozen=True)
 class Rtn(WeightMethod):
-    """Rounds weights to the nearest code."""
+    """Rounds every weight to the nearest grid point."""
 
     layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d)
 

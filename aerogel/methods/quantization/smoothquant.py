@@ -25,7 +25,7 @@ from aerogel.numerics.scheme import Scheme
 
 @dataclass(frozen=True)
 class Smoothquant(BlockMethod):
-    """Smooths inputs of linears by scales that norms take over."""
+    """Smooths the inputs of linear layers with scales that the preceding norms absorb."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "edges", "uncached"})
 
@@ -38,7 +38,7 @@ class Smoothquant(BlockMethod):
     rows: int = 512
     """How many rows of every input, spread evenly over all calls, the search looks at."""
     targets: tuple[str, ...] = ("Linear",)
-    """Linears whose inputs are smoothed: globs on full dotted names, `re:` patterns or class names."""
+    """Linear layers whose inputs are smoothed: globs on full dotted names, `re:` patterns or class names."""
     ignore: tuple[str, ...] = ("lm_head",)
     """Which of them to leave alone; wins over targets."""
 
