@@ -132,7 +132,7 @@ def test_what_is_asked_becomes_pictures_or_text(tmp_path: Path) -> None:
     prompts.write_text("\n")
     with pytest.raises(AerogelError, match="no prompt found"):
         asked.shown(images)
-    with pytest.raises(AerogelError, match="is no file"):
+    with pytest.raises(AerogelError, match="no such file"):
         CalibrationRequest(source=str(tmp_path)).shown(images)
 
 
