@@ -81,7 +81,7 @@ def _read(source: Source) -> _Mask:
     model = json.loads((source.folder / FACTS).read_text())["model"]
     family = next(family for family in source.families if family.name == model["family"])
     if not family.hidden_state_args:
-        raise AerogelError(f"cache-dit runs transformers, whose blocks stand one behind the other, not {family.name} networks")
+        raise AerogelError(f"cache-dit supports transformers with sequential blocks, not {family.name} models")
     if policy.plain:
         runs, first, last, blocks = _of_units(state)
     elif hasattr(policy, "rule"):

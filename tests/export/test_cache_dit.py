@@ -261,7 +261,7 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
         seen = calls("unet" if name == "unet" else "dit")
         aerogel.compress(module, {"steps": [{"fora": {}}]}, samples=seen, measures=(), output=tmp_path / name)
     (reason,) = CacheDit().refuse(source_of(tmp_path / "unet"))
-    assert reason == "cache-dit runs transformers, whose blocks stand one behind the other, not unet networks"
+    assert reason == "cache-dit supports transformers with sequential blocks, not unet models"
     (reason,) = CacheDit().refuse(source_of(tmp_path / "short"))
     assert reason == "cache-dit lets the first block run at every step, which leaves none of the 1 that fora reuses"
 

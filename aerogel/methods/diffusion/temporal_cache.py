@@ -87,7 +87,7 @@ class TemporalCache(RuntimePolicy[TemporalCacheState]):
         index = followed or TimestepIndex(state.steps, state.sampler)
         if index.steps != state.steps:
             raise AerogelError(
-                f"the table is of {len(state.steps)} steps, the network's scales of {len(index.steps)} others; calibrate both together"
+                f"the table is of {len(state.steps)} steps, the model's scales of {len(index.steps)} others; calibrate both together"
             )
         index.set_pipeline(network.processor)
         modules = dict(path.projections)

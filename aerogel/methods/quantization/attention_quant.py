@@ -71,7 +71,7 @@ class AttentionQuant(RuntimePolicy[AttentionQuantState]):
         names = [name for name in named if not matches(name, ignore, network.module.get_submodule(name))]
         if not names:
             raise AerogelError(
-                f"{len(named)} modules of this network call scaled_dot_product_attention and {len(named)} are ignored; "
+                f"{len(named)} modules of this model call scaled_dot_product_attention and {len(named)} are ignored; "
                 "expected at least one to be left: use torch's attention (attn_implementation='sdpa'), or leave attention_quant out"
             )
         searches: dict[tuple[str, str], Searched] = defaultdict(
