@@ -8,12 +8,13 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
 from aerogel.errors import AerogelError, nearest
 
@@ -174,10 +175,27 @@ def _documented_fields(cls: Any) -> Iterator[tuple[str, str, str]]:
     """(name, annotation, docstring) of each field that a class itself declares."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+    unbounded = _Unbounded(vars(sys.modules[cls.__module__]))
     for node, after in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             doc = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
-            yield node.target.id, ast.unparse(node.annotation), inspect.cleandoc(str(doc))
+            yield node.target.id, ast.unparse(unbounded.visit(node.annotation)), inspect.cleandoc(str(doc))
+
+
+class _Unbounded(ast.NodeTransformer):
+    """Writes the plain type for one that declares bounds, by name or in place."""
+
+    def __init__(self, names: Mapping[str, Any]) -> None:
+        self._names = names
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        named = self._names.get(node.id)
+        return ast.Name(get_args(named)[0].__name__) if get_origin(named) is Annotated else node
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        if isinstance(node.value, ast.Name) and node.value.id == "Annotated" and isinstance(node.slice, ast.Tuple):
+            return node.slice.elts[0]
+        return self.generic_visit(node)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 
 
@@ -17,3 +17,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {' or '.join(close)}?"
     return f"; known are {', '.join(known)}" if known else "; there are none"
+
+
+def reasons(look: Callable[[], object]) -> Iterator[str]:
+    """Yield the text of the AerogelError that `look` raises; nothing where it raises none."""
+    try:
+        look()
+    except AerogelError as error:
+        yield str(error)

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
 import re
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from aerogel import catalog
 from aerogel.errors import AerogelError, nearest
 from aerogel.methods.base import BlockMethod, Method, RuntimePolicy
 from aerogel.numerics.scheme import Scheme
+from aerogel.options import checked, reason
 
 AnyMethod = BlockMethod | Method | RuntimePolicy[Any]
 Built = TypeVar("Built")
@@ -126,7 +123,7 @@ def _document(content: Mapping[str, Any], where: str) -> _Document:
     try:
         return _Document.model_validate(dict(content))
     except ValidationError as error:
-        raise AerogelError(f"{where}: {_reason(error)}; expected `steps` to be a list of `- method: {{option: value}}`") from error
+        raise AerogelError(f"{where}: {reason(error)}; expected `steps` to be a list of `- method: {{option: value}}`") from error
 
 
 def _override(document: _Document, override: str) -> None:
@@ -177,7 +174,6 @@ def _step(recipe: str, number: int, step: Mapping[str, Mapping[str, Any] | None]
 def build(cls: type[Built], options: Mapping[str, Any], where: str) -> Built:
     """Make a dataclass of options from their values; raises AerogelError for an unknown option (with the nearest) or a wrong value."""
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls, include_extras=True)
     for option in options:
         if option not in fields:
             raise AerogelError(f"{where}: unknown option {option!r}{nearest(str(option), fields)}")
@@ -188,45 +184,15 @@ def build(cls: type[Built], options: Mapping[str, Any], where: str) -> Built:
     ]
     if missing:
         raise AerogelError(f"{where}: {', '.join(missing)} must be given")
-    values = {option: _value(hints[option], value, f"{where}: option {option!r}") for option, value in options.items()}
+    values = {option: checked(cls, option, value, f"{where}: option {option!r}") for option, value in options.items()}
     try:
         return cls(**values)
     except AerogelError as error:
         raise AerogelError(f"{where}: {error}") from error
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
-    adapter: TypeAdapter[Any] = TypeAdapter(_border_type(hint), config=ConfigDict(strict=True, arbitrary_types_allowed=True))
-    try:
-        return adapter.validate_python(value)
-    except ValidationError as error:
-        raise AerogelError(f"{where}: {_reason(error)}") from error
-
-
-def _border_type(hint: Any) -> Any:
-    """A option's type as recipes may write it: lists stand for tuples and sets, names and mappings for schemes."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Scheme or Scheme in args:
-        return Annotated[Any, PlainValidator(_scheme)]
-    if not args or origin in (Literal, Annotated):
-        return hint
-    inner = tuple(arg if arg is Ellipsis else _border_type(arg) for arg in args)
-    if origin in (typing.Union, types.UnionType):
-        return functools.reduce(operator.or_, inner)
-    rebuilt = origin[inner]
-    return Annotated[rebuilt, Strict(False)] if origin in (tuple, set, frozenset) else rebuilt
-
-
-def _scheme(value: Any) -> Scheme | str:
-    """A scheme as it was given, once it is known to be one."""
-    if not isinstance(value, Scheme | str | Mapping):
-        raise AerogelError("a scheme is a name such as W4A16_G64 or a mapping {preset, group, symmetric}")
-    parsed = Scheme.parse(value)
-    return value if isinstance(value, str) else parsed
-
-
 def plain(value: Any) -> Any:
-    """A option's value as YAML and JSON write it."""
+    """An option's value as YAML and JSON write it."""
     if isinstance(value, Scheme | Path):
         return str(value)
     if isinstance(value, Mapping):
@@ -236,15 +202,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [plain(inner) for inner in value]
     return value
-
-
-def _reason(error: ValidationError) -> str:
-    """The first thing that is wrong, in one line."""
-    first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
-    return f"{place}: {message}{got}" if place else f"{message}{got}"
 
 
 def _one_line(error: Exception) -> str:

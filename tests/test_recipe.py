@@ -16,17 +16,17 @@ from aerogel.methods.quantization.gptq import Gptq
 from aerogel.numerics.scheme import PerGroup, Scheme
 from aerogel.recipe import Recipe, Step
 
-GPTQ: dict[str, Any] = {"name": "mine", "steps": [{"gptq": {"scheme": "W4A16_G64", "damping": 0.02}}]}
+GPTQ: dict[str, Any] = {"name": "mine", "steps": [{"gptq": {"scheme": "W4A16_G64", "percdamp": 0.02}}]}
 
 
 def test_steps_become_methods() -> None:
     (step,) = Recipe.parse(GPTQ).steps
     assert step.name == "gptq"
     assert isinstance(step.method, Gptq)
-    assert step.method.damping == 0.02
+    assert step.method.percdamp == 0.02
     assert str(step.method.scheme) == "W4A16_G64"
     with pytest.raises(FrozenInstanceError):
-        step.method.damping = 1.0  # type: ignore[misc]
+        step.method.percdamp = 1.0  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("name", catalog.names("recipes"))
@@ -60,11 +60,11 @@ def test_lists_stand_for_tuples_and_mappings_for_schemes() -> None:
 
 def test_files_mappings_and_recipes_are_read(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
-    path.write_text("steps:\n  - gptq: {scheme: W3A16_G64, damping: 1e-3}\n  - rtn:\n")
+    path.write_text("steps:\n  - gptq: {scheme: W3A16_G64, percdamp: 1e-3}\n  - rtn:\n")
     recipe = Recipe.parse(path)
     assert recipe.name == "own"
     assert [step.name for step in recipe.steps] == ["gptq", "rtn"]
-    assert recipe.as_dict()["steps"][0]["gptq"]["damping"] == 0.001
+    assert recipe.as_dict()["steps"][0]["gptq"]["percdamp"] == 0.001
     assert Recipe.parse(str(path)) == recipe == Recipe.parse(recipe)
 
 
@@ -78,7 +78,7 @@ def test_recipes_can_be_made_of_values() -> None:
     ("override", "option", "value"),
     [
         ("gptq.scheme=W3A16", "scheme", "W3A16"),
-        ("gptq.damping=5e-2", "damping", 0.05),
+        ("gptq.percdamp=5e-2", "percdamp", 0.05),
         ("gptq.true_sequential=true", "true_sequential", True),
         ("gptq.ignore=[lm_head, '*.down_proj']", "ignore", ["lm_head", "*.down_proj"]),
         ("gptq.overrides={'*.o_proj': W8A16}", "overrides", {"*.o_proj": "W8A16"}),
@@ -103,8 +103,8 @@ def test_overrides_leave_the_given_mapping_alone() -> None:
         ({"name": "x"}, "steps: Field required"),
         ({"steps": []}, "steps: List should have at least 1 item"),
         ({"steps": ["gptq"]}, r"steps\.0: .*dictionary"),
-        ({"steps": [{"gptq": {"damping": "much"}}]}, r"option 'damping': .*number, got 'much'"),
-        ({"steps": [{"gptq": {"damping": True}}]}, r"option 'damping': .*number, got True"),
+        ({"steps": [{"gptq": {"percdamp": "much"}}]}, r"option 'percdamp': .*number, got 'much'"),
+        ({"steps": [{"gptq": {"percdamp": True}}]}, r"option 'percdamp': .*number, got True"),
         ({"steps": [{"gptq": {"ignore": "lm_head"}}]}, r"option 'ignore': .*tuple, got 'lm_head'"),
         ({"steps": [{"gptq": {"scheme": "W5B16"}}]}, r"option 'scheme': unknown scheme 'W5B16'"),
         ({"steps": [{"gptq": {"scheme": 4}}]}, r"option 'scheme': a scheme is a name"),
@@ -124,7 +124,7 @@ def test_what_is_wrong_is_said_in_one_line(recipe: Any, message: str) -> None:
     [
         ("steps: [", "is not YAML"),
         ("- gptq", "must be a mapping with the keys name and steps"),
-        ("steps: [{gptq: {damping: 1, damping: 2}}]", "key 'damping' is given twice"),
+        ("steps: [{gptq: {percdamp: 1, percdamp: 2}}]", "key 'percdamp' is given twice"),
         ("steps: !!python/object/apply:os.getcwd []", "is not YAML"),
         ("steps: [{gptq: {}}]\ninclude: other.yaml", "unknown key 'include'"),
     ],
@@ -157,3 +157,40 @@ def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
 def test_overrides_that_mean_nothing_are_refused(override: str, message: str) -> None:
     with pytest.raises(AerogelError, match=message):
         Recipe.parse(GPTQ, [override])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("modes", {"ratio": 1.5}, r"option 'ratio': expected a number from 0 to 1, got 1\.5"),
+        ("gptq", {"percdamp": -1}, r"option 'percdamp': expected a number of at least 0, got -1"),
+        ("gptq", {"percdamp": float("nan")}, r"option 'percdamp': expected a number of at least 0, got nan"),
+        ("gptq", {"max_activation_gb": float("inf")}, r"option 'max_activation_gb': expected a number of at least 0, got inf"),
+        ("pab", {"first": float("nan")}, r"option 'first': expected a finite number, got nan"),
+        ("smoothquant", {"alpha": 2}, r"option 'alpha': expected a number from 0 to 1 or 'search', got 2"),
+        ("attention_quant", {"bits": 9}, r"option 'bits': expected a number from 2 to 8, got 9"),
+        ("prune_experts", {"ratio": 1.0}, r"option 'ratio': expected a number from 0 to below 1, got 1\.0"),
+        ("delta_dit", {"share": 0.0}, r"option 'share': expected a number above 0 and at most 1, got 0\.0"),
+        ("toca", {"dense": [0.2, 1.5]}, r"option 'dense': expected a number from 0 to 1, got 1\.5"),
+        ("reduced_topk", {"ratio": -0.1}, r"option 'ratio': expected a number from 0 to 1, got -0\.1"),
+    ],
+)
+def test_bounds_hold_in_recipes_and_in_python(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(AerogelError, match=rf"step 1 \({name}\): {message}$"):
+        Recipe.parse({"steps": [{name: options}]})
+    with pytest.raises(AerogelError, match=rf"^{name}: {message}$"):
+        catalog.find("methods", name)(**options)
+
+
+def test_not_a_number_is_refused_in_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("steps: [{gptq: {percdamp: .nan}}]")
+    with pytest.raises(AerogelError, match="option 'percdamp': expected a number of at least 0, got nan"):
+        Recipe.parse(path)
+
+
+def test_bounds_leave_types_plain() -> None:
+    types = {option.name: option.type for option in catalog.options(catalog.find("methods", "modes"))}
+    assert types["ratio"] == "float"
+    assert types["power"] == "float | tuple[float, ...]"
+    assert types["points"] == "int"

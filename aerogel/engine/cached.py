@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from aerogel.engine import policies
-from aerogel.engine.calibration import CalibrationInput, prepare, shown
+from aerogel.engine.calibration import CalibrationInput, prepare, reading, shown
 from aerogel.engine.opening import open_model
 from aerogel.engine.policies import CalibratedPolicy
+from aerogel.engine.preflight import check_calls, check_steps
 from aerogel.engine.result import Result
-from aerogel.engine.run import seeded
+from aerogel.engine.stages import seeded
 from aerogel.errors import AerogelError
 from aerogel.io.save import fingerprint_of
 from aerogel.io.states import FACTS
@@ -92,7 +93,10 @@ def _compare_weights(network: Network, made_for: Mapping[str, Any]) -> None:
 def _measured(network: Network, recipe: Recipe, samples: CalibrationInput | None, seed: int) -> list[CalibratedPolicy]:
     if changing := [step.name for step in recipe.steps if not isinstance(step.method, RuntimePolicy)]:
         raise AerogelError(f"{changing[0]} changes the model for good, so it cannot be a policy of a context; use aerogel.compress")
-    calls = prepare(network, shown(network, samples), seed, head=False).calls
+    given = shown(network, samples)
+    check_steps(network, recipe, reading(network, given))
+    calls = prepare(network, given, seed, head=False).calls
+    check_calls(network, recipe, calls)
     made: list[CalibratedPolicy] = []
     for number, step in enumerate(recipe.steps):
         before = policies.superseded(step, made)

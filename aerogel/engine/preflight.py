@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from aerogel.engine.planning import Plan
+from aerogel.engine.requirements import unmet, unmet_by_calls
 from aerogel.engine.resume import RUN
 from aerogel.errors import AerogelError
 from aerogel.io import save
 from aerogel.layers.slots import slots
+from aerogel.methods.base import Before, CalibrationSize
+from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.recipe import Recipe
 
 
 def partial_of(output: Path) -> Path:
@@ -22,6 +27,19 @@ def check_plan(plan: Plan) -> None:
     if plan.problems:
         more = f" (and {len(plan.problems) - 1} more; `aerogel plan` lists them)" if len(plan.problems) > 1 else ""
         raise AerogelError(f"recipe {plan.recipe!r}: {plan.problems[0]}{more}")
+
+
+def check_steps(network: Network, recipe: Recipe, size: CalibrationSize) -> None:
+    """Refuse a recipe of policies that the network cannot be given; raises AerogelError with the first reason."""
+    for number, step in enumerate(recipe.steps):
+        for problem in unmet(network, step, recipe.steps[:number], Before(size)):
+            raise AerogelError(f"recipe {recipe.name!r}: {problem}")
+
+
+def check_calls(network: Network, recipe: Recipe, calls: Sequence[Call]) -> None:
+    """Refuse a recipe that the calls of the calibration do not serve; raises AerogelError with the first reason."""
+    for problem in unmet_by_calls(network, recipe, calls):
+        raise AerogelError(f"recipe {recipe.name!r}: {problem}")
 
 
 def check_output(output: Path, needed_bytes: int, origin: Path | None, resume: bool) -> None:

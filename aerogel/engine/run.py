@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -23,14 +22,16 @@ from torch import nn
 from aerogel.engine import policies, provenance
 from aerogel.engine.calibration import Calibration, CalibrationInput, prepare, reading, shown
 from aerogel.engine.coverage import coverage
+from aerogel.engine.estimates import needs_calls, needs_teacher
 from aerogel.engine.opening import open_model
-from aerogel.engine.planning import Plan, blocks_of, needs_calls, needs_teacher, plan_network
+from aerogel.engine.planning import Plan, plan_network
 from aerogel.engine.policies import CalibratedPolicy, Parameters
-from aerogel.engine.preflight import check_output, check_plan, check_weights, partial_of
+from aerogel.engine.preflight import check_calls, check_output, check_plan, check_weights, partial_of
 from aerogel.engine.progress import Event, Tell, Watch
 from aerogel.engine.result import Result, write
 from aerogel.engine.resume import Progress, Stage, fingerprint_of
 from aerogel.engine.scores import Scores, measure
+from aerogel.engine.stages import reaches_around, seeded, stages_of
 from aerogel.engine.teacher import resident, teacher_of, walk_with_teacher
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure
@@ -39,10 +40,10 @@ from aerogel.io.quantized import fuse_activations
 from aerogel.kernels.malloc import limit_fragmentation
 from aerogel.layers.linear import QuantLinear
 from aerogel.layers.scaled_input import ScaledInput
-from aerogel.methods.base import BlockMethod, Method, RuntimePolicy, WeightMethod
+from aerogel.methods.base import BlockMethod, Method, RuntimePolicy
 from aerogel.model.block import Block
 from aerogel.model.network import Network
-from aerogel.model.walk import Walk
+from aerogel.model.walk import Walk, blocks_of
 from aerogel.recipe import Recipe, Step
 from aerogel.training.fit import watched
 
@@ -115,6 +116,7 @@ class _Job:
         calibration = Calibration(())
         if needs_calls(self.recipe):
             calibration = prepare(network, read, self.seed, head=reaches_around(network, steps))
+            check_calls(network, self.recipe, calibration.calls)
         check_weights(network)
         return calibration
 
@@ -214,35 +216,38 @@ class Run:
         self.parameters = Parameters(self.network.blocks())
 
     def go(self) -> None:
-        """Do every step; neighbouring block methods share one walk, and a policy is on while later steps run."""
-        stages = _stages(self.recipe)
+        """Do every step; neighbouring block methods share one walk, and the policies calibrated so far are on."""
+        stages = stages_of(self.recipe)
         if needs_teacher(self.recipe):
             self.network.teacher = teacher_of(self.network)
-        with ExitStack() as stack:
-            stack.callback(setattr, self.network, "teacher", None)
-            last = ExitStack()
+        try:
             for number, steps in enumerate(stages):
-                method = steps[0].method
-                if isinstance(method, BlockMethod):
-                    self._visit_blocks(number, steps, len(stages))
-                    continue
-                at = Event("compress", number, len(stages), steps[0].name)
-                self.tell(at)
-                with watched(partial(self._inside, at, 0, 1)):
-                    if isinstance(method, Method):
-                        self._change_whole(number, steps[0].name, method)
-                        continue
-                    if (before := policies.superseded(steps[0], self.policies)) is not None:
-                        last.close()
-                        self.policies.pop()
-                    measured = self._calibrate(number, steps[0], method, before)
-                last = stack.enter_context(ExitStack())
-                last.enter_context(self.parameters.on(self.network, measured))
+                self._do(number, steps, len(stages))
+        finally:
+            self.network.teacher = None
+
+    def _do(self, number: int, steps: Sequence[Step], stages: int) -> None:
+        """Do block methods together, or one other step; a policy that revises the one before takes its place."""
+        step = steps[0]
+        before = policies.superseded(step, self.policies) if isinstance(step.method, RuntimePolicy) else None
+        active = self.policies if before is None else self.policies[:-1]
+        with ExitStack() as stack:
+            for measured in active:
+                stack.enter_context(self.parameters.on(self.network, measured))
+            if isinstance(step.method, BlockMethod):
+                self._visit_blocks(number, steps, stages)
+                return
+            at = Event("compress", number, stages, step.name)
+            self.tell(at)
+            with watched(partial(self._inside, at, 0, 1)):
+                if isinstance(step.method, Method):
+                    self._change_whole(number, step.name, step.method)
+                else:
+                    self.policies = [*active, self._calibrate(number, step, step.method, before)]
 
     def _calibrate(self, number: int, step: Step, policy: RuntimePolicy[Any], before: CalibratedPolicy | None) -> CalibratedPolicy:
         with self._resident(), resident(self._teacher(policy)), seeded(self.seed, number):
-            self.policies.append(policies.calibrated(self.network, step, self.calibration.calls, before))
-        return self.policies[-1]
+            return policies.calibrated(self.network, step, self.calibration.calls, before)
 
     def _teacher(self, method: Method | RuntimePolicy[Any]) -> Network | None:
         return self.network.teacher if "teacher" in method.requires else None
@@ -350,22 +355,6 @@ def _warn_of_fallbacks(journal: Sequence[Mapping[str, Any]]) -> None:
         warnings.warn(f"{names[0]}{more}: {reason}", stacklevel=3)
 
 
-def reaches_around(network: Network, steps: Iterable[Step]) -> bool:
-    """Whether block methods have linears to change outside the blocks."""
-    *_, around = blocks_of(network)
-    methods = [step.method for step in steps if isinstance(step.method, BlockMethod)]
-    return any(not isinstance(method, WeightMethod) or method.assign(around) for method in methods)
-
-
-def _stages(recipe: Recipe) -> list[list[Step]]:
-    """Steps in groups: neighbouring block methods together, every other step alone."""
-    stages: list[list[Step]] = []
-    for shared, group in groupby(recipe.steps, lambda step: isinstance(step.method, BlockMethod)):
-        steps = list(group)
-        stages += [steps] if shared else [[step] for step in steps]
-    return stages
-
-
 def _compress(block: Block, step: Step) -> None:
     assert isinstance(step.method, BlockMethod)
     before = len(block.notes)
@@ -384,14 +373,3 @@ def _scheme_of(block: Block, name: str) -> dict[str, str]:
     part = block.module.get_submodule(name.removeprefix(f"{block.name}."))
     part = part.inner if isinstance(part, ScaledInput) else part
     return {"scheme": str(part.scheme)} if isinstance(part, QuantLinear) else {}
-
-
-@contextmanager
-def seeded(*parts: int) -> Iterator[None]:
-    """Random numbers that depend on the run's seed and the place in it only, so that a resumed run draws the same."""
-    seed = 0
-    for part in parts:
-        seed = (seed * 1_000_003 + part + 1) % 2**63
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield

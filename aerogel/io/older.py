@@ -19,6 +19,7 @@ METHODS = {
 }
 OPTIONS = {
     "behind_linears": "include_linear_sources",
+    "damping": "percdamp",
     "duo": "duo_scaling",
     "slots": "cache_dtype",
     "waiting": "max_activation_gb",

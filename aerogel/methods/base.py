@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
@@ -15,6 +15,7 @@ from aerogel.model.calls import Call
 from aerogel.model.match import matches
 from aerogel.model.network import Network
 from aerogel.numerics.scheme import Scheme
+from aerogel.options import Options
 from aerogel.runtime.policy_state import PolicyState
 
 Requirement = Literal[
@@ -59,12 +60,38 @@ class CostEstimate:
     """Activations held at once beyond those of one call."""
 
 
+@dataclass(frozen=True)
+class Before:
+    """A model as a step of a recipe finds it, as far as the plan knows."""
+
+    size: CalibrationSize
+    """How much the calibration reads."""
+    quantized: Mapping[str, Scheme] = field(default_factory=dict)
+    """The layers that are quantized by then, by full name."""
+
+
 def name_of(method: object) -> str:
     """Return the name that recipes call a method by: that of its file."""
     return type(method).__module__.rpartition(".")[2]
 
 
-class BlockMethod(ABC):
+class _Method(Options, ABC):
+    """What all three kinds of methods declare to the plan."""
+
+    def problems(self, network: Network, before: Before) -> Iterator[str]:
+        """Say why its options do not suit the model, beside what `requires` says; decided without calls and without reading a weight."""
+        yield from ()
+
+    def unsuitable(self, network: Network, calls: Sequence[Call]) -> Iterator[str]:
+        """Say why the calls of the calibration do not serve it; decided without a forward."""
+        yield from ()
+
+    def requantized(self, network: Network, before: Before) -> dict[str, Scheme]:
+        """Return the layers quantized by then to whose schemes it adds inputs, with the schemes they get."""
+        return {}
+
+
+class BlockMethod(_Method):
     """Changes one block for good, seeing that block and its calls only."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "uncached"})
@@ -78,7 +105,7 @@ class BlockMethod(ABC):
         """Change the block's weights or modules in place."""
 
 
-class Method(ABC):
+class Method(_Method):
     """Changes a whole model for good."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"uncached"})
@@ -100,7 +127,7 @@ State = TypeVar("State")
 """The state of a policy."""
 
 
-class RuntimePolicy(ABC, Generic[State]):
+class RuntimePolicy(_Method, Generic[State]):
     """Acts while the network runs: calibrated once, then put on and taken off."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls"})

@@ -25,6 +25,13 @@ from aerogel.model.network import Network
 from aerogel.model.trace import NON_BLOCK, trace
 
 
+def blocks_of(network: Network) -> Iterator[Block]:
+    """Every block without calls, in list order; the network around its blocks, named '', comes last."""
+    modules = {**network.blocks(), NON_BLOCK: network.module}
+    for position, (name, module) in enumerate(modules.items()):
+        yield Block(name, module, position, len(modules), (), network)
+
+
 class Residency(Protocol):
     """Who brings a block's weights in for its visit and lets them go afterwards."""
 

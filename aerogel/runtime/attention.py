@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.hooks import patch_forward
 from aerogel.model.network import Network
@@ -55,6 +56,17 @@ def attentions(network: Network, call: Call) -> tuple[str, ...]:
         with _Answer(seen):
             network.run(call)
     return tuple(found)
+
+
+def require_torch_attention(network: Network) -> None:
+    """Raise AerogelError where every part of the network says that its attention is another than scaled_dot_product_attention."""
+    configs = [getattr(module, "config", None) for module in network.module.modules()]
+    named = {getattr(config, "_attn_implementation", None) for config in configs} - {None}
+    if named and "sdpa" not in named:
+        raise AerogelError(
+            f"0 modules of this network call scaled_dot_product_attention, its attention is {' and '.join(sorted(map(repr, named)))}; "
+            "open the model with attn_implementation='sdpa', or leave this step out"
+        )
 
 
 @contextmanager

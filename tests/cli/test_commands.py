@@ -176,11 +176,11 @@ def test_show_says_what_a_method_does_and_its_options() -> None:
     assert (card["kind"], exporter["kind"]) == ("methods", "exporters")
     assert "arXiv:2210.17323" in card["about"]
     assert card["requires"] == ["calls", "uncached"]
-    damping = next(option for option in card["options"] if option["name"] == "damping")
-    assert damping == {"name": "damping", "type": "float", "about": damping["about"], "default": Gptq.damping}
+    percdamp = next(option for option in card["options"] if option["name"] == "percdamp")
+    assert percdamp == {"name": "percdamp", "type": "float", "about": percdamp["about"], "default": Gptq.percdamp}
     said = run("show", "gptq")
-    assert "damping: float = 0.01" in said
-    assert damping["about"] in said
+    assert "percdamp: float = 0.01" in said
+    assert percdamp["about"] in said
 
 
 def test_show_knows_every_name() -> None:

@@ -81,8 +81,8 @@ def test_unknown_recipe(desk: Desk) -> None:
 
 def test_unknown_recipe_key(desk: Desk) -> None:
     assert "step 1 (gptq): unknown option 'shceme'; did you mean scheme" in desk.refused(*desk.compress("--set", "gptq.shceme=W3A16"))
-    desk.recipe.write_text("steps:\n  - gptq: {dampening: 0.1}\n")
-    assert "unknown option 'dampening'; did you mean damping" in desk.refused("plan", str(desk.model), "-r", str(desk.recipe))
+    desk.recipe.write_text("steps:\n  - gptq: {perc_damp: 0.1}\n")
+    assert "unknown option 'perc_damp'; did you mean percdamp" in desk.refused("plan", str(desk.model), "-r", str(desk.recipe))
 
 
 def test_unknown_method(desk: Desk) -> None:

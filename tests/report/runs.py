@@ -54,7 +54,7 @@ def full(
     return {
         "schema": 1,
         "model": {"name": "smollm2-135m", "family": "llama", "parameters": 134_515_008, "dtype": "bfloat16"},
-        "recipe": {"name": recipe, "steps": [{"gptq": {"scheme": scheme, "ignore": ["lm_head"], "damping": 0.01, "overrides": {}}}]},
+        "recipe": {"name": recipe, "steps": [{"gptq": {"scheme": scheme, "ignore": ["lm_head"], "percdamp": 0.01, "overrides": {}}}]},
         "provenance": {
             "date": "2026-11-23T06:12:00+00:00",
             "seed": 0,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from aerogel.data import denoising
 from aerogel.data.denoising import Denoising
 from aerogel.data.latents import latents_by_step, watched_sampler
-from aerogel.engine.run import seeded
+from aerogel.engine.stages import seeded
 from aerogel.evaluate.image_similarity import png
 from aerogel.model.calls import tensors_in
 from aerogel.model.hooks import patch_forward

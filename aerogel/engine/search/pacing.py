@@ -14,8 +14,8 @@ from aerogel.data.denoising import Denoising
 from aerogel.data.latents import denoising_seconds
 from aerogel.engine import policies
 from aerogel.engine.policies import CalibratedPolicy
-from aerogel.engine.run import seeded
 from aerogel.engine.search.candidates import chosen
+from aerogel.engine.stages import seeded
 from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import BudgetedCachePolicy, FeatureCachePolicy, ScheduleRefiner
 from aerogel.model.calls import Call

@@ -16,9 +16,9 @@ from aerogel.engine import policies
 from aerogel.engine.calibration import CalibrationInput, Samples, prepare, shown
 from aerogel.engine.policies import CalibratedPolicy
 from aerogel.engine.progress import Event, Tell
-from aerogel.engine.run import seeded
 from aerogel.engine.search.candidates import chosen
 from aerogel.engine.search.judging_answers import HeldOut, Judge
+from aerogel.engine.stages import seeded
 from aerogel.errors import AerogelError
 from aerogel.methods.experts.policy import ExpertSkippingPolicy
 from aerogel.model.network import Network

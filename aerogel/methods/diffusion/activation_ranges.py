@@ -6,9 +6,9 @@ together with those of attention operands in the block where `attention_quant` s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -17,15 +17,18 @@ from torch import Tensor, nn
 
 from aerogel.layers.conv import with_inputs
 from aerogel.layers.linear import QuantLinear, cache_dequantized, stored_grid
-from aerogel.methods.base import BlockMethod, CalibrationSize, CostEstimate, Requirement
+from aerogel.methods.base import Before, BlockMethod, CalibrationSize, CostEstimate, Requirement
 from aerogel.model.block import Block
 from aerogel.model.calls import tensors_in
 from aerogel.model.hooks import capture_inputs
+from aerogel.model.network import Network
 from aerogel.model.trace import NON_BLOCK
+from aerogel.model.walk import blocks_of
 from aerogel.numerics.formats import format_named
 from aerogel.numerics.observers import MovingAverage, RunningMinMax, Searched
 from aerogel.numerics.quantize import Grid, fake_quantize
-from aerogel.numerics.scheme import PerTensor, TensorScheme
+from aerogel.numerics.scheme import PerTensor, Scheme, TensorScheme
+from aerogel.options import Count, CountOrZero, Positive
 from aerogel.training.fit import Fit, fit
 
 
@@ -41,16 +44,27 @@ class ActivationRanges(BlockMethod):
     """Which of them to leave alone; wins over targets."""
     start: Literal["minmax", "average", "search"] = "search"
     """The first range: all extremes, the moving average of each call's extremes (0.95), or the least 2.4-norm error on some inputs."""
-    searched: int = 262144
+    searched: Count = 262144
     """Numbers of an input that a search looks at, drawn at random, as many from every call."""
-    steps: int = 5000
+    steps: CountOrZero = 5000
     """Optimiser steps a block; 0 keeps the first range."""
-    batch: int = 32
+    batch: Count = 32
     """Samples in a step, drawn from all calls."""
-    rate: float = 4e-4
+    rate: Positive = 4e-4
     """Peak learning rate of Adam, relative to the step size; it falls to nothing along a cosine."""
-    exponent: float = 2.4
+    exponent: Positive = 2.4
     """Power of the error that is made small."""
+
+    def problems(self, network: Network, before: Before) -> Iterator[str]:
+        """Look for quantized layers whose inputs are still in float."""
+        if not self.requantized(network, before):
+            yield "activation_ranges reaches no quantized layer with float inputs; put brecq, gptq or rtn before it, or check its targets"
+
+    def requantized(self, network: Network, before: Before) -> dict[str, Scheme]:
+        """Return the layers that get static inputs."""
+        targeted = {block.full_name(name) for block in blocks_of(network) for name in block.linears(self.targets, self.ignore)}
+        found = {name: scheme for name, scheme in before.quantized.items() if name in targeted and scheme.inputs is None}
+        return {name: replace(scheme, inputs=INPUTS) for name, scheme in found.items()}
 
     def cost(self, size: CalibrationSize) -> CostEstimate:
         """Every step sees a batch; the rest are the first ranges, the teacher and what is handed on."""

@@ -26,6 +26,7 @@ from aerogel.model.samples import Samples
 from aerogel.model.trace import NON_BLOCK
 from aerogel.numerics.adaround import beta_at, first_alpha, hard_codes, hard_weight, soft_weight, undecided
 from aerogel.numerics.scheme import Scheme
+from aerogel.options import Count, CountOrZero, NonNegative, Positive, Share
 from aerogel.training.fit import Fit, fit
 
 Jobs = Mapping[str, tuple[Layer, Scheme]]
@@ -42,21 +43,22 @@ class Brecq(WeightMethod):
     """Preset name of the weights' format; one with inputs measured at run time, such as W4A8, quantizes these too."""
     targets: tuple[str, ...] = ("Linear", "Conv2d")
     """Which layers: globs on full dotted names, `re:` patterns or class names (Linear, Conv2d)."""
-    steps: int = 20000
+    steps: CountOrZero = 20000
     """Optimiser steps a block."""
-    batch: int = 32
+    batch: Count = 32
     """Samples in a step, drawn from all calls."""
-    rate: float = 1e-3
+    rate: Positive = 1e-3
     """Learning rate of Adam, constant."""
-    rounding: float = 0.01
+    rounding: NonNegative = 0.01
     """Weight of the term that makes every weight decide between up and down."""
-    warmup: float = 0.2
+    warmup: Share = 0.2
     """Share of the steps before that term begins."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for scheme in map(Scheme.parse, (self.scheme, *self.overrides.values())):
             if scheme.inputs is not None and not scheme.inputs.dynamic:
-                raise AerogelError(f"brecq finds no static ranges of inputs, which {scheme} asks for; put ranges after it")
+                raise AerogelError(f"brecq finds no static ranges of inputs, which {scheme} asks for; put activation_ranges after it")
 
     def cost(self, size: CalibrationSize) -> CostEstimate:
         """Every step sees a batch; the rest are the first ranges, the teacher and what is handed on."""

@@ -7,8 +7,8 @@ T steps, C channels. In the temporal path an input at a step is a constant; its 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -19,7 +19,7 @@ from aerogel.errors import AerogelError
 from aerogel.layers.conv import with_inputs
 from aerogel.layers.linear import QuantLinear, cache_dequantized, set_timestep_index, stored_grid
 from aerogel.layers.timestep_index import TimestepIndex
-from aerogel.methods.base import Method, Requirement
+from aerogel.methods.base import Before, Method, Requirement
 from aerogel.model.calls import Call
 from aerogel.model.hooks import capture_inputs
 from aerogel.model.match import matches
@@ -29,7 +29,10 @@ from aerogel.model.trajectories import Trajectories
 from aerogel.numerics.formats import format_named
 from aerogel.numerics.observers import MovingAverage
 from aerogel.numerics.quantize import Grid, grid_from_range
-from aerogel.numerics.scheme import PerStep, PerTensor, TensorScheme
+from aerogel.numerics.scheme import PerStep, PerTensor, Scheme, TensorScheme
+from aerogel.options import Share
+
+_UNQUANTIZED = "no layer of the temporal path is quantized: put tiar, or rtn on its layers, before fsc"
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,24 @@ class Fsc(Method):
     """Whose inputs: the temporal path's, or also those of every other quantized layer whose inputs are still in float."""
     ignore: tuple[str, ...] = ("lm_head",)
     """Which of them to leave alone: globs on full dotted names, `re:` patterns or class names."""
-    momentum: float = 0.95
+    momentum: Share = 0.95
     """What a range outside of the path keeps of its average at each further call."""
+
+    def problems(self, network: Network, before: Before) -> Iterator[str]:
+        """Look for quantized layers whose inputs are still in float."""
+        if network.family.time is not None and not self.requantized(network, before):
+            yield _UNQUANTIZED
+
+    def requantized(self, network: Network, before: Before) -> dict[str, Scheme]:
+        """Return the layers that get a range for each step."""
+        path, ignore, layer = find(network), network.family.expand_patterns(self.ignore), network.module.get_submodule
+        within = {*path.embedding_linears, *path.projections}
+        inputs = _inputs(before.size.steps)
+        return {
+            name: replace(scheme, inputs=inputs)
+            for name, scheme in before.quantized.items()
+            if scheme.inputs is None and (self.scope == "all" or name in within) and not matches(name, ignore, layer(name))
+        }
 
     @torch.no_grad()
     def apply(self, network: Network, calls: Sequence[Call]) -> None:
@@ -53,7 +72,7 @@ class Fsc(Method):
         layers = self._layers(network)
         within = {name: layers.pop(name) for name in (*path.embedding_linears, *path.projections) if name in layers}
         if not within and not (layers and self.scope == "all"):
-            raise AerogelError("no layer of the temporal path is quantized: put tiar, or rtn on its layers, before fsc")
+            raise AerogelError(_UNQUANTIZED)
         sinusoid_TC = sinusoids(network, path, calls[0], steps)
         scheduler = getattr(network.processor, "scheduler", None)
         index = TimestepIndex(steps, "" if scheduler is None else f"{type(scheduler).__name__}")
@@ -62,7 +81,7 @@ class Fsc(Method):
         for name, layer in within.items():  # in order: each sees what quantized inputs before it give
             low_T, high_T = shared or _extremes(path, sinusoid_TC, name, layer, index)
             shared = (low_T, high_T) if name in path.projections else None
-            _give(network, name, layer, grid_from_range(low_T, high_T, _inputs(index)), index)
+            _give(network, name, layer, grid_from_range(low_T, high_T, _inputs(len(index.steps))), index)
             path = find(network)
         set_timestep_index(network.module, index, [*path.embedders, *path.projections])
         if self.scope == "all":
@@ -94,14 +113,14 @@ class Fsc(Method):
             _give(network, name, layer, Grid(torch.stack([grid.scale for grid in grids]), torch.stack(zeros)), index)
 
 
-def _inputs(index: TimestepIndex) -> TensorScheme:
-    return TensorScheme(format_named("int8"), PerStep(len(index.steps)), symmetric=False)
+def _inputs(steps: int) -> TensorScheme:
+    return TensorScheme(format_named("int8"), PerStep(steps), symmetric=False)
 
 
 def _give(network: Network, name: str, layer: QuantLinear, grid: Grid, index: TimestepIndex) -> None:
     """Put the layer's twin with inputs on this grid in its place."""
     dtype = network.stored_dtype or layer.get_buffer("weight_scale").dtype
-    twin = with_inputs(layer, _inputs(index), stored_grid(grid, dtype), dtype)
+    twin = with_inputs(layer, _inputs(len(index.steps)), stored_grid(grid, dtype), dtype)
     twin.timestep_index = index
     network.module.set_submodule(name, twin)
 

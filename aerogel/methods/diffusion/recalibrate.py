@@ -6,7 +6,7 @@ Where modules are skipped, what comes after them gets other inputs than the rang
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -17,15 +17,18 @@ from torch import Tensor
 from aerogel.errors import AerogelError
 from aerogel.layers.conv import with_inputs
 from aerogel.layers.linear import QuantLinear, stored_grid
-from aerogel.methods.base import Method, Requirement
+from aerogel.methods.base import Before, Method, Requirement
 from aerogel.model.calls import Call
 from aerogel.model.hooks import capture_inputs
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from aerogel.numerics.observers import MovingAverage, RunningMinMax
 from aerogel.numerics.quantize import Grid
-from aerogel.numerics.scheme import PerStep, PerTensor, TensorScheme
+from aerogel.numerics.scheme import PerStep, PerTensor, Scheme, TensorScheme
+from aerogel.options import Share
 from aerogel.runtime.feature_cache.replay import output_of, replays
+
+_NOTHING = "no layer has inputs with static ranges; put activation_ranges or fsc before recalibrate"
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,13 @@ class Recalibrate(Method):
 
     ranges: Literal["average", "minmax"] = "average"
     """Of the calls' extremes the moving average, or the widest."""
-    momentum: float = 0.95
+    momentum: Share = 0.95
     """What a range keeps of its average at each further call."""
+
+    def problems(self, network: Network, before: Before) -> Iterator[str]:
+        """Look for static ranges."""
+        if not any(map(_static, before.quantized.values())):
+            yield _NOTHING
 
     @torch.no_grad()
     def apply(self, network: Network, calls: Sequence[Call]) -> None:
@@ -45,9 +53,9 @@ class Recalibrate(Method):
 
         Raises AerogelError where no layer has static inputs, and where calls do not replay.
         """
-        layers = {name: part for name, part in network.module.named_modules() if isinstance(part, QuantLinear) and _static(part)}
+        layers = {name: part for name, part in network.module.named_modules() if isinstance(part, QuantLinear) and _static(part.scheme)}
         if not layers:
-            raise AerogelError("no layer has inputs with static ranges; put activation_ranges or fsc before recalibrate")
+            raise AerogelError(_NOTHING)
         one = TensorScheme(next(iter(layers.values())).scheme.inputs.format, PerTensor(), symmetric=False)  # type: ignore[union-attr]
         seen: dict[str, dict[int, MovingAverage | RunningMinMax]] = defaultdict(lambda: defaultdict(partial(self._observer, one)))
 
@@ -66,8 +74,8 @@ class Recalibrate(Method):
         return MovingAverage(scheme, 1 - self.momentum) if self.ranges == "average" else RunningMinMax(scheme)
 
 
-def _static(layer: QuantLinear) -> bool:
-    inputs = layer.scheme.inputs
+def _static(scheme: Scheme) -> bool:
+    inputs = scheme.inputs
     return inputs is not None and not inputs.dynamic and not inputs.symmetric and isinstance(inputs.granularity, PerTensor | PerStep)
 
 

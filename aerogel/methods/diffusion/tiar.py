@@ -25,6 +25,7 @@ from aerogel.model.time_path import TemporalPath, check, find, sinusoids
 from aerogel.model.trajectories import Trajectories
 from aerogel.numerics.adaround import beta_at, first_alpha, hard_codes, soft_weight, undecided
 from aerogel.numerics.scheme import Scheme
+from aerogel.options import CountOrZero, NonNegative, Positive, Share
 from aerogel.training.fit import Fit, fit
 
 
@@ -36,18 +37,19 @@ class Tiar(Method):
 
     scheme: Scheme | str = "W4A16_CHANNEL_ASYM"
     """Preset name of the weights' format; inputs of the path are another method's affair."""
-    steps: int = 5000
+    steps: CountOrZero = 5000
     """Optimiser steps, each over all time steps."""
-    rate: float = 0.02
+    rate: Positive = 0.02
     """Learning rate of Adam, constant."""
-    rounding: float = 0.01
+    rounding: NonNegative = 0.01
     """Weight of the term that makes every weight decide between up and down."""
-    warmup: float = 0.2
+    warmup: Share = 0.2
     """Share of the steps before that term begins."""
     first: bool = True
     """Whether the embedder's first linear is quantized too; the released code leaves it in float."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if Scheme.parse(self.scheme).inputs is not None:
             raise AerogelError(f"tiar learns weights only, and {self.scheme} asks for quantized inputs; put fsc after it")
 

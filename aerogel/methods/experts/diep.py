@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aerogel.methods.experts.policy import ExpertSkippingPolicy, ExpertSkippingState
+from aerogel.options import Count, Share
 from aerogel.runtime.expert_skipping.answers import Answers
 from aerogel.runtime.expert_skipping.routing import Routed, Rule, Shape
 from aerogel.runtime.expert_skipping.seen import outputs_of_each
@@ -36,12 +37,16 @@ class Diep(ExpertSkippingPolicy[DiepState]):
 
     state: ClassVar[type[PolicyState]] = DiepState
 
-    ratio: float | None = None
+    ratio: Share | None = None
     """Share of the token-expert assignments to drop: beta is scaled until it is met. None leaves the median of the calibration tokens."""
-    tokens: int = 256
+    tokens: Count = 256
     """Tokens of each layer on which the outputs of all experts are compared."""
     renormalise: bool = field(default=True, kw_only=True)
     """Scale the weights of a token's kept experts to the sum of all."""
+
+    def most(self, shape: Shape) -> float:
+        """All but the best expert of each token."""
+        return 1 - 1 / shape.top_k
 
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
         """Likeness of all experts, then beta."""

@@ -10,17 +10,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from aerogel.methods.base import CalibrationSize, CostEstimate
 from aerogel.methods.experts.policy import ExpertSkippingPolicy, ExpertSkippingState
+from aerogel.options import NonNegative, Share
 from aerogel.runtime.expert_skipping.answers import Answers
 from aerogel.runtime.expert_skipping.frontier import Evaluations, Found, Value, exhaustive, frontier, violations
 from aerogel.runtime.expert_skipping.routing import Bypass, Routed, Rule, Shape, Skipping
-from aerogel.runtime.expert_skipping.thresholds import POINTS, Score, UnreachableError, checked, grid, seen
+from aerogel.runtime.expert_skipping.thresholds import POINTS, Score, UnreachableError, grid, seen
 from aerogel.runtime.policy_state import PolicyState
 from aerogel.runtime.token_types import KINDS, MODALITIES, TEXT, VISION
 
@@ -54,11 +56,11 @@ class Modes(ExpertSkippingPolicy[ModesState]):
 
     state: ClassVar[type[PolicyState]] = ModesState
 
-    ratio: float = 0.67
+    ratio: Share = 0.67
     """Share of the token-expert assignments to drop, over all layers."""
     importance: Literal["modality", "layer", "none"] = "modality"
     """How much the answers change without a layer's experts: told apart by modality, one number a layer, or all layers alike."""
-    power: float | tuple[float, ...] = 1.0
+    power: NonNegative | tuple[NonNegative, ...] = 1.0
     """Power of the importance in the score: 1 as published, less to tell layers apart less sharply; of several the best is taken."""
     bypass: Bypass = "zero"
     """What stands for a layer's experts while its importance is measured: nothing, or their own input (as the public code has it)."""
@@ -66,7 +68,7 @@ class Modes(ExpertSkippingPolicy[ModesState]):
     """One threshold for text and one for vision, or a single one."""
     grid: Literal["quantiles", "published"] = "quantiles"
     """Where thresholds are looked for: where the scores are, or on the grid of the public code."""
-    points: int = POINTS
+    points: Annotated[int, Field(ge=2)] = POINTS
     """Thresholds of each modality that are looked at."""
     exhaustive: bool = False
     """Try all combinations of the two thresholds; for small grids."""
@@ -80,7 +82,6 @@ class Modes(ExpertSkippingPolicy[ModesState]):
 
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
         """Importance, then thresholds; raises AerogelError for a ratio that no threshold reaches."""
-        checked(self.ratio)
         importance_LM = answers.once(("importance", self.importance, self.bypass), lambda: self._importance(answers, shape))
         found = {power: self._found(answers, importance_LM, power) for power in self._powers}
         best = min(found, key=lambda power: found[power][0])

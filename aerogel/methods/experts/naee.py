@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from aerogel.methods.experts.policy import ExpertSkippingPolicy, ExpertSkippingState
+from aerogel.options import Share
 from aerogel.runtime.expert_skipping.answers import Answers
 from aerogel.runtime.expert_skipping.routing import Routed, Rule, Shape
 from aerogel.runtime.expert_skipping.thresholds import keeping, met, seen, tail_over_head
@@ -37,10 +38,14 @@ class Naee(ExpertSkippingPolicy[NaeeState]):
 
     state: ClassVar[type[PolicyState]] = NaeeState
 
-    ratio: float | None = None
+    ratio: Share | None = None
     """Share of the token-expert assignments to drop: all betas are scaled alike until it is met. None leaves the medians as they are."""
     renormalise: bool = field(default=True, kw_only=True)
     """Scale the weights of a token's kept experts to the sum of all; the authors do."""
+
+    def most(self, shape: Shape) -> float:
+        """All but the best expert of each token."""
+        return 1 - 1 / shape.top_k
 
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
         """Medians of the calibration tokens, then the scale that meets the ratio."""

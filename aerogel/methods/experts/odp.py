@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aerogel.errors import AerogelError
 from aerogel.methods.experts.policy import ExpertSkippingPolicy, ExpertSkippingState
+from aerogel.options import CountOrZero, NonNegative, Share
 from aerogel.runtime.expert_skipping.answers import Answers
 from aerogel.runtime.expert_skipping.routing import Routed, Rule, Shape
 from aerogel.runtime.expert_skipping.thresholds import met, tail_over_head
@@ -37,25 +38,33 @@ class Odp(ExpertSkippingPolicy[OdpState]):
 
     attends: ClassVar[bool] = True
 
-    ratio: float | None = None
+    ratio: Share | None = None
     """Share of the token-expert assignments to drop: beta is chosen for it. None leaves `beta`."""
-    beta: float = 0.5
+    beta: NonNegative = 0.5
     """How little the last experts weigh beside those before them to be dropped; the authors' value."""
-    kept: float = 0.1
+    kept: Share = 0.1
     """Share of a prompt's tokens that keep all experts: the most important ones."""
-    lost: float = 0.1
+    lost: Share = 0.1
     """Share of a prompt's tokens of which all assignments are dropped: the least important ones."""
-    layers: int = 20
+    layers: CountOrZero = 20
     """First layers in which tokens are told apart so."""
     as_published: bool = False
     """Sum attention over the wrong side, as the public code does: each token then counts one over those that see it."""
     renormalise: bool = field(default=True, kw_only=True)
     """Scale the weights of a token's kept experts to the sum of all; the authors do."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kept + self.lost > 1:
+            raise AerogelError(f"options 'kept' and 'lost': expected shares of tokens, together at most 1, got {self.kept} and {self.lost}")
+
+    def most(self, shape: Shape) -> float:
+        """All but the best expert of each token; of layers in which tokens lose all, everything, as a short prompt may round `lost` up."""
+        rest = 0.0 if self.keep_top1 or not self.lost else min(self.layers, shape.layers) / shape.layers
+        return 1 - (1 - rest) / shape.top_k
+
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
-        """Find beta where a ratio is asked for; raises AerogelError for shares that are none."""
-        if min(self.kept, self.lost) < 0 or self.kept + self.lost > 1:
-            raise AerogelError(f"kept {self.kept} and lost {self.lost}: shares of tokens, together at most 1, are expected")
+        """Find beta where a ratio is asked for."""
         if self.ratio is None:
             return {"beta": self.beta}
         beta, _ = met(answers, lambda tried: self.skip(self.below(tried), answers.vocabulary), _score, self.ratio, attention=True)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 from aerogel.errors import AerogelError
-from aerogel.methods.base import CalibrationSize, CostEstimate, Requirement, RuntimePolicy, name_of
+from aerogel.methods.base import Before, CalibrationSize, CostEstimate, Requirement, RuntimePolicy, name_of
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.expert_skipping.answers import Answers
 from aerogel.runtime.expert_skipping.routing import Rule, Shape, Skipping, shape_of, skipping
+from aerogel.runtime.expert_skipping.thresholds import UnreachableError
 from aerogel.runtime.policy_state import PolicyState
 from aerogel.runtime.token_types import Vocabulary
 
@@ -62,6 +63,16 @@ class ExpertSkippingPolicy(RuntimePolicy[SkipState]):
     def cost(self, size: CalibrationSize) -> CostEstimate:
         """Once whole, once to look at scores, a bisection of a hundred thresholds, and once for what it says in the end."""
         return CostEstimate(model_tokens=10.0 * size.tokens)
+
+    def problems(self, network: Network, before: Before) -> Iterator[str]:
+        """Compare the ratio with what its rule can drop at most."""
+        ratio, most = getattr(self, "ratio", None), self.most(shape_of(network))
+        if ratio is not None and ratio > most + 1e-9:
+            yield str(UnreachableError(ratio, most))
+
+    def most(self, shape: Shape) -> float:
+        """The share of token-expert assignments that its rule can drop at most, whatever the tokens."""
+        return 1 - 1 / shape.top_k if self.keep_top1 else 1.0
 
     @abstractmethod
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:

@@ -6,20 +6,22 @@ E experts, R of them stay, T tokens, K experts a token is routed to, H hidden wi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from aerogel.errors import AerogelError
+from aerogel.errors import AerogelError, reasons
 from aerogel.layers.experts import ExpertList
-from aerogel.methods.base import Method, Requirement
+from aerogel.methods.base import Before, Method, Requirement
 from aerogel.model.calls import Call
 from aerogel.model.experts import narrow, narrowed
 from aerogel.model.network import Network
+from aerogel.options import Count
 from aerogel.runtime.expert_skipping.routing import experts_of, router_of, shape_of
 from aerogel.runtime.expert_skipping.seen import Arrived, arrivals, outputs_of_each
 
@@ -32,20 +34,18 @@ class PruneExperts(Method):
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "experts", "uncached"})
 
-    ratio: float = 0.25
+    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """Share of each layer's experts to remove; what stays is rounded up."""
     by: Literal["reap", "naee"] = "reap"
     """`reap`: mean of router weight times size of the output over the tokens an expert gets; `naee`: all subsets, by the layer's output."""
-    tokens: int = 2048
+    tokens: Count = 2048
     """Tokens of each layer to judge by."""
-    subsets: int = 100_000
+    subsets: Count = 100_000
     """Subsets that `naee` may try in a layer."""
 
     def apply(self, network: Network, calls: Sequence[Call]) -> None:
         """Remove experts; raises AerogelError for a share that leaves too few, grouped routers, or too many subsets to try."""
-        shape = shape_of(network)
-        staying = math.ceil(shape.experts * (1 - self.ratio) - 1e-9)
-        self._check(network, shape.experts, shape.top_k, staying)
+        staying = self._staying(network)
         chosen = [
             self._stay(network, layer, arrived, staying) for layer, arrived in enumerate(arrivals(network, calls, self.tokens))
         ]  # all are chosen before the first is removed: a layer's input would change
@@ -58,8 +58,15 @@ class PruneExperts(Method):
             if hasattr(config, key):
                 setattr(config, key, staying)
 
-    def _check(self, network: Network, experts: int, top_k: int, staying: int) -> None:
-        if not 0 <= self.ratio < 1 or staying < top_k:
+    def problems(self, network: Network, before: Before) -> Iterator[str]:
+        """Count the experts that stay."""
+        yield from reasons(lambda: self._staying(network))
+
+    def _staying(self, network: Network) -> int:
+        """How many experts of each layer stay; raises AerogelError where the router or the search cannot do with them."""
+        _, experts, top_k = vars(shape_of(network)).values()
+        staying = math.ceil(experts * (1 - self.ratio) - 1e-9)
+        if staying < top_k:
             raise AerogelError(f"ratio {self.ratio} leaves {staying} of {experts} experts, and tokens go to {top_k}; remove fewer")
         if getattr(network.config.get_text_config(), "n_group", None) not in (None, 1):
             raise AerogelError("this router chooses among groups of experts, which have to stay alike; leave prune_experts out")
@@ -67,6 +74,7 @@ class PruneExperts(Method):
             raise AerogelError(
                 f"{math.comb(experts, staying):,} subsets of {staying} experts of {experts} are more than {self.subsets:,}; set by to reap"
             )
+        return staying
 
     def _stay(self, network: Network, layer: int, arrived: Arrived, staying: int) -> list[int]:
         y_ETH = outputs_of_each(network, layer, arrived.x_TH).float()

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from aerogel.methods.experts.policy import ExpertSkippingPolicy, ExpertSkippingState
+from aerogel.options import Share
 from aerogel.runtime.expert_skipping.answers import Answers
 from aerogel.runtime.expert_skipping.routing import Routed, Rule, Shape
 from aerogel.runtime.expert_skipping.thresholds import keeping, met
@@ -29,7 +30,7 @@ class SingleThreshold(ExpertSkippingPolicy[SingleThresholdState]):
 
     state: ClassVar[type[PolicyState]] = SingleThresholdState
 
-    ratio: float = 0.67
+    ratio: Share = 0.67
     """Share of the token-expert assignments to drop, over all layers."""
 
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from aerogel.errors import AerogelError
+from pydantic import Field
+
 from aerogel.methods.feature_cache.policy import BlockCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
+from aerogel.options import Count, Share
 from aerogel.runtime.feature_cache.block_cache import Rule, TableRule, block_cache_state
 
 
@@ -23,19 +25,15 @@ class DeltaDit(BlockCachePolicy):
 
     search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
-    interval: int = 2
+    interval: Count = 2
     """Steps from one at which all blocks run to the next."""
-    share: float = 0.75
+    share: Annotated[float, Field(gt=0, le=1)] = 0.75
     """Share of the blocks that is skipped."""
-    boundary: float = 0.5
+    boundary: Share = 0.5
     """Share of the steps, at the start, at which it is the last blocks."""
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Read the sampler's steps off the calls; raises AerogelError for options out of range."""
-        if self.interval < 1 or not 0 < self.share <= 1 or not 0 <= self.boundary <= 1:
-            raise AerogelError(
-                f"interval {self.interval} is at least 1, share {self.share} above 0 and at most 1, boundary {self.boundary} from 0 to 1"
-            )
         return block_cache_state(network, Trajectories.of(network, calls))
 
     def rule(self, state: dict[str, Any]) -> Rule:

@@ -11,6 +11,7 @@ from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
+from aerogel.options import NonNegative
 from aerogel.runtime.feature_cache.partial_token_cache import TokenCacheConfig, caching_tokens, token_cache_state
 
 
@@ -20,13 +21,13 @@ class Duca(TokenCacheConfig, FeatureCachePolicy):
 
     search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
-    ratio: float = 0.05
+    ratio: NonNegative = 0.05
     """Share of the tokens that these steps compute anew, before the factors below (PixArt: 0.75)."""
     late: float = 2.0
     """At step i the share is multiplied by 1 + late - 2 x late x i / T, from 0 on."""
     front: float = -0.2
     """In block b of those numbered 0 to last it is multiplied by 1 + front - 2 x front x b / last."""
-    bonus: float = 0.8
+    bonus: NonNegative = 0.8
     """The best token of each cell of the image has its score raised by this share of it, so that all of the image is served."""
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ T steps, N modules; H height and W width of an image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from aerogel.errors import AerogelError
+from aerogel.errors import AerogelError, reasons
 from aerogel.methods.base import Requirement
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call, map_tensors
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories, latent_of
+from aerogel.options import Count
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.guidance import CFGBatch, Half, HalfBatchEntry, UncondPredictor, guided, require_pair
 from aerogel.runtime.feature_cache.replay import replays
@@ -34,7 +35,7 @@ class Fastercache(FeatureCachePolicy):
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "trajectories", "cached_modules", "cfg", "uncached"})
     search_space: ClassVar[SearchSpace | None] = ("unconditional_every", (2, 3, 4, 5, 6, 8, 10))
 
-    self_every: int = 2
+    self_every: Count = 2
     """Within its window self-attention runs at the steps that this divides."""
     window: tuple[float, float] = (-1.0, 681.0)
     """Time steps above the first and below the second are within it."""
@@ -42,7 +43,7 @@ class Fastercache(FeatureCachePolicy):
     """Weight of the change between its last two outputs where it is left out first (published: 0.5, or rising from 0)."""
     weight_last: float = 0.5
     """And where it is left out last; linear in between (published: 0.5, or rising to 1)."""
-    unconditional_every: int = 5
+    unconditional_every: Count = 5
     """Within its window the unconditional half of the batch runs at the steps that this divides; 1 leaves out attention only."""
     unconditional_window: tuple[float, float] = (-1.0, 641.0)
     """Time steps between which the unconditional half may be left out."""
@@ -60,10 +61,8 @@ class Fastercache(FeatureCachePolicy):
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Read the sampler's steps and the order of the halves off the calls.
 
-        Raises AerogelError for intervals below 1, and where guidance does not come in one batch of images or clips.
+        Raises AerogelError where guidance does not come in one batch of images or clips.
         """
-        if min(self.self_every, self.unconditional_every) < 1:
-            raise AerogelError(f"self_every {self.self_every} and unconditional_every {self.unconditional_every} are at least 1")
         trajectories = Trajectories.of(network, calls)
         modules, steps = cached_modules_of(network), trajectories.steps
         conditional = self._conditional(network, trajectories) if self.unconditional_every > 1 else ""
@@ -72,6 +71,11 @@ class Fastercache(FeatureCachePolicy):
         attends_N = torch.tensor([module.kind == "self-attention" for module in modules.values()])
         state = schedule_state(network, trajectories, lambda *_: runs_T[:, None] | ~attends_N)
         return state | {"both": "".join("1" if one else "0" for one in both_T), "conditional": conditional}
+
+    def unsuitable(self, network: Network, calls: Sequence[Call]) -> Iterator[str]:
+        """Look for both branches of guidance in one batch, where one of them is left out."""
+        if self.unconditional_every > 1 and calls:
+            yield from reasons(lambda: _require_halves(network, calls[0]))
 
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
         """Extrapolate and guess by the tables."""
@@ -88,14 +92,7 @@ class Fastercache(FeatureCachePolicy):
 
     def _conditional(self, network: Network, trajectories: Trajectories) -> Half:
         """Which half has the condition: guidance goes from the other one towards it and beyond."""
-        alone = "set unconditional_every to 1 to leave out attention only"
-        x = latent_of(network.module, trajectories.first.args, trajectories.first.kwargs)
-        require_pair(x, alone)
-        if x.ndim < 4:
-            raise AerogelError(
-                f"{type(network.module).__name__} denoises {x.ndim} dimensions {tuple(x.shape)}, which have no height and width whose "
-                f"frequencies could be told apart; {alone}"
-            )
+        _require_halves(network, trajectories.first)
         if self.conditional != "found":
             return self.conditional
         (run,) = replays(network, replace(trajectories, calls=trajectories.calls[: len(trajectories.steps)]))
@@ -137,6 +134,18 @@ def bands(x: Tensor) -> tuple[Tensor, Tensor]:
     near_HW = row_H[:, None] ** 2 + column_W**2 <= (min(height, width) // 5) ** 2
     low = torch.fft.irfft2(torch.fft.rfft2(x) * near_HW, s=(height, width))
     return low, x - low
+
+
+def _require_halves(network: Network, call: Call) -> None:
+    """Raise AerogelError where a recorded batch has no unconditional half that could be made from the other."""
+    alone = "set unconditional_every to 1 to leave out attention only"
+    x = latent_of(network.module, call.args, call.kwargs)
+    require_pair(x, alone)
+    if x.ndim < 4:
+        raise AerogelError(
+            f"{type(network.module).__name__} denoises {x.ndim} dimensions {tuple(x.shape)}, which have no height and width whose "
+            f"frequencies could be told apart; {alone}"
+        )
 
 
 class _Bands(UncondPredictor):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from aerogel.errors import AerogelError
+from aerogel.errors import AerogelError, reasons
+from aerogel.methods.base import Before
 from aerogel.methods.feature_cache.policy import BlockCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
+from aerogel.options import Count, CountOrZero, NonNegative
 from aerogel.runtime.feature_cache.block_cache import BlockRange, Rule, block_cache_state
 
 
@@ -22,23 +24,28 @@ class FirstBlock(BlockCachePolicy):
 
     search_space: ClassVar[SearchSpace | None] = ("threshold", (0.02, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0))
 
-    threshold: float = 0.05
+    threshold: NonNegative = 0.05
     """Largest relative L1 distance between what the first blocks add now and then (diffusers: 0.05, cache-dit: 0.08)."""
-    first: int = 1
+    first: Count = 1
     """Blocks at the beginning that always run (cache-dit: 8)."""
-    last: int = 0
+    last: CountOrZero = 0
     """Blocks at the end that always run."""
-    warmup: int = 1
+    warmup: Count = 1
     """Steps at the start at which all blocks run (cache-dit: 8)."""
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Read the sampler's steps off the calls; raises AerogelError for options out of range."""
-        state = block_cache_state(network, Trajectories.of(network, calls))
-        if self.first < 1 or self.last < 0 or self.first + self.last >= state["blocks"]:
-            raise AerogelError(f"first {self.first} and last {self.last} leave nothing of {state['blocks']} blocks to be left out")
-        if self.threshold < 0 or self.warmup < 1:
-            raise AerogelError(f"threshold {self.threshold} is at least 0, warmup {self.warmup} at least 1")
-        return state
+        self._require_room(network)
+        return block_cache_state(network, Trajectories.of(network, calls))
+
+    def problems(self, network: Network, before: Before) -> Iterator[str]:
+        """Compare the blocks that always run with those of the model."""
+        yield from reasons(lambda: self._require_room(network))
+
+    def _require_room(self, network: Network) -> None:
+        """Raise AerogelError where no block is left to be skipped."""
+        if self.first + self.last >= (blocks := len(network.blocks())):
+            raise AerogelError(f"first {self.first} and last {self.last} leave nothing of {blocks} blocks to be left out")
 
     def rule(self, state: dict[str, Any]) -> Rule:
         """Compare with the last step at which all blocks ran."""

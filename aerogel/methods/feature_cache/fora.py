@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
+from aerogel.options import Count
 from aerogel.runtime.feature_cache.schedule import schedule_state
 
 
@@ -22,13 +22,11 @@ class Fora(FeatureCachePolicy):
 
     search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
-    interval: int = 2
+    interval: Count = 2
     """Steps from one that computes to the next; the first computes."""
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Read the sampler's steps off the calls; raises AerogelError for an interval below 1."""
-        if self.interval < 1:
-            raise AerogelError(f"interval is {self.interval}; it is at least 1")
         return schedule_state(
             network,
             Trajectories.of(network, calls),

@@ -13,17 +13,18 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from aerogel.errors import AerogelError
 from aerogel.methods.base import CalibrationSize, CostEstimate
 from aerogel.methods.feature_cache.policy import BudgetedCachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
+from aerogel.options import Count, CountOrZero, NonNegative, Positive
 from aerogel.runtime.feature_cache.budgets import Budget
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.checkpointing import checkpointing_blocks
@@ -55,24 +56,24 @@ class Harmonica(BudgetedCachePolicy):
     Without a budget (neither `ratio` nor `target_speedup`) the penalty stays as it is and the threshold decides, as published.
     """
 
-    trajectories: int = 200
+    trajectories: Count = 200
     """Generations to train on (published: 2000 for 10 steps); each is of as many images as were recorded at once."""
-    rate: float = 0.1
+    rate: Positive = 0.1
     """Learning rate of Adam (published: 0.01 for ten times as many trajectories)."""
-    threshold: float = 0.1
+    threshold: Annotated[float, Field(ge=0, lt=_HIGHEST)] = 0.1
     """A module with a score above it refreshes what is kept; without a budget, one with a score up to it is reused."""
     proxy: Proxy = "leave_one_out"
     """What weighs the steps: how the final image moves when a step alone computes everything, or when it joins those before it that
     reuse (as the released code has it); `none` weighs all alike."""
-    refresh: int = 50
+    refresh: Count = 50
     """Trajectories between two measurements of the proxy."""
-    penalty: float = 3e-4
+    penalty: NonNegative = 3e-4
     """Weight of the scores' sum at the start, against relative errors; from there it is steered to the budget, if there is one."""
-    search: int = 0
+    search: CountOrZero = 0
     """Trials of a local search: half of them from the best complete steps, the others from the learned one; the better result is kept."""
-    samples: int = 32
+    samples: Count = 32
     """Images that are made in each trial."""
-    max_age: int = 0
+    max_age: CountOrZero = 0
     """Steps in a row at which a module may be reused, in the schedule that comes out; 0 is without bound (as published)."""
     checkpointing: bool = False
     """Whether training stores only the input of each block and recomputes the block for gradients: slower, and less memory (published:
@@ -82,6 +83,15 @@ class Harmonica(BudgetedCachePolicy):
     def budgeted(self) -> bool:
         """Whether a budget is asked for."""
         return self.ratio is not None or self.target_speedup is not None
+
+    def check_budget(self, network: Network, steps: int) -> None:
+        """Check a budget where there is one."""
+        if self.budgeted:
+            super().check_budget(network, steps)
+
+    def check_ratio(self, budget: Budget, steps: int) -> None:
+        """Raise AerogelError where the bound on steps in a row forbids what the ratio asks for."""
+        budget.with_max_reuse(self.max_age, steps)
 
     def budget(self, network: Network, trajectories: Trajectories) -> Budget:
         """What has to be saved, by the costs that the first process measures; raises AerogelError also where max_age forbids it.
@@ -103,13 +113,6 @@ class Harmonica(BudgetedCachePolicy):
 
         Raises AerogelError when the calls do not replay or do not divide by the processes, or the budget cannot be met.
         """
-        if min(self.trajectories, self.refresh, self.samples) < 1 or min(self.search, self.max_age) < 0:
-            raise AerogelError(
-                f"trajectories {self.trajectories}, refresh {self.refresh} and samples {self.samples} are at least 1, "
-                f"search {self.search} and max_age {self.max_age} at least 0"
-            )
-        if not 0 <= self.threshold < _HIGHEST:
-            raise AerogelError(f"threshold {self.threshold} is at least 0 and below {_HIGHEST:.3f}, the score of the first step")
         trajectories = Trajectories.of(network, calls)
         budget = self.budget(network, trajectories)
         runs, modules = replays(network, trajectories), tuple(cached_modules_of(network))

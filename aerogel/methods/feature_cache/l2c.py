@@ -9,19 +9,20 @@ what the step before gave, the others compute everything; so at most half of the
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from aerogel.errors import AerogelError
-from aerogel.methods.base import CalibrationSize, CostEstimate
+from aerogel.errors import AerogelError, reasons
+from aerogel.methods.base import Before, CalibrationSize, CostEstimate
 from aerogel.methods.feature_cache.policy import BudgetedCachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
+from aerogel.options import Count, NonNegative, Positive, Share
 from aerogel.runtime.feature_cache.budgets import Budget
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.controlled import ControlledDenoiser, controlled
@@ -38,18 +39,27 @@ _BOUND = 5.0
 class L2c(BudgetedCachePolicy):
     """Learns from noised images which attention and FFN outputs of a denoiser to cache at every second step, for an exact budget."""
 
-    iterations: int = 2000
+    iterations: Count = 2000
     """Updates, each of the scores of one step (published: about 20 000 of 64 images); each is of as many images as were recorded at
     once."""
-    rate: float = 1e-2
+    rate: Positive = 1e-2
     """Learning rate of Adam (published: 1e-3 for ten times as many updates, and 1e-2 for DiT-L/2 at 20 steps)."""
-    penalty: float = 1e-6
+    penalty: NonNegative = 1e-6
     """Weight of the scores' sum against the mean squared error (published: 1e-6 for DiT-XL/2 at 10 and 50 steps, 5e-6 at 20); about what
     reusing a module alone adds to that error, or no score falls."""
-    threshold: float = 0.1
+    threshold: Share = 0.1
     """For the log: the published decision computes modules with a score above it; here the budget decides."""
-    check: int = 500
+    check: Count = 500
     """Updates between two measurements for the log."""
+
+    def problems(self, network: Network, before: Before) -> Iterator[str]:
+        """Look at the budget and at the sampler."""
+        yield from super().problems(network, before)
+        yield from reasons(lambda: _noises(network))
+
+    def check_ratio(self, budget: Budget, steps: int) -> None:
+        """Raise AerogelError where every second step cannot save as much."""
+        _within(budget, steps)
 
     def cost(self, size: CalibrationSize) -> CostEstimate:
         """A forward that fills what is kept, a teacher, a student and its gradients at each update."""
@@ -57,8 +67,6 @@ class L2c(BudgetedCachePolicy):
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Train and decode; raises AerogelError when the calls do not replay or every second step cannot meet the budget."""
-        if min(self.iterations, self.check) < 1:
-            raise AerogelError(f"iterations {self.iterations} and check {self.check} are at least 1")
         trajectories = Trajectories.of(network, calls)
         budget = self.budget(network, trajectories)
         _within(budget, len(trajectories.steps))

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import BlockCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
+from aerogel.options import Count, NonNegative, Share
 from aerogel.runtime.feature_cache.block_cache import Rule, TableRule, block_cache_state, residuals
 
 
@@ -26,20 +26,16 @@ class Magcache(BlockCachePolicy):
 
     search_space: ClassVar[SearchSpace | None] = ("threshold", (0.02, 0.04, 0.06, 0.09, 0.12, 0.18, 0.24, 0.4, 0.8, 2.0))
 
-    threshold: float = 0.06
+    threshold: NonNegative = 0.06
     """Largest sum of the product's distances from 1 since blocks ran last (diffusers: 0.06; the authors up to 0.24)."""
-    longest: int = 3
+    longest: Count = 3
     """Most steps in a row that are left out."""
-    retention: float = 0.2
+    retention: Share = 0.2
     """Share of the steps, at the start, at which all blocks run."""
 
     @torch.no_grad()
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Measure the ratios on the recorded generations; raises AerogelError for options out of range."""
-        if self.threshold < 0 or self.longest < 1 or not 0 <= self.retention <= 1:
-            raise AerogelError(
-                f"threshold {self.threshold} is at least 0, longest {self.longest} at least 1, retention {self.retention} from 0 to 1"
-            )
         trajectories = Trajectories.of(network, calls)
         state = block_cache_state(network, trajectories)
         ratio_T, before = torch.zeros(len(state["steps"])), torch.empty(0)

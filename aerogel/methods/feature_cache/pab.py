@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
+from aerogel.options import Count
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.schedule import schedule_state
 
@@ -23,9 +23,9 @@ class Pab(FeatureCachePolicy):
 
     search_space: ClassVar[SearchSpace | None] = ("self_every", (2, 3, 4, 6, 8, 10))
 
-    self_every: int = 2
+    self_every: Count = 2
     """Within the window self-attention runs every so many steps."""
-    cross_every: int = 6
+    cross_every: Count = 6
     """And cross-attention."""
     first: float = 100.0
     """Time steps above it are within the window."""
@@ -34,8 +34,6 @@ class Pab(FeatureCachePolicy):
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Read the sampler's steps off the calls; raises AerogelError for intervals below 1."""
-        if min(self.self_every, self.cross_every) < 1:
-            raise AerogelError(f"self_every {self.self_every} and cross_every {self.cross_every} are at least 1")
         every = {"self-attention": self.self_every, "cross-attention": self.cross_every}
         kinds = [every.get(module.kind, 1) for module in cached_modules_of(network).values()]
         trajectories = Trajectories.of(network, calls)

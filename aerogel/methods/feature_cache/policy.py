@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 
-from aerogel.errors import AerogelError
-from aerogel.methods.base import Requirement, RuntimePolicy, name_of
+from aerogel.errors import AerogelError, reasons
+from aerogel.methods.base import Before, Requirement, RuntimePolicy, name_of
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
+from aerogel.options import Share
 from aerogel.runtime.feature_cache.block_cache import Rule, caching_blocks
-from aerogel.runtime.feature_cache.budgets import Budget, Measure, budget_of
+from aerogel.runtime.feature_cache.budgets import Budget, Measure, budget_of, budget_of_ratio, require_one
 from aerogel.runtime.feature_cache.cache_dtype import CacheDtype, cache_format
-from aerogel.runtime.feature_cache.cached_modules import Costs, costs_of
+from aerogel.runtime.feature_cache.cached_modules import Costs, cached_modules_of, costs_of
 from aerogel.runtime.feature_cache.schedule import Schedule, cache_bytes, caching
 
 SearchSpace = tuple[str, tuple[float, ...]]
@@ -52,6 +54,7 @@ class FeatureCachePolicy(RuntimePolicy[dict[str, Any]]):
             cls.rounds = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         cache_format(self.cache_dtype)
         if self.cache_dtype != "compute" and not self.rounds:
             name = name_of(self)
@@ -135,12 +138,25 @@ class BudgetedCachePolicy(FeatureCachePolicy):
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "teacher", "trajectories", "cached_modules", "uncached"})
 
-    ratio: float | None = None
+    ratio: Share | None = None
     """Share of the schedule's entries (steps x modules) that return cached outputs; this or `target_speedup`."""
-    target_speedup: float | None = None
+    target_speedup: Annotated[float, Field(ge=1)] | None = None
     """How many times faster the denoiser has to be."""
     by: Measure = "latency"
     """What a target speed-up is counted in: measured seconds of the modules, or their multiply-accumulates."""
+
+    def problems(self, network: Network, before: Before) -> Iterator[str]:
+        """Look for one budget and count what a ratio asks for; what a speed-up asks for has to be measured."""
+        yield from reasons(lambda: self.check_budget(network, before.size.steps))
+
+    def check_budget(self, network: Network, steps: int) -> None:
+        """Raise AerogelError unless one budget is given and, where it is a ratio, generations of so many steps can save as much."""
+        require_one(self.ratio, self.target_speedup)
+        if self.ratio is not None and steps > 1:
+            self.check_ratio(budget_of_ratio(self.ratio, steps, len(cached_modules_of(network))), steps)
+
+    def check_ratio(self, budget: Budget, steps: int) -> None:
+        """Raise AerogelError where the method cannot save as much as a ratio asks for."""
 
     def budget(self, network: Network, trajectories: Trajectories) -> Budget:
         """What has to be saved; raises AerogelError when that is not said, said twice or cannot be had."""

@@ -17,6 +17,7 @@ from aerogel.methods.feature_cache.policy import ScheduleRefiner
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
+from aerogel.options import Count, CountOrZero
 from aerogel.runtime.feature_cache.budgets import Measure, budget_like
 from aerogel.runtime.feature_cache.masks import Search
 from aerogel.runtime.feature_cache.schedule import Schedule
@@ -32,9 +33,9 @@ class ScheduleRefine(ScheduleRefiner):
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "teacher", "trajectories", "cached_modules", "schedule"})
 
-    trials: int = 400
+    trials: CountOrZero = 400
     """Generations it may take, forked where they differ."""
-    samples: int = 32
+    samples: Count = 32
     """Images that are made in each, of those that were recorded."""
     by: Measure = "macs"
     """What has to be saved as before: multiply-accumulates, or measured seconds of the modules."""

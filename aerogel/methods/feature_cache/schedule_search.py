@@ -14,6 +14,7 @@ from aerogel.methods.feature_cache.policy import BudgetedCachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
+from aerogel.options import Count, CountOrZero
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.masks import Search
 from aerogel.runtime.feature_cache.schedule import Schedule
@@ -24,9 +25,9 @@ from aerogel.runtime.feature_cache.trials import generating
 class ScheduleSearch(BudgetedCachePolicy):
     """Searches the schedule with the least error of the final images: complete steps first, then single modules, then exchanges."""
 
-    trials: int = 2000
+    trials: CountOrZero = 2000
     """Generations it may take, forked where they differ."""
-    samples: int = 32
+    samples: Count = 32
     """Images that are made in each, of those that were recorded."""
 
     def cost(self, size: CalibrationSize) -> CostEstimate:

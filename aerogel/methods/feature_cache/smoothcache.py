@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
+from aerogel.options import Count, NonNegative
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.schedule import schedule_state
 
@@ -25,16 +25,14 @@ class Smoothcache(FeatureCachePolicy):
 
     search_space: ClassVar[SearchSpace | None] = ("alpha", (0.02, 0.04, 0.06, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0))
 
-    alpha: float = 0.08
+    alpha: NonNegative = 0.08
     """Largest relative L1 distance, averaged over the modules of a kind; the authors use 0.08 to 0.35."""
-    longest: int = 3
+    longest: Count = 3
     """Most steps in a row that reuse."""
 
     @torch.no_grad()
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Measure the change from step to step on the recorded calls; raises AerogelError for options out of range."""
-        if self.alpha < 0 or self.longest < 1:
-            raise AerogelError(f"alpha {self.alpha} is at least 0, longest {self.longest} at least 1")
         trajectories = Trajectories.of(network, calls)
         kinds = [module.kind for module in cached_modules_of(network).values()]
         changes_NTA = self._changes(network, trajectories)

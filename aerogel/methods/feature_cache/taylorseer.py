@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
+from aerogel.options import Count, CountOrZero
 from aerogel.runtime.feature_cache.schedule import CacheEntry, Schedule, caching, schedule_state
 
 
@@ -27,17 +27,15 @@ class Taylorseer(FeatureCachePolicy):
 
     search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
-    interval: int = 4
+    interval: Count = 4
     """Steps from one that computes to the next."""
-    order: int = 4
+    order: CountOrZero = 4
     """Highest derivative."""
-    warmup: int = 2
+    warmup: Count = 2
     """Steps at the start that all compute."""
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
         """Read the sampler's steps off the calls; raises AerogelError for options below their least values."""
-        if min(self.interval, self.warmup) < 1 or self.order < 0:
-            raise AerogelError(f"interval {self.interval} and warmup {self.warmup} are at least 1, order {self.order} at least 0")
         return schedule_state(network, Trajectories.of(network, calls), self._computed)
 
     def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:

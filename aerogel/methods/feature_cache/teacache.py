@@ -15,6 +15,7 @@ from aerogel.model.calls import Call, tensors_in
 from aerogel.model.hooks import capture_inputs
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
+from aerogel.options import Count, NonNegative
 from aerogel.runtime.feature_cache.block_cache import BlockRange, Rule, block_cache_state
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 
@@ -25,9 +26,9 @@ class Teacache(BlockCachePolicy):
 
     search_space: ClassVar[SearchSpace | None] = ("threshold", (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 2.0))
 
-    threshold: float = 0.15
+    threshold: NonNegative = 0.15
     """Sum of the estimated relative changes at which all blocks run again (the authors: 0.05 to 0.8, by model)."""
-    degree: int = 4
+    degree: Count = 4
     """Of the polynomial from the input's relative change to the output's, which is fitted to the recorded generations."""
 
     @torch.no_grad()
@@ -36,10 +37,8 @@ class Teacache(BlockCachePolicy):
         trajectories = Trajectories.of(network, calls)
         state, runs = block_cache_state(network, trajectories), trajectories.runs
         pairs = sum(len(run.calls) - 1 for run in runs)
-        if self.threshold < 0 or not 1 <= self.degree < pairs:
-            raise AerogelError(
-                f"threshold {self.threshold} is at least 0, degree {self.degree} at least 1 and below the {pairs} recorded pairs of steps"
-            )
+        if self.degree >= pairs:
+            raise AerogelError(f"degree {self.degree} is not below the {pairs} recorded pairs of steps; lower it, or record more")
         first = next(iter(cached_modules_of(network)))
         inputs: list[float] = []
         outputs: list[float] = []

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from aerogel.errors import AerogelError
@@ -25,6 +26,7 @@ from aerogel.model.network import Network
 from aerogel.numerics.attention import OPERANDS, attention
 from aerogel.numerics.observers import Searched
 from aerogel.numerics.quantize import Grid
+from aerogel.options import Count
 from aerogel.runtime.attention import Attend, attending, attentions
 from aerogel.runtime.policy_state import PolicyState, by_name
 
@@ -48,20 +50,14 @@ class AttentionQuant(RuntimePolicy[AttentionQuantState]):
     state: ClassVar[type[PolicyState]] = AttentionQuantState
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "attention"})
 
-    bits: int = 8
+    bits: Annotated[int, Field(ge=2, le=8)] = 8
     """Bits of queries, keys and values, 2 to 8; their grids have a zero point and the least error in the 2.4-norm."""
-    probability_bits: int = 8
+    probability_bits: Annotated[int, Field(ge=2, le=16)] = 8
     """Bits of the probabilities, 2 to 16; their grid begins at zero and ends at the largest one seen."""
     ignore: tuple[str, ...] = ()
     """Which attentions to leave alone: globs on full dotted names, `re:` patterns or class names."""
-    searched: int = 262144
+    searched: Count = 262144
     """Numbers of an operand that the search for its grid looks at, drawn at random, as many from every call."""
-
-    def __post_init__(self) -> None:
-        if not (2 <= self.bits <= 8 and 2 <= self.probability_bits <= 16):
-            raise AerogelError(
-                f"attention_quant: bits {self.bits} and probability_bits {self.probability_bits}; expected 2 to 8 and 2 to 16"
-            )
 
     @torch.no_grad()
     def calibrate(self, network: Network, calls: Sequence[Call]) -> AttentionQuantState:

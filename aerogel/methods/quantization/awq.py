@@ -27,6 +27,7 @@ from aerogel.model.statistics import InputStatistics, collect
 from aerogel.numerics.quantize import Grid, fake_quantize, grouped, weight_grid
 from aerogel.numerics.scheme import PerChannel, PerGroup, Scheme
 from aerogel.numerics.search import least_error
+from aerogel.options import Count, CountOrZero
 
 
 class _Inputs(NamedTuple):
@@ -83,7 +84,7 @@ class Awq(WeightMethod):
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "edges", "uncached"})
 
-    search_space: int = 20
+    search_space: CountOrZero = 20
     """In how many steps exponents of the scale between 0 and 1 are told apart; about half of them are tried."""
     duo_scaling: bool = True
     """Whether columns whose weights are large anyway are scaled less."""
@@ -93,7 +94,7 @@ class Awq(WeightMethod):
     """Layers whose ranges are not clipped: query and key, whose outputs are multiplied with each other."""
     unmapped: Literal["skip", "keep"] = "skip"
     """Linear layers that no edge feeds: left unscaled (skip), or divide their input at run time (keep), which only aerogel can open."""
-    rounds: int = 1
+    rounds: Count = 1
     """How often all scales are searched, each time from where the last round ended."""
     input_range: InputRange = "absmax"
     """Range of static inputs: absmax (extremes of all calls) or average (mean over the calls)."""

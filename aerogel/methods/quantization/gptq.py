@@ -28,6 +28,7 @@ from aerogel.numerics.feedback import feedback, round_columns
 from aerogel.numerics.quantize import Grid, dequantize, grouped
 from aerogel.numerics.scheme import PerBlock, PerChannel, PerGroup, Scheme, TensorScheme
 from aerogel.numerics.search import Observer, observe
+from aerogel.options import NonNegative
 
 ActOrder = Literal["none", "static", "group"]
 _Jobs = Mapping[str, tuple[nn.Linear, Scheme]]
@@ -40,15 +41,15 @@ _BATCH_NUMBERS = 1 << 26
 class Gptq(WeightMethod):
     """Second-order rounding of weights: compensates the error of each column in the columns that follow."""
 
-    damping: float = 0.01
-    """percdamp of GPTQ: this times the mean of the Hessian's diagonal is added to the diagonal; increased tenfold if that is too little."""
+    percdamp: NonNegative = 0.01
+    """This times the mean of the Hessian's diagonal is added to the diagonal; increased tenfold if that is too little."""
     act_order: ActOrder = "static"
     """Order of columns: as they are (none), or largest inputs first, with groups as they are (static) or in the new order (group)."""
     observer: Observer | Literal["output"] = "output"
     """How ranges are found: minmax (cover every weight), mse (least squared error) or output (least uncompensated error)."""
     true_sequential: bool | None = None
     """Whether linear layers are quantized in the order in which they run, with those before quantized; null: where one pass is enough."""
-    max_activation_gb: float = 1.0
+    max_activation_gb: NonNegative = 1.0
     """Gigabytes of activations that all calls may hold inside a block for that; above it, every group of layers takes a pass."""
     input_range: InputRange = "absmax"
     """Range of static inputs: absmax (extremes of all calls) or average (mean over the calls)."""
@@ -122,7 +123,7 @@ class Gptq(WeightMethod):
             fit,
             moves,
             self.act_order,
-            self.damping,
+            self.percdamp,
             kept_BOI,
         )
         for index, problem in enumerate(problems):

@@ -9,7 +9,7 @@ Legend: O outputs, I inputs, C channels of the stream, R = rotation_CC. Stream v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal, NamedTuple
@@ -17,8 +17,8 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aerogel.errors import AerogelError
-from aerogel.methods.base import Method, Requirement
+from aerogel.errors import AerogelError, reasons
+from aerogel.methods.base import Before, Method, Requirement
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.family import Residual
@@ -36,6 +36,13 @@ class Rotate(Method):
     """Which rotation: a Hadamard matrix with random signs spreads most evenly; a random orthogonal one exists for every width."""
     seed: int = 0
     """Seed of the random signs or of the random matrix."""
+
+    def problems(self, network: Network, before: Before) -> Iterator[str]:
+        """Look for the stream, and for a part of it that is quantized by then."""
+        found = list(reasons(lambda: _stream(network)))
+        if quantized := [] if found else sorted({*before.quantized} & _names(network, _stream(network))):
+            found = [f"cannot rotate: {quantized[0]} is quantized by then; put rotate first"]
+        yield from found
 
     @torch.no_grad()
     def apply(self, network: Network, calls: Sequence[Call]) -> None:
@@ -106,6 +113,13 @@ def _stream(network: Network) -> _Stream:
     find = network.module.get_submodule
     norms.append((find(residual.final_norm), [find(residual.head)]))
     return _Stream([find(name) for name in residual.embeddings], writers, norms, find(residual.head))
+
+
+def _names(network: Network, stream: _Stream) -> set[str]:
+    """The full names of the modules that a rotation changes."""
+    parts = [*stream.embeddings, *stream.writers, *(reader for _, readers in stream.norms for reader in readers), stream.head]
+    own = set(map(id, parts))
+    return {name for name, module in network.module.named_modules() if id(module) in own}
 
 
 def _writers(block: Block, residual: Residual) -> dict[str, nn.Linear]:

@@ -21,6 +21,7 @@ from aerogel.model.edges import channels, fold
 from aerogel.model.statistics import InputStatistics, collect
 from aerogel.numerics.quantize import dynamic_grid, fake_quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
+from aerogel.options import Count, Share
 
 
 @dataclass(frozen=True)
@@ -29,24 +30,27 @@ class Smoothquant(BlockMethod):
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "edges", "uncached"})
 
-    alpha: float | Literal["search"] = 0.5
+    alpha: Share | Literal["search"] = 0.5
     """How much of the difficulty moves from activations to weights, 0 to 1; or search it for every edge by the output's error."""
     scheme: Scheme | str = "W8A8"
     """What the search assumes about the step that quantizes; must quantize inputs."""
     include_linear_sources: bool = False
     """Whether inputs that come from a linear instead of a norm (value to output, up to down) are smoothed too."""
-    rows: int = 512
+    rows: Count = 512
     """How many rows of every input, spread evenly over all calls, the search looks at."""
     targets: tuple[str, ...] = ("Linear",)
     """Linear layers whose inputs are smoothed: globs on full dotted names, `re:` patterns or class names."""
     ignore: tuple[str, ...] = ("lm_head",)
     """Which of them to leave alone; wins over targets."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha == "search" and Scheme.parse(self.scheme).inputs is None:
+            raise AerogelError(f"smoothquant: scheme {self.scheme} does not quantize inputs; there is nothing to search for")
+
     @torch.no_grad()
     def compress(self, block: Block) -> None:
         """Smooth the inputs of the block's linears."""
-        if self.alpha != "search" and not 0 <= self.alpha <= 1:
-            raise AerogelError(f"smoothquant: alpha is {self.alpha}, expected a number from 0 to 1, or 'search'")
         linears = {name: module for name, module in block.linears(self.targets, self.ignore).items() if isinstance(module, nn.Linear)}
         edges = [edge for edge in block.edges() if self._smooths(block, edge, linears)]
         sinks = dict.fromkeys(name for edge in edges for name in edge.sinks if name in linears)
@@ -112,8 +116,7 @@ def _cost(x_TI: Tensor, weight_OI: Tensor, exact_TO: Tensor, scale_I: Tensor, sc
     Relative, because the few tokens whose activations are enormous would otherwise decide alone.
     """
     inputs, weights = scheme.inputs, scheme.weights
-    if inputs is None:
-        raise AerogelError(f"smoothquant: scheme {scheme} does not quantize inputs; there is nothing to search for")
+    assert inputs is not None, "the options were checked"
     small_TI, large_OI = x_TI / scale_I, weight_OI * scale_I
     rounded_TI = fake_quantize(small_TI, dynamic_grid(small_TI, inputs), inputs)
     rounded_OI = fake_quantize(large_OI, weight_grid(large_OI, weights), weights)

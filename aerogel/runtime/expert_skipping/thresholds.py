@@ -59,20 +59,12 @@ def met(answers: Answers, skip: Callable[[float], Skipping], score: Score, ratio
 
     Raises AerogelError that says how much can be dropped at most.
     """
-    checked(ratio)
     values = grid(seen(answers, score, attention=attention))
     evaluations = Evaluations(lambda cell: answers.judge(skip(values[cell[0]]), attention))
     found = crossing(evaluations, len(values), ratio)
     if found is None:
         raise UnreachableError(ratio, evaluations((len(values) - 1, 0)).ratio)
     return values[found.cell[0]], found
-
-
-def checked(ratio: float) -> float:
-    """The ratio; raises AerogelError where it is none."""
-    if not 0 <= ratio <= 1:
-        raise AerogelError(f"ratio {ratio}: a share of token-expert assignments between 0 and 1 is expected")
-    return ratio
 
 
 class UnreachableError(AerogelError):

@@ -128,22 +128,32 @@ def budget_of(network: Network, trajectories: Trajectories, ratio: float | None,
 
     Raises AerogelError unless one of the two is given, and when reusing everything after the first step would not be enough.
     """
+    require_one(ratio, speedup)
+    steps, modules = len(trajectories.steps), len(cached_modules_of(network))
+    if ratio is not None:
+        return budget_of_ratio(ratio, steps, modules)
+    assert speedup is not None, "one of the two"
+    whole, cost_N = _costs(network, trajectories.first, by)
+    return _possible(Budget(cost_N, steps * whole * (1 - 1 / speedup)), f"a speed-up of {speedup} by {by}", steps)
+
+
+def require_one(ratio: float | None, speedup: float | None) -> None:
+    """Raise AerogelError unless one of the two is given."""
     if (ratio is None) == (speedup is None):
         raise AerogelError("give one of ratio (share of steps x modules to cache) and target_speedup (times faster)")
-    steps, modules = len(trajectories.steps), len(cached_modules_of(network))
-    most = steps - 1
-    if ratio is not None:
-        made = Budget((1.0,) * modules, float(round(ratio * steps * modules)))
-        what = f"a ratio of {ratio}"
-    else:
-        assert speedup is not None, "one of the two"
-        whole, cost_N = _costs(network, trajectories.first, by)
-        made = Budget(cost_N, steps * whole * (1 - 1 / speedup))
-        what = f"a speed-up of {speedup} by {by}"
-    if (speedup is not None and speedup < 1) or made.saving < 0 or made.saving > most * sum(made.cost_N):
+
+
+def budget_of_ratio(ratio: float, steps: int, modules: int) -> Budget:
+    """The budget for a share of cache entries, which all cost the same; raises AerogelError where the steps after the first are too few."""
+    return _possible(Budget((1.0,) * modules, float(round(ratio * steps * modules))), f"a ratio of {ratio}", steps)
+
+
+def _possible(made: Budget, what: str, steps: int) -> Budget:
+    most = (steps - 1) * sum(made.cost_N)
+    if made.saving < 0 or made.saving > most:
         raise AerogelError(
-            f"{what} cannot be had: it saves {made.saving:.3g}; caching all {modules} modules at all but the first of {steps} steps "
-            f"saves {most * sum(made.cost_N):.3g}"
+            f"{what} cannot be had: it saves {made.saving:.3g}; caching all {len(made.cost_N)} modules at all but the first of {steps} "
+            f"steps saves {most:.3g}"
         )
     return made
 

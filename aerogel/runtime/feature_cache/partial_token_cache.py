@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, normalize, scaled_dot_product_attention
 
@@ -21,6 +22,7 @@ from aerogel.model.calls import Call
 from aerogel.model.hooks import capture_inputs
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories, latent_of
+from aerogel.options import Count, NonNegative, Options, Share
 from aerogel.runtime.attention import Attend, attending, attention_received
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.compiled import compiled_around
@@ -32,43 +34,36 @@ Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class TokenCacheConfig:
+class TokenCacheConfig(Options):
     """When all modules run, how many tokens the steps between compute anew, and which; steps are counted down to 0, the last."""
 
-    interval: int = 3
+    interval: Annotated[int, Field(ge=2)] = 3
     """About how many steps from one at which all modules run to the next (published: 3 for 50 DDIM steps of DiT, 4 for 250 of DDPM)."""
-    pace: float = 0.4
+    pace: Annotated[float, Field(ge=0, lt=1)] = 0.4
     """After step i of T the interval is divided by 1 + pace - 2 x pace x i / T, so it is longest at the start (PixArt: 0.2)."""
-    dense: tuple[float, float] = (0.2, 0.4)
+    dense: tuple[Share, Share] = (0.2, 0.4)
     """Where i / T is from the first share up to the second, the interval is 2 (PixArt: nowhere)."""
-    ratio: float = 0.07
+    ratio: NonNegative = 0.07
     """Share of the tokens that the steps between compute anew, before the factors below (PixArt: 0.3)."""
-    feed_forward: float = 2.5
+    feed_forward: NonNegative = 2.5
     """Times this in feed-forwards, which get what attention saves (PixArt: 1.6)."""
-    cross_attention: float = 0.0
+    cross_attention: NonNegative = 0.0
     """Times this in cross-attention (PixArt: 0.6); self-attention is reused whole."""
     late: float = 0.4
     """At step i the share is multiplied by 1 + late - 2 x late x i / T."""
     front: float = 0.8
     """In block b of those numbered 0 to last it is multiplied by 1 + front - 2 x front x b / last."""
-    staleness: float = 0.25
+    staleness: NonNegative = 0.25
     """What a token's score gains for `interval` selections in a row that passed it over; attention received is at most 1."""
-    bonus: float = 0.6
+    bonus: NonNegative = 0.6
     """The best token of each cell of the image has its score raised by this share of it, so that all of the image is served."""
-    cell: int = 2
+    cell: Count = 2
     """Rows and columns of a cell, in tokens; 1 for no cells."""
 
-    def check(self) -> None:
-        """Raise AerogelError for options out of range."""
-        if self.interval < 2 or self.cell < 1:
-            raise AerogelError(f"interval {self.interval} is at least 2, cell {self.cell} at least 1")
-        if not 0 <= self.pace < 1 or not 0 <= self.dense[0] <= self.dense[1] <= 1:
-            raise AerogelError(f"pace {self.pace} is from 0 to below 1, dense {list(self.dense)} two shares from 0 to 1 in order")
-        if min(self.ratio, self.feed_forward, self.cross_attention, self.staleness, self.bonus) < 0:
-            raise AerogelError(
-                f"ratio {self.ratio}, feed_forward {self.feed_forward}, cross_attention {self.cross_attention}, staleness {self.staleness} "
-                f"and bonus {self.bonus} are at least 0"
-            )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dense[0] > self.dense[1]:
+            raise AerogelError(f"option 'dense': expected two shares in order, got {list(self.dense)}")
 
     def ahead(self, steps: int) -> list[int]:
         """For each step how far ahead the next full one is; 0 at a full step."""
@@ -127,7 +122,6 @@ def token_cache_state(
     `some` says how far ahead the next full step is where some tokens are computed anew. Runs the first call. Raises AerogelError for
     options out of range, for compiled blocks, and where no attention scores the tokens of a module.
     """
-    options.check()
     _require_written(network)
 
     def full(steps: int, modules: int) -> Tensor:

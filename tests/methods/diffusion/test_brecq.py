@@ -175,9 +175,9 @@ def test_the_plan_counts_what_the_optimiser_does() -> None:
 
 
 def test_static_inputs_are_anothers_affair() -> None:
-    with pytest.raises(AerogelError, match="put ranges after it"):
+    with pytest.raises(AerogelError, match="put activation_ranges after it"):
         Brecq(scheme="W8A8_STATIC")
-    with pytest.raises(AerogelError, match="put ranges after it"):
+    with pytest.raises(AerogelError, match="put activation_ranges after it"):
         Brecq(overrides={"conv_in": "W8A8_AFFINE"})
     with pytest.raises(AerogelError, match="put fsc after it"):
         Tiar(scheme="W8A8")

@@ -12,7 +12,8 @@ from torch import Tensor
 import aerogel
 from aerogel.data.denoising import Denoising
 from aerogel.engine import policies
-from aerogel.engine.planning import needs_teacher, plan
+from aerogel.engine.estimates import needs_teacher
+from aerogel.engine.planning import plan
 from aerogel.errors import AerogelError
 from aerogel.layers.linear import QuantLinear
 from aerogel.methods.diffusion.recalibrate import Recalibrate, _give

@@ -275,10 +275,10 @@ def test_grid_splits_scores_evenly() -> None:
     [
         ({"reduced_topk": {}}, "one of k and ratio"),
         ({"reduced_topk": {"k": 3}}, "this router chooses 2 experts"),
-        ({"modes": {"ratio": 1.2}}, "a share of token-expert assignments between 0 and 1"),
+        ({"modes": {"ratio": 1.2}}, "option 'ratio': expected a number from 0 to 1, got 1.2"),
         ({"naee": {"ratio": 0.9}}, "this rule drops 0.4.. of all assignments at most"),
         ({"odp": {"kept": 0.7, "lost": 0.5}}, "together at most 1"),
-        ({"modes": {"points": 1}}, "at least 2 are expected"),
+        ({"modes": {"points": 1}}, "expected a number of at least 2, got 1"),
     ],
 )
 def test_knobs_out_of_range_are_refused(step: dict[str, Any], message: str) -> None:
@@ -391,8 +391,8 @@ def test_lower_k_leaves_an_expert_whatever_the_ratio() -> None:
     ) as refused:
         ReducedTopk(ratio=0.6).calibrate(network, given)
     assert refused.value.most == 0.5
-    with pytest.raises(AerogelError, match="a share of token-expert assignments between 0 and 1"):
-        ReducedTopk(ratio=1.5).calibrate(network, given)
+    with pytest.raises(AerogelError, match=r"reduced_topk: option 'ratio': expected a number from 0 to 1, got 1\.5"):
+        ReducedTopk(ratio=1.5)
     assert ReducedTopk(k=0).calibrate(network, given).skipped > 0.5, "who says none means none"
 
 

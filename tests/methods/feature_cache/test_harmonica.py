@@ -295,10 +295,10 @@ def test_compress_keeps_it_beside_the_weights(tmp_path: Path) -> None:
         ({"trajectories": 0}, "at least 1"),
         ({"refresh": 0}, "at least 1"),
         ({"search": -1}, "at least 0"),
-        ({"samples": 0}, "samples 0 are at least 1"),
-        ({"max_age": -1}, "max_age -1 at least 0"),
-        ({"threshold": 0.995}, "threshold 0.995 is at least 0 and below 0.993"),
-        ({"threshold": -0.1}, "threshold -0.1 is at least 0"),
+        ({"samples": 0}, "option 'samples': expected a number of at least 1, got 0"),
+        ({"max_age": -1}, "option 'max_age': expected a number of at least 0, got -1"),
+        ({"threshold": 0.995}, "option 'threshold': expected a number from 0 to below 0.993307, got 0.995"),
+        ({"threshold": -0.1}, "got -0.1"),
     ],
 )
 def test_knobs_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

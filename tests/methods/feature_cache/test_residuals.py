@@ -83,7 +83,7 @@ def test_first_block_keeps_blocks_and_steps_that_always_run() -> None:
     assert set(found[-8:]) == {0, 1, 4}
     with pytest.raises(AerogelError, match="first 4 and last 1 leave nothing of 5 blocks"):
         FirstBlock(first=4, last=1).calibrate(network, given)
-    with pytest.raises(AerogelError, match="threshold -1"):
+    with pytest.raises(AerogelError, match="option 'threshold': expected a number of at least 0, got -1"):
         FirstBlock(-1).calibrate(network, given)
     assert all(answer.isfinite().all() for answer in made)
 
@@ -162,7 +162,7 @@ def test_teacache_is_its_published_loop() -> None:
 
 
 def test_teacache_refuses_what_it_cannot_fit() -> None:
-    with pytest.raises(AerogelError, match="degree 9 at least 1 and below the 9 recorded pairs"):
+    with pytest.raises(AerogelError, match="degree 9 is not below the 9 recorded pairs"):
         Teacache(degree=9).calibrate(deep("dit"), drifting("dit"))
 
 

@@ -384,11 +384,11 @@ def test_a_pipeline_takes_them_from_a_recipe() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"interval": 1}, "interval 1 is at least 2"),
-        ({"cell": 0}, "cell 0 at least 1"),
-        ({"pace": 1.0}, "pace 1.0 is from 0 to below 1"),
-        ({"dense": (0.4, 0.2)}, r"dense \[0.4, 0.2\] two shares from 0 to 1 in order"),
-        ({"ratio": -0.1}, "ratio -0.1, feed_forward 2.5"),
+        ({"interval": 1}, "option 'interval': expected a number of at least 2, got 1"),
+        ({"cell": 0}, "option 'cell': expected a number of at least 1, got 0"),
+        ({"pace": 1.0}, "option 'pace': expected a number from 0 to below 1, got 1.0"),
+        ({"dense": (0.4, 0.2)}, r"option 'dense': expected two shares in order, got \[0.4, 0.2\]"),
+        ({"ratio": -0.1}, "option 'ratio': expected a number of at least 0, got -0.1"),
     ],
 )
 def test_knobs_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

@@ -111,5 +111,5 @@ def test_what_cannot_be_done_is_refused() -> None:
     network: Network = aerogel.load(tiny.build())
     with pytest.raises(AerogelError, match="ignored"):
         AttentionQuant(ignore=("*",)).calibrate(network, tiny.calls(1))
-    with pytest.raises(AerogelError, match="expected 2 to 8"):
+    with pytest.raises(AerogelError, match="option 'bits': expected a number from 2 to 8"):
         AttentionQuant(bits=9)

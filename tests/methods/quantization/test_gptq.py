@@ -150,7 +150,7 @@ def test_inputs_that_are_not_finite_are_refused_by_name() -> None:
 
 
 def test_a_moment_without_a_factor_means_rounding_and_says_so() -> None:
-    block, before, _ = visit(Gptq("W3A16_G16", damping=3.0))  # above the bound before it begins
+    block, before, _ = visit(Gptq("W3A16_G16", percdamp=3.0))  # above the bound before it begins
     notes = {note["name"]: note for note in block.notes}
     assert "not positive definite" in notes["cell.left"]["fallback"]
     part = quantized(block, "left")
@@ -242,7 +242,7 @@ def test_pruned_weights_stay_zero(scheme: str, act_order: str) -> None:
 @pytest.mark.parametrize("scheme", [W4, "W4A16_G32_ASYM", "W8A16_CHANNEL"])
 def test_pruned_weights_are_compensated(scheme: str) -> None:
     errors = []
-    for method in (Gptq(scheme=scheme), Gptq(scheme=scheme, damping=1e6)):  # the second one rounds to nearest
+    for method in (Gptq(scheme=scheme), Gptq(scheme=scheme, percdamp=1e6)):  # the second one rounds to nearest
         block, before, x = visit(method, pruned=("left", "behind"))
         errors.append(float((x @ (quantized(block, "left").dequantized(torch.float32) - before["left"]).T).norm()))
     assert errors[0] < 0.9 * errors[1]

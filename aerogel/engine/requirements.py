@@ -1,0 +1,102 @@
+"""What methods require of a model, decided before any work: without a forward, and without reading a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+from aerogel.errors import AerogelError, reasons
+from aerogel.layers.signature import arguments_of
+from aerogel.methods.base import Before, Requirement, RuntimePolicy
+from aerogel.model import time_path
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
+from aerogel.model.walk import blocks_of
+from aerogel.recipe import Recipe, Step
+from aerogel.runtime.attention import require_torch_attention
+from aerogel.runtime.expert_skipping.routing import shape_of
+from aerogel.runtime.feature_cache.block_cache import hidden_states_of
+from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
+from aerogel.runtime.feature_cache.skip_connections import skips_of
+
+Look = Callable[[Network, Step, Sequence[Step]], object]
+"""Raises AerogelError where a model does not have what a step requires; the last argument are the steps before it."""
+
+
+def unmet(network: Network, step: Step, earlier: Sequence[Step], before: Before) -> list[str]:
+    """Return why a step cannot be done to a model that finds it after `earlier`; empty where nothing speaks against it."""
+    looks = [look for requirement, look in LOOKS.items() if requirement in step.method.requires]
+    missing = [why for look in looks for why in reasons(partial(look, network, step, earlier))]
+    # What a model lacks, it often lacks for several reasons; the first is the plainest, and options mean nothing then.
+    return [_of(step, why) for why in missing[:1] or step.method.problems(network, before)]
+
+
+def unmet_by_calls(network: Network, recipe: Recipe, calls: Sequence[Call]) -> Iterator[str]:
+    """Yield why recorded calls do not serve the steps of a recipe; runs no forward."""
+    for step in recipe.steps:
+        for why in step.method.unsuitable(network, calls):
+            yield _of(step, why)
+
+
+def _of(step: Step, why: str) -> str:
+    return why if why.startswith(step.name) else f"{step.name}: {why}"
+
+
+def _uncached(network: Network, step: Step, earlier: Sequence[Step]) -> None:
+    for other in earlier:
+        if not _skips_modules(other):
+            continue
+        if _skips_modules(step):
+            raise AerogelError(f"{step.name} comes after {other.name}, and a model has one feature cache; leave one of them out")
+        raise AerogelError(f"{step.name} comes after {other.name}, but needs a model of which every module runs; put {other.name} last")
+
+
+def _edges(network: Network, step: Step, earlier: Sequence[Step]) -> None:
+    if not any(block.edges() for block in blocks_of(network)):
+        raise AerogelError(
+            f"this {network.family.name} network has no norm or linear layer of which it is known that linear layers read its channels; "
+            "leave this step out"
+        )
+
+
+def _trajectories(network: Network, step: Step, earlier: Sequence[Step]) -> None:
+    if "timestep" not in arguments_of(network.module):
+        raise AerogelError(
+            f"this {network.family.name} network takes no time step, and feature caching needs a denoiser; leave this step out"
+        )
+
+
+def _concatenations(network: Network, step: Step, earlier: Sequence[Step]) -> None:
+    """Refuse what is no denoiser; which layers of a denoiser read concatenated channels, only a forward shows."""
+    if "timestep" not in arguments_of(network.module):
+        raise AerogelError(f"no float layer of this {network.family.name} network reads concatenated channels; leave {step.name} out")
+
+
+def _schedule(network: Network, step: Step, earlier: Sequence[Step]) -> None:
+    policies = [one.method for one in earlier if isinstance(one.method, RuntimePolicy)]
+    if isinstance(step.method, RuntimePolicy) and (why := step.method.refusal(policies[-1] if policies else None)):
+        raise AerogelError(why)
+
+
+def _skips_modules(step: Step) -> bool:
+    return isinstance(step.method, RuntimePolicy) and step.method.skips_modules
+
+
+LOOKS: Mapping[Requirement, Look] = {
+    "uncached": _uncached,
+    "edges": _edges,
+    "experts": lambda network, *_: shape_of(network),
+    "attention": lambda network, *_: require_torch_attention(network),
+    "time_path": lambda network, *_: time_path.find(network).require_alone(),
+    "cached_modules": lambda network, *_: cached_modules_of(network),
+    "block_range": lambda network, *_: hidden_states_of(network),
+    "skips": lambda network, *_: skips_of(network),
+    "concatenations": _concatenations,
+    "schedule": _schedule,
+    "trajectories": _trajectories,
+}
+"""What can be told from the model alone, the most particular first.
+
+Calls, a teacher and gradients the engine gives to every step; `residual` has a check of its own in the method, and guidance in one
+batch shows in the recorded calls.
+"""
