@@ -34,7 +34,7 @@ def calls(name: str) -> list[Call]:
 RTN = {"rtn": {"scheme": "W8A16_CHANNEL"}}
 REFUSED: list[tuple[str, list[dict[str, Any]], str]] = [
     # what the model lacks
-    ("llama", [{"modes": {}}], "has no routed experts; leave this step out"),
+    ("llama", [{"modes": {}}], "modes: this llama model has no routed experts; remove this step"),
     ("llama", [{"fora": {}}], "fora: the llama family names no"),
     ("llama", [{"first_block": {}}], "first_block: the llama family names no"),
     ("dit", [{"deepcache": {}}], "deepcache: the dit family names no skip connections"),
