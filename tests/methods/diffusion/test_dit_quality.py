@@ -64,9 +64,11 @@ def test_the_judge_sees_what_was_asked_for() -> None:
     assert float((seen == torch.arange(60) % 10).float().mean()) >= 0.9
 
 
+@pytest.mark.slow
 def test_a_scale_for_each_token_is_better_than_one_range() -> None:
     assert error("W8A8, a scale a token") < error("weights in 8 bits", "one range")
 
 
+@pytest.mark.slow
 def test_learned_rounding_is_better_than_the_nearest() -> None:
     assert error("W4A8, a scale a token, learned") < error("W4A8, a scale a token") / 1.5

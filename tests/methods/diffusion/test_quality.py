@@ -96,6 +96,7 @@ def path_only(method: str, bits: int) -> Network:
     return compressed({"tiar": {"scheme": scheme, "steps": 5000 if method == "tiar" else 0}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 3])
 def test_tiar_keeps_the_features(bits: int) -> None:
     (nearest, lost), (learned, kept) = features_error(path_only("nearest", bits)), features_error(path_only("tiar", bits))
@@ -103,6 +104,7 @@ def test_tiar_keeps_the_features(bits: int) -> None:
     assert kept <= lost
 
 
+@pytest.mark.slow
 def test_joint_reconstruction_does_not_repair_the_path() -> None:
     joint, _ = features_error(path_only("joint", 4))
     learned, _ = features_error(path_only("tiar", 4))
@@ -174,6 +176,7 @@ def test_reconstruction_of_the_whole_network_in_4_bits() -> None:
     assert error[1] < error[0] / 2
 
 
+@pytest.mark.slow
 def test_images_of_a_quantized_path() -> None:
     """The rest of the network is float; noise is the same; fsc has 8-bit inputs where the others have float ones."""
     unets = {method: with_path_of(path_only(method, 4)) for method in ("nearest", "joint", "tiar")}

@@ -37,6 +37,7 @@ def judged(network: Network, calls: list[Call], step: dict[str, Any]) -> Any:
     return made.method.calibrate(network, calls)
 
 
+@pytest.mark.slow
 def test_it_sees_what_it_is_asked_about(network: Network, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Held-out questions; blind, which is with black images, it is right far more rarely."""
     folder = tmp_path_factory.mktemp("held")
@@ -61,13 +62,14 @@ def test_fewer_experts_cost_more(network: Network, calls: list[Call]) -> None:
     assert 0 < three < two < one
 
 
+@pytest.mark.slow
 def test_the_first_layer_matters_most_to_text(network: Network, calls: list[Call]) -> None:
     state = judged(network, calls, {"modes": {"ratio": 0.5, "points": 4}})
     assert state.importance[:, 0].argmax() == 0
     assert state.importance.sum(0).tolist() == pytest.approx([1, 1])
 
 
-@pytest.mark.parametrize("ratio", [0.5, 0.75])
+@pytest.mark.parametrize("ratio", [pytest.param(0.5, marks=pytest.mark.slow), 0.75])
 def test_the_walk_finds_the_optimum_of_a_small_grid(network: Network, calls: list[Call], ratio: float) -> None:
     options = {"ratio": ratio, "points": 7, "power": 0.25}
     few = judged(network, calls[:1], {"modes": options})
@@ -77,6 +79,7 @@ def test_the_walk_finds_the_optimum_of_a_small_grid(network: Network, calls: lis
     assert all_["against_monotony"]["ratio"] == 0
 
 
+@pytest.mark.slow
 def test_modes_beats_its_rivals_where_much_is_skipped(network: Network, calls: list[Call]) -> None:
     """At three quarters of all pairs, which rules that keep each token's best expert do not reach."""
     modes = judged(network, calls, {"modes": {"ratio": 0.75, "points": 16, "power": 0.25}})

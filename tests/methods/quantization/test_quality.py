@@ -22,7 +22,7 @@ from aerogel.methods.quantization.smoothquant import Smoothquant
 from aerogel.model.network import Network
 from aerogel.model.walk import Walk
 
-pytestmark = pytest.mark.quality
+pytestmark = [pytest.mark.quality, pytest.mark.slow]
 
 CALIBRATION, HELD_OUT = 8, 4
 """Sequences of 512 tokens."""

@@ -53,7 +53,16 @@ def calibrated(network: Network, name: str, rule: str) -> CalibratedPolicy:
     return policies.calibrated(network, step, FAMILIES[name].calls(2, seed=9))
 
 
-@pytest.mark.parametrize(("name", "rule"), [*(("qwen3_moe", rule) for rule in RULES), ("deepseek_v3", "modes"), ("gpt_oss", "naee")])
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("qwen3_moe", "modes"),
+        ("qwen3_moe", "odp"),
+        ("gpt_oss", "naee"),
+        *(pytest.param("qwen3_moe", rule, marks=pytest.mark.slow) for rule in RULES if rule not in ("modes", "odp")),
+        pytest.param("deepseek_v3", "modes", marks=pytest.mark.slow),
+    ],
+)
 def test_one_graph_holds_for_all_that_is_dropped(name: str, rule: str) -> None:
     network = opened(name, unfuse_experts=False)
     measured, given = calibrated(network, name, rule), calls()
@@ -75,7 +84,7 @@ def test_one_graph_holds_for_all_that_is_dropped(name: str, rule: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("rule", ["modes", "odp"])
+@pytest.mark.parametrize("rule", ["modes", pytest.param("odp", marks=pytest.mark.slow)])
 def test_tokens_are_written_with_a_static_cache(rule: str) -> None:
     network = opened("qwen3_moe", unfuse_experts=False)
     ids_BS = calls(1)[0].kwargs["input_ids"]
