@@ -102,12 +102,18 @@ def _singular(kind: str) -> str:
     return {"families": "family"}.get(kind, kind.removesuffix("s"))
 
 
+def clear_cache() -> None:
+    """Forget what was found, so that the folders and entry points are read again."""
+    _cards.cache_clear()
+    _packages.cache_clear()
+
+
 @cache
 def _cards(kind: str) -> dict[str, Card]:
     if kind not in _KINDS:
         raise AerogelError(f"unknown kind {kind!r}; expected one of {', '.join(KINDS)}")
     cards: dict[str, Card] = {}
-    for package, root in _houses():
+    for package, root in _packages():
         for found in _read_folder(kind, package, root):
             if found.name in cards:
                 raise AerogelError(f"two {kind} are called {found.name!r}: {cards[found.name].path} and {found.path}; rename one")
@@ -116,16 +122,16 @@ def _cards(kind: str) -> dict[str, Card]:
 
 
 @cache
-def _houses() -> Sequence[tuple[str, Path]]:
+def _packages() -> Sequence[tuple[str, Path]]:
     """Aerogel's own package and those of third parties, as (dotted name, folder), found without importing them."""
     packages = ["aerogel", *sorted(entry.value for entry in importlib.metadata.entry_points(group=PLUGINS))]
-    houses = []
+    found = []
     for package in packages:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise AerogelError(f"plugin {package!r} of entry-point group {PLUGINS} is no importable package; reinstall or remove it")
-        houses.append((package, Path(spec.submodule_search_locations[0])))
-    return houses
+        found.append((package, Path(spec.submodule_search_locations[0])))
+    return found
 
 
 def _read_folder(kind: str, package: str, root: Path) -> Iterator[Card]:

@@ -55,7 +55,6 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def _forget() -> None:
-    for cached in (catalog._cards, catalog._houses):
-        cached.cache_clear()
+    catalog.clear_cache()
     for module in [name for name in sys.modules if name.partition(".")[0] == "thirdparty"]:
         del sys.modules[module]

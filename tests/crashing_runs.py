@@ -41,7 +41,7 @@ def killed(source: Path, output: Path, recipe: Any, doom: Doom) -> None:
 
 
 def _run(source: Path, output: Path, recipe: Any, doom: Doom) -> None:
-    resume._settle = _dying_after(resume._settle, doom.count if doom.at == "file" else 0)
+    resume.replace_durably = _dying_after(resume.replace_durably, doom.count if doom.at == "file" else 0)
     Activations.put = _dying_after(Activations.put, doom.count if doom.at == "activation" else 0)  # type: ignore[method-assign]
 
     def tell(event: Event) -> None:

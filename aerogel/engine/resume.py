@@ -161,16 +161,16 @@ def _brief(value: Any) -> str:
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     beside = path.with_name(f"{path.name}.new")
     save_file(tensors, beside)
-    _settle(beside, path)
+    replace_durably(beside, path)
 
 
 def _write(path: Path, text: str) -> None:
     beside = path.with_name(f"{path.name}.new")
     beside.write_text(text)
-    _settle(beside, path)
+    replace_durably(beside, path)
 
 
-def _settle(beside: Path, path: Path) -> None:
+def replace_durably(beside: Path, path: Path) -> None:
     """Make a written file durable under its final name."""
     with beside.open("rb") as file:
         os.fsync(file.fileno())

@@ -133,7 +133,7 @@ def _cache_config(mask: _Mask) -> dict[str, Any]:
 
 def _taylorseer(mask: _Mask) -> dict[str, Any] | None:
     """The fields of diffusers' TaylorSeerCacheConfig under which the same modules run at the same steps; None where there are none."""
-    found = _spaced(mask.runs) if mask.outputs and _enables_caches(mask.family) else None
+    found = evenly_spaced(mask.runs) if mask.outputs and _enables_caches(mask.family) else None
     if found is None:
         return None
     before, interval, after = found
@@ -150,7 +150,7 @@ def _taylorseer(mask: _Mask) -> dict[str, Any] | None:
     }
 
 
-def _spaced(runs: Sequence[bool]) -> tuple[int, int, int | None] | None:
+def evenly_spaced(runs: Sequence[bool]) -> tuple[int, int, int | None] | None:
     """(before, interval, after) of diffusers' rule for these steps: it runs before one, every so many behind it, and from another on.
 
     Counting begins one step behind `before`, so that an even spacing from the first step on is a `before` of -1.

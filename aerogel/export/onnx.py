@@ -28,7 +28,7 @@ from aerogel.numerics.scheme import PerBlock, PerGroup, PerStep, PerTensor, PerT
 
 _LEAST, _PACKED = 18, 21
 """The first opset that the tracer writes, and the first that has codes of 4 bits and groups."""
-_ONE_FILE = 2_000_000_000
+ONE_FILE_BYTES = 2_000_000_000
 """Bytes of weights that fit into one protobuf, which holds 2 GiB at most."""
 _PACKAGES = ("onnx", "onnx_ir", "onnxscript")
 
@@ -75,7 +75,7 @@ class Onnx(Exporter):
         inputs = inputs_of(network.config, self.size) | time
         graph = program(network, index, lookups, inputs, self.opset, self.pack and self.opset >= _PACKED)
         with new_folder(output) as target:
-            _save(graph, target / "denoiser.onnx")
+            save_graph(graph, target / "denoiser.onnx")
             (target / "denoiser.json").write_text(json.dumps(_described(inputs, index, self.opset), indent=2) + "\n")
 
     @staticmethod
@@ -83,12 +83,12 @@ class Onnx(Exporter):
         return load(source.denoiser.folder, source.families, dtype=torch.float32, lazy=False)
 
 
-def _save(graph: Any, path: Path) -> None:
+def save_graph(graph: Any, path: Path) -> None:
     """Write one file, or a second one beside it with the weights where they are many."""
     import onnx_ir
 
     weights = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
-    onnx_ir.save(graph, path, external_data=f"{path.name}.data" if weights > _ONE_FILE else None)
+    onnx_ir.save(graph, path, external_data=f"{path.name}.data" if weights > ONE_FILE_BYTES else None)
 
 
 def _reason(assigned: Assigned, opset: int) -> str | None:

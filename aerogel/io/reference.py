@@ -21,7 +21,7 @@ from tokenizers import pre_tokenizers
 from aerogel.errors import AerogelError
 
 _CHECKSUMS = ".checksums.json"  # hidden: it speaks of this folder only and is not copied with the model
-_CONVERSION = 2  # counted up when `_convert` writes something else, so that older folders are made anew
+_CONVERSION = 2  # counted up when `convert_package` writes something else, so that older folders are made anew
 _OF_THE_GGUF = (
     "_name_or_path",
     "_model_name_or_path",
@@ -66,7 +66,7 @@ def folder_of(name: str) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
         try:
-            _convert(source, beside)
+            convert_package(source, beside)
             _seal(beside)
             _put(beside, folder)
         finally:
@@ -89,12 +89,12 @@ def _packaged_file(name: str, packaged: Packaged) -> Path:
         ) from error
     if importlib.util.find_spec("gguf") is None:
         raise AerogelError(f"{name} comes as a GGUF file, which the package gguf reads: pip install gguf")
-    if not source.is_file() or _sha256(source) != packaged.sha256:
+    if not source.is_file() or sha256(source) != packaged.sha256:
         raise AerogelError(f"{source} is missing or not the file that {name} is made from: {remedy}")
     return source
 
 
-def _convert(source: Path, folder: Path) -> None:
+def convert_package(source: Path, folder: Path) -> None:
     """Write the GGUF's weights as bfloat16 safetensors, with its tokenizer and chat template."""
     with redirect_stderr(io.StringIO()):  # progress bars of single files
         gguf = {"gguf_file": source.name, "local_files_only": True}
@@ -129,7 +129,7 @@ def _split_digits(tokenizer: transformers.PreTrainedTokenizerFast, source: Path)
 
 
 def _seal(folder: Path) -> None:
-    sums = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    sums = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
     (folder / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
 
 
@@ -137,7 +137,7 @@ def _intact(folder: Path) -> bool:
     """Return True where every file that was written is there and unchanged."""
     try:
         sums = json.loads((folder / _CHECKSUMS).read_text())
-        return all(_sha256(folder / name) == expected for name, expected in sums.items())
+        return all(sha256(folder / name) == expected for name, expected in sums.items())
     except (OSError, ValueError):
         return False
 
@@ -152,6 +152,6 @@ def _put(beside: Path, folder: Path) -> None:
             beside.rename(folder)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

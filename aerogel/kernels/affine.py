@@ -22,7 +22,7 @@ from aerogel.numerics.scheme import PerChannel, PerStep, PerTensor
 _INT8 = torch.iinfo(torch.int8)
 _BLOCK = 16
 """Outputs that oneDNN handles at once: one more than a multiple made a convolution 2.5 times as slow."""
-_PIECE = 2**19
+CHUNK_VALUES = 2**19
 """Inputs that are quantized at once."""
 _FLOATS = (torch.float32, torch.bfloat16)
 _AFTER = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
@@ -191,7 +191,7 @@ def unsigned_codes(x: Tensor, grid: Grid, fmt: Format) -> Tensor:
         return onepass.codes(in_memory(x), scale, zero, fmt.low, fmt.high).as_strided(x.shape, x.stride())
     made = torch.empty_like(x, dtype=torch.int8)
     # Floats in 32 bits would be fetched from memory and written to it once an operation; a piece stays in the cache.
-    for part, place in zip(in_memory(x).split(_PIECE), in_memory(made).split(_PIECE), strict=True):
+    for part, place in zip(in_memory(x).split(CHUNK_VALUES), in_memory(made).split(CHUNK_VALUES), strict=True):
         scaled = part / scale
         if grid.zero is not None:
             scaled += grid.zero

@@ -17,7 +17,7 @@ from aerogel.numerics.formats import format_named
 from aerogel.numerics.quantize import Grid, fake_quantize
 from aerogel.numerics.scheme import PerTensor, TensorScheme
 
-_SCORES = 2**19
+CHUNK_SCORES = 2**19
 """Scores that are computed at once: they and their codes stay in the cache."""
 _KEYS = 2**16
 """The most keys whose sum of products of codes fits into 32 bits."""
@@ -113,7 +113,7 @@ def by_integers(query: Tensor, key: Tensor, value: Tensor, scale: float | None, 
 def _head(query_LD: Tensor, key_SD: Tensor, value_DS: Tensor, made_LD: Tensor, scale: float, operands: Operands) -> None:
     """Fill in what one head gives, some queries at a time."""
     scales, keys = {name: float(grid.scale) for name, grid in operands.grids.items()}, len(key_SD)
-    rows, step, zero = max(1, _SCORES // keys), float(operands.step), operands.zero("value")
+    rows, step, zero = max(1, CHUNK_SCORES // keys), float(operands.step), operands.zero("value")
     first = _Product(key_SD, rows, scales["key"] * scale, scales["query"], operands.zero("query") + 128)
     second = _Product(value_DS, rows, scales["value"], step, 0)
     buffer_LS = torch.empty(min(rows, len(query_LD)), keys)

@@ -31,13 +31,13 @@ def gated_written_out(x: Tensor) -> Tensor:
 @torch.no_grad()
 def codes(x_N: Tensor, scale: Tensor, zero: Tensor, low: float, high: float) -> Tensor:
     """Return what `codes_written_out` does, where it `works`."""
-    return _compiled(codes_written_out)(x_N, scale, zero, low, high)
+    return compiled(codes_written_out)(x_N, scale, zero, low, high)
 
 
 @torch.no_grad()
 def gated(x: Tensor) -> Tensor:
     """Return what `gated_written_out` does but for one rounding less, where it `works`."""
-    return _compiled(gated_written_out)(x)
+    return compiled(gated_written_out)(x)
 
 
 def takes(x: Tensor) -> bool:
@@ -47,7 +47,7 @@ def takes(x: Tensor) -> bool:
 
 
 @cache
-def _compiled(chain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compiled(chain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(chain, dynamic=True, fullgraph=True)  # here, as it imports the compiler
 
 

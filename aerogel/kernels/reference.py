@@ -12,7 +12,7 @@ from aerogel.kernels.kernel import Kernel, Weight
 from aerogel.numerics.quantize import Grid, dequantize, dynamic_grid, fake_quantize
 from aerogel.numerics.scheme import PerBlock
 
-_SLICE = 2**21
+SLICE_VALUES = 2**21
 """Weights dequantized at once, 8 MiB of float32: fewer make the product slow, more leave the cache."""
 
 
@@ -73,7 +73,7 @@ class Sliced(Reference):
         x = quantized_input(x_TI.float(), weight)
         codes_OI, grid, g_idx = weight.codes(), weight.grid(), weight.g_idx
         y_TO = x.new_empty(len(x), weight.out_features)
-        step = max(_SLICE // weight.in_features, 1)
+        step = max(SLICE_VALUES // weight.in_features, 1)
         for start in range(0, weight.out_features, step):
             rows = slice(start, start + step)
             scale, zero = (part[rows] if part is not None and part.ndim else part for part in (grid.scale, grid.zero))

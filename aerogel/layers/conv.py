@@ -59,11 +59,11 @@ class QuantConv2d(QuantLinear):
         return cls.of(layer, assigned.scheme, tensors, bias)
 
     def _multiply(self, x: Tensor) -> Tensor:
-        if self._held is None:
+        if self.dequantized_cache is None:
             return run(x, self, {} if torch.compiler.is_compiling() else self.cache)
-        if x.dtype not in self._held:
-            self._held[x.dtype] = self.dequantized(x.dtype)
-        kernel_OCHW = self._held[x.dtype].unflatten(1, (-1, *self.window.kernel))
+        if x.dtype not in self.dequantized_cache:
+            self.dequantized_cache[x.dtype] = self.dequantized(x.dtype)
+        kernel_OCHW = self.dequantized_cache[x.dtype].unflatten(1, (-1, *self.window.kernel))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         window = self.window
         return conv2d(self.quantized_input(x), kernel_OCHW, bias, window.stride, window.padding, window.dilation, window.groups)

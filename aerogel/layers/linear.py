@@ -50,7 +50,7 @@ class QuantLinear(Replacement):
         self.bias: nn.Parameter | None
         self.timestep_index: TimestepIndex | None = None
         self._packed = WeakTensorKeyDictionary()
-        self._held: dict[torch.dtype, Tensor] | None = None
+        self.dequantized_cache: dict[torch.dtype, Tensor] | None = None
 
     @classmethod
     def from_codes(
@@ -174,18 +174,18 @@ class QuantLinear(Replacement):
     def followed(self, x: Tensor, after: str) -> Tensor:
         """Forward and the activation `after` it (see ACTIVATIONS), by one kernel where one does both, unless somebody looks between."""
         watched = self._forward_pre_hooks or self._forward_hooks or "forward" in vars(self)
-        if watched or self._held is not None or (self.timestep_index is not None and len(set(self.timestep_index.rows)) > 1):
+        if watched or self.dequantized_cache is not None or (self.timestep_index is not None and len(set(self.timestep_index.rows)) > 1):
             return ACTIVATIONS[after](self(x))
         return run(x, self, {} if torch.compiler.is_compiling() else self.cache, after)
 
     def _multiply(self, x: Tensor) -> Tensor:
         """By the fastest kernel, or by the held float weight."""
-        if self._held is None:
+        if self.dequantized_cache is None:
             return run(x, self, {} if torch.compiler.is_compiling() else self.cache)
-        if x.dtype not in self._held:
-            self._held[x.dtype] = self.dequantized(x.dtype)
+        if x.dtype not in self.dequantized_cache:
+            self.dequantized_cache[x.dtype] = self.dequantized(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(self.quantized_input(x), self._held[x.dtype], bias)
+        return nn.functional.linear(self.quantized_input(x), self.dequantized_cache[x.dtype], bias)
 
     def extra_repr(self) -> str:
         """Shape and scheme, for print(module)."""
@@ -216,14 +216,14 @@ def cache_dequantized(module: nn.Module) -> Iterator[None]:
     For passes that run the same block over many calls: exact in float arithmetic, differentiable in the input, no kernel is measured.
     Costs the float weights' memory while it lasts.
     """
-    linears = [part for part in module.modules() if isinstance(part, QuantLinear) and part._held is None]
+    linears = [part for part in module.modules() if isinstance(part, QuantLinear) and part.dequantized_cache is None]
     for linear in linears:
-        linear._held = {}
+        linear.dequantized_cache = {}
     try:
         yield
     finally:
         for linear in linears:
-            linear._held = None
+            linear.dequantized_cache = None
 
 
 def timestep_index_of(module: nn.Module) -> TimestepIndex | None:

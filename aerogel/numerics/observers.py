@@ -17,7 +17,7 @@ from aerogel.errors import AerogelError
 from aerogel.numerics.quantize import Grid, grid_from_range, grouped, to_codes, to_values
 from aerogel.numerics.scheme import TensorScheme
 
-_CHUNK = 1 << 16
+CHUNK_VALUES = 1 << 16
 """Numbers that a search holds at a time: its temporaries stay in the cache of one core, which makes it about twice as fast."""
 
 
@@ -49,7 +49,7 @@ def mse_search(x: Tensor, scheme: TensorScheme, p: float = 2.4, shrink: float = 
     factors = [1 - i / steps for i in range(round(shrink * steps) + 1)]
     rows, lows, highs = x.flatten(0, -2) if x.ndim > 1 else x[None], low.flatten(), high.flatten()
     best = torch.empty_like(lows)
-    for part in torch.arange(len(rows), device=x.device).split(max(1, _CHUNK // rows.shape[1])):
+    for part in torch.arange(len(rows), device=x.device).split(max(1, CHUNK_VALUES // rows.shape[1])):
         cost = partial(_power_error, rows[part].float(), lows[part], highs[part], scheme, outer, p)
         start = torch.ones_like(lows[part])
         best[part], _ = best_factor(cost, (start * factor for factor in factors), start, torch.full_like(start, torch.inf))
@@ -114,18 +114,18 @@ class Searched:
         self.scheme = scheme
         self.share = share
         """Numbers to draw from each activation; a smaller one is kept whole."""
-        self._drawn: list[Tensor] = []
+        self.drawn: list[Tensor] = []
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Draw from one activation."""
         flat = x.detach().flatten()
         some = flat[torch.randint(len(flat), (self.share,))] if len(flat) > self.share else flat
-        self._drawn.append(some.float())
+        self.drawn.append(some.float())
 
     def grid(self) -> Grid:
         """Return the grid of least error, among ranges shrunk to 1.00, 0.99, ... 0.21."""
-        return mse_search(torch.cat(self._drawn), self.scheme, p=2.4, shrink=0.79)
+        return mse_search(torch.cat(self.drawn), self.scheme, p=2.4, shrink=0.79)
 
 
 class MovingAverage(RunningMinMax):

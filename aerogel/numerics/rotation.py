@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aerogel.errors import AerogelError
 
-_ROWS = 8192
+CHUNK_ROWS = 8192
 """Rows rotated at a time, so that the float64 copy of a large embedding stays small."""
 
 
@@ -48,7 +48,7 @@ def apply_rotation(x: Tensor, rotation: Tensor) -> Tensor:
     """Return x (..., n) times rotation (n, n), computed in float64 and rounded once to x's dtype and device."""
     flat = x.detach().reshape(-1, x.shape[-1])
     rotation = rotation.to(flat.device, torch.float64)
-    return torch.cat([(part.double() @ rotation).to(x.dtype) for part in flat.split(_ROWS)]).reshape(x.shape)
+    return torch.cat([(part.double() @ rotation).to(x.dtype) for part in flat.split(CHUNK_ROWS)]).reshape(x.shape)
 
 
 def _base(m: int) -> Tensor | None:

@@ -183,7 +183,7 @@ def context(found: Search) -> dict[str, Any]:
     best = found.best
     return {
         "title": f"{found.model.name} · a cache for {found.budget:g}×",
-        "frontier": Figure(_frontier(found, WIDE), _frontier(found, NARROW)) if found.rows or found.fewer else None,
+        "frontier": Figure(frontier_chart(found, WIDE), frontier_chart(found, NARROW)) if found.rows or found.fewer else None,
         "lines": list(lines(found)),
         "conditions": _conditions(found),
         "best": best,
@@ -196,7 +196,7 @@ def context(found: Search) -> dict[str, Any]:
     }
 
 
-def _frontier(found: Search, width: float) -> Markup:
+def frontier_chart(found: Search, width: float) -> Markup:
     points = {id(row): Point(_named(row), row.speedup, row.error, _role(found, row)) for row in found.ranked}
     drawable = [row for row in found.ranked if math.isfinite(row.error) and row.error > 0]
     undominated = [row for place, row in enumerate(drawable) if all(row.speedup > other.speedup for other in drawable[:place])]

@@ -192,10 +192,10 @@ def context(found: Search) -> dict[str, Any]:
 
 
 def _figure(found: Search, title: str, value: Callable[[Row], float | None], rising: bool = False, wide: float = WIDE) -> Figure:
-    return Figure(_curves(found, title, value, rising, wide), _curves(found, title, value, rising, NARROW))
+    return Figure(curves_chart(found, title, value, rising, wide), curves_chart(found, title, value, rising, NARROW))
 
 
-def _curves(found: Search, title: str, value: Callable[[Row], float | None], rising: bool, width: float) -> Markup:
+def curves_chart(found: Search, title: str, value: Callable[[Row], float | None], rising: bool, width: float) -> Markup:
     """A line for each policy over the share of pairs that it drops."""
     drawn = []
     for name, rows in groupby(found.rows, lambda row: row.policy):

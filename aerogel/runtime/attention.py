@@ -20,7 +20,7 @@ from aerogel.model.calls import Call
 from aerogel.model.hooks import patch_forward
 from aerogel.model.network import Network
 
-_MAP = 2**25
+CHUNK_SCORES = 2**25
 """The most entries of attention maps that are held at once: 128 MiB of float32."""
 
 Attend = Callable[..., Tensor]
@@ -96,7 +96,7 @@ def attention_received(query_BHLD: Tensor, key_BHSD: Tensor, attn_mask: Tensor |
     scale = query_BHLD.shape[-1] ** -0.5 if scale is None else scale
     mask = None if attn_mask is None else attn_mask.expand(*attn_mask.shape[:-2], queries, keys)
     sum_BS = torch.zeros(batch, keys, device=query_BHLD.device)
-    length = max(1, _MAP // (batch * heads * keys))
+    length = max(1, CHUNK_SCORES // (batch * heads * keys))
     for start in range(0, queries, length):
         score_BHLS = query_BHLD[..., start : start + length, :] * scale @ key_BHSD.transpose(-2, -1)
         if mask is not None:

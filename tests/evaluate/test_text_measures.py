@@ -139,4 +139,4 @@ def test_holding_float_weights_changes_nothing(book: str, scheme: str) -> None:
         Rtn(scheme=scheme).compress(block)
     kept, unpacked = (Perplexity(source=book, length=32, stride=16, hold=hold).measure(net)["nats_per_token"] for hold in (True, False))
     assert kept == pytest.approx(unpacked, rel=1e-3)
-    assert all(module._held is None for module in net.module.modules() if isinstance(module, QuantLinear))
+    assert all(module.dequantized_cache is None for module in net.module.modules() if isinstance(module, QuantLinear))

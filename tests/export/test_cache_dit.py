@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import aerogel
 from aerogel.engine.exporting import source_of
 from aerogel.errors import AerogelError
-from aerogel.export.cache_dit import CacheDit, _spaced
+from aerogel.export.cache_dit import CacheDit, evenly_spaced
 from aerogel.export.cache_policy import CachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -224,7 +224,7 @@ def test_every_spacing_that_is_found_is_what_the_hook_does() -> None:
     found = 0
     for bits in range(64):
         runs = [True, *(bool(bits >> place & 1) for place in range(6))]
-        if (spaced := _spaced(runs)) is None:
+        if (spaced := evenly_spaced(runs)) is None:
             continue
         found += 1
         before, interval, after = spaced

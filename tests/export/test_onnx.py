@@ -181,7 +181,7 @@ def test_a_layer_reads_its_range_off_the_row_of_the_step(unet: Written, tmp_path
         distances = []
         for other in range(len(STEPS)):
             with clock.at((other,)), cache_dequantized(layer):
-                distances.append(float((layer._multiply(seen[-1]) - theirs).abs().max() / theirs.abs().max()))
+                distances.append(float((layer.forward(seen[-1]) - theirs).abs().max() / theirs.abs().max()))
         right = distances.pop(row)
         assert right < EXACT
         assert min(distances) > 100 * EXACT
@@ -263,8 +263,8 @@ def test_the_graph_is_sound_and_says_nothing_of_this_machine(unet: Written) -> N
 
 
 def test_many_weights_go_into_a_file_of_their_own(dit: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "_ONE_FILE", 1000)
-    exporting._save(onnx_ir.load(dit.folder / "denoiser.onnx"), tmp_path / "denoiser.onnx")
+    monkeypatch.setattr(exporting, "ONE_FILE_BYTES", 1000)
+    exporting.save_graph(onnx_ir.load(dit.folder / "denoiser.onnx"), tmp_path / "denoiser.onnx")
     assert (tmp_path / "denoiser.onnx.data").stat().st_size > (tmp_path / "denoiser.onnx").stat().st_size / 2
     call = calls("dit", 1)[0]
     assert torch.equal(torch.from_numpy(session(tmp_path / "denoiser.onnx").run(None, dit.feed(call))[0]), dit.theirs(call))

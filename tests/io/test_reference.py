@@ -23,7 +23,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     source = tmp_path / "package" / "tiny.gguf"
     source.parent.mkdir()
     source.write_text("weights")
-    packaged = reference.Packaged("tiny-package", "tiny.gguf", reference._sha256(source), "Apache-2.0")
+    packaged = reference.Packaged("tiny-package", "tiny.gguf", reference.sha256(source), "Apache-2.0")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(REFERENCES, "tiny", packaged)
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: SimpleNamespace(locate_file=source.parent.joinpath))
@@ -33,7 +33,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
         conversions.append(folder)
         (folder / "model.safetensors").write_text(given.read_text())
 
-    monkeypatch.setattr(reference, "_convert", convert)
+    monkeypatch.setattr(reference, "convert_package", convert)
     return conversions
 
 
@@ -60,7 +60,7 @@ def test_a_failed_conversion_leaves_nothing(made: list[Path], monkeypatch: pytes
         (folder / "model.safetensors").write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reference, "_convert", fail)
+    monkeypatch.setattr(reference, "convert_package", fail)
     with pytest.raises(KeyboardInterrupt):
         folder_of("tiny")
     assert list((tmp_path / "cache" / "aerogel").iterdir()) == []
@@ -73,7 +73,7 @@ def test_who_comes_second_takes_what_is_there(made: list[Path], monkeypatch: pyt
             made.append(folder)
             folder_of("tiny")  # another process finishes first
 
-    monkeypatch.setattr(reference, "_convert", overtaken)
+    monkeypatch.setattr(reference, "convert_package", overtaken)
     folder = folder_of("tiny")
     assert (folder / "model.safetensors").read_text() == "weights"
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]

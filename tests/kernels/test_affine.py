@@ -61,7 +61,7 @@ def test_one_packed_weight_serves_the_scales_of_all_steps() -> None:
 @pytest.mark.parametrize("of", ["rows", "channels last", "a slice"])
 def test_inputs_of_any_layout_are_quantized_piece_by_piece(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     twin, _ = made("W8A8_AFFINE")
-    monkeypatch.setattr(affine, "_PIECE", 50)
+    monkeypatch.setattr(affine, "CHUNK_VALUES", 50)
     x = 3 * torch.randn(2, 8, 6, 5)
     x = {"rows": x, "channels last": x.to(memory_format=torch.channels_last), "a slice": x[:, 1::2, :, 2:]}[of]
     codes, scale, zero = affine.quantized(x, twin)

@@ -61,7 +61,7 @@ def test_integers_give_what_the_formula_says(queries: int, keys: int, given: Ope
 def test_scores_are_made_in_pieces_that_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = made(70, 64)
     whole = by_integers(*tensors, 0.3, operands())
-    monkeypatch.setattr(attention, "_SCORES", 64 * 9)
+    monkeypatch.setattr(attention, "CHUNK_SCORES", 64 * 9)
     # Products of other sizes may add in another order: the last bit of a float, no more.
     torch.testing.assert_close(by_integers(*tensors, 0.3, operands()), whole, rtol=0, atol=1e-6)
     assert float((whole.double() - literal(*tensors, operands(), 0.3)).abs().mean()) < 1e-4

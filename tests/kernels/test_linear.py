@@ -118,7 +118,7 @@ def test_int8_rounds_once_to_the_dtype_of_its_input(dtype: torch.dtype) -> None:
 def test_many_rows_are_multiplied_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = plain("W8A8", 24, 64), inputs(7, 64)
     whole = linear.pack("int8", weight, x.dtype)(x)
-    monkeypatch.setattr(int8, "_ROWS", 3)
+    monkeypatch.setattr(int8, "CHUNK_ROWS", 3)
     assert torch.equal(linear.pack("int8", weight, x.dtype)(x), whole)
 
 
@@ -149,7 +149,7 @@ def test_integer_sums_do_not_saturate_here() -> None:
 @pytest.mark.parametrize("preset", ["W4A16_G64", "W3A16_G32_ASYM", "W8A16", "W8A8", "W8A8_STATIC"])
 @pytest.mark.parametrize("act_order", [False, True])
 def test_the_reference_is_the_literal_product(preset: str, name: str, act_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "_SLICE", 7 * 128)  # slices that do not divide the rows
+    monkeypatch.setattr(reference, "SLICE_VALUES", 7 * 128)  # slices that do not divide the rows
     weight, x = plain(preset, 24, 128, bias=True, act_order=act_order), inputs(3, 128)
     wanted = float_product(weight, x) if weight.scheme.inputs is None else int8_product(weight, x)
     torch.testing.assert_close(linear.pack(name, weight, x.dtype)(x).double(), wanted, rtol=1e-4, atol=1e-4)

@@ -42,7 +42,7 @@ def test_without_a_compiler_the_passes_are_taken_one_by_one(monkeypatch: pytest.
     def missing(*given: object) -> Tensor:
         raise RuntimeError("no working C++ compiler")
 
-    monkeypatch.setattr(onepass, "_compiled", lambda chain: missing)
+    monkeypatch.setattr(onepass, "compiled", lambda chain: missing)
     onepass.works.cache_clear()
     try:
         assert not onepass.works()
@@ -52,7 +52,7 @@ def test_without_a_compiler_the_passes_are_taken_one_by_one(monkeypatch: pytest.
 
 
 def test_code_that_counts_differently_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onepass, "_compiled", lambda chain: lambda *given: chain(*given) + 1)
+    monkeypatch.setattr(onepass, "compiled", lambda chain: lambda *given: chain(*given) + 1)
     onepass.works.cache_clear()
     try:
         assert not onepass.works()

@@ -160,13 +160,13 @@ def test_held_weights_answer_the_same_and_are_let_go() -> None:
     expected = nn.functional.linear(x, ours.dequantized(torch.float32), ours.bias)
     with cache_dequantized(nn.Sequential(ours)):
         assert same(ours(x), expected)
-        first = ours._held
+        first = ours.dequantized_cache
         assert first is not None
         assert list(first) == [torch.float32]
         with cache_dequantized(ours):
             assert same(ours(x), expected)
-        assert ours._held is first
-    assert ours._held is None
+        assert ours.dequantized_cache is first
+    assert ours.dequantized_cache is None
 
 
 def test_the_kernels_cache_lives_as_long_as_the_weight_it_was_packed_from() -> None:

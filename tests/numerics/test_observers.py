@@ -47,7 +47,7 @@ def test_mse_search_is_the_loop_over_candidates(scheme: TensorScheme, monkeypatc
                 grid = grid_from_range(run.min().clamp(max=0) * (1 - i / 20), run.max().clamp(min=0) * (1 - i / 20), one)
                 errors[float(grid.scale)] = float((dequantize(quantize(run, grid, one), grid, one) - run).abs().pow(2.4).sum())
             assert errors[float(whole.scale[row, group])] == pytest.approx(min(errors.values()), rel=1e-4)
-    monkeypatch.setattr(observers, "_CHUNK", 70)
+    monkeypatch.setattr(observers, "CHUNK_VALUES", 70)
     assert torch.equal(mse_search(grouped(w, scheme.granularity), scheme, steps=20).scale, whole.scale)
 
 
@@ -102,5 +102,5 @@ def test_a_search_on_drawn_numbers_finds_what_a_search_on_all_finds() -> None:
     drawn = Searched(scheme, 300)
     for row in x:
         drawn.update(row)
-    assert sum(len(part) for part in drawn._drawn) == 1200
+    assert sum(len(part) for part in drawn.drawn) == 1200
     assert float(drawn.grid().scale) == pytest.approx(float(whole.grid().scale), rel=0.2)

@@ -109,7 +109,7 @@ def test_it_fetches_nothing_and_escapes_everything() -> None:
 
 def test_the_frontier_joins_what_nothing_beats() -> None:
     """searched has less error, fora more speed; evenly and fewer steps have neither, wild no error that could be drawn."""
-    drawn = str(cache_search._frontier(parsed(), 956))
+    drawn = str(cache_search.frontier_chart(parsed(), 956))
     assert drawn.count('class="move"') == 1
     assert [name for name in ("schedule_search", "fora", "uniform_cache", "3 steps") if f"{name}: " not in drawn] == []
     assert "wild" not in drawn

@@ -117,7 +117,7 @@ def test_a_search_that_found_nothing_says_why() -> None:
 
 
 def test_curves_have_a_dot_for_each_share() -> None:
-    drawn = str(skip_search._curves(skip_search.Search.model_validate(record()), "KL", lambda row: row.kl, False, 956))
+    drawn = str(skip_search.curves_chart(skip_search.Search.model_validate(record()), "KL", lambda row: row.kl, False, 956))
     assert drawn.count('class="this"') == 2
     assert drawn.count('class="other"') == 2, "what is no number is not drawn"
     assert drawn.count("path-best") == 1

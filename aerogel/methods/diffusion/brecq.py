@@ -76,7 +76,7 @@ class Brecq(WeightMethod):
     def _together(self, block: Block, jobs: Jobs) -> None:
         if jobs:
             with cache_dequantized(block.module):
-                self._learn(block, block.module, dict(jobs), block.samples())
+                self.learn(block, block.module, dict(jobs), block.samples())
 
     def _alone(self, block: Block, name: str, job: tuple[Layer, Scheme]) -> None:
         """A layer by itself, on its own inputs, against its own float outputs."""
@@ -90,9 +90,9 @@ class Brecq(WeightMethod):
             handle.remove()
         with torch.no_grad():
             wanted = [layer(*call.args) for call in seen]
-        self._learn(block, layer, {name: job}, Samples(seen, wanted), alone=name)
+        self.learn(block, layer, {name: job}, Samples(seen, wanted), alone=name)
 
-    def _learn(self, block: Block, module: nn.Module, jobs: Jobs, samples: Samples, alone: str = "") -> None:
+    def learn(self, block: Block, module: nn.Module, jobs: Jobs, samples: Samples, alone: str = "") -> None:
         dtype = block.stored_dtype
         grids = {name: rounding_grid(layer, scheme, dtype) for name, (layer, scheme) in jobs.items()}
         alphas = {

@@ -68,7 +68,7 @@ class Recalibrate(Method):
             for run in replays(network, Trajectories.of(network, calls)):
                 run.finish(run.start(), lambda _, call: output_of(network.run(call)))
         for name, layer in layers.items():
-            _give(network, name, layer, {row: observer.grid() for row, observer in seen[name].items()})
+            set_ranges(network, name, layer, {row: observer.grid() for row, observer in seen[name].items()})
 
     def _observer(self, scheme: TensorScheme) -> MovingAverage | RunningMinMax:
         return MovingAverage(scheme, 1 - self.momentum) if self.ranges == "average" else RunningMinMax(scheme)
@@ -83,7 +83,7 @@ def _by_step(layer: QuantLinear) -> bool:
     return layer.scheme.inputs is not None and isinstance(layer.scheme.inputs.granularity, PerStep)
 
 
-def _give(network: Network, name: str, layer: QuantLinear, found: dict[int, Grid]) -> None:
+def set_ranges(network: Network, name: str, layer: QuantLinear, found: dict[int, Grid]) -> None:
     """Put the layer's twin with new ranges in its place; rows that were not found stay."""
     before = layer.stored().input_grid
     assert before is not None, "its inputs are static"

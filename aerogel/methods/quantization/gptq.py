@@ -33,7 +33,7 @@ from aerogel.options import NonNegative
 ActOrder = Literal["none", "static", "group"]
 _Jobs = Mapping[str, tuple[nn.Linear, Scheme]]
 
-_BATCH_NUMBERS = 1 << 26
+BATCH_VALUES = 1 << 26
 """About how many numbers the problems that are solved together may hold."""
 
 
@@ -66,7 +66,7 @@ class Gptq(WeightMethod):
             self._quantize(block, jobs)
             return
         input_groups = sharing(block, jobs)
-        stages = _stages(input_groups)
+        stages = stages_of(input_groups)
         missed = set(jobs).difference(*input_groups)
         if len(stages) == len(input_groups) and not missed and _paused_bytes(block, jobs) <= self.max_activation_gb * 1e9:
             self._in_one_pass(block, jobs, input_groups)
@@ -299,11 +299,11 @@ def _batches(problems: Iterable[_Problem]) -> Iterator[list[_Problem]]:
         outputs, inputs = sum(linear.out_features for linear in problem.linears.values()), problem.columns
         alike.setdefault((outputs, inputs, problem.scheme, problem.dtype), []).append(problem)
     for (outputs, inputs, *_), group in alike.items():
-        most = max(1, _BATCH_NUMBERS // (inputs * (4 * inputs + 5 * outputs)))
+        most = max(1, BATCH_VALUES // (inputs * (4 * inputs + 5 * outputs)))
         yield from (group[first : first + most] for first in range(0, len(group), most))
 
 
-def _stages(input_groups: Iterable[InputGroup]) -> list[InputGroup]:
+def stages_of(input_groups: Iterable[InputGroup]) -> list[InputGroup]:
     """Layers that are quantized together, in the order in which they run; the like layers of all experts are one stage."""
     stages: dict[tuple[str, ...], list[str]] = {}
     for names in input_groups:

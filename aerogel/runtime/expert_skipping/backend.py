@@ -42,13 +42,13 @@ def _all(module: Any, x_PH: Tensor, expert_P: Tensor, end_E: Tensor) -> Tensor:
 
     def linear(x: Tensor, key: str) -> Tensor:
         weight = getattr(module, key)
-        y = _grouped(x.to(weight.dtype), weight if module.is_transposed else weight.transpose(1, 2), end_E)
+        y = grouped_product(x.to(weight.dtype), weight if module.is_transposed else weight.transpose(1, 2), end_E)
         return y + getattr(module, f"{key}_bias")[expert_P] if module.has_bias else y
 
     return _finished(module, linear(_activated(module, linear(x_PH, _first(module))), "down_proj"))
 
 
-def _grouped(x_PI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
+def grouped_product(x_PI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
     """Torch's grouped product; where a compiler cannot trace that, the operator that transformers has for the same."""
     if torch.compiler.is_compiling() and weight_EIO.dtype != torch.bfloat16:
         return torch.ops.transformers.grouped_mm_fallback(x_PI, weight_EIO, end_E)

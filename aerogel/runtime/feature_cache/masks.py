@@ -58,7 +58,7 @@ class Search:
         Lazily: errors only grow as more is reused, nearly, so a trial of long ago is a bound, and only the best bound is tried again.
         `beyond` is whether the last may save more than was missing.
         """
-        best = self._settle(mask_TN)
+        best = self.settle(mask_TN)
         queue = [(-math.inf, part, -1) for part in parts if _all(mask_TN, part, runs=True)]
         picks = 0
         while queue and not self.budget.is_met(mask_TN):
@@ -74,7 +74,7 @@ class Search:
                 heapq.heappush(queue, ((self.trials.error(made) - best) / cost, part, picks))
                 continue
             mask_TN = made
-            best = self._settle(mask_TN)
+            best = self.settle(mask_TN)
             picks += 1
         return mask_TN
 
@@ -84,17 +84,17 @@ class Search:
         Each round tries every part alone for how it moves the images, then the exchanges, several at once and one at a time, that promise
         most if such moves add up.
         """
-        best, better = self._settle(mask_TN), True
+        best, better = self.settle(mask_TN), True
         while better and not self._spent():
-            moves, better = self._moves(mask_TN, parts), False
-            for exchange in chain(moves.chains(partial(self._swapped, mask_TN)), islice(moves.pairs(), _TRIES)):
-                tried = self._swapped(mask_TN, exchange)  # by now another exchange may have taken one of its parts
+            moves, better = self.moves(mask_TN, parts), False
+            for exchange in chain(moves.chains(partial(self.swapped, mask_TN)), islice(moves.pairs(), _TRIES)):
+                tried = self.swapped(mask_TN, exchange)  # by now another exchange may have taken one of its parts
                 if tried is not None and not self._spent() and self.trials.error(tried) < best and self._confirmed(tried):
                     mask_TN, better = tried, True
-                    best = self._settle(mask_TN)
+                    best = self.settle(mask_TN)
         return mask_TN
 
-    def _moves(self, mask_TN: Tensor, parts: Sequence[Part]) -> Moves:
+    def moves(self, mask_TN: Tensor, parts: Sequence[Part]) -> Moves:
         """How each part alone would move the images, the last first, which are the cheapest to try; of as many as trials are left for."""
         whole = [part for part in reversed(parts) if _all(mask_TN, part, runs=True) or _all(mask_TN, part, runs=False)]
         moved = [self.trials.apart()]
@@ -105,7 +105,7 @@ class Search:
         tried = whole[: len(moved) - 1]
         return Moves(tried, [bool(mask_TN[part[0]]) for part in tried], self.trials.products(moved))
 
-    def _swapped(self, mask_TN: Tensor, exchange: Exchange) -> Tensor | None:
+    def swapped(self, mask_TN: Tensor, exchange: Exchange) -> Tensor | None:
         """The mask after an exchange; None where one of its parts is not what it was, or less would be saved than was and has to be."""
         made = mask_TN
         for rests, runs in exchange:
@@ -118,7 +118,7 @@ class Search:
     def _confirmed(self, mask_TN: Tensor) -> bool:
         return self.others is None or self.others.error(mask_TN) < self._others_error
 
-    def _settle(self, mask_TN: Tensor) -> float:
+    def settle(self, mask_TN: Tensor) -> float:
         error = self.trials.settle(mask_TN)
         if self.others is not None:
             self._others_error = self.others.error(mask_TN)  # not settled on: what forks need is kept for each step, of many images

@@ -38,7 +38,7 @@ class StreamTracker(ABC):
         self._stream = ""
         self._last: tuple[float, int] | None = None
         self._next: dict[str, int] = {}
-        self._memories: dict[str, Any] = {}
+        self.memories: dict[str, Any] = {}
         self._shape: dict[str, Any] = {}
 
     @abstractmethod
@@ -60,7 +60,7 @@ class StreamTracker(ABC):
     def reset(self) -> None:
         """Forget everything that was kept: the next forward begins a run."""
         self._next.clear()
-        self._memories.clear()
+        self.memories.clear()
         self._shape.clear()
         self._last = None
         self.drop()
@@ -77,19 +77,19 @@ class StreamTracker(ABC):
         first = tensors_in((args, kwargs))[0]
         like = (first.shape, first.dtype, first.device)
         if self._shape.get(self._stream) != like:  # what was kept fits no more
-            self._memories.pop(self._stream, None)
+            self.memories.pop(self._stream, None)
         self._shape[self._stream] = like
         self._next[self._stream] = row + 1
         self.forwards += 1
-        self.begin(row, self._memories.pop(self._stream, None))
+        self.begin(row, self.memories.pop(self._stream, None))
 
     def stop(self, _: nn.Module, __: Any, output: Any) -> Any:
         """After a forward: put the stream's memory away; after one that failed, forget all. What is returned takes the output's place."""
         if output is None:
             self.reset()
             return
-        self._memories[self._stream] = self.end()
-        self.peak_bytes = max(self.peak_bytes, sum(map(self.held_bytes, self._memories.values())))
+        self.memories[self._stream] = self.end()
+        self.peak_bytes = max(self.peak_bytes, sum(map(self.held_bytes, self.memories.values())))
 
     def _branch(self, step: float) -> str:
         """The stream of a forward of which no pipeline says whose it is: calls of one step in a row are the branches of guidance."""
@@ -109,7 +109,7 @@ class StreamTracker(ABC):
         if self._expects(self._stream, step):
             return row
         if step == steps[0]:
-            self._memories.pop(self._stream, None)
+            self.memories.pop(self._stream, None)
             return 0
         row %= len(steps)
         raise AerogelError(

@@ -21,7 +21,7 @@ from aerogel.runtime.feature_cache.controlled import CacheContents, ControlledDe
 from aerogel.runtime.feature_cache.replay import Replay, State, output_of, replays
 from aerogel.training.distributed import averaged
 
-_NUMBERS = 2**16
+KEPT_VALUES = 2**16
 """Most numbers that are kept of what images are off by."""
 
 
@@ -57,16 +57,16 @@ class Trials:
         """What the final images under a mask, or the settled one, are off by: all in one vector, hashed to fewer numbers if it is long."""
         images = [along[-1][0].x_BCHW for along in self._along] if mask_TN is None else self.images(mask_TN)
         apart = torch.cat([(a - b).flatten().float() for a, b in zip(images, self.exact, strict=True)])
-        if len(apart) <= _NUMBERS:
+        if len(apart) <= KEPT_VALUES:
             return apart
         places, signs = self._hash
-        return torch.zeros(_NUMBERS, device=apart.device).index_add_(0, places, signs * apart)
+        return torch.zeros(KEPT_VALUES, device=apart.device).index_add_(0, places, signs * apart)
 
     @cached_property
     def _hash(self) -> tuple[Tensor, Tensor]:
         """A place and a sign for each number of the images: the same for all vectors, so that inner products stay, nearly."""
         count, generator = sum(image.numel() for image in self.exact), torch.Generator().manual_seed(0)
-        places, signs = torch.randint(_NUMBERS, (count,), generator=generator), torch.randint(2, (count,), generator=generator) * 2.0 - 1
+        places, signs = torch.randint(KEPT_VALUES, (count,), generator=generator), torch.randint(2, (count,), generator=generator) * 2.0 - 1
         return places.to(self.exact[0].device), signs.to(self.exact[0].device)
 
     def products(self, vectors: Sequence[Tensor]) -> Tensor:

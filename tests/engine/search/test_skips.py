@@ -16,18 +16,19 @@ import transformers
 from torch.nn.functional import log_softmax
 
 import aerogel
+from aerogel import catalog
 from aerogel.data import chats, text
 from aerogel.data.chats import Chats
 from aerogel.engine import policies
 from aerogel.engine.calibration import Samples
 from aerogel.engine.opening import open_model
 from aerogel.engine.policies import CalibratedPolicy
-from aerogel.engine.search.candidates import chosen
 from aerogel.engine.search.searching import Findings, search
-from aerogel.engine.search.skips import BUDGET, RATIOS, SkipSearch, _unfit
+from aerogel.engine.search.skips import BUDGET, RATIOS, SkipSearch
 from aerogel.errors import AerogelError
 from aerogel.evaluate.exact_match import ExactMatch
 from aerogel.layers.experts import ExpertList
+from aerogel.methods.experts.policy import SkipPolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
@@ -40,7 +41,7 @@ from tests.tiny import output
 
 COUNT = 6
 KNOBS = ("modes.points=6", "diep.tokens=16")
-ALL = sorted(chosen(_unfit, (), ()))
+ALL = [name for name in catalog.names("methods") if issubclass(catalog.find("methods", name), SkipPolicy)]
 
 
 class Ticks(Manual):

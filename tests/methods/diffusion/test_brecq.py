@@ -126,7 +126,7 @@ def test_what_is_quantized_already_is_not_touched() -> None:
 def test_targets_are_the_float_networks_and_inputs_those_of_what_was_done() -> None:
     """The second block sees the first one's rounding, and is asked for what the float network's block gave on its own inputs."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
-    original = Brecq._learn
+    original = Brecq.learn
 
     def spy(self: Brecq, block: Any, module: nn.Module, jobs: Any, samples: Samples, alone: str = "") -> None:
         ((call, wanted, _),) = samples.take([0])
@@ -145,7 +145,7 @@ def test_targets_are_the_float_networks_and_inputs_those_of_what_was_done() -> N
         block.register_forward_hook(partial(keep, name))
     output(plain.module, calls()[0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Brecq, "_learn", spy)
+        patch.setattr(Brecq, "learn", spy)
         compressed(FAMILIES["unet"].build(), {"brecq": {"scheme": "W3A16_CHANNEL", "steps": 0, "targets": ["*resnets*"]}})
     first, second = "down_blocks.0.resnets.0", "down_blocks.1.resnets.0"
     assert torch.equal(seen[first][0][0], inputs[first][0])

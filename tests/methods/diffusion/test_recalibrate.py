@@ -16,7 +16,7 @@ from aerogel.engine.estimates import needs_teacher
 from aerogel.engine.planning import plan
 from aerogel.errors import AerogelError
 from aerogel.layers.linear import QuantLinear
-from aerogel.methods.diffusion.recalibrate import Recalibrate, _give
+from aerogel.methods.diffusion.recalibrate import Recalibrate, set_ranges
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from aerogel.numerics.quantize import Grid
@@ -81,7 +81,7 @@ def test_steps_at_which_a_layer_rests_keep_their_ranges() -> None:
     before = layer.stored().input_grid
     assert before is not None
     assert before.zero is not None
-    _give(network, name, layer, {2: Grid(torch.tensor(0.25), torch.tensor(7))})
+    set_ranges(network, name, layer, {2: Grid(torch.tensor(0.25), torch.tensor(7))})
     after = network.module.get_submodule(name).stored().input_grid  # type: ignore[operator]
     others = [row for row in range(len(before.scale)) if row != 2]
     assert float(after.scale[2]) == 0.25

@@ -278,7 +278,7 @@ def test_two_bands_of_one_half_are_held_as_long_as_they_are_needed() -> None:
     with policy.on(network, policy.calibrate(network, given)) as cache:
         for call in given:
             image = output(network.module, call)[0]
-            held.append(sum(map(cache.held_bytes, cache._memories.values())))
+            held.append(sum(map(cache.held_bytes, cache.memories.values())))
     assert held == [2 * image.nbytes * (step in (2, 3, 5, 6)) for step in range(10)], "steps 3, 4, 6 and 7 are guessed"
     assert cache.peak_bytes == 2 * image.nbytes
 

@@ -13,10 +13,11 @@ from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.fora import Fora
 from aerogel.methods.feature_cache.pab import Pab, broadcast
 from aerogel.methods.feature_cache.smoothcache import Smoothcache, smooth
-from aerogel.methods.feature_cache.taylorseer import Taylorseer, _Series
+from aerogel.methods.feature_cache.taylorseer import Taylorseer
 from aerogel.methods.feature_cache.uniform_cache import UniformCache, spread
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.schedule import Schedule, caching
+from aerogel.runtime.feature_cache.taylor import TaylorSeries
 from tests.runtime.feature_cache.test_replay import painter, recorded
 from tests.runtime.feature_cache.test_schedule import calls as generation
 from tests.tiny import opened, output
@@ -144,7 +145,7 @@ def test_smoothcache_measures_changes_of_outputs() -> None:
 def test_taylorseer_predicts_by_the_series() -> None:
     """Outputs at steps 0, 2 and 4, then two steps ahead: value + s x first difference + s^2 / 2 x second."""
     values = {0: 1.0, 2: 4.0, 4: 5.0}
-    entry = _Series(lambda row: torch.tensor([values[row]]), order=2)
+    entry = TaylorSeries(lambda row: torch.tensor([values[row]]), order=2)
     entry.keeps = True
     for row in (0, 2, 4):
         entry.computes, entry.row = True, row
@@ -160,7 +161,8 @@ def test_taylorseer_predicts_by_the_series() -> None:
     ("options", "runs"), [({}, [0, 1, 5, 9]), ({"interval": 3, "warmup": 3}, [0, 1, 2, 5, 8, 11]), ({"interval": 1}, list(range(12)))]
 )
 def test_taylorseer_computes_at_these_steps(options: dict[str, int], runs: list[int]) -> None:
-    assert Taylorseer(**options)._computed(12, 2)[:, 0].nonzero().flatten().tolist() == runs
+    state = Taylorseer(**options).calibrate(opened("dit"), generation("dit", steps=[900.0 - 75 * step for step in range(12)]))
+    assert state["computed"] == ["1111" if step in runs else "0000" for step in range(12)]
 
 
 def test_taylorseer_of_order_zero_reuses() -> None:

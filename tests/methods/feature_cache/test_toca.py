@@ -97,7 +97,7 @@ def test_attention_received_is_the_map_summed_over_queries(masked: str, monkeypa
     for scale in (None, 0.3):
         probabilities = (query @ key.mT * (scale or 0.5) + bias).softmax(-1)
         for limit in (1, 2 * 3 * 5 * 3, 2**20):  # one query at a time, three, all
-            monkeypatch.setattr("aerogel.runtime.attention._MAP", limit)
+            monkeypatch.setattr("aerogel.runtime.attention.CHUNK_SCORES", limit)
             torch.testing.assert_close(attention_received(query, key, mask, scale), probabilities.mean(1).sum(1))
 
 
@@ -354,7 +354,7 @@ def test_what_was_given_is_never_written_over() -> None:
     with policy.on(network, state) as by:
         for row, call in enumerate(given):
             output(network.module, call)
-            assert any(by._memories.values()) == (state["computed"][row + 1 : row + 2] == ["0000"]), "what is read no more is let go"
+            assert any(by.memories.values()) == (state["computed"][row + 1 : row + 2] == ["0000"]), "what is read no more is let go"
     hook.remove()
     assert all(torch.equal(a, b) for a, b in held)
     scores = 2 * 16 * 4

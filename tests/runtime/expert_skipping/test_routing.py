@@ -125,14 +125,14 @@ def hooked(network: Network) -> int:
 @pytest.mark.parametrize("name", MIXTURES)
 def test_memory_that_nobody_wrote_is_never_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows behind the last group of a grouped product hold anything: here they hold NaN."""
-    network, real = opened(name, unfuse_experts=False), backend._grouped
+    network, real = opened(name, unfuse_experts=False), backend.grouped_product
 
     def poisoned(x_PI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
         y_PO = real(x_PI, weight_EIO, end_E)
         y_PO[int(end_E[-1]) :] = torch.nan
         return y_PO
 
-    monkeypatch.setattr(backend, "_grouped", poisoned)
+    monkeypatch.setattr(backend, "grouped_product", poisoned)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the form whose shapes stay
     module = next(iter(experts_of(network).values()))
     x_TH, index_TK, weight_TK = torch.randn(9, 64), torch.randint(0, 5, (9, 2)), torch.rand(9, 2)

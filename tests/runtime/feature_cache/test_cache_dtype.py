@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from aerogel import catalog
 from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.policy import BlockCachePolicy, FeatureCachePolicy
-from aerogel.methods.feature_cache.taylorseer import _Series
 from aerogel.model.calls import tensors_in
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
@@ -22,6 +21,7 @@ from aerogel.runtime.feature_cache.block_cache import TableRule, caching_blocks
 from aerogel.runtime.feature_cache.cache_dtype import Float8, cache_format
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of, costs_of
 from aerogel.runtime.feature_cache.schedule import CacheEntry, Schedule, cache_bytes, caching, entry_sizes
+from aerogel.runtime.feature_cache.taylor import TaylorSeries
 from tests.runtime.feature_cache.test_block_cache import AT, DEPTH, deep
 from tests.runtime.feature_cache.test_schedule import STEPS, calls, table
 from tests.tiny import opened, output
@@ -128,7 +128,7 @@ def test_slots_that_reckon_with_changes_are_refused() -> None:
     network = opened("dit")
     with (
         pytest.raises(AerogelError, match="cache entries in float8 hold outputs to 4 bits"),
-        caching(network, half(network), partial(_Series, order=1), "float8"),
+        caching(network, half(network), partial(TaylorSeries, order=1), "float8"),
     ):
         pass
     with (

@@ -18,12 +18,12 @@ from torch.overrides import TorchFunctionMode
 
 from aerogel.errors import AerogelError
 from aerogel.kernels import onepass
-from aerogel.methods.feature_cache.taylorseer import _Series
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.block_cache import TableRule, caching_blocks
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of, costs_of
 from aerogel.runtime.feature_cache.compiled import uncompiled
 from aerogel.runtime.feature_cache.schedule import CacheEntry, Schedule, caching
+from aerogel.runtime.feature_cache.taylor import TaylorSeries
 from tests.runtime.feature_cache.test_block_cache import AT, DEPTH, _Odd, deep
 from tests.runtime.feature_cache.test_schedule import calls, scattered, table
 from tests.tiny import FAMILIES, fill, opened, output
@@ -171,7 +171,7 @@ def test_slots_that_reckon_do_so_outside() -> None:
     fewer_TN = torch.ones(6, 2, dtype=torch.bool)
     fewer_TN[[2, 4, 5]] = False
     steps = [900.0 - 100 * place for place in range(6)]
-    schedule, make = table(network, fewer_TN, steps), partial(_Series, order=2)
+    schedule, make = table(network, fewer_TN, steps), partial(TaylorSeries, order=2)
     with caching(network, schedule, make):
         wanted = answers(network, "dit", steps)
     graphs = compiled(network)

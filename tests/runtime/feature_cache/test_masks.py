@@ -102,7 +102,7 @@ def test_products_say_what_each_part_alone_does_to_the_error(whole: bool, trials
         [((step, 0), (step, 1)) for step in range(1, T)] if whole else [((step, module),) for step in range(1, T) for module in range(N)]
     )
     error = trials.settle(settled)
-    moves = Search(trials, Budget((1.0, 1.0), 2.0), 10**6)._moves(settled, parts)
+    moves = Search(trials, Budget((1.0, 1.0), 2.0), 10**6).moves(settled, parts)
     assert float(moves.products[0, 0]) == pytest.approx(error, rel=1e-5)
     assert moves.parts == parts[::-1]
     for place, part in enumerate(moves.parts):
@@ -118,7 +118,7 @@ def test_long_vectors_are_hashed_to_nearly_the_same_products(trials: Trials, mon
     trials.settle(mask((1, 0), (3, 1)))
     others = [mask((2, 0)), mask((4, 1), (1, 1)), mask((3, 0), (3, 1))]
     whole = [trials.apart(), *(trials.apart(other) for other in others)]
-    monkeypatch.setattr("aerogel.runtime.feature_cache.trials._NUMBERS", len(whole[0]) // 2)
+    monkeypatch.setattr("aerogel.runtime.feature_cache.trials.KEPT_VALUES", len(whole[0]) // 2)
     hashed = [trials.apart(), *(trials.apart(other) for other in others)]
     assert len(hashed[0]) == len(whole[0]) // 2
     exact, near = trials.products(whole), trials.products(hashed)
@@ -131,8 +131,8 @@ def test_chains_take_the_best_exchange_after_those_before(seed: int, trials: Tri
     """Against all exchanges tried on the quadratic form, one after another."""
     settled = mask((1, 0), (1, 1), (2, 0), (3, 1))
     search = Search(trials, Budget((1.0, 1.0), 4.0), 10**6)
-    search._settle(settled)
-    found = search._moves(settled, [((step, module),) for step in range(1, T) for module in range(N)])
+    search.settle(settled)
+    found = search.moves(settled, [((step, module),) for step in range(1, T) for module in range(N)])
     vectors = torch.randn(1 + len(found.parts), 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     vectors[1:] = vectors[1:] / 2 - vectors[0] / 6
     moves = Moves(found.parts, found.runs, vectors @ vectors.T)
@@ -148,7 +148,7 @@ def test_chains_take_the_best_exchange_after_those_before(seed: int, trials: Tri
             break
         literal += min(tries)[1:]
     wanted = [(moves.parts[a], moves.parts[b]) for a, b in zip(literal[::2], literal[1::2], strict=True)]
-    chains = list(moves.chains(partial(search._swapped, settled)))
+    chains = list(moves.chains(partial(search.swapped, settled)))
     assert [len(one) for one in chains] == [length for length in (len(wanted) >> shift for shift in range(9)) if length > 1]
     assert all(list(one) == wanted[: len(one)] for one in chains)
     singles = list(moves.pairs())
