@@ -28,7 +28,7 @@ from aerogel.engine.search.skips import BUDGET, RATIOS, SkipSearch
 from aerogel.errors import AerogelError
 from aerogel.evaluate.exact_match import ExactMatch
 from aerogel.layers.experts import ExpertList
-from aerogel.methods.experts.policy import SkipPolicy
+from aerogel.methods.experts.policy import ExpertSkippingPolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
@@ -41,7 +41,7 @@ from tests.tiny import output
 
 COUNT = 6
 KNOBS = ("modes.points=6", "diep.tokens=16")
-ALL = [name for name in catalog.names("methods") if issubclass(catalog.find("methods", name), SkipPolicy)]
+ALL = [name for name in catalog.names("methods") if issubclass(catalog.find("methods", name), ExpertSkippingPolicy)]
 
 
 class Ticks(Manual):
