@@ -66,7 +66,7 @@ ALLOWED = {
     r"in units of": "a unit of measure",
     r"shapes, units": "a unit of measure",
     r"nats lost": "a loss",
-    r"`lost`|lost \*": "an option",
+    r"`lost`|lost \*|'lost'": "an option",
     r"perceptual\[NETWORK, unlearned\]": "the name of a metric",
     r"\| lean(?= \|)": "a value of `path` in saved results",
     r"\bunits\b(?= \(the names of the cached modules\))|`units`|`slot_bytes`|`linears`": "a key of a saved file or an attribute",

@@ -129,7 +129,7 @@ def compress(
             )
     except KeyboardInterrupt as error:
         kept = (
-            f"{partial_of(output)} keeps the finished blocks: add --resume to resume"
+            f"{partial_of(output)} keeps the finished blocks: add --resume to continue"
             if partial_of(output).exists()
             else "nothing was changed"
         )

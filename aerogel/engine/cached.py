@@ -92,7 +92,7 @@ def _compare_weights(network: Network, made_for: Mapping[str, Any]) -> None:
 
 def _measured(network: Network, recipe: Recipe, samples: CalibrationInput | None, seed: int) -> list[CalibratedPolicy]:
     if changing := [step.name for step in recipe.steps if not isinstance(step.method, RuntimePolicy)]:
-        raise AerogelError(f"{changing[0]} changes the model for good, so it cannot be a policy of a context; use aerogel.compress")
+        raise AerogelError(f"{changing[0]} changes the weights permanently, so it cannot be enabled temporarily; use aerogel.compress")
     given = shown(network, samples)
     check_steps(network, recipe, reading(network, given))
     calls = prepare(network, given, seed, head=False).calls

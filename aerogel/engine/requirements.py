@@ -43,7 +43,7 @@ def _of(step: Step, why: str) -> str:
 
 
 def _uncached(network: Network, step: Step, earlier: Sequence[Step]) -> None:
-    for other in earlier:
+    for other in reversed(earlier):
         if not _skips_modules(other):
             continue
         if _skips_modules(step):
@@ -54,7 +54,7 @@ def _uncached(network: Network, step: Step, earlier: Sequence[Step]) -> None:
 def _edges(network: Network, step: Step, earlier: Sequence[Step]) -> None:
     if not any(block.edges() for block in blocks_of(network)):
         raise AerogelError(
-            f"this {network.family.name} network has no norm or linear layer of which it is known that linear layers read its channels; "
+            f"this {network.family.name} model has no norm or linear layer of which it is known that linear layers read its channels; "
             "leave this step out"
         )
 
@@ -62,14 +62,14 @@ def _edges(network: Network, step: Step, earlier: Sequence[Step]) -> None:
 def _trajectories(network: Network, step: Step, earlier: Sequence[Step]) -> None:
     if "timestep" not in arguments_of(network.module):
         raise AerogelError(
-            f"this {network.family.name} network takes no time step, and feature caching needs a denoiser; leave this step out"
+            f"this {network.family.name} model takes no time step, and feature caching needs a denoiser; leave this step out"
         )
 
 
 def _concatenations(network: Network, step: Step, earlier: Sequence[Step]) -> None:
     """Refuse what is no denoiser; which layers of a denoiser read concatenated channels, only a forward shows."""
     if "timestep" not in arguments_of(network.module):
-        raise AerogelError(f"no float layer of this {network.family.name} network reads concatenated channels; leave {step.name} out")
+        raise AerogelError(f"no float layer of this {network.family.name} model reads concatenated channels; leave {step.name} out")
 
 
 def _schedule(network: Network, step: Step, earlier: Sequence[Step]) -> None:

@@ -64,7 +64,7 @@ def require_torch_attention(network: Network) -> None:
     named = {getattr(config, "_attn_implementation", None) for config in configs} - {None}
     if named and "sdpa" not in named:
         raise AerogelError(
-            f"0 modules of this network call scaled_dot_product_attention, its attention is {' and '.join(sorted(map(repr, named)))}; "
+            f"0 modules of this model call scaled_dot_product_attention, its attention is {' and '.join(sorted(map(repr, named)))}; "
             "open the model with attn_implementation='sdpa', or leave this step out"
         )
 

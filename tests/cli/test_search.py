@@ -37,7 +37,7 @@ def work(pipeline: Any, denoiser: nn.Module, wanted: Denoising, seed: int, _: Ca
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(pacing, "seconds", work)
+    monkeypatch.setattr(pacing, "denoising_seconds", work)
     painter().save_pretrained(tmp_path / "painter")
     return tmp_path
 

@@ -278,7 +278,7 @@ def test_ctrl_c_keeps_what_is_finished(desk: Desk) -> None:
     assert ended.returncode == 2, ended.stderr
     assert (
         ended.stderr.strip().splitlines()[-1]
-        == f"error: interrupted; {desk.folder}/out.partial keeps what is finished: add --resume to go on"
+        == f"error: interrupted; {desk.folder}/out.partial keeps the finished blocks: add --resume to continue"
     )
     assert "Traceback" not in ended.stderr
     assert not desk.output.exists()

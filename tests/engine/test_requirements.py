@@ -40,7 +40,7 @@ REFUSED: list[tuple[str, list[dict[str, Any]], str]] = [
     ("dit", [{"deepcache": {}}], "deepcache: the dit family names no skip connections"),
     ("llama", [{"tiar": {}}], "tiar: the llama family names no temporal path"),
     ("dit", [{"temporal_cache": {}}], "also depend on the class label"),
-    ("llama", [{"split_shortcut": {}}], "no float layer of this llama network reads concatenated channels"),
+    ("llama", [{"split_shortcut": {}}], "no float layer of this llama model reads concatenated channels"),
     ("dit", [{"rotate": {}}], "rotate: cannot rotate: family 'dit' names no residual stream"),
     # the order of steps
     ("llama", [RTN, {"rotate": {}}], "is quantized by then; put rotate first"),

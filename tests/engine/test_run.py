@@ -135,7 +135,7 @@ def test_methods_that_read_weights_only_need_no_text(tmp_path: Path) -> None:
     assert result.network.module is model
     assert isinstance(model.model.layers[1].mlp.up_proj, QuantLinear)
     assert "fingerprint" not in result.facts["provenance"]["calibration"]
-    with pytest.raises(AerogelError, match="no tokenizer to calibrate it on text; give recorded calls"):
+    with pytest.raises(AerogelError, match="no tokenizer for calibration text; give recorded calls"):
         compress(FAMILIES["llama"].build(), GPTQ, measures=())
     compress(FAMILIES["llama"].build(), GPTQ, samples=CALLS, measures=())
 

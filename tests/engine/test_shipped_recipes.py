@@ -9,9 +9,11 @@ import torch
 import transformers
 
 import aerogel
+from aerogel import catalog
 from aerogel.data import text
 from aerogel.engine.calibration import Samples
 from aerogel.layers.linear import QuantLinear, cache_dequantized
+from aerogel.recipe import Recipe
 from tests.folders import model_folder, text_file
 from tests.tiny import output
 
@@ -20,6 +22,16 @@ CLOSE = {
     "rtn-w8a8": 0.05, "smoothquant-w8a8": 0.05, "fp8-dynamic": 0.15,
     "rtn-w4a16": 0.4, "awq-w4a16": 0.35, "gptq-w4a16": 0.15, "gptq-w3a16": 0.3,
 }  # fmt: skip
+ELSEWHERE = {"experts", "teacher", "time_path", "trajectories", "concatenations"}
+"""Requirements of recipes for MoE models and denoisers, which have tests of their own."""
+
+
+def for_language(recipe: str) -> bool:
+    """Return True if no step requires more than a plain language model has."""
+    return all(ELSEWHERE.isdisjoint(step.method.requires) for step in Recipe.parse(recipe).steps)
+
+
+LANGUAGE = [recipe for recipe in catalog.names("recipes") if for_language(recipe)]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +41,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_folder(folder / "model", hidden_size=128, intermediate_size=256)
 
 
-@pytest.mark.parametrize("recipe", CLOSE)
+@pytest.mark.parametrize("recipe", LANGUAGE)
 def test_recipe(recipe: str, source: Path, tmp_path: Path) -> None:
     original = aerogel.load(source, lazy=False)
     words = source.parent / "text.txt"
@@ -45,6 +57,10 @@ def test_recipe(recipe: str, source: Path, tmp_path: Path) -> None:
         before = output(original.module, call)
         with cache_dequantized(ours.module):
             answer = output(ours.module, call)
-        assert 0 < (answer - before).norm() < CLOSE[recipe] * before.norm()
+        assert 0 < (answer - before).norm()
+        if recipe in CLOSE:
+            assert (answer - before).norm() < CLOSE[recipe] * before.norm()
+        else:  # pruned random weights lose most of the output, but not its direction
+            assert torch.cosine_similarity(answer.flatten(), before.flatten(), dim=0) > 0.3
         torch.testing.assert_close(output(theirs, call), answer, rtol=1e-4, atol=1e-5)
     assert (tmp_path / "out/model.safetensors").stat().st_size < (source / "model.safetensors").stat().st_size

@@ -133,7 +133,6 @@ def pixart(tmp_path_factory: pytest.TempPathFactory) -> Written:
     recipe = [
         {"tiar": {"scheme": "W8A16_CHANNEL_ASYM", "steps": 5}},
         {"rtn": {"scheme": "W8A16_CHANNEL", "targets": ["transformer_blocks.*"], "overrides": schemes}},
-        {"activation_ranges": {"targets": ["*.ff.*"], "steps": 0}},
         {"fsc": {}},
         {"temporal_cache": {"dtype": "int6", "choose": "layer_step"}},
     ]

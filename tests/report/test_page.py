@@ -360,9 +360,9 @@ def test_experts_that_were_spared_are_drawn_and_said() -> None:
     ):
         assert said in words, said
     side = record.parse(content).metrics.compressed
-    assert side.replies is not None
-    assert side.replies.skipped is not None
-    drawn = str(skip_map(side.replies.skipped)).replace("\u202f", " ")
+    assert side.exact_match is not None
+    assert side.exact_match.skipped is not None
+    drawn = str(skip_map(side.exact_match.skipped)).replace("\u202f", " ")
     for cell in ("Text, layer 1: 90.0 %", "Images, layer 0: 50.0 %", "No expert at all, layer 1: 42.0 %"):
         assert cell in drawn
     assert "Which experts were spared" not in read(page.page(record.parse(full()))).words

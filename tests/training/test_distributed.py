@@ -52,7 +52,7 @@ def work(rank: int, folder: str) -> None:
         "variance": float(variance(mine)),
         "mean": averaged(mine.mean()).item(),
         "first": of_first(torch.tensor([rank + 5])).tolist(),
-        "budget": Harmonica(target_speedup=1.1).budget(network, recorded(network)).cost_N,
+        "budget": Harmonica(target_speedup=1.1).budget(network, Trajectories.of(network, recorded(network))).cost_N,
         "odd": refused(replays(network, Trajectories.of(network, recorded(network, count=3, batch=3)))),
         "different": refused(replays(network, Trajectories.of(network, recorded(network)))[: 1 + rank]),
     }

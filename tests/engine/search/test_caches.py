@@ -326,7 +326,7 @@ def test_what_cannot_be_searched_is_refused(options: dict[str, Any], message: st
 
 
 def test_models_that_cannot_be_searched_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(AerogelError, match="came without its pipeline and makes no images"):
+    with pytest.raises(AerogelError, match="came without its pipeline and generates no images"):
         search(painter().transformer, only=["fora"], samples=WANTED)
     with pytest.raises(AerogelError, match="this llama model came without its pipeline and generates no images"):
         search(FAMILIES["llama"].build())
