@@ -69,20 +69,23 @@ REFUSED = {
     "attention_quant": ({"gemma2", "gpt_oss"}, "0 modules of this model call scaled_dot_product_attention"),
     "split_shortcut": (set(FAMILIES) - {"unet", "flux"}, "reads concatenated channels"),
     "fsc": (set(FAMILIES), f"{OF_MORE}|put tiar"),
-    "fora": (NO_UNITS, "names no units"),
-    **dict.fromkeys(("uniform_cache", "pab", "smoothcache", "taylorseer"), (NO_UNITS, "names no units")),
+    "activation_ranges": (set(FAMILIES), "reaches no quantized layer"),
+    **dict.fromkeys(("awq", "smoothquant"), ({"flux"}, "no norm or linear layer of which it is known that linear layers read")),
+    "fora": (NO_UNITS, "names no modules whose outputs"),
+    **dict.fromkeys(("uniform_cache", "pab", "smoothcache", "taylorseer"), (NO_UNITS, "names no modules whose outputs")),
     **dict.fromkeys(("delta_dit", "first_block", "magcache", "teacache"), (NO_ROW, "names no streams")),
     **dict.fromkeys(
-        ("toca", "duca"), (NO_UNITS | {"sd3", "flux", "cogvideox"}, "names no units|no self-attention beside it|set cell to 1")
+        ("toca", "duca"),
+        (NO_UNITS | {"sd3", "flux", "cogvideox"}, "names no modules whose outputs|no self-attention beside it|set cell to 1"),
     ),
     **dict.fromkeys((*SKIPPING, "reduced_topk", "prune_experts"), (NO_EXPERTS, "has no routed experts")),
     "deepcache": (set(FAMILIES) - {"unet"}, "names no skip connections"),
-    "fastercache": (set(FAMILIES), "names no units|different time steps|not the same samples twice"),
+    "fastercache": (set(FAMILIES), "names no modules whose outputs|different time steps|not the same samples twice"),
     "recalibrate": (set(FAMILIES), "no layer has inputs with static ranges"),
     # These learn from whole generations of a pipeline's sampler: tests of their own have pipelines.
-    **dict.fromkeys(("schedule_search", "l2c"), (set(FAMILIES), "give one of ratio|names no units")),
-    "schedule_refine": (set(FAMILIES), "goes on from a schedule|different time steps|names no units"),
-    "harmonica": (set(FAMILIES), "different time steps|came without its pipeline|names no units"),
+    **dict.fromkeys(("schedule_search", "l2c"), (set(FAMILIES), "give one of ratio|names no modules whose outputs")),
+    "schedule_refine": (set(FAMILIES), "goes on from a schedule|different time steps|names no modules whose outputs"),
+    "harmonica": (set(FAMILIES), "different time steps|came without its pipeline|names no modules whose outputs"),
 }
 
 CACHING = {
