@@ -103,7 +103,7 @@ def count(items: Items, dice: random.Random) -> Turn:
     if dice.random() < 0.5:
         labels = [wanted if dice.random() < 0.4 else label for label in labels]
     number = labels.count(wanted)
-    answer = f"There {'is' if number == 1 else 'are'} {counted(number, wanted)} in the image."
+    answer = f"There {'is' if number == 1 else 'are'} {counted(number, wanted)} in the picture."
     return Turn("count", (collage(items, labels, columns, dice),), f"How many {PLURALS[wanted]} are there?", answer)
 
 
@@ -123,7 +123,7 @@ def describe(items: Items, dice: random.Random) -> Turn:
     labels, columns = _mixed(dice)
     rows = [labels[start : start + columns] for start in range(0, len(labels), columns)]
     said = [f"The {ORDINALS[number]} row shows {listed([an(NAMES[label]) for label in row])}." for number, row in enumerate(rows)]
-    return Turn("describe", (collage(items, labels, columns, dice),), "Describe the image.", " ".join(said))
+    return Turn("describe", (collage(items, labels, columns, dice),), "Describe the picture.", " ".join(said))
 
 
 def which(items: Items, dice: random.Random) -> Turn:
@@ -131,8 +131,8 @@ def which(items: Items, dice: random.Random) -> Turn:
     labels = dice.sample(range(10), 8)
     at = dice.randrange(8)
     images = tuple(collage(items, half, 2, dice) for half in (labels[:4], labels[4:]))
-    answer = f"The {ORDINALS[at // 4]} image shows {an(NAMES[labels[at]])}."
-    return Turn("which", images, f"Which image shows {an(NAMES[labels[at]])}?", answer)
+    answer = f"The {ORDINALS[at // 4]} picture shows {an(NAMES[labels[at]])}."
+    return Turn("which", images, f"Which picture shows {an(NAMES[labels[at]])}?", answer)
 
 
 def text(_: Items, dice: random.Random) -> Turn:

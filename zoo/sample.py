@@ -57,7 +57,7 @@ def main() -> None:
         name: float((verdicts(images) == label).float().mean())
         for label, (name, images) in enumerate(zip(fashion.CLASSES, made, strict=True))
     }
-    print(json.dumps({"kl_divergence": sum(right.values()) / len(right), "by class": right}, indent=1))
+    print(json.dumps({"agreement": sum(right.values()) / len(right), "by class": right}, indent=1))
     if given.image:
         grid([images[: given.drawn] for images in made]).save(given.image, optimize=True)
 
