@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 import aerogel
+from aerogel.cli.interrupts import interruptible
 from aerogel.errors import AerogelError
 
 _FAILED = 2
@@ -31,14 +32,13 @@ class _Group(TyperGroup):
                 warnings.simplefilter("ignore")
                 warnings.filterwarnings("default", module=r"aerogel(\.|$)")
                 warnings.showwarning = _show_warning
-                return super().invoke(ctx)
+                with interruptible(lambda: "nothing was changed"):
+                    return super().invoke(ctx)
         except AerogelError as error:
             _fail(str(error))
         except OSError as error:
             reason = error.strerror or str(error)
             _fail(f"{error.filename}: {reason}" if error.filename else reason)
-        except KeyboardInterrupt:
-            _fail("interrupted; nothing was changed")
 
 
 # Without rich markup: it would take a default in brackets, such as [sotu], for a style and drop it from the help text.
@@ -114,26 +114,22 @@ def compress(
     from aerogel.engine.calibration import CalibrationRequest
     from aerogel.engine.preflight import partial_of
 
-    try:
-        with terminal.progress(as_json) as tell:
-            result = run.compress(
-                model,
-                recipe,
-                output=output,
-                overrides=overrides or (),
-                samples=CalibrationRequest(data, samples, length, steps, guidance),
-                measures=None if evaluate else (),
-                seed=seed,
-                resume=resume,
-                tell=tell,
-            )
-    except KeyboardInterrupt as error:
-        kept = (
-            f"{partial_of(output)} keeps the finished blocks: add --resume to continue"
-            if partial_of(output).exists()
-            else "nothing was changed"
+    def left() -> str:
+        folder = partial_of(output)
+        return f"{folder} keeps the finished blocks: add --resume to continue" if folder.exists() else "nothing was changed"
+
+    with interruptible(left), terminal.progress(as_json) as tell:
+        result = run.compress(
+            model,
+            recipe,
+            output=output,
+            overrides=overrides or (),
+            samples=CalibrationRequest(data, samples, length, steps, guidance),
+            measures=None if evaluate else (),
+            seed=seed,
+            resume=resume,
+            tell=tell,
         )
-        raise AerogelError(f"interrupted; {kept}") from error
     report = result.report()
     if as_json:
         _print_json({"folder": str(output), "report": str(report), **result.facts})

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 
 from aerogel import catalog
 from aerogel.engine import policies
@@ -17,8 +15,12 @@ from aerogel.layers.linear import timestep_index_of
 from aerogel.model.family import Family
 from aerogel.model.network import Network
 
-# A context whose last reference goes is left, and the policy with it.
-_on: WeakKeyDictionary[nn.Module, ExitStack] = WeakKeyDictionary()
+
+class _PutOn(ExitStack):
+    """The contexts of policies that are on for good: they live as long as the module, and a copy of it has none."""
+
+    def __reduce__(self) -> tuple[type[_PutOn], tuple[()]]:
+        return _PutOn, ()
 
 
 def families() -> Sequence[Family]:
@@ -48,6 +50,7 @@ def load(
     if network is not source and (index := timestep_index_of(network.module)) is not None:
         index.set_pipeline(network.processor)
     if network is not source and (found := policies.load(network.origin)):
-        stack = _on[network.module] = ExitStack()
-        stack.enter_context(policies.on(network, found))
+        contexts = _PutOn()
+        contexts.enter_context(policies.on(network, found))
+        network.module.__dict__["_aerogel_policies"] = contexts
     return network

@@ -6,6 +6,9 @@ are that commit's, in float32 with dequantized weights, so that no kernel's own 
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -54,3 +57,13 @@ def test_older_denoisers_give_the_same_images(name: str, asked: dict[str, object
 def test_older_facts_are_read(name: str) -> None:
     assert [one.step.name for one in policies.load(FOLDERS / name)] == POLICIES[name]
     assert record.read(FOLDERS / name) is not None
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_network_that_nobody_holds_is_freed(name: str) -> None:
+    network = aerogel.load(FOLDERS / name)
+    module = weakref.ref(network.module)
+    assert copy.deepcopy(network.module) is not network.module
+    del network
+    gc.collect()
+    assert module() is None

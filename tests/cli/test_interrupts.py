@@ -1,0 +1,58 @@
+"""Ctrl-C ends a command with one line, also where native code makes another error of it."""
+
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from aerogel.cli.interrupts import interruptible
+from aerogel.errors import AerogelError
+
+
+def press() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def press_in_native_code() -> None:
+    try:
+        press()
+    except KeyboardInterrupt:
+        raise ValueError("could not determine the shape") from None
+
+
+def press_in_a_parser() -> None:
+    try:
+        press()
+    except KeyboardInterrupt:
+        raise AerogelError("model.safetensors is broken") from None
+
+
+@pytest.mark.parametrize("work", [press, press_in_native_code, press_in_a_parser])
+def test_whatever_ends_the_work_is_the_interruption(work: Callable[[], None]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(AerogelError, match=r"^interrupted; half is kept$"), interruptible(lambda: "half is kept"):
+        work()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(ValueError, match=r"^wrong$"), interruptible(lambda: "nothing was changed"):
+        raise ValueError("wrong")
+
+
+def test_the_innermost_says_what_is_left() -> None:
+    with (
+        pytest.raises(AerogelError, match=r"^interrupted; half is kept$"),
+        interruptible(lambda: "nothing was changed"),
+        interruptible(lambda: "half is kept"),
+    ):
+        press_in_native_code()
+
+
+def test_an_ignored_key_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruptible(lambda: "nothing was changed"):
+            press()
+    finally:
+        signal.signal(signal.SIGINT, before)
