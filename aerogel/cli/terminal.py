@@ -14,7 +14,9 @@ from rich.table import Table
 
 from aerogel.engine.planning import Kept, Plan
 from aerogel.engine.progress import ProgressEstimator, Tell, bar
-from aerogel.report import compare, coverage, phrases, record, reuse, search
+from aerogel.io.record.measures import Metrics
+from aerogel.io.record.schema import Coverage, PolicyRecord, pattern
+from aerogel.report import compare, coverage, phrases, reuse, search
 
 
 @contextmanager
@@ -29,7 +31,7 @@ def progress(quiet: bool) -> Iterator[Tell]:
 
 def print_comparison(metrics: Mapping[str, Any]) -> None:
     """Print the metrics of the original and the compressed model, one per line."""
-    sides = record.Metrics.model_validate(metrics)
+    sides = Metrics.model_validate(metrics)
     table = Table("", "original", "compressed", "", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -42,10 +44,10 @@ def print_comparison(metrics: Mapping[str, Any]) -> None:
 def print_coverage(facts: Mapping[str, Any]) -> None:
     """Print which layers and attention operands are quantized, and which are not."""
     console = Console(soft_wrap=True, highlight=False)
-    found = record.Coverage.model_validate(facts)
-    left = dict(coverage.left_in_float(found))
+    found = Coverage.model_validate(facts)
+    left = dict(coverage.unquantized(found))
     for what, shares in groupby(coverage.shares(found), key=lambda share: share.what):
-        console.print(f"{what} of {found.layers} layers: {', '.join(f'{share.layers} in {share.form}' for share in shares)}", markup=False)
+        console.print(f"{what} of {found.layers} layers: {', '.join(share.words for share in shares)}", markup=False)
         if what in left:
             console.print(f"  not quantized: {', '.join(phrases.several(*group) for group in left[what])}", markup=False)
     if found.attentions:
@@ -54,8 +56,8 @@ def print_coverage(facts: Mapping[str, Any]) -> None:
 
 def print_reuse(facts: Sequence[Mapping[str, Any]]) -> None:
     """Print a line about each caching policy."""
-    for policy in map(record.Policy.model_validate, facts):
-        if found := policy.reuse:
+    for policy in map(PolicyRecord.model_validate, facts):
+        if found := reuse.reuse_of(policy):
             Console(soft_wrap=True, highlight=False).print(f"{found.policy}: {reuse.sentence(found)}", markup=False)
 
 
@@ -94,5 +96,5 @@ def print_plan(plan: Plan) -> None:
 
 def _grouped(kept: Sequence[Kept]) -> Iterator[str]:
     """Yield the unquantized modules by reason, with the same module of every block on one line."""
-    for (name, reason), count in Counter((record.pattern(module.name), module.reason) for module in kept).items():
+    for (name, reason), count in Counter((pattern(module.name), module.reason) for module in kept).items():
         yield f"{phrases.several(name, count)}: {reason}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +16,9 @@ from aerogel.engine.preflight import check_calls, check_steps
 from aerogel.engine.result import Result
 from aerogel.engine.stages import seeded
 from aerogel.errors import AerogelError
+from aerogel.io.record import files
+from aerogel.io.record.schema import ModelRecord
 from aerogel.io.save import fingerprint_of
-from aerogel.io.states import FACTS
 from aerogel.methods.base import RuntimePolicy
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
@@ -63,28 +63,28 @@ def _saved(policy: Policy) -> Sequence[CalibratedPolicy] | None:
     return found
 
 
-def _made_for(policy: Policy) -> Mapping[str, Any]:
-    """Return the facts of the model that saved policies were made for; empty for policies that are calibrated here."""
+def _made_for(policy: Policy) -> ModelRecord | None:
+    """Return the record of the model that saved policies were made for; None for policies that are calibrated here."""
     if isinstance(policy, Result):
-        return policy.facts["model"]
+        return policy.record.model
     if isinstance(policy, str | Path) and Path(policy).is_dir():
-        return json.loads((Path(policy) / FACTS).read_text())["model"]
-    return {}
+        return files.read(policy).model
+    return None
 
 
-def _require_family(network: Network, made_for: Mapping[str, Any]) -> None:
-    if made_for and made_for["family"] != network.family.name:
+def _require_family(network: Network, made_for: ModelRecord | None) -> None:
+    if made_for is not None and made_for.family != network.family.name:
         raise AerogelError(
-            f"the policy was made for {made_for['name']}, of the {made_for['family']} family, and this model is of the "
+            f"the policy was made for {made_for.name}, of the {made_for.family} family, and this model is of the "
             f"{network.family.name} family; make one for it"
         )
 
 
-def _compare_weights(network: Network, made_for: Mapping[str, Any]) -> None:
+def _compare_weights(network: Network, made_for: ModelRecord | None) -> None:
     """Warn where it is known which weights a policy was made for, and these are others."""
-    if "fingerprint" in made_for and (ours := fingerprint_of(network)) != made_for["fingerprint"]:
+    if made_for is not None and made_for.fingerprint is not None and (ours := fingerprint_of(network)) != made_for.fingerprint:
         warnings.warn(
-            f"the policy was made for {made_for['name']} with weights {made_for['fingerprint']}, this model has {ours}: "
+            f"the policy was made for {made_for.name} with weights {made_for.fingerprint}, this model has {ours}: "
             "it runs, but what was measured of it holds for those",
             stacklevel=4,  # of who enters the context
         )

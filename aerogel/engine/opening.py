@@ -11,6 +11,7 @@ import torch
 from aerogel import catalog
 from aerogel.engine import policies
 from aerogel.io import load as weights
+from aerogel.io.record import files
 from aerogel.layers.linear import timestep_index_of
 from aerogel.model.family import Family
 from aerogel.model.network import Network
@@ -44,11 +45,14 @@ def load(
     pipeline, or a pair (module, processor). With `lazy` the weights of blocks stay on disk where the checkpoint allows it;
     `network.checkpoint.materialise(network.module)` brings them in. `dtype` is what is computed in: by default the
     checkpoint's, or float32 on a CPU that has no instructions for it. A live module's fused experts become linears in place, unless
-    `unfuse_experts` is false. Raises AerogelError when the source is not found, damaged, pickled or of an unknown family.
+    `unfuse_experts` is false. The files of a folder that `compress` wrote are compared with their checksums. Raises AerogelError when the
+    source is not found, damaged, changed, pickled or of an unknown family.
     """
     network = open_model(source, dtype=dtype, lazy=lazy, trust_remote_code=trust_remote_code, unfuse_experts=unfuse_experts)
     if network is not source and (index := timestep_index_of(network.module)) is not None:
         index.set_pipeline(network.processor)
+    if network is not source and network.origin is not None:
+        files.verify(network.origin)
     if network is not source and (found := policies.load(network.origin)):
         contexts = _PutOn()
         contexts.enter_context(policies.on(network, found))

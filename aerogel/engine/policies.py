@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aerogel.errors import AerogelError
+from aerogel.io.record.schema import PolicyRecord
 from aerogel.io.states import STATES, stored
 from aerogel.methods.base import RuntimePolicy
 from aerogel.model.calls import Call
@@ -93,7 +94,7 @@ def on(network: Network, policies: Sequence[CalibratedPolicy]) -> Iterator[None]
         yield
 
 
-def save(policies: Sequence[CalibratedPolicy], folder: Path) -> list[dict[str, Any]]:
+def save(policies: Sequence[CalibratedPolicy], folder: Path) -> list[PolicyRecord]:
     """Write the tensors of all states into a folder; the rest is returned for aerogel.json."""
     tensors = {
         f"{number}.{key}": value.detach().contiguous()
@@ -104,10 +105,10 @@ def save(policies: Sequence[CalibratedPolicy], folder: Path) -> list[dict[str, A
     if tensors:
         save_file(tensors, folder / STATES)
     return [
-        {
-            "step": measured.step.as_dict(),
-            "state": {key: value for key, value in saved(measured.state).items() if not isinstance(value, Tensor)},
-        }
+        PolicyRecord(
+            step=measured.step.as_dict(),
+            state={key: value for key, value in saved(measured.state).items() if not isinstance(value, Tensor)},
+        )
         for measured in policies
     ]
 

@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, machine, data; and the facts about a run that aerogel.json holds."""
+"""Where a result comes from: versions, machine, data; and the parts of aerogel.json about them."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from aerogel.io.older import SCHEMA as SCHEMA
+from aerogel.io.record.schema import ModelRecord, Provenance
 from aerogel.layers.slots import slots
 from aerogel.model.network import Network
 from aerogel.version import __version__
 
 
 def versions() -> dict[str, str]:
-    """Releases that a result depends on."""
+    """Return the releases that a result depends on."""
     return {"aerogel": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")}}
 
 
-def run_facts(network: Network, seed: int, calibration: dict[str, Any]) -> dict[str, Any]:
-    """When, with what and on what a run was made."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seed": seed,
-        "versions": versions(),
-        "machine": _machine(network),
-        "calibration": calibration,
-    }
+def provenance_of(network: Network, seed: int, calibration: dict[str, Any]) -> Provenance:
+    """Return when, with what and on what a run is made."""
+    return Provenance(
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        seed=seed,
+        versions=versions(),
+        machine=_machine(network),
+        calibration=calibration,
+    )
 
 
-def _machine(network: Network) -> dict[str, Any]:
+def _machine(network: Network) -> dict[str, str | int]:
     return {
         "device": str(network.device),
         "processor": _processor(),
@@ -43,16 +43,16 @@ def _machine(network: Network) -> dict[str, Any]:
     }
 
 
-def model_facts(network: Network, name: str | None) -> dict[str, Any]:
-    """What was compressed."""
+def model_of(network: Network, name: str | None) -> ModelRecord:
+    """Return what identifies the model."""
     parameters = {id(slot.tensor): slot.tensor.numel() for slot in slots(network.module) if isinstance(slot.tensor, nn.Parameter)}
     dtype = network.stored_dtype or next((p.dtype for p in network.module.parameters()), torch.float32)
-    return {
-        "name": name or (network.origin.name if network.origin else type(network.module).__name__),
-        "family": network.family.name,
-        "parameters": sum(parameters.values()),
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+    return ModelRecord(
+        name=name or (network.origin.name if network.origin else type(network.module).__name__),
+        family=network.family.name,
+        parameters=sum(parameters.values()),
+        dtype=str(dtype).removeprefix("torch."),
+    )
 
 
 def _processor() -> str:

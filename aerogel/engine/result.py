@@ -1,8 +1,7 @@
-"""What a run gives back: the compressed network, what it cost and won, and the folder that holds both."""
+"""The result of a run: the compressed network, its record and the folder that holds both."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import weakref
 from collections.abc import Mapping, Sequence
@@ -13,11 +12,12 @@ from aerogel.engine import policies
 from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
 from aerogel.io import save
-from aerogel.io.older import upgraded
-from aerogel.io.states import FACTS
+from aerogel.io.record import files
+from aerogel.io.record.schema import Record
+from aerogel.io.states import STATES
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
-from aerogel.report import page, record
+from aerogel.report import page
 
 
 class Result:
@@ -26,7 +26,7 @@ class Result:
     def __init__(
         self,
         recipe: Recipe,
-        facts: dict[str, Any],
+        record: Record,
         measured: Sequence[policies.CalibratedPolicy],
         *,
         network: Network | None = None,
@@ -34,8 +34,8 @@ class Result:
         keep: Path | None = None,
     ) -> None:
         self.recipe = recipe
-        self.facts = facts
-        """Everything that aerogel.json holds."""
+        self.record = record
+        """The content of aerogel.json, typed."""
         self.policies = list(measured)
         """Runtime policies with their states; `aerogel.engine.policies.on(network, policies)` puts them on."""
         self.folder = folder
@@ -54,20 +54,25 @@ class Result:
         return self._network
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """A copy of the record as plain data, with the keys of aerogel.json."""
+        return self.record.as_dict()
+
+    @property
     def metrics(self) -> dict[str, Any]:
-        """{"compressed": {measure: facts}, "original": {...}}."""
-        return self.facts["metrics"]
+        """A copy of the metrics as plain data: {"compressed": {measure: {figure: value}}, "original": {...}}."""
+        return self.record.metrics.as_dict()
 
     @property
     def journal(self) -> list[dict[str, Any]]:
-        """What methods noted, one entry a linear."""
-        return self.facts["journal"]
+        """A copy of the notes of methods as plain data: one dict for each layer that a method changed."""
+        return [line.as_dict() for line in self.record.journal]
 
-    def add(self, **facts: Any) -> None:
-        """Add to the facts, and to aerogel.json where the result is saved."""
-        self.facts |= facts
+    def add(self, **parts: Any) -> None:
+        """Replace parts of the record, and write aerogel.json where the result is saved."""
+        self.record = self.record.replaced(**parts)
         if self.folder is not None:
-            _rewrite(self.folder, self.facts)
+            files.write(self.folder, self.record)
 
     def save(self, output: str | Path) -> Path:
         """Save as a folder that the ecosystem opens; raises AerogelError when it cannot be written or is not empty."""
@@ -77,7 +82,7 @@ class Result:
             if self.folder is not None:
                 shutil.copytree(self.folder, folder, dirs_exist_ok=True)
             else:
-                write(folder, self.network, self.facts, self.policies)
+                self.record = write(folder, self.network, self.record, self.policies)
         if self.folder is None:
             self.folder = output
         return output
@@ -91,34 +96,23 @@ class Result:
             return page.write(self.folder, path)
         if path is None:
             raise AerogelError("this result is in memory only; give the report a path, or save the result first")
-        Path(path).write_text(page.page(record.parse(self.facts)), encoding="utf-8")
+        Path(path).write_text(page.page(self.record), encoding="utf-8")
         return Path(path)
 
 
-def write(
-    folder: Path, network: Network, facts: dict[str, Any], measured: Sequence[policies.CalibratedPolicy], tensors: Any = None
-) -> None:
-    """Write a network, its policies and the facts into a folder; the facts learn the checksums."""
-    facts["checksums"] = save.write(network, folder, tensors)
+def write(folder: Path, network: Network, record: Record, measured: Sequence[policies.CalibratedPolicy], tensors: Any = None) -> Record:
+    """Write a network, its policies and its record into a folder; returns the record with checksums and policies added."""
+    checksums = save.write(network, folder, tensors)
     if measured:
-        facts["policies"] = policies.save(measured, folder)
-    (folder / FACTS).write_text(_as_json(facts))
+        record = record.replaced(policies=policies.save(measured, folder))
+        if (folder / STATES).exists():
+            checksums[STATES] = files.checksum_of(folder / STATES)
+    record = record.replaced(checksums=checksums)
+    files.write(folder, record)
+    return record
 
 
 def add_metrics(folder: Path | None, metrics: Mapping[str, Mapping[str, Any]]) -> None:
     """Add measures to those that a saved result has; other folders are left alone."""
-    if folder is not None and (folder / FACTS).is_file():
-        facts = upgraded(json.loads((folder / FACTS).read_text()))
-        for whose, measured in metrics.items():
-            facts["metrics"].setdefault(whose, {}).update(measured)
-        _rewrite(folder, facts)
-
-
-def _rewrite(folder: Path, facts: Mapping[str, Any]) -> None:
-    beside = folder / f".{FACTS}.new"
-    beside.write_text(_as_json(facts))
-    beside.replace(folder / FACTS)
-
-
-def _as_json(facts: Mapping[str, Any]) -> str:
-    return json.dumps(facts, indent=2, default=str) + "\n"
+    if folder is not None and (folder / files.FILE).is_file():
+        files.write(folder, files.read(folder).with_metrics(metrics))

@@ -36,7 +36,10 @@ from aerogel.engine.teacher import resident, teacher_of, walk_with_teacher
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure
 from aerogel.io import save
+from aerogel.io.older import SCHEMA
 from aerogel.io.quantized import fuse_activations
+from aerogel.io.record.measures import Metrics
+from aerogel.io.record.schema import KeptModule, PlanRecord, RecipeRecord, Record
 from aerogel.kernels.malloc import limit_fragmentation
 from aerogel.layers.linear import QuantLinear
 from aerogel.layers.scaled_input import ScaledInput
@@ -76,11 +79,11 @@ def compress(
         with watch.stage("check"):
             calibration = job.check(samples, resume)
         tell(Event("check", 1, 1, expected=job.expected(measures)))
-        facts = job.facts(calibration, model)
+        record = job.record(calibration, model)
         origin = network.origin
         before = _scores_of_live(network, measures) if origin is None else {}
         run = Run(network, checked, calibration, seed, tell)
-        result = job.run(run, facts, watch)
+        result = job.run(run, record, watch)
     _warn_of_fallbacks(run.journal)
     result.add(timings=watch.seconds)
     if measures is None or measures:
@@ -125,66 +128,66 @@ class _Job:
         unmeasured = measures is not None and not measures
         return {**self.plan.seconds, **({"evaluate": 0.0} if unmeasured else {}), **({} if self.output else {"save": 0.0})}
 
-    def facts(self, calibration: Calibration, model: Any) -> dict[str, Any]:
-        """What aerogel.json says before metrics are known."""
+    def record(self, calibration: Calibration, model: Any) -> Record:
+        """Return the record as it is before the run."""
         name = model if isinstance(model, str) and not Path(model).exists() else None
-        plan = self.plan
-        return {
-            "schema": provenance.SCHEMA,
-            "model": provenance.model_facts(self.network, name),
-            "recipe": self.recipe.as_dict(),
-            "provenance": provenance.run_facts(self.network, self.seed, calibration.facts),
-            "metrics": {},
-            "journal": [],
-            "kept": [vars(kept) for kept in plan.kept],
-            "plan": {
-                "linears": len(plan.touched),
-                "share_reached": plan.share_reached,
-                "predicted_bytes": plan.predicted_bytes,
-                "peak_memory_bytes": plan.peak_memory_bytes,
-            },
-        }
+        return Record(
+            schema_number=SCHEMA,
+            model=provenance.model_of(self.network, name),
+            recipe=RecipeRecord(**self.recipe.as_dict()),
+            provenance=provenance.provenance_of(self.network, self.seed, calibration.facts),
+            metrics=Metrics(),
+            journal=[],
+            kept=[KeptModule(**vars(kept)) for kept in self.plan.kept],
+            plan=PlanRecord(
+                linears=len(self.plan.touched),
+                share_reached=self.plan.share_reached,
+                predicted_bytes=self.plan.predicted_bytes,
+                peak_memory_bytes=self.plan.peak_memory_bytes,
+            ),
+        )
 
-    def run(self, run: Run, facts: dict[str, Any], watch: Watch) -> Result:
+    def run(self, run: Run, record: Record, watch: Watch) -> Result:
         """Do the steps and save what comes out."""
         if self.network.checkpoint is None:
-            return self._run_live(run, facts, watch)
+            return self._run_live(run, record, watch)
         if self.output is not None:
-            self._run_lazily(run, facts, watch, self.output)
-            return Result(self.recipe, facts, run.policies, folder=self.output)
+            record = self._run_lazily(run, record, watch, self.output)
+            return Result(self.recipe, record, run.policies, folder=self.output)
         keep = Path(mkdtemp(prefix="aerogel-"))
         with ExitStack() as stack:
             stack.callback(shutil.rmtree, keep, ignore_errors=True)
-            self._run_lazily(run, facts, watch, keep / "model")
+            record = self._run_lazily(run, record, watch, keep / "model")
             stack.pop_all()
-        return Result(self.recipe, facts, run.policies, folder=keep / "model", keep=keep)
+        return Result(self.recipe, record, run.policies, folder=keep / "model", keep=keep)
 
-    def _go(self, run: Run, facts: dict[str, Any], watch: Watch) -> None:
+    def _go(self, run: Run, record: Record, watch: Watch) -> Record:
         with watch.stage("compress"):
             run.go()
-        facts |= {"journal": run.journal, "coverage": coverage(self.network, run.policies)}
+        return record.replaced(journal=run.journal, coverage=coverage(self.network, run.policies))
 
-    def _run_lazily(self, run: Run, facts: dict[str, Any], watch: Watch, output: Path) -> None:
+    def _run_lazily(self, run: Run, record: Record, watch: Watch, output: Path) -> Record:
         source, partial = self.network.checkpoint, partial_of(output)
         assert source is not None
         made_of = {
             "model": fingerprint_of(source),
-            "recipe": facts["recipe"],
+            "recipe": self.recipe.as_dict(),
             "seed": self.seed,
             "data": run.calibration.facts.get("fingerprint"),
             "versions": provenance.versions(),
             "threads": torch.get_num_threads(),
         }
         run.progress = Progress.open(partial, self.network, source, made_of)
-        self._go(run, facts, watch)
+        record = self._go(run, record, watch)
         with watch.stage("save"), save.new_folder(output) as folder:
-            write(folder, self.network, facts, run.policies, run.progress.tensors())
+            record = write(folder, self.network, record, run.policies, run.progress.tensors())
         shutil.rmtree(partial)
+        return record
 
-    def _run_live(self, run: Run, facts: dict[str, Any], watch: Watch) -> Result:
-        self._go(run, facts, watch)
+    def _run_live(self, run: Run, record: Record, watch: Watch) -> Result:
+        record = self._go(run, record, watch)
         fuse_activations(self.network.module)
-        result = Result(self.recipe, facts, run.policies, network=self.network)
+        result = Result(self.recipe, record, run.policies, network=self.network)
         if self.output is not None:
             with watch.stage("save"):
                 result.save(self.output)

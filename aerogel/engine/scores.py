@@ -16,6 +16,7 @@ from aerogel.evaluate.measure import Measure, positions
 from aerogel.evaluate.sampling import Sampling
 from aerogel.evaluate.speed import Speed
 from aerogel.evaluate.timing import Timed
+from aerogel.io.record import files
 from aerogel.model.network import Network
 from aerogel.recipe import build, knobs_of
 
@@ -75,6 +76,8 @@ def measure_models(
 ) -> dict[str, Scores]:
     """Open models and measure them; the numbers are added to the record of a compressed folder."""
     network = open_model(model, lazy=False)
+    if network.origin is not None:
+        files.verify(network.origin)
     original = open_model(against, lazy=False) if against is not None else None
     with policies.on(network, policies.load(network.origin)):
         metrics = measure(network, original, measures(network) if callable(measures) else measures, tell, overrides=overrides)

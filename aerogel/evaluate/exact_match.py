@@ -88,7 +88,7 @@ def skipped(tally: Tally) -> dict[str, Any]:
     return {
         "prefill": tally.ratio(PREFILL),
         "decode": tally.ratio(DECODING),
-        "lost": float(tally.dropped_LKP[:, alive].sum() / tokens.sum()),
+        "dropped_tokens": float(tally.dropped_LKP[:, alive].sum() / tokens.sum()),
         "layers": (1 - kept / pairs.clamp(min=1)).tolist(),
-        "lost_of_layers": (tally.dropped_LKP[:, alive].sum((1, 2)) / tokens.sum(1)).tolist(),
+        "dropped_tokens_by_layer": (tally.dropped_LKP[:, alive].sum((1, 2)) / tokens.sum(1)).tolist(),
     }

@@ -14,10 +14,10 @@ from aerogel.model.network import Network
 
 PARTS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
     ("quantized layers", (QuantLinear,)),
-    ("float layers", (nn.Linear, nn.Conv2d)),
+    ("unquantized layers", (nn.Linear, nn.Conv2d)),
     ("embeddings", (nn.Embedding,)),
 )
-REST = "norms and the rest"
+REST = "norms and others"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Field names and their meaning are those of cache-dit 1.5 and diffusers 0.42.
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ import yaml
 from aerogel.errors import AerogelError
 from aerogel.export.cache_policy import caching
 from aerogel.export.exporter import Exporter, Source
+from aerogel.io.record import files
 from aerogel.io.save import new_folder
-from aerogel.io.states import FACTS
 from aerogel.model.family import Family
 from aerogel.runtime.feature_cache.block_cache import TableRule
 
@@ -78,8 +77,8 @@ def _read(source: Source) -> _Mask:
     if found is None:
         raise AerogelError("it has no caching policy; compress with a recipe that has one, such as fora")
     name, policy, own, state = found
-    model = json.loads((source.folder / FACTS).read_text())["model"]
-    family = next(family for family in source.families if family.name == model["family"])
+    model = files.read(source.folder).model
+    family = next(family for family in source.families if family.name == model.family)
     if not family.hidden_state_args:
         raise AerogelError(f"cache-dit supports transformers with sequential blocks, not {family.name} models")
     if policy.plain:
@@ -88,7 +87,7 @@ def _read(source: Source) -> _Mask:
         runs, first, last, blocks = _of_block_ranges(name, policy.rule(own), state)
     else:
         raise AerogelError(f"{name} does more at some steps than give outputs again, which a mask of steps cannot say")
-    mask = _Mask(name, model["name"], family, state["sampler"], runs, first, last, "computed" in state)
+    mask = _Mask(name, model.name, family, state["sampler"], runs, first, last, "computed" in state)
     if mask.always + last >= blocks:
         raise AerogelError(f"cache-dit lets the first block run at every step, which leaves none of the {blocks} that {name} reuses")
     return mask

@@ -1,19 +1,17 @@
-"""A caching policy by itself: what it reuses when, what it was made for and what it saves, without a weight."""
+"""A caching policy without the weights: what it caches at which steps, which model it was calibrated on and what it saves."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from aerogel.export.exporter import Exporter, Master, SavedPolicy, Source
 from aerogel.io.fingerprint import fingerprint
+from aerogel.io.record import files
+from aerogel.io.record.schema import ModelRecord, Record
 from aerogel.io.save import new_folder
-from aerogel.io.states import FACTS, STATES
-
-_KEPT = ("schema", "recipe", "provenance", "policies")
-"""Facts about the run that hold without its weights."""
+from aerogel.io.states import STATES
 
 
 @dataclass(frozen=True)
@@ -28,12 +26,20 @@ class CachePolicy(Exporter):
         """Write output/aerogel.json and, where policies have tensors, output/aerogel.safetensors."""
         self.accept(source)
         folder = source.folder
-        facts = json.loads((folder / FACTS).read_text())
+        whole = files.read(folder)
         master = Master.open(source.denoiser)
         weights = ((name, master.checkpoint.tensor(name)) for name in master.checkpoint.names())
-        model = facts["model"] | {"fingerprint": fingerprint(weights), "quantization": master.quantization or None}
+        model = whole.model.as_dict() | {"fingerprint": fingerprint(weights), "quantization": master.quantization or None}
         with new_folder(output) as target:
-            (target / FACTS).write_text(json.dumps({"model": model} | {key: facts[key] for key in _KEPT}, indent=2) + "\n")
+            record = Record(
+                schema_number=whole.schema_number,
+                model=ModelRecord(**model),
+                recipe=whole.recipe,
+                provenance=whole.provenance,
+                policies=whole.policies,
+                checksums={file: checksum for file, checksum in whole.checksums.items() if file == STATES},
+            )
+            files.write(target, record)
             if (folder / STATES).exists():
                 shutil.copyfile(folder / STATES, target / STATES)
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
-from aerogel.io.older import renamed
+from aerogel.io.record import files
 
-FACTS = "aerogel.json"
 STATES = "aerogel.safetensors"
 
 
 def stored(folder: Path) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
     """Yield ({name: options}, state) of each policy in the order in which they are put on; nothing when the folder has none."""
-    path = folder / FACTS
-    lines: Sequence[Mapping[str, Any]] = json.loads(path.read_text()).get("policies", []) if path.exists() else []
+    policies = files.read(folder).policies if (folder / files.FILE).exists() else []
     tensors = load_file(folder / STATES) if (folder / STATES).exists() else {}
-    for number, line in enumerate(lines):
+    for number, policy in enumerate(policies):
         own = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.partition(".")[0] == str(number)}
-        yield renamed(line["step"]), {**line["state"], **own}
+        yield policy.step, {**policy.state, **own}

@@ -1,4 +1,4 @@
-"""What a search for a cache found, in words and figures: every policy at one measured speed."""
+"""The report of a search for a feature cache: every policy at one measured speed, in words and figures."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict
 
+from aerogel.io.record.measures import Png
+from aerogel.io.record.schema import ModelRecord, Provenance
 from aerogel.report import phrases
 from aerogel.report.courses import Course, courses
 from aerogel.report.page import NARROW, WIDE, Figure
-from aerogel.report.record import Model, Png
 from aerogel.report.reuse import work_map
 from aerogel.report.tradeoff import Axis, Point, tradeoff
 
@@ -21,10 +22,13 @@ SPEED = Axis("Times faster, measured", "search", "speedup", 1.0, "right", start=
 ERROR = "Error of the final latents"
 
 GLOSSARY = (
-    ("Error", "Mean squared distance of latents from those that the network makes of the same noise when all of it runs at every step."),
-    ("Times faster", "Seconds of a whole denoising without the policy over seconds with it, in turns; the median of the rounds' ratios."),
-    ("Fewer steps", "The same pipeline without a policy, with the most steps that are fast enough: what reuse has to be better than."),
-    ("Reused", "Share of the work of all parts at all steps that is not done."),
+    ("Error", "Mean squared error of the latents against those of the model without a cache, from the same noise."),
+    (
+        "Times faster",
+        "Seconds of a denoising run without the policy divided by seconds with it; the median over alternating rounds.",
+    ),
+    ("Fewer steps", "The same pipeline without a cache, with the most steps that are fast enough: the baseline for caching."),
+    ("Cached", "Share of the work of all modules at all steps that is skipped."),
 )
 
 
@@ -52,13 +56,13 @@ class Row(_Part):
     """To make it."""
     step_errors: list[float] = []
     ran: list[list[float]] = []
-    """The share of each unit's work that was done at each step."""
+    """The share of each module's work that was computed at each step."""
     images: list[Png] = []
     tries: list[Try] = []
 
     @property
-    def reused(self) -> float | None:
-        """The share of all work that was not done."""
+    def cached(self) -> float | None:
+        """The share of all work that was skipped."""
         cells = [share for row in self.ran for share in row]
         return 1 - sum(cells) / len(cells) if cells else None
 
@@ -73,7 +77,7 @@ class LeftOut(_Part):
 class Search(_Part):
     """One search for a cache: the content of search.json."""
 
-    model: Model
+    model: ModelRecord
     budget: float
     sampler: str = ""
     steps: list[float]
@@ -92,7 +96,7 @@ class Search(_Part):
     left_out: list[LeftOut] = []
     images: list[Png] = []
     subjects: list[str] = []
-    provenance: dict[str, Any] = {}
+    provenance: Provenance = Provenance()
     timings: dict[str, float] = {}
 
     @property
@@ -115,7 +119,7 @@ class Line(NamedTuple):
     speedup: str
     error: str
     times: str
-    reused: str
+    cached: str
     seconds: str
     best: bool
 
@@ -135,7 +139,7 @@ class Strip(NamedTuple):
 
 def columns(found: Search) -> tuple[str, ...]:
     """Of the table that a terminal shows; the first two are words."""
-    return "policy", "set to", "times faster", "error", "of the best", "to make"
+    return "policy", "setting", "times faster", "error", "vs best", "calibration"
 
 
 def lines(found: Search) -> Iterator[Line]:
@@ -148,41 +152,41 @@ def lines(found: Search) -> Iterator[Line]:
             f"{row.speedup:.2f}",
             phrases.digits(row.error),
             phrases.times(row.error, best.error) if best and math.isfinite(row.error) else phrases.NONE,
-            phrases.percent(row.reused),
+            phrases.percent(row.cached),
             phrases.NONE if row.seconds is None else phrases.seconds(row.seconds),
             row is best,
         )
 
 
 def headline(found: Search) -> str:
-    """What was found, in one sentence."""
+    """Say what was found, in one sentence."""
     best = found.best
     if best is None:
-        return f"No policy makes {found.model.name} {found.budget:g} times as fast."
-    faster = f"{found.model.name} denoises {best.speedup:.2f} times as fast with {best.policy}"
-    return f"{faster}; its final latents move by {phrases.digits(best.error)}."
+        return f"No policy makes {found.model.name} {found.budget:g} times faster."
+    faster = f"{found.model.name} is {best.speedup:.2f} times faster with {best.policy}"
+    return f"{faster}; the error of its final latents is {phrases.digits(best.error)}."
 
 
 def lead(found: Search) -> str:
-    """What stands beside it."""
+    """Say what stands beside the headline."""
     total = len(found.rows) + len(found.left_out)
-    said = f"{len(found.rows)} of {total} {'policy' if total == 1 else 'policies'} can be {found.budget:g} times as fast."
+    said = f"{len(found.rows)} of {total} {'policy' if total == 1 else 'policies'} reach {found.budget:g} times the speed."
     if found.fewer is None:
-        return f"{said} The pipeline alone cannot: {found.without_fewer}."
-    alone = f"The pipeline alone is {found.fewer.speedup:.2f} times as fast in {found.fewer.value:g} of {len(found.steps)} steps"
-    moved = f"moves by {phrases.digits(found.fewer.error)}"
+        return f"{said} Fewer steps do not: {found.without_fewer}."
+    alone = f"Without a cache, {found.fewer.value:g} instead of {len(found.steps)} steps are {found.fewer.speedup:.2f} times faster"
+    moved = f"their error is {phrases.digits(found.fewer.error)}"
     best = found.best
     if best is None or not best.error or not math.isfinite(found.fewer.error):
-        return f"{said} {alone} and {moved}."
+        return f"{said} {alone}; {moved}."
     share = found.fewer.error / best.error
-    return f"{said} {alone} and {moved}, {phrases.digits(share)} times as much{'' if share >= 1 else ': no policy is worth it here'}."
+    return f"{said} {alone}; {moved}, {phrases.digits(share)} times as large{'' if share >= 1 else ': no policy is better here'}."
 
 
 def context(found: Search) -> dict[str, Any]:
-    """What the template shows beside what all searches have."""
+    """Return what the template shows besides the parts of all searches."""
     best = found.best
     return {
-        "title": f"{found.model.name} · a cache for {found.budget:g}×",
+        "title": f"{found.model.name} · feature caching at {found.budget:g}×",
         "frontier": Figure(frontier_chart(found, WIDE), frontier_chart(found, NARROW)) if found.rows or found.fewer else None,
         "lines": list(lines(found)),
         "conditions": _conditions(found),
@@ -215,19 +219,19 @@ def _courses(found: Search, width: float) -> Markup:
     best = found.best
     drawn = [Course(row.policy, row.step_errors, row is best) for row in found.rows]
     drawn += [Course(_named(found.fewer), [found.fewer.error])] if found.fewer else []
-    return courses(drawn, "Error behind each step", width=width)
+    return courses(drawn, "Error after each step", width=width)
 
 
 def _strips(found: Search) -> Iterator[Strip]:
     if found.images:
-        yield Strip("all of it, every step", "", found.images)
+        yield Strip("no cache", "", found.images)
         yield from (Strip(_named(row), phrases.digits(row.error), row.images) for row in found.ranked)
 
 
 def _conditions(found: Search) -> str:
-    guidance = f" under guidance {found.guidance:g}" if found.guidance is not None else ""
+    guidance = f" with guidance {found.guidance:g}" if found.guidance is not None else ""
     return (
-        f"Errors are of {found.count:,} images of held-out noise in {len(found.steps)} steps of {found.sampler}{guidance}. "
-        f"Speed is of {found.batch} images at once, {found.rounds} rounds with and without each policy in turns"
-        f"{f', {phrases.seconds(found.seconds)} a turn without' if found.seconds else ''}."
+        f"Errors over {found.count:,} images of held-out noise in {len(found.steps)} steps of {found.sampler}{guidance}. "
+        f"Speed at batch {found.batch}, {found.rounds} rounds with and without each policy, alternating"
+        f"{f'; {phrases.seconds(found.seconds)} per run without' if found.seconds else ''}."
     )

@@ -1,4 +1,4 @@
-"""What is in codes, in words: layers by format, and those left in float with the same place in every block as one."""
+"""Quantized and unquantized layers, in words: by format, the same layer of every block on one line."""
 
 from __future__ import annotations
 
@@ -6,20 +6,27 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from aerogel.report.record import Coverage, pattern
+from aerogel.io.record.schema import Coverage, pattern
+
+UNQUANTIZED = "not quantized"
 
 
 class Share(NamedTuple):
-    """How many layers have something in one format."""
+    """The number of layers with weights or inputs in one format."""
 
     what: str
     form: str
     layers: int
     total: int
 
+    @property
+    def words(self) -> str:
+        """The number of layers and their format."""
+        return f"{self.layers} {self.form}" if self.form == UNQUANTIZED else f"{self.layers} in {self.form}"
+
 
 class Left(NamedTuple):
-    """What is in float though other layers have it in codes."""
+    """Layers whose weights or inputs are not quantized though those of other layers are."""
 
     what: str
     names: tuple[tuple[str, int], ...]
@@ -27,21 +34,21 @@ class Left(NamedTuple):
 
 
 def grouped(names: Sequence[str]) -> tuple[tuple[str, int], ...]:
-    """Patterns of names, those of the same place in every block as one, and how many there are of each."""
+    """Return patterns of names, the same layer of every block as one, and the number of each."""
     return tuple(Counter(map(pattern, names)).items())
 
 
 def shares(coverage: Coverage) -> Iterator[Share]:
-    """Weights and inputs by format, float last."""
+    """Yield weights and inputs by format, those not quantized last."""
     for what, forms, left in _sides(coverage):
-        for form, count in (*forms.items(), ("float", len(left))):
+        for form, count in (*forms.items(), (UNQUANTIZED, len(left))):
             if count:
                 yield Share(what, form, count, coverage.layers)
 
 
-def left_in_float(coverage: Coverage) -> Iterator[Left]:
-    """The layers whose weights are in float, and those of which only the inputs are; nothing where no layer has them in codes."""
-    weights = set(coverage.float_weights)
+def unquantized(coverage: Coverage) -> Iterator[Left]:
+    """Yield layers with unquantized weights, then those with unquantized inputs only; nothing where no layer has quantized ones."""
+    weights = set(coverage.unquantized_weights)
     for what, forms, left in _sides(coverage):
         names = left if what == "weights" else [name for name in left if name not in weights]
         if forms and names:
@@ -49,5 +56,5 @@ def left_in_float(coverage: Coverage) -> Iterator[Left]:
 
 
 def _sides(coverage: Coverage) -> Iterator[tuple[str, dict[str, int], list[str]]]:
-    yield "weights", coverage.weights, coverage.float_weights
-    yield "inputs", coverage.inputs, coverage.float_inputs
+    yield "weights", coverage.weights, coverage.unquantized_weights
+    yield "inputs", coverage.inputs, coverage.unquantized_inputs

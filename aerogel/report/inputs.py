@@ -1,4 +1,4 @@
-"""How inputs fit into 8 bits, in words: linears of the same place in every block as one row, by what shares a scale."""
+"""Error of 8-bit inputs, in words: the same layer of every block as one row, by the granularity of the scale."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from collections.abc import Iterator
 from statistics import fmean
 from typing import NamedTuple
 
+from aerogel.io.record.measures import InputsResult
+from aerogel.io.record.schema import pattern
 from aerogel.report.phrases import digits, percent
-from aerogel.report.record import Inputs, pattern
 
 KINDS = ("one", "step", "channel", "token")
-"""What shares a scale, in the order of the columns."""
+"""Granularities of the scale, in the order of the columns."""
 
 
 class Row(NamedTuple):
-    """One place in all blocks; the means of its errors."""
+    """One layer in all blocks; the means of its errors."""
 
     name: str
     layers: int
     errors: tuple[str, ...]
     ratio: float
-    """How many times as much one range loses as a scale a token."""
+    """Error with one range, divided by that with a scale per token."""
 
 
-def rows(found: Inputs) -> Iterator[Row]:
-    """Every place in the order of a forward."""
+def rows(found: InputsResult) -> Iterator[Row]:
+    """Yield every layer in the order of a forward."""
     places: dict[str, list[tuple[float, ...]]] = defaultdict(list)
     for name, *errors in zip(found.layers, *(getattr(found, kind) for kind in KINDS), strict=True):
         places[pattern(name)].append(tuple(errors))
@@ -35,12 +36,12 @@ def rows(found: Inputs) -> Iterator[Row]:
         yield Row(name, len(layers), tuple(map(percent, means)), means[0] / means[-1] if means[-1] else math.inf if means[0] else 1.0)
 
 
-def sentence(found: Inputs) -> str:
-    """What the rows come to."""
+def sentence(found: InputsResult) -> str:
+    """Say what the rows show."""
     places = list(rows(found))
     worst = max(places, key=lambda row: row.ratio)
     more = sum(row.ratio > 2 for row in places)
     return (
-        f"With one range for all steps and tokens {more} of {len(places)} kinds of layers lose more than twice what they lose with a scale "
-        f"a token, at the most {digits(worst.ratio)} times as much ({worst.name})."
+        f"With one range for all steps and tokens, {more} of {len(places)} kinds of layers have more than twice the error of "
+        f"a scale per token, at most {digits(worst.ratio)} times as large ({worst.name})."
     )

@@ -1,4 +1,4 @@
-"""Where the error sits: a map of blocks by linears, with the mean of each row as a bar."""
+"""Quantization error by layer: a map of blocks by linear layers, with the mean of each row as a bar."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from statistics import fmean
 
 from markupsafe import Markup
 
+from aerogel.io.record.schema import JournalLine
 from aerogel.report.heat import cell, legend
 from aerogel.report.phrases import percent
-from aerogel.report.record import Line
 from aerogel.report.svg import element, image, label
 
 BAR = 96
@@ -20,9 +20,9 @@ BAR = 96
 
 @dataclass(frozen=True)
 class Cell:
-    """All linears of one kind in one block: one, or its experts together."""
+    """All linear layers of one kind in one block: one, or its experts together."""
 
-    lines: tuple[Line, ...]
+    lines: tuple[JournalLine, ...]
 
     @property
     def error(self) -> float:
@@ -31,22 +31,22 @@ class Cell:
 
     @property
     def fell(self) -> bool:
-        """Whether any of them was not compressed the way the recipe says."""
+        """True where any of them was not compressed as the recipe says."""
         return any(line.fallback for line in self.lines)
 
     @property
     def words(self) -> str:
-        """What the pointer shows."""
+        """The text of the tooltip."""
         name = self.lines[0].name if len(self.lines) == 1 else f"{self.lines[0].block}.{self.lines[0].kind} (mean of {len(self.lines)})"
-        return f"{name}: {percent(self.error)} {self.lines[0].scheme or ''}{' · fell back' if self.fell else ''}"
+        return f"{name}: {percent(self.error)} {self.lines[0].scheme or ''}{' · fallback' if self.fell else ''}"
 
 
 Table = dict[tuple[str, str], Cell]
 
 
-def towers(journal: Sequence[Line]) -> dict[str, Table]:
+def towers(journal: Sequence[JournalLine]) -> dict[str, Table]:
     """Journal lines that have an error, as one table (row kind, block) -> Cell for each list of blocks; nested lists are one."""
-    found: dict[str, dict[tuple[str, str], list[Line]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, dict[tuple[str, str], list[JournalLine]]] = defaultdict(lambda: defaultdict(list))
     for entry in journal:
         if entry.error is not None and entry.block:
             parts = entry.block.split(".")
@@ -56,7 +56,7 @@ def towers(journal: Sequence[Line]) -> dict[str, Table]:
 
 
 def error_map(table: Table, width: float = 960, tall: bool = False) -> Markup:
-    """Draw a table of cells: linears down and blocks across, or the other way round when `tall`."""
+    """Draw a table of cells: linear layers down and blocks across, or the other way round when `tall`."""
     kinds = list(dict.fromkeys(kind for kind, _ in table))
     blocks = sorted({block for _, block in table}, key=lambda block: [int(number) for number in block.split(".") if number])
     rows, columns = (blocks, kinds) if tall else (kinds, blocks)
@@ -73,7 +73,7 @@ def error_map(table: Table, width: float = 960, tall: bool = False) -> Markup:
         mean = fmean(cells[row, column].error for column in columns if (row, column) in cells)
         drawn.append(_bar(mean, end + 12, head + index * pitch, pitch, top))
     drawn.append(legend(left, foot + 18, "0", percent(top, 2)))
-    return image(width, foot + 24, "Relative squared error of every linear", *drawn)
+    return image(width, foot + 24, "Relative squared error of every linear layer", *drawn)
 
 
 def _columns(columns: Sequence[str], left: float, step: float, head: float, tall: bool) -> Markup:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +14,13 @@ import yaml
 from markupsafe import Markup, escape
 
 from aerogel.errors import AerogelError
-from aerogel.report import compare, coverage, inputs, phrases, record, reuse, skips, temporal
+from aerogel.io.record import files
+from aerogel.io.record.measures import ImageQualityResult, ImageSimilarityResult, Sample, Side
+from aerogel.io.record.schema import Provenance, Record, pattern
+from aerogel.report import compare, coverage, inputs, phrases, reuse, skips, temporal
 from aerogel.report.layers import error_map, towers
+from aerogel.report.neighbours import beside
 from aerogel.report.parts import parts_bars
-from aerogel.report.record import ImageQuality, ImageSimilarity, Run, Sample, Side
 from aerogel.report.svg import PALETTE, document
 from aerogel.report.tradeoff import HEIGHT, IMAGES, SIZE, SPEED, Axis, Point, Role, tradeoff
 
@@ -25,44 +28,47 @@ HERE = Path(__file__).parent
 WIDE, PANEL, NARROW = 956.0, 447.0, 328.0
 """Widths that figures are drawn for: a desktop's page, half of it and a phone's."""
 LISTED = 400
-"""Linears that are listed one by one at most."""
+"""Most layers that are listed one by one."""
 
 GLOSSARY = (
-    ("Perplexity", "How many equally likely words the model hesitates between on held-out text, on average. Lower is better."),
+    ("Perplexity", "The exponential of the mean negative log-likelihood per token on held-out text. Lower is better."),
     (
         "KL divergence",
-        "How far the compressed model's next-token probabilities are from the original's, in nats per token. Zero is identical.",
+        "Divergence of the compressed model's next-token probabilities from the original's, in nats per token. Zero means identical.",
     ),
-    ("Same next token", "Share of tokens for which both models would pick the same next one."),
-    ("Bits per weight", "Everything stored for the weights, scales and embeddings included, divided by the number of weights."),
-    ("Relative error", "Squared size of the error in a linear's output divided by the squared size of the output."),
-    ("Prefill, decode", "Reading a prompt, all tokens at once; writing an answer, one token after another."),
-    ("Fallback", "A linear that could not be compressed as the recipe says and was compressed in a simpler way."),
+    ("Same next token", "Share of tokens for which both models have the same most likely next token (top-1 agreement)."),
+    ("Bits per weight", "Bits stored for all weights, scales and embeddings included, divided by the number of weights."),
+    ("Relative error", "Squared norm of the error in a linear layer's output divided by the squared norm of the output."),
+    ("Prefill, decode", "Processing the prompt, all tokens at once; generating the answer, one token after another."),
+    ("Fallback", "A layer that could not be compressed as the recipe says and was compressed by a simpler method."),
 )
 
 
 OF_IMAGES = (
     (
         "Fréchet distance",
-        "How far generated images, as a cloud of features, are from real ones, in the eyes of the network in brackets. Lower is better.",
+        "Distance between the feature distributions of generated and real images, by the feature network in brackets. Lower is better.",
     ),
-    ("Precision, recall", "Share of generated images that lie among the real ones, and of real ones among the generated."),
-    ("Inception score", "How sure the network is of each image's class and how many classes there are, at most all. Higher is better."),
-    ("SSIM, PSNR", "How alike two images are, by local structure (1 is identical) and by pixels (in decibels; higher is closer)."),
+    ("Precision, recall", "Share of generated images within the manifold of the real ones, and of real ones within that of the generated."),
+    (
+        "Inception score",
+        "Confidence and diversity of the predicted classes, at most the number of classes. Higher is better.",
+    ),
+    ("SSIM, PSNR", "Similarity of two images by local structure (1 is identical) and by pixels (in decibels; higher is closer)."),
 )
-"""Words that only reports on images use."""
+"""Terms of reports on images."""
 
 OF_TIME = (
     (
         "Temporal feature",
-        "What a block of a denoiser is told about the time step. No image and no prompt enters it, so it can be compared step by step.",
+        "The time embedding as a block of the denoiser receives it. It depends on the time step only, so it can be compared step by step.",
     ),
     (
-        "Told another time",
-        "A temporal feature nearer to what the original says at another step: the block acts as if it were earlier or later.",
+        "Nearer to another step",
+        "A temporal feature nearer to the original's feature of another step: the block acts as if at an earlier or later step.",
     ),
 )
-"""Words that only reports on a denoiser's sense of time use."""
+"""Terms of reports on temporal features."""
 
 
 class Figure(NamedTuple):
@@ -84,11 +90,11 @@ def write(folder: str | Path, path: str | Path | None = None) -> Path:
 
 def render(folder: str | Path) -> str:
     """Return the report on an output folder, with runs of the same model in sibling folders in its images."""
-    run = record.read(folder)
-    return page(run, record.beside(folder, run))
+    run = files.read(folder)
+    return page(run, beside(folder, run))
 
 
-def page(run: Run, others: Sequence[Run] = ()) -> str:
+def page(run: Record, others: Sequence[Record] = ()) -> str:
     """Return the report on a run; `others` are shown beside it in the trade-off images."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"percent": phrases.percent, "dotted": dotted}
@@ -102,8 +108,8 @@ def write_plot(folder: str | Path, path: str | Path) -> Path:
 
     Raises AerogelError when the folder holds no readable record, or one without quality.
     """
-    run = record.read(folder)
-    drawn = images(run, record.beside(folder, run), PANEL)
+    run = files.read(folder)
+    drawn = images(run, beside(folder, run), PANEL)
     if not drawn:
         raise AerogelError(
             f"{folder} has no trade-off to draw: its quality was not measured; run aerogel evaluate on it, --against the original"
@@ -112,7 +118,7 @@ def write_plot(folder: str | Path, path: str | Path) -> Path:
     return Path(path)
 
 
-def images(run: Run, others: Sequence[Run] = (), width: float = NARROW) -> list[Markup]:
+def images(run: Record, others: Sequence[Record] = (), width: float = NARROW) -> list[Markup]:
     """Return quality against size and against speed, as far as they were measured."""
     title, of = compare.quality(run.metrics.compressed)
     drawn = []
@@ -123,15 +129,15 @@ def images(run: Run, others: Sequence[Run] = (), width: float = NARROW) -> list[
     return drawn
 
 
-def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
+def _context(run: Record, others: Sequence[Record]) -> dict[str, Any]:
     before, after = run.metrics.original, run.metrics.compressed
     half = PANEL if after.speed or after.sampling else WIDE
     fallen = [entry for entry in run.journal if entry.fallback]
     lines = sorted((entry for entry in run.journal if entry.error is not None), key=lambda entry: -(entry.error or 0))
     return {
         "run": run,
-        "date": str(run.provenance.get("date", ""))[:10],
-        "version": run.provenance.get("versions", {}).get("aerogel"),
+        "date": (run.provenance.date or "")[:10],
+        "version": run.provenance.versions.get("aerogel"),
         "headline": phrases.headline(run),
         "lead": _lead(run),
         "images": [Figure(*both) for both in zip(images(run, others, half), images(run, others), strict=True)],
@@ -141,7 +147,7 @@ def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
         "conditions": _conditions(after),
         "bytes": _bytes(before, after),
         "pairs": after.image_similarity.pairs if after.image_similarity else [],
-        "pairs_note": _made(after.image_similarity),
+        "pairs_note": _generated(after.image_similarity),
         "samples": [_sample(sample) for sample in (after.generation.samples if after.generation else [])],
         "maps": {
             tower: Figure(error_map(table, WIDE), error_map(table, NARROW, tall=True)) for tower, table in towers(run.journal).items()
@@ -149,16 +155,16 @@ def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
         "time": _time(after),
         "inputs": {"sentence": inputs.sentence(after.inputs), "rows": list(inputs.rows(after.inputs))} if after.inputs else None,
         "coverage": _coverage(run),
-        "reused": list(_reused(run)),
+        "caches": list(_caches(run)),
         "skipped": _skipped(after),
         "fallback_note": _fallback_note(run, len({entry.name for entry in fallen})),
         "fallen": fallen,
         "lines": lines[:LISTED],
-        "lines_title": f"All {len(lines):,} linears" if len(lines) <= LISTED else f"The {LISTED} largest errors of {len(lines):,}",
-        "kept": list(_kept(run)) if run.plan.get("share_reached", 1) else [],  # who only reuses was not asked for codes
+        "lines_title": f"All {len(lines):,} layers" if len(lines) <= LISTED else f"The {LISTED} largest errors of {len(lines):,}",
+        "kept": list(_kept(run)) if run.plan.share_reached != 0 else [],  # a recipe of policies quantizes nothing
         "kept_note": _kept_note(run),
         "recipe": yaml.safe_dump({"steps": run.recipe.steps}, sort_keys=False, allow_unicode=True, width=60).rstrip(),
-        "provenance": list(provenance(run)),
+        "provenance": list(provenance(run.provenance, run.timings)),
         "glossary": (
             *(OF_IMAGES if after.image_similarity or after.image_quality else ()),
             *(OF_TIME if after.temporal else ()),
@@ -167,23 +173,23 @@ def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _lead(run: Run) -> str:
+def _lead(run: Record) -> str:
     facts = [f"Recipe {run.label}"]
     if run.model.parameters:
         facts.append(f"{phrases.number(run.model.parameters)} parameters")
-    if run.plan.get("share_reached"):
-        facts.append(f"{phrases.percent(run.plan['share_reached'])} of them reached")
+    if run.plan.share_reached:
+        facts.append(f"{phrases.percent(run.plan.share_reached)} of them compressed")
     if run.timings:
         facts.append(f"made in {phrases.seconds(sum(run.timings.values()) - run.timings.get('evaluate', 0))}")
     return ", ".join(facts) + "."
 
 
-def _image_note(others: Sequence[Run]) -> str:
-    note = "Hollow: the original. Filled: this run. The axis of quality does not start at zero."
-    return f"{note} Small: other runs of the same model found beside it, judged in the same way." if others else note
+def _image_note(others: Sequence[Record]) -> str:
+    note = "Outlined: the original. Filled: this run. The axis of quality does not start at zero."
+    return f"{note} Small: other runs of the same model in sibling folders, measured on the same data." if others else note
 
 
-def _missing(run: Run) -> Iterator[str]:
+def _missing(run: Record) -> Iterator[str]:
     after = run.metrics.compressed
     if not (after.perplexity or after.image_similarity or after.image_quality or after.exact_match):
         yield "Quality was not measured: run aerogel evaluate on the folder, --against the original; of images, with --measure images."
@@ -191,7 +197,7 @@ def _missing(run: Run) -> Iterator[str]:
         yield "Speed was not measured: run aerogel bench on the folder, --against the original."
 
 
-def _points(run: Run, others: Sequence[Run], axis: Axis, quality: Callable[[Side], float | None]) -> Iterator[Point]:
+def _points(run: Record, others: Sequence[Record], axis: Axis, quality: Callable[[Side], float | None]) -> Iterator[Point]:
     sides: list[tuple[str, Role, Side]] = [("original", "original", run.metrics.original), (run.label, "this", run.metrics.compressed)]
     sides += [(other.label, "other", other.metrics.compressed) for other in others]
     for name, role, side in sides:
@@ -207,11 +213,11 @@ def _conditions(after: Side) -> str:
         if text.length and text.stride:
             said[-1] += f", windows of {text.length:,} that move by {text.stride:,}"
     if after.image_similarity:
-        said.append(f"Compared with the original's images: {_made(after.image_similarity)}")
+        said.append(f"Compared with the original's images: {_generated(after.image_similarity)}")
     if real := after.image_quality:
-        said.append(f"Compared with real images ({real.reference or 'unnamed'}): {_made(real)}")
+        said.append(f"Compared with real images ({real.reference or 'unnamed'}): {_generated(real)}")
     if exact_match := after.exact_match:
-        said.append(f"Replies to {exact_match.count or 0:,} questions of {Path(exact_match.source or 'unnamed').name}")
+        said.append(f"Answers to {exact_match.count or 0:,} questions of {Path(exact_match.source or 'unnamed').name}")
     if time := after.temporal:
         said.append(f"Temporal features at the {len(time.steps)} steps of {time.sampler or 'the sampler'}")
     if speed := after.speed:
@@ -224,12 +230,12 @@ def _conditions(after: Side) -> str:
     return "".join(f"{sentence}. " for sentence in said).strip()
 
 
-def _made(images: ImageSimilarity | ImageQuality | None) -> str:
+def _generated(images: ImageSimilarityResult | ImageQualityResult | None) -> str:
     if images is None:
         return ""
     facts = [f"{images.count:,} images" if images.count else "Images"]
     facts += [f"in {images.steps} steps"] if images.steps else []
-    facts += [f"under guidance {images.guidance:g}"] if images.guidance is not None else []
+    facts += [f"with guidance {images.guidance:g}"] if images.guidance is not None else []
     facts += [f"from seed {images.seed}"] if images.seed is not None else []
     return " ".join(facts)
 
@@ -247,9 +253,9 @@ def _time(after: Side) -> dict[str, Any] | None:
     return {"figure": figure, "sentence": temporal.sentence(found), "rows": list(temporal.rows(found))}
 
 
-def _reused(run: Run) -> Iterator[dict[str, Any]]:
+def _caches(run: Record) -> Iterator[dict[str, Any]]:
     for policy in run.policies:
-        if found := policy.reuse:
+        if found := reuse.reuse_of(policy):
             drawn = Figure(reuse.reuse_map(found, WIDE), reuse.reuse_map(found, NARROW))
             yield {"policy": found.policy, "figure": drawn, "sentence": reuse.sentence(found)}
 
@@ -261,13 +267,13 @@ def _skipped(after: Side) -> dict[str, Any] | None:
     return {"figure": Figure(skips.skip_map(found, WIDE), skips.skip_map(found, NARROW)), "sentence": skips.sentence(found)}
 
 
-def _coverage(run: Run) -> dict[str, Any] | None:
+def _coverage(run: Record) -> dict[str, Any] | None:
     found = run.coverage
     if found is None or not found.any:
         return None
     return {
         "shares": list(coverage.shares(found)),
-        "left": list(coverage.left_in_float(found)),
+        "left": list(coverage.unquantized(found)),
         "attentions": coverage.grouped(found.attentions),
         "count": len(found.attentions),
     }
@@ -279,7 +285,7 @@ def _sample(sample: Sample) -> dict[str, Any]:
     same = ""
     if sample.same is not None and sample.tokens is not None:
         apart = sample.same < sample.tokens
-        same = f"the first {sample.same} of {sample.tokens} tokens are the same" if apart else "word for word the same"
+        same = f"the first {sample.same} of {sample.tokens} tokens are the same" if apart else "identical"
     marked = mark_difference(sample.original, sample.compressed)
     return {"prompt": sample.prompt, "original": sample.original, "compressed": marked, "same": same}
 
@@ -299,45 +305,44 @@ def dotted(name: str) -> Markup:
     return Markup(".<wbr>").join(name.split("."))
 
 
-def _kept(run: Run) -> Iterator[dict[str, Any]]:
-    """Modules left in float, those of the same kind and reason together, the heaviest first."""
+def _kept(run: Record) -> Iterator[dict[str, Any]]:
+    """Yield modules that are not quantized, those of the same kind and reason together, the largest first."""
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for entry in run.kept:
-        groups[record.pattern(entry.name), entry.reason].append(entry.parameters)
+        groups[pattern(entry.name), entry.reason].append(entry.parameters)
     for (name, reason), counts in sorted(groups.items(), key=lambda item: -sum(item[1])):
         yield {"name": name, "count": f"{len(counts):,}", "parameters": phrases.number(sum(counts)), "reason": reason}
 
 
-def _fallback_note(run: Run, fallen: int) -> str:
-    linears = len({entry.name for entry in run.journal if entry.step_size is None})
-    return f"{fallen or 'None'} of {linears:,} linears fell back to a simpler way{' (outlined)' if fallen else ''}."
+def _fallback_note(run: Record, fallen: int) -> str:
+    layers = len({entry.name for entry in run.journal if entry.step_size is None})
+    return f"{fallen or 'None'} of {layers:,} layers fell back to a simpler method{' (outlined)' if fallen else ''}."
 
 
-def _kept_note(run: Run) -> str:
-    reached = run.plan.get("share_reached")
-    return "Linears and embeddings that stayed as they were" + (
+def _kept_note(run: Record) -> str:
+    reached = run.plan.share_reached
+    return "Layers and embeddings that are as in the original" + (
         f": {phrases.percent(1 - reached)} of all weights." if reached is not None else "."
     )
 
 
-def provenance(run: Run) -> Iterator[tuple[str, str]]:
-    """What is needed to make a run again, in words."""
-    given = run.provenance
-    if "date" in given:
-        yield "Date", str(given["date"]).replace("T", " ").replace("+00:00", " UTC")
-    if "seed" in given:
-        yield "Seed", str(given["seed"])
-    if text := given.get("calibration"):
+def provenance(given: Provenance, timings: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """Yield what is needed to repeat a run, in words."""
+    if given.date is not None:
+        yield "Date", given.date.replace("T", " ").replace("+00:00", " UTC")
+    if given.seed is not None:
+        yield "Seed", str(given.seed)
+    if text := given.calibration:
         size = f", {text['count']} × {text['length']} tokens" if "count" in text and "length" in text else ""
         yield "Calibration", f"{text.get('source', 'given by the caller')}{size}"
         if "fingerprint" in text:
-            yield "Its fingerprint", str(text["fingerprint"])
-    yield from ((name, _joined(given[key])) for key, name in (("machine", "Machine"), ("versions", "Versions")) if given.get(key))
-    if run.timings:
-        yield "Time", ", ".join(f"{name} {phrases.seconds(value)}" for name, value in run.timings.items())
+            yield "Calibration fingerprint", str(text["fingerprint"])
+    yield from ((name, _joined(facts)) for name, facts in (("Machine", given.machine), ("Versions", given.versions)) if facts)
+    if timings:
+        yield "Time", ", ".join(f"{name} {phrases.seconds(value)}" for name, value in timings.items())
 
 
-def _joined(facts: dict[str, Any]) -> str:
+def _joined(facts: Mapping[str, str | int]) -> str:
     return ", ".join(
-        f"{name.removesuffix('_bytes')} {phrases.size(value) if name.endswith('_bytes') else value}" for name, value in facts.items()
+        f"{name.removesuffix('_bytes')} {phrases.size(float(value)) if name.endswith('_bytes') else value}" for name, value in facts.items()
     )

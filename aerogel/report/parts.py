@@ -1,4 +1,4 @@
-"""Where the bytes are: one bar for each network, on one scale, in the parts that take them."""
+"""Bytes of the weights by kind of module: one bar for each model, on one scale."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from aerogel.report.phrases import size
 from aerogel.report.svg import element, image, label
 
 THICK, PITCH = 22.0, 46.0
-SHADES = {"quantized layers": "part-1", "float layers": "part-2", "embeddings": "part-3"}
+SHADES = {"quantized layers": "part-1", "unquantized layers": "part-2", "embeddings": "part-3"}
 """Parts that look the same in every report; all others share one shade."""
 
 
 def parts_bars(networks: Mapping[str, Mapping[str, int]], width: float = 960) -> Markup:
-    """Draw name of network -> part -> bytes, with a legend of all parts there are."""
+    """Draw name of model -> part -> bytes, with a legend of all parts."""
     names = sorted({part for parts in networks.values() for part in parts}, key=lambda part: SHADES.get(part, "part-4"))
     shades = {name: SHADES.get(name, "part-4") for name in names}
     longest = max(sum(parts.values()) for parts in networks.values()) or 1
@@ -45,4 +45,4 @@ def parts_bars(networks: Mapping[str, Mapping[str, int]], width: float = 960) ->
             x, y = 0.0, y + 20
         drawn += [element("rect", x=x, y=y - 10, width=12, height=12, rx=2, class_=shades[name]), label(x + 18, y, name, "small")]
         x += reach
-    return image(width, y + 10, "Where the bytes are", *drawn)
+    return image(width, y + 10, "Size by kind of module", *drawn)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from aerogel.report.record import Run, Side
+from aerogel.io.record.measures import Side
+from aerogel.io.record.schema import Record
 
 SPACE = "\u202f"
 """Narrow space between a number and its unit; a line never breaks there."""
@@ -59,7 +60,7 @@ def near_one(value: float | None) -> str:
 
 
 def several(name: str, count: int) -> str:
-    """A name and how many bear it."""
+    """Return a name and the number of things it stands for."""
     return f"{name} ({count} of them)" if count > 1 else name
 
 
@@ -83,10 +84,10 @@ def seconds(value: float) -> str:
     return f"{value / 60:.0f}{SPACE}min" if value < 5400 else f"{value / 3600:.1f}{SPACE}h"
 
 
-def headline(run: Run) -> str:
-    """What became how much smaller and faster, at what cost, in one sentence."""
-    gains = _won(run)
-    won = f"{run.model.name} is {' and '.join(gains)}" if gains else f"{run.model.name} was compressed with {run.label}"
+def headline(run: Record) -> str:
+    """Say how much smaller and faster the model is, and at what cost in quality, in one sentence."""
+    gains = _gains(run)
+    won = f"{run.model.name} {' and '.join(gains)}" if gains else f"{run.model.name} was compressed with {run.label}"
     return f"{won}; {_cost(run)}."
 
 
@@ -100,14 +101,16 @@ def versus(larger: float | None, smaller: float | None, yes: str, no: str) -> st
     return f"{percent(more / less - 1, 2)} {word}" if more / less < 1.1 else f"{times(more, less)} {word}"
 
 
-def _won(run: Run) -> list[str]:
+def _gains(run: Record) -> list[str]:
     size_before, size_after = (side.size.bytes if side.size else None for side in (run.metrics.original, run.metrics.compressed))
     speed_before, speed_after = (_rate(side) for side in (run.metrics.original, run.metrics.compressed))
     clauses = [versus(size_before, size_after, "smaller", "larger"), versus(speed_after, speed_before, "faster", "slower")]
+    compared = [clause for clause in clauses if clause not in (NONE, "the same")]
+    gains = [f"is {' and '.join(compared)}"] if compared else []
     exact_match = run.metrics.compressed.exact_match
     if exact_match and exact_match.skipped:
-        clauses.append(f"without {percent(exact_match.skipped.prefill)} of its expert calls in prompts")
-    return [clause for clause in clauses if clause not in (NONE, "the same")]
+        gains.append(f"skips {percent(exact_match.skipped.prefill)} of its token-expert assignments in prefill")
+    return gains
 
 
 def _rate(side: Side) -> float | None:
@@ -115,10 +118,10 @@ def _rate(side: Side) -> float | None:
     return side.speed.decode_tokens_per_second if side.speed else side.sampling.images_per_minute if side.sampling else None
 
 
-def _cost(run: Run) -> str:
-    replied = [side.exact_match for side in (run.metrics.original, run.metrics.compressed)]
-    if replied[0] and replied[1]:  # asked for by name, so it is what somebody wants to know
-        return f"{percent(replied[1].right)} of its replies are right, {percent(replied[0].right)} of the original's"
+def _cost(run: Record) -> str:
+    answered = [side.exact_match for side in (run.metrics.original, run.metrics.compressed)]
+    if answered[0] and answered[1]:  # asked for by name, so it is what somebody wants to know
+        return f"{percent(answered[1].right)} of its answers match exactly, {percent(answered[0].right)} of the original's"
     before, after = run.metrics.original.perplexity, run.metrics.compressed.perplexity
     if before and after:
         verb = "rises" if after.perplexity > before.perplexity else "falls"
@@ -127,14 +130,14 @@ def _cost(run: Run) -> str:
         if step == NONE:
             return f"its perplexity goes {ends}"
         return f"its perplexity {verb} by {step}, {ends}" if after.perplexity != before.perplexity else "its perplexity stays the same"
-    frechet = next((name for name in run.metrics.compressed.judged if name.startswith("frechet[")), None)
+    frechet = next((name for name in run.metrics.compressed.of_features if name.startswith("frechet[")), None)
     if frechet:
-        ours, theirs = (side.judged.get(frechet) for side in (run.metrics.compressed, run.metrics.original))
+        ours, theirs = (side.of_features.get(frechet) for side in (run.metrics.compressed, run.metrics.original))
         return f"its Fréchet distance [{frechet.partition('[')[2]} is {digits(ours)}, the original's {digits(theirs)}"
     images = run.metrics.compressed.image_similarity
     if images and images.ssim is not None:
         return f"its images have an SSIM of {digits(images.ssim)} with the original's"
     kl_divergence = run.metrics.compressed.kl_divergence
     if kl_divergence:
-        return f"it agrees with the original on {percent(kl_divergence.top1)} of the next tokens"
-    return "what it costs in quality was not measured"
+        return f"its most likely next token is the original's for {percent(kl_divergence.top1)} of the tokens"
+    return "its quality was not measured"

@@ -1,4 +1,4 @@
-"""The report of a search, in one self-contained HTML file from the record of the search alone, and what a terminal shows of it."""
+"""The report of a search: one self-contained HTML file from search.json, and its table for a terminal."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import jinja2
 from markupsafe import Markup
 
 from aerogel.errors import AerogelError
+from aerogel.io.older import upgraded_search
+from aerogel.io.record.files import checked, require_known
 from aerogel.report import cache_search, skip_search
 from aerogel.report.page import HERE, provenance
-from aerogel.report.record import Run, checked
 from aerogel.report.svg import PALETTE
 
 FILE = "search.json"
@@ -65,18 +66,17 @@ def page(facts: Mapping[str, Any], path: str | Path = FILE) -> str:
     kind, found = _read(facts, path)
     loader = jinja2.FileSystemLoader(HERE)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, loader=loader)
-    run = Run(model=found.model, provenance=found.provenance, timings=found.timings)
     css = PALETTE + (HERE / "style.css").read_text("utf-8")
     return environment.get_template(
         kind.TEMPLATE
     ).render(
         css=Markup(css),  # noqa: S704  # our own files
-        date=str(found.provenance.get("date", ""))[:10],
-        version=found.provenance.get("versions", {}).get("aerogel"),
+        date=(found.provenance.date or "")[:10],
+        version=found.provenance.versions.get("aerogel"),
         headline=kind.headline(found),
         lead=kind.lead(found),
         left_out=found.left_out,
-        provenance=list(provenance(run)),
+        provenance=list(provenance(found.provenance, found.timings)),
         glossary=kind.GLOSSARY,
         **kind.context(found),
     )
@@ -84,8 +84,9 @@ def page(facts: Mapping[str, Any], path: str | Path = FILE) -> str:
 
 def _read(facts: Mapping[str, Any], path: str | Path = FILE) -> tuple[Any, Any]:
     """The kind of search, and its record."""
+    require_known(facts, path)
     task = str(facts.get("task"))
     if task not in _KINDS:
         raise AerogelError(f"{path} is of the search {task!r}, which this version does not know: {', '.join(_KINDS)}")
     kind = _KINDS[task]
-    return kind, checked(kind.Search, dict(facts), path, "aerogel search")
+    return kind, checked(kind.Search, upgraded_search(facts), path, "aerogel search")

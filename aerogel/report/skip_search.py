@@ -1,4 +1,4 @@
-"""What a search for a rule that skips experts found, in words and figures: every policy at several shares of dropped pairs."""
+"""The report of a search for an expert-skipping policy: every policy at several ratios of dropped assignments, in words and figures."""
 
 from __future__ import annotations
 
@@ -10,25 +10,29 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict
 
+from aerogel.io.record.measures import SkippedExperts
+from aerogel.io.record.schema import ModelRecord, Provenance
 from aerogel.report import phrases
 from aerogel.report.courses import Course, courses
 from aerogel.report.page import NARROW, PANEL, WIDE, Figure
-from aerogel.report.record import Model, Skipped
 from aerogel.report.skips import skip_map
 
 TEMPLATE = "skip_search.html"
 GLOSSARY = (
-    ("Pair", "A token and an expert that the router sends it to. A pair that is dropped is not computed; the expert's weights stay."),
-    ("KL", "How far the next-token probabilities are from those of the whole mixture where answers are predicted, in nats a token."),
-    ("As before", "Share of those tokens for which both rank the same one first."),
-    ("Right", "Share of chats that are replied to word for word as they should be."),
+    (
+        "Token-expert assignment",
+        "A token and one of the experts that the router sends it to. A dropped assignment is not computed; the expert's weights stay.",
+    ),
+    ("KL", "Divergence of the next-token probabilities from those of the original model on the tokens of the answers, in nats per token."),
+    ("Same token", "Share of those tokens for which both have the same most likely token."),
+    ("Exact match", "Share of chats whose answer is the expected one."),
     (
         "Prefill, decode",
-        "Reading a prompt, all tokens at once; writing an answer, one token after another. Times faster with the rule.",
+        "Processing the prompt, all tokens at once; generating the answer, one token after another. Times faster with the policy.",
     ),
     (
-        "Short",
-        "A rule that keeps each token's best expert, or has few steps, cannot drop just as much: it stands where it ends.",
+        "Less",
+        "The policy drops less than the target: it keeps the top expert of each token, or has few settings.",
     ),
 )
 
@@ -38,22 +42,22 @@ class _Part(BaseModel):
 
 
 class Row(_Part):
-    """A policy at a share."""
+    """A policy at a target ratio."""
 
     policy: str
     asked: float
     met: bool
-    """Whether it drops what was asked for."""
+    """True where it drops the target ratio."""
     ratio: float
-    """What it drops of the held-out pairs, replies read and not written."""
+    """Share of assignments that it drops of held-out chats, answers included, in one forward."""
     kl: float
     top1: float
     right: float | None = None
     prefill_speedup: float
     decode_speedup: float
     seconds: float | None = None
-    """To make it."""
-    skipped: Skipped
+    """Of its calibration."""
+    skipped: SkippedExperts
 
 
 class LeftOut(_Part):
@@ -63,8 +67,8 @@ class LeftOut(_Part):
     reason: str
 
 
-class Mixture(_Part):
-    """What is routed."""
+class MoeShape(_Part):
+    """The shape of the MoE layers."""
 
     layers: int
     experts: int
@@ -72,16 +76,16 @@ class Mixture(_Part):
 
 
 class Search(_Part):
-    """One search for a rule: the content of search.json."""
+    """One search for an expert-skipping policy: the content of search.json."""
 
-    model: Model
+    model: ModelRecord
     budget: float
-    mixture: Mixture
+    mixture: MoeShape
     count: int
     chats: bool
     answer_tokens: int
     right: float | None = None
-    """Of the whole mixture."""
+    """Of the original model."""
     batch: int
     prompt: int
     new_tokens: int
@@ -91,12 +95,12 @@ class Search(_Part):
     rows: list[Row]
     """By policy, then by share."""
     left_out: list[LeftOut] = []
-    provenance: dict[str, Any] = {}
+    provenance: Provenance = Provenance()
     timings: dict[str, float] = {}
 
     @property
     def best(self) -> Row | None:
-        """The rule that moves predictions least among those that meet the budget."""
+        """The policy of the lowest KL divergence among those that meet the budget."""
         enough = [row for row in self.rows if row.asked == self.budget and row.met and math.isfinite(row.kl)]
         return min(enough, key=lambda row: row.kl, default=None)
 
@@ -125,7 +129,7 @@ class Line(NamedTuple):
 
 def columns(found: Search) -> tuple[str, ...]:
     """Of the table that a terminal shows; the first two are words."""
-    return "policy", "asked for", "skipped", "KL", "right" if found.chats else "as before", "prefill", "decode"
+    return "policy", "target", "skipped", "KL", "exact match" if found.chats else "same token", "prefill", "decode"
 
 
 def lines(found: Search) -> Iterator[Line]:
@@ -133,7 +137,7 @@ def lines(found: Search) -> Iterator[Line]:
     for row in sorted(found.rows, key=lambda row: (row.asked, not math.isfinite(row.kl), row.kl)):
         yield Line(
             row.policy,
-            f"{phrases.percent(row.asked, 2)}{'' if row.met else ', short'}",
+            f"{phrases.percent(row.asked, 2)}{'' if row.met else ', less'}",
             phrases.percent(row.ratio),
             phrases.digits(row.kl),
             phrases.percent(row.top1),
@@ -147,43 +151,44 @@ def lines(found: Search) -> Iterator[Line]:
 
 
 def headline(found: Search) -> str:
-    """What was found, in one sentence."""
+    """Say what was found, in one sentence."""
     best, share = found.best, phrases.percent(found.budget, 2)
     if best is None:
-        return f"No rule drops {share} of the expert calls of {found.model.name}."
-    return f"{found.model.name} does without {share} of its expert calls with {best.policy}; its predictions move by {_nats(best.kl)}."
+        return f"No policy drops {share} of the token-expert assignments of {found.model.name}."
+    skips = f"{found.model.name} skips {share} of its token-expert assignments with {best.policy}"
+    return f"{skips}; the KL divergence is {_nats(best.kl)} per token."
 
 
 def lead(found: Search) -> str:
-    """What stands beside it."""
+    """Say what stands beside the headline."""
     best = found.best
     met = {row.policy for row in found.rows if row.asked == found.budget and row.met}
     policies = {row.policy for row in found.rows} | {one.policy for one in found.left_out}
-    said = f"{len(met)} of {len(policies)} {'rule drops' if len(policies) == 1 else 'rules drop'} so much."
+    said = f"{len(met)} of {len(policies)} {'policy' if len(policies) == 1 else 'policies'} can drop as much."
     if best is None:
         return said
-    kept = f"The same token stays first at {phrases.percent(best.top1)} of all places"
+    kept = f"The most likely token is the same for {phrases.percent(best.top1)} of the tokens"
     if best.right is not None:
-        kept += f", and {phrases.percent(best.right)} of the replies are right; the whole mixture's, {phrases.percent(found.right)}"
+        kept += f", and {phrases.percent(best.right)} of the answers match exactly; of the original, {phrases.percent(found.right)}"
     read, written = best.prefill_speedup, best.decode_speedup
-    return f"{said} {kept}. Prompts are read {read:.2f} times as fast and replies written {written:.2f} times as fast."
+    return f"{said} {kept}. Prefill is {read:.2f} times faster, decoding {written:.2f} times."
 
 
 def context(found: Search) -> dict[str, Any]:
-    """What the template shows beside what all searches have."""
+    """Return what the template shows besides the parts of all searches."""
     best = found.best
-    kept = "Replies right" if found.chats else "Same token first"
+    kept = "Exact match" if found.chats else "Same most likely token"
     return {
-        "title": f"{found.model.name} · {phrases.percent(found.budget, 2)} of the experts skipped",
+        "title": f"{found.model.name} · {phrases.percent(found.budget, 2)} of the assignments dropped",
         "conditions": _conditions(found),
         "chats": found.chats,
         "lines": list(lines(found)),
         "best": best,
-        "kl": _figure(found, "KL, nats a token", lambda row: row.kl) if found.rows else None,
+        "kl": _figure(found, "KL, nats per token", lambda row: row.kl) if found.rows else None,
         "kept": _figure(found, kept, lambda row: row.right if found.chats else row.top1, rising=True) if found.rows else None,
         "speeds": [
-            _figure(found, "Prompts, times faster", lambda row: row.prefill_speedup, rising=True, wide=PANEL),
-            _figure(found, "Written tokens, times faster", lambda row: row.decode_speedup, rising=True, wide=PANEL),
+            _figure(found, "Prefill, times faster", lambda row: row.prefill_speedup, rising=True, wide=PANEL),
+            _figure(found, "Decoding, times faster", lambda row: row.decode_speedup, rising=True, wide=PANEL),
         ]
         if found.rows
         else [],
@@ -196,24 +201,24 @@ def _figure(found: Search, title: str, value: Callable[[Row], float | None], ris
 
 
 def curves_chart(found: Search, title: str, value: Callable[[Row], float | None], rising: bool, width: float) -> Markup:
-    """A line for each policy over the share of pairs that it drops."""
+    """Draw a line for each policy over the share of assignments that it drops."""
     drawn = []
     for name, rows in groupby(found.rows, lambda row: row.policy):
         points = [(row.ratio, number) for row in rows if (number := value(row)) is not None]
         drawn.append(
             Course(name, [y for _, y in points], best=found.best is not None and name == found.best.policy, at=[x for x, _ in points])
         )
-    return courses(drawn, title, across="Share of pairs skipped", log=not rising, rising=rising, width=width)
+    return courses(drawn, title, across="Share of assignments dropped", log=not rising, rising=rising, width=width)
 
 
 def _conditions(found: Search) -> str:
-    judged = f"{found.count:,} {'chats' if found.chats else 'sequences'} that no rule was calibrated on, {found.answer_tokens:,} tokens"
+    judged = f"{found.count:,} {'chats' if found.chats else 'sequences'} held out of calibration, {found.answer_tokens:,} tokens"
     mixture = found.mixture
-    turns = f"{found.rounds} rounds with and without each rule in turns"
-    whole = f"{phrases.seconds(found.prefill_seconds)} a prompt without and {phrases.digits(1000 * found.decode_seconds)} ms a token"
+    turns = f"{found.rounds} rounds with and without each policy, alternating"
+    whole = f"{phrases.seconds(found.prefill_seconds)} per prompt without and {phrases.digits(1000 * found.decode_seconds)} ms per token"
     return (
-        f"{mixture.layers} layers of {mixture.experts} experts, {mixture.top_k} a token. Judged on {judged}. Speed is of {found.batch} "
-        f"prompts of {found.prompt:,} tokens at once and {found.new_tokens} tokens behind each, {turns}; {whole}."
+        f"{mixture.layers} layers of {mixture.experts} experts, {mixture.top_k} per token. Measured on {judged}. "
+        f"Speed at batch {found.batch} with prompts of {found.prompt:,} tokens and {found.new_tokens} generated tokens, {turns}; {whole}."
     )
 
 

@@ -1,4 +1,4 @@
-"""A denoiser's sense of time: three maps of blocks by time steps, side by side or one below the other."""
+"""Temporal features of a denoiser: three maps of blocks by time steps, side by side or one below the other."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
+from aerogel.io.record.measures import TemporalResult
 from aerogel.report.heat import cell, legend, shade
 from aerogel.report.phrases import digits, near_one, percent
-from aerogel.report.record import Temporal
 from aerogel.report.svg import element, image, label
 
 GAP = 28.0
@@ -33,7 +33,7 @@ class _Map:
     """Of every block at every step."""
     show: Callable[[float], str]
     wrong: bool = False
-    """Whether it shows where something is wrong, instead of how much of it there is."""
+    """True where it shows mismatches, false where it shows an amount."""
 
     @property
     def top(self) -> float:
@@ -43,7 +43,7 @@ class _Map:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a map stands."""
+    """The position of a map."""
 
     x: float
     y: float
@@ -61,8 +61,8 @@ class Row(NamedTuple):
     wrong: str
 
 
-def time_maps(found: Temporal, width: float = 960, stacked: bool = False) -> Markup:
-    """Draw error, turn and mismatch of every block at every step, steps across."""
+def time_maps(found: TemporalResult, width: float = 960, stacked: bool = False) -> Markup:
+    """Draw error, cosine distance and mismatch of every block at every step, steps across."""
     names = short(found.layers)
     left = 12 + 6.6 * max(map(len, names))
     pitch = 18.0 if stacked else 20.0
@@ -70,8 +70,8 @@ def time_maps(found: Temporal, width: float = 960, stacked: bool = False) -> Mar
     below = tall + GAP
     maps = [
         _Map("Error", found.errors, percent),
-        _Map("Turned away (1 − cosine)", [[1 - cosine for cosine in row] for row in found.cosines], digits),
-        _Map("Told another time", [[float(wrong) for wrong in row] for row in found.mismatches], percent, wrong=True),
+        _Map("Cosine distance (1 − cosine)", [[1 - cosine for cosine in row] for row in found.cosines], digits),
+        _Map("Nearer to another step", [[float(wrong) for wrong in row] for row in found.mismatches], percent, wrong=True),
     ]
     across = width - left if stacked else (width - left - 2 * GAP) / 3
     drawn = []
@@ -81,20 +81,20 @@ def time_maps(found: Temporal, width: float = 960, stacked: bool = False) -> Mar
     return image(width, tall + 2 * below if stacked else tall, "Temporal features of every block at every step", *drawn)
 
 
-def rows(found: Temporal) -> Iterator[Row]:
-    """Every block in words, in the order of a forward."""
+def rows(found: TemporalResult) -> Iterator[Row]:
+    """Yield every block in words, in the order of a forward."""
     for name, errors, cosines, wrong in zip(found.layers, found.errors, found.cosines, found.mismatches, strict=True):
         yield Row(name, percent(fmean(errors)), near_one(min(cosines)), f"{sum(wrong)} of {len(wrong)}")
 
 
-def sentence(found: Temporal) -> str:
-    """What the maps come to."""
+def sentence(found: TemporalResult) -> str:
+    """Say what the maps show."""
     wrong, cells = sum(map(sum, found.mismatches)), len(found.layers) * len(found.steps)
     told = f"{wrong:,} of {cells:,} ({percent(found.mismatch)})" if wrong else f"None of {cells:,}"
     return (
         f"Over {len(found.layers)} blocks and {len(found.steps)} steps the error is {percent(found.error)} of the features' squared size. "
-        f"The cosine with the original's is {near_one(found.cosine)} on average and {near_one(found.least_cosine)} at the least. "
-        f"{told} {'lies' if wrong == 1 else 'lie'} nearer to what the original tells at another step."
+        f"The mean cosine similarity with the original's is {near_one(found.cosine)}, the lowest {near_one(found.least_cosine)}. "
+        f"{told} {'is' if wrong == 1 else 'are'} nearer to the original's feature of another step."
     )
 
 
@@ -106,7 +106,7 @@ def short(names: Sequence[str]) -> list[str]:
     return [".".join(part for part in own if part not in common) or ".".join(own) for own in parts]
 
 
-def _drawn(shown: _Map, found: Temporal, names: Sequence[str] | None, place: _Place, words: bool) -> Markup:
+def _drawn(shown: _Map, found: TemporalResult, names: Sequence[str] | None, place: _Place, words: bool) -> Markup:
     """One map: its name, its rows, the steps below them, the scale."""
     columns = max(1, min(len(found.steps), int(place.width / LEAST)))
     foot = place.y + HEAD + place.pitch * len(found.layers)
@@ -124,7 +124,7 @@ def _drawn(shown: _Map, found: Temporal, names: Sequence[str] | None, place: _Pl
     return element("g", *drawn)
 
 
-def _row(shown: _Map, found: Temporal, index: int, values: Sequence[float], place: _Place, words: bool) -> Markup:
+def _row(shown: _Map, found: TemporalResult, index: int, values: Sequence[float], place: _Place, words: bool) -> Markup:
     wide = place.width / len(values)
     gap = 1.0 if wide >= 5 else 0.0
     drawn = []
@@ -153,9 +153,9 @@ def _scale(shown: _Map, x: float, y: float) -> Markup:
     return element(
         "g",
         element("rect", x=x, y=y - 9, width=14, height=10, class_="heat", fill_opacity=shade(0, 1)),
-        label(x + 20, y, "its own", "small"),
+        label(x + 20, y, "own step", "small"),
         element("rect", x=x + 76, y=y - 9, width=14, height=10, class_="wrong"),
-        label(x + 96, y, "another step's", "small"),
+        label(x + 96, y, "another step", "small"),
     )
 
 

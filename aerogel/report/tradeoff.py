@@ -39,7 +39,7 @@ class Axis:
 SIZE = Axis("Weights on disk, MB", "size", "bytes", 1e-6, "left")
 SPEED = Axis("Decoding, tokens per second", "speed", "decode_tokens_per_second", 1.0, "right")
 
-IMAGES = Axis("Images a minute", "sampling", "images_per_minute", 1.0, "right")
+IMAGES = Axis("Images per minute", "sampling", "images_per_minute", 1.0, "right")
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,9 @@ def test_what_the_released_code_leaves_in_float(family: str) -> None:
     assert strided
     coverage = aerogel.compress(network, RELEASED, samples=steps_of(family), measures=()).facts["coverage"]
     left = {"conv_in", "conv_out", "time_embedding.linear_1"} | shortcuts | strided | attention
-    assert set(coverage["float_weights"]) == left
+    assert set(coverage["unquantized_weights"]) == left
     more = {"down_blocks.0.resnets.0.conv1", "time_embedding.linear_2"}
-    assert set(coverage["float_inputs"]) == left | more
+    assert set(coverage["unquantized_inputs"]) == left | more
     assert coverage["layers"] == len(layers)
     assert coverage["weights"] == {"int8": len(layers) - len(left)}
     (steps,) = coverage["inputs"]
@@ -55,6 +55,6 @@ def test_everything_is_covered_and_operands_are_named() -> None:
         ]
     }
     coverage = aerogel.compress(FAMILIES["unet"].build(), recipe, samples=calls(), measures=()).facts["coverage"]
-    assert coverage["float_weights"] == coverage["float_inputs"] == []
+    assert coverage["unquantized_weights"] == coverage["unquantized_inputs"] == []
     assert coverage["attentions"]
     assert all(".attn" in name for name in coverage["attentions"])

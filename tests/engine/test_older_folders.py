@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 import aerogel
 from aerogel.engine import policies
+from aerogel.io.record import files
 from aerogel.layers.linear import cache_dequantized
-from aerogel.report import record
 from tests.tiny import FAMILIES, output
 
 FOLDERS = Path(__file__).parent.parent / "fixtures/before_layers"
@@ -56,7 +56,8 @@ def test_older_denoisers_give_the_same_images(name: str, asked: dict[str, object
 @pytest.mark.parametrize("name", POLICIES)
 def test_older_facts_are_read(name: str) -> None:
     assert [one.step.name for one in policies.load(FOLDERS / name)] == POLICIES[name]
-    assert record.read(FOLDERS / name) is not None
+    assert files.read(FOLDERS / name).coverage is not None
+    files.verify(FOLDERS / name)
 
 
 @pytest.mark.parametrize("name", POLICIES)

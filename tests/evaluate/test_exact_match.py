@@ -58,7 +58,7 @@ def test_predictions_are_compared_and_skipping_is_counted(network: Any, tmp_path
         facts = measure.measure(network, network)
     skipped = facts["skipped"]
     assert skipped["prefill"] == skipped["decode"] == 0.75
-    assert skipped["lost"] == 0
+    assert skipped["dropped_tokens"] == 0
     assert skipped["layers"] == [[0.75, 0.75]] * 6
 
 

@@ -47,5 +47,5 @@ def test_quantized_linears_count_what_they_store() -> None:
     quantized = QuantLinear.from_codes(linear, scheme, quantize(linear.weight.detach(), grid, scheme.weights), grid, dtype=torch.bfloat16)
     found = Size().measure(Network(nn.Sequential(quantized, nn.LayerNorm(64)), FAMILY, stored_dtype=torch.bfloat16))
     codes, scales, shape, bias, norm = 128 * 64 // 2, 2 * 64 * 2, 16, 64 * 2, 2 * 64 * 2
-    assert found["parts"] == {"quantized layers": codes + scales + shape + bias, "norms and the rest": norm}
+    assert found["parts"] == {"quantized layers": codes + scales + shape + bias, "norms and others": norm}
     assert found["parameters"] == 128 * 64 + 64 + 128

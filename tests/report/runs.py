@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from aerogel.io.older import SCHEMA
+
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 MINIMAL: dict[str, Any] = {"model": {"name": "my-model"}, "recipe": {"steps": []}, "metrics": {}}
-REST = {"embeddings": 56_623_104, "norms and the rest": 70_272}
+REST = {"embeddings": 56_623_104, "norms and others": 70_272}
 BENCH = {"batch": 1, "prompt": 512, "new_tokens": 64, "threads": 2, "device": "cpu"}
 TEXT = {"tokens": 16383, "source": "sotu-held-out", "length": 1024, "stride": 512, "fingerprint": "sha256:aa"}
 SAMPLES = [
@@ -52,7 +54,7 @@ def full(
         for index, linear in enumerate(LINEARS)
     ]
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "model": {"name": "smollm2-135m", "family": "llama", "parameters": 134_515_008, "dtype": "bfloat16"},
         "recipe": {"name": recipe, "steps": [{"gptq": {"scheme": scheme, "ignore": ["lm_head"], "percdamp": 0.01, "overrides": {}}}]},
         "provenance": {
@@ -68,7 +70,7 @@ def full(
                     "disk_bytes": 269_060_552,
                     "stored_bytes": 269_030_016,
                     "bits_per_weight": 16.0,
-                    "parts": {"float layers": 212_336_640, **REST},
+                    "parts": {"unquantized layers": 212_336_640, **REST},
                 },
                 "perplexity": {"perplexity": 24.02, "nats_per_token": math.log(24.02), **TEXT},
                 "speed": {"prefill_tokens_per_second": 512.0, "decode_tokens_per_second": 37.2, "peak_memory_bytes": 721_000_000, **BENCH},
@@ -105,7 +107,7 @@ _PNGS = (
 
 
 def temporal(layers: int = 5, steps: int = 20) -> dict[str, Any]:
-    """A measured sense of time: the second block is told another time at the third step; the other numbers are made up."""
+    """Temporal features of which that of the second block at the third step is nearer to another step; the other numbers are made up."""
     names = [f"{place}.resnets.0.time_emb_proj" for place in ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")]
     errors = [[0.001 * (1 + layer) * (1 + step) for step in range(steps)] for layer in range(layers)]
     return {
@@ -122,8 +124,8 @@ def temporal(layers: int = 5, steps: int = 20) -> dict[str, Any]:
     }
 
 
-def reuse() -> dict[str, Any]:
-    """A router's schedule of two blocks and four steps, one of which reuses all; the numbers are made up."""
+def schedule() -> dict[str, Any]:
+    """A schedule of two blocks and four steps, one of which is cached as a whole; the numbers are made up."""
     state = {
         "steps": [900.0, 600.0, 300.0, 0.0],
         "sampler": "DDIMScheduler",
@@ -135,14 +137,20 @@ def reuse() -> dict[str, Any]:
     return {"step": {"harmonica": {"ratio": 0.3}}, "state": state}
 
 
-def replies() -> dict[str, Any]:
-    """What a mixture replied while experts were skipped."""
-    skipped = {"prefill": 0.7, "decode": 0.45, "lost": 0.21, "layers": [[0.1, 0.5], [0.9, 1.0]], "lost_of_layers": [0.0, 0.42]}
+def answers() -> dict[str, Any]:
+    """The exact match of an MoE model with skipped experts."""
+    skipped = {
+        "prefill": 0.7,
+        "decode": 0.45,
+        "dropped_tokens": 0.21,
+        "layers": [[0.1, 0.5], [0.9, 1.0]],
+        "dropped_tokens_by_layer": [0.0, 0.42],
+    }
     return {"right": 0.81, "count": 128, "source": "/some/where/held-out.jsonl", "kl": 0.012, "top1": 0.98, "skipped": skipped}
 
 
 def inputs() -> dict[str, Any]:
-    """What 8 bits lose of the inputs of two blocks and of what stands around them; the numbers are made up."""
+    """The error of 8-bit inputs of two blocks and of the layers around them; the numbers are made up."""
     layers = ["proj_in", *(f"blocks.{block}.<b>to_q</b>" for block in range(2)), "proj_out"]
     return {
         "layers": layers,
@@ -154,14 +162,14 @@ def inputs() -> dict[str, Any]:
 
 
 def coverage() -> dict[str, Any]:
-    """A coverage with everything in it: 10 layers, of which some have weights, fewer inputs in codes."""
+    """A coverage with everything in it: 10 layers, some with quantized weights, fewer with quantized inputs."""
     weights = ["conv_in", "conv_out", *(f"up_blocks.{block}.resnets.0.conv_shortcut" for block in range(3))]
     return {
         "layers": 10,
         "weights": {"int4": 5},
         "inputs": {"int8, one range a step": 4},
-        "float_weights": weights,
-        "float_inputs": ["mid_block.<b>conv</b>", *weights],
+        "unquantized_weights": weights,
+        "unquantized_inputs": ["mid_block.<b>conv</b>", *weights],
         "attentions": [f"mid_block.attentions.0.transformer_blocks.0.attn{number}" for number in (1, 2)],
     }
 

@@ -71,19 +71,19 @@ def rendered(**facts: Any) -> Any:
 def test_everything_is_said() -> None:
     words = rendered().words
     for said in (
-        "a <b>painter</b> denoises 1.52 times as fast with schedule_search; its final latents move by 0.0100.",
-        "4 of 5 policies can be 1.5 times as fast.",
-        "The pipeline alone is 1.55 times as fast in 3 of 4 steps and moves by 0.0500, 5.00 times as much.",
-        "Errors are of 64 images of held-out noise in 4 steps of DDIMScheduler under guidance 1.5.",
-        "Speed is of 8 images at once, 3 rounds with and without each policy in turns, 2.0 s a turn without.",
+        "a <b>painter</b> is 1.52 times faster with schedule_search; the error of its final latents is 0.0100.",
+        "4 of 5 policies reach 1.5 times the speed.",
+        "Without a cache, 3 instead of 4 steps are 1.55 times faster; their error is 0.0500, 5.00 times as large.",
+        "Errors over 64 images of held-out noise in 4 steps of DDIMScheduler with guidance 1.5.",
+        "Speed at batch 8, 3 rounds with and without each policy, alternating; 2.0 s per run without.",
         "The latents' variance is 0.490.",
         "schedule_search interval 2 1.52 0.0100 1.0× 46.9 % 12 s",
         "fora interval 2 1.90 0.0200 2.0× 46.9 % 12 s",
         "fewer steps steps 3 1.55 0.0500 5.0× – –",
         "wild interval 2 1.70 not a number – 46.9 % 12 s",
         "<b>pab</b> too slow for <i>this</i>",
-        "What schedule_search reuses",
-        "Error behind each step ↓ better",
+        "Schedule of schedule_search",
+        "Error after each step ↓ better",
         "Error of the final latents ↓ better",
         "a <b>bag</b> boot",
         "2026-11-23 06:12:00 UTC",
@@ -91,7 +91,7 @@ def test_everything_is_said() -> None:
     ):
         assert said in words, said
     html = search.page(record()).replace("\u202f", " ")
-    for said in ("blocks.0.&lt;b&gt;attn&lt;/b&gt;, step 600: reused", "ff, step 600: 25.0 % of its work", "ff, step 300: runs"):
+    for said in ("blocks.0.&lt;b&gt;attn&lt;/b&gt;, step 600: cached", "ff, step 600: 25.0 % of its work", "ff, step 300: computed"):
         assert said in html, said
     ranked = [line.policy for line in cache_search.lines(parsed())]
     assert ranked == ["schedule_search", "fora", "uniform_cache", "fewer steps", "wild"]
@@ -118,15 +118,15 @@ def test_the_frontier_joins_what_nothing_beats() -> None:
 
 def test_fewer_steps_that_are_better_are_said_so() -> None:
     better = record()["fewer"] | {"error": 0.004}
-    assert "moves by 0.00400, 0.400 times as much: no policy is worth it here." in rendered(fewer=better).words
+    assert "their error is 0.00400, 0.400 times as large: no policy is better here." in rendered(fewer=better).words
 
 
 def test_a_search_that_found_nothing_says_why() -> None:
     words = rendered(rows=[], fewer=None, without_fewer="it knows one step only", images=[], subjects=[]).words
-    assert "No policy makes a <b>painter</b> 1.5 times as fast." in words
-    assert "0 of 1 policy can be 1.5 times as fast. The pipeline alone cannot: it knows one step only." in words
+    assert "No policy makes a <b>painter</b> 1.5 times faster." in words
+    assert "0 of 1 policy reach 1.5 times the speed. Fewer steps do not: it knows one step only." in words
     assert "too slow for <i>this</i>" in words
-    for absent in ("Error against speed", "Set to", "reuses", "Error, step by step", "The same noise"):
+    for absent in ("Error against speed", "Setting", "Schedule of", "Error by step", "Images from the same noise"):
         assert absent not in words
     assert "Error against speed" in rendered(rows=[]).words, "fewer steps alone"
 
@@ -134,8 +134,8 @@ def test_a_search_that_found_nothing_says_why() -> None:
 def test_errors_of_nothing_and_policies_that_change_nothing_are_drawn() -> None:
     same = row("same", 1.5, 0.0)
     words = rendered(rows=[same]).words
-    assert "its final latents move by 0." in words
-    assert "moves by 0.0500." in words
+    assert "the error of its final latents is 0." in words
+    assert "their error is 0.0500." in words
     assert "–" in next(cache_search.lines(parsed(rows=[same]))).times
 
 

@@ -9,7 +9,10 @@ from xml.etree import ElementTree as Xml
 import pytest
 
 from aerogel.errors import AerogelError
-from aerogel.report import page, phrases, record
+from aerogel.io.record import files
+from aerogel.io.record.measures import TemporalResult
+from aerogel.io.record.schema import JournalLine
+from aerogel.report import page, phrases
 from aerogel.report.layers import error_map, towers
 from aerogel.report.parts import parts_bars
 from aerogel.report.svg import Scale, element
@@ -66,7 +69,7 @@ def test_a_file_of_its_own_is_xml_with_its_colours(tmp_path: Path) -> None:
 
 
 def test_error_map_has_a_cell_for_every_linear() -> None:
-    tables = towers(record.parse(full()).journal)
+    tables = towers(files.parse(full()).journal)
     assert list(tables) == ["model.layers"]
     for tall in (False, True):
         rects = [r for r in Xml.fromstring(error_map(tables["model.layers"], 956, tall)).iter("rect") if r.get("class") == "heat"]
@@ -76,7 +79,7 @@ def test_error_map_has_a_cell_for_every_linear() -> None:
 
 def test_experts_share_a_cell() -> None:
     lines = [
-        record.Line(name=f"model.layers.0.mlp.experts.{n}.up_proj", block="model.layers.0", error=error, fallback=None if n else "no token")
+        JournalLine(name=f"model.layers.0.mlp.experts.{n}.up_proj", block="model.layers.0", error=error, fallback=None if n else "no token")
         for n, error in enumerate((0.1, 0.3))
     ]
     ((place, cell),) = towers(lines)["model.layers"].items()
@@ -88,7 +91,7 @@ def test_experts_share_a_cell() -> None:
 
 def test_nested_lists_of_a_unet_share_a_map() -> None:
     blocks = ("down_blocks.0.resnets.1", "down_blocks.1.resnets.0", "down_blocks.10.resnets.0", "mid_block.resnets.0")
-    tables = towers([record.Line(name=f"{block}.conv1", block=block, error=0.1) for block in reversed(blocks)])
+    tables = towers([JournalLine(name=f"{block}.conv1", block=block, error=0.1) for block in reversed(blocks)])
     assert {name: {index for _, index in table} for name, table in tables.items()} == {
         "down_blocks.resnets": {"0.1", "1.0", "10.0"}, "mid_block.resnets": {"0"},
     }  # fmt: skip
@@ -97,15 +100,15 @@ def test_nested_lists_of_a_unet_share_a_map() -> None:
 
 
 def test_several_towers_have_their_own_maps() -> None:
-    lines = [record.Line(name=f"{tower}.0.fc", block=f"{tower}.0", error=0.1) for tower in ("model.visual.blocks", "model.layers")]
+    lines = [JournalLine(name=f"{tower}.0.fc", block=f"{tower}.0", error=0.1) for tower in ("model.visual.blocks", "model.layers")]
     assert list(towers(lines)) == ["model.visual.blocks", "model.layers"]
-    assert towers([record.Line(name="lm_head", error=0.1)]) == {}
+    assert towers([JournalLine(name="lm_head", error=0.1)]) == {}
 
 
 @pytest.mark.parametrize(("width", "stacked"), [(956.0, False), (328.0, True)])
 @pytest.mark.parametrize("steps", [1, 20, 200])
 def test_time_maps_stay_inside_and_have_a_cell_for_every_block_and_step(width: float, stacked: bool, steps: int) -> None:
-    found = record.Temporal.model_validate(temporal(steps=steps))
+    found = TemporalResult.model_validate(temporal(steps=steps))
     svg = Xml.fromstring(time_maps(found, width, stacked))
     boxes = [[float(r.get(side, "")) for side in ("x", "y", "width", "height")] for r in svg.iter("rect")]
     assert all(x >= 0 and y >= 0 and x + wide <= width + 0.1 and y + high <= float(svg.get("height", "")) for x, y, wide, high in boxes)
@@ -117,7 +120,7 @@ def test_time_maps_stay_inside_and_have_a_cell_for_every_block_and_step(width: f
 
 
 def test_shades_and_wrong_cells_are_where_the_numbers_say() -> None:
-    found = record.Temporal.model_validate(temporal())
+    found = TemporalResult.model_validate(temporal())
     svg = Xml.fromstring(time_maps(found))
     titled = {r.findtext("title", ""): r for r in svg.iter("rect") if r.find("title") is not None}
     assert len(titled) == 3 * 100
@@ -134,7 +137,7 @@ def test_shades_and_wrong_cells_are_where_the_numbers_say() -> None:
 def test_a_column_of_several_steps_is_their_mean() -> None:
     content = temporal(layers=2, steps=400)
     content["mismatches"] = [[False] * 400, [step % 2 == 0 for step in range(400)]]
-    svg = Xml.fromstring(time_maps(record.Temporal.model_validate(content)))
+    svg = Xml.fromstring(time_maps(TemporalResult.model_validate(content)))
     wrong = [r for r in svg.iter("rect") if r.get("class") == "wrong" and r.find("title") is not None]
     assert wrong
     assert all(0 < float(r.get("fill-opacity", "")) < 1 for r in wrong)
@@ -143,7 +146,7 @@ def test_a_column_of_several_steps_is_their_mean() -> None:
 
 def test_errors_without_end_are_strongest_and_leave_the_others_apart() -> None:
     content = temporal(layers=1, steps=3) | {"errors": [[0.1, 0.2, float("inf")]]}
-    svg = Xml.fromstring(time_maps(record.Temporal.model_validate(content)))
+    svg = Xml.fromstring(time_maps(TemporalResult.model_validate(content)))
     shades = [float(r.get("fill-opacity", "")) for r in svg.iter("rect") if r.find("title") is not None][:3]
     assert shades == pytest.approx([0.53, 1, 1])
 
@@ -155,10 +158,10 @@ def test_what_all_names_share_is_left_out() -> None:
 
 
 def test_bars_are_as_long_as_their_bytes() -> None:
-    svg = Xml.fromstring(parts_bars({"Original": {"float layers": 300, "embeddings": 100}, "Compressed": {"quantized layers": 100}}))
+    svg = Xml.fromstring(parts_bars({"Original": {"unquantized layers": 300, "embeddings": 100}, "Compressed": {"quantized layers": 100}}))
     bars = {r.findtext("title", ""): float(r.get("width", "")) for r in svg.iter("rect") if r.find("title") is not None}
     widths = {name.partition(":")[0]: width + 1 for name, width in bars.items()}
-    assert widths["float layers"] == pytest.approx(3 * widths["embeddings"], rel=0.01)
+    assert widths["unquantized layers"] == pytest.approx(3 * widths["embeddings"], rel=0.01)
     assert widths["quantized layers"] == pytest.approx(widths["embeddings"], rel=0.01)
 
 
@@ -200,5 +203,5 @@ def test_numbers_in_words(found: str, said: str) -> None:
     ],
 )
 def test_headline_is_honest(size: int, speed: float, perplexity: float, said: str) -> None:
-    sentence = phrases.headline(record.parse(full(size=size, speed=speed, perplexity=perplexity)))
+    sentence = phrases.headline(files.parse(full(size=size, speed=speed, perplexity=perplexity)))
     assert sentence.replace("\u202f", " ") == f"smollm2-135m is {said}"

@@ -17,7 +17,13 @@ def row(policy: str, asked: float, kl: float, **options: Any) -> dict[str, Any]:
     return {
         "policy": policy, "asked": asked, "met": True, "step": {policy: {}}, "ratio": asked + 0.01, "kl": kl, "top1": 0.98, "right": 0.6,
         "prefill_speedup": 1.6, "decode_speedup": 0.95, "seconds": 12.0,
-        "skipped": {"prefill": 0.7, "decode": 0.2, "lost": 0.1, "layers": [[0.25, 0.75], [0.5, 1.0]], "lost_of_layers": [0.0, 0.2]},
+        "skipped": {
+            "prefill": 0.7,
+            "decode": 0.2,
+            "dropped_tokens": 0.1,
+            "layers": [[0.25, 0.75], [0.5, 1.0]],
+            "dropped_tokens_by_layer": [0.0, 0.2],
+        },
     } | options  # fmt: skip
 
 
@@ -59,31 +65,31 @@ def rendered(**facts: Any) -> Any:
 def test_everything_is_said() -> None:
     words = rendered().words
     for said in (
-        "Aerogel search for experts to skip · 2026-11-23",
-        "a <b>mixture</b> does without 67 % of its expert calls with modes; its predictions move by 0.000500 nats.",
-        "3 of 4 rules drop so much. The same token stays first at 98.0 % of all places,",
-        "and 60.0 % of the replies are right; the whole mixture's, 61.0 %.",
-        "Prompts are read 1.60 times as fast and replies written 0.95 times as fast.",
-        "2 layers of 16 experts, 4 a token. Judged on 64 chats that no rule was calibrated on, 1,088 tokens.",
-        "Speed is of 8 prompts of 63 tokens at once and 16 tokens behind each, 3 rounds with and without each rule in turns;",
-        "0.037 s a prompt without and 4.67 ms a token.",
+        "Aerogel search for expert skipping · 2026-11-23",
+        "a <b>mixture</b> skips 67 % of its token-expert assignments with modes; the KL divergence is 0.000500 nats per token.",
+        "3 of 4 policies can drop as much. The most likely token is the same for 98.0 % of the tokens,",
+        "and 60.0 % of the answers match exactly; of the original, 61.0 %.",
+        "Prefill is 1.60 times faster, decoding 0.95 times.",
+        "2 layers of 16 experts, 4 per token. Measured on 64 chats held out of calibration, 1,088 tokens.",
+        "Speed at batch 8 with prompts of 63 tokens and 16 generated tokens, 3 rounds with and without each policy, alternating;",
+        "0.037 s per prompt without and 4.67 ms per token.",
         "modes 50 % 51.0 % 0.000100 98.0 % 60.0 % 1.60 0.95 12 s",
-        "reduced_topk 50 %, short 44.4 % 0.000200",
+        "reduced_topk 50 %, less 44.4 % 0.000200",
         "wild 67 % 68.0 % not a number",
         "<b>odp</b> it drops 66.0% of all <i>pairs</i> at most",
-        "What modes skips",
-        "Replies right ↑ better",
-        "KL, nats a token ↓ better",
-        "Written tokens, times faster ↑ better",
+        "Assignments that modes drops",
+        "Exact match ↑ better",
+        "KL, nats per token ↓ better",
+        "Decoding, times faster ↑ better",
         "compress 60 s",
     ):
         assert said in words, said
     assert "Images, layer 1: 100\u202f%" in search.page(record()), "of the map"
     told = search.told(record())
-    assert told.columns == ("policy", "asked for", "skipped", "KL", "right", "prefill", "decode")
+    assert told.columns == ("policy", "target", "skipped", "KL", "exact match", "prefill", "decode")
     assert [one.cells[:2] for one in told.rows][:3] == [
         ("modes", "50\u202f%"),
-        ("reduced_topk", "50\u202f%, short"),
+        ("reduced_topk", "50\u202f%, less"),
         ("modes", "67\u202f%"),
     ]
     assert [one.best for one in told.rows] == [False, False, True, False, False]
@@ -98,21 +104,21 @@ def test_nothing_is_fetched_and_all_is_escaped() -> None:
 def test_text_is_judged_by_what_stays_first() -> None:
     rows = [row("modes", 0.67, 0.0005, right=None)]
     words = rendered(rows=rows, chats=False, right=None).words
-    assert "Same token first ↑ better" in words
-    assert "replies are right" not in words
-    assert "Judged on 64 sequences" in words
+    assert "Same most likely token ↑ better" in words
+    assert "match exactly" not in words
+    assert "Measured on 64 sequences" in words
     assert "modes 67 % 68.0 % 0.000500 98.0 % 1.60" in words
-    assert search.told(record(rows=rows, chats=False, right=None)).columns[4] == "as before"
+    assert search.told(record(rows=rows, chats=False, right=None)).columns[4] == "same token"
 
 
 def test_a_search_that_found_nothing_says_why() -> None:
     short = [row("reduced_topk", 0.67, 0.01, met=False)]
     words = rendered(rows=short).words
-    assert "No rule drops 67 % of the expert calls of a <b>mixture</b>." in words
-    assert "0 of 2 rules drop so much." in words
-    assert "skips" not in words.split("How it was made")[0].split("Rule by rule")[1].replace("it drops", "")
+    assert "No policy drops 67 % of the token-expert assignments of a <b>mixture</b>." in words
+    assert "0 of 2 policies can drop as much." in words
+    assert "Assignments that" not in words
     empty = rendered(rows=[]).words
-    assert "What it costs" not in empty
+    assert "Quality" not in empty
     assert "it drops 66.0%" in empty
 
 

@@ -17,7 +17,10 @@ from aerogel.engine.search.caches import CacheSearch
 from aerogel.engine.search.skips import SkipSearch
 from aerogel.errors import AerogelError
 from aerogel.io import save
-from aerogel.io.states import FACTS
+from aerogel.io.older import SCHEMA
+from aerogel.io.record import files
+from aerogel.io.record.measures import Metrics
+from aerogel.io.record.schema import RecipeRecord, Record
 from aerogel.model.experts import fuse
 from aerogel.model.network import Network
 from aerogel.report import search as page
@@ -65,12 +68,11 @@ class Findings:
         output = Path(output)
         save.preflight(output)
         made = [self.best] if self.best is not None else []
-        recipe = {"name": made[0].step.name, "steps": [made[0].step.as_dict()]} if made else {}
+        recipe = RecipeRecord(name=made[0].step.name, steps=[made[0].step.as_dict()]) if made else RecipeRecord()
         with save.new_folder(output) as folder:
-            told = {key: self.facts[key] for key in ("schema", "model", "provenance")}
-            record = told | {"recipe": recipe, "metrics": {}, "policies": policies.save(made, folder)}
-            for name, content in {FACTS: record, page.FILE: self.facts}.items():
-                (folder / name).write_text(json.dumps(content, indent=2, default=str) + "\n")
+            told = {"schema": self.facts["schema"], "model": self.facts["model"], "provenance": self.facts["provenance"]}
+            files.write(folder, Record(**told, recipe=recipe, metrics=Metrics(), policies=policies.save(made, folder)))
+            (folder / page.FILE).write_text(json.dumps(self.facts, indent=2, default=str) + "\n")
             page.write(folder)
         self.folder = output
         return output
@@ -130,10 +132,10 @@ def search(
         facts = made.judge()
     name = model if isinstance(model, str) and not Path(model).exists() else None
     facts |= {
-        "schema": provenance.SCHEMA,
+        "schema": SCHEMA,
         "task": task,
-        "model": provenance.model_facts(network, name) | {"fingerprint": save.fingerprint_of(network)},
-        "provenance": provenance.run_facts(network, seed, shown),
+        "model": provenance.model_of(network, name).as_dict() | {"fingerprint": save.fingerprint_of(network)},
+        "provenance": provenance.provenance_of(network, seed, shown).as_dict(),
         "timings": watch.seconds,
     }
     findings = Findings(facts, made.best)

@@ -1,0 +1,99 @@
+"""Reading, checking and writing aerogel.json, and checking a folder's weights against the checksums in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from aerogel.errors import AerogelError
+from aerogel.io.older import SCHEMA, upgraded
+from aerogel.io.record.schema import Record
+
+FILE = "aerogel.json"
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+def read(folder: str | Path) -> Record:
+    """Read the record in an output folder; raises AerogelError that names the file and the field when it is absent or damaged."""
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise AerogelError(f"{folder} has no {FILE}; give a folder that `aerogel compress` wrote")
+    return parse(loaded(path, "aerogel compress"), path).model_copy(update={"folder": Path(folder).resolve().name})
+
+
+def loaded(path: Path, command: str) -> Any:
+    """Return the JSON in a file that this command wrote; raises AerogelError when it cannot be read."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise AerogelError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise AerogelError(f"{path} is not JSON ({error}); it was changed after `{command}` wrote it") from error
+
+
+def parse(content: Any, path: str | Path = FILE) -> Record:
+    """Return the record of any release that plain data holds; raises AerogelError that names the field that is wrong."""
+    if isinstance(content, Mapping):
+        require_known(content, path)
+        content = upgraded(content)
+    return checked(Record, content, path, "aerogel compress")
+
+
+def require_known(content: Mapping[str, Any], path: str | Path) -> None:
+    """Raise AerogelError when the data has a schema that this release does not know."""
+    schema = content.get("schema", 1)
+    if not isinstance(schema, int) or schema < 1:
+        raise AerogelError(f"{path}: schema: {schema!r} is not a schema number; the file was changed after it was written")
+    if schema > SCHEMA:
+        raise AerogelError(f"{path} has schema {schema} and this release reads up to {SCHEMA}; upgrade aerogel to open it")
+
+
+def checked(kind: type[Kind], content: Any, path: str | Path, command: str) -> Kind:
+    """Return plain data as this kind of record; raises AerogelError that names the field; `command` wrote it."""
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        raise AerogelError(f"{path}: {place}: {first['msg'].lower()}; it was changed after `{command}` wrote it") from error
+
+
+def write(folder: str | Path, record: Record) -> None:
+    """Write the record into a folder, in place of one that is there already, atomically."""
+    path = Path(folder) / FILE
+    beside = path.with_name(f".{FILE}.{os.getpid()}.new")
+    beside.write_text(json.dumps(record.as_dict(), indent=2, default=str) + "\n", "utf-8")
+    beside.replace(path)
+
+
+def verify(folder: str | Path) -> None:
+    """Compare a folder's files of tensors with the checksums in its record, if it has one.
+
+    Raises AerogelError that names a file which is missing or was changed.
+    """
+    if not (Path(folder) / FILE).is_file():
+        return
+    expected = read(folder).checksums
+    with ThreadPoolExecutor() as pool:  # hashing runs without the interpreter's lock
+        for name, checksum in zip(expected, pool.map(lambda name: checksum_of(Path(folder) / name), expected), strict=True):
+            if checksum != expected[name]:
+                raise AerogelError(
+                    f"{Path(folder) / name} is not what {FILE} has the checksum of: expected {expected[name]}, found {checksum}; "
+                    "copy the folder again, or compress again"
+                )
+
+
+def checksum_of(path: Path) -> str:
+    """Return `sha256:` of a file's content; raises AerogelError when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    except OSError as error:
+        raise AerogelError(f"{path} cannot be read, though {FILE} lists it: {error.strerror or error}") from error
