@@ -77,7 +77,7 @@ def test_compress_writes_a_folder_and_a_report(desk: Path, compressed: Any) -> N
 
 def test_compress_ends_with_a_comparison(desk: Path, tmp_path: Path) -> None:
     said = run("compress", desk / "model", "-r", "rtn-w8a8", "-o", tmp_path / "out", "--set", "rtn.scheme=W8A16_G32", "--evaluate")
-    for line in ("Weights on disk", "Perplexity", "KL from the original", "Same next token"):
+    for line in ("Weights on disk", "Perplexity", "KL divergence from the original", "Same next token"):
         assert line in said
     assert re.search(rf"folder +{re.escape(str(tmp_path / 'out'))}\nreport +{re.escape(str(tmp_path / 'out' / 'report.html'))}\n$", said)
 

@@ -185,7 +185,7 @@ def test_the_best_moves_predictions_least_and_its_folder_puts_it_on(found: Any, 
     assert on[0].step == findings.best.step
     assert not torch.equal(before, inside)
     assert torch.equal(before, output(network.module, call))
-    assert "Aerogel search for experts to skip" in findings.report().read_text()
+    assert "Aerogel search for expert skipping" in findings.report().read_text()
 
 
 def test_a_folder_and_its_live_model_are_the_same_weights(source: Path, tmp_path: Path) -> None:
