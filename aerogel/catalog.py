@@ -26,23 +26,23 @@ class _Kind(NamedTuple):
     folder: str
     shared: tuple[str, ...] = ()
     """The files of the folder that hold what its files have in common."""
-    bears: str = "class"
-    """What a file bears: a class (the public one, or the one called like the file), the constant of this name, or (a suffix) itself."""
+    defines: str = "class"
+    """Content of a file: a class (the public one, or the one called like the file), the constant of this name, or (a suffix) itself."""
 
 
 _KINDS = {
     "methods": _Kind("methods", ("base.py", "policy.py")),
-    "families": _Kind("families", bears="FAMILY"),
+    "families": _Kind("families", defines="FAMILY"),
     "exporters": _Kind("export", ("exporter.py",)),
     "measures": _Kind("evaluate", ("measure.py", "features.py", "inception.py", "reference.py", "timing.py")),
-    "recipes": _Kind("recipes", bears=".yaml"),
+    "recipes": _Kind("recipes", defines=".yaml"),
 }
 KINDS = tuple(_KINDS)
 
 
 @dataclass(frozen=True)
 class Card:
-    """Where a name leads: one file of one folder."""
+    """Entry of a name: one file of one folder."""
 
     kind: str
     name: str
@@ -135,8 +135,8 @@ def _packages() -> Sequence[tuple[str, Path]]:
 
 
 def _read_folder(kind: str, package: str, root: Path) -> Iterator[Card]:
-    folder, shared, bears = _KINDS[kind]
-    suffix = bears if bears.startswith(".") else ".py"
+    folder, shared, defines = _KINDS[kind]
+    suffix = defines if defines.startswith(".") else ".py"
     for path in sorted((root / folder).rglob(f"*{suffix}")):
         if path.name.startswith("_") or path.name in shared:
             continue
@@ -144,15 +144,15 @@ def _read_folder(kind: str, package: str, root: Path) -> Iterator[Card]:
             yield Card(kind, path.stem, path, "", "", _first_comment(path))
             continue
         module = ".".join((package, *path.relative_to(root).with_suffix("").parts))
-        found = _read_module(kind, path, module, bears)
+        found = _read_module(kind, path, module, defines)
         if found is not None:
             yield found
 
 
-def _read_module(kind: str, path: Path, module: str, bears: str) -> Card | None:
-    """The card of a Python file, or None when the file bears nothing of its kind."""
+def _read_module(kind: str, path: Path, module: str, defines: str) -> Card | None:
+    """Return the card of a Python file, or None when the file defines nothing of its kind."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    if bears == "class":
+    if defines == "class":
         public = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
         # Where a file has helpers that its tests name, the class called like the file is meant.
         public = [node for node in public if node.name.lower() == path.stem.replace("_", "")] or public
@@ -162,9 +162,9 @@ def _read_module(kind: str, path: Path, module: str, bears: str) -> Card | None:
             return None
         doc = ast.get_docstring(public[0]) or ast.get_docstring(tree) or ""
         return Card(kind, path.stem, path, module, public[0].name, doc.partition("\n")[0])
-    if bears not in {name for node in tree.body for name in _assigned(node)}:
+    if defines not in {name for node in tree.body for name in _assigned(node)}:
         return None
-    return Card(kind, path.stem, path, module, bears, (ast.get_docstring(tree) or "").partition("\n")[0])
+    return Card(kind, path.stem, path, module, defines, (ast.get_docstring(tree) or "").partition("\n")[0])
 
 
 def _assigned(node: ast.stmt) -> list[str]:

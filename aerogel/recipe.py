@@ -37,7 +37,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to a network, step after step."""
+    """Methods with their options, applied to a model one after the other."""
 
     name: str
     steps: tuple[Step, ...]
@@ -62,7 +62,7 @@ class Recipe:
 
 
 class _Document(BaseModel):
-    """What a recipe file may hold, before methods are looked up."""
+    """Content of a recipe file, before methods are looked up."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -148,7 +148,7 @@ def parse_override(override: str, expected: str) -> tuple[str, str, Any]:
         raise AerogelError(f"override {override!r}: the value is not YAML: {_one_line(error)}") from error
 
 
-def knobs_of(overrides: Iterable[str], expected: str) -> dict[str, dict[str, Any]]:
+def options_of(overrides: Iterable[str], expected: str) -> dict[str, dict[str, Any]]:
     """Return {name: {option: value}} of many `name.option=value`; raises AerogelError like parse_override."""
     options: dict[str, dict[str, Any]] = {}
     for override in overrides:

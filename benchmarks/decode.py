@@ -139,7 +139,7 @@ class LlamaCpp:
 
 
 def text(options: argparse.Namespace) -> None:
-    """Greedy tokens of SmolLM2-135M: 4 bits on the lean path, through transformers' own generate, and llama.cpp on its own file."""
+    """Greedy tokens of SmolLM2-135M: 4 bits by the fast decoder, through transformers' own generate, and llama.cpp on its own file."""
     torch.set_num_threads(torch_threads(options))
     original = open_model("smollm2-135m", lazy=False, dtype=torch.float32)
     original.module.generation_config.eos_token_id = None  # all write the same number of tokens
@@ -170,7 +170,7 @@ def text(options: argparse.Namespace) -> None:
         ]
         for name, taken in turns.items()
     ]
-    same = {label: torch.equal(made[f"lean {label}"], made[f"own {label}"]) for label in ("W4A16 (groups of 64)", "float32")}
+    same = {label: torch.equal(made[f"fast {label}"], made[f"own {label}"]) for label in ("W4A16 (groups of 64)", "float32")}
     settings = {
         "model": "SmolLM2-135M-Instruct", "batch": 1, "prompt": tokens_BT.shape[1], "new tokens": options.new_tokens,
         "rounds": options.rounds, "threads": torch_threads(options),
@@ -188,8 +188,8 @@ def _lean(label: str, network: Network, tokens_BT: Tensor, new: int, made: dict[
 
     def turn() -> float:
         generation = generator.generate(tokens_BT, new)
-        assert generation.path == "lean", generation.reason
-        made[f"lean {label}"] = generation.tokens
+        assert generation.path == "fast_decoder", generation.reason
+        made[f"fast {label}"] = generation.tokens
         return 1000 * statistics.median(generation.step_seconds)
 
     return turn

@@ -19,7 +19,7 @@ from aerogel.model.calls import Call
 
 @dataclass(frozen=True)
 class Denoising:
-    """Which images a pipeline makes."""
+    """Images that a pipeline generates."""
 
     count: int = 64
     """Images; their noise differs, their prompts or labels take turns."""
@@ -28,7 +28,7 @@ class Denoising:
     guidance: float | None = None
     """Guidance scale; None leaves the pipeline's own."""
     prompts: tuple[str, ...] = ()
-    """What text-to-image pipelines are asked for."""
+    """Requests to text-to-image pipelines."""
     batch: int = 8
     """Images made at once; a call has twice as many samples under guidance."""
 

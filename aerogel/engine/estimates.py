@@ -23,7 +23,7 @@ from aerogel.runtime.expert_skipping.routing import shape_of
 _BYTES_A_SECOND = 300e6
 # Pages of the files being read count as memory until they are closed.
 _MAPPED = 32 << 20
-# Matrices of the size of a second moment that are alive while one is factored, and of the size of a weight while it is rounded.
+# Matrices of the size of a Hessian that are alive while one is factored, and of the size of a weight while it is rounded.
 _FACTORING = 5
 _ROUNDING = 6
 # Forwards that an optimiser step is worth: one, and twice that for its gradients.
@@ -54,7 +54,7 @@ class Sizes:
     untouched: int
     """Bytes on disk of the tensors that the recipe leaves."""
     active: float
-    """Parameters that a token passes: of a mixture's experts those that it goes to."""
+    """Parameters that a token passes: of an MoE model's experts those that it goes to."""
 
     @classmethod
     def of(cls, network: Network, touched: set[str]) -> Sizes:
@@ -95,7 +95,7 @@ def peak_memory(network: Network, recipe: Recipe, read: CalibrationSize) -> int:
 
 
 def _calibrating(block: nn.Module, read: CalibrationSize, held: float) -> int:
-    """Bytes of activations and of the second moments of a block's inputs, all in float32."""
+    """Bytes of activations and of the Hessians of a block's inputs, all in float32."""
     shapes = _shapes(block)
     widths = {inputs for inputs, _ in shapes}
     in_hand = 4 * read.at_once * sum(inputs + outputs for inputs, outputs in shapes)
@@ -112,17 +112,17 @@ def activations(network: Network, read: CalibrationSize) -> int:
 
 
 def _shapes(block: nn.Module) -> set[tuple[int, int]]:
-    """(inputs, outputs) of the kinds of linears of a block; experts of one kind count once."""
+    """(inputs, outputs) of the kinds of linear layers of a block; experts of one kind count once."""
     return {size(part) for part in block.modules() if isinstance(part, Layer)}
 
 
 def needs_calls(recipe: Recipe) -> bool:
-    """Whether a step of the recipe looks at what passes through the network."""
+    """True where a step of the recipe reads activations."""
     return any("calls" in step.method.requires for step in recipe.steps)
 
 
 def needs_teacher(recipe: Recipe) -> bool:
-    """Whether a step asks for the network as it was before any step; to a policy that comes before all changes it is the network itself."""
+    """True where a step asks for the model as it was before any step; to a policy before all changes it is the model itself."""
     changing = [number for number, step in enumerate(recipe.steps) if not isinstance(step.method, RuntimePolicy)]
     return any("teacher" in step.method.requires for step in recipe.steps[min(changing, default=len(recipe.steps)) :])
 

@@ -11,20 +11,23 @@ from aerogel.engine.opening import families
 from aerogel.errors import AerogelError
 from aerogel.export.exporter import Exporter, SavedPolicy, Source
 from aerogel.io import save
-from aerogel.recipe import build, knobs_of
+from aerogel.io.record import files
+from aerogel.recipe import build, options_of
 
 
 def export(folder: Path, name: str, output: Path, overrides: Iterable[str] = ()) -> None:
     """Write `folder` to `output` by the exporter of this name; `overrides` are `exporter.option=value`.
 
-    Raises AerogelError for an unknown exporter or option, for an output that holds something, and for what the format cannot express.
+    Raises AerogelError for an unknown exporter or option, for an output that holds something, for a folder whose files were
+    changed, and for what the format cannot express.
     """
     found: type[Exporter] = catalog.find("exporters", name)
-    options = knobs_of(overrides, f"exporter.option=value, for example {name}.option=value")
+    options = options_of(overrides, f"exporter.option=value, for example {name}.option=value")
     if others := [other for other in options if other != name]:
         raise AerogelError(f"an option of {others[0]!r} is set, but the folder is exported by {name!r}")
     exporter = build(found, options.get(name, {}), f"exporter {name!r}")
     save.preflight(output, origin=folder)
+    files.verify(folder)
     exporter.write(source_of(folder), output)
 
 

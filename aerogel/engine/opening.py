@@ -44,7 +44,7 @@ def load(
     `source` is the name of a reference model, a Hugging Face or diffusers folder, a hub id, an `nn.Module`, a diffusers
     pipeline, or a pair (module, processor). With `lazy` the weights of blocks stay on disk where the checkpoint allows it;
     `network.checkpoint.materialise(network.module)` brings them in. `dtype` is what is computed in: by default the
-    checkpoint's, or float32 on a CPU that has no instructions for it. A live module's fused experts become linears in place, unless
+    checkpoint's, or float32 on a CPU that has no instructions for it. A live module's fused experts become linear layers in place, unless
     `unfuse_experts` is false. The files of a folder that `compress` wrote are compared with their checksums. Raises AerogelError when the
     source is not found, damaged, changed, pickled or of an unknown family.
     """

@@ -37,12 +37,12 @@ class Touched:
     inputs: int
     outputs: int
     bytes: int
-    """What its tensors take on disk."""
+    """Return the bytes that its tensors take on disk."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A linear or an embedding that the recipe leaves in float, and why."""
+    """A linear or an embedding that the recipe leaves unquantized, and why."""
 
     name: str
     parameters: int
@@ -51,7 +51,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe will do to a network."""
+    """Prediction of what a recipe will do to a model."""
 
     recipe: str
     parameters: int
@@ -62,7 +62,7 @@ class Plan:
     peak_memory_bytes: int
     """Over the interpreter's own: an estimate."""
     activation_bytes: int
-    """What the outputs of two blocks take beside the output while the run lasts; an estimate."""
+    """Return the bytes that the outputs of two blocks take beside the output while the run lasts; an estimate."""
     seconds: dict[StageName, float]
     """By stage, from a matrix product timed on this machine: an estimate."""
     touched: tuple[Touched, ...] = ()
@@ -136,7 +136,7 @@ def _touched(network: Network, recipe: Recipe, read: CalibrationSize) -> tuple[l
             if reason := refuse(linear, scheme):
                 refused.setdefault(f"cannot take {scheme}: {reason}{_fitting(scheme, inputs)}", []).append(name)
             else:
-                # The first step that stores a linear in codes leaves nothing for later ones.
+                # The first step that stores a linear in integer codes leaves nothing for later ones.
                 quantized.setdefault(name, scheme)
                 touched.setdefault(name, Touched(name, step.name, str(scheme), inputs, outputs, _bytes(network, name, linear, scheme)))
     for reason, names in refused.items():
@@ -146,7 +146,7 @@ def _touched(network: Network, recipe: Recipe, read: CalibrationSize) -> tuple[l
 
 
 def _stored_by(method: Any, network: Network) -> dict[str, tuple[Layer, Scheme]]:
-    """The float layers that a method puts into codes, with their schemes, by full name."""
+    """The float layers that a method puts into integer codes, with their schemes, by full name."""
     if isinstance(method, WeightMethod):
         return {block.full_name(name): got for block in blocks_of(network) for name, got in method.assign(block).items()}
     return method.stores(network) if isinstance(method, Method) else {}

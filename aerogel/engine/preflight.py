@@ -1,4 +1,4 @@
-"""What is looked at before any work: everything that would make a run fail after hours is found in its first seconds."""
+"""Checks before any work: what would make a run fail after hours is found in its first seconds."""
 
 from __future__ import annotations
 

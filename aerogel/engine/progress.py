@@ -31,11 +31,11 @@ class Event:
     expected: Mapping[StageName, float] | None = None
     """Seconds that stages are expected to take, when that has become known."""
     inside: float = 0.0
-    """How much of the part in hand is done, 0 to 1."""
+    """Finished share of the part in hand, 0 to 1."""
 
     @property
     def share(self) -> float:
-        """How much of the stage is done, 0 to 1."""
+        """Return the finished share of the stage, 0 to 1."""
         return (self.done + self.inside) / self.total if self.total else 1.0
 
 
@@ -43,7 +43,7 @@ Tell = Callable[[Event], None]
 
 
 class ProgressEstimator:
-    """How much of a run is done and how long the rest takes, from expected seconds a stage corrected by what is seen."""
+    """Finished share of a run and seconds that remain, from expected seconds a stage corrected by those measured."""
 
     def __init__(self, expected: Mapping[StageName, float] | None = None, now: Callable[[], float] = time.monotonic) -> None:
         self._expected = dict(expected or _GUESS)

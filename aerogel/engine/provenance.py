@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, machine, data; and the parts of aerogel.json about them."""
+"""Provenance of a result: versions, machine, data; and the parts of aerogel.json about them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What methods require of a model, decided before any work: without a forward, and without reading a weight."""
+"""Checks of what methods require of a model, before any work: without a forward, and without reading a weight."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ LOOKS: Mapping[Requirement, Look] = {
     "schedule": _schedule,
     "trajectories": _trajectories,
 }
-"""What can be told from the model alone, the most particular first.
+"""Requirements that the model alone decides, the most particular first.
 
 Calls, a teacher and gradients the engine gives to every step; `residual` has a check of its own in the method, and guidance in one
 batch shows in the recorded calls.

@@ -39,7 +39,7 @@ class Result:
         self.policies = list(measured)
         """Runtime policies with their states; `aerogel.engine.policies.on(network, policies)` puts them on."""
         self.folder = folder
-        """Where it is saved, or None when it is in memory only."""
+        """Folder in which it is saved, or None when it is in memory only."""
         self._network = network
         # What holds the folder of a result that was not asked to be saved lives as long as the result does.
         if keep is not None:

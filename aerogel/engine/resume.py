@@ -30,7 +30,7 @@ RUN = "run.json"
 
 
 def fingerprint_of(checkpoint: Checkpoint) -> str:
-    """What identifies a checkpoint: `sha256:` over its files and config.json."""
+    """Return the fingerprint of a checkpoint: `sha256:` over its files and config.json."""
     digest = hashlib.sha256()
     config = checkpoint.folder / "config.json"
     for path in sorted({checkpoint.file(name) for name in checkpoint.names()} | ({config} if config.exists() else set())):
@@ -47,7 +47,7 @@ class Progress:
         self.network = network
         self._source = source
         self.homes: dict[str, Checkpoint] = {}
-        """Where the newest tensors of each finished block lie."""
+        """Return the files with the newest tensors of each finished block."""
 
     @classmethod
     def open(cls, folder: Path, network: Network, source: Checkpoint, fingerprint: Mapping[str, Any]) -> Progress:
@@ -94,17 +94,17 @@ class Progress:
 
 
 class FinishedBlock(NamedTuple):
-    """What is stored of a finished block beside its tensors."""
+    """Record of a finished block, stored beside its tensors."""
 
     block: str
     notes: list[dict[str, Any]]
-    """What methods wrote down for the report."""
+    """Lines that methods write for the report."""
     parameters: dict[str, Tensor]
     """Parameters of policies inside the block, as they were learned, by full name."""
 
 
 class Stage:
-    """What one stage of a recipe has finished."""
+    """Finished blocks of one stage of a recipe."""
 
     def __init__(self, progress: Progress, folder: Path) -> None:
         self.folder = folder

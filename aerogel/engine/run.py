@@ -38,6 +38,7 @@ from aerogel.evaluate.measure import Measure
 from aerogel.io import save
 from aerogel.io.older import SCHEMA
 from aerogel.io.quantized import fuse_activations
+from aerogel.io.record import files
 from aerogel.io.record.measures import Metrics
 from aerogel.io.record.schema import KeptModule, PlanRecord, RecipeRecord, Record
 from aerogel.kernels.malloc import limit_fragmentation
@@ -77,6 +78,8 @@ def compress(
             network = open_model(model)
         job = _Job(network, checked, Path(output).absolute() if output is not None else None, seed)
         with watch.stage("check"):
+            if network.origin is not None:
+                files.verify(network.origin)
             calibration = job.check(samples, resume)
         tell(Event("check", 1, 1, expected=job.expected(measures)))
         record = job.record(calibration, model)
@@ -348,7 +351,7 @@ class Run:
 
 
 def _warn_of_fallbacks(journal: Sequence[Mapping[str, Any]]) -> None:
-    """Say which linears did not get what the recipe asks for, by reason."""
+    """Say which linear layers did not get what the recipe asks for, by reason."""
     fallen: dict[str, list[str]] = {}
     for line in journal:
         if line.get("fallback"):

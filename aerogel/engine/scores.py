@@ -18,7 +18,7 @@ from aerogel.evaluate.speed import Speed
 from aerogel.evaluate.timing import Timed
 from aerogel.io.record import files
 from aerogel.model.network import Network
-from aerogel.recipe import build, knobs_of
+from aerogel.recipe import build, options_of
 
 Scores = dict[str, dict[str, Any]]
 
@@ -39,7 +39,7 @@ def measure(
     By default every measure that fits the network and need not be asked for, with `speed` a short measurement of speed too;
     `overrides` are `measure.option=value`, for measures that are taken by name. Raises AerogelError for an unknown measure or option.
     """
-    options = knobs_of(overrides, "measure.option=value, for example image_quality.count=512")
+    options = options_of(overrides, "measure.option=value, for example image_quality.count=512")
     chosen = _named(measures if measures is not None else [*_usual(network), *(_timed(network) if speed else ())], options)
     takes = [take for name, found in chosen for take in _takes(name, found, network, against, must=measures is not None)]
     scores: dict[str, Scores] = {"original": {}, "compressed": {}} if against is not None else {"compressed": {}}
@@ -94,7 +94,7 @@ def time_models(model: str, against: str | None, options: Mapping[str, Any]) -> 
 
 
 def _timing(options: Mapping[str, Any], network: Network) -> list[Measure]:
-    """What times a network of this kind."""
+    """Return the measure that times a model of this kind."""
     modality = network.family.modality
     found = next((cls for cls in (Speed, Sampling) if modality in cls.modalities), None)
     if found is None:
@@ -108,7 +108,7 @@ class _Take(NamedTuple):
     name: str
     what: str
     passes: int
-    """How often it runs a network over the text, about; for progress."""
+    """Return about how often it runs a model over the text; for progress."""
     measure: Callable[[], dict[str, Any]]
     """Gives facts by whose they are."""
 

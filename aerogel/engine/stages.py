@@ -15,7 +15,7 @@ from aerogel.recipe import Recipe, Step
 
 
 def reaches_around(network: Network, steps: Iterable[Step]) -> bool:
-    """Tell whether block methods have linears to change outside the blocks."""
+    """Tell whether block methods have linear layers to change outside the blocks."""
     *_, around = blocks_of(network)
     methods = [step.method for step in steps if isinstance(step.method, BlockMethod)]
     return any(not isinstance(method, WeightMethod) or method.assign(around) for method in methods)

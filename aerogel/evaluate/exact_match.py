@@ -26,7 +26,7 @@ class ExactMatch(Measure):
     """Share of answers that equal the expected ones exactly, and KL divergence of the predictions over the expected answers.
 
     Replies are written greedily. KL(original || network) in nats and the share of tokens for which both rank the same one first are
-    means over the tokens of the expected replies, each after the true ones before it.
+    means over the tokens of the expected answers, each after the true ones before it.
     """
 
     asked: ClassVar[bool] = True
@@ -44,15 +44,15 @@ class ExactMatch(Measure):
     """Seed that draws the chats."""
 
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
-        """Return right (share), count, what was read; against an original kl and top1; of a mixture, `skipped` where experts were.
+        """Return right (share), count, what was read; against an original kl and top1; of an MoE model, `skipped` where experts were.
 
         Raises AerogelError without a source.
         """
         if not self.source:
             raise AerogelError("exact_match needs chats with expected answers: --set exact_match.source=FILE.jsonl")
         asked = chats.drawn(chats.read(self.source), self.count, self.seed)
-        mixture = network.family.experts is not None
-        with counting(network, Vocabulary.of(network)) if mixture else nullcontext() as tally:
+        is_moe = network.family.experts is not None
+        with counting(network, Vocabulary.of(network)) if is_moe else nullcontext() as tally:
             right = self.right(network, asked)
         facts: dict[str, Any] = {"right": right, "count": len(asked), "source": self.source, "fingerprint": chats.fingerprint(asked)}
         if against is not None:
@@ -60,7 +60,7 @@ class ExactMatch(Measure):
         return facts | ({"skipped": skipped(tally)} if tally is not None and tally.ratio() > 0 else {})
 
     def right(self, network: Network, asked: Sequence[Chat]) -> float:
-        """The share of chats to which the network replies as it should."""
+        """The share of chats to which the network answers as it should."""
         right = start = 0
         for inputs in chats.prompts(asked, network.processor, self.batch, network.device):
             made_BN = continued(network, inputs, self.new_tokens)

@@ -1,4 +1,4 @@
-"""How much a network's images resemble real ones, as a feature network sees both."""
+"""Likeness of a model's images to real ones, as a feature network sees both."""
 
 from __future__ import annotations
 

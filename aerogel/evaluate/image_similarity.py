@@ -22,7 +22,7 @@ LARGEST = 256
 
 @dataclass(frozen=True)
 class ImageSimilarity(ImageMeasure):
-    """How far images have moved from the original's of the same seed: MSE, PSNR, SSIM and a perceptual distance.
+    """Distance of images from the original's of the same seed: MSE, PSNR, SSIM and a perceptual distance.
 
     Pixels are from 0 to 1. MSE is the mean over all images, PSNR is that of this mean, SSIM (11 x 11 Gaussian window) and the
     perceptual distance are means over images. The latter compares feature maps of several depths as LPIPS does (arXiv:1801.03924),

@@ -1,4 +1,4 @@
-"""How much of a denoiser's inputs 8 bits would lose, by what shares a scale: everything, a step, a channel or a token."""
+"""Error of a denoiser's inputs in 8 bits by the granularity of their scales: tensor, step, channel or token."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DYNAMIC = TensorScheme(format_named("int8"), PerToken(), symmetric=True)
 class Inputs(Measure):
     """Error of rounding the inputs to 8 bits, layer by layer: with one range, one per step, one per channel, one scale per token.
 
-    It says which granularity a denoiser needs. Ranges are the extremes over all images. Convolutions are read as linears whose tokens
+    It says which granularity a denoiser needs. Ranges are the extremes over all images. Convolutions are read as linear layers whose tokens
     are pixels; one scale a channel cannot be had in an integer product, but smoothing folds it into the weights.
     """
 

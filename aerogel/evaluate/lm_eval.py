@@ -24,7 +24,7 @@ class LmEval(Measure):
     tasks: tuple[str, ...] = ()
     """Names of tasks."""
     folder: str | None = None
-    """Where the tasks' YAML files are, besides those that come with lm-eval."""
+    """Folder of the tasks' YAML files, besides those that come with lm-eval."""
     limit: int | None = None
     """Examples of each task at most; None takes all."""
     batch: int = 8

@@ -47,7 +47,7 @@ class Window(NamedTuple):
     input_ids: Tensor
     """Token ids (B, L)."""
     scored: int
-    """How many tokens at the end of each piece are predicted from what stands before them."""
+    """Number of tokens at the end of each piece that are predicted from those before them."""
 
     @property
     def labels(self) -> Tensor:
@@ -137,7 +137,7 @@ class ImageMeasure(Measure):
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """How the images were made, as facts."""
+        """Return the settings by which the images were made."""
         return {"count": self.count, "steps": self.steps, "guidance": self.guidance, "seed": self.seed}
 
 

@@ -32,7 +32,7 @@ class Reference:
     fingerprint: str
     """That of the network's weights."""
     images: int
-    """How many images the statistics are of."""
+    """Number of images behind the statistics."""
     pixels: str
     """Height x width of the images."""
     features: Moments

@@ -1,4 +1,4 @@
-"""How fast pipelines make images, side by side in one process."""
+"""Speed of pipelines that generate images, side by side in one process."""
 
 from __future__ import annotations
 

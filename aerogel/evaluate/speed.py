@@ -1,4 +1,4 @@
-"""How fast networks read a prompt and write tokens, side by side in one process."""
+"""Speed of prefill and decoding of language models, side by side in one process."""
 
 from __future__ import annotations
 

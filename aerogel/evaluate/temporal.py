@@ -16,7 +16,7 @@ from aerogel.numerics.temporal import drift, totals
 
 @dataclass(frozen=True)
 class Temporal(Measure):
-    """How well a denoiser still knows the time step: error, cosine and mismatch of temporal features, by step and block.
+    """Temporal features of a denoiser against the original's: error, cosine and mismatch, by step and block.
 
     A temporal feature is what a block gets to know of the time step: the step alone determines it, no image and no prompt. Each is
     compared with the original's. The mismatch rate is the share of steps and blocks whose feature lies nearer to the original's of

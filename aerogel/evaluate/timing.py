@@ -17,7 +17,7 @@ from aerogel.evaluate.measure import Measure
 from aerogel.model.network import Network
 
 PROCESS_STATUS = Path("/proc/self/status")
-"""Where Linux tells the memory of this process."""
+"""File in which Linux tells the memory of this process."""
 _PAGE = 4096
 Facts = dict[str, dict[str, Any]]
 """Figures by model."""

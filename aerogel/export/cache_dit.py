@@ -94,7 +94,7 @@ def _read(source: Source) -> _Mask:
 
 
 def _of_units(state: Mapping[str, Any]) -> tuple[tuple[bool, ...], int, int, int]:
-    """When all modules run, the blocks that always do at both ends, and how many blocks there are."""
+    """Return the steps at which all modules run, the blocks at both ends that always do, and the number of blocks."""
     for number, row in enumerate(state["computed"][1:], 1):
         if "1" in row and "0" in row:
             raise AerogelError(

@@ -107,7 +107,7 @@ class Master:
 
     @cached_property
     def linears(self) -> dict[str, Assigned]:
-        """The quantized linears by full name in memory."""
+        """The quantized linear layers by full name in memory."""
         scales = [name.removesuffix(".weight_scale") for name in self.checkpoint.names() if name.endswith(".weight_scale")]
         return assignments(self.quantization, scales) if scales else {}
 
@@ -138,7 +138,7 @@ class Master:
 
 
 def inexpressible(master: Master) -> list[str]:
-    """Return the reasons why formats of plain quantized linears refuse a folder: its replacement layers, one by one."""
+    """Return the reasons why formats of plain quantized linear layers refuse a folder: its replacement layers, one by one."""
     return [f"{name} {class_of(told['kind']).effect}" for name, told in replacements(master.quantization).items()]
 
 

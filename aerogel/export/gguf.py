@@ -1,6 +1,6 @@
 """GGUF, for llama.cpp and what is built on it: integer codes carried over into blocks of 32 that can hold them.
 
-Q4_0: value = d (q - 8).  Q4_1: value = d q + m.  Q8_0: value = d q.  q are the master's codes, unchanged; d and m are half precision, the
+Q4_0: value = d (q - 8).  Q4_1: value = d q + m.  Q8_0: value = d q.  q are the master's integer codes; d and m are half precision, the
 only one these blocks have. O outputs, I inputs, B blocks of a row.
 """
 
@@ -54,7 +54,7 @@ _FILE_TYPES = {
 
 
 class _Item(NamedTuple):
-    """One tensor of the file: its name there, its name in the master, its type and shape, and whether codes are carried over."""
+    """One tensor of the file: its name there, its name in the master, its type and shape, and whether integer codes are carried over."""
 
     name: str
     source: str
@@ -139,7 +139,7 @@ def _data(master: Master, item: _Item, config: Any) -> Tensor:
 
 
 def blocks(stored: Stored, scheme: Scheme) -> Tensor:
-    """Return the bytes (O, bytes of a row) of Q4_0, Q4_1 or Q8_0 blocks that hold the codes of one linear."""
+    """Return the bytes (O, bytes of a row) of Q4_0, Q4_1 or Q8_0 blocks that hold the integer codes of one linear."""
     codes_OI, grid, _, _ = stored
     rows, columns = codes_OI.shape
     kind = _block_type(scheme)
@@ -166,7 +166,7 @@ def _block_type(scheme: Scheme) -> gguf.GGMLQuantizationType:
 
 
 def _inexpressible(master: Master, name: str) -> str | None:
-    """Return why no block type holds the codes of a linear as they are."""
+    """Return why no block type holds the integer codes of a linear as they are."""
     assigned = master.linears[name]
     highest = float(master.checkpoint.tensor(f"{name}.weight_scale").float().max())
     return _scheme_reason(assigned) or (
@@ -191,7 +191,7 @@ def _scheme_reason(assigned: Assigned) -> str | None:
 
 
 def _network_reasons(master: Master, config: Any) -> list[str]:
-    """Return what GGUF or llama.cpp cannot express apart from the linears."""
+    """Return what GGUF or llama.cpp cannot express apart from the linear layers."""
     architecture = _ARCHITECTURES.get(config.model_type)
     if architecture is None:
         return [f"the architecture {config.model_type} is not one of {', '.join(_ARCHITECTURES)}"]

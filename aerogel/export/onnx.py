@@ -1,4 +1,4 @@
-"""ONNX: one graph of a denoiser with codes of weights, quantized inputs and, where scales depend on the step, its row as an input."""
+"""ONNX: one graph of a denoiser with integer weights, quantized inputs and, where scales depend on the step, its row as an input."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from aerogel.model.network import Network
 from aerogel.numerics.scheme import PerBlock, PerGroup, PerStep, PerTensor, PerToken
 
 _LEAST, _PACKED = 18, 21
-"""The first opset that the tracer writes, and the first that has codes of 4 bits and groups."""
+"""The first opset that the tracer writes, and the first that has integer codes of 4 bits and groups."""
 ONE_FILE_BYTES = 2_000_000_000
 """Bytes of weights that fit into one protobuf, which holds 2 GiB at most."""
 _PACKAGES = ("onnx", "onnx_ir", "onnxscript")
@@ -40,7 +40,7 @@ class Onnx(Exporter):
     opset: int = 21
     """Version of the operators, at least 18; groups and 4-bit values need 21."""
     pack: bool = True
-    """Whether values of up to 4 bits are packed two per byte; else they take one byte each, and engines may use int8 products."""
+    """Pack values of up to 4 bits two per byte; else they take one byte each, and engines may use int8 products."""
     size: int | None = None
     """Height and width of the sample; None takes the sample_size of the model's config."""
 

@@ -90,7 +90,7 @@ class _Layer(nn.Module):
 
 
 def _weight(layer: QuantLinear) -> tuple[dict[str, Tensor | None], dict[str, int]]:
-    """A weight as DequantizeLinear takes it: codes, scale and zero, and the operator's attributes.
+    """A weight as DequantizeLinear takes it: integer codes, scale and zero, and the operator's attributes.
 
     Kernels have their own shape, but matrices where groups run over channels and kernel together.
     """
@@ -208,7 +208,7 @@ def program(
     """Trace a network, whose layers are changed for good, and return the graph as an onnx_ir model.
 
     It takes `inputs`, among them a row of the timestep index where there is one; `lookups` are answers by the step, by the full name of
-    a module. With `pack` weights whose codes fit into 4 bits take no more.
+    a module. With `pack` weights whose integer codes fit into 4 bits take no more.
     """
     traced = _traceable(network, index, lookups, inputs)
     axes = {BATCH: torch.export.Dim(BATCH), TOKENS: torch.export.Dim(TOKENS)}
@@ -242,7 +242,7 @@ def _squeeze(x: Any, dim: int) -> Any:
 
 
 def _pack(model: Any) -> None:
-    """Give weights whose codes and zero points fit into 4 bits the type that packs two in a byte."""
+    """Give weights whose integer codes and zero points fit into 4 bits the type that packs two in a byte."""
     import onnx_ir
 
     int4 = onnx_ir.DataType.INT4.numpy()

@@ -51,7 +51,7 @@ FAMILY = Family(
     pattern_sets=(
         ("ends", ("conv_in", "conv_out")),
         (
-            # What the code of TFMQ-DM (arXiv:2311.16503) leaves in float, weights and inputs: by name, never by position.
+            # What the code of TFMQ-DM (arXiv:2311.16503) leaves unquantized, weights and inputs: by name, never by position.
             "released_tfmq",
             (
                 *("conv_in", "conv_out", "time_embedding.linear_1", "*.conv_shortcut", "*.downsamplers.*.conv"),

@@ -1,7 +1,7 @@
 """One token at a time through a decoder of the Llama shape, with as few operations as it takes.
 
 A transformers forward spends most of a token's time between the products: in Python, masks, copies of keys and values, rotations of halves.
-Here linears that share an input are one product, keys and values lie in one tensor that is written in place, and attention reads just
+Here linear layers that share an input are one product, keys and values lie in one tensor that is written in place, and attention reads just
 the part that is filled, so that no mask is needed. Nothing is traced or compiled: see docs/speed.md for what that was measured against.
 
 Letters in names: B rows of the batch, T tokens, L cache length, Q query heads, K key-value heads, H all heads of the fused product
@@ -37,7 +37,7 @@ _PASSIVE = {"rotary_emb", "resid_attn_dropout", "resid_mlp_dropout"}
 
 
 def refuse(module: Any, length: int) -> str | None:
-    """Why a causal language model cannot make `length` tokens on the lean path, or None when its parts are those of the Llama shape.
+    """Return why the fast decoder cannot make `length` tokens of a language model, or None where its parts are those of the Llama shape.
 
     Same parts do not prove the same function; logits must still be compared with the network's own (generate.py does).
     """
@@ -178,7 +178,7 @@ def _activation(activation: Product) -> Product:
 
 
 class _Joined:
-    """Quantized linears that share an input, as one: rows of codes under each other (see kernels.kernel.Weight)."""
+    """Quantized linear layers that share an input, as one: rows of integer codes under each other (see kernels.kernel.Weight)."""
 
     def __init__(self, linears: list[QuantLinear]) -> None:
         self.linears = linears

@@ -1,4 +1,4 @@
-"""Text from a causal language model: prompt in one pass, then token by token on the leanest path the network allows.
+"""Text from a causal language model: prompt in one pass, then token by token by the fastest decoder the model allows.
 
 Letters in names: B rows of the batch, T tokens of the prompt, N new tokens, V vocabulary.
 """
@@ -19,7 +19,7 @@ from aerogel.kernels.synchronized_clock import now
 from aerogel.model.network import Network
 
 _AGREEMENT = 0.05
-"""How far, in relative norm, the lean path's logits may be from the network's own: kernels of other roundings stay far below."""
+"""Largest relative norm by which the fast decoder's logits may differ from the model's own: kernels of other roundings stay far below."""
 
 
 @dataclass
@@ -29,9 +29,9 @@ class Generation:
     tokens: Tensor
     """New tokens (B, N), int64; a row that ended repeats its last token."""
     path: str
-    """`lean`, or `transformers` where the network's own forward made every token."""
+    """`fast_decoder`, or `transformers` where the network's own forward made every token."""
     reason: str | None
-    """Why the path is not lean."""
+    """Reason why it is not the fast decoder."""
     prefill_seconds: float
     """Time until the prompt's keys and values and its last logits were there."""
     step_seconds: list[float] = field(default_factory=list)
@@ -41,8 +41,8 @@ class Generation:
 class Generator:
     """Generates from one network again and again with what it packed once; `batch` rows, at most `length` tokens with the prompt."""
 
-    def __init__(self, network: Network, batch: int, length: int, lean: bool = True) -> None:
-        """Bring in weights that are still on disk; with `lean` off the network's own forward makes every token.
+    def __init__(self, network: Network, batch: int, length: int, fast_decoder: bool = True) -> None:
+        """Bring in weights that are still on disk; with `fast_decoder` off the network's own forward makes every token.
 
         Raises AerogelError for a network that is no language model.
         """
@@ -52,8 +52,8 @@ class Generator:
         if network.checkpoint is not None:
             network.checkpoint.materialise(self.module)
         self.batch, self.length = batch, length
-        self.reason = refuse(self.module, length) if lean else "not asked for"
-        self._lean: FastDecoder | None = None
+        self.reason = refuse(self.module, length) if fast_decoder else "not asked for"
+        self._decoder: FastDecoder | None = None
 
     @torch.no_grad()
     def generate(
@@ -75,37 +75,37 @@ class Generator:
         logits_BV = self._forward(tokens_BT, cache)
         first_B = _pick(logits_BV, temperature, random)
         prefill = now(tokens_BT.device) - start
-        lean = self._enter(tokens_BT, cache, logits_BV)
+        decoder = self._enter(tokens_BT, cache, logits_BV)
 
         def advance(tokens_B: Tensor, position: int) -> Tensor:
-            if lean is None:
+            if decoder is None:
                 return _pick(self._forward(tokens_B[:, None], cache), temperature, random)
-            hidden_BC = lean.hidden(tokens_B, position)
-            return lean.head.best(hidden_BC) if temperature == 0 else _pick(lean.head.logits(hidden_BC), temperature, random)
+            hidden_BC = decoder.hidden(tokens_B, position)
+            return decoder.head.best(hidden_BC) if temperature == 0 else _pick(decoder.head.logits(hidden_BC), temperature, random)
 
         tokens_BN, seconds = _advance(advance, first_B, prompt, new_tokens, stop)
-        return Generation(tokens_BN, "transformers" if lean is None else "lean", self.reason, prefill, seconds)
+        return Generation(tokens_BN, "transformers" if decoder is None else "fast_decoder", self.reason, prefill, seconds)
 
     def _forward(self, tokens_BT: Tensor, cache: DynamicCache) -> Tensor:
         """The network's own forward; returns the logits (B, V) of the last token."""
         return self.module(input_ids=tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def _enter(self, tokens_BT: Tensor, cache: DynamicCache, logits_BV: Tensor) -> FastDecoder | None:
-        """Hand the prompt over to the lean path, if there is one; the first time, see whether it computes what the network does."""
+        """Hand the prompt over to the fast decoder, if there is one; the first time, see whether it computes what the network does."""
         if self.reason is not None:
             return None
-        known = self._lean is not None
-        lean = self._lean = self._lean or FastDecoder(self.module, self.batch, self.length)
-        lean.fill([(layer.keys, layer.values) for layer in cache.layers])
+        known = self._decoder is not None
+        decoder = self._decoder = self._decoder or FastDecoder(self.module, self.batch, self.length)
+        decoder.fill([(layer.keys, layer.values) for layer in cache.layers])
         if known:
-            return lean
-        ours_BV = lean.head.logits(lean.hidden(tokens_BT[:, -1], tokens_BT.shape[1] - 1))
+            return decoder
+        ours_BV = decoder.head.logits(decoder.hidden(tokens_BT[:, -1], tokens_BT.shape[1] - 1))
         distance = ((ours_BV - logits_BV).norm() / logits_BV.norm()).item()
         if distance <= _AGREEMENT:
-            lean.fill([(layer.keys, layer.values) for layer in cache.layers])  # the trial wrote the last token's once more
-            return lean
-        self.reason = f"the lean path's logits are {distance:.2g} away in relative norm: a block does more than its parts say"
-        self._lean = None
+            decoder.fill([(layer.keys, layer.values) for layer in cache.layers])  # the trial wrote the last token's once more
+            return decoder
+        self.reason = f"the fast decoder's logits are {distance:.2g} away in relative norm: a block does more than its parts say"
+        self._decoder = None
         return None
 
 

@@ -14,20 +14,20 @@ from torch.nn.functional import linear
 from aerogel.kernels.int8 import exact_on_cpu, integer_product
 
 _MANY = 16
-"""Where more than one token in so many could win, all logits are the shorter way."""
+"""Share of candidates, one in so many, above which computing all logits is faster."""
 
 
 class Head:
     """A float head, with int8 codes beside it that find the best token many times as fast.
 
-    The hidden state becomes a row of codes too. For every token they give an estimate of its logit and, by Cauchy-Schwarz from the
+    The hidden state becomes a row of integer codes too. For every token they give an estimate of its logit and, by Cauchy-Schwarz from the
     norms of what rounding took away from the weight and from the state, a bound on the estimate's error. Only tokens that could still
     win under that bound (a median of 63 among 49,152, measured on SmolLM2) are computed from the float weight, so that the answer is
     the one of all logits. Costs one byte a weight.
     """
 
     def __init__(self, head: Any) -> None:
-        """Prepare the codes of a float head on a CPU that sums integers exactly; any other head gives all logits, always."""
+        """Prepare the integer codes of a float head on a CPU that sums integers exactly; any other head gives all logits, always."""
         self.head = head
         weight_VC = getattr(head, "weight", None)
         plain = type(head) is torch.nn.Linear and head.bias is None

@@ -1,4 +1,4 @@
-"""What identifies the weights of a network, on disk or in memory, whatever dtype they are computed in."""
+"""Fingerprint of the weights of a model, on disk or in memory, whatever dtype they are computed in."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def load(
 ) -> Network:
     """Open a network of one of these families without runtime policies; `aerogel.load` says what the other arguments are.
 
-    A live module's fused experts become linears in place, unless `unfuse_experts` is false: who only runs it can leave it as it is.
+    A live module's fused experts become linear layers in place, unless `unfuse_experts` is false: who only runs it can leave it as it is.
     """
     if isinstance(source, Network):
         return source
@@ -230,7 +230,7 @@ def _denoiser_in(given: _Folder) -> nn.Module:
 
 
 def _skeleton(given: _Folder, build: Callable[[], nn.Module]) -> nn.Module:
-    """The module on meta, with its computed buffers real, its experts apart and quantized linears in place."""
+    """The module on meta, with its computed buffers real, its experts apart and quantized linear layers in place."""
     with accelerate.init_empty_weights(include_buffers=False):
         module = build()
     if isinstance(module, transformers.PreTrainedModel):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 SCHEMA = 3
-"""What aerogel.json and search.json say now; 1 and 2 have some of the old names below."""
+"""The schema of aerogel.json and search.json today; 1 and 2 have some of the old names below."""
 METHODS = {
     "evenly": "uniform_cache",
     "lower_k": "reduced_topk",
@@ -21,6 +21,7 @@ OPTIONS = {
     "behind_linears": "include_linear_sources",
     "damping": "percdamp",
     "duo": "duo_scaling",
+    "lost": "dropped",
     "slots": "cache_dtype",
     "waiting": "max_activation_gb",
     "without_edge": "unmapped",
@@ -68,7 +69,7 @@ def upgraded_search(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts of a search.json of any release under the names of today."""
     if facts.get("schema", 1) >= SCHEMA:
         return dict(facts)
-    found = dict(facts) | {"schema": SCHEMA}
+    found = {"moe" if key == "mixture" else key: value for key, value in facts.items()} | {"schema": SCHEMA}
     for key in ("rows", "left_out"):
         if isinstance(rows := facts.get(key), list):
             found[key] = [_row(row) for row in rows]

@@ -58,7 +58,7 @@ class _Quantizer:
     """Quantizer as diffusers wants it."""
 
     quantization_config: _Config
-    is_serializable = False  # aerogel saves; diffusers would write codes without their configuration
+    is_serializable = False  # aerogel saves; diffusers would write integer codes without their configuration
     is_trainable = False
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:

@@ -21,7 +21,7 @@ from aerogel.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup,
 _PLAIN = "linear"
 """The kind of the layers that compressed-tensors can express."""
 _SCALE_DTYPES = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
-# The library that reads plain folders also counts these classes as linears, though they keep their weight themselves.
+# The library that reads plain folders also counts these classes as linear layers, though they keep their weight themselves.
 _ROUTERS = ("Router", "Gate", "Gating")
 
 
@@ -112,7 +112,7 @@ def _clock(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def fuse_activations(module: nn.Module) -> None:
-    """Let kernels compute the activations behind quantized linears where they can; see fused.fuse."""
+    """Let kernels compute the activations behind quantized linear layers where they can; see fused.fuse."""
     if "diffusers.models.activations" in sys.modules:  # where it was never imported, nothing of it is in the module
         from aerogel.layers.fused_activations import fuse
 
@@ -120,12 +120,12 @@ def fuse_activations(module: nn.Module) -> None:
 
 
 def linears(module: nn.Module) -> list[str]:
-    """Full dotted names of the float linears."""
+    """Full dotted names of the float linear layers."""
     return [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
 
 
 def assignments(config: Mapping[str, Any], names: list[str]) -> dict[str, Assigned]:
-    """Return which of the linears called `names` are quantized, and how; raises AerogelError like `attach`."""
+    """Return which of the linear layers called `names` are quantized, and how; raises AerogelError like `attach`."""
     if config.get("quant_method") not in ("compressed-tensors", "aerogel"):
         raise AerogelError(
             f"quantization_config says quant_method={config.get('quant_method')!r}; only compressed-tensors folders are opened"

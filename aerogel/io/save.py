@@ -122,7 +122,7 @@ def _name_on_disk(network: Network, given: str) -> str:
 
 
 def _stored_dtype(network: Network, given: str, name: str, tensor: Tensor) -> torch.dtype:
-    # Codes are integers or have a dtype of one byte; to round a scale after codes were made on it would move every weight.
+    # Codes are integers or have a dtype of one byte; to round a scale after integer codes were made on it would move every weight.
     if not tensor.is_floating_point() or tensor.element_size() < 2 or name.endswith("_scale"):
         return tensor.dtype
     checkpoint = network.checkpoint

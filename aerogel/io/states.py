@@ -1,4 +1,4 @@
-"""What a saved folder keeps of its runtime policies: names and options in aerogel.json, tensors beside the weights."""
+"""Runtime policies in a saved folder: names and options in aerogel.json, tensors beside the weights."""
 
 from __future__ import annotations
 

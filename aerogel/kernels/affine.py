@@ -1,6 +1,6 @@
 """oneDNN's products of unsigned inputs that have a zero point with signed weights: sums are exact, the scale is applied once.
 
-O outputs, I inputs, T rows; codes are those of numerics, whose signed int8 becomes oneDNN's unsigned by adding 128.
+O outputs, I inputs, T rows; integer codes are those of numerics, whose signed int8 becomes oneDNN's unsigned by adding 128.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Signed(NamedTuple):
 
 
 def signed(codes_OI: Tensor, grid: Grid) -> Signed:
-    """Fold the zero points of a weight into its codes, or add the row that allows for them."""
+    """Fold the zero points of a weight into its integer codes, or add the row that allows for them."""
     scale_O = grid.scale.reshape(-1).float()
     if grid.zero is None:
         return Signed(codes_OI.to(torch.int8), scale_O, None)
@@ -142,7 +142,7 @@ class _Quantized(NamedTuple):
     codes: Tensor
 
     def is_of(self, x: Tensor, weight: Weight, grid: tuple[float, int]) -> bool:
-        """Return True where these are the codes of x; never for the layer that they were made for, whose next call has a new input."""
+        """Return True where these are the integer codes of x; never for the layer they were made for, whose next input is new."""
         if self.by() is weight or self.grid != grid or x.is_inference():
             return False
         return self.owner() is _owner(x) and self.version == x._version and self.layout == _layout(x)
@@ -160,7 +160,7 @@ _last: _Quantized | None = None
 
 
 def quantized(x: Tensor, weight: Weight) -> tuple[Tensor, float, int]:
-    """Return unsigned codes of any layout with their scale and zero point; they may be another layer's too, so they are read only."""
+    """Return unsigned integer codes of any layout with their scale and zero point; another layer may have them too: read only."""
     global _last
     grid, inputs = weight.input_grid(), weight.scheme.inputs
     assert grid is not None, "accepted() said so"

@@ -18,21 +18,21 @@ from aerogel.numerics.quantize import Grid, fake_quantize
 from aerogel.numerics.scheme import PerTensor, TensorScheme
 
 CHUNK_SCORES = 2**19
-"""Scores that are computed at once: they and their codes stay in the cache."""
+"""Scores that are computed at once: they and their integer codes stay in the cache."""
 _KEYS = 2**16
-"""The most keys whose sum of products of codes fits into 32 bits."""
+"""The most keys whose sum of products of integer codes fits into 32 bits."""
 _FLOATS = (torch.float32, torch.bfloat16)
 
 
 class Operands(NamedTuple):
-    """How the operands of an attention are quantized."""
+    """Quantization of the operands of an attention."""
 
     grids: dict[str, Grid]
     """Scale and zero point of query, key and value."""
     bits: int
     """Bits of these, at most 8."""
     step: Tensor
-    """Distance between the codes of probabilities; the first is zero."""
+    """Distance between the integer codes of probabilities; the first is zero."""
     most: int
     """The highest code of a probability."""
 
@@ -93,7 +93,7 @@ def takes(query: Tensor, key: Tensor, value: Tensor, args: tuple[Any, ...], kwar
 
 
 def by_integers(query: Tensor, key: Tensor, value: Tensor, scale: float | None, operands: Operands) -> Tensor:
-    """Multiply codes; sums are exact, so only float32's own rounding differs from the reference.
+    """Multiply integer codes; sums are exact, so only float32's own rounding differs from the reference.
 
     The zero point of the key adds the same to all scores of a query, which a softmax does not see; that of the value is subtracted by
     the sum of the probabilities' codes.

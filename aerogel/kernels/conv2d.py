@@ -19,7 +19,7 @@ from aerogel.kernels.reference import quantized_input
 
 
 class Window(NamedTuple):
-    """How a convolution moves over its input."""
+    """Geometry of a convolution."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
@@ -58,7 +58,7 @@ def reference(x_NCHW: Tensor, weight: Convolved) -> Tensor:
 
 
 def by_integers(x_NCHW: Tensor, weight: Convolved, cache: dict[Any, Any]) -> Tensor:
-    """Convolve codes in oneDNN: sums are exact, so only the last two roundings differ from the reference."""
+    """Convolve integer codes in oneDNN: sums are exact, so only the last two roundings differ from the reference."""
     window = weight.window
     moves = (list(window.stride), list(window.padding), list(window.dilation), window.groups)
     codes, scale, zero = quantized(x_NCHW, weight)

@@ -1,4 +1,4 @@
-"""Products of a mixture's experts over the pairs of token and expert that are left, and over no others.
+"""Products of an MoE model's experts over the pairs of token and expert that are left, and over no others.
 
 Legend: E experts, T tokens, K experts a token is routed to, P pairs that are left, H hidden width. An index of E says "dropped": such a
 pair is not multiplied, not even by zero. `loop` and `grouped` take only the pairs that are left, which a host has to count; `fixed` keeps
@@ -25,7 +25,7 @@ class Pairs(NamedTuple):
     """Pairs in the order of their experts."""
 
     place_P: Tensor
-    """Where a pair is among all T * K."""
+    """Index of an assignment among all T * K."""
     expert_P: Tensor
     count_E: Tensor
 

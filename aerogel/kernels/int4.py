@@ -1,4 +1,4 @@
-"""Weight-only kernel: torch's packed int4 product, with bfloat16 inputs and scales; wider codes are two nibbles.
+"""Weight-only kernel: torch's packed int4 product, with bfloat16 inputs and scales; wider integer codes are two nibbles.
 
 Letters in names: T rows, O outputs, I inputs, G groups of the kernel. torch multiplies by (nibble - 8) * scale + offset with groups of
 32 to 256 inputs and outputs in sixteens; other shapes are padded here, other groups are split.
@@ -26,7 +26,7 @@ def kernel_group(in_features: int, span: int) -> int | None:
 
 
 class Int4(Kernel):
-    """Reads 4 bits a weight, or twice that for codes of more than 4 bits: the fastest where reading the weight is all the time there is.
+    """Reads 4 bits a weight, or twice that for codes of more than 4 bits: the fastest where reading the weight takes all the time.
 
     Inputs, scales and outputs are rounded to bfloat16 whatever the input's dtype: about 3e-3 of the reference, in norm.
     """
@@ -80,7 +80,7 @@ class Int4(Kernel):
 
 
 def _nibbles(codes_OI: Tensor, halves: int) -> Tensor:
-    """Codes as numbers in 0..15; codes of more than 4 bits as two rows of them, code = 16 * (high - 8) + low."""
+    """Codes as numbers in 0..15; integer codes of more than 4 bits as two rows of them, code = 16 * (high - 8) + low."""
     codes_OI = codes_OI.to(torch.int32)
     return codes_OI + 8 if halves == 1 else torch.cat(((codes_OI >> 4) + 8, codes_OI & 15))
 

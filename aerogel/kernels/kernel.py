@@ -18,7 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "gelu_tanh":
 
 
 class Weight(Protocol):
-    """A quantized linear as kernels see it: codes, a grid, perhaps a bias."""
+    """A quantized linear as kernels see it: integer codes, a grid, perhaps a bias."""
 
     scheme: Scheme
     in_features: int
@@ -42,7 +42,7 @@ class Weight(Protocol):
         """Scale of static inputs, or None."""
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The float weight_OI that the codes stand for."""
+        """The float weight_OI that the integer codes stand for."""
 
 
 class Kernel(nn.Module):

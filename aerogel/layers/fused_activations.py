@@ -46,7 +46,7 @@ _FUSED: dict[type[nn.Module], type[FusedGELU | FusedGEGLU]] = {GELU: FusedGELU, 
 
 
 def fuse(module: nn.Module) -> None:
-    """Replace activations behind quantized linears by fused ones; names of tensors stay."""
+    """Replace activations behind quantized linear layers by fused ones; names of tensors stay."""
     for name, part in list(module.named_modules()):
         if name and type(part) in _FUSED and isinstance(part.get_submodule("proj"), QuantLinear):
             module.set_submodule(name, _FUSED[type(part)](part).train(part.training))

@@ -1,4 +1,4 @@
-"""Layout of one quantized linear layer on disk: the tensors of the compressed-tensors formats, from codes and grid and back.
+"""Layout of one quantized linear layer on disk: the tensors of the compressed-tensors formats, from integer codes and grid and back.
 
 Letters in names: O outputs, I inputs, G groups of a row. All functions are pure; names of tensors are relative to the linear.
 """

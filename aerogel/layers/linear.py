@@ -21,7 +21,7 @@ from aerogel.numerics.scheme import PerStep, Scheme
 
 
 def stored_grid(grid: Grid, dtype: torch.dtype) -> Grid:
-    """Return the grid as it comes back from disk when scales are stored in `dtype`; make codes with this one, not with the first.
+    """Return the grid as it comes back from disk when scales are stored in `dtype`; make integer codes with this one, not with the first.
 
     A scale that would vanish or overflow in `dtype` takes the nearest one that does not. Block scales that have a format of
     their own (nv) are not touched.
@@ -33,7 +33,7 @@ def stored_grid(grid: Grid, dtype: torch.dtype) -> Grid:
 
 
 class QuantLinear(Replacement):
-    """A linear whose weight is codes and a grid; its buffers are the compressed-tensors layout (see layout.py).
+    """A linear whose weight is integer codes and a grid; its buffers are the compressed-tensors layout (see layout.py).
 
     Shapes: input (..., in_features) float, output (..., out_features) in the input's dtype.
     """
@@ -121,7 +121,7 @@ class QuantLinear(Replacement):
         return self._buffers.get("weight_g_idx")
 
     def stored(self) -> Stored:
-        """Unpack everything at once: codes, grid, g_idx and the grid of static inputs."""
+        """Unpack everything at once: integer codes, grid, g_idx and the grid of static inputs."""
         return decode(self._tensors(), self.scheme, self.in_features)
 
     def codes(self) -> Tensor:
@@ -149,7 +149,7 @@ class QuantLinear(Replacement):
         return Grid(grid.scale[row], None if grid.zero is None else grid.zero[row])
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """Return the float weight_OI that the codes stand for, computed in float32 and rounded once."""
+        """Return the float weight_OI that the integer codes stand for, computed in float32 and rounded once."""
         codes, grid, g_idx, _ = self.stored()
         return dequantize(codes, grid, self.scheme.weights, dtype, g_idx)
 
@@ -211,7 +211,7 @@ class QuantLinear(Replacement):
 
 @contextmanager
 def cache_dequantized(module: nn.Module) -> Iterator[None]:
-    """Keep the float weights of all quantized linears in `module` from their first use to the end of the context.
+    """Keep the float weights of all quantized linear layers in `module` from their first use to the end of the context.
 
     For passes that run the same block over many calls: exact in float arithmetic, differentiable in the input, no kernel is measured.
     Costs the float weights' memory while it lasts.

@@ -19,7 +19,7 @@ class Lookup:
     """Table that is called in place of a module's forward (hooks.patch_forward); exporters find it by hooks.patched."""
 
     def __init__(self, index: TimestepIndex, kept_TC: Tensor, grid: Grid | None, chosen_T: Tensor, computed: Callable[..., Tensor]) -> None:
-        """`kept_TC` are floats, or codes of `grid`; `chosen_T` says at which steps they answer, at the others `computed` does."""
+        """`kept_TC` are floats, or integer codes of `grid`; `chosen_T` says at which steps they answer, at the others `computed` does."""
         self.index, self.kept_TC, self.grid, self.chosen_T = index, kept_TC, grid, chosen_T
         self._computed = computed
         self._table_TC, self._from_table = dequantized(kept_TC, grid), chosen_T.tolist()
@@ -40,7 +40,7 @@ class Lookup:
 
 
 def dequantized(kept_TC: Tensor, grid: Grid | None) -> Tensor:
-    """Return the floats that codes (T, C) under one scale and zero point a row (T, 1) stand for; floats are returned as they are."""
+    """Return the floats that integer codes (T, C) under a scale and zero point a row (T, 1) stand for; floats are returned as they are."""
     if grid is None:
         return kept_TC
     zero_T1 = 0.0 if grid.zero is None else grid.zero.float()

@@ -1,4 +1,4 @@
-"""Linears whose input is divided by one scale a channel, where no other layer can take the scale."""
+"""Linear layers whose input is divided by one scale a channel, where no other layer can take the scale."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method is: a frozen dataclass of options with exactly one verb, what it requires and what it costs."""
+"""Bases of methods: a frozen dataclass of options with exactly one verb, what it requires and what it costs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Requirement = Literal[
     "calls", "teacher", "gradients", "uncached", "edges", "residual", "experts", "attention", "time_path", "trajectories",
     "cached_modules", "block_range", "skips", "cfg", "concatenations", "schedule",
 ]  # fmt: skip
-"""What a method reads or needs of a model:
+"""Requirements of a method on a model:
 
 calls: calibration data;  teacher: the model before any step;  gradients: autograd is on;  uncached: every module runs, so no feature
 cache may be on;  edges: norms and linear layers whose channels others read;  residual: one stream that can be rotated;  experts: routed
@@ -34,7 +34,7 @@ concatenations: layers that read concatenated channels;  schedule: a feature-cac
 
 
 class CalibrationSize(NamedTuple):
-    """How much a calibration reads."""
+    """Size of a calibration."""
 
     tokens: int
     """Positions of all calls: tokens of text, patches of an image."""
@@ -48,7 +48,7 @@ class CalibrationSize(NamedTuple):
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """What a method takes beside reading and rounding the weights, for the plan."""
+    """Cost of a method beside reading and rounding the weights, for the plan."""
 
     block_passes: float = 0.0
     """Forwards of each block over all its calls, the one that hands outputs to the next block included."""
@@ -65,7 +65,7 @@ class Before:
     """A model as a step of a recipe finds it, as far as the plan knows."""
 
     size: CalibrationSize
-    """How much the calibration reads."""
+    """Size of the calibration."""
     quantized: Mapping[str, Scheme] = field(default_factory=dict)
     """The layers that are quantized by then, by full name."""
 
@@ -76,7 +76,7 @@ def name_of(method: object) -> str:
 
 
 class _Method(Options, ABC):
-    """What all three kinds of methods declare to the plan."""
+    """Declarations to the plan that all three kinds of methods make."""
 
     def problems(self, network: Network, before: Before) -> Iterator[str]:
         """Say why its options do not suit the model, beside what `requires` says; decided without calls and without reading a weight."""
@@ -188,9 +188,9 @@ class TargetedMethod(BlockMethod):
     """The kinds of layers it can act on."""
 
     targets: tuple[str, ...] = field(default=("Linear",), kw_only=True)
-    """Which layers: globs on full dotted names, `re:` patterns or class names (Linear, Conv2d)."""
+    """Layers to act on: globs on full dotted names, `re:` patterns or class names (Linear, Conv2d)."""
     ignore: tuple[str, ...] = field(default=("lm_head",), kw_only=True)
-    """Which of them to leave alone; wins over targets."""
+    """Layers to leave alone; wins over targets."""
 
     def targeted(self, block: Block) -> dict[str, Any]:
         """Return the block's float layers that this method acts on, by name relative to the block."""

@@ -49,14 +49,14 @@ class Block:
     calls: Inputs
     network: Network
     notes: list[dict[str, Any]] = field(default_factory=list)
-    """What methods wrote down for the report."""
+    """Lines that methods write for the report."""
     targets: list[Any] | None = None
-    """What the float network's block gives for the same calls, on inputs of its own; None where no method asked for a teacher."""
+    """Outputs of the original model's block for the same calls, on inputs of its own; None where no method asked for a teacher."""
     parameters: dict[str, Tensor] = field(default_factory=dict)
     """Parameters that act inside this block and are not its own, those of policies that are on, by full name. A method may learn them: a
     value that it puts in the place of another acts from the next forward on, and the engine takes over what stands here in the end."""
     outputs: list[Any] | None = None
-    """What the block as it is now gives for its calls, one by one, where a method came to know it; None when it has to be run."""
+    """Outputs of the block as it is now for its calls, where a method has computed them; None when it has to be run."""
 
     def full_name(self, name: str) -> str:
         """The dotted name in the network of a part of the block."""
@@ -84,7 +84,7 @@ class Block:
         return Samples(list(self.calls), self.targets)
 
     def linears(self, targets: Iterable[str] = ("Linear",), ignore: Iterable[str] = ()) -> dict[str, Layer | QuantLinear]:
-        """The block's linears and convolutions (`Conv2d`), float or quantized, that the patterns mean, by name in the block.
+        """The block's linear layers and convolutions (`Conv2d`), float or quantized, that the patterns mean, by name in the block.
 
         Patterns are held against full dotted names; `@name` stands for a list of the family. What the family keeps is left out unless
         a target spells its name.

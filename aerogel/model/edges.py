@@ -20,9 +20,9 @@ class Channels(NamedTuple):
     first: int
     """Row of the source where they begin."""
     width: int
-    """How many they are: C."""
+    """Number of channels: C."""
     repeats: int
-    """How many query heads read each of them: I / C."""
+    """Number of query heads that read each of them: I / C."""
     head: int
     """Channels that are repeated as one run: those of a head."""
 

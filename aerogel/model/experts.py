@@ -1,4 +1,4 @@
-"""Experts one by one: transformers keeps a block's experts as two 3-D parameters; here they become linears and go back.
+"""Experts one by one: transformers keeps a block's experts as two 3-D parameters; here they become linear layers and go back.
 
 Legend: E experts, I inner width, H hidden width, T tokens, K experts a token goes to.
 """

@@ -38,7 +38,7 @@ class Edge:
     source: str
     """A norm or a linear."""
     sinks: tuple[str, ...]
-    """Linears that read the source's channels and nothing else does; routers are named too."""
+    """Linear layers that read the source's channels and nothing else does; routers are named too."""
     heads: bool = False
     """Value-to-output edge: with grouped heads a source channel feeds the same channel of several query heads."""
     tail: bool = False
@@ -58,7 +58,7 @@ class Residual:
     embeddings: tuple[str, ...]
     """Modules whose rows enter the stream, by full name."""
     writers: tuple[str, ...]
-    """Linears of a block whose outputs are added to the stream, relative to the block."""
+    """Linear layers of a block whose outputs are added to the stream, relative to the block."""
     final_norm: str
     head: str
     """The linear that reads the stream after the final norm, by full name."""
@@ -74,7 +74,7 @@ class Residual:
 
 @dataclass(frozen=True)
 class Experts:
-    """Where a block keeps its experts as fused 3-D parameters, how, and what they are called one by one."""
+    """Layout of a block's experts as fused 3-D parameters, and the names they have one by one."""
 
     module: str
     """Fused module relative to a block, for example `mlp.experts`."""
@@ -92,13 +92,13 @@ class Experts:
 
     @property
     def layout(self) -> ExpertLayout:
-        """How one expert's projections are named and fused."""
+        """Names of one expert's projections, and the way they are fused."""
         return ExpertLayout(self.gate, self.up, self.down, self.interleaved)
 
 
 @dataclass(frozen=True)
 class TimePath:
-    """How a denoiser's time step reaches its blocks: an embedder, then linears that read the embedder's activated output.
+    """Path of a denoiser's time step to its blocks: an embedder, then linear layers that read the embedder's activated output.
 
     What the projections give are the temporal features; no image enters before them.
     """
@@ -106,7 +106,7 @@ class TimePath:
     embedders: tuple[str, ...]
     """Globs of the modules that embed the sinusoid of a step; several are copies that see the same sinusoid."""
     projections: tuple[str, ...]
-    """Globs of the linears that project the embedding for the blocks."""
+    """Globs of the linear layers that project the embedding for the blocks."""
     others: tuple[tuple[str, str], ...] = ()
     """(setting of the config, what else enters before the projections where the setting is given)."""
 
@@ -120,8 +120,8 @@ class CachedModule:
     kind: Literal["self-attention", "cross-attention", "feed-forward", "block"]
     """Attention of text and image together is self-attention; `block` is attention and feed-forward that one linear joins."""
     norms: tuple[str, ...] = ()
-    """What nothing but the module reads, by name beside it: norms that need not run where it does not; two modules may share one. Only
-    operations that work token by token may stand between the two, since they get no tokens then."""
+    """Norms that only the cached module reads, by name beside it: they need not run where it does not; two modules may share one.
+    Only operations that work token by token may stand between the two, since they get no tokens then."""
     parts: tuple[str, ...] = ()
     """Modules beside it that work for nothing but the module and count as its own work; they run no more than it does."""
 
@@ -146,7 +146,7 @@ class Family:
     towers: tuple[Tower, ...]
     edges: tuple[Edge, ...] = ()
     never_quantize: tuple[str, ...] = ()
-    """Globs of linears that no method quantizes unless asked by name, such as router gates."""
+    """Globs of linear layers that no method quantizes unless asked by name, such as router gates."""
     norm_offset: float = 0.0
     """Offset that a norm adds to its weight before it multiplies (1.0 in Gemma)."""
     experts: Experts | None = None
@@ -161,10 +161,10 @@ class Family:
     skips: Skips | None = None
     """Of a denoiser that goes down and up again."""
     pattern_sets: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """Patterns that a recipe may name in `targets` and `ignore` as `@name`, such as what published code leaves in float."""
+    """Patterns that a recipe may name in `targets` and `ignore` as `@name`, such as what published code leaves unquantized."""
     modality: Modality = "text"
     renames: tuple[tuple[str, str], ...] = ()
-    """Where transformers calls tensors otherwise than their checkpoint does: (beginning or `.part.` in memory, on disk)."""
+    """Names by which transformers calls tensors otherwise than their checkpoint does: (beginning or `.part.` in memory, on disk)."""
 
     def expand_patterns(self, patterns: Iterable[str]) -> tuple[str, ...]:
         """Return patterns with the family's own lists (`@name`) written out; `@time_path` is the temporal path.
@@ -203,7 +203,7 @@ def _agrees(config: Any, when: When) -> bool:
 
 
 def _place(name: str, text: str) -> int:
-    """Where a name has this text: anywhere when it begins with a dot, else only at the beginning; -1 when nowhere."""
+    """Return the place of this text in a name: anywhere when it begins with a dot, else only at the beginning; -1 when nowhere."""
     return name.find(text) if text.startswith(".") else (0 if name.startswith(text) else -1)
 
 

@@ -28,7 +28,7 @@ class Network:
     processor: Any = None
     """Tokenizer or processor, when it has one."""
     checkpoint: Checkpoint | None = None
-    """Where weights that are not resident are read from; None when all are resident."""
+    """The checkpoint from which weights that are not resident are read; None when all are resident."""
     stored_dtype: torch.dtype | None = None
     """The dtype that float weights have on disk; None means that of the module."""
 
@@ -46,7 +46,7 @@ class Network:
 
     @property
     def device(self) -> torch.device:
-        """Where the resident weights are."""
+        """The device of the resident weights."""
         return next((p.device for p in self.module.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
     def blocks(self) -> dict[str, nn.Module]:

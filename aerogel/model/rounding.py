@@ -15,7 +15,7 @@ from aerogel.numerics.quantize import Grid, grid_from_range, grouped, quantize
 from aerogel.numerics.scheme import Scheme
 
 InputRange = Literal["absmax", "average"]
-"""How the range of static inputs is found: the extremes of all calls, or their mean over the calls."""
+"""Estimators of the range of static inputs: the extremes of all calls, or their mean over the calls."""
 
 
 def round_to_nearest(layer: Layer, scheme: Scheme, grid: Grid, dtype: torch.dtype, input_grid: Grid | None = None) -> QuantLinear:
@@ -46,7 +46,7 @@ def static_inputs(scheme: Scheme, statistics: InputStatistics | None, rule: Inpu
 
 
 def has_static_inputs(scheme: Scheme) -> bool:
-    """Whether the scheme's inputs are quantized with a range that calibration must find."""
+    """Return True where the scheme's inputs are quantized with a range that calibration must find."""
     return scheme.inputs is not None and not scheme.inputs.dynamic
 
 

@@ -26,12 +26,12 @@ class _Pair:
     whole: bool
 
     def of_batch(self, position: int) -> bool:
-        """Whether this leaf has a place for each sample."""
+        """True where this leaf has a place for each sample."""
         leaf = self.leaves[position]
         return not self.whole and isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == self.size
 
     def mixes(self, other: _Pair) -> bool:
-        """Whether samples of both can stand in one batch."""
+        """True where samples of both can stand in one batch."""
         if self.whole or other.whole or self.spec != other.spec:
             return self is other
         return all(self._alike(other, position) for position in range(len(self.leaves)))

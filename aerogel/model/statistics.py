@@ -1,6 +1,6 @@
-"""What goes into linears, reduced while the calls of a block pass: second moments, ranges, rows kept as a sample.
+"""Statistics of the inputs of linear layers, reduced while the calls of a block pass: Hessians, ranges, rows kept as a sample.
 
-T tokens (rows of an input, whatever its other dimensions), I input columns. Linears that are given the very same tensor share
+T tokens (rows of an input, whatever its other dimensions), I input columns. Linear layers that are given the very same tensor share
 one set of statistics. Nothing is kept but the sums, so memory does not grow with the number of calls.
 """
 
@@ -21,11 +21,11 @@ from aerogel.model.block import Block
 from aerogel.model.hooks import Stop, capture_inputs, until
 
 _PANEL = 256
-"""Columns of a second moment that are computed at once; its lower half is never computed."""
+"""Columns of a Hessian that are computed at once; its lower half is never computed."""
 
 
 class InputStatistics:
-    """Sums over every input that one or more linears were given."""
+    """Sums over every input that one or more linear layers were given."""
 
     def __init__(self, columns: int, device: torch.device, moment: bool = False, ranges: bool = False, rows_per_call: int = 0) -> None:
         self.tokens = 0
@@ -122,9 +122,9 @@ def _bfloat16_products() -> Iterator[None]:
 
 
 def collect(block: Block, names: Iterable[str], *, moment: bool = False, ranges: bool = False, rows: int = 0) -> dict[str, InputStatistics]:
-    """Run the block's calls once and return the statistics of these linears, in the order in which they ran.
+    """Run the block's calls once and return the statistics of these linear layers, in the order in which they ran.
 
-    Linears that were always given the same tensor get the same object. A linear that no call reached is left out. Every forward
+    Linear layers that were always given the same tensor get the same object. A linear that no call reached is left out. Every forward
     stops at the last input that is needed. `rows` is how many rows a sample of one input should have, over all calls.
     Raises AerogelError when an input is not finite.
     """
@@ -149,7 +149,7 @@ def collect(block: Block, names: Iterable[str], *, moment: bool = False, ranges:
 
 
 def sharing(block: Block, names: Iterable[str]) -> list[tuple[str, ...]]:
-    """The linears that get the same tensor, in the order in which they run; nothing where calls of different shapes differ in that."""
+    """The linear layers that get the same tensor, in the order in which they run; nothing where calls differ in that."""
     linears = {name: block.module.get_submodule(name) for name in names}
     routes: dict[str, list[tuple[str, ...]]] = {}
     for call in block.calls:
@@ -165,7 +165,7 @@ def sharing(block: Block, names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 class _Seen:
-    """One call's inputs: hands each tensor on once, with the names of all linears that were given it in a row."""
+    """One call's inputs: hands each tensor on once, with the names of all linear layers that were given it in a row."""
 
     def __init__(self, take: Callable[[tuple[str, ...], Tensor], None], visits: Counter[str]) -> None:
         self._take = take

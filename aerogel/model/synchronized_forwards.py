@@ -52,13 +52,13 @@ class _Forward:
         self._greenlet = greenlet(work, parent=getcurrent())
         self.output: Any = None
         self.group: InputGroup | None = None
-        """Where it paused last."""
+        """The group at which it paused last."""
         self.x: Tensor | None = None
-        """What it brought there."""
+        """The group's input."""
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its end."""
+        """True once it came to its end."""
         return self._greenlet.dead
 
     def run(self) -> None:

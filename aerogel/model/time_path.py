@@ -37,7 +37,7 @@ class TemporalPath:
 
     @property
     def embedding_linears(self) -> dict[str, nn.Module]:
-        """The linears inside the embedders by full name, in order."""
+        """The linear layers inside the embedders by full name, in order."""
         return {
             f"{name}.{part}": module
             for name, embedder in self.embedders.items()
@@ -140,7 +140,7 @@ def features_of(network: Network, call: Call, steps: Sequence[float]) -> dict[st
 
 
 def _entered(network: Network, path: TemporalPath, call: Call, step: float, look: Callable[[Tensor], Given]) -> Given:
-    """What `look` makes of the sinusoid_1C when a forward comes to the embedder; every clock of the network shows the step by then."""
+    """Return what `look` makes of the sinusoid_1C when a forward comes to the embedder; all time-step indices are set by then."""
     name, embedder = next(iter(path.embedders.items()))
     stop, seen, found = Stop(), list[Tensor](), list[Given]()
 

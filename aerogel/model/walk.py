@@ -33,7 +33,7 @@ def blocks_of(network: Network) -> Iterator[Block]:
 
 
 class Residency(Protocol):
-    """Who brings a block's weights in for its visit and lets them go afterwards."""
+    """Brings a block's weights in for its visit and lets them go afterwards."""
 
     def enter(self, name: str) -> None:
         """Make the weights of this block resident."""
@@ -137,7 +137,7 @@ class Walk:
         return caught[0] if caught else None
 
     def _answers(self, index: int) -> dict[nn.Module, Callable[..., Any]]:
-        """What the finished blocks answer with in this call."""
+        """Return the outputs that finished blocks give in this call."""
 
         def answer_of(name: str) -> Callable[..., Any]:
             return lambda *args, **kwargs: self._outputs.get(name, index)

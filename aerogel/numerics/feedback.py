@@ -24,7 +24,7 @@ _FEW = 16
 
 
 class Feedback(NamedTuple):
-    """How far the error of a column moves the columns behind it."""
+    """Return how far the error of a column moves the columns behind it."""
 
     weights_BII: Tensor
     """Unit upper triangular: U_ij / U_ii; the identity where the factorisation failed, which is plain rounding."""

@@ -1,4 +1,4 @@
-"""How far one tensor is from another: numbers for journals, reports and tests, accumulated in float32 or better."""
+"""Distances between tensors: numbers for journals, reports and tests, accumulated in float32 or better."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which range a grid should cover: extremes, least error, percentiles, and running ranges for static activations.
+"""Observers of the range that a grid should cover: extremes, least error, percentiles, and running ranges for static activations.
 
 Observers read numbers already laid out by `quantize.grouped`: (grid shape, n), n numbers to a scale. A short last group is padded with
 zeros, which change neither a range nor an error; a percentile counts them.

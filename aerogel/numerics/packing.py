@@ -1,6 +1,6 @@
-"""How codes lie in memory: integer codes in int32 words, fp4 codes in bytes, power-of-two scales as exponents.
+"""Packing of integer codes in int32 words, of fp4 codes in bytes, and of power-of-two scales as exponents.
 
-The layout is that of compressed-tensors: a word holds floor(32 / bits) codes, the first in the lowest bits, each moved to be
+The layout is that of compressed-tensors: a word holds floor(32 / bits) integer codes, the first in the lowest bits, each moved to be
 non-negative; bits that are left over are zero.
 """
 
@@ -15,7 +15,7 @@ from aerogel.errors import AerogelError
 
 
 def pack(codes_OI: Tensor, bits: int, packed_dim: int = 1) -> Tensor:
-    """Pack signed codes (O, I) into int32 words (O, ceil(I / (32 // bits))), or along the rows with packed_dim=0.
+    """Pack signed integer codes (O, I) into int32 words (O, ceil(I / (32 // bits))), or along the rows with packed_dim=0.
 
     Leading dimensions (experts) are kept. Raises AerogelError on a code that does not fit.
     """

@@ -1,4 +1,4 @@
-"""From numbers to codes and back: grids of scales, the rounding of every format, straight-through gradients.
+"""From numbers to integer codes and back: grids of scales, the rounding of every format, straight-through gradients.
 
 Letters in names: O outputs, I inputs, G groups of a row. All arithmetic is float32 whatever the tensor's dtype, and follows
 compressed-tensors bit for bit: a symmetric integer scale is absmax / ((2^bits - 1) / 2), codes are rounded half to even after clamping.
@@ -21,7 +21,7 @@ _E4M3 = FORMATS["fp8_e4m3"]
 
 
 class Grid(NamedTuple):
-    """Where the codes of a tensor lie: value = (code - zero) * scale, with the scale divided by `outer` when there is one."""
+    """Grid of a tensor's integer codes: value = (code - zero) * scale, with the scale divided by `outer` when there is one."""
 
     scale: Tensor
     """float32, one for each run of the granularity: scale_OG for a weight."""
@@ -73,7 +73,7 @@ def expand(grid_tensor: Tensor, columns: int, granularity: Granularity, rows: in
 
 
 def to_codes(scaled: Tensor, fmt: Format) -> Tensor:
-    """Return the nearest codes (dtype `fmt.storage`) of values already divided by their scale; out of range saturates."""
+    """Return the nearest integer codes (dtype `fmt.storage`) of values already divided by their scale; out of range saturates."""
     if fmt.levels is None:
         clamped = scaled.clamp(fmt.low, fmt.high)
         return (clamped.round() if fmt.kind == "int" else clamped).to(fmt.storage)
@@ -86,7 +86,7 @@ def to_codes(scaled: Tensor, fmt: Format) -> Tensor:
 
 
 def to_values(codes: Tensor, fmt: Format) -> Tensor:
-    """Return the float32 values that codes stand for before scaling."""
+    """Return the float32 values that integer codes stand for before scaling."""
     if fmt.levels is None:
         return codes.float()
     levels = torch.tensor(fmt.levels, device=codes.device)
@@ -157,14 +157,14 @@ def _spread(x: Tensor, grid: Grid, scheme: TensorScheme, g_idx: Tensor | None) -
 
 
 def quantize(x: Tensor, grid: Grid, scheme: TensorScheme, g_idx: Tensor | None = None) -> Tensor:
-    """Return the codes of `x`: same shape, dtype `scheme.format.storage`."""
+    """Return the integer codes of `x`: same shape, dtype `scheme.format.storage`."""
     step, zero = _spread(x, grid, scheme, g_idx)
     scaled = x.float() / step
     return to_codes(scaled if zero is None else scaled + zero, scheme.format)
 
 
 def dequantize(codes: Tensor, grid: Grid, scheme: TensorScheme, dtype: torch.dtype = torch.float32, g_idx: Tensor | None = None) -> Tensor:
-    """Return the numbers that codes stand for, computed in float32 and rounded once to `dtype`."""
+    """Return the numbers that integer codes stand for, computed in float32 and rounded once to `dtype`."""
     step, zero = _spread(codes, grid, scheme, g_idx)
     values = to_values(codes, scheme.format)
     return ((values if zero is None else values - zero) * step).to(dtype)

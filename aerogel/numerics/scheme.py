@@ -62,7 +62,7 @@ Granularity = PerTensor | PerChannel | PerGroup | PerBlock | PerToken | PerHead 
 
 @dataclass(frozen=True)
 class TensorScheme:
-    """How one tensor is quantized."""
+    """Quantization of one tensor."""
 
     format: Format
     granularity: Granularity
@@ -83,7 +83,7 @@ _FLOAT_PRESETS = ("FP8_DYNAMIC", "FP8_STATIC", "FP8_BLOCK", "NVFP4A16", "MXFP4A1
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a linear layer is quantized: its weight, and its input if that is quantized too."""
+    """Quantization of a linear layer: its weight, and its input if that is quantized too."""
 
     name: str
     weights: TensorScheme

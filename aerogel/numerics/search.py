@@ -15,12 +15,12 @@ from aerogel.numerics.quantize import Grid, grid_from_range, to_codes, to_values
 from aerogel.numerics.scheme import TensorScheme
 
 Observer = Literal["minmax", "mse"]
-"""How a weight's range is found: it covers every number, or it makes the squared error least."""
+"""Searches for a weight's range: it covers every number, or it makes the squared error least."""
 
 COARSE = tuple(factor / 100 for factor in range(104, 30, -6))
 """Shares of the full range that are tried first; a little more than all of it, since a symmetric grid reaches less far up than down."""
 FINE = (-0.04, -0.02, 0.02, 0.04)
-"""What is tried around the best of them."""
+"""Factors tried around the best of them."""
 
 _CHUNK = 1 << 17
 """Numbers that are worked on at a time: a cache's worth."""
@@ -35,7 +35,7 @@ def observe(weight: Tensor, scheme: TensorScheme, observer: Observer, importance
 def least_error(weight: Tensor, scheme: TensorScheme, moment: Tensor | None = None, importance: Tensor | None = None) -> Grid:
     """Return the grid with the least squared error for each scale, among ranges that are shrunk by a factor.
 
-    `weight` is laid out by `quantize.grouped`: (..., n). With `moment`, the second moment of the inputs in each group (G, n, n), the
+    `weight` is laid out by `quantize.grouped`: (..., n). With `moment`, the Hessian of the inputs in each group (G, n, n), the
     error is that of the output, e^T M e, for weights of shape (O, G, n). With `importance`, laid out as the weight or with a first
     dimension of one, it is a weighted sum of squares.
     """

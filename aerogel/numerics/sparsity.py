@@ -1,4 +1,4 @@
-"""Which weights to keep by their scores, and the share that is zero. O outputs, I inputs."""
+"""Masks of the weights to keep by their scores, and the share that is zero. O outputs, I inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far temporal features are from what they were: what a block of a denoiser is told about the step, beside what the original tells it.
+"""Errors of temporal features: what a block of a denoiser is told about the step, beside what the original tells it.
 
 T steps, C width of a feature. The three measures are those of arXiv:2311.16503: error, cosine, and a feature that means another step.
 """

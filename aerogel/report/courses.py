@@ -1,4 +1,4 @@
-"""How policies fare: a line for each over the steps of a sampler, or over how much they leave out."""
+"""Curves of policies: a line for each over the steps of a sampler, or over the share they leave out."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def courses(
 
 
 def _points(one: Course, steps: int, log: bool) -> Points:
-    """Where and what; the one value of a line without places stands at the end."""
+    """Return the points; the one value of a line without places stands at the end."""
     at = one.at or (range(1, len(one.values) + 1) if len(one.values) > 1 else [steps])
     return [(place, value) for place, value in zip(at, one.values, strict=True) if math.isfinite(value) and (value > 0 or not log)]
 

@@ -65,7 +65,7 @@ def several(name: str, count: int) -> str:
 
 
 def change(before: float | None, after: float | None) -> str:
-    """How much a value rose or fell, in per cent of what it was."""
+    """Return the change of a value in per cent of what it was."""
     if not before or after is None or not math.isfinite(before) or not math.isfinite(after):
         return NONE
     share = after / before - 1

@@ -40,7 +40,7 @@ class Told(NamedTuple):
 
 
 def told(facts: Mapping[str, Any]) -> Told:
-    """What a terminal shows of a search."""
+    """Summary of a search for a terminal."""
     kind, found = _read(facts)
     rows = [Row(line.cells, line.best) for line in kind.lines(found)]
     return Told(kind.columns(found), rows, [(one.policy, one.reason) for one in found.left_out], (kind.headline(found), kind.lead(found)))

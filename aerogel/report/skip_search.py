@@ -80,7 +80,7 @@ class Search(_Part):
 
     model: ModelRecord
     budget: float
-    mixture: MoeShape
+    moe: MoeShape
     count: int
     chats: bool
     answer_tokens: int
@@ -213,11 +213,11 @@ def curves_chart(found: Search, title: str, value: Callable[[Row], float | None]
 
 def _conditions(found: Search) -> str:
     judged = f"{found.count:,} {'chats' if found.chats else 'sequences'} held out of calibration, {found.answer_tokens:,} tokens"
-    mixture = found.mixture
+    moe = found.moe
     turns = f"{found.rounds} rounds with and without each policy, alternating"
     whole = f"{phrases.seconds(found.prefill_seconds)} per prompt without and {phrases.digits(1000 * found.decode_seconds)} ms per token"
     return (
-        f"{mixture.layers} layers of {mixture.experts} experts, {mixture.top_k} per token. Measured on {judged}. "
+        f"{moe.layers} layers of {moe.experts} experts, {moe.top_k} per token. Measured on {judged}. "
         f"Speed at batch {found.batch} with prompts of {found.prompt:,} tokens and {found.new_tokens} generated tokens, {turns}; {whole}."
     )
 

@@ -26,7 +26,7 @@ HEAD, FOOT = 24.0, 46.0
 
 @dataclass(frozen=True)
 class _Map:
-    """What one map shows."""
+    """Content of one map."""
 
     name: str
     values: list[list[float]]

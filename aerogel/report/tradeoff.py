@@ -24,7 +24,7 @@ Role = Literal["original", "this", "other"]
 
 @dataclass(frozen=True)
 class Axis:
-    """What quality is set against: a number of one measure."""
+    """Axis against which quality is drawn: a number of one measure."""
 
     title: str
     measure: str
@@ -33,7 +33,7 @@ class Axis:
     """From the measured unit to the one in the title."""
     better: Literal["left", "right"]
     start: float = 0.0
-    """Where it begins."""
+    """Its first value."""
 
 
 SIZE = Axis("Weights on disk, MB", "size", "bytes", 1e-6, "left")

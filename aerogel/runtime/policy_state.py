@@ -16,7 +16,7 @@ _BY_NAME = "by_name"
 
 @dataclass(frozen=True, eq=False)
 class PolicyState:
-    """What the calibration of a policy found; subclasses add fields: tensors, numbers, texts, tuples and mappings of these.
+    """Result of a policy's calibration; subclasses add fields: tensors, numbers, texts, tuples and mappings of these.
 
     On disk tensors go to safetensors and the rest to JSON, each field under its own name. Fields with a default may be absent.
     """

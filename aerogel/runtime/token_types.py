@@ -1,4 +1,4 @@
-"""What each token of a forward is: text, vision, special or padding.
+"""Types of the tokens of a forward: text, vision, special or padding.
 
 B rows, S positions of a forward, L positions of the attention mask (the cache's among them).
 """

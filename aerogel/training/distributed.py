@@ -50,5 +50,5 @@ def share(x_B: Tensor, parts: int = 1) -> Tensor:
 
 
 def _place() -> torch.device:
-    """Where tensors have to be to be passed on: nccl knows GPUs only."""
+    """Return the device from which tensors can be sent: nccl knows GPUs only."""
     return torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else torch.device("cpu")

@@ -43,7 +43,7 @@ def progressed(share: float) -> None:
 
 @dataclass(frozen=True)
 class Fit:
-    """How to fit."""
+    """Settings of a fit."""
 
     steps: int = 200
     """Optimiser steps."""

@@ -1,12 +1,20 @@
 """Ctrl-C ends a command with one line, also where native code makes another error of it."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from aerogel.cli.interrupts import interruptible
 from aerogel.errors import AerogelError
+
+
+@pytest.fixture(autouse=True)
+def _heard() -> Iterator[None]:
+    """Shells have their jobs in the background ignore the key, and tests may be such a job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def press() -> None:
@@ -50,9 +58,6 @@ def test_the_innermost_says_what_is_left() -> None:
 
 
 def test_an_ignored_key_stays_ignored() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with interruptible(lambda: "nothing was changed"):
-            press()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interruptible(lambda: "nothing was changed"):
+        press()

@@ -55,7 +55,7 @@ REFUSED: list[tuple[str, list[dict[str, Any]], str]] = [
     ("mixtral", [{"reduced_topk": {"ratio": 0.6}}], "ratio 0.6 cannot be reached: this rule drops 0.500"),
     ("mixtral", [{"naee": {"ratio": 0.9}}], "naee: ratio 0.9 cannot be reached: this rule drops 0.500"),
     ("mixtral", [{"modes": {"ratio": 0.6, "keep_top1": True}}], "modes: ratio 0.6 cannot be reached: this rule drops 0.500"),
-    ("mixtral", [{"odp": {"ratio": 0.9, "lost": 0.0}}], "odp: ratio 0.9 cannot be reached: this rule drops 0.500"),
+    ("mixtral", [{"odp": {"ratio": 0.9, "dropped": 0.0}}], "odp: ratio 0.9 cannot be reached: this rule drops 0.500"),
     ("mixtral", [{"prune_experts": {"ratio": 0.75}}], "leaves 1 of 4 experts, and tokens go to 2"),
     ("dit", [{"uniform_cache": {"ratio": 0.8, "first": 2}}], "a ratio of 0.8 means that 4 of 5 steps reuse"),
     ("dit", [{"first_block": {"first": 9}}], "first_block: first 9 and last 0 leave nothing"),

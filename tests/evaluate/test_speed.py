@@ -33,7 +33,7 @@ class ScriptedGenerator:
         self.turns.append(self.base)
         second = self.base * 1.5**self.count
         self.count += 1
-        return Generation(tokens_BT, "lean", None, 10 * second, [second, 7 * second, second])
+        return Generation(tokens_BT, "fast_decoder", None, 10 * second, [second, 7 * second, second])
 
 
 def test_turns_alternate_and_speedups_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +58,7 @@ def test_facts_are_complete_and_threads_come_back() -> None:
     found = Speed(**OPTIONS, threads=1).measure(network, against=opened("llama"))
     assert torch.get_num_threads() == before
     assert {name: found[name] for name in ("batch", "prompt", "new_tokens", "rounds", "threads", "device", "path", "reason")} == {
-        **OPTIONS, "threads": 1, "device": "cpu", "path": "lean", "reason": None,
+        **OPTIONS, "threads": 1, "device": "cpu", "path": "fast_decoder", "reason": None,
     }  # fmt: skip
     # The clock of the tests moves by a second at each reading: a prompt of 16 tokens takes one, each step of two rows too.
     assert {name: found[name] for name in found if "second" in name or "speedup" in name} == {

@@ -16,7 +16,7 @@ from tests.saved import network, save
 
 def test_tensors_and_configuration_stay_and_our_own_files_go(tmp_path: Path) -> None:
     save(network(kind="mixtral"), tmp_path / "master")
-    (tmp_path / "master/aerogel.json").write_text("{}")
+    (tmp_path / "master/aerogel.json").write_text('{"model": {"name": "a model"}}')
     CompressedTensors(max_shard_size=50_000).write(source_of(tmp_path / "master"), tmp_path / "out")
     before, after = load_file(tmp_path / "master/model.safetensors"), {}
     for path in (tmp_path / "out").glob("model-*.safetensors"):

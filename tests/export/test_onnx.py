@@ -32,6 +32,7 @@ from aerogel.errors import AerogelError
 from aerogel.export import onnx as exporting
 from aerogel.export.onnx import Onnx
 from aerogel.export.onnx_inputs import inputs_of, nested, unknown_inputs
+from aerogel.io.record import files
 from aerogel.layers.linear import QuantLinear, cache_dequantized, timestep_index_of
 from aerogel.methods.diffusion.temporal_cache import TemporalCache
 from aerogel.model.calls import Call
@@ -107,9 +108,11 @@ def made(kind: str, steps: list[dict[str, Any]], folder: Path, chosen: tuple[boo
     aerogel.compress(FAMILIES[kind].build(), {"steps": steps}, samples=calls(kind, 2), measures=(), output=folder / "master")
     if chosen:
         state = load_file(folder / "master/aerogel.safetensors")
-        save_file(
-            {key: torch.tensor(chosen) if "chosen" in key else kept for key, kept in state.items()}, folder / "master/aerogel.safetensors"
-        )
+        changed = {key: torch.tensor(chosen) if "chosen" in key else kept for key, kept in state.items()}
+        save_file(changed, folder / "master/aerogel.safetensors")
+        record = files.read(folder / "master")
+        now = {name: files.checksum_of(folder / "master" / name) for name in record.checksums}
+        files.write(folder / "master", record.replaced(checksums=now))
     done = CliRunner().invoke(cli.app, ["export", str(folder / "master"), "-f", "onnx", "-o", str(folder / "graph")])
     assert done.exit_code == 0, done.output
     return Written(aerogel.load(folder / "master"), folder / "graph", session(folder / "graph/denoiser.onnx"))

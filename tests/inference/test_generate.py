@@ -1,4 +1,4 @@
-"""Generation against transformers' own: the same tokens, on the lean path where the network has its shape and without it elsewhere."""
+"""Generation against transformers' own: the same tokens, by the fast decoder where the network has its shape and without it elsewhere."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_lean_tokens_are_those_of_transformers(family: str, rows: int) -> None:
     wanted = theirs(network, prompt(rows))
     for _ in range(2):  # the second time with packed weights and a used cache
         made = generator.generate(prompt(rows), NEW)
-        assert (made.path, made.reason) == ("lean", None)
+        assert (made.path, made.reason) == ("fast_decoder", None)
         assert torch.equal(made.tokens, wanted)
     assert len(made.step_seconds) == NEW - 1
 
@@ -61,7 +61,7 @@ def test_quantized_networks_make_the_same_tokens_too(family: str, preset: str, m
     monkeypatch.setattr(kernels, "choose", lambda x_TI, weight, cache: kernels.candidates(weight, x_TI.device, x_TI.dtype)[0])
     network = quantized(opened(family), preset)
     made = Generator(network, 1, 32).generate(prompt(), NEW)
-    assert (made.path, made.reason) == ("lean", None)
+    assert (made.path, made.reason) == ("fast_decoder", None)
     assert torch.equal(made.tokens, theirs(network, prompt()))
 
 
@@ -90,22 +90,22 @@ def test_what_hangs_on_a_forward_is_called() -> None:
     assert made.path == "transformers"
     assert "hangs on its forward" in str(made.reason)
     hook.remove()
-    assert Generator(network, 1, 32).generate(prompt(), NEW).path == "lean"
+    assert Generator(network, 1, 32).generate(prompt(), NEW).path == "fast_decoder"
 
 
 def test_a_window_longer_than_the_text_does_no_harm() -> None:
     network = opened("mistral")
     made = Generator(network, 1, 8).generate(prompt(length=4), 4)
-    assert made.path == "lean"
+    assert made.path == "fast_decoder"
     assert torch.equal(made.tokens, theirs(network, prompt(length=4), 4))
 
 
-@pytest.mark.parametrize("lean", [True, False])
-def test_it_stops_when_every_row_has_met_a_stop_token(lean: bool) -> None:
+@pytest.mark.parametrize("fast", [True, False])
+def test_it_stops_when_every_row_has_met_a_stop_token(fast: bool) -> None:
     network = opened("llama")
     free = theirs(network, prompt(2))
     stop = int(free[0, 3])
-    made = Generator(network, 2, 32, lean=lean).generate(prompt(2), NEW, stop=frozenset({stop}))
+    made = Generator(network, 2, 32, fast_decoder=fast).generate(prompt(2), NEW, stop=frozenset({stop}))
     ends = [row.tolist().index(stop) if stop in row else NEW - 1 for row in free]
     assert made.tokens.shape[1] == max(ends) + 1
     for row, wanted, end in zip(made.tokens, free, ends, strict=True):
@@ -152,5 +152,5 @@ def test_a_real_model_in_four_bits_makes_the_tokens_of_transformers() -> None:
     for text in ("The history of the American presidency begins with", "Water boils at", "def fibonacci(n):"):
         tokens_BT = torch.tensor([network.processor(text).input_ids])
         made = Generator(network, 1, 64).generate(tokens_BT, 32)
-        assert made.path == "lean"
+        assert made.path == "fast_decoder"
         assert torch.equal(made.tokens, theirs(network, tokens_BT, 32))

@@ -36,7 +36,7 @@ def record(**facts: Any) -> dict[str, Any]:
         "model": {"name": "a <b>mixture</b>", "family": "qwen3_vl_moe", "parameters": 1000, "dtype": "float32"},
         "provenance": {"date": "2026-11-23T06:12:00+00:00", "seed": 0, "versions": {"aerogel": "0.1.0"}},
         "timings": {"compress": 60.0},
-        "mixture": {"layers": 2, "experts": 16, "top_k": 4},
+        "moe": {"layers": 2, "experts": 16, "top_k": 4},
         "count": 64,
         "chats": True,
         "answer_tokens": 1088,

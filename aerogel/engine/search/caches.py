@@ -136,7 +136,7 @@ def _checked(budget: float | str) -> float:
 
 
 def _images_of(network: Network, samples: CalibrationInput | None) -> Denoising:
-    """Which images to compare policies on."""
+    """Images on which policies are compared."""
     pipeline_of(network)
     wanted = shown(network, samples)
     if not isinstance(wanted, Denoising):

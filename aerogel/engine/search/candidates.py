@@ -1,4 +1,4 @@
-"""Which policies a search compares: all of a kind or those that are named, with the options that somebody set."""
+"""Candidates of a search: all policies of a kind or those that are named, with the options that were set."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from aerogel import catalog
 from aerogel.errors import AerogelError, nearest
-from aerogel.recipe import build, knobs_of
+from aerogel.recipe import build, options_of
 
 Chosen = dict[str, tuple[type, Mapping[str, Any]]]
 """By name the policy's class and the options that were set."""
@@ -22,7 +22,7 @@ def chosen(unfit: Callable[[type], str], only: Sequence[str], overrides: Iterabl
     if wrong := [f"{name} {unfit(cls)}" for name, cls in classes.items() if only and unfit(cls)]:
         raise AerogelError(f"{wrong[0]}; leave it out")
     fitting = {name: cls for name, cls in classes.items() if not unfit(cls)}
-    options = knobs_of(overrides, "policy.option=value, for example harmonica.search=400")
+    options = options_of(overrides, "policy.option=value, for example harmonica.search=400")
     if unused := [name for name in options if name not in fitting]:
         raise AerogelError(f"an option of {unused[0]!r} is set, but that policy is not tried{nearest(unused[0], fitting)}")
     for name, given in options.items():

@@ -1,4 +1,4 @@
-"""What skipped experts cost and win: predictions, replies and seconds on held-out text or chats, beside those with all experts.
+"""Cost and gain of skipped experts: predictions, answers and seconds on held-out text or chats, beside those with all experts.
 
 B rows, S positions.
 """
@@ -33,14 +33,14 @@ On = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What policies are judged by and never calibrated on."""
+    """Held-out data that policies are judged by and never calibrated on."""
 
     calls: Sequence[Call]
     chats: Sequence[Chat] = ()
     """The same with what is replied, where it is chats."""
 
     def prompts(self, network: Network) -> dict[str, Any]:
-        """A batch of prompts: the first chats without their replies, or the first half of each sequence of text."""
+        """A batch of prompts: the first chats without their answers, or the first half of each sequence of text."""
         ids_BS = self.calls[0].kwargs["input_ids"]
         if self.chats:
             return next(iter(chats.prompts(self.chats, network.processor, len(ids_BS), network.device)))
@@ -56,7 +56,7 @@ class Turn(NamedTuple):
 
 
 class Judge:
-    """Predictions, replies and speed of the model with all experts, and policies compared with them."""
+    """Predictions, answers and speed of the model with all experts, and policies compared with them."""
 
     def __init__(self, network: Network, held_out: HeldOut, rounds: int, clock: Callable[[], float]) -> None:
         self.network, self._held_out, self._rounds, self._clock = network, held_out, rounds, clock
@@ -70,7 +70,7 @@ class Judge:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What is judged by, as facts."""
+        """Return the description of the held-out data."""
         rows, positions = self._prompts["input_ids"].shape
         return {
             "count": len(self._held_out.chats) or sum(len(call.kwargs["input_ids"]) for call in self._held_out.calls),
@@ -86,7 +86,7 @@ class Judge:
         }
 
     def policy(self, on: On) -> dict[str, Any]:
-        """Return how far predictions move, the share of dropped assignments, that of right replies, and the speed-up."""
+        """Return how far predictions move, the share of dropped assignments, that of right answers, and the speed-up."""
         with on(), counting(self.network, self._vocabulary) as read:
             kl, top1 = self._answers.moved()
         with on(), counting(self.network, self._vocabulary) as written:

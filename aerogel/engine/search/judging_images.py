@@ -1,4 +1,4 @@
-"""What reuse costs: images of held-out noise under a policy against those of the whole network, step by step.
+"""Cost of a caching policy: images of held-out noise under it against those of the whole denoiser, step by step.
 
 T steps, N modules.
 """

@@ -31,11 +31,11 @@ _TARGETS = ("target_speedup", "ratio")
 
 @dataclass
 class SpeedBudget:
-    """How fast denoising has to become, and how that is found out."""
+    """Speed-up that denoising has to reach, and the way it is measured."""
 
     network: Network
     wanted: Denoising
-    """What is made in a turn."""
+    """Work of a turn."""
     budget: float
     """Times faster."""
     seed: int
@@ -47,7 +47,7 @@ class SpeedBudget:
     """Seconds of the turns without a policy."""
 
     def speedup(self, on: Callable[[], AbstractContextManager[Any]] = nullcontext, steps: int | None = None) -> float:
-        """How many times faster denoising is under a policy, or with fewer steps: the median of the ratios within rounds."""
+        """Return the speed-up of denoising under a policy, or with fewer steps: the median of the ratios within rounds."""
         wanted, ratios = replace(self.wanted, steps=steps or self.wanted.steps), []
         if not self.whole:
             self._turn(self.wanted)
@@ -58,7 +58,7 @@ class SpeedBudget:
         return median(ratios)
 
     def is_met(self, speedup: float) -> bool:
-        """Whether that is fast enough."""
+        """Return True where that is fast enough."""
         return speedup >= _NEAR * self.budget
 
     def _turn(self, wanted: Denoising, on: Callable[[], AbstractContextManager[Any]] = nullcontext) -> float:
@@ -73,7 +73,7 @@ class Candidate:
     name: str
     cls: type[FeatureCachePolicy]
     options: Mapping[str, Any]
-    """What was said about it."""
+    """Note about it."""
 
     @property
     def option(self) -> str:

@@ -46,11 +46,11 @@ class Search(Protocol):
 
 
 TASKS: dict[str, Callable[..., Search]] = {"cache": CacheSearch, "skip": SkipSearch}
-"""What can be searched for."""
+"""Tasks of a search."""
 
 
 class Findings:
-    """What a search found: every policy with what it gives and costs, and the best one made."""
+    """Result of a search: every policy with its gain and cost, and the best one calibrated."""
 
     def __init__(self, facts: dict[str, Any], best: CalibratedPolicy | None) -> None:
         self.facts = facts
@@ -58,7 +58,7 @@ class Findings:
         self.best = best
         """The policy that moves the network least, with its state; None where none meets the budget."""
         self.folder: Path | None = None
-        """Where it is saved."""
+        """Folder in which it is saved."""
 
     def save(self, output: str | Path) -> Path:
         """Save as a folder with the report, which `aerogel.cached` puts on a model; weights are not in it.

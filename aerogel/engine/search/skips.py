@@ -152,7 +152,7 @@ class SkipSearch:
         return judge.conditions | {
             "budget": self.budget,
             "ratios": self.ratios,
-            "mixture": vars(shape),
+            "moe": vars(shape),
             "rows": rows,
             "left_out": [{"policy": name, "reason": reason} for name, reason in self._left_out.items()],
         }

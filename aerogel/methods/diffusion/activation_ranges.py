@@ -39,9 +39,9 @@ class ActivationRanges(BlockMethod):
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "gradients", "teacher", "uncached"})
 
     targets: tuple[str, ...] = ("Linear", "Conv2d")
-    """Which quantized layers with float inputs: globs on full dotted names, `re:` patterns or class names."""
+    """Quantized layers whose inputs are not, to act on: globs on full dotted names, `re:` patterns or class names."""
     ignore: tuple[str, ...] = ("lm_head",)
-    """Which of them to leave alone; wins over targets."""
+    """Layers to leave alone; wins over targets."""
     start: Literal["minmax", "average", "search"] = "search"
     """The first range: all extremes, the moving average of each call's extremes (0.95), or the least 2.4-norm error on some inputs."""
     searched: Count = 262144
@@ -143,7 +143,7 @@ class ActivationRanges(BlockMethod):
 
 
 INPUTS = TensorScheme(format_named("int8"), PerTensor(), symmetric=False)
-"""How inputs are quantized: 256 codes under one scale, with a zero point."""
+"""Quantization of inputs: 256 integer codes under one scale, with a zero point."""
 
 
 def power_error(output: Any, wanted: Any, exponent: float) -> Tensor:

@@ -42,7 +42,7 @@ class Brecq(WeightMethod):
     scheme: Scheme | str = "W4A16_CHANNEL_ASYM"
     """Preset name of the weights' format; one with inputs measured at run time, such as W4A8, quantizes these too."""
     targets: tuple[str, ...] = ("Linear", "Conv2d")
-    """Which layers: globs on full dotted names, `re:` patterns or class names (Linear, Conv2d)."""
+    """Layers to act on: globs on full dotted names, `re:` patterns or class names (Linear, Conv2d)."""
     steps: CountOrZero = 20000
     """Optimiser steps a block."""
     batch: Count = 32

@@ -44,9 +44,9 @@ class Fsc(Method):
     scope: Literal["path", "all"] = "path"
     """Whose inputs: the temporal path's, or also those of every other quantized layer whose inputs are still in float."""
     ignore: tuple[str, ...] = ("lm_head",)
-    """Which of them to leave alone: globs on full dotted names, `re:` patterns or class names."""
+    """Layers to leave alone: globs on full dotted names, `re:` patterns or class names."""
     momentum: Share = 0.95
-    """What a range outside of the path keeps of its average at each further call."""
+    """Share that a range outside of the path keeps of its average at each further call."""
 
     def problems(self, network: Network, before: Before) -> Iterator[str]:
         """Look for quantized layers whose inputs are still in float."""

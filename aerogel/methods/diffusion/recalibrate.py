@@ -40,7 +40,7 @@ class Recalibrate(Method):
     ranges: Literal["average", "minmax"] = "average"
     """Of the calls' extremes the moving average, or the widest."""
     momentum: Share = 0.95
-    """What a range keeps of its average at each further call."""
+    """Share that a range keeps of its average at each further call."""
 
     def problems(self, network: Network, before: Before) -> Iterator[str]:
         """Look for static ranges."""

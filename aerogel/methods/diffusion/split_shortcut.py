@@ -25,7 +25,7 @@ class SplitShortcut(Method):
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "concatenations", "uncached"})
 
     ignore: tuple[str, ...] = ()
-    """Which layers to leave whole: globs on full dotted names, `re:` patterns or class names."""
+    """Layers to leave whole: globs on full dotted names, `re:` patterns or class names."""
 
     @torch.no_grad()
     def apply(self, network: Network, calls: Sequence[Call]) -> None:

@@ -53,10 +53,10 @@ class TemporalCache(RuntimePolicy[TemporalCacheState]):
     content: Literal["features", "path"] = "features"
     """Content of the table: the features of the original model, or those of the path in its current state, bit for bit."""
     dtype: Literal["int4", "int5", "int6", "int8", "float16"] = "float16"
-    """How features are stored: integers with a scale and a zero point a step, int8 as published, or float16. `path` stores what it gets."""
+    """Storage of features: integers with a scale and a zero point a step, int8 as published, or float16. `path` stores what it gets."""
     choose: Choice = "all"
-    """Where the table answers: everywhere; in the layers for which it is nearer to the float features than the path is, summed over
-    steps; or at each step of a layer by itself, for which the path has to stay."""
+    """Layers in which the table answers: all; those for which it is nearer to the original features than the path is, summed over steps;
+    or at each step of a layer by itself, for which the path has to stay."""
 
     @property
     def requires(self) -> frozenset[Requirement]:  # type: ignore[override]
@@ -123,7 +123,7 @@ def looked_up_features(tables: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def _stored_table(tables: Mapping[str, Tensor], name: str) -> tuple[Tensor, Grid | None]:
-    """The table as it is stored, and the grid of its codes where it holds codes."""
+    """The table as it is stored, and the grid of its integer codes where it holds codes."""
     stored = tables[name]
     return stored, None if stored.is_floating_point() else Grid(tables[f"{name}.scale"], tables[f"{name}.zero_point"])
 

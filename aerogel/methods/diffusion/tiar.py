@@ -46,7 +46,7 @@ class Tiar(Method):
     warmup: Share = 0.2
     """Share of the steps before that term begins."""
     first: bool = True
-    """Whether the embedder's first linear is quantized too; the released code leaves it in float."""
+    """Quantize the embedder's first linear layer too; the released code does not."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,11 +54,11 @@ class Tiar(Method):
             raise AerogelError(f"tiar learns weights only, and {self.scheme} asks for quantized inputs; put fsc after it")
 
     def stores(self, network: Network) -> dict[str, tuple[nn.Linear, Scheme]]:
-        """The linears of the temporal path."""
+        """The linear layers of the temporal path."""
         return {name: (linear, Scheme.parse(self.scheme)) for name, linear in self._linears(find(network)).items()}
 
     def apply(self, network: Network, calls: Sequence[Call]) -> None:
-        """Learn the rounding and put quantized linears into the path."""
+        """Learn the rounding and put quantized linear layers into the path."""
         path, scheme = find(network), Scheme.parse(self.scheme)
         check(network, path, calls[0])
         sinusoid_TC = sinusoids(network, path, calls[0], Trajectories.of(network, calls).distinct_steps)
@@ -68,7 +68,7 @@ class Tiar(Method):
             network.module.set_submodule(name, twin)
 
     def quantize(self, path: TemporalPath, sinusoid_TC: Tensor, scheme: Scheme, dtype: torch.dtype | None = None) -> dict[str, QuantLinear]:
-        """Return the quantized twins of the path's linears by full name; `dtype` is that of stored scales."""
+        """Return the quantized twins of the path's linear layers by full name; `dtype` is that of stored scales."""
         linears = self._linears(path)
         grids = {name: rounding_grid(linear, scheme, dtype) for name, linear in linears.items()}
         alphas = {name: nn.Parameter(first_alpha(linear.weight, grids[name], scheme.weights)) for name, linear in linears.items()}

@@ -27,7 +27,7 @@ from aerogel.runtime.policy_state import PolicyState
 from aerogel.runtime.token_types import KINDS, MODALITIES, TEXT, VISION
 
 _PUBLISHED = {TEXT: 0.71, VISION: 0.6}
-"""Where the grid of the public code ends, before its sigmoid."""
+"""End of the public code's grid, before its sigmoid."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,9 +45,9 @@ class ModesState(ExpertSkippingState):
     tried: Tensor | None = None
     """Evaluations: numbers of the two thresholds, KL divergence, share that is dropped."""
     evaluations: int = 0
-    """How many there were."""
+    """Number of evaluations."""
     against_monotony: Mapping[str, int] = field(default_factory=dict)
-    """How often KL divergence and ratio fell from one evaluated cell to the next, and of how many steps."""
+    """Counts of how often KL divergence and ratio fell from one evaluated cell to the next, and of how many steps."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ class Modes(ExpertSkippingPolicy[ModesState]):
     ratio: Share = 0.67
     """Share of the token-expert assignments to drop, over all layers."""
     importance: Literal["modality", "layer", "none"] = "modality"
-    """How much the answers change without a layer's experts: told apart by modality, one number a layer, or all layers alike."""
+    """Importance of a layer, the change of answers without its experts: by modality, one number a layer, or all layers alike."""
     power: NonNegative | tuple[NonNegative, ...] = 1.0
     """Power of the importance in the score: 1 as published, less to tell layers apart less sharply; of several the best is taken."""
     bypass: Bypass = "zero"
-    """What stands for a layer's experts while its importance is measured: nothing, or their own input (as the public code has it)."""
+    """Replacement of a layer's experts while its importance is measured: nothing, or their own input (as the public code has it)."""
     thresholds: Literal["modality", "single"] = "modality"
     """One threshold for text and one for vision, or a single one."""
     grid: Literal["quantiles", "published"] = "quantiles"
-    """Where thresholds are looked for: where the scores are, or on the grid of the public code."""
+    """Grid of thresholds: where the scores are, or that of the public code."""
     points: Annotated[int, Field(ge=2)] = POINTS
     """Thresholds of each modality that are looked at."""
     exhaustive: bool = False
@@ -162,7 +162,7 @@ class Modes(ExpertSkippingPolicy[ModesState]):
 
 
 def _score(weight_LM: Tensor) -> Score:
-    """What the layer weighs for the token's modality times what the router gives each expert."""
+    """Return the layer's importance for the token's modality times the router's weight of each expert."""
     weight_LK = _ByKind(weight_LM)
 
     def score(routed: Routed) -> Tensor:

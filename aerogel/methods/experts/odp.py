@@ -41,10 +41,10 @@ class Odp(ExpertSkippingPolicy[OdpState]):
     ratio: Share | None = None
     """Share of the token-expert assignments to drop: beta is chosen for it. None leaves `beta`."""
     beta: NonNegative = 0.5
-    """How little the last experts weigh beside those before them to be dropped; the authors' value."""
+    """Largest weight of the last experts, relative to those before them, at which they are dropped; the authors' value."""
     kept: Share = 0.1
     """Share of a prompt's tokens that keep all experts: the most important ones."""
-    lost: Share = 0.1
+    dropped: Share = 0.1
     """Share of a prompt's tokens of which all assignments are dropped: the least important ones."""
     layers: CountOrZero = 20
     """First layers in which tokens are told apart so."""
@@ -55,12 +55,14 @@ class Odp(ExpertSkippingPolicy[OdpState]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kept + self.lost > 1:
-            raise AerogelError(f"options 'kept' and 'lost': expected shares of tokens, together at most 1, got {self.kept} and {self.lost}")
+        if self.kept + self.dropped > 1:
+            raise AerogelError(
+                f"options 'kept' and 'dropped': expected shares of tokens, together <= 1, got {self.kept} and {self.dropped}"
+            )
 
     def most(self, shape: Shape) -> float:
         """All but the best expert of each token; of layers in which tokens lose all, everything, as a short prompt may round `lost` up."""
-        rest = 0.0 if self.keep_top1 or not self.lost else min(self.layers, shape.layers) / shape.layers
+        rest = 0.0 if self.keep_top1 or not self.dropped else min(self.layers, shape.layers) / shape.layers
         return 1 - (1 - rest) / shape.top_k
 
     def fitted(self, answers: Answers, shape: Shape) -> dict[str, Any]:
@@ -82,7 +84,7 @@ class Odp(ExpertSkippingPolicy[OdpState]):
             if routed.received_BS is None or routed.layer >= self.layers:
                 return kept_TK
             order_T = _order(routed, self.as_published).reshape(-1, 1)
-            return (kept_TK & (order_T >= self.lost)) | (order_T >= 1 - self.kept)
+            return (kept_TK & (order_T >= self.dropped)) | (order_T >= 1 - self.kept)
 
         return rule
 
@@ -99,7 +101,7 @@ def importance(norm_BS: Tensor, received_BS: Tensor, alive_BS: Tensor, as_publis
 
 
 def _order(routed: Routed, as_published: bool) -> Tensor:
-    """Where each token stands in its row by importance, from 0 (least) to below 1; padding is not counted."""
+    """Return each token's rank in its row by importance, from 0 (least) to below 1; padding is not counted."""
     assert routed.received_BS is not None
     alive_BS = routed.kind_BS != PADDING
     norm_BS = routed.x_TH.float().abs().sum(-1).view_as(routed.kind_BS)

@@ -1,4 +1,4 @@
-"""What expert-skipping policies share: the rule that says which token-expert assignments are kept."""
+"""Base of expert-skipping policies: the rule that says which token-expert assignments are kept."""
 
 from __future__ import annotations
 

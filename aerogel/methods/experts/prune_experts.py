@@ -63,7 +63,7 @@ class PruneExperts(Method):
         yield from reasons(lambda: self._staying(network))
 
     def _staying(self, network: Network) -> int:
-        """How many experts of each layer stay; raises AerogelError where the router or the search cannot do with them."""
+        """Return the number of experts that stay in each layer; raises AerogelError where the router or the search cannot work with it."""
         _, experts, top_k = vars(shape_of(network)).values()
         staying = math.ceil(experts * (1 - self.ratio) - 1e-9)
         if staying < top_k:

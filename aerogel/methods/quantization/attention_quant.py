@@ -55,7 +55,7 @@ class AttentionQuant(RuntimePolicy[AttentionQuantState]):
     probability_bits: Annotated[int, Field(ge=2, le=16)] = 8
     """Bits of the probabilities, 2 to 16; their grid begins at zero and ends at the largest one seen."""
     ignore: tuple[str, ...] = ()
-    """Which attentions to leave alone: globs on full dotted names, `re:` patterns or class names."""
+    """Attention modules to leave alone: globs on full dotted names, `re:` patterns or class names."""
     searched: Count = 262144
     """Numbers of an operand that the search for its grid looks at, drawn at random, as many from every call."""
 

@@ -2,7 +2,7 @@
 
 Letters in names: O outputs, I inputs, C channels of an edge, G groups of a row, n columns of a group.
 
-What a candidate costs is the squared error of the linears' own outputs over all calibration tokens. That needs the second moment of
+What a candidate costs is the squared error of the linear layers' own outputs over all calibration tokens. That needs the Hessian of
 their inputs alone, tr(D M D^T) with D the weight's error: exact, for all batches at once, without running anything again.
 """
 
@@ -31,7 +31,7 @@ from aerogel.options import Count, CountOrZero
 
 
 class _Inputs(NamedTuple):
-    """What a linear reads, in the scaling that holds at the moment."""
+    """Inputs of a linear layer, in the scaling that holds at the moment."""
 
     moment_II: Tensor
     magnitude_I: Tensor
@@ -39,7 +39,7 @@ class _Inputs(NamedTuple):
 
     @classmethod
     def of(cls, statistics: InputStatistics) -> _Inputs:
-        """What was measured."""
+        """Return the measured statistics."""
         return cls(statistics.moment(), statistics.mean_magnitude())
 
     def divided(self, scale_I: Tensor) -> _Inputs:
@@ -56,7 +56,7 @@ class _Job:
     dtype: torch.dtype
     """Of stored scales."""
     clip: bool
-    """Whether its ranges are searched."""
+    """True where its ranges are searched."""
     inputs: _Inputs | None = None
     """None when no token reached it."""
 
@@ -87,21 +87,21 @@ class Awq(WeightMethod):
     search_space: CountOrZero = 20
     """In how many steps exponents of the scale between 0 and 1 are told apart; about half of them are tried."""
     duo_scaling: bool = True
-    """Whether columns whose weights are large anyway are scaled less."""
+    """Scale columns whose weights are large anyway less."""
     clip: bool = True
-    """Whether ranges are searched (least output error) after scaling; without it they cover every weight."""
+    """Search ranges (least output error) after scaling; without it they cover every weight."""
     unclipped: tuple[str, ...] = ("*q_proj", "*k_proj", "*qkv_proj", "*to_q", "*to_k")
     """Layers whose ranges are not clipped: query and key, whose outputs are multiplied with each other."""
     unmapped: Literal["skip", "keep"] = "skip"
     """Linear layers that no edge feeds: left unscaled (skip), or divide their input at run time (keep), which only aerogel can open."""
     rounds: Count = 1
-    """How often all scales are searched, each time from where the last round ended."""
+    """Rounds in which all scales are searched, each from where the last ended."""
     input_range: InputRange = "absmax"
     """Range of static inputs: absmax (extremes of all calls) or average (mean over the calls)."""
 
     @torch.no_grad()
     def compress(self, block: Block) -> None:
-        """Scale, clip and quantize the block's linears."""
+        """Scale, clip and quantize the block's linear layers."""
         jobs = {
             name: _Job(linear, scheme, block.stored_dtype or linear.weight.dtype, self._clips(block.full_name(name)))
             for name, (linear, scheme) in self.assign(block).items()
@@ -130,7 +130,7 @@ class Awq(WeightMethod):
         _divide(readers, found.spread(scale_C))
 
     def _scale_inputs(self, jobs: Iterable[_Job]) -> dict[_Job, Tensor]:
-        """Find scales for linears that must divide their inputs themselves, and multiply their weights."""
+        """Find scales for linear layers that must divide their inputs themselves, and multiply their weights."""
         together: dict[int, list[_Job]] = {}
         for job in jobs:
             if job.inputs is not None:
@@ -224,5 +224,5 @@ def _divide(readers: Sequence[_Job], scale_I: Tensor) -> None:
 
 
 def _is_float(block: Block, edge: BoundEdge) -> bool:
-    """Whether nothing on the edge is quantized already, so that scales can still move."""
+    """Return True where nothing on the edge is quantized already, so that scales can still move."""
     return not any(isinstance(block.module.get_submodule(name), QuantLinear | ScaledInput) for name in (edge.source, *edge.sinks))

@@ -46,9 +46,9 @@ class Gptq(WeightMethod):
     act_order: ActOrder = "static"
     """Order of columns: as they are (none), or largest inputs first, with groups as they are (static) or in the new order (group)."""
     observer: Observer | Literal["output"] = "output"
-    """How ranges are found: minmax (cover every weight), mse (least squared error) or output (least uncompensated error)."""
+    """Search for ranges: minmax (cover every weight), mse (least squared error) or output (least uncompensated error)."""
     true_sequential: bool | None = None
-    """Whether linear layers are quantized in the order in which they run, with those before quantized; null: where one pass is enough."""
+    """Quantize linear layers in the order in which they run, with those before quantized; null: where one pass is enough."""
     max_activation_gb: NonNegative = 1.0
     """Gigabytes of activations that all calls may hold inside a block for that; above it, every group of layers takes a pass."""
     input_range: InputRange = "absmax"
@@ -166,7 +166,7 @@ class _Problem:
 
     linears: dict[str, nn.Linear]
     statistics: InputStatistics | None
-    """What they read; None when no token reached them."""
+    """Their input; None when no token reached them."""
     scheme: Scheme
     dtype: torch.dtype
     """Of stored scales."""
@@ -276,7 +276,7 @@ def _width(scheme: TensorScheme, columns: int) -> int:
 
 
 def _by_rows(scheme: TensorScheme) -> bool:
-    """Whether every row has scales of its own, so that rows of several layers can be stacked."""
+    """Return True where every row has scales of its own, so that rows of several layers can be stacked."""
     return isinstance(scheme.granularity, PerGroup | PerChannel) and scheme.scale_format != "e4m3"
 
 

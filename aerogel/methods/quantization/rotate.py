@@ -33,7 +33,7 @@ class Rotate(Method):
     requires: ClassVar[frozenset[Requirement]] = frozenset({"residual", "uncached"})
 
     kind: Literal["hadamard", "random"] = "hadamard"
-    """Which rotation: a Hadamard matrix with random signs spreads most evenly; a random orthogonal one exists for every width."""
+    """Rotation: a Hadamard matrix with random signs spreads most evenly; a random orthogonal one exists for every width."""
     seed: int = 0
     """Seed of the random signs or of the random matrix."""
 

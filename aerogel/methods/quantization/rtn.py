@@ -25,7 +25,7 @@ class Rtn(WeightMethod):
     layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d)
 
     observer: Observer = "minmax"
-    """How ranges are found: minmax (cover every weight) or mse (least squared error)."""
+    """Search for ranges: minmax (cover every weight) or mse (least squared error)."""
     input_range: InputRange = "absmax"
     """Range of static inputs: absmax (extremes of all calls) or average (mean over the calls)."""
 
@@ -37,7 +37,7 @@ class Rtn(WeightMethod):
 
     @torch.no_grad()
     def compress(self, block: Block) -> None:
-        """Quantize the block's linears and convolutions."""
+        """Quantize the block's linear layers and convolutions."""
         jobs = self.assign(block)
         calibrated = [name for name, (_, scheme) in jobs.items() if has_static_inputs(scheme)]
         statistics = collect(block, calibrated, ranges=True) if calibrated else {}

@@ -31,17 +31,17 @@ class Smoothquant(BlockMethod):
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "edges", "uncached"})
 
     alpha: Share | Literal["search"] = 0.5
-    """How much of the difficulty moves from activations to weights, 0 to 1; or search it for every edge by the output's error."""
+    """Share of the difficulty that moves from activations to weights, 0 to 1; or search it for every edge by the output's error."""
     scheme: Scheme | str = "W8A8"
-    """What the search assumes about the step that quantizes; must quantize inputs."""
+    """Scheme that the search assumes of the step that quantizes; must quantize inputs."""
     include_linear_sources: bool = False
-    """Whether inputs that come from a linear instead of a norm (value to output, up to down) are smoothed too."""
+    """Smooth inputs that come from a linear layer instead of a norm (value to output, up to down) too."""
     rows: Count = 512
-    """How many rows of every input, spread evenly over all calls, the search looks at."""
+    """Rows of every input, spread evenly over all calls, that the search looks at."""
     targets: tuple[str, ...] = ("Linear",)
     """Linear layers whose inputs are smoothed: globs on full dotted names, `re:` patterns or class names."""
     ignore: tuple[str, ...] = ("lm_head",)
-    """Which of them to leave alone; wins over targets."""
+    """Layers to leave alone; wins over targets."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +50,7 @@ class Smoothquant(BlockMethod):
 
     @torch.no_grad()
     def compress(self, block: Block) -> None:
-        """Smooth the inputs of the block's linears."""
+        """Smooth the inputs of the block's linear layers."""
         linears = {name: module for name, module in block.linears(self.targets, self.ignore).items() if isinstance(module, nn.Linear)}
         edges = [edge for edge in block.edges() if self._smooths(block, edge, linears)]
         sinks = dict.fromkeys(name for edge in edges for name in edge.sinks if name in linears)
@@ -96,7 +96,7 @@ class Smoothquant(BlockMethod):
 
 
 def _together(parts: Iterable[InputStatistics]) -> InputStatistics:
-    """What readers have seen between them: experts that read one norm see different tokens."""
+    """Return the statistics of all readers together: experts that read one norm see different tokens."""
     first, *others = dict.fromkeys(parts)
     total = deepcopy(first) if others else first
     for other in others:

@@ -33,13 +33,13 @@ class Magnitude(Method):
     sparsity: float = 0.5
     """Share of the weights to set to zero, above 0 and below 1; with an N:M pattern, 1 - N / M."""
     scope: Literal["layer", "global"] = "layer"
-    """Which weights are compared: those of a layer (all layers get the same share), or those of all layers (one threshold)."""
+    """Weights that are compared: those of a layer (all layers get the same share), or those of all layers (one threshold)."""
     pattern: str = "unstructured"
-    """Where zeros may be: anywhere (unstructured), or N:M such as 2:4, which keeps N of every M neighbouring inputs of a linear layer."""
+    """Pattern of the zeros: anywhere (unstructured), or N:M such as 2:4, which keeps N of every M neighbouring inputs of a linear layer."""
     targets: tuple[str, ...] = ("Linear",)
-    """Which layers: globs on full dotted names, `re:` patterns or class names (Linear, Conv2d)."""
+    """Layers to act on: globs on full dotted names, `re:` patterns or class names (Linear, Conv2d)."""
     ignore: tuple[str, ...] = ("lm_head",)
-    """Which of them to leave alone; wins over targets."""
+    """Layers to leave alone; wins over targets."""
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:

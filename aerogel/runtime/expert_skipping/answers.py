@@ -1,4 +1,4 @@
-"""How far the predictions of an MoE model with skipped experts are from those with all experts, where answers are predicted.
+"""Distance of an MoE model's predictions with skipped experts from those with all experts, where answers are predicted.
 
 L layers, N tokens of answers, V vocabulary, B rows, S positions.
 """
@@ -76,7 +76,7 @@ class Answers:
             yield whole_NV, logits_at(self.network, call, at_BS)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What `make` gave when this key was first asked for: who calibrates several rules on the same answers looks once."""
+        """Return what `make` gave when this key was first asked for: several rules calibrated on the same answers share it."""
         if key not in self._memory:
             self._memory[key] = make()
         found: Made = self._memory[key]

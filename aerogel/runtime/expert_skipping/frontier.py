@@ -19,7 +19,7 @@ Cell = tuple[int, int]
 
 
 class Value(NamedTuple):
-    """What one pass over the calibration set gives."""
+    """Figures of one pass over the calibration set."""
 
     error: float
     ratio: float
@@ -42,11 +42,11 @@ class Evaluations:
     evaluate: Evaluate
     file: Path | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
-    """What the numbers hold for; another file is refused."""
+    """Description of what the numbers hold for; a file of another is refused."""
     known: dict[Cell, Value] = field(default_factory=dict)
-    """What is known before; what is evaluated is added."""
+    """Evaluations known before; new ones are added."""
     made: int = field(default=0, init=False)
-    """How many were made by this process."""
+    """Number of evaluations made by this process."""
 
     def __post_init__(self) -> None:
         if self.file is None:
@@ -114,7 +114,7 @@ def crossing(evaluate: Evaluate, rows: int, ratio: float) -> Found | None:
 
 
 def violations(known: Mapping[Cell, Value]) -> dict[str, int]:
-    """How often error and ratio fell from one evaluated cell to the next in a row or column, and of how many steps."""
+    """Count how often error and ratio fell from one evaluated cell to the next in a row or column, and of how many steps."""
     counts = {"steps": 0, "error": 0, "ratio": 0}
     for low, high in _neighbours(known):
         counts["steps"] += 1

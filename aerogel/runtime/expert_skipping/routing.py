@@ -27,7 +27,7 @@ Bypass = Literal["zero", "identity"]
 
 @dataclass(frozen=True)
 class Shape:
-    """What a policy on experts fits: it is refused by any other network."""
+    """Shape of an MoE model that a policy fits; any other model refuses it."""
 
     layers: int
     experts: int
@@ -36,11 +36,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Routed:
-    """What a rule sees of one layer in one forward."""
+    """Routing of one layer in one forward, as a rule sees it."""
 
     layer: int
     x_TH: Tensor
-    """What the experts read: the normalised input."""
+    """Input of the experts, normalised."""
     share_TK: Tensor
     """The router's weights of the chosen experts, float32, summing to one; scaling factors of a family are divided out."""
     index_TK: Tensor
@@ -195,7 +195,7 @@ def _set(owner: Any, key: str, value: Any) -> Iterator[None]:
 
 
 def count_of(module: nn.Module) -> int:
-    """How many experts a module has; as a number of an expert it means none."""
+    """Return the number of experts of a module; as the index of an expert it means none."""
     return len(module) if isinstance(module, ExpertList) else module.num_experts  # type: ignore[return-value]
 
 

@@ -47,7 +47,7 @@ def arrivals(network: Network, calls: Sequence[Call], tokens: int, vocabulary: V
 
 @torch.no_grad()
 def outputs_of_each(network: Network, layer: int, x_TH: Tensor) -> Tensor:
-    """What every expert of a layer gives for the same tokens, y_ETH, unweighted."""
+    """Return the outputs of every expert of a layer for the same tokens, y_ETH, unweighted."""
     module = list(experts_of(network).values())[layer]
     one_T1 = torch.ones(len(x_TH), 1, dtype=x_TH.dtype, device=x_TH.device)
     everyone = range(shape_of(network).experts)

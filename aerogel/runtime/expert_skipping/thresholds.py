@@ -77,7 +77,7 @@ class UnreachableError(AerogelError):
 
 
 def tail_over_head(share_TK: Tensor) -> Tensor:
-    """What an expert and all behind it weigh, divided by what stands before it; infinite for the best expert of each token.
+    """Return the weight of an expert and all behind it, divided by that of those before it; infinite for the best expert of each token.
 
     Ranks are by weight; the result is in the order of the assignments.
     """

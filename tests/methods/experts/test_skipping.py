@@ -108,7 +108,7 @@ def test_odp_importance_by_hand() -> None:
 
 def test_odp_spares_and_strips_tokens_of_a_prompt_only() -> None:
     """The least important of three tokens loses all experts, the most important keeps all; not when a token is written."""
-    rule = Odp(kept=0.4, lost=0.3, layers=1).below(0.5)
+    rule = Odp(kept=0.4, dropped=0.3, layers=1).below(0.5)
     received = torch.tensor([[0.4, 0.1, 3.0]])  # 8 * 0.4 / 3, 8 * 0.1 / 2 and 8 * 3 / 1
     ours = kept(rule, routed(received=received))
     assert ours[0] == [True, True, False, False]  # the rule without exceptions: 1, 0.25 and 0.05 beside what stands before
@@ -238,7 +238,7 @@ def test_labels_say_where_answers_are() -> None:
         ({"reduced_topk": {"k": 3}}, "this router chooses 2 experts"),
         ({"modes": {"ratio": 1.2}}, "option 'ratio': expected a number from 0 to 1, got 1.2"),
         ({"naee": {"ratio": 0.9}}, "this rule drops 0.4.. of all assignments at most"),
-        ({"odp": {"kept": 0.7, "lost": 0.5}}, "together at most 1"),
+        ({"odp": {"kept": 0.7, "dropped": 0.5}}, "together <= 1"),
         ({"modes": {"points": 1}}, "expected a number of at least 2, got 1"),
     ],
 )
