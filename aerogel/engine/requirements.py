@@ -51,6 +51,14 @@ def _uncached(network: Network, step: Step, earlier: Sequence[Step]) -> None:
         raise AerogelError(f"{step.name} comes after {other.name}, but needs a model of which every module runs; put {other.name} last")
 
 
+def _dense(network: Network, step: Step, earlier: Sequence[Step]) -> None:
+    for other in earlier:
+        if other.method.prunes:
+            raise AerogelError(
+                f"{step.name} comes after {other.name} and would fill the zeros that it makes; put {step.name} before {other.name}"
+            )
+
+
 def _edges(network: Network, step: Step, earlier: Sequence[Step]) -> None:
     if not any(block.edges() for block in blocks_of(network)):
         raise AerogelError(
@@ -84,6 +92,7 @@ def _skips_modules(step: Step) -> bool:
 
 LOOKS: Mapping[Requirement, Look] = {
     "uncached": _uncached,
+    "dense": _dense,
     "edges": _edges,
     "experts": lambda network, *_: shape_of(network),
     "attention": lambda network, *_: require_torch_attention(network),

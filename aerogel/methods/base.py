@@ -19,17 +19,18 @@ from aerogel.options import Options
 from aerogel.runtime.policy_state import PolicyState
 
 Requirement = Literal[
-    "calls", "teacher", "gradients", "uncached", "edges", "residual", "experts", "attention", "time_path", "trajectories",
+    "calls", "teacher", "gradients", "uncached", "dense", "edges", "residual", "experts", "attention", "time_path", "trajectories",
     "cached_modules", "block_range", "skips", "cfg", "concatenations", "schedule",
 ]  # fmt: skip
 """Requirements of a method on a model:
 
 calls: calibration data;  teacher: the model before any step;  gradients: autograd is on;  uncached: every module runs, so no feature
-cache may be on;  edges: norms and linear layers whose channels others read;  residual: one stream that can be rotated;  experts: routed
-experts;  attention: modules that call scaled_dot_product_attention;  time_path: a time embedding that is projected for the blocks;
-trajectories: whole denoising runs;  cached_modules: attentions and feed-forwards that are added to the stream;  block_range: blocks in
-one row with the stream between them;  skips: a way down and up again with skip connections;  cfg: classifier-free guidance in one batch;
-concatenations: layers that read concatenated channels;  schedule: a feature-caching policy right before it.
+cache may be on;  dense: no earlier step has pruned weights;  edges: norms and linear layers whose channels others read;  residual: one
+stream that can be rotated;  experts: routed experts;  attention: modules that call scaled_dot_product_attention;  time_path: a time
+embedding that is projected for the blocks;  trajectories: whole denoising runs;  cached_modules: attentions and feed-forwards that are
+added to the stream;  block_range: blocks in one row with the stream between them;  skips: a way down and up again with skip connections;
+cfg: classifier-free guidance in one batch;  concatenations: layers that read concatenated channels;  schedule: a feature-caching policy
+right before it.
 """
 
 
@@ -77,6 +78,9 @@ def name_of(method: object) -> str:
 
 class _Method(Options, ABC):
     """Declarations to the plan that all three kinds of methods make."""
+
+    prunes: ClassVar[bool] = False
+    """True where it sets weights to zero for good: steps that require `dense` cannot come after it."""
 
     def problems(self, network: Network, before: Before) -> Iterator[str]:
         """Say why its options do not suit the model, beside what `requires` says; decided without calls and without reading a weight."""

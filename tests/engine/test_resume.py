@@ -30,6 +30,7 @@ LEARNED = {
         {"activation_ranges": {"steps": 4, "batch": 2, "rate": 0.05, "start": "minmax"}},
     ],
 }
+PRUNED = {"name": "tested", "steps": [{"magnitude": {}}, {"gptq": {"scheme": "W4A16_G32"}}]}
 TWO_STAGES = {"name": "tested", "steps": [{"rotate": {}}, {"gptq": {"scheme": "W4A16_G32"}}]}
 
 
@@ -98,14 +99,15 @@ def test_killed_again_and_again(source: Path, tmp_path: Path, unbroken: Callable
     assert outcome(output) == unbroken(RECIPE)
 
 
+@pytest.mark.parametrize("recipe", [TWO_STAGES, PRUNED], ids=["rotated", "pruned"])
 @pytest.mark.parametrize("done", [BLOCKS, 2 * BLOCKS - 1])
 def test_steps_on_the_whole_network_are_done_again(
-    source: Path, tmp_path: Path, done: int, unbroken: Callable[[Any], dict[str, str]]
+    source: Path, tmp_path: Path, done: int, recipe: dict[str, Any], unbroken: Callable[[Any], dict[str, str]]
 ) -> None:
     output = tmp_path / "out"
-    killed(source, output, TWO_STAGES, Doom("block", done))
-    run(source, output, TWO_STAGES, resume=True)
-    assert outcome(output) == unbroken(TWO_STAGES)
+    killed(source, output, recipe, Doom("block", done))
+    run(source, output, recipe, resume=True)
+    assert outcome(output) == unbroken(recipe)
 
 
 def test_step_sizes_that_were_learned_are_not_lost(source: Path, tmp_path: Path, unbroken: Callable[[Any], dict[str, str]]) -> None:

@@ -6,7 +6,7 @@ are in one batch: the path is small and needs no image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -63,15 +63,20 @@ class Tiar(Method):
         check(network, path, calls[0])
         sinusoid_TC = sinusoids(network, path, calls[0], Trajectories.of(network, calls).distinct_steps)
         dtype = network.stored_dtype or sinusoid_TC.dtype
-        for name, twin in self.quantize(path.float(), sinusoid_TC.float(), scheme, dtype).items():
+        for name, twin in self.quantize(path.float(), sinusoid_TC.float(), scheme, dtype, network.pruned).items():
             twin.bias = network.module.get_submodule(name)._parameters["bias"]
             network.module.set_submodule(name, twin)
 
-    def quantize(self, path: TemporalPath, sinusoid_TC: Tensor, scheme: Scheme, dtype: torch.dtype | None = None) -> dict[str, QuantLinear]:
-        """Return the quantized twins of the path's linear layers by full name; `dtype` is that of stored scales."""
+    def quantize(
+        self, path: TemporalPath, sinusoid_TC: Tensor, scheme: Scheme, dtype: torch.dtype | None = None, pruned: Collection[str] = ()
+    ) -> dict[str, QuantLinear]:
+        """Return the path's linear layers, quantized, by full name; `dtype` is that of stored scales, zeros of `pruned` layers stay."""
         linears = self._linears(path)
         grids = {name: rounding_grid(linear, scheme, dtype) for name, linear in linears.items()}
-        alphas = {name: nn.Parameter(first_alpha(linear.weight, grids[name], scheme.weights)) for name, linear in linears.items()}
+        kept = {name: linears[name].weight != 0 for name in linears.keys() & pruned}
+        alphas = {
+            name: nn.Parameter(first_alpha(linear.weight, grids[name], scheme.weights, kept.get(name))) for name, linear in linears.items()
+        }
         with torch.no_grad():
             wanted = path.features(sinusoid_TC)
         beta: list[float | None] = [None]

@@ -30,7 +30,7 @@ from aerogel.numerics.rotation import ROTATIONS, apply_rotation
 class Rotate(Method):
     """Rotates the residual stream without changing the function, so that weights quantize better (arXiv:2404.00456)."""
 
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"residual", "uncached"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"residual", "uncached", "dense"})
 
     kind: Literal["hadamard", "random"] = "hadamard"
     """Rotation: a Hadamard matrix with random signs spreads most evenly; a random orthogonal one exists for every width."""
@@ -47,11 +47,6 @@ class Rotate(Method):
     @torch.no_grad()
     def apply(self, network: Network, calls: Sequence[Call]) -> None:
         """Rotate in place; raises AerogelError, before anything is changed, when the stream cannot be rotated exactly."""
-        if network.pruned:
-            raise AerogelError(
-                f"cannot rotate: {min(network.pruned)} and {len(network.pruned) - 1} other layers are pruned, and a rotation "
-                "would fill their zeros; put rotate before the step that prunes"
-            )
         stream = _stream(network)
         offset = network.family.norm_offset
         width = _width(stream, offset)

@@ -8,14 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
 from aerogel.layers.conv import Layer, matrix
-from aerogel.methods.base import Method, Requirement
+from aerogel.methods.base import Before, Method, Requirement
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -29,9 +30,10 @@ class Magnitude(Method):
     """Sets the smallest weights to zero: a share of each layer or of the whole model, or all but N of every M (arXiv:1506.02626)."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"uncached"})
+    prunes: ClassVar[bool] = True
 
-    sparsity: float = 0.5
-    """Share of the weights to set to zero, above 0 and below 1; with an N:M pattern, 1 - N / M."""
+    sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the weights to set to zero; with an N:M pattern, 1 - N / M."""
     scope: Literal["layer", "global"] = "layer"
     """Weights that are compared: those of a layer (all layers get the same share), or those of all layers (one threshold)."""
     pattern: str = "unstructured"
@@ -42,8 +44,7 @@ class Magnitude(Method):
     """Layers to leave alone; wins over targets."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.sparsity < 1:
-            raise AerogelError(f"magnitude: sparsity is {self.sparsity}, expected a share above 0 and below 1")
+        super().__post_init__()
         if self.pattern == "unstructured":
             return
         kept, of = self._kept_of()
@@ -52,12 +53,21 @@ class Magnitude(Method):
         if self.scope == "global":
             raise AerogelError(f"magnitude: {self.pattern} has the same share everywhere; leave scope: global out")
 
+    def problems(self, network: Network, before: Before) -> Iterator[str]:
+        """Look for layers that are not quantized by then, and for one that does not fit the pattern."""
+        layers = [found for found in self._layers(network) if found[0].full_name(found[1]) not in before.quantized]
+        if not layers:
+            yield "reaches no layer of this model that is not quantized by then; check its targets and ignore, or put it first"
+        of = 1 if self.pattern == "unstructured" else self._kept_of()[1]
+        for block, name, layer in layers:
+            if of > 1 and (not isinstance(layer, nn.Linear) or layer.in_features % of):
+                yield f"{block.full_name(name)} does not fit {self.pattern}: {layer} has no inputs in runs of {of}; ignore it"
+                return
+
     @torch.no_grad()
     def apply(self, network: Network, calls: Sequence[Call]) -> None:
-        """Prune in place; raises AerogelError, before anything is changed, when there is no layer or one does not fit the pattern."""
+        """Prune in place."""
         layers = list(self._layers(network))
-        if not layers:
-            raise AerogelError("magnitude reaches no layer of this model; check its targets and ignore")
         for (block, name, layer), kept_OI in zip(layers, self._kept(layers), strict=True):
             weight_OI = matrix(layer)
             error = output_error(weight_OI.masked_fill(kept_OI, 0), weight_OI, None)
@@ -78,9 +88,6 @@ class Magnitude(Method):
         if self.pattern == "unstructured":
             return kept_by_share(weights, self.sparsity, self.scope)
         kept, of = self._kept_of()
-        for block, name, layer in layers:
-            if not isinstance(layer, nn.Linear) or layer.in_features % of:
-                raise AerogelError(f"{block.full_name(name)} does not fit {self.pattern}: {layer} has no inputs in runs of {of}; ignore it")
         return (kept_by_pattern(weight_OI.float().abs(), kept, of) for weight_OI in weights)
 
     def _kept_of(self) -> tuple[int, int]:

@@ -126,6 +126,18 @@ def test_zeros_stay_when_the_others_are_quantized(step: dict[str, Any], pattern:
     assert sum("sparsity" in line for line in result.journal) == len(targeted(pruned))
 
 
+def test_zeros_of_the_temporal_path_stay_when_its_rounding_is_learned() -> None:
+    recipe = {"name": "m", "steps": [{"magnitude": {"targets": ["*time_emb*"]}}, {"tiar": {"scheme": "W4A16_CHANNEL_ASYM", "steps": 5}}]}
+    pruned = opened("unet")
+    Magnitude(targets=("*time_emb*",)).apply(pruned, [])
+    assert len(pruned.pruned) > 2
+    result = aerogel.compress(FAMILIES["unet"].build(), recipe, samples=FAMILIES["unet"].calls(3), measures=())
+    for name in pruned.pruned:
+        linear, layer = pruned.module.get_submodule(name), result.network.module.get_submodule(name)
+        rounded = layer.dequantized(torch.float32) if isinstance(layer, QuantLinear) else layer.weight
+        assert (rounded[linear.weight == 0] == 0).all(), name
+
+
 def test_the_shipped_recipe(tmp_path: Path) -> None:
     calls = FAMILIES["llama"].calls(3)
     aerogel.compress(FAMILIES["llama"].build(), "magnitude-2of4-w4a16", samples=calls, output=tmp_path / "out", measures=())
@@ -158,15 +170,16 @@ def test_convolutions_lose_their_smallest_too() -> None:
 
 def test_a_rotation_after_it_is_refused() -> None:
     recipe = {"name": "m", "steps": [{"magnitude": {}}, {"rotate": {}}]}
-    with pytest.raises(AerogelError, match="put rotate before the step that prunes"):
+    with pytest.raises(AerogelError, match="would fill the zeros that it makes; put rotate before magnitude"):
         aerogel.compress(FAMILIES["llama"].build(), recipe, measures=())
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"sparsity": 0.0}, "expected a share above 0 and below 1"),
-        ({"sparsity": float("nan")}, "expected a share above 0 and below 1"),
+        ({"sparsity": 0.0}, "option 'sparsity'"),
+        ({"sparsity": 1.0}, "option 'sparsity'"),
+        ({"sparsity": float("nan")}, "option 'sparsity'"),
         ({"pattern": "4:2"}, "N:M with N below M"),
         ({"pattern": "half"}, "N:M with N below M"),
         ({"pattern": "1:4"}, "1:4 has sparsity 0.75, not 0.5; set sparsity to that"),
@@ -181,7 +194,7 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], words: 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"targets": ("*.nothing",)}, "reaches no layer"),
+        ({"targets": ["*.nothing"]}, "reaches no layer"),
         ({"pattern": "7:14"}, r"does not fit 7:14: Linear\(in_features=64.*ignore it"),
     ],
 )
@@ -189,5 +202,5 @@ def test_models_that_do_not_fit_are_refused_before_anything_changes(options: dic
     network = opened("llama")
     before = weights(network)
     with pytest.raises(AerogelError, match=words):
-        Magnitude(**options).apply(network, [])
+        aerogel.compress(network, {"name": "m", "steps": [{"magnitude": options}]}, measures=())
     assert all(torch.equal(linear.weight, before[name]) for name, linear in targeted(network).items())
