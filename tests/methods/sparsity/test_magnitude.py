@@ -127,7 +127,10 @@ def test_zeros_stay_when_the_others_are_quantized(step: dict[str, Any], pattern:
 
 
 def test_zeros_of_the_temporal_path_stay_when_its_rounding_is_learned() -> None:
-    recipe = {"name": "m", "steps": [{"magnitude": {"targets": ["*time_emb*"]}}, {"tiar": {"scheme": "W4A16_CHANNEL_ASYM", "steps": 5}}]}
+    recipe = {
+        "name": "m",
+        "steps": [{"magnitude": {"targets": ["*time_emb*"]}}, {"tiar": {"scheme": "W4A16_CHANNEL_ASYM", "steps": 20, "rate": 1.0}}],
+    }
     pruned = opened("unet")
     Magnitude(targets=("*time_emb*",)).apply(pruned, [])
     assert len(pruned.pruned) > 2
