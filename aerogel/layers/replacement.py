@@ -6,6 +6,7 @@ A new kind of layer is one file here with one class: config.json names the kind 
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -25,7 +26,7 @@ class Assigned(NamedTuple):
     act_order: bool = False
 
 
-class Replacement(nn.Module):
+class Replacement(nn.Module, ABC):
     """Base of replacement layers; what a layer keeps in parameters and persistent buffers is what is stored."""
 
     effect: ClassVar[str]
@@ -38,17 +39,17 @@ class Replacement(nn.Module):
         """Scheme of the weight; None for layers that have none of their own."""
         return None
 
+    @abstractmethod
     def describe(self) -> dict[str, Any] | None:
         """Return what `rebuild` needs beside the tensors, as JSON; None where compressed-tensors says everything."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def rebuild(cls, layer: nn.Module, told: Mapping[str, Any], assigned: Assigned | None) -> Self:
         """Return such a layer in the place of `layer`, with nothing in it, ready for the checkpoint's tensors.
 
         `told` is what `describe` returned; `assigned` is what the config_groups say, for classes that are in them.
         """
-        raise NotImplementedError
 
     def refuse(self) -> str | None:
         """Return why it cannot be stored, or None when it can."""
