@@ -86,13 +86,19 @@ def test_attach_builds_what_describe_saw(device: str) -> None:
     assert describe(empty) == config
 
 
-def test_a_block_describes_itself_with_its_scaled_inputs_and_comes_back() -> None:
+def scaled_block() -> tuple[nn.Module, dict[str, Any]]:
+    """Return a block with a scaled input, and its description."""
     block = llama(mixed).get_submodule("model.layers.0")
     down = block.get_submodule("mlp.down_proj")
     assert isinstance(down, QuantLinear)
     block.set_submodule("mlp.down_proj", ScaledInput(down, torch.ones(down.in_features)))
     description = describe(block)
     assert description is not None
+    return block, description
+
+
+def test_a_block_describes_itself_with_its_scaled_inputs_and_comes_back() -> None:
+    block, description = scaled_block()
     assert description["replacements"] == {"mlp.down_proj": {"kind": "scaled_input"}}
     assert description["quant_method"] == "aerogel"  # no other reader may take it for plain compressed-tensors
     again = FAMILIES["llama"].build().get_submodule("model.layers.0")
@@ -102,12 +108,7 @@ def test_a_block_describes_itself_with_its_scaled_inputs_and_comes_back() -> Non
 
 
 def test_lists_of_earlier_releases_are_read() -> None:
-    block = llama(mixed).get_submodule("model.layers.0")
-    down = block.get_submodule("mlp.down_proj")
-    assert isinstance(down, QuantLinear)
-    block.set_submodule("mlp.down_proj", ScaledInput(down, torch.ones(down.in_features)))
-    description = describe(block)
-    assert description is not None
+    _, description = scaled_block()
     earlier = {key: value for key, value in description.items() if key != "replacements"} | {"scaled_inputs": ["mlp.down_proj"]}
     again = FAMILIES["llama"].build().get_submodule("model.layers.0")
     attach(again, earlier)
