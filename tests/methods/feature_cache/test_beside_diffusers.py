@@ -32,11 +32,11 @@ from tests.tiny import opened, output
 SEVENTEEN = tuple(960.0 - 60 * place for place in range(17))
 
 
-def ours(network: Network, policy: FeatureCachePolicy, given: Sequence[Call], **other: Any) -> tuple[list[Tensor], list[str]]:
+def ours(network: Network, policy: FeatureCachePolicy[Any], given: Sequence[Call], **other: Any) -> tuple[list[Tensor], Sequence[str]]:
     """The answers, and what runs at each step; parts of the state may be given."""
     state = policy.calibrate(network, given) | other
     with policy.on(network, state):
-        return [output(network.module, call) for call in given], state["computed"]
+        return [output(network.module, call) for call in given], state.computed
 
 
 def theirs(network: Network, apply: Callable[[nn.Module, Any], None], config: Any, given: Sequence[Call]) -> list[Tensor]:
