@@ -39,7 +39,7 @@ TEN = tuple(900.0 - 100 * place for place in range(10))
 )
 def test_these_steps_run_all_blocks(options: dict[str, Any], whole: str) -> None:
     given = calls("unet_pixels", steps=TEN)
-    assert Deepcache(**options).calibrate(made("unet_pixels"), given)["whole"] == whole
+    assert Deepcache(**options).calibrate(made("unet_pixels"), given).whole == whole
 
 
 @pytest.mark.parametrize(

@@ -214,10 +214,10 @@ def test_a_recorded_generation_shows_which_half_has_the_condition() -> None:
     """DiT's pipeline gives it first; with both halves of each call exchanged the same generation replays too."""
     network = painter()
     given = recorded(network)
-    assert Fastercache().calibrate(network, given)["conditional"] == "first"
+    assert Fastercache().calibrate(network, given).conditional == "first"
     turned = [Call(call.args, call.kwargs | {"class_labels": call.kwargs["class_labels"].roll(2)}) for call in given]
     with torch.no_grad():
-        assert Fastercache().calibrate(network, turned)["conditional"] == "second"
+        assert Fastercache().calibrate(network, turned).conditional == "second"
     with pytest.raises(AerogelError, match="came without its pipeline"):
         Fastercache().calibrate(opened("dit"), paired("dit"))
 

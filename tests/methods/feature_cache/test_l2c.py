@@ -126,7 +126,7 @@ def test_scores_move_as_the_rule_says(steps: int, iterations: int, penalty: floa
         made = training(network, denoiser, calls, rate=0.5, penalty=penalty)
         before = made.scores()
         for _ in range(iterations):
-            made.iterate()
+            made.update()
         last_N = next(row_N.grad for row_N in made.rows.values() if row_N.grad is not None)
     wanted_TN, gradient_N = literal(network, network.teacher or network, calls, steps, iterations, 0.5, penalty)
     torch.testing.assert_close(last_N, gradient_N, rtol=1e-3, atol=1e-9)
@@ -142,7 +142,7 @@ def test_only_the_row_at_hand_moves() -> None:
         seen = set()
         for _ in range(12):
             before = made.scores()
-            made.iterate()
+            made.update()
             graded = [step for step, row_N in made.rows.items() if row_N.grad is not None]
             moved = (made.scores() != before).any(-1).nonzero().flatten().tolist()
             assert len(graded) == 1
@@ -158,7 +158,7 @@ def test_scores_stay_within_their_bound() -> None:
     with controlled(network) as denoiser:
         made = training(network, denoiser, recorded(network), rate=50.0)
         for _ in range(8):
-            made.iterate()
+            made.update()
     assert all(torch.equal(row_N.abs(), torch.full_like(row_N, 5.0)) for row_N in made.rows.values())
 
 
@@ -182,7 +182,7 @@ def test_scores_end_in_the_order_of_what_reuse_costs() -> None:
     with controlled(network) as denoiser:
         made = training(network, denoiser, recorded(network), rate=0.2, penalty=3e-6)
         for _ in range(120):
-            made.iterate()
+            made.update()
         costs = {}
         for step in made.rows:
             state = made.noised(made.runs[0], made.clean[0], step - 1)
@@ -303,7 +303,7 @@ def test_pictures_are_noised_as_their_sampler_does(sampler: str, guidance: float
             noise = torch.randn(clean.shape, generator=made.generator.set_state(before))
             torch.testing.assert_close(state.x_BCHW, alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, rtol=1e-4, atol=1e-4)
             assert run.advance(state, output_of(denoiser.plain(run.call(state)))).x_BCHW.isfinite().all()
-        made.iterate()
+        made.update()
     assert getattr(run.sampler, "step_index", None) is None, "the recorded sampler is left at its start"
 
 

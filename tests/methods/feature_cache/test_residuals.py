@@ -104,7 +104,7 @@ def test_magcache_answers_like_diffusers(threshold: float, retention: float) -> 
 
 def test_magcache_measures_ratios_of_token_norms() -> None:
     network, given = deep("dit"), [*drifting("dit"), *drifting("dit", 4)]
-    ratio_T = Magcache().calibrate(network, given)["ratios"]
+    ratio_T = Magcache().calibrate(network, given).ratios
     norms = [change.norm(dim=-1) for change in residuals(network, Trajectories.of(network, given))]
     literal = [(norms[3] / norms[2]).mean(), (norms[13] / norms[12]).mean()]
     assert float(ratio_T[3]) == pytest.approx(float(sum(literal)) / 2, rel=1e-5)
@@ -115,7 +115,7 @@ def test_magcache_measures_ratios_of_token_norms() -> None:
 def test_branches_in_calls_of_their_own_are_measured_as_in_one_batch(policy: FeatureCachePolicy[Any]) -> None:
     network = painter()
     together = recorded(network, steps=8)
-    ours, wanted = (policy.calibrate(network, given) for given in (apart(together), together))
+    ours, wanted = (policy.calibrate(network, given).as_dict() for given in (apart(together), together))
     assert ours.keys() == wanted.keys()
     for key, value in wanted.items():
         if isinstance(value, Tensor):

@@ -49,7 +49,7 @@ def test_evenly_is_fora_at_a_half() -> None:
     network = painter()
     calls = recorded(network, steps=6)
     fora, evenly = Fora(2).calibrate(network, calls), UniformCache(0.5).calibrate(network, calls)
-    assert fora["computed"] == evenly["computed"]
+    assert fora.computed == evenly.computed
 
 
 def test_rules_that_cannot_be_are_refused() -> None:

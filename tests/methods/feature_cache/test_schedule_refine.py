@@ -22,6 +22,7 @@ from aerogel.recipe import Recipe
 from aerogel.runtime.feature_cache.cached_modules import costs_of
 from aerogel.runtime.feature_cache.controlled import controlled
 from aerogel.runtime.feature_cache.replay import replays
+from aerogel.runtime.feature_cache.router import RouterState
 from aerogel.runtime.feature_cache.schedule import Schedule, ScheduleState
 from aerogel.runtime.feature_cache.trials import Trials
 from tests.runtime.feature_cache.test_replay import painter, recorded
@@ -56,7 +57,8 @@ def test_it_goes_on_from_the_schedule_and_saves_as_much() -> None:
 def test_without_trials_the_schedule_stays_and_so_does_what_was_learned() -> None:
     network = painter()
     calls = recorded(network)
-    before = UniformCache(ratio=0.4).calibrate(network, calls) | {"scores": torch.rand(5, 2)}
+    evenly = UniformCache(ratio=0.4).calibrate(network, calls)
+    before = RouterState(**vars(evenly), scores=torch.rand(5, 2), guidance=3.0, error=0.1, error_without_reuse=0.0, log=())
     after = ScheduleRefine(trials=0, samples=2).revise(network, calls, before)
     assert after.computed == before.computed
     assert after.changed == 0

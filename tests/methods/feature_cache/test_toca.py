@@ -81,7 +81,7 @@ def test_shares_grow_with_the_steps_and_shrink_with_depth() -> None:
             kind = {"feed-forward": 1.6, "cross-attention": 0.6, "self-attention": 0.0}[module.kind]
             wanted = 0.3 * kind * (1.5 - index / 9) * (1.7 - 1.4 * depth) if left else 0.0
             assert float(state.shares[row, place]) == pytest.approx(min(wanted, 1.0))
-    late = Duca(ratio=1.0, late=10.0, front=2.0).calibrate(network, calls("pixart", steps=NINE))["shares"]
+    late = Duca(ratio=1.0, late=10.0, front=2.0).calibrate(network, calls("pixart", steps=NINE)).shares
     assert late[[6, 8]].max() == 1
     assert late.min() == 0
     assert not late[3].any(), "two factors below 0 are no share above it"
@@ -256,7 +256,7 @@ def test_without_tokens_it_is_plain_reuse(policy: type[Toca | Duca]) -> None:
         with caching(network, Schedule.of(network, state)):
             wanted = [output(network.module, call) for call in given]
         assert all(torch.equal(a, b) for a, b in zip(run(network, policy(ratio=ratio), given), wanted, strict=True))
-    assert Toca(ratio=0.0).calibrate(network, given)["scored_by"] == {}
+    assert Toca(ratio=0.0).calibrate(network, given).scored_by == {}
 
 
 @pytest.mark.parametrize("name", GRIDS)
