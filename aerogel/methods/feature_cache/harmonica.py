@@ -166,7 +166,7 @@ class HarmonicaTraining(RouterTraining):
         self.measure_on(*self.begin())
 
     def scores(self) -> Tensor:
-        """Return the scores (T, N) as they are, of all steps at once."""
+        """Return the scores (T, N) as they are; in one sigmoid, since row by row the last bit may be another."""
         return torch.stack([row_N.detach() for row_N in self.rows.values()]).sigmoid()
 
     def mean(self, x: Tensor) -> Tensor:
