@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import chain, pairwise
 from pathlib import Path
@@ -29,7 +30,8 @@ from aerogel.model.trajectories import Trajectories
 from aerogel.recipe import Recipe
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of, operations
 from aerogel.runtime.feature_cache.replay import Replay, output_of, replays
-from aerogel.runtime.feature_cache.schedule import Schedule
+from aerogel.runtime.feature_cache.schedule import Schedule, ScheduleState
+from aerogel.runtime.feature_cache.streams import FeatureCacheState
 
 DIT = Path(__file__).parents[1] / "zoo" / "fashion-dit"
 GUIDANCE, HELD, UNSEEN, TRIALS = 1.5, 64, 99, 1200
@@ -131,7 +133,7 @@ class Bench:
     def _images(self, run: Replay) -> Tensor:
         return run.finish(run.start(), lambda _, call: output_of(self.network.run(call)))
 
-    def random(self, ratio: float, seed: int) -> dict[str, Any]:
+    def random(self, ratio: float, seed: int) -> ScheduleState:
         """The state of a schedule that reuses any slots behind the first step."""
         generator = torch.Generator().manual_seed(seed)
         modules = tuple(cached_modules_of(self.network))
@@ -160,17 +162,17 @@ class Bench:
         state = method.calibrate(self.network, calls) if step else self.random(ratio or 0, seed)
         taken = time.process_time() - start
         found = {label: self._measured(method, state, taken)}
-        if "decoded" in state:
-            found["harmonica"] = self._measured(method, state | {"computed": state["decoded"]}, None)
+        if getattr(state, "decoded", None):
+            found["harmonica"] = self._measured(method, replace(state, computed=state.decoded), None)
         return found
 
-    def _measured(self, method: Any, state: dict[str, Any], taken: float | None) -> dict[str, Any]:
+    def _measured(self, method: Any, state: FeatureCacheState, taken: float | None) -> dict[str, Any]:
         with method.on(self.network, state) as reuse, operations() as left:
             error = float((self._images(self.unseen) - self.exact).square().mean())
         out = [range_ is not None for _, range_ in getattr(reuse, "decisions", [])]
         held = reuse.peak_bytes / len(self.exact) / 1024
         return {
-            "reused": round(Schedule.of(self.network, state).reused if "computed" in state else sum(out) / len(out), 6),
+            "reused": round(Schedule.of(self.network, state).reused if isinstance(state, ScheduleState) else sum(out) / len(out), 6),
             "macs": self.macs / left.get_total_flops(),
             "kb": held,
             "error": error,

@@ -96,7 +96,7 @@ def train_here(step: dict[str, Any], seed: int) -> dict[str, float]:
     exact = final(network, unseen)
     with method.on(network, state):
         error = float((final(network, unseen) - exact).square().mean())
-    read = state.get("images", 0)
+    read = getattr(state, "images", 0)
     return {"calls": forwards, "images": read, "seconds": taken, "peak": peak / 1e6, "before": before / 1e6, "error": error}
 
 

@@ -33,8 +33,5 @@ def export(folder: Path, name: str, output: Path, overrides: Iterable[str] = ())
 
 def source_of(folder: Path) -> Source:
     """Return a saved folder as exporters take it, with its runtime policies."""
-    found = [
-        SavedPolicy(measured.step.name, measured.step.method, measured.state, policies.saved(measured.state))
-        for measured in policies.load(folder)
-    ]
+    found = [SavedPolicy(measured.step.name, measured.step.method, measured.state) for measured in policies.load(folder)]
     return Source(folder, families(), found)

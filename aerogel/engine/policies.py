@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ class CalibratedPolicy:
     """A policy with the state that its calibration gave."""
 
     step: Step
-    state: Any
+    state: PolicyState
     """The record that the policy's class declares as its state."""
 
     @property
@@ -99,7 +99,7 @@ def save(policies: Sequence[CalibratedPolicy], folder: Path) -> list[PolicyRecor
     tensors = {
         f"{number}.{key}": value.detach().contiguous()
         for number, measured in enumerate(policies)
-        for key, value in saved(measured.state).items()
+        for key, value in measured.state.as_dict().items()
         if isinstance(value, Tensor)
     }
     if tensors:
@@ -107,15 +107,10 @@ def save(policies: Sequence[CalibratedPolicy], folder: Path) -> list[PolicyRecor
     return [
         PolicyRecord(
             step=measured.step.as_dict(),
-            state={key: value for key, value in saved(measured.state).items() if not isinstance(value, Tensor)},
+            state={key: value for key, value in measured.state.as_dict().items() if not isinstance(value, Tensor)},
         )
         for measured in policies
     ]
-
-
-def saved(state: Any) -> Mapping[str, Any]:
-    """Return what is saved of a state, by key; a dict is that of a policy that declares no class yet."""
-    return state.as_dict() if isinstance(state, PolicyState) else state
 
 
 def load(folder: Path | None) -> list[CalibratedPolicy]:

@@ -20,7 +20,8 @@ from aerogel.export.exporter import Exporter, Source
 from aerogel.io.record import files
 from aerogel.io.save import new_folder
 from aerogel.model.family import Family
-from aerogel.runtime.feature_cache.block_cache import TableRule
+from aerogel.runtime.feature_cache.block_cache import BlockCacheState, TableRule
+from aerogel.runtime.feature_cache.schedule import ScheduleState
 
 _OURS, _THEIRS = "cache_dit.yaml", "diffusers.yaml"
 
@@ -76,44 +77,44 @@ def _read(source: Source) -> _Mask:
     found = caching(source)
     if found is None:
         raise AerogelError("it has no caching policy; compress with a recipe that has one, such as fora")
-    name, policy, own, state = found
+    name, policy, state = found
     model = files.read(source.folder).model
     family = next(family for family in source.families if family.name == model.family)
     if not family.hidden_state_args:
         raise AerogelError(f"cache-dit supports transformers with sequential blocks, not {family.name} models")
-    if policy.plain:
+    if policy.plain and isinstance(state, ScheduleState):
         runs, first, last, blocks = _of_units(state)
-    elif hasattr(policy, "rule"):
-        runs, first, last, blocks = _of_block_ranges(name, policy.rule(own), state)
+    elif hasattr(policy, "rule") and isinstance(state, BlockCacheState):
+        runs, first, last, blocks = _of_block_ranges(name, policy.rule(state), state)
     else:
         raise AerogelError(f"{name} does more at some steps than give outputs again, which a mask of steps cannot say")
-    mask = _Mask(name, model.name, family, state["sampler"], runs, first, last, "computed" in state)
+    mask = _Mask(name, model.name, family, state.sampler, runs, first, last, isinstance(state, ScheduleState))
     if mask.always + last >= blocks:
         raise AerogelError(f"cache-dit lets the first block run at every step, which leaves none of the {blocks} that {name} reuses")
     return mask
 
 
-def _of_units(state: Mapping[str, Any]) -> tuple[tuple[bool, ...], int, int, int]:
+def _of_units(state: ScheduleState) -> tuple[tuple[bool, ...], int, int, int]:
     """Return the steps at which all modules run, the blocks at both ends that always do, and the number of blocks."""
-    for number, row in enumerate(state["computed"][1:], 1):
+    for number, row in enumerate(state.computed[1:], 1):
         if "1" in row and "0" in row:
             raise AerogelError(
-                f"step {number + 1} of {len(state['steps'])} (time step {state['steps'][number]:g}) reuses {row.count('0')} of {len(row)} "
+                f"step {number + 1} of {len(state.steps)} (time step {state.steps[number]:g}) reuses {row.count('0')} of {len(row)} "
                 "modules, and a mask of steps says all or none; export it by cache_policy, or compress with a policy of whole steps"
             )
-    runs = (True, *("1" in row for row in state["computed"][1:]))  # nothing is kept before the first step
-    return runs, 0, 0, len({module.rpartition(".")[0] for module in state["units"]})
+    runs = (True, *("1" in row for row in state.computed[1:]))  # nothing is kept before the first step
+    return runs, 0, 0, len({module.rpartition(".")[0] for module in state.units})
 
 
-def _of_block_ranges(name: str, rule: Any, state: Mapping[str, Any]) -> tuple[tuple[bool, ...], int, int, int]:
+def _of_block_ranges(name: str, rule: Any, state: BlockCacheState) -> tuple[tuple[bool, ...], int, int, int]:
     """The same of a rule that leaves blocks out."""
     if not isinstance(rule, TableRule):
         raise AerogelError(f"{name} decides while it runs, a mask of steps says it beforehand")
-    out = [rule.skipped_range(step, None) for step in range(len(state["steps"]))]
+    out = [rule.skipped_range(step, None) for step in range(len(state.steps))]
     used = {rule.ranges[number] for number in out if number is not None}
     if len(used) > 1:
         raise AerogelError(f"{name} leaves out {len(used)} different block ranges, a mask of steps has one; set its options to one")
-    blocks: int = state["blocks"]
+    blocks = state.blocks
     first, end = used.pop() if used else (0, blocks)
     return tuple(number is None for number in out), first, blocks - end, blocks
 

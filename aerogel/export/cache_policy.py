@@ -12,6 +12,7 @@ from aerogel.io.record import files
 from aerogel.io.record.schema import ModelRecord, Record
 from aerogel.io.save import new_folder
 from aerogel.io.states import STATES
+from aerogel.runtime.feature_cache.streams import FeatureCacheState
 
 
 @dataclass(frozen=True)
@@ -46,5 +47,4 @@ class CachePolicy(Exporter):
 
 def caching(source: Source) -> SavedPolicy | None:
     """Return the folder's feature-caching policy, of which there is one at most; None without one."""
-    # Their states say which units are computed, or how many blocks there are.
-    return next((policy for policy in source.policies if {"computed", "blocks"} & policy.saved.keys()), None)
+    return next((policy for policy in source.policies if isinstance(policy.state, FeatureCacheState)), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from aerogel.layers.layout import Stored, decode
 from aerogel.layers.replacement import Assigned, class_of
 from aerogel.model.family import Family
 from aerogel.numerics.quantize import dequantize
+from aerogel.runtime.policy_state import PolicyState
 
 # Every tensor that a quantized linear keeps, its bias apart.
 _PARTS = (
@@ -36,10 +37,8 @@ class SavedPolicy(NamedTuple):
     """Name of the method, as recipes call it."""
     method: Any
     """The method with its options."""
-    state: Any
+    state: PolicyState
     """Result of its calibration, as the method takes it."""
-    saved: Mapping[str, Any]
-    """The same as it is saved: tensors, numbers and texts by key."""
 
 
 @dataclass(frozen=True)

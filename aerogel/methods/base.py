@@ -127,7 +127,7 @@ class Method(_Method):
         """Change the network in place."""
 
 
-State = TypeVar("State")
+State = TypeVar("State", bound=PolicyState)
 """The state of a policy."""
 
 
@@ -135,8 +135,8 @@ class RuntimePolicy(_Method, Generic[State]):
     """Acts while the network runs: calibrated once, then put on and taken off."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls"})
-    state: ClassVar[type[PolicyState] | None] = None
-    """The class of its state, which reads what was saved; None while a policy still keeps a dict."""
+    state: ClassVar[type[PolicyState]]
+    """The class of its state, which reads what was saved."""
     skips_modules: ClassVar[bool] = False
     """True where modules do not run while it is on: steps that require `uncached` cannot come after it."""
     supersedes: ClassVar[bool] = False
@@ -150,7 +150,7 @@ class RuntimePolicy(_Method, Generic[State]):
     def calibrate(self, network: Network, calls: Sequence[Call]) -> State:
         """Measure what the policy needs: small tensors and numbers."""
 
-    def calibrated(self, network: Network, calls: Sequence[Call], before: State | None = None) -> State:
+    def calibrated(self, network: Network, calls: Sequence[Call], before: PolicyState | None = None) -> State:
         """Return the state that is put on and saved: what calibrating gives, from the state before where it supersedes a policy."""
         return self.calibrate(network, calls)
 
@@ -161,7 +161,7 @@ class RuntimePolicy(_Method, Generic[State]):
     @classmethod
     def read(cls, saved: Mapping[str, Any]) -> State:
         """Read a saved state; raises AerogelError that names the policy and the field where it is not one of this policy."""
-        return saved if cls.state is None else cls.state.read(saved, cls.__module__.rpartition(".")[2])  # type: ignore[return-value]
+        return cls.state.read(saved, cls.__module__.rpartition(".")[2])  # type: ignore[return-value]
 
     def quantized(self, state: State) -> tuple[str, ...]:
         """Return the full names of the modules whose inputs it quantizes while it is on; none unless a policy says so."""

@@ -12,13 +12,15 @@ from torch import Tensor
 from aerogel.errors import AerogelError
 
 _BY_NAME = "by_name"
+_KEY = "key"
 
 
 @dataclass(frozen=True, eq=False)
 class PolicyState:
     """Result of a policy's calibration; subclasses add fields: tensors, numbers, texts, tuples and mappings of these.
 
-    On disk tensors go to safetensors and the rest to JSON, each field under its own name. Fields with a default may be absent.
+    On disk tensors go to safetensors and the rest to JSON, each field under its own name or the one that `saved_as` gives it. Fields with a
+    default may be absent.
     """
 
     def as_dict(self) -> dict[str, Any]:
@@ -30,29 +32,40 @@ class PolicyState:
                 assert not saved.keys() & value.keys(), "a name is that of a field"
                 saved |= value
             elif value is not None:
-                saved[one.name] = _plain(value)
+                saved[_key(one)] = _plain(value)
         return saved
 
     @classmethod
     def read(cls, saved: Mapping[str, Any], policy: str) -> Self:
         """Read what `as_dict` gave, or its JSON; raises AerogelError that names the policy and the field."""
-        known = {one.name: one for one in fields(cls)}
+        known = {_key(one): one for one in fields(cls)}
         named = [one for one in known.values() if one.metadata.get(_BY_NAME)]
         own = {key: value for key, value in saved.items() if key in known and known[key] not in named}
         others = {key: value for key, value in saved.items() if key not in own}
         for one in named:
-            own[one.name] = {key: others.pop(key) for key in list(others) if isinstance(others[key], Tensor)}
+            own[_key(one)] = {key: others.pop(key) for key in list(others) if isinstance(others[key], Tensor)}
         if others:
             raise AerogelError(f"{policy}: its saved state has an unknown field {next(iter(others))!r}; calibrate the policy anew")
         if missing := [name for name, one in known.items() if name not in own and _required(one)]:
             raise AerogelError(f"{policy}: its saved state has no field {missing[0]!r}; calibrate the policy anew")
         hints = get_type_hints(cls)
-        return cls(**{name: _checked(hints[name], value, f"{policy}: field {name}") for name, value in own.items()})
+        names = {key: one.name for key, one in known.items()}
+        return cls(**{names[key]: _checked(hints[names[key]], value, f"{policy}: field {key}") for key, value in own.items()})
 
 
 def by_name() -> Any:
     """Declare a field `Mapping[str, Tensor]` whose entries are saved under their own keys beside the other fields; at most one a class."""
     return field(default_factory=dict, metadata={_BY_NAME: True})
+
+
+def saved_as(key: str) -> Mapping[str, str]:
+    """The metadata of a field that is saved under another key than its name, such as one that Python keeps for itself."""
+    return {_KEY: key}
+
+
+def _key(one: Field[Any]) -> str:
+    key: str = one.metadata.get(_KEY, one.name)
+    return key
 
 
 def _required(one: Field[Any]) -> bool:

@@ -34,7 +34,7 @@ def test_it_is_on_inside_and_off_outside() -> None:
     with aerogel.cached(pipeline, FORA, samples=WANTED) as found:
         inside = paint(pipeline)
         assert torch.equal(paint(pipeline), inside)
-    assert found[0].state["computed"] == ["11", "00", "11", "00"]
+    assert found[0].state.computed == ("11", "00", "11", "00")
     assert not torch.equal(inside, before)
     assert torch.equal(paint(pipeline), before)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in pipeline.transformer.state_dict().items())
@@ -79,11 +79,11 @@ def test_a_schedule_says_what_it_saves() -> None:
     state = found[0].state
     one = {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([0]), "class_labels": torch.tensor([0])}
     costs = costs_of(network, Call((), one))
-    assert state["macs"] == costs.macs
-    assert state["macs_saved"] == pytest.approx(sum(costs.module_macs) / costs.macs / 2)
-    assert 0 < state["macs_saved"] < 0.5
-    assert state["slot_bytes"] == sum(costs.module_bytes)
-    assert json.loads(json.dumps(state)) == state
+    assert state.macs == costs.macs
+    assert state.macs_saved == pytest.approx(sum(costs.module_macs) / costs.macs / 2)
+    assert 0 < state.macs_saved < 0.5
+    assert state.slot_bytes == sum(costs.module_bytes)
+    assert json.loads(json.dumps(state.as_dict())) == state.as_dict()
 
 
 def test_a_result_of_another_family_is_refused() -> None:

@@ -11,7 +11,7 @@ import torch
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
 
 from aerogel.methods.feature_cache.first_block import FirstBlock
-from aerogel.methods.feature_cache.magcache import Magcache
+from aerogel.methods.feature_cache.magcache import Magcache, MagcacheState
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy
 from aerogel.model.network import Network
 from tests.methods.feature_cache.test_residuals import TEN, drifting, theirs, under
@@ -21,7 +21,7 @@ from tests.tiny import output
 # diffusers has no cache for the class of SD3, and its hooks fail on a last block that drops the text.
 
 
-def check(name: str, policy: FeatureCachePolicy, config_of: Callable[[dict[str, Any]], Any]) -> None:
+def check(name: str, policy: FeatureCachePolicy[Any], config_of: Callable[[Any], Any]) -> None:
     network, given = deep(name), drifting(name)
     made, decisions, state = under(network, policy, given)
     other = Network(copy.deepcopy(network.module), network.family)
@@ -39,7 +39,7 @@ def test_first_block(name: str, threshold: float) -> None:
 
 @pytest.mark.parametrize(("name", "threshold"), [("flux", 0.3), ("cogvideox", 0.06), ("cogvideox", 0.3)])
 def test_magcache(name: str, threshold: float) -> None:
-    def config(state: dict[str, Any]) -> MagCacheConfig:
-        return MagCacheConfig(threshold, 3, 0.1, num_inference_steps=len(TEN), mag_ratios=state["ratios"])
+    def config(state: MagcacheState) -> MagCacheConfig:
+        return MagCacheConfig(threshold, 3, 0.1, num_inference_steps=len(TEN), mag_ratios=state.ratios)
 
     check(name, Magcache(threshold, retention=0.1), config)

@@ -31,7 +31,7 @@ VALUES = torch.randn(6, 5, generator=torch.Generator().manual_seed(3)) + torch.a
 def calibrated() -> dict[str, Any]:
     network = painter()
     state = Harmonica(**OPTIONS).calibrate(network, recorded(network, **IMAGES))
-    return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in state.items()}
+    return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in state.as_dict().items()}
 
 
 def refused(runs: list[Replay]) -> str:

@@ -71,7 +71,7 @@ class Candidate:
     """A policy that may be chosen."""
 
     name: str
-    cls: type[FeatureCachePolicy]
+    cls: type[FeatureCachePolicy[Any]]
     options: Mapping[str, Any]
     """Note about it."""
 

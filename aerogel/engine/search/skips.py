@@ -20,7 +20,7 @@ from aerogel.engine.search.candidates import chosen
 from aerogel.engine.search.judging_answers import HeldOut, Judge
 from aerogel.engine.stages import seeded
 from aerogel.errors import AerogelError
-from aerogel.methods.experts.policy import ExpertSkippingPolicy
+from aerogel.methods.experts.policy import ExpertSkippingPolicy, ExpertSkippingState
 from aerogel.model.network import Network
 from aerogel.recipe import Step, build
 from aerogel.runtime.expert_skipping.answers import Answers
@@ -51,7 +51,9 @@ class TunedRule(NamedTuple):
     @property
     def dropped(self) -> float:
         """The share of assignments that it drops on the calibration data."""
-        return float(self.measured.state.skipped)
+        state = self.measured.state
+        assert isinstance(state, ExpertSkippingState)
+        return state.skipped
 
 
 class SkipSearch:

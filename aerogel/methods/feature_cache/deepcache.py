@@ -17,13 +17,15 @@ from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from aerogel.options import Count, CountOrZero
-from aerogel.runtime.feature_cache.skip_connections import caching_inner_blocks, skip_state, skips_of
+from aerogel.runtime.feature_cache.skip_connections import SkipState, caching_inner_blocks, skip_state, skips_of
+from aerogel.runtime.policy_state import PolicyState
 
 
 @dataclass(frozen=True)
-class Deepcache(FeatureCachePolicy):
+class Deepcache(FeatureCachePolicy[SkipState]):
     """Runs all blocks of a UNet every `interval` steps, and only the blocks outside a skip connection in between."""
 
+    state: ClassVar[type[PolicyState]] = SkipState
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "trajectories", "skips", "uncached"})
     search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
 
@@ -36,13 +38,13 @@ class Deepcache(FeatureCachePolicy):
     power: Annotated[float, Field(gt=1)] = 1.4
     """With a center, how fast they thin out away from it; lowered by 0.02 until no two fall together (the authors' example)."""
 
-    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> SkipState:
         """Find the blocks and the sampler's steps; raises AerogelError for options out of range, and for denoisers without such skips."""
         skips_of(network)
         trajectories = Trajectories.of(network, calls)
         steps = len(trajectories.steps)
         whole = self._whole(steps)
-        return skip_state(network, trajectories, self.branch) | {"whole": "".join("1" if step in whole else "0" for step in range(steps))}
+        return skip_state(network, trajectories, self.branch, "".join("1" if step in whole else "0" for step in range(steps)))
 
     def problems(self, network: Network, before: Before) -> Iterator[str]:
         """Lay the steps at which all blocks run around the center."""
@@ -54,7 +56,7 @@ class Deepcache(FeatureCachePolicy):
         whole = range(0, steps, self.interval)
         return whole if self.center is None else gathered(steps, len(whole), self.center, self.power)
 
-    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
+    def on(self, network: Network, state: SkipState) -> AbstractContextManager[Any]:
         """Skip blocks; raises AerogelError when the state is of other blocks, and at steps that are not its own."""
         return caching_inner_blocks(network, state)
 

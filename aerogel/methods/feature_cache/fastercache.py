@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from aerogel.errors import AerogelError, reasons
 from aerogel.methods.base import Requirement
-from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
+from aerogel.methods.feature_cache.policy import SchedulePolicy, SearchSpace
 from aerogel.model.calls import Call, map_tensors
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories, latent_of
@@ -25,13 +25,25 @@ from aerogel.options import Count
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.guidance import CFGBatch, Half, HalfBatchEntry, UncondPredictor, guided, require_pair
 from aerogel.runtime.feature_cache.replay import replays
-from aerogel.runtime.feature_cache.schedule import Schedule, caching, schedule_state
+from aerogel.runtime.feature_cache.schedule import Schedule, ScheduleState, caching, schedule_state
+from aerogel.runtime.policy_state import PolicyState
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FastercacheState(ScheduleState):
+    """A schedule of self-attention, and that of guidance's unconditional half."""
+
+    both: str
+    """A 1 for each step at which both halves run, a 0 for each at which the conditional one runs alone."""
+    conditional: Literal["first", "second", ""]
+    """Half of the batch that has the condition; empty where both always run."""
 
 
 @dataclass(frozen=True)
-class Fastercache(FeatureCachePolicy):
+class Fastercache(SchedulePolicy[FastercacheState]):
     """Extrapolates self-attention outputs, and predicts the unconditional branch of guidance from the conditional one, at some steps."""
 
+    state: ClassVar[type[PolicyState]] = FastercacheState
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "trajectories", "cached_modules", "cfg", "uncached"})
     search_space: ClassVar[SearchSpace | None] = ("unconditional_every", (2, 3, 4, 5, 6, 8, 10))
 
@@ -58,32 +70,32 @@ class Fastercache(FeatureCachePolicy):
     conditional: Literal["found", "first", "second"] = "found"
     """Which half of the batch has the condition; `found` replays a recorded generation, which shows it."""
 
-    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> FastercacheState:
         """Read the sampler's steps and the order of the halves off the calls.
 
         Raises AerogelError where guidance does not come in one batch of images or clips.
         """
         trajectories = Trajectories.of(network, calls)
         modules, steps = cached_modules_of(network), trajectories.steps
-        conditional = self._conditional(network, trajectories) if self.unconditional_every > 1 else ""
+        conditional: Half | Literal[""] = self._conditional(network, trajectories) if self.unconditional_every > 1 else ""
         both_T = both_run(steps, self.unconditional_every, self.unconditional_window)
         runs_T = torch.tensor(attention_runs(steps, both_T, self.self_every, self.window))
         attends_N = torch.tensor([module.kind == "self-attention" for module in modules.values()])
         state = schedule_state(network, trajectories, lambda *_: runs_T[:, None] | ~attends_N)
-        return state | {"both": "".join("1" if one else "0" for one in both_T), "conditional": conditional}
+        return FastercacheState(**vars(state), both="".join("1" if one else "0" for one in both_T), conditional=conditional)
 
     def unsuitable(self, network: Network, calls: Sequence[Call]) -> Iterator[str]:
         """Look for both branches of guidance in one batch, where one of them is left out."""
         if self.unconditional_every > 1 and calls:
             yield from reasons(lambda: _require_halves(network, calls[0]))
 
-    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
+    def on(self, network: Network, state: FastercacheState) -> AbstractContextManager[Any]:
         """Extrapolate and guess by the tables."""
         schedule = Schedule.of(network, state)
         make = partial(_Changing, weights=self._weights(schedule.computed_TN.all(-1).tolist()))
-        if state["conditional"] == "":
+        if state.conditional == "":
             return caching(network, schedule, make)
-        halves = CFGBatch(tuple(one == "1" for one in state["both"]), state["conditional"])
+        halves = CFGBatch(tuple(one == "1" for one in state.both), state.conditional)
         gains = [
             (self.low if _within(step, self.low_window) else 1.0, self.high if _within(step, self.high_window) else 1.0)
             for step in schedule.steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -15,11 +15,11 @@ from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from aerogel.options import Count, CountOrZero, NonNegative
-from aerogel.runtime.feature_cache.block_cache import BlockRange, Rule, block_cache_state
+from aerogel.runtime.feature_cache.block_cache import BlockCacheState, BlockRange, Rule, block_cache_state
 
 
 @dataclass(frozen=True)
-class FirstBlock(BlockCachePolicy):
+class FirstBlock(BlockCachePolicy[BlockCacheState]):
     """Skips the blocks after the first ones while the residual of the first ones has changed little."""
 
     search_space: ClassVar[SearchSpace | None] = ("threshold", (0.02, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0))
@@ -33,7 +33,7 @@ class FirstBlock(BlockCachePolicy):
     warmup: Count = 1
     """Steps at the start at which all blocks run (cache-dit: 8)."""
 
-    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> BlockCacheState:
         """Read the sampler's steps off the calls; raises AerogelError for options out of range."""
         self._require_room(network)
         return block_cache_state(network, Trajectories.of(network, calls))
@@ -47,9 +47,9 @@ class FirstBlock(BlockCachePolicy):
         if self.first + self.last >= (blocks := len(network.blocks())):
             raise AerogelError(f"first {self.first} and last {self.last} leave nothing of {blocks} blocks to be left out")
 
-    def rule(self, state: dict[str, Any]) -> Rule:
+    def rule(self, state: BlockCacheState) -> Rule:
         """Compare with the last step at which all blocks ran."""
-        return _Compared(self, state["blocks"])
+        return _Compared(self, state.blocks)
 
 
 class _Compared(Rule):

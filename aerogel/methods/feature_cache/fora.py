@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
+from aerogel.methods.feature_cache.policy import SchedulePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from aerogel.options import Count
-from aerogel.runtime.feature_cache.schedule import schedule_state
+from aerogel.runtime.feature_cache.schedule import ScheduleState, schedule_state
 
 
 @dataclass(frozen=True)
-class Fora(FeatureCachePolicy):
+class Fora(SchedulePolicy[ScheduleState]):
     """Runs all attention and FFN modules of a denoiser every `interval` steps, and returns their cached outputs in between."""
 
     search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
@@ -25,7 +25,7 @@ class Fora(FeatureCachePolicy):
     interval: Count = 2
     """Steps from one that computes to the next; the first computes."""
 
-    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> ScheduleState:
         """Read the sampler's steps off the calls; raises AerogelError for an interval below 1."""
         return schedule_state(
             network,

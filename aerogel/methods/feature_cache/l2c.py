@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aerogel.errors import AerogelError, reasons
 from aerogel.methods.base import Before, CalibrationSize, CostEstimate
@@ -27,17 +27,25 @@ from aerogel.runtime.feature_cache.budgets import Budget
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.controlled import ControlledDenoiser, controlled
 from aerogel.runtime.feature_cache.replay import Replay, State, output_of, replays
+from aerogel.runtime.feature_cache.router import RouterState, RouterTraining
 from aerogel.runtime.feature_cache.schedule import Schedule
-from aerogel.runtime.feature_cache.trials import Trials, mean_square
-from aerogel.training.fit import progressed
+from aerogel.runtime.feature_cache.trials import Trials
+from aerogel.runtime.policy_state import PolicyState
 
-_BOUND = 5.0
-"""Scores before the sigmoid stay within it."""
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class L2cState(RouterState):
+    """A schedule that was decoded from a router."""
+
+    images: int
+    """Clean images that were noised, repeats included."""
 
 
 @dataclass(frozen=True)
-class L2c(BudgetedCachePolicy):
+class L2c(BudgetedCachePolicy[L2cState]):
     """Learns from noised images which attention and FFN outputs of a denoiser to cache at every second step, for an exact budget."""
+
+    state: ClassVar[type[PolicyState]] = L2cState
 
     iterations: Count = 2000
     """Updates, each of the scores of one step (published: about 20 000 of 64 images); each is of as many images as were recorded at
@@ -65,7 +73,7 @@ class L2c(BudgetedCachePolicy):
         """A forward that fills what is kept, a teacher, a student and its gradients at each update."""
         return CostEstimate(model_tokens=self.iterations * 5 * size.at_once)
 
-    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> L2cState:
         """Train and decode; raises AerogelError when the calls do not replay or every second step cannot meet the budget."""
         trajectories = Trajectories.of(network, calls)
         budget = self.budget(network, trajectories)
@@ -74,17 +82,12 @@ class L2c(BudgetedCachePolicy):
         runs, modules = replays(network, trajectories), tuple(cached_modules_of(network))
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
         with controlled(network) as denoiser:
-            training = _Training(self, denoiser, runs, budget, generator)
-            training.run()
+            training = L2cTraining(self, denoiser, runs, budget, generator)
+            training.run(self.iterations, self.check)
             mask_TN = training.decoded()
-            training.note(mask_TN)
-            unseen = Trials(denoiser, runs[:1], [runs[0].noise(generator)])
-            error, without = unseen.error(mask_TN), unseen.error(torch.ones_like(mask_TN))
-        state = Schedule(runs[0].steps, trajectories.sampler, modules, mask_TN).as_state()
-        return state | {
-            "scores": training.scores(), "guidance": runs[0].guidance, "images": training.images, "error": error,
-            "error_without_reuse": without, "log": training.log,
-        }  # fmt: skip
+            training.note(self.iterations, decoded=mask_TN)
+            found = training.state(Schedule(runs[0].steps, trajectories.sampler, modules, mask_TN))
+        return L2cState(**vars(found), images=training.images)
 
 
 def _trained(steps: int) -> range:
@@ -110,113 +113,59 @@ def _noises(network: Network) -> None:
         )
 
 
-@dataclass
-class _Training:
-    """A router on its way."""
+class L2cTraining(RouterTraining):
+    """Trains on noised images: each iteration moves the scores of one step once."""
 
-    options: L2c
-    denoiser: ControlledDenoiser
-    runs: Sequence[Replay]
-    budget: Budget
-    generator: torch.Generator
-    images: int = 0
-    """Clean images that were noised, repeats included."""
-    log: list[dict[str, float]] = field(default_factory=list)
-    """At each check: iterations so far, share of cache entries reused, error of the soft and of the hard schedule."""
+    counts: ClassVar[str] = "iterations"
 
-    def __post_init__(self) -> None:
-        self.shape = (len(self.runs[0].calls), len(self.budget.cost_N))
-        trained = _trained(self.shape[0])
-        logits_RN = torch.randn(len(trained), self.shape[1], generator=self.generator)
-        self.rows = {step: nn.Parameter(row_N) for step, row_N in zip(trained, logits_RN, strict=True)}
-        """Scores before the sigmoid (N), by step."""
-        self.optimizer = torch.optim.AdamW(self.rows.values(), lr=self.options.rate, weight_decay=0.0)
-        self.clean = [run.finish(run.start(), self._wanted) for run in self.runs]
+    def __init__(
+        self, options: L2c, denoiser: ControlledDenoiser, runs: Sequence[Replay], budget: Budget, generator: torch.Generator
+    ) -> None:
+        self.options = options
+        trained = _trained(len(runs[0].calls))
+        logits_RN = torch.randn(len(trained), len(budget.cost_N), generator=generator)
+        logits = dict(zip(trained, logits_RN, strict=True))
+        super().__init__(denoiser, runs, budget, generator, logits, options.rate, options.threshold)
+        self.images = 0
+        """Clean images that were noised, repeats included."""
+        self.clean = [run.finish(run.start(), self.wanted) for run in runs]
         """Final latents (B, C, H, W) of each recorded generation."""
-        self.fixed = (self.runs[0], self.runs[0].noise(self.generator))
-        """Of the measurements: always the same noise."""
-        run, start = self.fixed
-        self.exact = run.finish(start, self._wanted)
+        self.measure_on(runs[0], runs[0].noise(generator))
 
-    def run(self) -> None:
-        """All iterations; raises AerogelError when the scores come out not finite."""
-        for number in range(self.options.iterations):
-            if number % self.options.check == 0:
-                self._log(number)
-            self.iterate()
-            progressed((number + 1) / self.options.iterations)
+    def run(self, count: int, every: int) -> None:
+        """Train; raises AerogelError when the scores come out not finite."""
+        super().run(count, every)
         if not bool(self.scores().isfinite().all()):
             raise AerogelError(
-                f"scores are not finite after {self.options.iterations} iterations: the model, or the original before the recipe, gives "
-                "outputs that are not finite; look there first"
+                f"scores are not finite after {count} iterations: the model, or the original before the recipe, gives outputs that are "
+                "not finite; look there first"
             )
 
-    def iterate(self) -> None:
+    def update(self) -> None:
         """Noise clean images, take a whole step, and move the scores of the next step once."""
-        step, number = _trained(self.shape[0])[self._drawn(len(self.rows))], self._drawn(len(self.runs))
+        step, number = _trained(self.shape[0])[self.drawn(len(self.rows))], self.drawn(len(self.runs))
         run, row_N = self.runs[number], self.rows[step]
-        state = self._noised(run, self.clean[number], step - 1)
+        state = self.noised(run, self.clean[number], step - 1)
         with torch.no_grad():
             made, held = self.denoiser.step(run.call(state), [True] * self.shape[1], self.denoiser.empty)
             call = run.call(run.advance(state, output_of(made)))
-            wanted = self._wanted(step, call)
+            wanted = self.wanted(step, call)
         with torch.enable_grad():
             score_N = row_N.sigmoid()
             made, _ = self.denoiser.step(call, score_N, held)
-            loss = (output_of(made) - wanted).float().square().mean() + self.options.penalty * score_N.sum()
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-        with torch.no_grad():
-            row_N.clamp_(-_BOUND, _BOUND)
+            self.move(row_N, (output_of(made) - wanted).float().square().mean() + self.options.penalty * score_N.sum())
 
-    def _wanted(self, _: int, call: Call) -> Tensor:
-        return output_of(self.denoiser.wanted(call))
-
-    def _drawn(self, count: int) -> int:
-        return int(torch.randint(count, (), generator=self.generator))
-
-    def _noised(self, run: Replay, clean_BCHW: Tensor, step: int) -> State:
-        """Clean images under new noise, as they would be before a step."""
+    def noised(self, run: Replay, clean_BCHW: Tensor, step: int) -> State:
+        """Put new noise on clean images, as they would be before a step."""
         noise_BCHW = torch.randn(clean_BCHW.shape, generator=self.generator).to(clean_BCHW.device, clean_BCHW.dtype)
         sampler, steps_B = copy.deepcopy(run.sampler), run.sampler.timesteps[step].expand(len(clean_BCHW))
         self.images += len(clean_BCHW)
         return State(step, sampler.add_noise(clean_BCHW, noise_BCHW, steps_B), sampler)
 
-    def scores(self) -> Tensor:
-        """The scores (T, N) as they are; steps that are not trained compute everything."""
-        scores_TN = torch.ones(self.shape)
-        for step, row_N in self.rows.items():
-            scores_TN[step] = row_N.detach().sigmoid()
-        return scores_TN
-
     def decoded(self) -> Tensor:
-        """The schedule of the budget: lowest scores first; of equal ones those that save most, and late steps before early ones."""
-        scores_TN = self.scores()
-        entries = [(step, module) for step in self.rows for module in range(self.shape[1])]
-        order = sorted(entries, key=lambda entry: (float(scores_TN[entry]), -self.budget.cost_N[entry[1]], -entry[0]))
-        return self.budget.decoded(order, self.shape)
+        """Return the schedule of the budget: lowest scores first; of equal ones those that save most, and late steps before early ones."""
+        return self.lowest_first(lambda step, module: (-self.budget.cost_N[module], -step))
 
-    def note(self, mask_TN: Tensor) -> None:
-        """Measure once more, for the log: what was learned, and the schedule that came out."""
-        self._log(self.options.iterations, decoded=mask_TN)
-
-    def _log(self, number: int, **masks: Tensor) -> None:
-        scores_TN = self.scores()
-        hard_TN = scores_TN > self.options.threshold
-        images = {name: self._image(table_TN) for name, table_TN in {"soft": scores_TN, "hard": hard_TN, **masks}.items()}
-        errors = {f"{name}_error": mean_square([image], [self.exact]) for name, image in images.items()}
-        self.log.append({"iterations": float(number), "reused": 1 - float(hard_TN.float().mean()), **errors})
-
-    def _image(self, table_TN: Tensor) -> Tensor:
-        """The final image of the fixed noise under scores or decisions."""
-        run, start = self.fixed
-        held = self.denoiser.empty
-
-        def denoise(step: int, call: Call) -> Tensor:
-            nonlocal held
-            row = table_TN[step] if table_TN.is_floating_point() else table_TN[step].tolist()
-            made, held = self.denoiser.step(call, row, held)
-            return output_of(made)
-
-        return run.finish(start, denoise)
+    def unseen(self) -> Trials:
+        """Return trials of the first recorded generation, with noise of their own."""
+        return Trials(self.denoiser, self.runs[:1], [self.runs[0].noise(self.generator)])

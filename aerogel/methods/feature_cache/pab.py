@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
+from aerogel.methods.feature_cache.policy import SchedulePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from aerogel.options import Count
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
-from aerogel.runtime.feature_cache.schedule import schedule_state
+from aerogel.runtime.feature_cache.schedule import ScheduleState, schedule_state
 
 
 @dataclass(frozen=True)
-class Pab(FeatureCachePolicy):
+class Pab(SchedulePolicy[ScheduleState]):
     """Broadcasts attention outputs to the next steps while the time step is within a window; FFNs always run."""
 
     search_space: ClassVar[SearchSpace | None] = ("self_every", (2, 3, 4, 6, 8, 10))
@@ -32,7 +32,7 @@ class Pab(FeatureCachePolicy):
     last: float = 800.0
     """And below this one."""
 
-    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> ScheduleState:
         """Read the sampler's steps off the calls; raises AerogelError for intervals below 1."""
         every = {"self-attention": self.self_every, "cross-attention": self.cross_every}
         kinds = [every.get(module.kind, 1) for module in cached_modules_of(network).values()]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from pydantic import Field
@@ -18,19 +18,24 @@ from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from aerogel.options import Share
-from aerogel.runtime.feature_cache.block_cache import Rule, caching_blocks
+from aerogel.runtime.feature_cache.block_cache import BlockCacheState, Rule, caching_blocks
 from aerogel.runtime.feature_cache.budgets import Budget, Measure, budget_of, budget_of_ratio, require_one
 from aerogel.runtime.feature_cache.cache_dtype import CacheDtype, cache_format
 from aerogel.runtime.feature_cache.cached_modules import Costs, cached_modules_of, costs_of
-from aerogel.runtime.feature_cache.schedule import Schedule, cache_bytes, caching
+from aerogel.runtime.feature_cache.schedule import Schedule, ScheduleState, cache_bytes, caching
+from aerogel.runtime.feature_cache.streams import FeatureCacheState
+from aerogel.runtime.policy_state import PolicyState
 
 SearchSpace = tuple[str, tuple[float, ...]]
-"""A option, and values of it in order of what they save, the least first."""
+"""An option, and values of it in order of what they save, the least first."""
+Cached = TypeVar("Cached", bound=FeatureCacheState)
+Scheduled = TypeVar("Scheduled", bound=ScheduleState)
+Blocks = TypeVar("Blocks", bound=BlockCacheState)
 
 
 @dataclass(frozen=True)
-class FeatureCachePolicy(RuntimePolicy[dict[str, Any]]):
-    """Lets modules of a denoiser return their cached outputs of earlier steps, by a schedule that is its state."""
+class FeatureCachePolicy(RuntimePolicy[Cached]):
+    """Lets parts of a denoiser return what they gave at earlier steps."""
 
     skips_modules: ClassVar[bool] = True
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "trajectories", "cached_modules", "uncached"})
@@ -45,8 +50,8 @@ class FeatureCachePolicy(RuntimePolicy[dict[str, Any]]):
 
     @property
     def plain(self) -> bool:
-        """Whether it gives outputs again by its schedule and does nothing else: it puts itself on as this class does."""
-        return type(self).on is FeatureCachePolicy.on
+        """Whether it gives outputs again by a schedule and does nothing else."""
+        return False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -60,28 +65,36 @@ class FeatureCachePolicy(RuntimePolicy[dict[str, Any]]):
             name = name_of(self)
             raise AerogelError(f"{name} needs what it keeps as it was computed: set cache_dtype to compute, not {self.cache_dtype}")
 
-    def calibrated(self, network: Network, calls: Sequence[Call], before: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Calibrate; where it acts by its schedule alone, the state says what that saves of one sample: two forwards with guidance.
 
-        `macs` are the multiply-accumulates of a forward, `macs_saved` the share of a whole run's that is skipped, `slot_bytes` the most
-        that is held between two steps.
-        """
+class SchedulePolicy(FeatureCachePolicy[Scheduled]):
+    """Lets attention and FFN modules return their cached outputs by a schedule, which is its state."""
+
+    state: ClassVar[type[PolicyState]] = ScheduleState
+    rounds: ClassVar[bool] = True
+
+    @property
+    def plain(self) -> bool:
+        """Whether it gives outputs again by its schedule and does nothing else: it puts itself on as this class does."""
+        return type(self).on is SchedulePolicy.on
+
+    def calibrated(self, network: Network, calls: Sequence[Call], before: PolicyState | None = None) -> Scheduled:
+        """Calibrate; where it acts by its schedule alone, the state says what that saves."""
         # Before the schedule is made, which may take hours: what cannot be counted fails now.
         costs = costs_of(network, calls[0]) if self.plain and calls else None
         state = self._made(network, calls, before)
         if costs is None:
             return state
-        return state | _saving(Schedule.of(network, state), costs, len(tensors_in((calls[0].args, calls[0].kwargs))[0]))
+        return _with_savings(state, Schedule.of(network, state), costs, len(tensors_in((calls[0].args, calls[0].kwargs))[0]))
 
-    def _made(self, network: Network, calls: Sequence[Call], before: dict[str, Any] | None) -> dict[str, Any]:
+    def _made(self, network: Network, calls: Sequence[Call], before: PolicyState | None) -> Scheduled:
         return self.calibrate(network, calls)
 
-    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
+    def on(self, network: Network, state: Scheduled) -> AbstractContextManager[Any]:
         """Reuse by the schedule; raises AerogelError when it is of other modules, and at steps that are not its own."""
         return caching(network, Schedule.of(network, state), store=self.cache_dtype)
 
 
-class ScheduleRefiner(FeatureCachePolicy):
+class ScheduleRefiner(SchedulePolicy[Scheduled]):
     """Goes on from the schedule of the policy before it, which it takes the place of."""
 
     supersedes: ClassVar[bool] = True
@@ -95,45 +108,50 @@ class ScheduleRefiner(FeatureCachePolicy):
             f"{name_of(self)} goes on from a schedule of reuse, and {behind}; put one such as harmonica or schedule_search right before it"
         )
 
-    def _made(self, network: Network, calls: Sequence[Call], before: dict[str, Any] | None) -> dict[str, Any]:
-        return self.calibrate(network, calls) if before is None else self.revise(network, calls, before)
+    def _made(self, network: Network, calls: Sequence[Call], before: PolicyState | None) -> Scheduled:
+        if before is None:
+            return self.calibrate(network, calls)
+        assert isinstance(before, ScheduleState), "refusal() has seen to it"
+        return self.revise(network, calls, before)
 
-    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> Scheduled:
         """Refuse: by itself it has nothing to go on from."""
         raise AerogelError(f"{name_of(self)} goes on from a schedule: put a policy that reuses by one before it")
 
     @abstractmethod
-    def revise(self, network: Network, calls: Sequence[Call], before: dict[str, Any]) -> dict[str, Any]:
+    def revise(self, network: Network, calls: Sequence[Call], before: ScheduleState) -> Scheduled:
         """Return the state that takes the place of the one before; that policy is off meanwhile."""
 
 
-def _saving(schedule: Schedule, costs: Costs, samples: int) -> dict[str, Any]:
+def _with_savings(state: Scheduled, schedule: Schedule, costs: Costs, samples: int) -> Scheduled:
     reused_TN = ~schedule.computed_TN[1:]  # nothing is kept before the first step
     saved = float((reused_TN.double() @ torch.tensor(costs.module_macs, dtype=torch.float64)).sum())
-    return {
-        "macs": costs.macs / samples,
-        "macs_saved": saved / (len(schedule.steps) * costs.macs),
-        "slot_bytes": cache_bytes(schedule, costs.module_bytes) // samples,
-    }
+    return replace(
+        state,
+        macs=costs.macs / samples,
+        macs_saved=saved / (len(schedule.steps) * costs.macs),
+        slot_bytes=cache_bytes(schedule, costs.module_bytes) // samples,
+    )
 
 
-class BlockCachePolicy(FeatureCachePolicy):
+class BlockCachePolicy(FeatureCachePolicy[Blocks]):
     """Leaves out block ranges of a denoiser by a rule, and adds what they added before."""
 
+    state: ClassVar[type[PolicyState]] = BlockCacheState
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "trajectories", "block_range", "uncached"})
     rounds: ClassVar[bool] = True
 
     @abstractmethod
-    def rule(self, state: dict[str, Any]) -> Rule:
+    def rule(self, state: Blocks) -> Rule:
         """A new rule, for one guidance stream of one run."""
 
-    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
+    def on(self, network: Network, state: Blocks) -> AbstractContextManager[Any]:
         """Leave out blocks by the rule; raises AerogelError when the state is of another network, and at steps that are not its own."""
         return caching_blocks(network, state, partial(self.rule, state), self.cache_dtype)
 
 
 @dataclass(frozen=True)
-class BudgetedCachePolicy(FeatureCachePolicy):
+class BudgetedCachePolicy(SchedulePolicy[Scheduled]):
     """Reuses until an exact budget is met, so that the network stays close to what it was before any step of the recipe."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "teacher", "trajectories", "cached_modules", "uncached"})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 from aerogel.methods.base import CalibrationSize, CostEstimate
 from aerogel.methods.feature_cache.policy import BudgetedCachePolicy
@@ -18,12 +18,15 @@ from aerogel.options import Count, CountOrZero
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.masks import Search
 from aerogel.runtime.feature_cache.schedule import Schedule
-from aerogel.runtime.feature_cache.trials import generating
+from aerogel.runtime.feature_cache.trials import SearchedState, generating
+from aerogel.runtime.policy_state import PolicyState
 
 
 @dataclass(frozen=True)
-class ScheduleSearch(BudgetedCachePolicy):
+class ScheduleSearch(BudgetedCachePolicy[SearchedState]):
     """Searches the schedule with the least error of the final images: complete steps first, then single modules, then exchanges."""
+
+    state: ClassVar[type[PolicyState]] = SearchedState
 
     trials: CountOrZero = 2000
     """Generations it may take, forked where they differ."""
@@ -34,12 +37,11 @@ class ScheduleSearch(BudgetedCachePolicy):
         """Half a generation a trial, in both branches of guidance."""
         return CostEstimate(model_tokens=self.trials * size.steps * self.samples * size.sample)
 
-    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> SearchedState:
         """Search on the recorded generations; raises AerogelError when they do not replay or the budget cannot be met."""
         trajectories = Trajectories.of(network, calls)
         budget, modules = self.budget(network, trajectories), tuple(cached_modules_of(network))
         with generating(network, trajectories, self.samples) as generations:
             search, steps = Search(generations.trials, budget, self.trials), generations.runs[0].steps
             mask_TN = search.swaps(search.single_modules(search.whole_steps((len(steps), len(modules)))))
-            facts = generations.facts(mask_TN)
-        return Schedule(steps, trajectories.sampler, modules, mask_TN).as_state() | facts
+            return generations.state(Schedule(steps, trajectories.sampler, modules, mask_TN))

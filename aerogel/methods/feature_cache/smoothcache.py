@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,19 +10,29 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
+from aerogel.methods.feature_cache.policy import SchedulePolicy, SearchSpace
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from aerogel.options import Count, NonNegative
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
-from aerogel.runtime.feature_cache.schedule import schedule_state
+from aerogel.runtime.feature_cache.schedule import ScheduleState, schedule_state
+from aerogel.runtime.policy_state import PolicyState, by_name
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SmoothcacheState(ScheduleState):
+    """A schedule, and the changes that it was made by."""
+
+    changes: Mapping[str, Tensor] = by_name()
+    """By kind of module, `kind.change` (T, A): the relative L1 distance of its outputs at a step to those 1 to A steps before."""
 
 
 @dataclass(frozen=True)
-class Smoothcache(FeatureCachePolicy):
+class Smoothcache(SchedulePolicy[SmoothcacheState]):
     """Returns the cached outputs of all modules of a kind while these have changed by at most `alpha`."""
 
+    state: ClassVar[type[PolicyState]] = SmoothcacheState
     search_space: ClassVar[SearchSpace | None] = ("alpha", (0.02, 0.04, 0.06, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0))
 
     alpha: NonNegative = 0.08
@@ -31,7 +41,7 @@ class Smoothcache(FeatureCachePolicy):
     """Most steps in a row that reuse."""
 
     @torch.no_grad()
-    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> SmoothcacheState:
         """Measure the change from step to step on the recorded calls; raises AerogelError for options out of range."""
         trajectories = Trajectories.of(network, calls)
         kinds = [module.kind for module in cached_modules_of(network).values()]
@@ -39,7 +49,7 @@ class Smoothcache(FeatureCachePolicy):
         changes = {kind: changes_NTA[[place for place, other in enumerate(kinds) if other == kind]].mean(0) for kind in set(kinds)}
         columns = {kind: smooth(change_TA, self.alpha) for kind, change_TA in changes.items()}
         state = schedule_state(network, trajectories, lambda *_: torch.tensor([columns[kind] for kind in kinds]).T)
-        return state | {f"{kind}.change": change_TA for kind, change_TA in changes.items()}
+        return SmoothcacheState(**vars(state), changes={f"{kind}.change": change_TA for kind, change_TA in changes.items()})
 
     def _changes(self, network: Network, trajectories: Trajectories) -> Tensor:
         """Relative L1 distance (N, T, A) of each module's output at a step to that 1 to A steps before, over all generations."""

@@ -11,17 +11,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
+from aerogel.methods.feature_cache.policy import SchedulePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from aerogel.options import Count, CountOrZero
-from aerogel.runtime.feature_cache.schedule import Schedule, caching, schedule_state
+from aerogel.runtime.feature_cache.schedule import Schedule, ScheduleState, caching, schedule_state
 from aerogel.runtime.feature_cache.taylor import TaylorSeries
 
 
 @dataclass(frozen=True)
-class Taylorseer(FeatureCachePolicy):
+class Taylorseer(SchedulePolicy[ScheduleState]):
     """Runs all modules every `interval` steps, and extrapolates their outputs in between with a Taylor series of finite differences."""
 
     search_space: ClassVar[SearchSpace | None] = ("interval", (2, 3, 4, 5, 6, 8, 10))
@@ -33,11 +33,11 @@ class Taylorseer(FeatureCachePolicy):
     warmup: Count = 2
     """Steps at the start that all compute."""
 
-    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> ScheduleState:
         """Read the sampler's steps off the calls; raises AerogelError for options below their least values."""
         return schedule_state(network, Trajectories.of(network, calls), self._computed)
 
-    def on(self, network: Network, state: dict[str, Any]) -> AbstractContextManager[Any]:
+    def on(self, network: Network, state: ScheduleState) -> AbstractContextManager[Any]:
         """Predict by the table."""
         return caching(network, Schedule.of(network, state), partial(TaylorSeries, order=self.order))
 

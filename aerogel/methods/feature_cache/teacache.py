@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,14 +16,24 @@ from aerogel.model.hooks import capture_inputs
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from aerogel.options import Count, NonNegative
-from aerogel.runtime.feature_cache.block_cache import BlockRange, Rule, block_cache_state
+from aerogel.runtime.feature_cache.block_cache import BlockCacheState, BlockRange, Rule, block_cache_state
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
+from aerogel.runtime.policy_state import PolicyState
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TeacacheState(BlockCacheState):
+    """The polynomial that was fitted."""
+
+    coefficients: tuple[float, ...]
+    """Its coefficients, that of the lowest power first."""
 
 
 @dataclass(frozen=True)
-class Teacache(BlockCachePolicy):
+class Teacache(BlockCachePolicy[TeacacheState]):
     """Skips all blocks and adds their cached residual, while the estimated change of the output is small."""
 
+    state: ClassVar[type[PolicyState]] = TeacacheState
     search_space: ClassVar[SearchSpace | None] = ("threshold", (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 2.0))
 
     threshold: NonNegative = 0.15
@@ -32,7 +42,7 @@ class Teacache(BlockCachePolicy):
     """Of the polynomial from the input's relative change to the output's, which is fitted to the recorded generations."""
 
     @torch.no_grad()
-    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> TeacacheState:
         """Fit the polynomial; raises AerogelError for options out of range and too few recorded steps."""
         trajectories = Trajectories.of(network, calls)
         state, runs = block_cache_state(network, trajectories), trajectories.runs
@@ -51,11 +61,11 @@ class Teacache(BlockCachePolicy):
                 outputs += map(changed, made[1:], made)
         powers = torch.tensor(inputs, dtype=torch.float64)[:, None] ** torch.arange(self.degree + 1)
         fitted = torch.linalg.lstsq(powers, torch.tensor(outputs, dtype=torch.float64)[:, None], driver="gelsd").solution
-        return state | {"coefficients": fitted.flatten().tolist()}
+        return TeacacheState(**vars(state), coefficients=tuple(fitted.flatten().tolist()))
 
-    def rule(self, state: dict[str, Any]) -> Rule:
+    def rule(self, state: TeacacheState) -> Rule:
         """Add up what the polynomial says."""
-        return _AddedUp(state["blocks"], len(state["steps"]), state["coefficients"], self.threshold)
+        return _AddedUp(state.blocks, len(state.steps), state.coefficients, self.threshold)
 
 
 def changed(now: Tensor, before: Tensor) -> float:

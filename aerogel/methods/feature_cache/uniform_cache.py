@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError, reasons
 from aerogel.methods.base import Before
-from aerogel.methods.feature_cache.policy import FeatureCachePolicy, SearchSpace
+from aerogel.methods.feature_cache.policy import SchedulePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from aerogel.options import Count, Share
-from aerogel.runtime.feature_cache.schedule import schedule_state
+from aerogel.runtime.feature_cache.schedule import ScheduleState, schedule_state
 
 
 @dataclass(frozen=True)
-class UniformCache(FeatureCachePolicy):
+class UniformCache(SchedulePolicy[ScheduleState]):
     """Returns all cached outputs at evenly spaced steps, from the first allowed step to the last."""
 
     search_space: ClassVar[SearchSpace | None] = ("ratio", tuple(step / 20 for step in range(2, 20)))
@@ -30,7 +30,7 @@ class UniformCache(FeatureCachePolicy):
     first: Count = 1
     """The first step that may reuse, counted from 0; FORA's is 1, from 3 on the final image suffers far less."""
 
-    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> ScheduleState:
         """Read the sampler's steps off the calls; raises AerogelError when so many steps cannot reuse."""
         return schedule_state(
             network,

@@ -8,7 +8,7 @@ first module reads has the first block run as it is written.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,12 +26,20 @@ from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.cache_dtype import CacheDtype, cache_format, versions
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.compiled import called, compiled, compiled_around, patch_compiled
-from aerogel.runtime.feature_cache.streams import StreamTracker, tracked
+from aerogel.runtime.feature_cache.streams import FeatureCacheState, StreamTracker, tracked
 
 BlockRange = tuple[int, int]
 """The first block and the one behind the last."""
 Parts = tuple[Tensor | None, ...]
 """What the streams hold between two blocks; image alone, or text and image."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BlockCacheState(FeatureCacheState):
+    """The denoiser that a rule was made for; policies add what their rules need."""
+
+    blocks: int
+    """Blocks of the denoiser."""
 
 
 class Rule(ABC):
@@ -90,8 +98,8 @@ class _Memory:
 class BlockCache(StreamTracker):
     """Follows the forwards of a denoiser and runs its blocks, or does not."""
 
-    def __init__(self, network: Network, state: Mapping[str, Any], make: Callable[[], Rule], store: CacheDtype = "compute") -> None:
-        super().__init__(tuple(state["steps"]), state["sampler"], network.processor)
+    def __init__(self, network: Network, state: BlockCacheState, make: Callable[[], Rule], store: CacheDtype = "compute") -> None:
+        super().__init__(state.steps, state.sampler, network.processor)
         self._streams = hidden_states_of(network)
         self._image = _image_of(network)
         self._make, self._store = make, cache_format(store)
@@ -200,10 +208,10 @@ def hidden_states_of(network: Network) -> tuple[str, ...]:
     return network.family.hidden_state_args
 
 
-def block_cache_state(network: Network, trajectories: Trajectories) -> dict[str, Any]:
+def block_cache_state(network: Network, trajectories: Trajectories) -> BlockCacheState:
     """The state that every rule needs: steps and sampler of the recorded calls, and how many blocks there are."""
     hidden_states_of(network)
-    return {"steps": list(trajectories.steps), "sampler": trajectories.sampler, "blocks": len(network.blocks())}
+    return BlockCacheState(steps=trajectories.steps, sampler=trajectories.sampler, blocks=len(network.blocks()))
 
 
 def residuals(network: Network, trajectories: Trajectories) -> Iterator[Tensor]:
@@ -235,15 +243,15 @@ def residuals(network: Network, trajectories: Trajectories) -> Iterator[Tensor]:
 
 @contextmanager
 def caching_blocks(
-    network: Network, state: Mapping[str, Any], make: Callable[[], Rule], store: CacheDtype = "compute"
+    network: Network, state: BlockCacheState, make: Callable[[], Rule], store: CacheDtype = "compute"
 ) -> Iterator[BlockCache]:
     """Leave block ranges out by a rule for a while, at the steps that `block_cache_state` found; then the denoiser is what it was.
 
     Raises AerogelError when the state is of a network with more or fewer blocks, and where blocks are compiled with what holds them.
     """
     blocks = list(network.blocks().values())
-    if state["blocks"] != len(blocks):
-        raise AerogelError(f"the policy was made for {state['blocks']} blocks, this denoiser has {len(blocks)}")
+    if state.blocks != len(blocks):
+        raise AerogelError(f"the policy was made for {state.blocks} blocks, this denoiser has {len(blocks)}")
     if together := [around for around in compiled_around(network.module, network.blocks()) if around not in blocks]:
         raise AerogelError(
             f"{type(together[0]).__name__} is compiled with the blocks in it, which cannot be left out then: compile each block"

@@ -26,11 +26,29 @@ from aerogel.options import Count, NonNegative, Options, Share
 from aerogel.runtime.attention import Attend, attending, attention_received
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.compiled import compiled_around
-from aerogel.runtime.feature_cache.schedule import CacheEntry, ModuleCache, Schedule, make_entries, patched_entries, schedule_state
+from aerogel.runtime.feature_cache.schedule import (
+    CacheEntry,
+    ModuleCache,
+    Schedule,
+    ScheduleState,
+    make_entries,
+    patched_entries,
+    schedule_state,
+)
 from aerogel.runtime.feature_cache.streams import tracked
 
 Grid = tuple[int, int, int]
 """Frames, rows and columns of tokens."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TokenCacheState(ScheduleState):
+    """A schedule, and what is computed anew at the steps that reuse."""
+
+    shares: Tensor
+    """The share of its tokens that a module computes anew (T, U)."""
+    scored_by: Mapping[str, str]
+    """Full names: module -> the attention that scores its tokens."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +134,7 @@ def grid_of(latent: Sequence[int], tokens: int) -> Grid:
 
 def token_cache_state(
     network: Network, trajectories: Trajectories, options: TokenCacheConfig, some: Callable[[int], bool]
-) -> dict[str, Any]:
+) -> TokenCacheState:
     """The state of a policy: a schedule, the shares of tokens by step and module, and the attention that scores each module's tokens.
 
     `some` says how far ahead the next full step is where some tokens are computed anew. Runs the first call. Raises AerogelError for
@@ -130,24 +148,24 @@ def token_cache_state(
     names = [name for name, module in cached_modules_of(network).items() if options.factor(module.kind)]
     scored_by = _scored_by(network, trajectories.first, names, options.cell) if names else {}
     state = schedule_state(network, trajectories, full)
-    partial_T = torch.tensor([ahead > 0 and some(ahead) for ahead in options.ahead(len(state["steps"]))])
-    return state | {"shares": options.shares(network, partial_T), "scored_by": scored_by}
+    partial_T = torch.tensor([ahead > 0 and some(ahead) for ahead in options.ahead(len(state.steps))])
+    return TokenCacheState(**vars(state), shares=options.shares(network, partial_T), scored_by=scored_by)
 
 
 @contextmanager
-def caching_tokens(network: Network, state: Mapping[str, Any], options: TokenCacheConfig) -> Iterator[ModuleCache]:
+def caching_tokens(network: Network, state: TokenCacheState, options: TokenCacheConfig) -> Iterator[ModuleCache]:
     """Reuse by the state of `token_cache_state` for a while, with some tokens computed anew; afterwards the denoiser is what it was.
 
     Raises AerogelError for compiled blocks.
     """
     _require_written(network)
     schedule, modules, find = Schedule.of(network, state), cached_modules_of(network), network.module.get_submodule
-    readers: dict[str, list[PartialTokenCache]] = {attention: [] for attention in state["scored_by"].values()}
+    readers: dict[str, list[PartialTokenCache]] = {attention: [] for attention in state.scored_by.values()}
     with attending(network, readers, lambda name: partial(_watched, readers[name])):
         entries, answers = make_entries(network, PartialTokenCache)
-        for (name, entry), share_T in zip(entries.items(), state["shares"].T.tolist(), strict=True):
+        for (name, entry), share_T in zip(entries.items(), state.shares.T.tolist(), strict=True):
             entry.prepare(name, options, share_T, schedule)
-        for name, attention in state["scored_by"].items():
+        for name, attention in state.scored_by.items():
             readers[attention].append(entries[name])
             answers |= {norm: _Norm(norm.forward, entries[name]).__call__ for norm in map(find, modules[name].norms)}
         by = _Recomputing(schedule, entries, network.processor)

@@ -20,7 +20,23 @@ from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.cache_dtype import CacheDtype, cache_format, versions
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.compiled import by_pattern, called, compiled_around, patch_compiled
-from aerogel.runtime.feature_cache.streams import StreamTracker, tracked
+from aerogel.runtime.feature_cache.streams import FeatureCacheState, StreamTracker, tracked
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ScheduleState(FeatureCacheState):
+    """A schedule as policies keep it, and what it saves of one sample: two forwards with guidance."""
+
+    units: tuple[str, ...]
+    """Full names of the cached modules."""
+    computed: tuple[str, ...]
+    """For each step a line with a 1 for each module that runs and a 0 for each that is reused."""
+    macs: float | None = None
+    """Multiply-accumulates of a forward; None where a policy does more than reuse, for this and the next two."""
+    macs_saved: float | None = None
+    """Share of a whole run's multiply-accumulates that is skipped."""
+    slot_bytes: int | None = None
+    """Most bytes that are held between two steps."""
 
 
 @dataclass(frozen=True)
@@ -44,23 +60,27 @@ class Schedule:
         """Share of the entries (steps x modules) that are not computed: the cache usage ratio of the papers."""
         return 1 - float(self.computed_TN.float().mean())
 
-    def as_state(self) -> dict[str, Any]:
-        """What a policy keeps of it: the table as a line of 1 (runs) and 0 a step, for anybody to read."""
-        computed = ["".join("1" if one else "0" for one in row) for row in self.computed_TN.tolist()]
-        return {"steps": list(self.steps), "sampler": self.sampler, "units": list(self.modules), "computed": computed}
+    def as_state(self) -> ScheduleState:
+        """Return what a policy keeps of it."""
+        return ScheduleState(steps=self.steps, sampler=self.sampler, units=self.modules, computed=rows_of(self.computed_TN))
 
     @classmethod
-    def of(cls, network: Network, state: Mapping[str, Any]) -> Schedule:
+    def of(cls, network: Network, state: ScheduleState) -> Schedule:
         """Read a state; raises AerogelError when it is of other modules than the network's."""
-        ours, modules = tuple(cached_modules_of(network)), tuple(state["units"])
+        ours, modules = tuple(cached_modules_of(network)), state.units
         if modules != ours:
             other = next((name for name in modules if name not in ours), None) or next(name for name in ours if name not in modules)
             raise AerogelError(f"the schedule is of {len(modules)} modules, this denoiser has {len(ours)}; {other} is in one of them only")
-        computed_TN = torch.tensor([[one == "1" for one in row] for row in state["computed"]])
-        return cls(tuple(state["steps"]), state["sampler"], modules, computed_TN)
+        computed_TN = torch.tensor([[one == "1" for one in row] for row in state.computed])
+        return cls(state.steps, state.sampler, modules, computed_TN)
 
 
-def schedule_state(network: Network, trajectories: Trajectories, decide: Callable[[int, int], Tensor]) -> dict[str, Any]:
+def rows_of(computed_TN: Tensor) -> tuple[str, ...]:
+    """Return the table as a line of 1 (runs) and 0 (reused) a step, for anybody to read."""
+    return tuple("".join("1" if one else "0" for one in row) for row in computed_TN.tolist())
+
+
+def schedule_state(network: Network, trajectories: Trajectories, decide: Callable[[int, int], Tensor]) -> ScheduleState:
     """The state of a schedule for the steps of recorded calls; `decide` gets T and N and says which modules compute (T, N)."""
     modules, steps = tuple(cached_modules_of(network)), trajectories.steps
     return Schedule(steps, trajectories.sampler, modules, decide(len(steps), len(modules))).as_state()

@@ -6,8 +6,9 @@ these gives, so one cache entry is enough however many blocks are skipped; and w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from aerogel.model.family import Skips
 from aerogel.model.network import Network
 from aerogel.model.trace import trace
 from aerogel.model.trajectories import Trajectories, step_of
+from aerogel.runtime.feature_cache.block_cache import BlockCacheState
 from aerogel.runtime.feature_cache.compiled import called, patch_compiled
 from aerogel.runtime.feature_cache.streams import StreamTracker, tracked
 
@@ -30,13 +32,22 @@ _CROSSED = (
 )
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SkipState(BlockCacheState):
+    """The blocks inside of a skip connection, and the steps at which they run."""
+
+    inner: tuple[str, ...]
+    """Full names, in the order in which they run."""
+    whole: str
+    """A 1 for each step at which all blocks run, a 0 for each at which the inner ones rest."""
+
+
 class SkipConnectionCache(StreamTracker):
     """Follows the forwards of a denoiser and runs its inner blocks, or lets them rest."""
 
-    def __init__(self, network: Network, state: Mapping[str, Any]) -> None:
-        super().__init__(tuple(state["steps"]), state["sampler"], network.processor)
-        self._whole: str = state["whole"]
-        self._giver: str = state["inner"][-1]
+    def __init__(self, network: Network, state: SkipState) -> None:
+        super().__init__(state.steps, state.sampler, network.processor)
+        self._whole, self._giver = state.whole, state.inner[-1]
         self._tuples: dict[str, bool] = {}
         """Whether what a block gives is a tuple."""
         self.decisions: list[tuple[int, bool]] = []
@@ -85,19 +96,20 @@ def skips_of(network: Network) -> Skips:
     return network.family.skips
 
 
-def skip_state(network: Network, trajectories: Trajectories, branch: int) -> dict[str, Any]:
-    """The state of a policy that lets the blocks inside of a skip rest, but for its steps: `whole` has a 1 for each that runs all blocks.
+def skip_state(network: Network, trajectories: Trajectories, branch: int, whole: str) -> SkipState:
+    """Return the state of a policy that lets the blocks inside of a skip rest; `whole` has a 1 for each step that runs all blocks.
 
     Skips are counted from 0, the outermost. One recorded call proves that these blocks can be left out: with what they gave at the same
     step the others have to answer the same. Raises AerogelError for a family without skips, and where there is no such skip.
     """
     skips_of(network)
-    state: dict[str, Any] = {
-        "steps": list(trajectories.steps),
-        "sampler": trajectories.sampler,
-        "blocks": len(network.blocks()),
-        "inner": inner(network, trajectories.first, branch),
-    }
+    state = SkipState(
+        steps=trajectories.steps,
+        sampler=trajectories.sampler,
+        blocks=len(network.blocks()),
+        inner=tuple(inner(network, trajectories.first, branch)),
+        whole=whole,
+    )
     _prove(network, trajectories.first, state)
     return state
 
@@ -116,9 +128,9 @@ def inner(network: Network, call: Call, branch: int) -> list[str]:
     return order[order.index(given[branch]) : order.index(read[-1 - branch])]
 
 
-def _prove(network: Network, call: Call, state: dict[str, Any]) -> None:
+def _prove(network: Network, call: Call, state: SkipState) -> None:
     step = step_of(network.module, call.args, call.kwargs)
-    with caching_inner_blocks(network, state | {"steps": [step] * 2, "whole": "10"}) as by:
+    with caching_inner_blocks(network, replace(state, steps=(step, step), whole="10")) as by:
         wanted = tensors_in(network.run(call))[0]
         try:
             given = tensors_in(network.run(call))[0]
@@ -131,19 +143,19 @@ def _prove(network: Network, call: Call, state: dict[str, Any]) -> None:
 
 
 @contextmanager
-def caching_inner_blocks(network: Network, state: Mapping[str, Any]) -> Iterator[SkipConnectionCache]:
+def caching_inner_blocks(network: Network, state: SkipState) -> Iterator[SkipConnectionCache]:
     """Skip inner blocks for a while at the steps that a state says; then the denoiser is what it was.
 
     Raises AerogelError when the state is of a network with other blocks.
     """
     blocks = network.blocks()
-    unknown = [name for name in state["inner"] if name not in blocks]
-    if unknown or state["blocks"] != len(blocks):
+    unknown = [name for name in state.inner if name not in blocks]
+    if unknown or state.blocks != len(blocks):
         raise AerogelError(
-            f"the policy was made for {state['blocks']} blocks, this denoiser has {len(blocks)}"
+            f"the policy was made for {state.blocks} blocks, this denoiser has {len(blocks)}"
             + (f"; {unknown[0]} is none of them" if unknown else "")
         )
     by = SkipConnectionCache(network, state)
-    answers: dict[nn.Module, Callable[..., Any]] = {blocks[name]: partial(by.block, name, called(blocks[name])) for name in state["inner"]}
+    answers: dict[nn.Module, Callable[..., Any]] = {blocks[name]: partial(by.block, name, called(blocks[name])) for name in state.inner}
     with patch_compiled(network.module, answers), tracked(network.module, by):
         yield by

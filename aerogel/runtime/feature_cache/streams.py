@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -17,10 +18,21 @@ from aerogel.errors import AerogelError
 from aerogel.layers.timestep_index import in_use
 from aerogel.model.calls import bytes_in, tensors_in
 from aerogel.model.trajectories import step_of
+from aerogel.runtime.policy_state import PolicyState
 
 _BRANCH = "branch {}"
 _CONTEXT = "cache_context"
 """The method by which diffusers' pipelines name the branch of guidance that comes next."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FeatureCacheState(PolicyState):
+    """The steps that a feature cache was made for; caches add what they skip at which of them."""
+
+    steps: tuple[float, ...]
+    """The sampler's time steps, in order."""
+    sampler: str
+    """Class of the scheduler; empty where the model came without one."""
 
 
 class StreamTracker(ABC):

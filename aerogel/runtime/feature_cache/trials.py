@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.controlled import CacheContents, ControlledDenoiser, controlled
 from aerogel.runtime.feature_cache.replay import Replay, State, output_of, replays
+from aerogel.runtime.feature_cache.schedule import Schedule, ScheduleState
 from aerogel.training.distributed import averaged
 
 KEPT_VALUES = 2**16
@@ -109,6 +109,22 @@ class Trials:
         return state.x_BCHW
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SearchedState(ScheduleState):
+    """A schedule that was found by trials; errors are mean squared errors of final latents."""
+
+    error: float
+    """Error from noise that the search did not see."""
+    error_without_reuse: float
+    """Error from that noise where all modules run."""
+    error_of_trials: float
+    """Error from the noise that was searched on."""
+    trials: int
+    """Schedules that were tried."""
+    guidance: float
+    """Guidance of the recorded generations, as Replay has it."""
+
+
 @dataclass(frozen=True)
 class Generations:
     """Recorded generations to try masks on, and as many of other noise to judge what was found."""
@@ -123,13 +139,17 @@ class Generations:
         runs = [*self.runs] * times
         return Trials(self.trials.controlled, runs, [run.noise(self.generator) for run in runs])
 
-    def facts(self, mask_TN: Tensor) -> dict[str, Any]:
-        """What a policy's state says of a mask that was found: errors on both, the unseen ones' without reuse, trials, guidance."""
-        seen, count = self.trials.settle(mask_TN), self.trials.count
-        error, without = self.unseen.error(mask_TN), self.unseen.error(torch.ones_like(mask_TN))
-        return {
-            "error": error, "error_without_reuse": without, "error_of_trials": seen, "trials": count, "guidance": self.runs[0].guidance
-        }  # fmt: skip
+    def state(self, schedule: Schedule) -> SearchedState:
+        """Return the state of a schedule that was found."""
+        seen, count = self.trials.settle(schedule.computed_TN), self.trials.count
+        return SearchedState(
+            **vars(schedule.as_state()),
+            error=self.unseen.error(schedule.computed_TN),
+            error_without_reuse=self.unseen.error(torch.ones_like(schedule.computed_TN)),
+            error_of_trials=seen,
+            trials=count,
+            guidance=self.runs[0].guidance,
+        )
 
 
 @contextmanager

@@ -25,13 +25,13 @@ from aerogel.engine.search.searching import Findings, search
 from aerogel.errors import AerogelError
 from aerogel.evaluate.image_similarity import png
 from aerogel.methods.feature_cache.fora import Fora
-from aerogel.methods.feature_cache.policy import BudgetedCachePolicy, FeatureCachePolicy
+from aerogel.methods.feature_cache.policy import BudgetedCachePolicy, FeatureCachePolicy, SchedulePolicy
 from aerogel.methods.feature_cache.uniform_cache import spread
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.replay import output_of, replays
-from aerogel.runtime.feature_cache.schedule import schedule_state
+from aerogel.runtime.feature_cache.schedule import ScheduleState, schedule_state
 from tests import image_pipelines as painters
 from tests.clocks import Ticks
 from tests.tiny import FAMILIES
@@ -203,7 +203,7 @@ def test_states_with_tensors_are_saved_too(tmp_path: Path) -> None:
     findings.save(tmp_path / "out")
     assert (tmp_path / "out" / "aerogel.safetensors").is_file()
     with aerogel.cached(painter(), tmp_path / "out") as on:
-        assert torch.equal(on[0].state["feed-forward.change"], findings.best.state["feed-forward.change"])
+        assert torch.equal(on[0].state.changes["feed-forward.change"], findings.best.state.changes["feed-forward.change"])
     with pytest.raises(AerogelError, match="not empty"):
         findings.save(tmp_path / "out")
 
@@ -238,24 +238,24 @@ def test_progress_is_told() -> None:
 
 
 @dataclass(frozen=True)
-class Toy(BudgetedCachePolicy):
+class Toy(BudgetedCachePolicy[ScheduleState]):
     """Takes a target."""
 
-    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> ScheduleState:
         if (self.target_speedup or 0) > 2.5:
             raise AerogelError("cannot be had")
         return schedule_state(network, Trajectories.of(network, calls), lambda steps, modules: torch.ones(steps, modules, dtype=torch.bool))
 
 
 @dataclass(frozen=True)
-class Plain(FeatureCachePolicy):
+class Plain(SchedulePolicy[ScheduleState]):
     """Has nothing to turn."""
 
-    def calibrate(self, network: Network, calls: Sequence[Call]) -> dict[str, Any]:
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> ScheduleState:
         raise AssertionError("is not tried")
 
 
-def attempt(cls: type[FeatureCachePolicy], *speeds: float, **options: Any) -> Attempt:
+def attempt(cls: type[FeatureCachePolicy[Any]], *speeds: float, **options: Any) -> Attempt:
     """An attempt whose measured speeds are these, one after the other."""
     network = open_model(painter())
     pace = SpeedBudget(network, WANTED, 1.5, 0, 1, Ticks(network))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,11 +33,11 @@ from tests.tiny import opened, output
 SEVENTEEN = tuple(960.0 - 60 * place for place in range(17))
 
 
-def ours(network: Network, policy: FeatureCachePolicy, given: Sequence[Call], **other: Any) -> tuple[list[Tensor], list[str]]:
+def ours(network: Network, policy: FeatureCachePolicy[Any], given: Sequence[Call], **other: Any) -> tuple[list[Tensor], Sequence[str]]:
     """The answers, and what runs at each step; parts of the state may be given."""
-    state = policy.calibrate(network, given) | other
+    state = replace(policy.calibrate(network, given), **other)
     with policy.on(network, state):
-        return [output(network.module, call) for call in given], state["computed"]
+        return [output(network.module, call) for call in given], state.computed
 
 
 def theirs(network: Network, apply: Callable[[nn.Module, Any], None], config: Any, given: Sequence[Call]) -> list[Tensor]:
@@ -57,9 +58,9 @@ def assert_same(found: Sequence[Tensor], wanted: Sequence[Tensor], rtol: float =
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
-def in_turns(network: Network, runs: Sequence[int], steps: int) -> list[str]:
+def in_turns(network: Network, runs: Sequence[int], steps: int) -> tuple[str, ...]:
     """A table in which all modules run at these steps."""
-    return [("1" if step in runs else "0") * len(cached_modules_of(network)) for step in range(steps)]
+    return tuple(("1" if step in runs else "0") * len(cached_modules_of(network)) for step in range(steps))
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart", "wan", "sd3"])

@@ -39,7 +39,7 @@ TEN = tuple(900.0 - 100 * place for place in range(10))
 )
 def test_these_steps_run_all_blocks(options: dict[str, Any], whole: str) -> None:
     given = calls("unet_pixels", steps=TEN)
-    assert Deepcache(**options).calibrate(made("unet_pixels"), given)["whole"] == whole
+    assert Deepcache(**options).calibrate(made("unet_pixels"), given).whole == whole
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,9 @@ def test_knobs_out_of_range_and_other_denoisers_are_refused() -> None:
 def test_a_network_answers_by_its_state() -> None:
     network, given = made("stable"), calls("stable", steps=TEN)
     policy = Deepcache(interval=4, branch=2)
-    state = json.loads(json.dumps(policy.calibrate(network, given)))
-    assert state["steps"] == list(TEN)
-    assert state["blocks"] == len(network.blocks())
+    state = policy.read(json.loads(json.dumps(policy.calibrate(network, given).as_dict())))
+    assert state.steps == TEN
+    assert state.blocks == len(network.blocks())
     wanted = literal(network, given, "1000100010", "up_blocks.2.resnets.0", 32)
     with policy.on(network, state):
         assert all(torch.equal(output(network.module, call), answer) for call, answer in zip(given, wanted, strict=True))
@@ -108,7 +108,7 @@ def test_a_pipeline_paints_what_hooks_paint() -> None:
     hook.remove()
     samples = record(network.processor, network.module, Denoising(count=2, steps=7, batch=2))
     with aerogel.cached(network, {"steps": [{"deepcache": {}}]}, samples=samples) as found:
-        assert found[0].state["sampler"] == "DDIMScheduler"
+        assert found[0].state.sampler == "DDIMScheduler"
         for _ in range(2):
             assert torch.equal(paint(network.processor), wanted)
     assert not torch.equal(plain, wanted)

@@ -48,7 +48,7 @@ def answers(network: Network, policy: Fastercache, given: Sequence[Call]) -> lis
 def table(policy: Fastercache, network: Network, given: Sequence[Call]) -> list[str]:
     """What runs at each step: the halves, then the modules."""
     state = policy.calibrate(network, given)
-    return [both + row for both, row in zip(state["both"], state["computed"], strict=True)]
+    return [both + row for both, row in zip(state.both, state.computed, strict=True)]
 
 
 def half_of(call: Call) -> Call:
@@ -193,12 +193,12 @@ def test_what_is_left_out_does_not_run(name: str) -> None:
             ran.clear()
             row = TEN.index(float(call.kwargs["timestep"].flatten()[0]))
             output(network.module, call)
-            assert samples[0] == both // (1 if state["both"][row] == "1" else 2)
-            assert len(ran) == state["computed"][row].count("1")
+            assert samples[0] == both // (1 if state.both[row] == "1" else 2)
+            assert len(ran) == state.computed[row].count("1")
     hook.remove()
-    assert state["both"] == "1110010000"
+    assert state.both == "1110010000"
     attentions = sum(module.kind == "self-attention" for module in cached_modules_of(network).values())
-    assert [row.count("0") for row in state["computed"]] == [0, 0, 0, attentions, 0, 0, 0, attentions, 0, attentions]
+    assert [row.count("0") for row in state.computed] == [0, 0, 0, attentions, 0, 0, 0, attentions, 0, attentions]
 
 
 def test_either_half_may_have_the_condition() -> None:
@@ -214,10 +214,10 @@ def test_a_recorded_generation_shows_which_half_has_the_condition() -> None:
     """DiT's pipeline gives it first; with both halves of each call exchanged the same generation replays too."""
     network = painter()
     given = recorded(network)
-    assert Fastercache().calibrate(network, given)["conditional"] == "first"
+    assert Fastercache().calibrate(network, given).conditional == "first"
     turned = [Call(call.args, call.kwargs | {"class_labels": call.kwargs["class_labels"].roll(2)}) for call in given]
     with torch.no_grad():
-        assert Fastercache().calibrate(network, turned)["conditional"] == "second"
+        assert Fastercache().calibrate(network, turned).conditional == "second"
     with pytest.raises(AerogelError, match="came without its pipeline"):
         Fastercache().calibrate(opened("dit"), paired("dit"))
 
@@ -227,7 +227,7 @@ def test_a_pipeline_runs_with_half_the_samples() -> None:
     seen: list[int] = []
     step = {"fastercache": {"unconditional_window": [-1.0, 500.0], "unconditional_every": 3}}
     with aerogel.cached(network, {"steps": [step]}, samples=recorded(network)) as found:
-        assert found[0].state["both"] == "11010"
+        assert found[0].state.both == "11010"
         hook = network.module.transformer_blocks[0].ff.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))  # type: ignore[union-attr, index]
         made = [paint(network, seed) for seed in (9, 9)]
         hook.remove()
@@ -248,8 +248,8 @@ def test_attention_alone_needs_no_guidance() -> None:
     policy = Fastercache(unconditional_every=1, window=(-1.0, 1000.0), weight_first=0.0, weight_last=1.0)
     alone = [calls("wan", seed, TEN) for seed in (0, 4)]
     state = policy.calibrate(network, alone[0])
-    assert state["both"] == "1" * 10
-    assert state["conditional"] == ""
+    assert state.both == "1" * 10
+    assert state.conditional == ""
     rising = [(row - 1) / 8 for row in range(10)]
     wanted = [Literal(network, policy, TEN, rising).run(given) for given in alone]
     with policy.on(network, state):

@@ -14,7 +14,7 @@ from torch import Tensor
 import aerogel
 from aerogel.data.denoising import Denoising
 from aerogel.errors import AerogelError
-from aerogel.methods.feature_cache.harmonica import Harmonica, _Training
+from aerogel.methods.feature_cache.harmonica import Harmonica, HarmonicaTraining
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
@@ -30,10 +30,10 @@ from tests.runtime.feature_cache.test_replay import apart, clips, packed, painte
 SHORT: dict[str, Any] = {"ratio": 0.4, "trajectories": 6, "refresh": 3}
 
 
-def training(network: Network, denoiser: ControlledDenoiser, runs: list[Replay], **options: Any) -> _Training:
+def training(network: Network, denoiser: ControlledDenoiser, runs: list[Replay], **options: Any) -> HarmonicaTraining:
     method = Harmonica(**SHORT | options)
     budget = Budget((1.0,) * len(cached_modules_of(network)), 4.0)
-    return _Training(method, denoiser, runs, budget, len(cached_modules_of(network)), torch.Generator().manual_seed(0))
+    return HarmonicaTraining(method, denoiser, runs, budget, torch.Generator().manual_seed(0))
 
 
 def soft(denoiser: ControlledDenoiser, run: Replay, state: State, scores_TN: Tensor, full: set[int]) -> Tensor:
@@ -50,7 +50,7 @@ def test_leave_one_out_is_what_whole_generations_say() -> None:
     network = painter()
     with controlled(network) as denoiser:
         made = training(network, denoiser, replays(network, Trajectories.of(network, recorded(network))))
-        made.refresh(0)
+        made.measure(0)
         run, start = made.fixed
         scores_TN = made.scores()
         image = soft(denoiser, run, start, scores_TN, set())
@@ -64,7 +64,7 @@ def test_cumulative_is_what_whole_generations_say() -> None:
     network = painter()
     with controlled(network) as denoiser:
         made = training(network, denoiser, replays(network, Trajectories.of(network, recorded(network))), proxy="cumulative")
-        made.refresh(0)
+        made.measure(0)
         run, start = made.fixed
         images = [soft(denoiser, run, start, made.scores(), set(range(step + 1, 5))) for step in range(5)]
         literal = torch.tensor([0.0, *(float((b - a).square().mean()) for a, b in pairwise(images))])
@@ -77,7 +77,7 @@ def test_a_step_that_computes_everything_has_no_weight() -> None:
     with controlled(network) as denoiser:
         made = training(network, denoiser, replays(network, Trajectories.of(network, recorded(network))))
         made.rows[3].fill_(torch.inf)
-        made.refresh(0)
+        made.measure(0)
     assert made.lambda_T[3] == 0
     assert (made.lambda_T[[1, 2, 4]] > 0).all()
 
@@ -87,10 +87,10 @@ def test_a_trajectory_moves_each_row_once_by_its_own_loss() -> None:
     network = painter()
     with controlled(network) as denoiser:
         made = training(network, denoiser, replays(network, Trajectories.of(network, recorded(network))))
-        before = torch.stack([row_N.detach().clone() for row_N in made.rows])
-        run, start = made._begin()
+        before = torch.stack([row_N.detach().clone() for row_N in made.rows.values()])
+        run, start = made.begin()
         made.trajectory(run, start.fork())
-        after = torch.stack([row_N.detach() for row_N in made.rows])
+        after = torch.stack([row_N.detach() for row_N in made.rows.values()])
         state, held = start.fork(), denoiser.empty
         for step in range(5):
             logits_N = before[step].clone().requires_grad_()
@@ -161,8 +161,8 @@ def test_without_a_budget_the_threshold_decides_and_the_penalty_stays(search: in
     network = painter()
     options = SHORT | {"ratio": None, "penalty": 3e-2, "trajectories": 30, "threshold": 0.5, "search": search, "samples": 4}
     state = Harmonica(**options).calibrate(network, recorded(network))
-    schedule, low_TN = Schedule.of(network, state), state["scores"] <= 0.5
-    assert state["penalty"] == 3e-2
+    schedule, low_TN = Schedule.of(network, state), state.scores <= 0.5
+    assert state.penalty == 3e-2
     assert low_TN.any()
     assert int((~schedule.computed_TN).sum()) == int(low_TN.sum()), "a search keeps the count"
     if not search:
@@ -193,7 +193,7 @@ def test_a_bound_on_age_passes_over_low_scores() -> None:
 
 def test_a_budget_that_the_bound_on_age_forbids_is_refused_before_any_training(monkeypatch: pytest.MonkeyPatch) -> None:
     network = painter()
-    monkeypatch.setattr(_Training, "run", lambda _: pytest.fail("it has begun"))
+    monkeypatch.setattr(HarmonicaTraining, "run", lambda *_: pytest.fail("it has begun"))
     with pytest.raises(
         AerogelError, match=r"means to save 5; with max_age 1 each of 2 modules is cached at 2 of 5 steps at most, .* saves 4"
     ):
@@ -209,9 +209,9 @@ def test_checkpointing_changes_no_score() -> None:
         options = SHORT | {"search": 10, "samples": 4, "checkpointing": checkpointing}
         states.append(Harmonica(**options).calibrate(network, recorded(network)))
         assert not any("forward" in vars(module) for module in network.module.modules())
-    torch.testing.assert_close(states[1]["scores"], states[0]["scores"], rtol=0, atol=1e-6)
-    torch.testing.assert_close(states[1]["lambda"], states[0]["lambda"], rtol=1e-4, atol=1e-6)
-    assert states[1]["computed"] == states[0]["computed"]
+    torch.testing.assert_close(states[1].scores, states[0].scores, rtol=0, atol=1e-6)
+    torch.testing.assert_close(states[1].lambda_T, states[0].lambda_T, rtol=1e-4, atol=1e-6)
+    assert states[1].computed == states[0].computed
 
 
 def test_a_target_speedup_is_met_by_the_costs() -> None:
@@ -242,7 +242,7 @@ def test_the_search_behind_it_keeps_the_better_of_two_starts() -> None:
         generator = made.generator.get_state()
         found = made.searched(decoded)
         made.generator.set_state(generator)
-        search = Search(made._trials(), made.budget, 10**6)
+        search = Search(made.trials(), made.budget, 10**6)
         assert made.budget.is_met(found)
         ends = [search.swaps(decoded), search.swaps(search.single_modules(search.whole_steps(tuple(decoded.shape))))]
         assert search.trials.error(found) == pytest.approx(min(map(search.trials.error, ends)), rel=1e-5)
@@ -254,9 +254,9 @@ def test_the_router_s_own_schedule_stays_beside_what_the_search_made_of_it() -> 
         torch.manual_seed(3)
         network = painter()
         states.append(Harmonica(**SHORT, search=search, samples=4).calibrate(network, recorded(network)))
-    assert states[1]["decoded"] == states[0]["computed"]
-    assert "decoded" not in states[0], "it is the schedule itself"
-    assert sum(row.count("0") for row in states[1]["computed"]) == 4
+    assert states[1].decoded == states[0].computed
+    assert states[0].decoded is None, "it is the schedule itself"
+    assert sum(row.count("0") for row in states[1].computed) == 4
 
 
 def test_the_penalty_follows_the_budget() -> None:
@@ -265,7 +265,7 @@ def test_the_penalty_follows_the_budget() -> None:
     little, much = (
         Harmonica(**SHORT | {"ratio": ratio, "trajectories": 60, "refresh": 60}).calibrate(network, calls) for ratio in (0.1, 0.8)
     )
-    assert little["penalty"] < much["penalty"]
+    assert little.penalty < much.penalty
 
 
 def test_compress_keeps_it_beside_the_weights(tmp_path: Path) -> None:
@@ -280,9 +280,9 @@ def test_compress_keeps_it_beside_the_weights(tmp_path: Path) -> None:
     seed = {"class_labels": [0], "num_inference_steps": 5, "guidance_scale": 3.0, "output_type": "pt"}
     cached, whole = (network.processor(generator=torch.Generator().manual_seed(0), **seed).images for network in (opened, plain))
     assert not torch.equal(torch.as_tensor(cached), torch.as_tensor(whole))
-    assert {"scores", "lambda", "computed", "steps", "units", "sampler", "guidance", "error", "log"} <= state.keys()
-    assert state["log"][0]["hard_error"] >= 0
-    assert "decoded_error" in state["log"][-1]
+    assert {"scores", "lambda", "computed", "steps", "units", "sampler", "guidance", "error", "log"} <= state.as_dict().keys()
+    assert state.log[0]["hard_error"] >= 0
+    assert "decoded_error" in state.log[-1]
     with pytest.raises(
         AerogelError, match=r"852, one of the 7 steps of DDIMScheduler, is not the 800 that comes at step 1 of the 5 of DDIMScheduler"
     ):

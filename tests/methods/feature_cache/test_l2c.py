@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import aerogel
 from aerogel.data.denoising import Denoising, generate_images
 from aerogel.errors import AerogelError
-from aerogel.methods.feature_cache.l2c import L2c, _Training
+from aerogel.methods.feature_cache.l2c import L2c, L2cTraining
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
@@ -31,9 +31,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 SHORT: dict[str, Any] = {"ratio": 0.4, "iterations": 12, "check": 6}
 
 
-def training(network: Network, denoiser: ControlledDenoiser, calls: list[Call], seed: int = 0, **options: Any) -> _Training:
+def training(network: Network, denoiser: ControlledDenoiser, calls: list[Call], seed: int = 0, **options: Any) -> L2cTraining:
     budget = Budget((1.0,) * len(cached_modules_of(network)), 4.0)
-    return _Training(
+    return L2cTraining(
         L2c(**SHORT | options), denoiser, replays(network, Trajectories.of(network, calls)), budget, torch.Generator().manual_seed(seed)
     )
 
@@ -126,7 +126,7 @@ def test_scores_move_as_the_rule_says(steps: int, iterations: int, penalty: floa
         made = training(network, denoiser, calls, rate=0.5, penalty=penalty)
         before = made.scores()
         for _ in range(iterations):
-            made.iterate()
+            made.update()
         last_N = next(row_N.grad for row_N in made.rows.values() if row_N.grad is not None)
     wanted_TN, gradient_N = literal(network, network.teacher or network, calls, steps, iterations, 0.5, penalty)
     torch.testing.assert_close(last_N, gradient_N, rtol=1e-3, atol=1e-9)
@@ -142,7 +142,7 @@ def test_only_the_row_at_hand_moves() -> None:
         seen = set()
         for _ in range(12):
             before = made.scores()
-            made.iterate()
+            made.update()
             graded = [step for step, row_N in made.rows.items() if row_N.grad is not None]
             moved = (made.scores() != before).any(-1).nonzero().flatten().tolist()
             assert len(graded) == 1
@@ -158,7 +158,7 @@ def test_scores_stay_within_their_bound() -> None:
     with controlled(network) as denoiser:
         made = training(network, denoiser, recorded(network), rate=50.0)
         for _ in range(8):
-            made.iterate()
+            made.update()
     assert all(torch.equal(row_N.abs(), torch.full_like(row_N, 5.0)) for row_N in made.rows.values())
 
 
@@ -182,10 +182,10 @@ def test_scores_end_in_the_order_of_what_reuse_costs() -> None:
     with controlled(network) as denoiser:
         made = training(network, denoiser, recorded(network), rate=0.2, penalty=3e-6)
         for _ in range(120):
-            made.iterate()
+            made.update()
         costs = {}
         for step in made.rows:
-            state = made._noised(made.runs[0], made.clean[0], step - 1)
+            state = made.noised(made.runs[0], made.clean[0], step - 1)
             with torch.no_grad():
                 whole, held = denoiser.step(made.runs[0].call(state), [True, True], denoiser.empty)
                 call = made.runs[0].call(made.runs[0].advance(state, output_of(whole)))
@@ -299,11 +299,11 @@ def test_pictures_are_noised_as_their_sampler_does(sampler: str, guidance: float
         for step in made.rows:
             alpha = run.sampler.alphas_cumprod[int(run.sampler.timesteps[step - 1])]
             before = made.generator.get_state()
-            state = made._noised(run, clean, step - 1)
+            state = made.noised(run, clean, step - 1)
             noise = torch.randn(clean.shape, generator=made.generator.set_state(before))
             torch.testing.assert_close(state.x_BCHW, alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, rtol=1e-4, atol=1e-4)
             assert run.advance(state, output_of(denoiser.plain(run.call(state)))).x_BCHW.isfinite().all()
-        made.iterate()
+        made.update()
     assert getattr(run.sampler, "step_index", None) is None, "the recorded sampler is left at its start"
 
 
@@ -311,11 +311,11 @@ def test_the_log_says_what_the_schedules_cost() -> None:
     network = painter()
     calls = recorded(network)
     state = L2c(**SHORT).calibrate(network, calls)
-    assert [entry["iterations"] for entry in state["log"]] == [0, 6, 12]
-    assert state["images"] == 24
-    assert all(entry["soft_error"] > 0 <= entry["hard_error"] for entry in state["log"])
-    assert state["log"][-1]["decoded_error"] > 0
-    assert state["error"] > state["error_without_reuse"] == pytest.approx(0)
+    assert [entry["iterations"] for entry in state.log] == [0, 6, 12]
+    assert state.images == 24
+    assert all(entry["soft_error"] > 0 <= entry["hard_error"] for entry in state.log)
+    assert state.log[-1]["decoded_error"] > 0
+    assert state.error > state.error_without_reuse == pytest.approx(0)
 
 
 def test_compress_keeps_it_beside_the_weights(tmp_path: Path) -> None:
@@ -330,6 +330,7 @@ def test_compress_keeps_it_beside_the_weights(tmp_path: Path) -> None:
     seed = {"class_labels": [0], "num_inference_steps": 5, "guidance_scale": 3.0, "output_type": "pt"}
     cached, whole = (network.processor(generator=torch.Generator().manual_seed(0), **seed).images for network in (opened, plain))
     assert not torch.equal(torch.as_tensor(cached), torch.as_tensor(whole))
-    assert {"scores", "computed", "steps", "units", "sampler", "guidance", "images", "error", "error_without_reuse", "log"} <= state.keys()
+    kept = {"scores", "computed", "steps", "units", "sampler", "guidance", "images", "error", "error_without_reuse", "log"}
+    assert kept <= state.as_dict().keys()
     with pytest.raises(AerogelError, match="one of the 7 steps of DDIMScheduler"):
         opened.processor(class_labels=[0], num_inference_steps=7)

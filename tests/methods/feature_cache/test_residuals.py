@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -55,7 +56,7 @@ def theirs(network: Network, config: Any) -> Iterator[None]:
         yield
 
 
-def under(network: Network, policy: FeatureCachePolicy, given: Sequence[Call]) -> tuple[list[Tensor], list[int | None], dict[str, Any]]:
+def under(network: Network, policy: FeatureCachePolicy[Any], given: Sequence[Call]) -> tuple[list[Tensor], list[int | None], Any]:
     """The answers of a generation, what was left out at each step, and the state."""
     state = policy.calibrate(network, given)
     with policy.on(network, state) as spans:
@@ -93,7 +94,7 @@ def test_magcache_answers_like_diffusers(threshold: float, retention: float) -> 
     network, given = deep("wan"), drifting("wan")
     made, decisions, state = under(network, Magcache(threshold, retention=retention), given)
     other = Network(copy.deepcopy(network.module), network.family)
-    config = MagCacheConfig(threshold, 3, retention, num_inference_steps=len(TEN), mag_ratios=state["ratios"])
+    config = MagCacheConfig(threshold, 3, retention, num_inference_steps=len(TEN), mag_ratios=state.ratios)
     with theirs(other, config):
         wanted = [output(other.module, call) for call in given]
     assert all(torch.equal(a, b) for a, b in zip(made, wanted, strict=True))
@@ -103,7 +104,7 @@ def test_magcache_answers_like_diffusers(threshold: float, retention: float) -> 
 
 def test_magcache_measures_ratios_of_token_norms() -> None:
     network, given = deep("dit"), [*drifting("dit"), *drifting("dit", 4)]
-    ratio_T = Magcache().calibrate(network, given)["ratios"]
+    ratio_T = Magcache().calibrate(network, given).ratios
     norms = [change.norm(dim=-1) for change in residuals(network, Trajectories.of(network, given))]
     literal = [(norms[3] / norms[2]).mean(), (norms[13] / norms[12]).mean()]
     assert float(ratio_T[3]) == pytest.approx(float(sum(literal)) / 2, rel=1e-5)
@@ -111,10 +112,10 @@ def test_magcache_measures_ratios_of_token_norms() -> None:
 
 
 @pytest.mark.parametrize("policy", [Magcache(), Teacache(), Smoothcache()])
-def test_branches_in_calls_of_their_own_are_measured_as_in_one_batch(policy: FeatureCachePolicy) -> None:
+def test_branches_in_calls_of_their_own_are_measured_as_in_one_batch(policy: FeatureCachePolicy[Any]) -> None:
     network = painter()
     together = recorded(network, steps=8)
-    ours, wanted = (policy.calibrate(network, given) for given in (apart(together), together))
+    ours, wanted = (policy.calibrate(network, given).as_dict() for given in (apart(together), together))
     assert ours.keys() == wanted.keys()
     for key, value in wanted.items():
         if isinstance(value, Tensor):
@@ -156,7 +157,7 @@ def test_teacache_is_its_published_loop() -> None:
     assert decisions == wanted
     assert 0 in wanted
     assert wanted.count(None) > 2
-    assert state["coefficients"] == pytest.approx(list(rescale.coefficients[::-1]), rel=1e-4)
+    assert state.coefficients == pytest.approx(list(rescale.coefficients[::-1]), rel=1e-4)
     last = [place for place, out in enumerate(decisions) if out is None]
     assert all(torch.equal(made[place], answers[place]) for place in last)
 
@@ -181,10 +182,10 @@ def test_delta_dit_leaves_out_the_rear_first() -> None:
 
 
 @pytest.mark.parametrize("policy", [FirstBlock(), Magcache(), Teacache(), DeltaDit()], ids=lambda policy: type(policy).__name__)
-def test_other_networks_are_refused(policy: FeatureCachePolicy) -> None:
+def test_other_networks_are_refused(policy: FeatureCachePolicy[Any]) -> None:
     state = policy.calibrate(deep("dit"), drifting("dit"))
     with (
         pytest.raises(AerogelError, match=f"made for {DEPTH + 1} blocks, this denoiser has {DEPTH}"),
-        policy.on(deep("dit"), state | {"blocks": DEPTH + 1}),
+        policy.on(deep("dit"), replace(state, blocks=DEPTH + 1)),
     ):
         pass

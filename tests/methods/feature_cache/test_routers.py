@@ -7,13 +7,12 @@ import torch
 
 from aerogel.methods.feature_cache.harmonica import Harmonica
 from aerogel.methods.feature_cache.l2c import L2c
-from aerogel.methods.feature_cache.policy import BudgetedCachePolicy
 from tests.methods.feature_cache import test_harmonica, test_l2c
 from tests.runtime.feature_cache.test_replay import painter, recorded
 
 
 @pytest.mark.parametrize("router", [Harmonica(**test_harmonica.SHORT), L2c(**test_l2c.SHORT)], ids=lambda router: type(router).__name__)
-def test_nothing_but_scores_is_touched(router: BudgetedCachePolicy) -> None:
+def test_nothing_but_scores_is_touched(router: Harmonica | L2c) -> None:
     network = painter()
     network.module.requires_grad_(True)
     calls, before = recorded(network), {name: tensor.clone() for name, tensor in network.module.state_dict().items()}
@@ -25,6 +24,6 @@ def test_nothing_but_scores_is_touched(router: BudgetedCachePolicy) -> None:
     assert all(parameter.grad is None and parameter.requires_grad for parameter in network.module.parameters())
     torch.manual_seed(7)
     again = router.calibrate(network, calls)
-    assert torch.equal(state["scores"], again["scores"])
+    assert torch.equal(state.scores, again.scores)
     torch.manual_seed(8)
-    assert not torch.equal(state["scores"], router.calibrate(network, calls)["scores"])
+    assert not torch.equal(state.scores, router.calibrate(network, calls).scores)

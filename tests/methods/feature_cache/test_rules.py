@@ -49,7 +49,7 @@ def test_evenly_is_fora_at_a_half() -> None:
     network = painter()
     calls = recorded(network, steps=6)
     fora, evenly = Fora(2).calibrate(network, calls), UniformCache(0.5).calibrate(network, calls)
-    assert fora["computed"] == evenly["computed"]
+    assert fora.computed == evenly.computed
 
 
 def test_rules_that_cannot_be_are_refused() -> None:
@@ -79,7 +79,7 @@ def test_searched_meets_its_budget_and_beats_even_spacing() -> None:
         with aerogel.cached(network, {"steps": [step]}, samples=calls) as found:
             state = found[0].state
             assert Schedule.of(network, state).reused == pytest.approx(0.4)
-            assert name == "uniform_cache" or (0 < state["error_of_trials"] != state["error"] > 0)
+            assert name == "uniform_cache" or (0 < state.error_of_trials != state.error > 0)
             made = paint(network.processor)
         errors[name] = float((made - paint(network.processor)).square().mean())
     assert errors["schedule_search"] < errors["uniform_cache"]
@@ -104,9 +104,7 @@ def test_pab_runs_now_and_then_within_its_window(every: int, runs: list[int]) ->
 def test_pab_treats_kinds_apart() -> None:
     network = opened("pixart")
     state = Pab(self_every=2, cross_every=3, first=-1, last=1000).calibrate(network, generation("pixart"))
-    columns = {
-        module.kind: [int(row[place]) for row in state["computed"]] for place, module in enumerate(cached_modules_of(network).values())
-    }
+    columns = {module.kind: [int(row[place]) for row in state.computed] for place, module in enumerate(cached_modules_of(network).values())}
     assert columns == {"self-attention": [1, 0, 1, 0], "cross-attention": [1, 0, 0, 1], "feed-forward": [1, 1, 1, 1]}
     with pytest.raises(AerogelError, match="at least 1"):
         Pab(self_every=0).calibrate(network, generation("pixart"))
@@ -136,7 +134,7 @@ def test_smoothcache_measures_changes_of_outputs() -> None:
     for hook in hooks:
         hook.remove()
     literal = sum(float((outputs[2] - outputs[0]).abs().sum() / outputs[0].abs().sum()) for outputs in made.values()) / len(every)
-    assert float(state["cross-attention.change"][2, 1]) == pytest.approx(literal, rel=1e-5)
+    assert float(state.changes["cross-attention.change"][2, 1]) == pytest.approx(literal, rel=1e-5)
     assert name in made
     with pytest.raises(AerogelError, match="7 recorded calls are not generations of 4 steps"):
         Smoothcache().calibrate(network, [*given, *given[:3]])
@@ -162,7 +160,7 @@ def test_taylorseer_predicts_by_the_series() -> None:
 )
 def test_taylorseer_computes_at_these_steps(options: dict[str, int], runs: list[int]) -> None:
     state = Taylorseer(**options).calibrate(opened("dit"), generation("dit", steps=[900.0 - 75 * step for step in range(12)]))
-    assert state["computed"] == ["1111" if step in runs else "0000" for step in range(12)]
+    assert state.computed == tuple("1111" if step in runs else "0000" for step in range(12))
 
 
 def test_taylorseer_of_order_zero_reuses() -> None:

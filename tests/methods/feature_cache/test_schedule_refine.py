@@ -22,7 +22,8 @@ from aerogel.recipe import Recipe
 from aerogel.runtime.feature_cache.cached_modules import costs_of
 from aerogel.runtime.feature_cache.controlled import controlled
 from aerogel.runtime.feature_cache.replay import replays
-from aerogel.runtime.feature_cache.schedule import Schedule
+from aerogel.runtime.feature_cache.router import RouterState
+from aerogel.runtime.feature_cache.schedule import Schedule, ScheduleState
 from aerogel.runtime.feature_cache.trials import Trials
 from tests.runtime.feature_cache.test_replay import painter, recorded
 
@@ -32,7 +33,7 @@ QUANTIZED: list[dict[str, Any]] = [
 ]
 
 
-def error(network: Network, calls: Any, state: dict[str, Any]) -> float:
+def error(network: Network, calls: Any, state: ScheduleState) -> float:
     """On the recorded generations, with nothing on."""
     runs = replays(network, Trajectories.of(network, calls))
     with controlled(network) as denoiser, torch.no_grad():
@@ -48,20 +49,21 @@ def test_it_goes_on_from_the_schedule_and_saves_as_much() -> None:
     macs = torch.tensor(costs_of(network, calls[0]).module_macs)
     saved = [float((~Schedule.of(network, state).computed_TN * macs).sum()) for state in (before, after)]
     assert saved[1] >= saved[0]
-    assert after["changed"] > 0, "even spacing is not the best that there is"
+    assert after.changed > 0, "even spacing is not the best that there is"
     assert error(network, calls, after) < error(network, calls, before)
-    assert after["error"] < after["error_before"], "on noise that nothing was decided by"
+    assert after.error < after.error_before, "on noise that nothing was decided by"
 
 
 def test_without_trials_the_schedule_stays_and_so_does_what_was_learned() -> None:
     network = painter()
     calls = recorded(network)
-    before = UniformCache(ratio=0.4).calibrate(network, calls) | {"scores": torch.rand(5, 2)}
+    evenly = UniformCache(ratio=0.4).calibrate(network, calls)
+    before = RouterState(**vars(evenly), scores=torch.rand(5, 2), guidance=3.0, error=0.1, error_without_reuse=0.0, log=())
     after = ScheduleRefine(trials=0, samples=2).revise(network, calls, before)
-    assert after["computed"] == before["computed"]
-    assert after["changed"] == 0
-    assert after["error"] == after["error_before"]
-    assert torch.equal(after["scores"], before["scores"])
+    assert after.computed == before.computed
+    assert after.changed == 0
+    assert after.error == after.error_before
+    assert torch.equal(after.kept["scores"], before.scores)
 
 
 def test_generations_of_other_steps_are_refused() -> None:
@@ -84,9 +86,9 @@ def test_a_recipe_alternates(tmp_path: Path) -> None:
     result = aerogel.compress(tmp_path / "in", {"steps": steps}, samples=wanted, output=tmp_path / "out", measures=())
     (only,) = result.policies
     assert only.step.name == "schedule_refine"
-    assert {"changed", "error_before", "computed", "macs_saved"} <= only.state.keys()
+    assert {"changed", "error_before", "computed", "macs_saved"} <= only.state.as_dict().keys()
     (again,) = policies.load(tmp_path / "out")
-    assert again.state["computed"] == only.state["computed"]
+    assert again.state.computed == only.state.computed
     opened = aerogel.load(tmp_path / "out", lazy=False)
     assert torch.as_tensor(opened.processor(class_labels=[0], num_inference_steps=5, output_type="pt").images).isfinite().all()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -23,7 +24,7 @@ from aerogel.numerics.attention import attention
 from aerogel.runtime.attention import attending, attention_received
 from aerogel.runtime.feature_cache import partial_token_cache
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
-from aerogel.runtime.feature_cache.partial_token_cache import grid_of, raise_best_of_cells
+from aerogel.runtime.feature_cache.partial_token_cache import TokenCacheState, grid_of, raise_best_of_cells
 from aerogel.runtime.feature_cache.schedule import Schedule, caching
 from tests.runtime.feature_cache.test_replay import painter, recorded
 from tests.runtime.feature_cache.test_schedule import calls
@@ -61,11 +62,11 @@ def test_duca_takes_turns() -> None:
     anew = {}
     for policy in (Toca(**options), Duca(**options)):
         state = policy.calibrate(network, given)
-        assert state["computed"] == ["1111", "0000", "0000", "0000"] * 2 + ["1111"]
+        assert state.computed == ("1111", "0000", "0000", "0000") * 2 + ("1111",)
         assert Schedule.of(network, state).reused == pytest.approx(6 / 9)
-        torch.testing.assert_close(state["shares"].unique(), torch.tensor([0.0, 0.25], dtype=torch.float64))
-        assert not state["shares"][:, ::2].any(), "attention"
-        anew[type(policy)] = state["shares"][:, 1].nonzero().flatten().tolist()
+        torch.testing.assert_close(state.shares.unique(), torch.tensor([0.0, 0.25], dtype=torch.float64))
+        assert not state.shares[:, ::2].any(), "attention"
+        anew[type(policy)] = state.shares[:, 1].nonzero().flatten().tolist()
     assert anew == {Toca: [1, 2, 3, 5, 6, 7], Duca: [1, 3, 5, 7]}
 
 
@@ -79,8 +80,8 @@ def test_shares_grow_with_the_steps_and_shrink_with_depth() -> None:
             depth = int(name.split(".")[1])
             kind = {"feed-forward": 1.6, "cross-attention": 0.6, "self-attention": 0.0}[module.kind]
             wanted = 0.3 * kind * (1.5 - index / 9) * (1.7 - 1.4 * depth) if left else 0.0
-            assert float(state["shares"][row, place]) == pytest.approx(min(wanted, 1.0))
-    late = Duca(ratio=1.0, late=10.0, front=2.0).calibrate(network, calls("pixart", steps=NINE))["shares"]
+            assert float(state.shares[row, place]) == pytest.approx(min(wanted, 1.0))
+    late = Duca(ratio=1.0, late=10.0, front=2.0).calibrate(network, calls("pixart", steps=NINE)).shares
     assert late[[6, 8]].max() == 1
     assert late.min() == 0
     assert not late[3].any(), "two factors below 0 are no share above it"
@@ -125,7 +126,7 @@ def raised(score: Tensor, grid: tuple[int, int, int], cell: int, bonus: float) -
 class Literal:
     """Hooks on modules that all run: what they give is written over what is kept token by token."""
 
-    def __init__(self, network: Network, policy: Toca | Duca, state: dict[str, Any], grid: tuple[int, int, int]) -> None:
+    def __init__(self, network: Network, policy: Toca | Duca, state: TokenCacheState, grid: tuple[int, int, int]) -> None:
         self.policy, self.state, self.grid, self.row = policy, state, grid, 0
         self.maps: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}
@@ -139,11 +140,11 @@ class Literal:
         return value
 
     def replace(self, name: str, place: int, made: Tensor) -> Tensor:
-        if self.state["computed"][self.row][place] == "1":
+        if self.state.computed[self.row][place] == "1":
             total = self.maps[name.rpartition(".")[0]].mean(1).sum(1)
             self.kept[name], self.scores[name] = made.clone(), total / total.square().sum(1, keepdim=True).sqrt()
             self.stale[name] = torch.zeros_like(total)
-        elif share := float(self.state["shares"][self.row, place]):
+        elif share := float(self.state.shares[self.row, place]):
             score = self.scores[name] + self.policy.staleness * self.stale[name] / self.policy.interval
             score = raised(score, self.grid, self.policy.cell, self.policy.bonus)
             self.stale[name] += 1
@@ -229,7 +230,7 @@ def test_norms_normalise_what_is_read(name: str) -> None:
         for row, call in enumerate(given):
             output(network.module, call)
             for norm, place in norms.items():
-                share = 1.0 if state["computed"][row][place] == "1" else float(state["shares"][row, place])
+                share = 1.0 if state.computed[row][place] == "1" else float(state.shares[row, place])
                 assert seen[norm] == int(share * every)
 
 
@@ -241,7 +242,7 @@ def test_all_tokens_are_the_whole_feed_forward(name: str) -> None:
     whole_TN = Schedule.of(network, state).computed_TN | torch.tensor(
         [module.kind == "feed-forward" for module in cached_modules_of(network).values()]
     )
-    with caching(network, Schedule(tuple(state["steps"]), "", tuple(state["units"]), whole_TN)):
+    with caching(network, Schedule(state.steps, "", state.units, whole_TN)):
         wanted = [output(network.module, call) for call in given]
     for a, b in zip(run(network, policy, given), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -255,7 +256,7 @@ def test_without_tokens_it_is_plain_reuse(policy: type[Toca | Duca]) -> None:
         with caching(network, Schedule.of(network, state)):
             wanted = [output(network.module, call) for call in given]
         assert all(torch.equal(a, b) for a, b in zip(run(network, policy(ratio=ratio), given), wanted, strict=True))
-    assert Toca(ratio=0.0).calibrate(network, given)["scored_by"] == {}
+    assert Toca(ratio=0.0).calibrate(network, given).scored_by == {}
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -283,7 +284,7 @@ def test_maps_are_summed_only_where_tokens_are_chosen_later(monkeypatch: pytest.
         sums.append(attention_received(*args))
         return sums[-1]
 
-    def summed(state: dict[str, Any]) -> list[int]:
+    def summed(state: TokenCacheState) -> list[int]:
         made = []
         with policy.on(network, state):
             for call in given:
@@ -295,10 +296,10 @@ def test_maps_are_summed_only_where_tokens_are_chosen_later(monkeypatch: pytest.
     monkeypatch.setattr(partial_token_cache, "attention_received", spy)
     policy = Duca(ratio=0.2)
     state = policy.calibrate(network, given)
-    assert state["computed"] == ["1111" if full else "0000" for full in (1, 0, 0, 0, 1, 0, 0, 1, 0)]
-    assert state["shares"][:, 1].ne(0).tolist() == [False, False, False, True, False, False, True, False, True]
+    assert state.computed == tuple("1111" if full else "0000" for full in (1, 0, 0, 0, 1, 0, 0, 1, 0))
+    assert state.shares[:, 1].ne(0).tolist() == [False, False, False, True, False, False, True, False, True]
     assert summed(state) == [2, 0, 0, 0, 2, 0, 0, 2, 0]
-    late = state | {"shares": state["shares"].where(torch.arange(9)[:, None] > 6, 0.0)}
+    late = replace(state, shares=state.shares.where(torch.arange(9)[:, None] > 6, 0.0))
     assert summed(late) == [0, 0, 0, 0, 0, 0, 0, 2, 0]
 
 
@@ -354,7 +355,7 @@ def test_what_was_given_is_never_written_over() -> None:
     with policy.on(network, state) as by:
         for row, call in enumerate(given):
             output(network.module, call)
-            assert any(by.memories.values()) == (state["computed"][row + 1 : row + 2] == ["0000"]), "what is read no more is let go"
+            assert any(by.memories.values()) == (state.computed[row + 1 : row + 2] == ("0000",)), "what is read no more is let go"
     hook.remove()
     assert all(torch.equal(a, b) for a, b in held)
     scores = 2 * 16 * 4
@@ -457,7 +458,7 @@ def test_text_among_the_tokens_needs_no_cells() -> None:
     policy = Toca(ratio=1.0, feed_forward=1.0, late=0.0, front=0.0, cell=1)
     state = policy.calibrate(network, given)
     whole_TN = Schedule.of(network, state).computed_TN | torch.tensor([False, True] * 2)
-    with caching(network, Schedule(tuple(state["steps"]), "", tuple(state["units"]), whole_TN)):
+    with caching(network, Schedule(state.steps, "", state.units, whole_TN)):
         wanted = [output(network.module, call) for call in given]
     for a, b in zip(run(network, policy, given), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

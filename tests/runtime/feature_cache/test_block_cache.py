@@ -15,7 +15,15 @@ from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
-from aerogel.runtime.feature_cache.block_cache import BlockRange, Rule, TableRule, block_cache_state, caching_blocks, residuals
+from aerogel.runtime.feature_cache.block_cache import (
+    BlockCacheState,
+    BlockRange,
+    Rule,
+    TableRule,
+    block_cache_state,
+    caching_blocks,
+    residuals,
+)
 from tests.runtime.feature_cache.test_schedule import STEPS, calls
 from tests.tiny import FAMILIES, fill, opened, output
 
@@ -27,7 +35,7 @@ GIVEN = {"sd3": ("encoder_hidden_states", "hidden_states"), "flux": ("encoder_hi
     "cogvideox": ("hidden_states", "encoder_hidden_states")
 }
 """What blocks give, by the name under which the next one takes it; elsewhere the image alone."""
-AT = {"steps": STEPS, "sampler": "", "blocks": DEPTH}
+AT = BlockCacheState(steps=STEPS, sampler="", blocks=DEPTH)
 
 
 def deep(name: str) -> Network:

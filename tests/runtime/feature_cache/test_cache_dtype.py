@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from aerogel import catalog
 from aerogel.errors import AerogelError
-from aerogel.methods.feature_cache.policy import BlockCachePolicy, FeatureCachePolicy
+from aerogel.methods.feature_cache.policy import BlockCachePolicy, FeatureCachePolicy, SchedulePolicy
 from aerogel.model.calls import tensors_in
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
@@ -164,10 +164,10 @@ def test_stretches_keep_their_change_in_float8() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.__name__)
-def test_a_policy_keeps_float8_or_says_that_it_does_not(policy: type[FeatureCachePolicy]) -> None:
+def test_a_policy_keeps_float8_or_says_that_it_does_not(policy: type[FeatureCachePolicy[Any]]) -> None:
     name = catalog.card("methods", next(name for name in catalog.names("methods") if catalog.find("methods", name) is policy)).name
     steps = {"name": "kept", "steps": [{name: {"cache_dtype": "float8"}}]}
-    if policy.on in (FeatureCachePolicy.on, BlockCachePolicy.on) or policy.rounds:
+    if policy.on in (SchedulePolicy.on, BlockCachePolicy.on) or policy.rounds:
         method = Recipe.parse(steps).steps[0].method
         assert isinstance(method, policy)
         assert method.cache_dtype == "float8"

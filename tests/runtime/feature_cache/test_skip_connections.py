@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
-from aerogel.runtime.feature_cache.skip_connections import caching_inner_blocks, inner, skip_state
+from aerogel.runtime.feature_cache.skip_connections import SkipState, caching_inner_blocks, inner, skip_state
 from tests.runtime.feature_cache.test_schedule import STEPS
 from tests.tiny import FAMILIES, VARIANTS, fill, opened, output
 
@@ -68,8 +69,8 @@ def calls(name: str, seed: int = 0, steps: Sequence[float] = STEPS) -> list[Call
     ]
 
 
-def state_of(network: Network, name: str, branch: int, whole: str) -> dict[str, Any]:
-    return skip_state(network, Trajectories.of(network, calls(name)), branch) | {"whole": whole}
+def state_of(network: Network, name: str, branch: int, whole: str) -> SkipState:
+    return skip_state(network, Trajectories.of(network, calls(name)), branch, whole)
 
 
 OUTER: dict[tuple[str, int], tuple[str, int, tuple[str, ...]]] = {
@@ -254,7 +255,7 @@ def test_skips_are_counted_from_the_outermost(branch: int, last: int) -> None:
 @pytest.mark.parametrize("name", ["dit", "pixart", "wan"])
 def test_denoisers_without_skips_are_refused(name: str) -> None:
     with pytest.raises(AerogelError, match=f"the {name} family names no skip connections"):
-        skip_state(opened(name), Trajectories.of(opened(name), calls(name)), 0)
+        skip_state(opened(name), Trajectories.of(opened(name), calls(name)), 0, "1000")
 
 
 def test_blocks_that_others_read_too_are_refused() -> None:
@@ -265,12 +266,12 @@ def test_blocks_that_others_read_too_are_refused() -> None:
     )  # fmt: skip
     other = Network(module.eval(), catalog.find("families", "unet"))
     with pytest.raises(AerogelError, match="the denoiser reads more of them than what the last gives"):
-        skip_state(other, Trajectories.of(other, calls("unet_pixels")), 0)
+        skip_state(other, Trajectories.of(other, calls("unet_pixels")), 0, "1000")
     network = made("unet")
     residuals = tuple(torch.ones(2, width, size, size) for width, size in ((32, 8), (32, 8), (32, 4), (64, 4)))
     controlled = {"down_block_additional_residuals": residuals, "mid_block_additional_residual": torch.ones(2, 64, 4, 4)}
     with pytest.raises(AerogelError, match="residuals of a ControlNet"):
-        skip_state(network, Trajectories.of(network, [Call((), call.kwargs | controlled) for call in calls("unet")]), 0)
+        skip_state(network, Trajectories.of(network, [Call((), call.kwargs | controlled) for call in calls("unet")]), 0, "1000")
 
 
 def test_states_of_other_networks_are_refused() -> None:
@@ -282,6 +283,6 @@ def test_states_of_other_networks_are_refused() -> None:
         pass
     with (
         pytest.raises(AerogelError, match=r"made for 15 blocks, this denoiser has 14$"),
-        caching_inner_blocks(made("unet"), state | {"blocks": 15}),
+        caching_inner_blocks(made("unet"), replace(state, blocks=15)),
     ):
         pass
