@@ -1,1 +1,1 @@
-"""Methods that give again what parts of a denoiser gave at an earlier step."""
+"""Methods that return what parts of a denoiser gave at an earlier step."""

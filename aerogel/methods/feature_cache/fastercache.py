@@ -60,7 +60,7 @@ class Fastercache(SchedulePolicy[FastercacheState]):
     unconditional_window: tuple[float, float] = (-1.0, 641.0)
     """Time steps between which the unconditional half may be left out."""
     low: float = 1.1
-    """What the low frequencies of the halves' difference are multiplied with at each step that leaves one out."""
+    """Factor of the low frequencies of the halves' difference at each step that leaves one out."""
     low_window: tuple[float, float] = (99.0, 901.0)
     """Time steps between which they are."""
     high: float = 1.1
@@ -68,7 +68,7 @@ class Fastercache(SchedulePolicy[FastercacheState]):
     high_window: tuple[float, float] = (-1.0, 301.0)
     """Time steps between which they are."""
     conditional: Literal["found", "first", "second"] = "found"
-    """Which half of the batch has the condition; `found` replays a recorded generation, which shows it."""
+    """Half of the batch that has the condition; `found` replays a recorded generation, which shows it."""
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> FastercacheState:
         """Read the sampler's steps and the order of the halves off the calls.
@@ -103,7 +103,7 @@ class Fastercache(SchedulePolicy[FastercacheState]):
         return guided(network, schedule, make, halves, _Bands(gains))
 
     def _conditional(self, network: Network, trajectories: Trajectories) -> Half:
-        """Which half has the condition: guidance goes from the other one towards it and beyond."""
+        """Return the half that has the condition: guidance goes from the other one towards it and beyond."""
         _require_halves(network, trajectories.first)
         if self.conditional != "found":
             return self.conditional
@@ -175,11 +175,11 @@ class _Bands(UncondPredictor):
 
 
 class _Output(NamedTuple):
-    """What a module gave when it ran."""
+    """Output of a module when it ran."""
 
     made: Any
     whole: bool
-    """Whether it is of both halves of the batch."""
+    """True where it is of both halves of the batch."""
 
 
 class _Changing(HalfBatchEntry):
@@ -205,5 +205,5 @@ class _Changing(HalfBatchEntry):
         return last, self.value
 
     def _at_hand(self, output: _Output) -> Any:
-        """What is of the half that runs."""
+        """Return the part of the half that runs."""
         return map_tensors(self.half, output.made) if output.whole and self.half is not None else output.made

@@ -46,7 +46,7 @@ _START, _SPREAD = 1.0, 0.3
 _FORWARDS = 4
 """About how many forwards an update takes: the teacher's, the student's and twice as much for gradients."""
 _STEERING = 0.05
-"""How fast the penalty's weight follows the budget: its logarithm moves by so much a trajectory while nothing is saved."""
+"""Rate at which the penalty's weight follows the budget: its logarithm moves by so much a trajectory while nothing is saved."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -77,7 +77,7 @@ class Harmonica(BudgetedCachePolicy[HarmonicaState]):
     threshold: Annotated[float, Field(ge=0, lt=_HIGHEST)] = 0.1
     """A module with a score above it refreshes what is kept; without a budget, one with a score up to it is reused."""
     proxy: Proxy = "leave_one_out"
-    """What weighs the steps: how the final image moves when a step alone computes everything, or when it joins those before it that
+    """Weights of the steps: how the final image moves when a step alone computes everything, or when it joins those before it that
     reuse (as the released code has it); `none` weighs all alike."""
     refresh: Count = 50
     """Trajectories between two measurements of the proxy."""
@@ -90,12 +90,12 @@ class Harmonica(BudgetedCachePolicy[HarmonicaState]):
     max_age: CountOrZero = 0
     """Steps in a row at which a module may be reused, in the schedule that comes out; 0 is without bound (as published)."""
     checkpointing: bool = False
-    """Whether training stores only the input of each block and recomputes the block for gradients: slower, and less memory (published:
+    """Store only the input of each block in training and recompute the block for gradients: slower, and less memory (published:
     no)."""
 
     @property
     def budgeted(self) -> bool:
-        """Whether a budget is asked for."""
+        """True where a budget is asked for."""
         return self.ratio is not None or self.target_speedup is not None
 
     def check_budget(self, network: Network, steps: int) -> None:
@@ -108,7 +108,7 @@ class Harmonica(BudgetedCachePolicy[HarmonicaState]):
         budget.with_max_reuse(self.max_age, steps)
 
     def budget(self, network: Network, trajectories: Trajectories) -> Budget:
-        """What has to be saved, by the costs that the first process measures; raises AerogelError also where max_age forbids it.
+        """Return the budget, by the costs that the first process measures; raises AerogelError also where max_age forbids it.
 
         Nothing, and all modules cost the same, where a threshold decides.
         """
@@ -225,7 +225,7 @@ class HarmonicaTraining(RouterTraining):
 
     @property
     def conditions(self) -> dict[str, float]:
-        """What the log says beside errors: the penalty's weight."""
+        """Return the log's values beside errors: the penalty's weight."""
         return {"penalty": self.penalty}
 
     def _along(self) -> tuple[Tensor, list[tuple[State, CacheContents]]]:
@@ -239,7 +239,7 @@ class HarmonicaTraining(RouterTraining):
         return state.x_BCHW, [*along, (state, held)]
 
     def _left_out(self, soft: Tensor, along: list[tuple[State, CacheContents]]) -> Tensor:
-        """How the final image (mean square) moves when a step alone computes everything; the first step does anyway."""
+        """Return how the final image (mean square) moves when a step alone computes everything; the first step does anyway."""
         scores_TN, found = self.scores(), [0.0]
         for step in range(1, self.shape[0]):
             rows: list[Row] = [[True] * self.shape[1], *scores_TN[step + 1 :]]
@@ -247,7 +247,7 @@ class HarmonicaTraining(RouterTraining):
         return torch.tensor(found)
 
     def _joined(self, along: list[tuple[State, CacheContents]]) -> Tensor:
-        """How the final image moves when a step reuses too, after all steps before it do and none behind it does."""
+        """Return how the final image moves when a step reuses too, after all steps before it do and none behind it does."""
         everything = [[True] * self.shape[1]] * self.shape[0]
         images = [self.finish(*along[step + 1], everything[step + 1 :]) for step in range(self.shape[0])]
         return torch.tensor([0.0, *(mean_square([after], [before]) for before, after in pairwise(images))])

@@ -23,7 +23,7 @@ from aerogel.runtime.policy_state import PolicyState
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MagcacheState(BlockCacheState):
-    """What was measured, and what follows from it."""
+    """Measured ratios, and the table that follows from them."""
 
     ratios: Tensor
     """Mean magnitude of the residual against the step before (T); 1 at the first."""

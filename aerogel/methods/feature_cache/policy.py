@@ -1,4 +1,4 @@
-"""What feature-caching policies share: the schedule they act by, the dtype of what they cache, budgets."""
+"""Bases of feature-caching policies: the schedule they act by, the dtype of what they cache, budgets."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ class FeatureCachePolicy(RuntimePolicy[Cached]):
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "trajectories", "cached_modules", "uncached"})
 
     search_space: ClassVar[SearchSpace | None] = None
-    """What sets how much is reused, for who looks for a speed; None where nothing does."""
+    """Option that sets the saving, for the search for a speed-up; None where there is none."""
     rounds: ClassVar[bool] = True
-    """Whether what it keeps may be rounded to float8; not where a policy puts itself on in its own way, unless that says so."""
+    """True where cached tensors may be rounded to float8; False where a policy has its own `on`, unless it says so."""
 
     cache_dtype: CacheDtype = field(default="compute", kw_only=True)
-    """How kept tensors are stored: in the dtype they are computed in, or as float8 (e4m3) with one scale a token."""
+    """Storage of cached tensors: the dtype they are computed in, or float8 (e4m3) with one scale a token."""
 
     @property
     def plain(self) -> bool:
-        """Whether it gives outputs again by a schedule and does nothing else."""
+        """True where it returns cached outputs by a schedule and does nothing else."""
         return False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -74,7 +74,7 @@ class SchedulePolicy(FeatureCachePolicy[Scheduled]):
 
     @property
     def plain(self) -> bool:
-        """Whether it gives outputs again by its schedule and does nothing else: it puts itself on as this class does."""
+        """True where it returns cached outputs by its schedule and does nothing else: its `on` is that of this class."""
         return type(self).on is SchedulePolicy.on
 
     def calibrated(self, network: Network, calls: Sequence[Call], before: PolicyState | None = None) -> Scheduled:
@@ -159,9 +159,9 @@ class BudgetedCachePolicy(SchedulePolicy[Scheduled]):
     ratio: Share | None = None
     """Share of the schedule's entries (steps x modules) that return cached outputs; this or `target_speedup`."""
     target_speedup: Annotated[float, Field(ge=1)] | None = None
-    """How many times faster the denoiser has to be."""
+    """Speed-up of the denoiser to reach."""
     by: Measure = "latency"
-    """What a target speed-up is counted in: measured seconds of the modules, or their multiply-accumulates."""
+    """Measure of the target speed-up: measured seconds of the modules, or their multiply-accumulates."""
 
     def problems(self, network: Network, before: Before) -> Iterator[str]:
         """Look for one budget and count what a ratio asks for; what a speed-up asks for has to be measured."""
@@ -177,5 +177,5 @@ class BudgetedCachePolicy(SchedulePolicy[Scheduled]):
         """Raise AerogelError where the method cannot save as much as a ratio asks for."""
 
     def budget(self, network: Network, trajectories: Trajectories) -> Budget:
-        """What has to be saved; raises AerogelError when that is not said, said twice or cannot be had."""
+        """Return the budget; raises AerogelError when none is given, two are, or it cannot be met."""
         return budget_of(network, trajectories, self.ratio, self.target_speedup, self.by)

@@ -52,7 +52,7 @@ class ScheduleRefine(ScheduleRefiner[ScheduleRefineState]):
     samples: Count = 32
     """Images that are made in each, of those that were recorded."""
     by: Measure = "macs"
-    """What has to be saved as before: multiply-accumulates, or measured seconds of the modules."""
+    """Saving that stays as before: multiply-accumulates, or measured seconds of the modules."""
 
     def cost(self, size: CalibrationSize) -> CostEstimate:
         """Half a generation a trial, in both branches of guidance, and what confirms: made exactly, and as the schedule has it."""

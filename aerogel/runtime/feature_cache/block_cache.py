@@ -31,7 +31,7 @@ from aerogel.runtime.feature_cache.streams import FeatureCacheState, StreamTrack
 BlockRange = tuple[int, int]
 """The first block and the one behind the last."""
 Parts = tuple[Tensor | None, ...]
-"""What the streams hold between two blocks; image alone, or text and image."""
+"""Content of the streams between two blocks; image alone, or text and image."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,10 +46,10 @@ class Rule(ABC):
     """Decides, step by step, whether a block range is left out; one is made for each guidance stream of each run."""
 
     watches: ClassVar[Literal["nothing", "modulated", "change"]] = "nothing"
-    """What it sees of a forward before it decides: nothing; what the first module reads, behind norm and modulation; or what the blocks
-    before its first block range add to the image's stream."""
+    """Tensors that it sees of a forward before it decides: nothing; what the first module reads, behind norm and modulation; or what the
+    blocks before its first block range add to the image's stream."""
     kept: Tensor | None = None
-    """What it remembers of a forward."""
+    """Memory of a forward."""
 
     @property
     @abstractmethod
@@ -58,7 +58,7 @@ class Rule(ABC):
 
     @abstractmethod
     def skipped_range(self, step: int, seen: Tensor | None) -> int | None:
-        """Which of the block ranges is left out at this step; None where all blocks run. Nothing is left out at the first step."""
+        """Return the block range to skip at this step; None where all blocks run, as at the first step."""
 
     def needed_ranges(self, step: int) -> tuple[int, ...]:
         """The block ranges whose change may be added again behind this step, before all blocks run again."""
@@ -77,11 +77,11 @@ class TableRule(Rule):
         return self._stretches
 
     def skipped_range(self, step: int, seen: Tensor | None) -> int | None:
-        """What the table says; nothing at the first step."""
+        """Return the table's entry; nothing at the first step."""
         return self._table[step] if step else None
 
     def needed_ranges(self, step: int) -> tuple[int, ...]:
-        """What is left out from the next step on until all blocks run."""
+        """Return the block range to skip from the next step on until all blocks run."""
         later = takewhile(lambda out: out is not None, self._table[step + 1 :])
         return tuple({out for out in later if out is not None})
 
@@ -90,7 +90,7 @@ class TableRule(Rule):
 class _Memory:
     rule: Rule
     changes: dict[int, Any] = field(default_factory=dict)
-    """What each block range added when it last ran, as it is stored."""
+    """Residual of each block range when it last ran, as it is stored."""
     versions: tuple[int, ...] = ()
     """Of what the rule remembers."""
 
@@ -114,7 +114,7 @@ class BlockCache(StreamTracker):
         self._row = 0
         self._out: int | None = None
         self._entries: dict[int, tuple[Parts, tuple[int, ...]]] = {}
-        """What went into block ranges, and its versions."""
+        """Inputs of block ranges, and their versions."""
 
     def begin(self, row: int, memory: Any) -> None:
         """Set out with what the stream remembers, or with a new rule."""
@@ -125,7 +125,7 @@ class BlockCache(StreamTracker):
             self._decide(None)
 
     def end(self) -> Any:
-        """What the stream remembers."""
+        """Return the stream's memory."""
         memory = self._memory
         assert memory is not None, "begin() set it"
         self.decisions.append((self._row, self._out))
@@ -139,7 +139,7 @@ class BlockCache(StreamTracker):
         return bytes_in((memory.rule.kept, memory.changes))
 
     def block(self, place: int, own: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What the block at this place gives."""
+        """Return the output of the block at this place."""
         memory = self._memory
         if memory is None:  # a block by itself, outside of the denoiser's forward
             return forward(*args, **kwargs)
@@ -159,7 +159,7 @@ class BlockCache(StreamTracker):
         return made
 
     def modulated(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What the first module gives; if it is left out, its block is given up here."""
+        """Return the first module's output; if it is skipped, its block ends here."""
         if self._memory is not None:
             self._decide(args[0] if args else kwargs["hidden_states"])
             if self._left_out(0):
@@ -177,7 +177,7 @@ class BlockCache(StreamTracker):
                     memory.changes[number] = self._store.pack(_minus(made, self._entered(number)))
 
     def _entered(self, number: int) -> Parts:
-        """What went into a block range; -1 stands for the first block."""
+        """Return the input of a block range; -1 stands for the first block."""
         x, before = self._entries[number]
         _require_same(x, before)
         return x
@@ -215,7 +215,7 @@ def block_cache_state(network: Network, trajectories: Trajectories) -> BlockCach
 
 
 def residuals(network: Network, trajectories: Trajectories) -> Iterator[Tensor]:
-    """What all blocks together add to the image's stream (B, N, D) in each step of the recorded generations.
+    """Return what all blocks together add to the image's stream (B, N, D) in each step of the recorded generations.
 
     Raises AerogelError when the calls are not whole generations.
     """

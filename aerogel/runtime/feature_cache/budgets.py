@@ -1,4 +1,4 @@
-"""What a cache has to save, in cache entries, multiply-accumulates or measured seconds; a mask that saves it is exact, not about right."""
+"""Budget of a cache, in cache entries, multiply-accumulates or measured seconds; a mask that meets it is exact, not about right."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Measure = Literal["latency", "macs"]
 
 @dataclass(frozen=True)
 class Budget:
-    """What a mask (T, N; True where a module runs) has to save."""
+    """Least saving of a mask (T, N; True where a module runs)."""
 
     cost_N: tuple[float, ...]
     """Cost of running each module once."""
     saving: float
-    """What all modules that do not run must cost together, at least."""
+    """Least cost of all modules that do not run, together."""
     max_age: int = 0
     """Steps in a row at which a module may be reused, at most; 0 is without bound."""
 
     def saved(self, mask_TN: Tensor) -> float:
-        """What a mask saves."""
+        """Return the saving of a mask."""
         return float(((~mask_TN).double() * torch.tensor(self.cost_N, dtype=torch.float64)).sum())
 
     def is_met(self, mask_TN: Tensor) -> bool:
-        """Whether it is enough, but for rounding."""
+        """Return True where it is enough, but for rounding."""
         return self.saved(mask_TN) >= self.saving * (1 - 1e-9)
 
     def with_max_reuse(self, max_age: int, steps: int) -> Budget:
@@ -49,7 +49,7 @@ class Budget:
         )
 
     def allowed(self, mask_TN: Tensor) -> bool:
-        """Whether no module is reused at more steps in a row than it may be."""
+        """Return True where no module is reused at more steps in a row than it may be."""
         return not self.max_age or None not in self._most(mask_TN, torch.zeros_like(mask_TN))
 
     def enforce(self, mask_TN: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Budget:
         return made_TN
 
     def reachable(self, mask_TN: Tensor, open_TN: Tensor | None = None) -> bool:
-        """Whether a mask is allowed and can be made to meet it by reusing more: of what is open, or of all behind the first step.
+        """Return True where a mask is allowed and can be made to meet it by reusing more: of what is open, or of all behind the first step.
 
         Without a bound on the steps in a row each is.
         """

@@ -1,4 +1,4 @@
-"""How tensors are kept from one step to a later one, as they are or in float8 with a scale a token, and whether they stay the same."""
+"""Storage of tensors from one step to a later one, as they are or in float8 with a scale a token, and checks that they stay the same."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Float8(NamedTuple):
     scale: Tensor
     """float32, of the tensor's shape with a last dimension of 1: largest magnitude of the token / 448."""
     dtype: torch.dtype
-    """What it is read as."""
+    """Dtype as which it is read."""
 
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """How whatever nest of tensors is put away, and how it is read again."""
+    """Storage of a nest of tensors: how it is written and read."""
 
     pack: Callable[[Any], Any]
     unpack: Callable[[Any], Any]
@@ -46,7 +46,7 @@ def cache_format(name: str) -> CacheFormat:
 
 
 def versions(tree: Any) -> tuple[int, ...]:
-    """How often each tensor of a nest was changed in place so far; tensors of inference mode do not count."""
+    """Return how often each tensor of a nest was changed in place so far; tensors of inference mode do not count."""
     if tree is None:
         return ()
     tensors = [tree] if isinstance(tree, Tensor) else tensors_in(tree)  # asked for often, and mostly of one tensor

@@ -52,7 +52,7 @@ class BoundModule:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a forward costs, and each of its modules."""
+    """Costs of a forward, and of each of its modules."""
 
     macs: float
     """Multiply-accumulates of the whole forward."""
@@ -131,14 +131,14 @@ def seconds_of(network: Network, call: Call, rounds: int = 5) -> tuple[float, tu
 
 
 def _around(network: Network, do: Callable[..., Any]) -> dict[nn.Module, Callable[..., Any]]:
-    """What answers for each module and its parts: `do` gets the names of both and the module's own forward."""
+    """Return the function that runs for each module and its parts: `do` gets the names of both and the module's own forward."""
     find = network.module.get_submodule
     pairs = [(name, part) for name, module in cached_modules_of(network).items() for part in (name, *module.parts)]
     return {find(part): partial(do, name, part, find(part).forward) for name, part in pairs}
 
 
 def _written_out(layer: QuantLinear, x: Tensor) -> Tensor:
-    """What the counter can read: the float product."""
+    """Return the float product, which the counter can read."""
     weight_OI, bias = layer.dequantized(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype)
     if not isinstance(layer, QuantConv2d):
         return linear(x, weight_OI, bias)

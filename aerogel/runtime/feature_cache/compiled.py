@@ -23,16 +23,16 @@ from aerogel.errors import AerogelError
 from aerogel.model.hooks import patch_forward
 
 _CALL = "_compiled_call_impl"
-"""Where nn.Module keeps what torch.compile made of it."""
+"""Attribute in which nn.Module keeps what torch.compile made of it."""
 
 
 def compiled(module: nn.Module) -> Callable[..., Any] | None:
-    """What torch.compile made of the module, if it was compiled."""
+    """Return what torch.compile made of the module, if it was compiled."""
     return module.__dict__.get(_CALL)
 
 
 def called(module: nn.Module) -> Callable[..., Any]:
-    """What answers when the module is called."""
+    """Return the function that runs when the module is called."""
     return compiled(module) or module.forward
 
 

@@ -20,9 +20,9 @@ from aerogel.runtime.feature_cache.compiled import uncompiled
 from aerogel.runtime.feature_cache.schedule import CacheEntry, make_entries
 
 CacheContents = tuple[Any, ...]
-"""What each module gave last, None where it has not run yet."""
+"""Last output of each module, None where it has not run yet."""
 Row = Sequence[bool] | Tensor
-"""Which modules run; or scores (N), by which a module's output is score x new + (1 - score) x kept: both are there, nothing is saved."""
+"""Modules that run; or scores (N), by which a module's output is score x new + (1 - score) x kept: both are there, nothing is saved."""
 
 
 class _Blend(CacheEntry):
@@ -38,7 +38,7 @@ class _Blend(CacheEntry):
         return _detached(made)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module gives, mixed or not."""
+        """Return the module's output, mixed or not."""
         before, score = self.value, self.score
         if score is None or before is None:
             return super().__call__(*args, **kwargs)
@@ -56,7 +56,7 @@ class ControlledDenoiser:
 
     @property
     def empty(self) -> CacheContents:
-        """What is kept before the first step."""
+        """Return the empty cache before the first step."""
         return (None,) * len(self.entries)
 
     def plain(self, call: Call) -> Any:
@@ -65,7 +65,7 @@ class ControlledDenoiser:
         return made
 
     def wanted(self, call: Call) -> Any:
-        """What to come close to: what the network gave before any step of the run; where it has no teacher, the plain forward."""
+        """Return the target: the output of the model before any step of the run; where it has no teacher, that of the plain forward."""
         teacher = self.network.teacher
         return self.plain(call) if teacher is None else teacher.run(call)
 

@@ -26,12 +26,12 @@ Half = Literal["first", "second"]
 
 @dataclass(frozen=True)
 class CFGBatch:
-    """When which half of the batch runs."""
+    """Steps at which each half of the batch runs."""
 
     both: tuple[bool, ...]
     """For each step whether both run; at the others the conditional half runs alone."""
     conditional: Half
-    """Which half has the condition."""
+    """Half of the batch that has the condition."""
 
     def cut(self, x: Tensor) -> Tensor:
         """The conditional half of a batch."""
@@ -63,7 +63,7 @@ class HalfBatchEntry(CacheEntry):
     """A cache entry that may be asked for the conditional half alone, whatever it keeps."""
 
     half: Callable[[Tensor], Tensor] | None = None
-    """What cuts that half out of a batch, at steps at which nothing else runs."""
+    """Return the function that cuts that half out of a batch, at steps at which nothing else runs."""
 
 
 class Guided(ModuleCache):
@@ -76,7 +76,7 @@ class Guided(ModuleCache):
         self._half_slots, self._halves, self._guess = entries, halves, guess
         self._row, self._begins, self._alone = 0, True, False
         self._known: list[Any] | None = None
-        """What is remembered of each output's two halves; None where no step needs it."""
+        """Memory of each output's two halves; None where no step needs it."""
 
     def start(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a forward: find its step, and take the conditional half out of all that is of the batch's length if that runs alone.
@@ -127,7 +127,7 @@ class Guided(ModuleCache):
         return made
 
     def end(self) -> Any:
-        """What the cache entries hold, and what is known of the halves."""
+        """Return the content of the cache entries, and of the halves."""
         known = self._known
         return super().end(), known
 

@@ -1,4 +1,4 @@
-"""Which modules of which steps to reuse, by the error of the final image: whole steps first, then single modules, then exchanges.
+"""Search for the modules and steps to reuse, by the error of the final image: whole steps first, then single modules, then exchanges.
 
 T steps, N modules. A mask (T, N) is True where a module runs. What a mask saves is counted in entries, MACs or seconds.
 """
@@ -95,7 +95,7 @@ class Search:
         return mask_TN
 
     def moves(self, mask_TN: Tensor, parts: Sequence[Part]) -> Moves:
-        """How each part alone would move the images, the last first, which are the cheapest to try; of as many as trials are left for."""
+        """Return how each part alone would move the images, the last first (the cheapest to try); as many as trials are left for."""
         whole = [part for part in reversed(parts) if _all(mask_TN, part, runs=True) or _all(mask_TN, part, runs=False)]
         moved = [self.trials.apart()]
         for part in whole:
@@ -131,11 +131,11 @@ class Search:
 
 @dataclass(frozen=True)
 class Moves:
-    """What exchanges promise, if what single parts do to the final images adds up."""
+    """Expected gain of exchanges, if the effects of single parts on the final images add up."""
 
     parts: list[Part]
     runs: list[bool]
-    """Whether each runs as it is."""
+    """True for each part that runs."""
     products: Tensor
     """Inner products (1 + parts, 1 + parts): of what images are off by as it is, and of how each part, the other way, moves them."""
 

@@ -53,14 +53,14 @@ class TokenCacheState(ScheduleState):
 
 @dataclass(frozen=True)
 class TokenCacheConfig(Options):
-    """When all modules run, how many tokens the steps between compute anew, and which; steps are counted down to 0, the last."""
+    """Steps at which all modules run, and the tokens that the steps between compute anew; steps are counted down to 0, the last."""
 
     interval: Annotated[int, Field(ge=2)] = 3
     """About how many steps from one at which all modules run to the next (published: 3 for 50 DDIM steps of DiT, 4 for 250 of DDPM)."""
     pace: Annotated[float, Field(ge=0, lt=1)] = 0.4
     """After step i of T the interval is divided by 1 + pace - 2 x pace x i / T, so it is longest at the start (PixArt: 0.2)."""
     dense: tuple[Share, Share] = (0.2, 0.4)
-    """Where i / T is from the first share up to the second, the interval is 2 (PixArt: nowhere)."""
+    """Range of i / T, from the first share up to the second, in which the interval is 2 (PixArt: nowhere)."""
     ratio: NonNegative = 0.07
     """Share of the tokens that the steps between compute anew, before the factors below (PixArt: 0.3)."""
     feed_forward: NonNegative = 2.5
@@ -72,7 +72,7 @@ class TokenCacheConfig(Options):
     front: float = 0.8
     """In block b of those numbered 0 to last it is multiplied by 1 + front - 2 x front x b / last."""
     staleness: NonNegative = 0.25
-    """What a token's score gains for `interval` selections in a row that passed it over; attention received is at most 1."""
+    """Gain of a token's score for `interval` selections in a row that passed it over; attention received is at most 1."""
     bonus: NonNegative = 0.6
     """The best token of each cell of the image has its score raised by this share of it, so that all of the image is served."""
     cell: Count = 2
@@ -119,7 +119,7 @@ def raise_best_of_cells(score_BN: Tensor, grid: Grid, cell: int, bonus: float) -
 
 
 def grid_of(latent: Sequence[int], tokens: int) -> Grid:
-    """How so many tokens lie on a latent (B, C, H, W) or (B, C, frames, H, W) of this shape; raises AerogelError where nothing says so."""
+    """Return the grid of these tokens on a latent (B, C, H, W) or (B, C, frames, H, W) of this shape; raises AerogelError if none fits."""
     frames = latent[2] if len(latent) == 5 else 1
     rows, columns = latent[-2:]
     patch = max(1, math.isqrt(frames * rows * columns // tokens))
@@ -174,7 +174,7 @@ def caching_tokens(network: Network, state: TokenCacheState, options: TokenCache
 
 
 class _Kept(NamedTuple):
-    """What a module gave, token by token as new as it is."""
+    """Cached output of a module, each token as new as it is."""
 
     made_BND: Tensor
     received_BN: Tensor | None
@@ -189,7 +189,7 @@ class PartialTokenCache(CacheEntry):
     def __init__(self, own: Callable[..., Any]) -> None:
         super().__init__(own)
         self.scores = False
-        """Whether all tokens run at this step, and some are chosen before all do again."""
+        """True where all tokens run at this step, and some are chosen before all do again."""
         self.received_BN: Tensor | None = None
         self.index_BK: Tensor | None = None
         """The tokens that run at this step, in order; None where it is all or none."""

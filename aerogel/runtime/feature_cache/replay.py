@@ -34,7 +34,7 @@ Denoise = Callable[[int, Call], Tensor]
 
 @dataclass(frozen=True)
 class State:
-    """Where a trajectory is before a step."""
+    """State of a trajectory before a step."""
 
     step: int
     x_BCHW: Tensor
@@ -58,7 +58,7 @@ class Replay:
     name: str
     """The argument of the denoiser that is denoised."""
     halves: bool
-    """Whether both branches of guidance are in one batch."""
+    """True where both branches of guidance are in one batch."""
     guidance: float = 0.0
     """With halves, the guided output is second + guidance x (first - second)."""
 
@@ -74,7 +74,7 @@ class Replay:
         return State(0, noise * float(getattr(self.sampler, "init_noise_sigma", 1.0)), copy.deepcopy(self.sampler))
 
     def call(self, state: State) -> Call:
-        """What the denoiser gets at a state."""
+        """Return the denoiser's input at a state."""
         x_BCHW = torch.cat([state.x_BCHW] * 2) if self.halves else state.x_BCHW
         given = _scaled(state.sampler, x_BCHW, state.step)
         call = self.calls[state.step]
@@ -106,7 +106,7 @@ class Replay:
         return given.chunk(2)[0] if self.halves else given
 
     def _scale(self) -> float:
-        """What the sampler multiplies the first input with."""
+        """Return the factor by which the sampler multiplies the first input."""
         return _scale_at(self.sampler, 0)
 
 
@@ -161,14 +161,14 @@ def _at_start(sampler: Any, given: Sequence[float]) -> Any:
 
 
 def _same(wanted: Sequence[float], given: Sequence[float]) -> bool:
-    """Whether steps are the same; some denoisers are given thousandths of them, in their own precision."""
+    """Return True where steps are the same; some denoisers are given thousandths of them, in their own precision."""
     if len(wanted) != len(given):
         return False
     return list(wanted) == list(given) or all(abs(step - 1000 * one) <= _ROUNDED * step for step, one in zip(wanted, given, strict=True))
 
 
 def _scaled(sampler: Any, x: Tensor, step: int) -> Tensor:
-    """What the denoiser gets of a sample; flow-matching samplers scale nothing and do not say so."""
+    """Return the denoiser's input for a sample; flow-matching samplers scale nothing and do not say so."""
     given: Tensor = sampler.scale_model_input(x, sampler.timesteps[step]) if hasattr(sampler, "scale_model_input") else x
     return given
 

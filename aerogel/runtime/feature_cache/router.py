@@ -131,7 +131,7 @@ class RouterTraining(ABC):
 
     @property
     def conditions(self) -> dict[str, float]:
-        """What the log says beside errors."""
+        """Return the log's values beside errors."""
         return {}
 
     @torch.no_grad()

@@ -41,7 +41,7 @@ class ScheduleState(FeatureCacheState):
 
 @dataclass(frozen=True)
 class Schedule:
-    """When which module runs."""
+    """Steps at which each module runs."""
 
     steps: tuple[float, ...]
     """The sampler's time steps, in order."""
@@ -94,7 +94,7 @@ class CacheEntry:
     """
 
     remembers: ClassVar[bool] = False
-    """Whether what it keeps is of use at the module's own next run too, so that it stays until the module is reused no more."""
+    """True where what it keeps serves the module's own next run too, so that it stays until the module is reused no more."""
 
     def __init__(self, own: Callable[..., Any]) -> None:
         self.own = own
@@ -102,16 +102,16 @@ class CacheEntry:
         self.row = 0
         """The step at hand."""
         self.given: Any = None
-        """What the module gives at this step, while its block runs."""
+        """Output of the module at this step, while its block runs."""
         self.store = cache_format("compute")
-        """How the value is put away."""
+        """Storage of the value."""
         self._value: Any = None
         self.versions: tuple[int, ...] = ()
         """Of the tensors in the value, when it was kept."""
 
     @property
     def value(self) -> Any:
-        """What it keeps."""
+        """Cached value."""
         return self._value
 
     @value.setter
@@ -119,7 +119,7 @@ class CacheEntry:
         self._value, self.versions = value, versions(value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module gives at this step."""
+        """Return the module's output at this step."""
         self.open()
         made = self.traced(*args, **kwargs)
         self.close()
@@ -148,7 +148,7 @@ class CacheEntry:
         self.given = None
 
     def keep(self, made: Any) -> Any:
-        """What the cache entry holds of an output that was just computed."""
+        """Return what the cache entry keeps of an output that was just computed."""
         return made
 
     def give(self) -> tuple[Any, Any]:
@@ -196,7 +196,7 @@ class ModuleCache(StreamTracker):
             self.computed += entry.computes
 
     def end(self) -> dict[str, Any]:
-        """What the cache entries hold, and the versions of it."""
+        """Return the content of the cache entries, and its versions."""
         held = {name: (entry.value, entry.versions) for name, entry in self.entries.items() if entry.value is not None}
         self.drop()
         return held
@@ -214,7 +214,7 @@ class _Around:
         self._block, self._own, self._slots = block, called(block), entries
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the block gives."""
+        """Return the block's output."""
         for entry in self._slots:
             entry.open()
         with by_pattern(self._block, [entry.computes for entry in self._slots]):

@@ -49,7 +49,7 @@ class SkipConnectionCache(StreamTracker):
         super().__init__(state.steps, state.sampler, network.processor)
         self._whole, self._giver = state.whole, state.inner[-1]
         self._tuples: dict[str, bool] = {}
-        """Whether what a block gives is a tuple."""
+        """True where a block's output is a tuple."""
         self.decisions: list[tuple[int, bool]] = []
         """(step, whether all blocks ran) of each forward."""
         self.drop()
@@ -72,7 +72,7 @@ class SkipConnectionCache(StreamTracker):
         return feature
 
     def block(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What an inner block gives."""
+        """Return an inner block's output."""
         if not self._rests:
             made = forward(*args, **kwargs)
             self._tuples[name] = isinstance(made, tuple)

@@ -1,4 +1,4 @@
-"""What masks do to the final image itself: every trial is a real generation, forked where it differs.
+"""Effect of masks on the final image itself: every trial is a real generation, forked where it differs.
 
 T steps, N modules. A mask (T, N) is True where a module runs.
 """
@@ -54,7 +54,7 @@ class Trials:
         return self._error(self.images(mask_TN))
 
     def apart(self, mask_TN: Tensor | None = None) -> Tensor:
-        """What the final images under a mask, or the settled one, are off by: all in one vector, hashed to fewer numbers if it is long."""
+        """Return the error of the final images under a mask, or the settled one, in one vector, hashed to fewer numbers if it is long."""
         images = [along[-1][0].x_BCHW for along in self._along] if mask_TN is None else self.images(mask_TN)
         apart = torch.cat([(a - b).flatten().float() for a, b in zip(images, self.exact, strict=True)])
         if len(apart) <= KEPT_VALUES:
