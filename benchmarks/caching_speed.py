@@ -101,7 +101,7 @@ def calls(shape: Mapping[str, int], batch: int) -> list[Call]:
 
 
 def schedules(modules: list[str]) -> dict[str, Tensor]:
-    """Which units run (T, N)."""
+    """Return which modules run (T, N)."""
     computed_TN = torch.ones(len(STEPS), len(modules), dtype=torch.bool)
     whole, attention, random = (computed_TN.clone() for _ in range(3))
     whole[1::2] = False
@@ -118,7 +118,7 @@ def schedules(modules: list[str]) -> dict[str, Tensor]:
 
 
 def modules(made: Network) -> dict[Way, On]:
-    """Ways to leave out units."""
+    """Ways to skip modules."""
     names = list(cached_modules_of(made))
     plans = {name: Schedule(STEPS, "", tuple(names), table) for name, table in schedules(names).items()}
     return {("Aerogel", name): partial(caching, made, plan) for name, plan in plans.items()}
@@ -207,7 +207,7 @@ class Counted:
 
     @property
     def whole(self) -> int:
-        """Steps at which all units ran."""
+        """Steps at which all modules ran."""
         return int(self.ran_TN.all(1).sum())
 
     def fewer(self, costs: Costs) -> float:
@@ -217,7 +217,7 @@ class Counted:
 
 
 def count(made: Network, given: list[Call], on: On) -> Counted:
-    """Run once and see from within the units which of them run; packs weights and tries kernels too."""
+    """Run once and see from within the modules which of them run; packs weights and tries kernels too."""
     names, find = list(cached_modules_of(made)), made.module.get_submodule
     ran: set[str] = set()
 
@@ -249,7 +249,7 @@ def measure(label: str, made: Network, given: list[Call], rounds: int) -> list[l
     ways: dict[Way, On] = {NONE: nullcontext, **modules(made), **blocks}
     counted = {way: count(made, given, on) for way, on in ways.items()}
     wanted_TN = torch.ones_like(counted[NONE].ran_TN)
-    wanted_TN[1::2, 2:] = False  # a block is two units
+    wanted_TN[1::2, 2:] = False  # a block is two modules
     for way in blocks:
         if not torch.equal(counted[way].ran_TN, wanted_TN):
             raise SystemExit(f"{label}, {', '.join(way)}: other blocks or steps than every second are left out, which is not the same work")

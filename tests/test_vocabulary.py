@@ -67,7 +67,7 @@ ALLOWED = {
     r"shapes, units": "a unit of measure",
     r"nats lost": "a loss",
     r"perceptual\[NETWORK, unlearned\]": "the name of a metric",
-    r"\bunits\b(?= \(the names of the cached modules\))|`units`|`slot_bytes`|`linears`": "a key of a saved file or an attribute",
+    r"`linears`": "a key of a saved file",
     r"(feature|neural) networks?": "the network of a Fréchet distance",
     r"\bnetwork\b(?= (access|connection))": "a computer network",
     r"`(BlockMethod|Method|RuntimePolicy)`.*|\w+\(network, \w+\)|`network\.\w+.*?`": "an interface in code",

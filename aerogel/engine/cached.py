@@ -32,7 +32,7 @@ def cached(model: Any, policy: Policy, *, samples: CalibrationInput | None = Non
 
     `policy` is a folder that was saved with policies or that the exporter `cache_policy` wrote, a Result, or what a recipe is (a name, a
     file, a mapping) whose steps are all runtime policies: these are calibrated first, on `samples`. Raises AerogelError for anything else,
-    and for a network of another family, with other units or blocks. A folder of that exporter also says which weights it was made for;
+    and for a network of another family, with other modules or blocks. A folder of that exporter also says which weights it was made for;
     others are a warning.
     """
     network = model if isinstance(model, Network) else open_model(model, lazy=False, unfuse_experts=False)

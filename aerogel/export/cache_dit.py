@@ -103,7 +103,7 @@ def _of_units(state: ScheduleState) -> tuple[tuple[bool, ...], int, int, int]:
                 "modules, and a mask of steps says all or none; export it by cache_policy, or compress with a policy of whole steps"
             )
     runs = (True, *("1" in row for row in state.computed[1:]))  # nothing is kept before the first step
-    return runs, 0, 0, len({module.rpartition(".")[0] for module in state.units})
+    return runs, 0, 0, len({module.rpartition(".")[0] for module in state.modules})
 
 
 def _of_block_ranges(name: str, rule: Any, state: BlockCacheState) -> tuple[tuple[bool, ...], int, int, int]:

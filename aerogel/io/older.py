@@ -37,6 +37,9 @@ PARTS = {"float layers": "unquantized layers", "norms and the rest": "norms and 
 """Parts of the size of a model."""
 SKIPPED = {"lost": "dropped_tokens", "lost_of_layers": "dropped_tokens_by_layer"}
 """Figures of skipped experts."""
+STATES = {"slot_bytes": "cache_bytes", "units": "modules"}
+"""Fields of the states of feature-caching policies."""
+SEARCHES = {"mixture": "moe", "units": "modules"}
 COVERAGE = {"float_inputs": "unquantized_inputs", "float_weights": "unquantized_weights"}
 NESTED = {"parts": PARTS, "skipped": SKIPPED}
 """Figures that have names of their own inside."""
@@ -69,7 +72,7 @@ def upgraded_search(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts of a search.json of any release under the names of today."""
     if facts.get("schema", 1) >= SCHEMA:
         return dict(facts)
-    found = {"moe" if key == "mixture" else key: value for key, value in facts.items()} | {"schema": SCHEMA}
+    found = {SEARCHES.get(key, key): value for key, value in facts.items()} | {"schema": SCHEMA}
     for key in ("rows", "left_out"):
         if isinstance(rows := facts.get(key), list):
             found[key] = [_row(row) for row in rows]
@@ -85,7 +88,10 @@ def _row(row: Any) -> Any:
 
 
 def _steps(policy: Any) -> Any:
-    return {**policy, "step": renamed(policy["step"])} if isinstance(policy, Mapping) and "step" in policy else policy
+    if not isinstance(policy, Mapping) or "step" not in policy:
+        return policy
+    found = {**policy, "step": renamed(policy["step"])}
+    return {**found, "state": _keys(policy["state"], STATES)} if "state" in policy else found
 
 
 def _measures(measured: Any) -> Any:

@@ -81,7 +81,7 @@ class Search(_Part):
     budget: float
     sampler: str = ""
     steps: list[float]
-    units: list[str]
+    modules: list[str]
     guidance: float | None = None
     count: int
     batch: int
@@ -191,7 +191,7 @@ def context(found: Search) -> dict[str, Any]:
         "lines": list(lines(found)),
         "conditions": _conditions(found),
         "best": best,
-        "work": Figure(*(work_map(found.steps, found.units, best.ran, width) for width in (WIDE, NARROW))) if best and best.ran else None,
+        "work": Figure(*(work_map(found.steps, found.modules, best.ran, width) for width in (WIDE, NARROW))) if best and best.ran else None,
         "courses": Figure(_courses(found, WIDE), _courses(found, NARROW)) if found.rows else None,
         "variance": phrases.digits(found.variance),
         "strips": list(_strips(found)),

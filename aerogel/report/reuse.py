@@ -24,7 +24,7 @@ class CacheSchedule(OpenPart):
 
     policy: str = ""
     steps: list[float] = Field(min_length=1)
-    units: list[str] = Field(min_length=1)
+    modules: list[str] = Field(min_length=1)
     computed: list[str]
     """A line of 1 (computed) and 0 (cached) for each step."""
     sampler: str = ""
@@ -33,14 +33,14 @@ class CacheSchedule(OpenPart):
 
     @model_validator(mode="after")
     def _rectangular(self) -> CacheSchedule:
-        if len(self.computed) != len(self.steps) or any(len(row) != len(self.units) or set(row) - set("01") for row in self.computed):
-            raise ValueError(f"a table of {len(self.steps)} steps and {len(self.units)} cached modules was expected")
+        if len(self.computed) != len(self.steps) or any(len(row) != len(self.modules) or set(row) - set("01") for row in self.computed):
+            raise ValueError(f"a table of {len(self.steps)} steps and {len(self.modules)} cached modules was expected")
         return self
 
     @property
     def share(self) -> float:
         """Share of the outputs (steps x cached modules) that come from the cache."""
-        return sum(row.count("0") for row in self.computed) / (len(self.steps) * len(self.units))
+        return sum(row.count("0") for row in self.computed) / (len(self.steps) * len(self.modules))
 
 
 def reuse_of(policy: PolicyRecord) -> CacheSchedule | None:
@@ -52,12 +52,12 @@ def reuse_of(policy: PolicyRecord) -> CacheSchedule | None:
 
 def reuse_map(found: CacheSchedule, width: float = 960) -> Markup:
     """Draw a cell for every cached module at every step, filled where it is computed."""
-    return work_map(found.steps, found.units, [[float(one) for one in row] for row in found.computed], width)
+    return work_map(found.steps, found.modules, [[float(one) for one in row] for row in found.computed], width)
 
 
-def work_map(steps: Sequence[float], units: Sequence[str], done: Sequence[Sequence[float]], width: float = 960) -> Markup:
+def work_map(steps: Sequence[float], modules: Sequence[str], done: Sequence[Sequence[float]], width: float = 960) -> Markup:
     """Draw a cell for every cached module at every step, the fuller the larger the share of its work that is computed there."""
-    names = short(units)
+    names = short(modules)
     pitch = 18.0 if len(names) <= 30 else 11.0
     left = 12 + 6.6 * max(map(len, names))
     wide = (width - left) / len(steps)
@@ -68,7 +68,7 @@ def work_map(steps: Sequence[float], units: Sequence[str], done: Sequence[Sequen
         drawn.append(label(left - 10, y + pitch / 2 + 4, name, "small", "end"))
         for column, step in enumerate(steps):
             share = done[column][row]
-            said = f"{units[row]}, step {step:g}: {_WORK.get(share) or f'{percent(share)} of its work'}"
+            said = f"{modules[row]}, step {step:g}: {_WORK.get(share) or f'{percent(share)} of its work'}"
             box = {"x": left + column * wide, "y": y + 1, "width": wide - gap, "height": pitch - 2}
             drawn.append(cell(0.75 * share, 1.0, said, **box))
     foot = len(names) * pitch + 14
@@ -80,7 +80,7 @@ def sentence(found: CacheSchedule) -> str:
     """Say what the map shows."""
     whole = sum("1" not in row for row in found.computed)
     said = (
-        f"Of {len(found.units)} modules at {len(found.steps)} steps of {found.sampler or 'the sampler'}, {percent(found.share)} of the "
+        f"Of {len(found.modules)} modules at {len(found.steps)} steps of {found.sampler or 'the sampler'}, {percent(found.share)} of the "
         f"outputs come from the cache; at {whole or 'no'} {'step' if whole < 2 else 'steps'} all of them do."
     )
     if found.error is None:

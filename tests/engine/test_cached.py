@@ -72,7 +72,7 @@ def test_a_saved_folder_and_a_result_are_policies(tmp_path: Path) -> None:
 
 
 def test_a_schedule_says_what_it_saves() -> None:
-    """Half of the steps reuse all units, which are most of the network, but not the embedders."""
+    """Half of the steps reuse all cached modules, which are most of the network, but not the embedders."""
     network = painter()
     with aerogel.cached(network, FORA, samples=WANTED) as found:
         paint(network.processor)
@@ -82,7 +82,7 @@ def test_a_schedule_says_what_it_saves() -> None:
     assert state.macs == costs.macs
     assert state.macs_saved == pytest.approx(sum(costs.module_macs) / costs.macs / 2)
     assert 0 < state.macs_saved < 0.5
-    assert state.slot_bytes == sum(costs.module_bytes)
+    assert state.cache_bytes == sum(costs.module_bytes)
     assert json.loads(json.dumps(state.as_dict())) == state.as_dict()
 
 

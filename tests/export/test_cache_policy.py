@@ -91,8 +91,8 @@ def test_it_says_what_the_schedule_saves(tmp_path: Path) -> None:
     network = open_model(pipeline())
     with caching(network, Schedule.of(network, policies.load(out)[0].state)) as reuse:
         paint(network.processor)
-    assert state["slot_bytes"] == reuse.peak_bytes / 4 > 0  # two images under guidance
-    assert {"steps", "sampler", "units", "guidance", "error"} <= state.keys()
+    assert state["cache_bytes"] == reuse.peak_bytes / 4 > 0  # two images under guidance
+    assert {"steps", "sampler", "modules", "guidance", "error"} <= state.keys()
 
 
 @pytest.mark.parametrize("step", [{"taylorseer": {}}, {"toca": {}}, {"delta_dit": {}}])

@@ -129,7 +129,7 @@ def schedule() -> dict[str, Any]:
     state = {
         "steps": [900.0, 600.0, 300.0, 0.0],
         "sampler": "DDIMScheduler",
-        "units": [f"blocks.{block}.{part}" for block in range(2) for part in ("<b>attn", "ff")],
+        "modules": [f"blocks.{block}.{part}" for block in range(2) for part in ("<b>attn", "ff")],
         "computed": ["1111", "1101", "0000", "1111"],
         "error": 0.00123,
         "log": [],

@@ -39,7 +39,7 @@ def record(**facts: Any) -> dict[str, Any]:
         "timings": {"compress": 60.0},
         "sampler": "DDIMScheduler",
         "steps": [900.0, 600.0, 300.0, 0.0],
-        "units": ["blocks.0.<b>attn</b>", "blocks.0.ff"],
+        "modules": ["blocks.0.<b>attn</b>", "blocks.0.ff"],
         "guidance": 1.5,
         "count": 64,
         "batch": 8,

@@ -108,7 +108,7 @@ class CacheSearch:
         return {
             "sampler": type(self.network.processor.scheduler).__name__,
             "steps": judge.steps,
-            "units": list(judge.modules),
+            "modules": list(judge.modules),
             "guidance": self.wanted.guidance,
             "count": self.wanted.count,
             "held_out_seed": self.pace.seed,

@@ -57,11 +57,11 @@ class _Compared(Rule):
 
     def __init__(self, options: FirstBlock, blocks: int) -> None:
         self._options = options
-        self._stretch = (options.first, blocks - options.last)
+        self._range = (options.first, blocks - options.last)
 
     @property
     def ranges(self) -> tuple[BlockRange, ...]:
-        return (self._stretch,)
+        return (self._range,)
 
     def skipped_range(self, step: int, seen: Tensor | None) -> int | None:
         assert seen is not None, "it watches the change"

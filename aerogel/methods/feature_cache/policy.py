@@ -130,7 +130,7 @@ def _with_savings(state: Scheduled, schedule: Schedule, costs: Costs, samples: i
         state,
         macs=costs.macs / samples,
         macs_saved=saved / (len(schedule.steps) * costs.macs),
-        slot_bytes=cache_bytes(schedule, costs.module_bytes) // samples,
+        cache_bytes=cache_bytes(schedule, costs.module_bytes) // samples,
     )
 
 

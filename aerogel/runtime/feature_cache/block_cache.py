@@ -69,12 +69,12 @@ class TableRule(Rule):
     """Leaves out what a table says: for each step the number of a block range, or None."""
 
     def __init__(self, ranges: tuple[BlockRange, ...], table: Sequence[int | None]) -> None:
-        self._stretches, self._table = ranges, table
+        self._ranges, self._table = ranges, table
 
     @property
     def ranges(self) -> tuple[BlockRange, ...]:
         """As given."""
-        return self._stretches
+        return self._ranges
 
     def skipped_range(self, step: int, seen: Tensor | None) -> int | None:
         """Return the table's entry; nothing at the first step."""

@@ -73,7 +73,7 @@ class Guided(ModuleCache):
         self, schedule: Schedule, entries: Mapping[str, HalfBatchEntry], halves: CFGBatch, guess: UncondPredictor, pipeline: Any = None
     ) -> None:
         super().__init__(schedule, entries, pipeline)
-        self._half_slots, self._halves, self._guess = entries, halves, guess
+        self._half_entries, self._halves, self._guess = entries, halves, guess
         self._row, self._begins, self._alone = 0, True, False
         self._known: list[Any] | None = None
         """Memory of each output's two halves; None where no step needs it."""
@@ -99,7 +99,7 @@ class Guided(ModuleCache):
         held, self._known = memory or ({}, None)
         self._row, self._begins = row, memory is None
         self._alone = not self._halves.both[row] and self._known is not None
-        for entry in self._half_slots.values():
+        for entry in self._half_entries.values():
             entry.half = self._halves.cut if self._alone else None
         super().begin(row, held)
 

@@ -21,7 +21,7 @@ from aerogel.runtime.feature_cache.trials import Trials
 Part = tuple[tuple[int, int], ...]
 """Entries (step, module) of a schedule that run or are skipped together: a single one, or all of a step."""
 Exchange = tuple[tuple[Part, Part], ...]
-"""Pairs of a part that rests and is to run, and one that runs and is to rest."""
+"""Pairs of a part that is skipped and is to run, and one that runs and is to be skipped."""
 _TRIES = 40
 """Single exchanges that are tried in a round, at most."""
 
@@ -42,17 +42,17 @@ class Search:
     def whole_steps(self, shape: tuple[int, int]) -> Tensor:
         """Reuse whole steps while the budget has room for another, then exchange them for better ones."""
         steps = [tuple((step, module) for module in range(shape[1])) for step in range(1, shape[0])]
-        return self._exchanged(self._rested(torch.ones(shape, dtype=torch.bool), steps, beyond=False), steps)
+        return self._exchanged(self._with_reuse(torch.ones(shape, dtype=torch.bool), steps, beyond=False), steps)
 
     def single_modules(self, mask_TN: Tensor) -> Tensor:
         """Reuse single modules until the budget is met."""
-        return self._rested(mask_TN, _slots(mask_TN), beyond=True)
+        return self._with_reuse(mask_TN, _entries(mask_TN), beyond=True)
 
     def swaps(self, mask_TN: Tensor) -> Tensor:
         """Exchange single modules that are reused for others that are not."""
-        return self._exchanged(mask_TN, _slots(mask_TN))
+        return self._exchanged(mask_TN, _entries(mask_TN))
 
-    def _rested(self, mask_TN: Tensor, parts: Sequence[Part], *, beyond: bool) -> Tensor:
+    def _with_reuse(self, mask_TN: Tensor, parts: Sequence[Part], *, beyond: bool) -> Tensor:
         """Greedily let parts rest until the budget is met, each time the one with the least error for what it saves.
 
         Lazily: errors only grow as more is reused, nearly, so a trial of long ago is a bound, and only the best bound is tried again.
@@ -108,10 +108,10 @@ class Search:
     def swapped(self, mask_TN: Tensor, exchange: Exchange) -> Tensor | None:
         """The mask after an exchange; None where one of its parts is not what it was, or less would be saved than was and has to be."""
         made = mask_TN
-        for rests, runs in exchange:
-            if not _all(made, rests, runs=False) or not _all(made, runs, runs=True):
+        for skips, runs in exchange:
+            if not _all(made, skips, runs=False) or not _all(made, runs, runs=True):
                 return None
-            made = _turned(_turned(made, rests), runs)
+            made = _turned(_turned(made, skips), runs)
         enough = self.budget.saved(made) >= min(self.budget.saving, self.budget.saved(mask_TN)) * (1 - 1e-9)
         return made if enough and self.budget.reachable(made) else None
 
@@ -141,8 +141,8 @@ class Moves:
 
     def pairs(self) -> Iterator[Exchange]:
         """All exchanges of two parts, the most promising first."""
-        for rests, runs, _ in self._best(self.products[0, 1:], set()):
-            yield ((self.parts[rests], self.parts[runs]),)
+        for skips, runs, _ in self._best(self.products[0, 1:], set()):
+            yield ((self.parts[skips], self.parts[runs]),)
 
     def chains(self, allowed: Callable[[Exchange], Tensor | None], most: int = 16) -> Iterator[Exchange]:
         """Several exchanges at once, each chosen as the best after those before it: all that lessen the error, then half, and so on."""
@@ -151,21 +151,21 @@ class Moves:
         along_S = self.products[0, 1:].clone()
         while len(chosen) < most:
             promising = takewhile(lambda found: found[2] < 0, self._best(along_S, taken))
-            pairs = ((rests, runs, (self.parts[rests], self.parts[runs])) for rests, runs, _ in promising)
+            pairs = ((skips, runs, (self.parts[skips], self.parts[runs])) for skips, runs, _ in promising)
             best = next((found for found in pairs if allowed((*chosen, found[2])) is not None), None)
             if best is None:
                 break
-            rests, runs, pair = best
+            skips, runs, pair = best
             chosen.append(pair)
-            taken |= {rests, runs}
-            along_S += self.products[1 + rests, 1:] + self.products[1 + runs, 1:]
+            taken |= {skips, runs}
+            along_S += self.products[1 + skips, 1:] + self.products[1 + runs, 1:]
         length = len(chosen)
         while length > 1:
             yield tuple(chosen[:length])
             length //= 2
 
     def _best(self, along_S: Tensor, taken: set[int]) -> Iterator[tuple[int, int, float]]:
-        """Places of a part that rests and one that runs, and what exchanging them adds to the error, the least first."""
+        """Places of a part that is skipped and one that runs, and what exchanging them adds to the error, the least first."""
         free = [place for place in range(len(self.parts)) if place not in taken]
         caching_inner_blocks, running = ([place for place in free if self.runs[place] == runs] for runs in (False, True))
         gram_SS = self.products[1:, 1:]
@@ -176,7 +176,7 @@ class Moves:
             yield caching_inner_blocks[place // len(running)], running[place % len(running)], change
 
 
-def _slots(mask_TN: Tensor) -> list[Part]:
+def _entries(mask_TN: Tensor) -> list[Part]:
     """Every cache entry behind the first step, by itself."""
     return [((step, module),) for step in range(1, len(mask_TN)) for module in range(mask_TN.shape[1])]
 

@@ -27,7 +27,7 @@ from aerogel.runtime.feature_cache.streams import FeatureCacheState, StreamTrack
 class ScheduleState(FeatureCacheState):
     """A schedule as policies keep it, and what it saves of one sample: two forwards with guidance."""
 
-    units: tuple[str, ...]
+    modules: tuple[str, ...]
     """Full names of the cached modules."""
     computed: tuple[str, ...]
     """For each step a line with a 1 for each module that runs and a 0 for each that is reused."""
@@ -35,7 +35,7 @@ class ScheduleState(FeatureCacheState):
     """Multiply-accumulates of a forward; None where a policy does more than reuse, for this and the next two."""
     macs_saved: float | None = None
     """Share of a whole run's multiply-accumulates that is skipped."""
-    slot_bytes: int | None = None
+    cache_bytes: int | None = None
     """Most bytes that are held between two steps."""
 
 
@@ -62,12 +62,12 @@ class Schedule:
 
     def as_state(self) -> ScheduleState:
         """Return what a policy keeps of it."""
-        return ScheduleState(steps=self.steps, sampler=self.sampler, units=self.modules, computed=rows_of(self.computed_TN))
+        return ScheduleState(steps=self.steps, sampler=self.sampler, modules=self.modules, computed=rows_of(self.computed_TN))
 
     @classmethod
     def of(cls, network: Network, state: ScheduleState) -> Schedule:
         """Read a state; raises AerogelError when it is of other modules than the network's."""
-        ours, modules = tuple(cached_modules_of(network)), state.units
+        ours, modules = tuple(cached_modules_of(network)), state.modules
         if modules != ours:
             other = next((name for name in modules if name not in ours), None) or next(name for name in ours if name not in modules)
             raise AerogelError(f"the schedule is of {len(modules)} modules, this denoiser has {len(ours)}; {other} is in one of them only")

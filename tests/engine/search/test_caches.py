@@ -151,7 +151,7 @@ def test_the_table_says_what_ran(found: Any) -> None:
     assert made["fora"]["ran"] == EVERY_SECOND
     computed_T = spread(6, 0.45, 1)
     assert made["uniform_cache"]["ran"] == [[float(one)] * 2 for one in computed_T]
-    assert found[1].facts["units"] == ["transformer_blocks.0.attn1", "transformer_blocks.0.ff"]
+    assert found[1].facts["modules"] == ["transformer_blocks.0.attn1", "transformer_blocks.0.ff"]
     assert found[1].facts["steps"] == [float(step) for step in _timesteps(6)]
 
 

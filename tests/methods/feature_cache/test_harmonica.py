@@ -280,7 +280,7 @@ def test_compress_keeps_it_beside_the_weights(tmp_path: Path) -> None:
     seed = {"class_labels": [0], "num_inference_steps": 5, "guidance_scale": 3.0, "output_type": "pt"}
     cached, whole = (network.processor(generator=torch.Generator().manual_seed(0), **seed).images for network in (opened, plain))
     assert not torch.equal(torch.as_tensor(cached), torch.as_tensor(whole))
-    assert {"scores", "lambda", "computed", "steps", "units", "sampler", "guidance", "error", "log"} <= state.as_dict().keys()
+    assert {"scores", "lambda", "computed", "steps", "modules", "sampler", "guidance", "error", "log"} <= state.as_dict().keys()
     assert state.log[0]["hard_error"] >= 0
     assert "decoded_error" in state.log[-1]
     with pytest.raises(

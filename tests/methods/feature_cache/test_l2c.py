@@ -330,7 +330,7 @@ def test_compress_keeps_it_beside_the_weights(tmp_path: Path) -> None:
     seed = {"class_labels": [0], "num_inference_steps": 5, "guidance_scale": 3.0, "output_type": "pt"}
     cached, whole = (network.processor(generator=torch.Generator().manual_seed(0), **seed).images for network in (opened, plain))
     assert not torch.equal(torch.as_tensor(cached), torch.as_tensor(whole))
-    kept = {"scores", "computed", "steps", "units", "sampler", "guidance", "images", "error", "error_without_reuse", "log"}
+    kept = {"scores", "computed", "steps", "modules", "sampler", "guidance", "images", "error", "error_without_reuse", "log"}
     assert kept <= state.as_dict().keys()
     with pytest.raises(AerogelError, match="one of the 7 steps of DDIMScheduler"):
         opened.processor(class_labels=[0], num_inference_steps=7)

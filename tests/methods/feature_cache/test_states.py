@@ -27,9 +27,9 @@ from tests.methods.feature_cache import test_harmonica, test_l2c
 from tests.runtime.feature_cache.test_replay import painter, recorded
 
 BOTH = {"steps", "sampler"}
-SCHEDULE = BOTH | {"units", "computed"}
+SCHEDULE = BOTH | {"modules", "computed"}
 BLOCKS = BOTH | {"blocks"}
-COSTS = {"macs", "macs_saved", "slot_bytes"}
+COSTS = {"macs", "macs_saved", "cache_bytes"}
 ROUTER = SCHEDULE | COSTS | {"scores", "guidance", "error", "error_without_reuse", "log"}
 KEYS: list[tuple[FeatureCachePolicy[Any], set[str]]] = [
     (Fora(), SCHEDULE | COSTS),
@@ -73,13 +73,13 @@ def test_a_state_is_read_back_from_its_keys(policy: FeatureCachePolicy[Any], key
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"units": None}, "fora: its saved state has no field 'units'; calibrate the policy anew"),
+        ({"modules": None}, "fora: its saved state has no field 'modules'; calibrate the policy anew"),
         ({"blocks": 2}, "fora: its saved state has an unknown field 'blocks'"),
         ({"computed": ["11", 0]}, r"fora: field computed\[1\] of its saved state"),
         ({"steps": "10"}, "fora: field steps of its saved state"),
     ],
 )
 def test_a_damaged_state_is_refused_by_policy_and_field(change: dict[str, Any], message: str) -> None:
-    saved = {"steps": [1.0, 0.0], "sampler": "", "units": ["a", "b"], "computed": ["11", "00"]} | change
+    saved = {"steps": [1.0, 0.0], "sampler": "", "modules": ["a", "b"], "computed": ["11", "00"]} | change
     with pytest.raises(AerogelError, match=message):
         Fora.read({key: value for key, value in saved.items() if value is not None})

@@ -242,7 +242,7 @@ def test_all_tokens_are_the_whole_feed_forward(name: str) -> None:
     whole_TN = Schedule.of(network, state).computed_TN | torch.tensor(
         [module.kind == "feed-forward" for module in cached_modules_of(network).values()]
     )
-    with caching(network, Schedule(state.steps, "", state.units, whole_TN)):
+    with caching(network, Schedule(state.steps, "", state.modules, whole_TN)):
         wanted = [output(network.module, call) for call in given]
     for a, b in zip(run(network, policy, given), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -458,7 +458,7 @@ def test_text_among_the_tokens_needs_no_cells() -> None:
     policy = Toca(ratio=1.0, feed_forward=1.0, late=0.0, front=0.0, cell=1)
     state = policy.calibrate(network, given)
     whole_TN = Schedule.of(network, state).computed_TN | torch.tensor([False, True] * 2)
-    with caching(network, Schedule(state.steps, "", state.units, whole_TN)):
+    with caching(network, Schedule(state.steps, "", state.modules, whole_TN)):
         wanted = [output(network.module, call) for call in given]
     for a, b in zip(run(network, policy, given), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

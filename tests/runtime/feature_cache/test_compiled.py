@@ -271,17 +271,17 @@ def test_a_rule_that_sees_what_the_first_unit_reads_runs_one_block_eagerly() -> 
     assert graphs.ran - before == 2 * before // (DEPTH - 1) * DEPTH, "afterwards all blocks are compiled ones again"
 
 
-@pytest.mark.parametrize("policy", ["units", "stretches"])
+@pytest.mark.parametrize("policy", ["modules", "block_ranges"])
 def test_a_denoiser_that_is_compiled_as_a_whole_is_refused(policy: str) -> None:
-    network = deep("dit") if policy == "stretches" else opened("dit")
+    network = deep("dit") if policy == "block_ranges" else opened("dit")
     network.module.compile()
     with pytest.raises(AerogelError, match="DiTTransformer2DModel is compiled as a whole"), _on(network, policy):
         pass
 
 
-@pytest.mark.parametrize("policy", ["units", "stretches"])
+@pytest.mark.parametrize("policy", ["modules", "block_ranges"])
 def test_blocks_that_are_compiled_meanwhile_are_refused(policy: str) -> None:
-    network = deep("dit") if policy == "stretches" else opened("dit")
+    network = deep("dit") if policy == "block_ranges" else opened("dit")
     with _on(network, policy):
         output(network.module, calls("dit")[0])
         compiled(network)
@@ -297,12 +297,12 @@ def test_blocks_that_are_compiled_meanwhile_are_refused(policy: str) -> None:
 def test_blocks_that_are_compiled_with_what_holds_them_cannot_be_left_out() -> None:
     network = deep("dit")
     network.module.get_submodule("transformer_blocks").compile()
-    with pytest.raises(AerogelError, match="ModuleList is compiled with the blocks in it"), _on(network, "stretches"):
+    with pytest.raises(AerogelError, match="ModuleList is compiled with the blocks in it"), _on(network, "block_ranges"):
         pass
 
 
 def _on(network: Network, policy: str) -> Any:
-    if policy == "units":
+    if policy == "modules":
         return caching(network, table(network, scattered(network)))
     return caching_blocks(network, AT, partial(TableRule, ((1, DEPTH),), [None, 0, None, 0]))
 
@@ -311,9 +311,9 @@ def test_a_policy_on_another_is_no_compilation() -> None:
     network = deep("dit")
     graphs = compiled(network)
     everything_TN = torch.ones(4, 2 * DEPTH, dtype=torch.bool)
-    with _on(network, "stretches"):
+    with _on(network, "block_ranges"):
         wanted = answers(network, "dit")
-    with _on(network, "stretches"), caching(network, table(network, everything_TN)):
+    with _on(network, "block_ranges"), caching(network, table(network, everything_TN)):
         assert close(answers(network, "dit"), wanted)
     assert graphs.made
 
