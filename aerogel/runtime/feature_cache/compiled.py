@@ -4,9 +4,7 @@ What torch.compile made of a module answers when it is called, and holds all tha
 does not, as a whole, answers in front of that, where nothing is traced. Who decides inside of a module, such as on the modules of a block,
 has the decisions traced too: a boolean each, set before the module is called, so that one graph is made for each pattern of booleans that
 comes up (at most 2^decisions for all modules of a kind, times their shapes), and a graph holds nothing of what does not run. Whatever else
-changes from step to step stays outside. Torch keeps graphs with the code of the forward, and at most 8 of one code (`recompile_limit`);
-each pattern therefore runs a copy of that code. So patterns take nothing of that limit, and the graphs of the module as it is are there
-when the decisions are gone.
+changes from step to step stays outside.
 """
 
 from __future__ import annotations
@@ -101,6 +99,7 @@ def by_pattern(module: nn.Module, pattern: Sequence[bool]) -> Iterator[None]:
     if not isinstance(own, MethodType) or own.__self__ is not module:
         yield
         return
+    # Torch keeps at most 8 graphs of one code (recompile_limit), which the patterns of three modules a block use up: each runs a copy.
     with patch_forward({module: MethodType(_copied(own.__func__, tuple(pattern)), module)}):
         yield
 
