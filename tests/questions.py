@@ -1,4 +1,4 @@
-"""A tiny vision-language mixture with a real tokenizer and image processor, and chats about real images for it."""
+"""A tiny vision-language MoE model with a real tokenizer and image processor, and chats about real images for it."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class _Derived(_Base):
     on two lines."""
 
 
-def test_knobs_carry_their_docstrings_over_inheritance() -> None:
+def test_options_carry_their_docstrings_over_inheritance() -> None:
     assert catalog.options(_Derived) == [
         ("first", "int", dataclasses.MISSING, "The first."),
         ("second", "float", 0.25, "The second."),

@@ -126,7 +126,7 @@ def test_bench_times_both_and_adds_to_the_record(desk: Path, compressed: Any) ->
     assert "Decode, tokens per second" in run("bench", desk / "out", "--prompt", 8, "--new-tokens", 3)
 
 
-def test_knobs_of_exporters_can_be_set(desk: Path, compressed: Any, tmp_path: Path) -> None:
+def test_options_of_exporters_can_be_set(desk: Path, compressed: Any, tmp_path: Path) -> None:
     run("export", desk / "out", "-f", "gptq", "-o", tmp_path / "gptq", "--set", "gptq.max_shard_size=20000")
     assert len(list((tmp_path / "gptq").glob("*.safetensors"))) > 1
     for setting, message in {

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from aerogel.cli import commands as cli
 from aerogel.data.denoising import Denoising, denoised
 from aerogel.engine.search import pacing
-from tests.engine.search.test_caches import painter
+from tests.engine.search.test_caches import dit_pipeline
 from tests.folders import model_folder, text_file
 
 
@@ -38,12 +38,12 @@ def work(pipeline: Any, denoiser: nn.Module, wanted: Denoising, seed: int, _: Ca
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(pacing, "denoising_seconds", work)
-    painter().save_pretrained(tmp_path / "painter")
+    dit_pipeline().save_pretrained(tmp_path / "dit_pipeline")
     return tmp_path
 
 
 def run(folder: Path, *options: object) -> Any:
-    given = ["search", str(folder / "painter"), "--steps", "6", "--samples", "2", "--guidance", "3", *map(str, options)]
+    given = ["search", str(folder / "dit_pipeline"), "--steps", "6", "--samples", "2", "--guidance", "3", *map(str, options)]
     return CliRunner().invoke(cli.app, given)
 
 
@@ -56,7 +56,7 @@ def test_it_prints_a_table_and_writes_a_folder(folder: Path) -> None:
     ranked = sorted([*facts["rows"], facts["fewer"]], key=lambda row: row["error"])
     assert [line.split("  ")[0] for line in lines[1:4]] == [row["policy"] for row in ranked]
     assert "first_block: first 1 and last 0 leave nothing of 1 blocks to be left out" in done.stdout
-    assert f"painter is {facts['rows'][0]['speedup']:.2f} times faster with {facts['rows'][0]['policy']}" in done.stdout
+    assert f"dit_pipeline is {facts['rows'][0]['speedup']:.2f} times faster with {facts['rows'][0]['policy']}" in done.stdout
     assert lines[-2:] == [f"folder  {folder / 'out'}", f"report  {folder / 'out' / 'report.html'}"]
     assert facts["rows"][0]["speedup"] >= 1.3 * 0.98
     assert len(json.loads((folder / "out" / "aerogel.json").read_text())["policies"]) == 1
@@ -79,7 +79,7 @@ def test_a_search_that_finds_nothing_fails_and_says_why(folder: Path) -> None:
     done = run(folder, "--budget", "50x", "--only", "fora", "-o", folder / "out")
     assert done.exit_code == 2
     assert "fora: it makes denoising" in done.stdout
-    assert "No policy makes painter 50 times faster." in done.stdout
+    assert "No policy makes dit_pipeline 50 times faster." in done.stdout
     assert (folder / "out" / "report.html").is_file()
     assert json.loads((folder / "out" / "aerogel.json").read_text())["policies"] == []
 
@@ -101,7 +101,7 @@ def test_what_cannot_be_searched_is_refused(folder: Path, options: tuple[str, ..
 
 def test_experts_to_skip_are_searched_the_same_way(tmp_path: Path) -> None:
     words = text_file(tmp_path / "words.txt", 400)
-    given = ["search", str(model_folder(tmp_path / "mixture", "qwen3_moe")), "--task", "skip", "--budget", "50%", "--data", str(words)]
+    given = ["search", str(model_folder(tmp_path / "moe", "qwen3_moe")), "--task", "skip", "--budget", "50%", "--data", str(words)]
     given += ["--samples", "2", "--length", "24", "--only", "reduced_topk", "--only", "single_threshold"]
     done = CliRunner().invoke(cli.app, [*given, "-o", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
@@ -109,5 +109,5 @@ def test_experts_to_skip_are_searched_the_same_way(tmp_path: Path) -> None:
     assert re.split(" {2,}", lines[0].strip()) == ["policy", "target", "skipped", "KL", "same token", "prefill", "decode"]
     facts = json.loads((tmp_path / "out" / "search.json").read_text())
     assert sum(line.startswith(("reduced_topk ", "single_threshold ")) for line in lines) == len(facts["rows"])
-    assert "mixture skips 50 % of its token-expert assignments with" in done.stdout.replace("\u202f", " ")
+    assert "moe skips 50 % of its token-expert assignments with" in done.stdout.replace("\u202f", " ")
     assert CliRunner().invoke(cli.app, ["report", str(tmp_path / "out")]).exit_code == 0

@@ -15,7 +15,7 @@ from aerogel.data.latents import denoising_seconds, latents_by_step, watched_sam
 from aerogel.errors import AerogelError
 from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.replay import output_of, replays
-from tests.runtime.feature_cache.test_replay import SAMPLERS, painter
+from tests.runtime.feature_cache.test_replay import SAMPLERS, dit_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' samplers
 
@@ -24,7 +24,7 @@ WANTED = Denoising(count=3, steps=4, batch=2, guidance=3.0)
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_they_are_where_a_replay_goes(sampler: str) -> None:
-    network = painter(sampler)
+    network = dit_pipeline(sampler)
     made = list(latents_by_step(network.processor, WANTED, 5))
     runs = replays(network, Trajectories.of(network, record(network.processor, network.module, WANTED, 5)))
     assert [len(passed) for passed in made] == [4, 4]
@@ -36,7 +36,7 @@ def test_they_are_where_a_replay_goes(sampler: str) -> None:
 
 
 def test_a_sampler_with_two_calls_a_step_has_them_all() -> None:
-    network = painter()
+    network = dit_pipeline()
     network.processor.scheduler = diffusers.HeunDiscreteScheduler()
     passed, _ = latents_by_step(network.processor, WANTED, 0)
     assert len(passed) == len(network.processor.scheduler.timesteps) == 7
@@ -44,7 +44,7 @@ def test_a_sampler_with_two_calls_a_step_has_them_all() -> None:
 
 
 def test_the_sampler_is_what_it_was() -> None:
-    network = painter()
+    network = dit_pipeline()
     scheduler = network.processor.scheduler
     list(latents_by_step(network.processor, WANTED, 0))
     assert "step" not in scheduler.__dict__
@@ -57,7 +57,7 @@ def test_the_sampler_is_what_it_was() -> None:
 
 def test_only_the_time_of_the_steps_counts() -> None:
     """A clock that is moved by what happens outside of them too."""
-    network = painter()
+    network = dit_pipeline()
     pipeline, time = network.processor, [0.0]
 
     def spend(much: float) -> Any:
@@ -76,7 +76,7 @@ def test_only_the_time_of_the_steps_counts() -> None:
 
 
 def test_steps_that_do_not_add_up_are_refused() -> None:
-    network = painter()
+    network = dit_pipeline()
     scheduler = network.processor.scheduler
     own = scheduler.set_timesteps
 

@@ -30,7 +30,7 @@ def test_tables_are_current() -> None:
 
 
 @pytest.mark.parametrize("method", catalog.names("methods"))
-def test_every_method_has_a_page_with_its_knobs(method: str) -> None:
+def test_every_method_has_a_page_with_its_options(method: str) -> None:
     page = DOCS / "methods" / f"{method}.md"
     assert page.is_file(), f"write {page.relative_to(DOCS.parent)}; docs/methods/rotate.md is an example"
     text = page.read_text("utf-8")

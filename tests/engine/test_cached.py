@@ -15,7 +15,7 @@ from aerogel.data.denoising import Denoising
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.runtime.feature_cache.cached_modules import costs_of
-from tests.runtime.feature_cache.test_replay import painter
+from tests.runtime.feature_cache.test_replay import dit_pipeline
 from tests.tiny import opened
 
 WANTED = Denoising(count=2, steps=4, batch=2)
@@ -28,7 +28,7 @@ def paint(pipeline: Any, **options: Any) -> Tensor:
 
 
 def test_it_is_on_inside_and_off_outside() -> None:
-    pipeline = painter().processor
+    pipeline = dit_pipeline().processor
     weights = {name: tensor.clone() for name, tensor in pipeline.transformer.state_dict().items()}
     before = paint(pipeline)
     with aerogel.cached(pipeline, FORA, samples=WANTED) as found:
@@ -43,7 +43,7 @@ def test_it_is_on_inside_and_off_outside() -> None:
 @pytest.mark.parametrize("given_up_after", [1, 2, 3])
 def test_a_run_that_was_given_up_leaves_nothing_to_the_next(given_up_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outside of the denoiser, where only the sampler can tell that a new run begins."""
-    pipeline = painter().processor
+    pipeline = dit_pipeline().processor
     with aerogel.cached(pipeline, FORA, samples=WANTED):
         wanted = paint(pipeline)
         own, done = pipeline.scheduler.step, []
@@ -62,7 +62,7 @@ def test_a_run_that_was_given_up_leaves_nothing_to_the_next(given_up_after: int,
 
 
 def test_a_saved_folder_and_a_result_are_policies(tmp_path: Path) -> None:
-    pipeline = painter().processor
+    pipeline = dit_pipeline().processor
     with aerogel.cached(pipeline, FORA, samples=WANTED):
         wanted = paint(pipeline)
     result = aerogel.compress(pipeline, FORA, samples=WANTED, output=tmp_path / "out", measures=())
@@ -73,7 +73,7 @@ def test_a_saved_folder_and_a_result_are_policies(tmp_path: Path) -> None:
 
 def test_a_schedule_says_what_it_saves() -> None:
     """Half of the steps reuse all cached modules, which are most of the network, but not the embedders."""
-    network = painter()
+    network = dit_pipeline()
     with aerogel.cached(network, FORA, samples=WANTED) as found:
         paint(network.processor)
     state = found[0].state
@@ -87,7 +87,7 @@ def test_a_schedule_says_what_it_saves() -> None:
 
 
 def test_a_result_of_another_family_is_refused() -> None:
-    result = aerogel.compress(painter().processor, FORA, samples=WANTED, measures=())
+    result = aerogel.compress(dit_pipeline().processor, FORA, samples=WANTED, measures=())
     with (
         pytest.raises(AerogelError, match="of the dit family, and this model is of the wan family"),
         aerogel.cached(opened("wan"), result),
@@ -108,13 +108,13 @@ def test_a_result_of_another_family_is_refused() -> None:
 )
 def test_what_cannot_come_after_reuse_is_refused(steps: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(AerogelError, match=message):
-        aerogel.compress(painter().processor, {"steps": steps}, samples=WANTED, measures=())
+        aerogel.compress(dit_pipeline().processor, {"steps": steps}, samples=WANTED, measures=())
 
 
 def test_quantization_comes_before(tmp_path: Path) -> None:
     """The schedule is made for the quantized network, and the folder has both."""
     steps = [{"rtn": {"scheme": "W8A8"}}, {"harmonica": {"ratio": 0.3, "trajectories": 2}}]
-    result = aerogel.compress(painter().processor, {"steps": steps}, samples=WANTED, output=tmp_path / "out", measures=())
+    result = aerogel.compress(dit_pipeline().processor, {"steps": steps}, samples=WANTED, output=tmp_path / "out", measures=())
     opened = aerogel.load(tmp_path / "out", lazy=False)
     with aerogel.cached(result.network, result):
         wanted = paint(result.network.processor)
@@ -123,9 +123,9 @@ def test_quantization_comes_before(tmp_path: Path) -> None:
 
 
 def test_what_is_no_policy_is_refused(tmp_path: Path) -> None:
-    pipeline = painter().processor
+    pipeline = dit_pipeline().processor
     with pytest.raises(AerogelError, match="rtn changes the weights permanently"), aerogel.cached(pipeline, "rtn-w8a8", samples=WANTED):
         pass
-    aerogel.compress(painter().processor, "rtn-w8a8", samples=WANTED, output=tmp_path / "out", measures=())
+    aerogel.compress(dit_pipeline().processor, "rtn-w8a8", samples=WANTED, output=tmp_path / "out", measures=())
     with pytest.raises(AerogelError, match="has no runtime policies"), aerogel.cached(pipeline, tmp_path / "out"):
         pass

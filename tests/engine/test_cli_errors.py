@@ -224,8 +224,8 @@ def test_an_unfinished_run(desk: Desk) -> None:
 
 
 @pytest.fixture
-def mixture(desk: Desk) -> Desk:
-    """A mixture of experts whose router sends no token to the last expert of the first block."""
+def moe_model(desk: Desk) -> Desk:
+    """An MoE model whose router sends no token to the last expert of the first block."""
     shutil.rmtree(desk.model)
     model_folder(desk.model, "qwen3_moe")
     path = desk.model / "model.safetensors"
@@ -236,13 +236,13 @@ def mixture(desk: Desk) -> Desk:
     return desk
 
 
-def test_a_linear_that_no_token_reached_is_rounded_and_reported(mixture: Desk) -> None:
-    config = mixture.model / "config.json"
+def test_a_linear_that_no_token_reached_is_rounded_and_reported(moe_model: Desk) -> None:
+    config = moe_model.model / "config.json"
     settings = json.loads(config.read_text()) | {"num_experts_per_tok": 1}
     config.write_text(json.dumps(settings))
-    result = mixture.run(*mixture.compress())
+    result = moe_model.run(*moe_model.compress())
     assert result.exit_code == 0, result.output
-    journal = json.loads((mixture.output / "aerogel.json").read_text())["journal"]
+    journal = json.loads((moe_model.output / "aerogel.json").read_text())["journal"]
     fallen = {line["name"] for line in journal if line.get("fallback")}
     unseen = "model.layers.0.mlp.experts.3"
     assert {f"{unseen}.{part}_proj" for part in ("gate", "up", "down")} <= fallen

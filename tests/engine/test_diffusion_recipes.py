@@ -20,7 +20,7 @@ from aerogel.runtime.feature_cache.schedule import Schedule
 from tests.engine.test_expert_recipes import MIXTURES
 from tests.engine.test_shipped_recipes import LANGUAGE
 from tests.methods.diffusion.test_fsc import calls
-from tests.runtime.feature_cache.test_replay import painter
+from tests.runtime.feature_cache.test_replay import dit_pipeline
 from tests.tiny import FAMILIES, output
 
 # Largest relative error of what a small UNet with random weights predicts.
@@ -70,7 +70,7 @@ def test_recipe_for_transformers(tmp_path: Path) -> None:
 def test_recipe_for_caching(recipe: str, opened: str, tmp_path: Path) -> None:
     """Counted in multiply-accumulates: seconds of a network as small as this are its overhead."""
     wanted, quick = Denoising(count=2, steps=5, batch=2), ["harmonica.trajectories=2", "harmonica.by=macs", *quicker(recipe)]
-    given: Any = painter().processor
+    given: Any = dit_pipeline().processor
     if opened == "from a folder":
         given.save_pretrained(tmp_path / "in")
         given = tmp_path / "in"

@@ -1,4 +1,4 @@
-"""The recipes for mixtures do their whole job on the zoo's vision-language mixture, from a folder with chats to a report."""
+"""The recipes for MoE models do their whole job on the zoo's vision-language MoE model, from a folder with chats to a report."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from tests.questions import ZOO, written
 from tests.tiny import output
 
 SOURCE = ZOO / "fashion-vlm"
-KNOBS = ["modes.points=8", "modes.ratio=0.5", "modes.power=[0.25, 1]"]
+OPTIONS = ["modes.points=8", "modes.ratio=0.5", "modes.power=[0.25, 1]"]
 
 
-MIXTURES = {"modes": KNOBS, "modes-w4a16": [*KNOBS, "rtn.scheme=W4A16_G32"]}
+RECIPES = {"modes": OPTIONS, "modes-w4a16": [*OPTIONS, "rtn.scheme=W4A16_G32"]}
 
 
-@pytest.mark.parametrize("recipe", MIXTURES)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe(recipe: str, tmp_path: Path) -> None:
     source = written(tmp_path, 12)
     measures = [ExactMatch(source=str(source), count=6, new_tokens=40)]
     result = aerogel.compress(
         SOURCE,
         recipe,
-        overrides=MIXTURES[recipe],
+        overrides=RECIPES[recipe],
         samples=CalibrationRequest(source=str(source), count=8),
         output=tmp_path / "out",
         measures=measures,

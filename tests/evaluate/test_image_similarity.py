@@ -75,7 +75,7 @@ def test_what_cannot_be_compared_is_refused(folder: Path) -> None:
         ImageSimilarity(features=str(folder)).measure(aerogel.load(classes()))
 
 
-def test_pictures_are_made_when_asked_for_and_knobs_are_set(folder: Path) -> None:
+def test_images_are_made_when_asked_for_and_options_are_set(folder: Path) -> None:
     ours, theirs = aerogel.load(classes(1)), aerogel.load(classes(0))
     assert set(measure(ours, theirs)["compressed"]) == {"size"}
     sets = [f"image_similarity.features={folder}", "image_similarity.count=2", "image_similarity.steps=1", "image_similarity.kept=0"]
@@ -93,7 +93,7 @@ def test_pictures_are_made_when_asked_for_and_knobs_are_set(folder: Path) -> Non
         ("count=2", "cannot read override 'count=2'; expected measure.option=value"),
     ],
 )
-def test_knobs_that_are_not_there_are_named(sets: str, reason: str) -> None:
+def test_options_that_are_not_there_are_named(sets: str, reason: str) -> None:
     network = aerogel.load(unconditional())
     with pytest.raises(AerogelError, match=reason):
         measure(network, network, ["image_similarity"], overrides=[sets])

@@ -28,7 +28,7 @@ from aerogel.export.cache_policy import CachePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
-from tests import image_pipelines as painters
+from tests import image_pipelines
 from tests.runtime.feature_cache.test_block_cache import deep, ran
 from tests.runtime.feature_cache.test_schedule import calls, counted
 from tests.tiny import FAMILIES, output
@@ -257,7 +257,7 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     assert CacheDit().refuse(source_of(tmp_path / "plain")) == [
         "it has no caching policy; compress with a recipe that has one, such as fora"
     ]
-    for name, module in {"unet": FAMILIES["unet"].build(), "short": painters.classes().transformer}.items():
+    for name, module in {"unet": FAMILIES["unet"].build(), "short": image_pipelines.classes().transformer}.items():
         seen = calls("unet" if name == "unet" else "dit")
         aerogel.compress(module, {"steps": [{"fora": {}}]}, samples=seen, measures=(), output=tmp_path / name)
     (reason,) = CacheDit().refuse(source_of(tmp_path / "unet"))

@@ -24,7 +24,7 @@ from aerogel.export.cache_policy import CachePolicy
 from aerogel.io.fingerprint import fingerprint
 from aerogel.io.save import resident
 from aerogel.runtime.feature_cache.schedule import Schedule, caching
-from tests import image_pipelines as painters
+from tests import image_pipelines
 from tests.tiny import FAMILIES, fill
 
 WANTED = Denoising(count=2, steps=4, batch=2)
@@ -32,8 +32,8 @@ LEARNED = {"harmonica": {"ratio": 0.3, "trajectories": 2}}
 
 
 def pipeline(seed: int = 0, layers: int = 2) -> Any:
-    """The painter of classes, of several blocks that all matter."""
-    made = painters.classes(seed)
+    """The dit_pipeline of classes, of several blocks that all matter."""
+    made = image_pipelines.classes(seed)
     torch.manual_seed(seed)
     module = diffusers.DiTTransformer2DModel.from_config(dict(made.transformer.config) | {"num_layers": layers}).eval()
     fill(module, torch.Generator().manual_seed(seed))

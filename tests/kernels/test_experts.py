@@ -1,4 +1,4 @@
-"""Products over what is left of a mixture's pairs: a literal sum says what they give, and rows that were dropped are never multiplied."""
+"""Products over the assignments that are left against a literal sum; rows that were dropped are never multiplied."""
 
 from __future__ import annotations
 

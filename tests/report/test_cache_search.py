@@ -34,7 +34,7 @@ def record(**facts: Any) -> dict[str, Any]:
         "schema": 1,
         "task": "cache",
         "budget": 1.5,
-        "model": {"name": "a <b>painter</b>", "family": "dit", "parameters": 1000, "dtype": "float32", "fingerprint": "sha256:00"},
+        "model": {"name": "a <b>dit_pipeline</b>", "family": "dit", "parameters": 1000, "dtype": "float32", "fingerprint": "sha256:00"},
         "provenance": {"date": "2026-11-23T06:12:00+00:00", "seed": 0, "versions": {"aerogel": "0.1.0"}},
         "timings": {"compress": 60.0},
         "sampler": "DDIMScheduler",
@@ -71,7 +71,7 @@ def rendered(**facts: Any) -> Any:
 def test_everything_is_said() -> None:
     words = rendered().words
     for said in (
-        "a <b>painter</b> is 1.52 times faster with schedule_search; the error of its final latents is 0.0100.",
+        "a <b>dit_pipeline</b> is 1.52 times faster with schedule_search; the error of its final latents is 0.0100.",
         "4 of 5 policies reach 1.5 times the speed.",
         "Without a cache, 3 instead of 4 steps are 1.55 times faster; their error is 0.0500, 5.00 times as large.",
         "Errors over 64 images of held-out noise in 4 steps of DDIMScheduler with guidance 1.5.",
@@ -123,7 +123,7 @@ def test_fewer_steps_that_are_better_are_said_so() -> None:
 
 def test_a_search_that_found_nothing_says_why() -> None:
     words = rendered(rows=[], fewer=None, without_fewer="it knows one step only", images=[], subjects=[]).words
-    assert "No policy makes a <b>painter</b> 1.5 times faster." in words
+    assert "No policy makes a <b>dit_pipeline</b> 1.5 times faster." in words
     assert "0 of 1 policy reach 1.5 times the speed. Fewer steps do not: it knows one step only." in words
     assert "too slow for <i>this</i>" in words
     for absent in ("Error against speed", "Setting", "Schedule of", "Error by step", "Images from the same noise"):

@@ -20,7 +20,7 @@ from aerogel.runtime.feature_cache.sharding import shares_of
 from aerogel.training import distributed as processes
 from aerogel.training.distributed import averaged, of_first, share, variance
 from tests.clocks import Counter
-from tests.runtime.feature_cache.test_replay import painter, recorded
+from tests.runtime.feature_cache.test_replay import dit_pipeline, recorded
 
 OPTIONS: dict[str, Any] = {"ratio": 0.4, "trajectories": 8, "refresh": 4, "search": 30, "samples": 8}
 IMAGES = {"count": 8, "batch": 4}
@@ -29,7 +29,7 @@ VALUES = torch.randn(6, 5, generator=torch.Generator().manual_seed(3)) + torch.a
 
 
 def calibrated() -> dict[str, Any]:
-    network = painter()
+    network = dit_pipeline()
     state = Harmonica(**OPTIONS).calibrate(network, recorded(network, **IMAGES))
     return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in state.as_dict().items()}
 
@@ -47,7 +47,7 @@ def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     synchronized_clock.host_clock = Counter(step=1.0 + rank)  # the second process is half as fast
-    mine, network = share(VALUES), painter()
+    mine, network = share(VALUES), dit_pipeline()
     found = {
         "variance": float(variance(mine)),
         "mean": averaged(mine.mean()).item(),
@@ -100,7 +100,7 @@ def test_what_cannot_be_shared_is_refused(pair: list[dict[str, Any]]) -> None:
 
 
 def test_alone_everything_is_what_it_was() -> None:
-    network = painter()
+    network = dit_pipeline()
     runs = replays(network, Trajectories.of(network, recorded(network)))
     assert all(same(VALUES) is VALUES for same in (averaged, of_first, share))
     assert torch.equal(variance(VALUES), VALUES.var())
@@ -109,7 +109,7 @@ def test_alone_everything_is_what_it_was() -> None:
 
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 def test_shares_are_whole_images_with_both_halves_of_guidance(guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = painter()
+    network = dit_pipeline()
     (run,) = replays(network, Trajectories.of(network, recorded(network, count=4, batch=4, guidance=guidance)))
     for module in (processes, sharding):
         monkeypatch.setattr(module, "group_size", lambda: 2)

@@ -32,7 +32,7 @@ from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.replay import output_of, replays
 from aerogel.runtime.feature_cache.schedule import ScheduleState, schedule_state
-from tests import image_pipelines as painters
+from tests import image_pipelines
 from tests.clocks import Ticks
 from tests.tiny import FAMILIES
 
@@ -40,8 +40,8 @@ WANTED = Denoising(count=3, steps=6, batch=2, guidance=3.0)
 EVERY_SECOND = [[1.0, 1.0], [0.0, 0.0]] * 3
 
 
-def painter() -> diffusers.DiTPipeline:
-    pipeline = painters.classes()
+def dit_pipeline() -> diffusers.DiTPipeline:
+    pipeline = image_pipelines.classes()
     pipeline.scheduler = diffusers.DDIMScheduler(clip_sample=False)
     return pipeline
 
@@ -61,7 +61,7 @@ def reasons(findings: Findings) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Findings, Path]:
-    pipeline, folder = painter(), tmp_path_factory.mktemp("search") / "out"
+    pipeline, folder = dit_pipeline(), tmp_path_factory.mktemp("search") / "out"
     return pipeline, searched(pipeline, "fora", "uniform_cache", "taylorseer", "pab", "first_block", output=folder), folder
 
 
@@ -87,27 +87,27 @@ def test_who_is_too_slow_or_refuses_is_told_with_a_reason(found: Any) -> None:
 
 
 def test_more_is_reused_for_more_speed() -> None:
-    findings = searched(painter(), "fora", "uniform_cache", budget="1.7x")
+    findings = searched(dit_pipeline(), "fora", "uniform_cache", budget="1.7x")
     assert (rows(findings)["fora"]["value"], rows(findings)["fora"]["speedup"]) == (3, 1.8)
     assert rows(findings)["uniform_cache"]["speedup"] == 1.8
-    none = searched(painter(), "fora", budget=3)
+    none = searched(dit_pipeline(), "fora", budget=3)
     assert none.best is None
     assert reasons(none) == {"fora": "it makes denoising 2.25 times as fast at the most (interval 8)"}
     assert none.facts["fewer"]["value"] == 2, "fewer steps stand there all the same"
 
 
 def test_a_knob_that_was_set_stays(found: Any) -> None:
-    findings = searched(painter(), "fora", "uniform_cache", overrides=["fora.interval=6", "uniform_cache.first=2"])
+    findings = searched(dit_pipeline(), "fora", "uniform_cache", overrides=["fora.interval=6", "uniform_cache.first=2"])
     assert rows(findings)["fora"]["speedup"] == 2.25
     assert rows(findings)["uniform_cache"]["step"]["uniform_cache"].items() >= {"ratio": 0.45, "first": 2}.items()
-    slow = searched(painter(), "uniform_cache", overrides=["uniform_cache.ratio=0.2"])
+    slow = searched(dit_pipeline(), "uniform_cache", overrides=["uniform_cache.ratio=0.2"])
     assert reasons(slow) == {"uniform_cache": "it makes denoising 1.12 times as fast at the most (ratio 0.2)"}
 
 
 def test_errors_are_those_of_replays(found: Any) -> None:
     """An independent way to the same latents: the recorded generation, replayed outside of the pipeline."""
     _, findings, _ = found
-    network = open_model(painter())
+    network = open_model(dit_pipeline())
     runs = replays(network, Trajectories.of(network, record(network.processor, network.module, WANTED, findings.facts["held_out_seed"])))
 
     def along() -> list[list[Tensor]]:
@@ -163,7 +163,7 @@ def _timesteps(steps: int) -> Any:
 
 def test_pictures_are_of_equal_seeds(found: Any) -> None:
     _, findings, _ = found
-    pipeline, facts = painter(), findings.facts
+    pipeline, facts = dit_pipeline(), findings.facts
 
     def generated(wanted: Denoising = WANTED) -> list[str]:
         made = generate_images(pipeline, wanted, facts["held_out_seed"])
@@ -183,7 +183,7 @@ def test_the_best_is_the_one_of_least_error_and_its_folder_puts_it_on(found: Any
     assert findings.best.step.name == findings.facts["rows"][0]["policy"]
     assert {path.name for path in folder.iterdir()} == {"aerogel.json", "search.json", "report.html"}, "no weights"
     assert json.loads((folder / "search.json").read_text()) == json.loads(json.dumps(findings.facts))
-    pipeline = painter()
+    pipeline = dit_pipeline()
     options = {"class_labels": [0, 7], "num_inference_steps": 6, "guidance_scale": 3.0, "output_type": "pt"}
 
     def paint() -> Tensor:
@@ -199,17 +199,17 @@ def test_the_best_is_the_one_of_least_error_and_its_folder_puts_it_on(found: Any
 
 
 def test_states_with_tensors_are_saved_too(tmp_path: Path) -> None:
-    findings = searched(painter(), "smoothcache", budget=1.2)
+    findings = searched(dit_pipeline(), "smoothcache", budget=1.2)
     findings.save(tmp_path / "out")
     assert (tmp_path / "out" / "aerogel.safetensors").is_file()
-    with aerogel.cached(painter(), tmp_path / "out") as on:
+    with aerogel.cached(dit_pipeline(), tmp_path / "out") as on:
         assert torch.equal(on[0].state.changes["feed-forward.change"], findings.best.state.changes["feed-forward.change"])
     with pytest.raises(AerogelError, match="not empty"):
         findings.save(tmp_path / "out")
 
 
 def test_what_goes_on_comes_off() -> None:
-    pipeline = painter()
+    pipeline = dit_pipeline()
     clock = Ticks(open_model(pipeline))
     own = {name: module.__dict__.get("forward") for name, module in pipeline.transformer.named_modules()}
     weights = {name: tensor.clone() for name, tensor in pipeline.transformer.state_dict().items()}
@@ -223,7 +223,7 @@ def test_what_goes_on_comes_off() -> None:
 
 def test_noise_that_a_sampler_draws_is_no_error() -> None:
     """A replay refuses such a sampler; here it draws the same each time."""
-    pipeline = painter()
+    pipeline = dit_pipeline()
     pipeline.scheduler = diffusers.DDPMScheduler(clip_sample=False)
     findings = searched(pipeline, "fora", overrides=["fora.interval=2"])
     assert rows(findings)["fora"]["step_errors"][0] == 0 < rows(findings)["fora"]["error"]
@@ -232,7 +232,7 @@ def test_noise_that_a_sampler_draws_is_no_error() -> None:
 
 def test_progress_is_told() -> None:
     told: list[Event] = []
-    searched(painter(), "fora", "uniform_cache", tell=told.append)
+    searched(dit_pipeline(), "fora", "uniform_cache", tell=told.append)
     assert [event.what for event in told if event.stage == "compress"] == ["", "fora", "uniform_cache", "fewer steps"]
     assert [event.what for event in told if event.stage == "evaluate"] == ["", "the whole network", "fora", "uniform_cache", "fewer steps"]
 
@@ -257,7 +257,7 @@ class Plain(SchedulePolicy[ScheduleState]):
 
 def attempt(cls: type[FeatureCachePolicy[Any]], *speeds: float, **options: Any) -> Attempt:
     """An attempt whose measured speeds are these, one after the other."""
-    network = open_model(painter())
+    network = open_model(dit_pipeline())
     pace = SpeedBudget(network, WANTED, 1.5, 0, 1, Ticks(network))
     left = iter(speeds)
     pace.speedup = lambda on: next(left)  # type: ignore[method-assign,assignment,misc]
@@ -322,27 +322,27 @@ def test_strengths_are_values_of_a_knob(name: str, option: str) -> None:
 )
 def test_what_cannot_be_searched_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(AerogelError, match=message):
-        search(painter(), **{"only": ["fora"], "samples": WANTED, **options})
+        search(dit_pipeline(), **{"only": ["fora"], "samples": WANTED, **options})
 
 
 def test_models_that_cannot_be_searched_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AerogelError, match="came without its pipeline and generates no images"):
-        search(painter().transformer, only=["fora"], samples=WANTED)
+        search(dit_pipeline().transformer, only=["fora"], samples=WANTED)
     with pytest.raises(AerogelError, match="this llama model came without its pipeline and generates no images"):
         search(FAMILIES["llama"].build())
-    network = open_model(painter())
+    network = open_model(dit_pipeline())
     network.family = replace(network.family, cached_modules=())
     with pytest.raises(AerogelError, match="names no modules whose outputs could be cached"):
         search(network, samples=WANTED)
-    aerogel.compress(painter(), {"steps": [{"fora": {}}]}, samples=WANTED, output=tmp_path / "cached", measures=())
+    aerogel.compress(dit_pipeline(), {"steps": [{"fora": {}}]}, samples=WANTED, output=tmp_path / "cached", measures=())
     with pytest.raises(AerogelError, match="has fora on already; give the pipeline that it was made for"):
         search(tmp_path / "cached", only=["fora"], samples=WANTED)
     with pytest.raises(AerogelError, match="this folder exists and is not empty"):
-        search(painter(), only=["fora"], samples=WANTED, output=tmp_path / "cached")
+        search(dit_pipeline(), only=["fora"], samples=WANTED, output=tmp_path / "cached")
 
 
 def test_findings_in_memory_report_where_they_are_told(tmp_path: Path) -> None:
-    findings = searched(painter(), "fora")
+    findings = searched(dit_pipeline(), "fora")
     with pytest.raises(AerogelError, match="are in memory only"):
         findings.report()
     assert "fora" in findings.report(tmp_path / "r.html").read_text()
@@ -353,6 +353,6 @@ def test_findings_in_memory_report_where_they_are_told(tmp_path: Path) -> None:
 def test_every_policy_has_a_row_or_a_reason() -> None:
     """Also those that learn, of which the target is met in real seconds of modules: whether they are fast enough is not asked here."""
     few = ["harmonica.trajectories=1", "l2c.iterations=1", "schedule_search.trials=3", "schedule_search.samples=2"]
-    findings = searched(painter(), overrides=few)
+    findings = searched(dit_pipeline(), overrides=few)
     assert sorted([*rows(findings), *reasons(findings)]) == sorted(one.name for one in candidates())
     assert all(reasons(findings).values())

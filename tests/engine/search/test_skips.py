@@ -40,7 +40,7 @@ from tests.questions import ZOO, untrained, written
 from tests.tiny import output
 
 COUNT = 6
-KNOBS = ("modes.points=6", "diep.tokens=16")
+OPTIONS = ("modes.points=6", "diep.tokens=16")
 ALL = [name for name in catalog.names("methods") if issubclass(catalog.find("methods", name), ExpertSkippingPolicy)]
 
 
@@ -65,7 +65,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("chats"), 2 * COUNT)
 
 
-def mixture() -> Network:
+def moe_model() -> Network:
     torch.manual_seed(0)
     model, pair = untrained()
     return open_model((model, pair), dtype=torch.float32, unfuse_experts=False)
@@ -73,8 +73,14 @@ def mixture() -> Network:
 
 @pytest.fixture(scope="module")
 def found(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Network, Findings, Path]:
-    network, folder = mixture(), tmp_path_factory.mktemp("search") / "out"
-    options: dict[str, Any] = {"samples": Chats(source, COUNT), "overrides": KNOBS, "rounds": 1, "clock": Ticks(network), "output": folder}
+    network, folder = moe_model(), tmp_path_factory.mktemp("search") / "out"
+    options: dict[str, Any] = {
+        "samples": Chats(source, COUNT),
+        "overrides": OPTIONS,
+        "rounds": 1,
+        "clock": Ticks(network),
+        "output": folder,
+    }
     return network, search(network, "skip", **options), folder
 
 
@@ -279,7 +285,7 @@ def test_one_sequence_cannot_calibrate_and_judge(texts: Any, tmp_path: Path) -> 
         search(texts[0], "skip", samples=short)
 
 
-def test_models_that_have_no_mixture_or_a_rule_are_refused(texts: Sequence[Path], tmp_path: Path) -> None:
+def test_models_without_experts_or_with_a_rule_are_refused(texts: Sequence[Path], tmp_path: Path) -> None:
     model_folder(tmp_path / "dense", "llama")
     with pytest.raises(AerogelError, match="this llama model has no routed experts"):
         search(tmp_path / "dense", "skip")

@@ -22,8 +22,8 @@ from aerogel.model.trajectories import Trajectories
 from aerogel.numerics.quantize import Grid
 from aerogel.recipe import Recipe
 from aerogel.runtime.feature_cache.replay import output_of, replays
-from tests import image_pipelines as painters
-from tests.runtime.feature_cache.test_replay import painter, recorded
+from tests import image_pipelines
+from tests.runtime.feature_cache.test_replay import dit_pipeline, recorded
 
 QUANTIZED: list[dict[str, Any]] = [
     {"rtn": {"scheme": "W8A16_CHANNEL", "targets": ["Linear"]}},
@@ -33,7 +33,7 @@ LAYER = "transformer_blocks.0.ff.net.2"
 
 
 def compressed(*steps: dict[str, Any]) -> tuple[Any, list[Any]]:
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network)
     return aerogel.compress(network, {"steps": [*QUANTIZED, *steps]}, samples=calls, measures=()), calls
 
@@ -55,7 +55,7 @@ def test_ranges_are_those_of_the_generation_under_the_cache(fora: dict[str, Any]
         low.append(float(args[0].min()))
         high.append(float(args[0].max()))
 
-    teacher = painter()
+    teacher = dit_pipeline()
     network = made.network
     network.processor.scheduler = teacher.processor.scheduler
     hook = network.module.get_submodule(LAYER).register_forward_pre_hook(see)
@@ -73,7 +73,7 @@ def test_ranges_are_those_of_the_generation_under_the_cache(fora: dict[str, Any]
 
 
 def test_steps_at_which_a_layer_rests_keep_their_ranges() -> None:
-    network = aerogel.load(painters.unconditional())
+    network = aerogel.load(image_pipelines.unconditional())
     calls = recorded(network, guidance=None, count=2)
     steps = [{"tiar": {"scheme": "W8A16_CHANNEL", "steps": 0}}, {"rtn": {"scheme": "W8A16_CHANNEL", "targets": ["Conv2d"]}}]
     aerogel.compress(network, {"steps": [*steps, {"fsc": {"scope": "all"}}]}, samples=calls, measures=())
@@ -94,7 +94,7 @@ def test_a_folder_and_a_live_pipeline_get_the_same_ranges(tmp_path: Path) -> Non
     """From a folder blocks come in and go again, the float network's too."""
     recipe = {"steps": [*QUANTIZED, {"fora": {"interval": 2}}, {"recalibrate": {}}]}
     wanted = Denoising(count=2, steps=4, batch=2)
-    painter().processor.save_pretrained(tmp_path / "in")
+    dit_pipeline().processor.save_pretrained(tmp_path / "in")
     lazy = aerogel.compress(tmp_path / "in", recipe, samples=wanted, output=tmp_path / "out", measures=())
     live, before = (
         aerogel.compress(aerogel.load(tmp_path / "in", lazy=False), {"steps": steps}, samples=wanted, measures=())
@@ -105,13 +105,13 @@ def test_a_folder_and_a_live_pipeline_get_the_same_ranges(tmp_path: Path) -> Non
 
 
 def test_a_network_without_static_inputs_is_refused() -> None:
-    network = painter()
+    network = dit_pipeline()
     with pytest.raises(AerogelError, match="put activation_ranges or fsc before recalibrate"):
         Recalibrate().apply(network, recorded(network))
 
 
 def test_it_may_come_behind_a_cache_and_others_may_not() -> None:
-    network, some = painter(), Denoising(count=2, steps=4, batch=2)
+    network, some = dit_pipeline(), Denoising(count=2, steps=4, batch=2)
     assert not plan(network, {"steps": [*QUANTIZED, {"fora": {}}, {"recalibrate": {}}]}, samples=some).problems
     (problem,) = plan(network, {"steps": [{"fora": {}}, *QUANTIZED[:1]]}, samples=some).problems
     assert "rtn comes after fora" in problem
@@ -137,7 +137,7 @@ def test_a_teacher_is_kept_where_somebody_asks_for_what_has_changed(steps: list[
 def test_a_cache_of_a_quantized_network_is_held_against_the_float_one(method: dict[str, Any]) -> None:
     coarse = [{"rtn": {"scheme": "W2A16_CHANNEL", "targets": ["Linear"]}}]
     for steps, apart in ((coarse, True), ([], False)):
-        network = painter()
+        network = dit_pipeline()
         result = aerogel.compress(network, {"steps": [*steps, method]}, samples=recorded(network), measures=())
         state = result.policies[0].state
         assert (state["error_without_reuse"] > 1e-4) == apart

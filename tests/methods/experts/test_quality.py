@@ -1,4 +1,4 @@
-"""Effects on the zoo's trained mixture: what skipping costs, in which order rules stand, that the search finds what there is."""
+"""Effects on the zoo's trained MoE model: what skipping costs, in which order rules stand, that the search finds what there is."""
 
 from __future__ import annotations
 

@@ -242,7 +242,7 @@ def test_labels_say_where_answers_are() -> None:
         ({"modes": {"points": 1}}, "expected a number of at least 2, got 1"),
     ],
 )
-def test_knobs_out_of_range_are_refused(step: dict[str, Any], message: str) -> None:
+def test_options_out_of_range_are_refused(step: dict[str, Any], message: str) -> None:
     with pytest.raises(AerogelError, match=message):
         calibrated(step)
 

@@ -15,7 +15,7 @@ from aerogel.data.denoising import Denoising, record
 from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
 from aerogel.methods.feature_cache.deepcache import Deepcache, gathered
-from tests import image_pipelines as painters
+from tests import image_pipelines
 from tests.runtime.feature_cache.test_schedule import calls as generation
 from tests.runtime.feature_cache.test_skip_connections import calls, literal, made
 from tests.tiny import fill, opened, output
@@ -58,7 +58,7 @@ def test_steps_gather_around_a_center_as_in_the_authors_code(steps: int, count: 
     assert gathered(steps, count, center, power) == wanted
 
 
-def test_knobs_out_of_range_and_other_denoisers_are_refused() -> None:
+def test_options_out_of_range_and_other_denoisers_are_refused() -> None:
     network, given = made("unet"), calls("unet", steps=TEN)
     with pytest.raises(AerogelError, match="option 'interval': expected a number of at least 1, got 0"):
         Deepcache(interval=0).calibrate(network, given)
@@ -92,7 +92,7 @@ def paint(pipeline: Any) -> Tensor:
 
 def test_a_pipeline_paints_what_hooks_paint() -> None:
     """Twice in a row; the hook gives the last up block what it got two steps in three, beside the skip."""
-    network = open_model(painters.unconditional())
+    network = open_model(image_pipelines.unconditional())
     fill(network.module, torch.Generator().manual_seed(0))
     plain = paint(network.processor)
     kept: list[Tensor] = []

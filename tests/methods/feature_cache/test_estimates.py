@@ -12,7 +12,7 @@ from aerogel.engine.calibration import reading
 from aerogel.methods.base import RuntimePolicy
 from aerogel.methods.feature_cache.policy import ScheduleRefiner
 from aerogel.recipe import Recipe
-from tests.runtime.feature_cache.test_replay import painter, recorded
+from tests.runtime.feature_cache.test_replay import dit_pipeline, recorded
 
 LEARNED: dict[str, dict[str, Any]] = {
     "harmonica": {"ratio": 0.4, "trajectories": 20, "refresh": 5},
@@ -25,7 +25,7 @@ LEARNED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_positions_that_pass_are_about_those_of_the_plan(name: str) -> None:
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network, steps=10)
     (step,) = Recipe.parse({"steps": [{name.partition(" ")[0]: LEARNED[name]}]}).steps
     method = step.method
@@ -51,7 +51,7 @@ def test_positions_that_pass_are_about_those_of_the_plan(name: str) -> None:
 
 
 def test_a_plan_counts_what_is_learned() -> None:
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network)
     seconds = [
         aerogel.plan(network, {"steps": [{"harmonica": {"ratio": 0.4, "trajectories": count}}]}, samples=calls).seconds["compress"]

@@ -17,7 +17,7 @@ from aerogel.methods.feature_cache.fastercache import Fastercache, attention_run
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
-from tests.runtime.feature_cache.test_replay import painter, recorded
+from tests.runtime.feature_cache.test_replay import dit_pipeline, recorded
 from tests.runtime.feature_cache.test_schedule import calls, counted
 from tests.tiny import opened, output
 
@@ -212,7 +212,7 @@ def test_either_half_may_have_the_condition() -> None:
 
 def test_a_recorded_generation_shows_which_half_has_the_condition() -> None:
     """DiT's pipeline gives it first; with both halves of each call exchanged the same generation replays too."""
-    network = painter()
+    network = dit_pipeline()
     given = recorded(network)
     assert Fastercache().calibrate(network, given).conditional == "first"
     turned = [Call(call.args, call.kwargs | {"class_labels": call.kwargs["class_labels"].roll(2)}) for call in given]
@@ -223,7 +223,7 @@ def test_a_recorded_generation_shows_which_half_has_the_condition() -> None:
 
 
 def test_a_pipeline_runs_with_half_the_samples() -> None:
-    network = painter()
+    network = dit_pipeline()
     seen: list[int] = []
     step = {"fastercache": {"unconditional_window": [-1.0, 500.0], "unconditional_every": 3}}
     with aerogel.cached(network, {"steps": [step]}, samples=recorded(network)) as found:

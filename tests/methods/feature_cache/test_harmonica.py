@@ -25,7 +25,7 @@ from aerogel.runtime.feature_cache.masks import Search
 from aerogel.runtime.feature_cache.replay import Replay, State, output_of, replays
 from aerogel.runtime.feature_cache.schedule import Schedule
 from aerogel.runtime.feature_cache.trials import Trials
-from tests.runtime.feature_cache.test_replay import apart, clips, packed, painter, recorded
+from tests.runtime.feature_cache.test_replay import apart, clips, dit_pipeline, packed, recorded
 
 SHORT: dict[str, Any] = {"ratio": 0.4, "trajectories": 6, "refresh": 3}
 
@@ -47,7 +47,7 @@ def soft(denoiser: ControlledDenoiser, run: Replay, state: State, scores_TN: Ten
 
 @torch.no_grad()
 def test_leave_one_out_is_what_whole_generations_say() -> None:
-    network = painter()
+    network = dit_pipeline()
     with controlled(network) as denoiser:
         made = training(network, denoiser, replays(network, Trajectories.of(network, recorded(network))))
         made.measure(0)
@@ -61,7 +61,7 @@ def test_leave_one_out_is_what_whole_generations_say() -> None:
 
 @torch.no_grad()
 def test_cumulative_is_what_whole_generations_say() -> None:
-    network = painter()
+    network = dit_pipeline()
     with controlled(network) as denoiser:
         made = training(network, denoiser, replays(network, Trajectories.of(network, recorded(network))), proxy="cumulative")
         made.measure(0)
@@ -73,7 +73,7 @@ def test_cumulative_is_what_whole_generations_say() -> None:
 
 @torch.no_grad()
 def test_a_step_that_computes_everything_has_no_weight() -> None:
-    network = painter()
+    network = dit_pipeline()
     with controlled(network) as denoiser:
         made = training(network, denoiser, replays(network, Trajectories.of(network, recorded(network))))
         made.rows[3].fill_(torch.inf)
@@ -84,7 +84,7 @@ def test_a_step_that_computes_everything_has_no_weight() -> None:
 
 def test_a_trajectory_moves_each_row_once_by_its_own_loss() -> None:
     """Against the loop of the paper written out, with gradients of the row at hand only."""
-    network = painter()
+    network = dit_pipeline()
     with controlled(network) as denoiser:
         made = training(network, denoiser, replays(network, Trajectories.of(network, recorded(network))))
         before = torch.stack([row_N.detach().clone() for row_N in made.rows.values()])
@@ -111,7 +111,7 @@ def test_a_trajectory_moves_each_row_once_by_its_own_loss() -> None:
 
 @pytest.mark.parametrize("ratio", [0.1, 0.4, 0.8])
 def test_the_budget_is_met_exactly(ratio: float) -> None:
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network)
     state = Harmonica(**SHORT | {"ratio": ratio}).calibrate(network, calls)
     schedule = Schedule.of(network, state)
@@ -123,7 +123,7 @@ def test_the_budget_is_met_exactly(ratio: float) -> None:
 @pytest.mark.parametrize(("max_age", "ratio"), [(1, 0.4), (2, 0.6)])
 def test_no_unit_is_reused_longer_than_it_may(max_age: int, ratio: float, search: int) -> None:
     """Where the budget is all that the bound leaves room for."""
-    network = painter()
+    network = dit_pipeline()
     options = SHORT | {"ratio": ratio, "search": search, "samples": 4, "max_age": max_age}
     schedule = Schedule.of(network, Harmonica(**options).calibrate(network, recorded(network)))
     lines = ["".join("1" if runs else "0" for runs in unit_T) for unit_T in schedule.computed_TN.T.tolist()]
@@ -158,7 +158,7 @@ def test_denoisers_whose_pipelines_do_it_otherwise_learn_too(pipeline: Callable[
 
 @pytest.mark.parametrize("search", [0, 20])
 def test_without_a_budget_the_threshold_decides_and_the_penalty_stays(search: int) -> None:
-    network = painter()
+    network = dit_pipeline()
     options = SHORT | {"ratio": None, "penalty": 3e-2, "trajectories": 30, "threshold": 0.5, "search": search, "samples": 4}
     state = Harmonica(**options).calibrate(network, recorded(network))
     schedule, low_TN = Schedule.of(network, state), state.scores <= 0.5
@@ -170,7 +170,7 @@ def test_without_a_budget_the_threshold_decides_and_the_penalty_stays(search: in
 
 
 def test_a_threshold_with_a_bound_on_age_runs_what_would_grow_too_old() -> None:
-    network = painter()
+    network = dit_pipeline()
     with controlled(network) as denoiser:
         made = training(network, denoiser, replays(network, Trajectories.of(network, recorded(network))), ratio=None, max_age=2)
         for row, logits in enumerate([[5.0, 5.0], [-5.0, 3.0], [-5.0, -5.0], [-5.0, -5.0], [-5.0, -5.0]]):
@@ -181,7 +181,7 @@ def test_a_threshold_with_a_bound_on_age_runs_what_would_grow_too_old() -> None:
 
 
 def test_a_bound_on_age_passes_over_low_scores() -> None:
-    network = painter()
+    network = dit_pipeline()
     with controlled(network) as denoiser:
         made = training(network, denoiser, replays(network, Trajectories.of(network, recorded(network))))
         for row, logits in enumerate([[5.0, 5.0], [1.0, 3.0], [-2.0, 3.0], [-3.0, 3.0], [-1.0, 2.0]]):
@@ -192,7 +192,7 @@ def test_a_bound_on_age_passes_over_low_scores() -> None:
 
 
 def test_a_budget_that_the_bound_on_age_forbids_is_refused_before_any_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = painter()
+    network = dit_pipeline()
     monkeypatch.setattr(HarmonicaTraining, "run", lambda *_: pytest.fail("it has begun"))
     with pytest.raises(
         AerogelError, match=r"means to save 5; with max_age 1 each of 2 modules is cached at 2 of 5 steps at most, .* saves 4"
@@ -204,7 +204,7 @@ def test_checkpointing_changes_no_score() -> None:
     """Forks, measurements and search included."""
     states = []
     for checkpointing in (False, True):
-        network = painter()
+        network = dit_pipeline()
         torch.manual_seed(7)
         options = SHORT | {"search": 10, "samples": 4, "checkpointing": checkpointing}
         states.append(Harmonica(**options).calibrate(network, recorded(network)))
@@ -215,7 +215,7 @@ def test_checkpointing_changes_no_score() -> None:
 
 
 def test_a_target_speedup_is_met_by_the_costs() -> None:
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network)
     state = Harmonica(target_speedup=1.15, by="macs", trajectories=2).calibrate(network, calls)
     budget = budget_of(network, Trajectories.of(network, calls), None, 1.15, "macs")
@@ -223,7 +223,7 @@ def test_a_target_speedup_is_met_by_the_costs() -> None:
 
 
 def test_lowest_scores_are_reused_first_and_ties_fall_to_what_costs_the_image_least() -> None:
-    network = painter()
+    network = dit_pipeline()
     with controlled(network) as denoiser:
         made = training(network, denoiser, replays(network, Trajectories.of(network, recorded(network))))
         for row, logits in enumerate([[5.0, 5.0], [-5.0, -5.0], [1.0, -2.0], [-5.0, -5.0], [3.0, 0.0]]):
@@ -235,7 +235,7 @@ def test_lowest_scores_are_reused_first_and_ties_fall_to_what_costs_the_image_le
 
 
 def test_the_search_behind_it_keeps_the_better_of_two_starts() -> None:
-    network = painter()
+    network = dit_pipeline()
     with controlled(network) as denoiser, torch.no_grad():
         made = training(network, denoiser, replays(network, Trajectories.of(network, recorded(network))), search=200, samples=4)
         decoded = made.decoded()
@@ -252,7 +252,7 @@ def test_the_router_s_own_schedule_stays_beside_what_the_search_made_of_it() -> 
     states = []
     for search in (0, 60):
         torch.manual_seed(3)
-        network = painter()
+        network = dit_pipeline()
         states.append(Harmonica(**SHORT, search=search, samples=4).calibrate(network, recorded(network)))
     assert states[1].decoded == states[0].computed
     assert states[0].decoded is None, "it is the schedule itself"
@@ -260,7 +260,7 @@ def test_the_router_s_own_schedule_stays_beside_what_the_search_made_of_it() -> 
 
 
 def test_the_penalty_follows_the_budget() -> None:
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network)
     little, much = (
         Harmonica(**SHORT | {"ratio": ratio, "trajectories": 60, "refresh": 60}).calibrate(network, calls) for ratio in (0.1, 0.8)
@@ -269,7 +269,7 @@ def test_the_penalty_follows_the_budget() -> None:
 
 
 def test_compress_keeps_it_beside_the_weights(tmp_path: Path) -> None:
-    source = painter().processor
+    source = dit_pipeline().processor
     source.save_pretrained(tmp_path / "source")
     recipe = {"name": "router", "steps": [{"harmonica": SHORT | {"search": 30}}]}
     wanted = Denoising(count=2, steps=5, batch=2, guidance=3.0)
@@ -301,7 +301,7 @@ def test_compress_keeps_it_beside_the_weights(tmp_path: Path) -> None:
         ({"threshold": -0.1}, "got -0.1"),
     ],
 )
-def test_knobs_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
-    network = painter()
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    network = dit_pipeline()
     with pytest.raises(AerogelError, match=message):
         Harmonica(**SHORT | options).calibrate(network, recorded(network))

@@ -24,7 +24,7 @@ from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.controlled import ControlledDenoiser, controlled
 from aerogel.runtime.feature_cache.replay import output_of, replays
 from aerogel.runtime.feature_cache.schedule import Schedule
-from tests.runtime.feature_cache.test_replay import SAMPLERS, painter, recorded
+from tests.runtime.feature_cache.test_replay import SAMPLERS, dit_pipeline, recorded
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' samplers
 
@@ -116,10 +116,10 @@ def literal(
 )
 def test_scores_move_as_the_rule_says(steps: int, iterations: int, penalty: float, taught: bool) -> None:
     """With a teacher too, from which the network at hand has moved away: images and answers are the teacher's, what is kept is not."""
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network, steps=steps)
     if taught:
-        network.teacher = painter()
+        network.teacher = dit_pipeline()
         with torch.no_grad():
             network.module.transformer_blocks[0].ff.net[2].weight.mul_(1.5)
     with controlled(network) as denoiser:
@@ -135,7 +135,7 @@ def test_scores_move_as_the_rule_says(steps: int, iterations: int, penalty: floa
 
 
 def test_only_the_row_at_hand_moves() -> None:
-    network = painter()
+    network = dit_pipeline()
     with controlled(network) as denoiser:
         made = training(network, denoiser, recorded(network))
         assert list(made.rows) == [1, 3]
@@ -154,7 +154,7 @@ def test_only_the_row_at_hand_moves() -> None:
 
 
 def test_scores_stay_within_their_bound() -> None:
-    network = painter()
+    network = dit_pipeline()
     with controlled(network) as denoiser:
         made = training(network, denoiser, recorded(network), rate=50.0)
         for _ in range(8):
@@ -163,7 +163,7 @@ def test_scores_stay_within_their_bound() -> None:
 
 
 def test_clean_pictures_are_those_that_the_pipeline_made() -> None:
-    network = painter()
+    network = dit_pipeline()
     wanted = Denoising(count=4, steps=5, batch=2, guidance=3.0)
     with controlled(network) as denoiser:
         clean = training(network, denoiser, recorded(network)).clean
@@ -176,7 +176,7 @@ def test_clean_pictures_are_those_that_the_pipeline_made() -> None:
 
 def test_scores_end_in_the_order_of_what_reuse_costs() -> None:
     """Measured by reusing one module alone, on other noise than the scores were trained with."""
-    network = painter()
+    network = dit_pipeline()
     with torch.no_grad():
         network.module.transformer_blocks[0].ff.net[2].weight.mul_(4)
     with controlled(network) as denoiser:
@@ -209,7 +209,7 @@ def counted(module: nn.Module) -> Iterator[list[int]]:
 
 
 def test_an_iteration_is_three_forwards() -> None:
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network)
     totals = []
     for iterations in (4, 12):
@@ -223,14 +223,14 @@ def test_an_iteration_is_three_forwards() -> None:
 
 @pytest.mark.parametrize(("steps", "ratio"), [(5, 0.1), (5, 0.3), (5, 0.4), (6, 0.5), (2, 0.5)])
 def test_the_budget_is_met_exactly_by_every_second_step(steps: int, ratio: float) -> None:
-    network = painter()
+    network = dit_pipeline()
     schedule = Schedule.of(network, L2c(**SHORT | {"ratio": ratio}).calibrate(network, recorded(network, steps=steps)))
     assert schedule.reused == pytest.approx(ratio, abs=0.5 / schedule.computed_TN.numel())
     assert schedule.computed_TN[0::2].all()
 
 
 def test_a_target_speedup_is_met_by_the_costs() -> None:
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network)
     state = L2c(target_speedup=1.1, by="macs", iterations=2).calibrate(network, calls)
     assert budget_of(network, Trajectories.of(network, calls), None, 1.1, "macs").is_met(Schedule.of(network, state).computed_TN)
@@ -248,7 +248,7 @@ def test_a_target_speedup_is_met_by_the_costs() -> None:
     ],
 )
 def test_what_cannot_be_is_refused_before_work_starts(options: dict[str, Any], message: str) -> None:
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network)
     with counted(network.module) as count, pytest.raises(AerogelError, match=message):
         L2c(**SHORT | options).calibrate(network, calls)
@@ -256,7 +256,7 @@ def test_what_cannot_be_is_refused_before_work_starts(options: dict[str, Any], m
 
 
 def test_answers_that_are_not_finite_are_told() -> None:
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network)
     with torch.no_grad():
         network.module.proj_out_2.bias[0] = torch.nan
@@ -265,7 +265,7 @@ def test_answers_that_are_not_finite_are_told() -> None:
 
 
 def test_a_sampler_that_cannot_noise_is_refused() -> None:
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network)
     network.processor.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     with pytest.raises(AerogelError, match="FlowMatchEulerDiscreteScheduler does not noise clean images"):
@@ -273,7 +273,7 @@ def test_a_sampler_that_cannot_noise_is_refused() -> None:
 
 
 def test_lowest_scores_are_reused_first_and_ties_fall_to_what_saves_most_then_to_late_steps() -> None:
-    network = painter()
+    network = dit_pipeline()
     with controlled(network) as denoiser:
         made = training(network, denoiser, recorded(network))
         for step, logits in {1: [-2.0, -2.0], 3: [-2.0, 1.0]}.items():
@@ -292,7 +292,7 @@ def test_lowest_scores_are_reused_first_and_ties_fall_to_what_saves_most_then_to
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 def test_pictures_are_noised_as_their_sampler_does(sampler: str, guidance: float) -> None:
     """Signal and noise of each level by the sampler's own tables, and the step from there begins anew."""
-    network = painter(sampler)
+    network = dit_pipeline(sampler)
     with controlled(network) as denoiser:
         made = training(network, denoiser, recorded(network, guidance=guidance))
         run, clean = made.runs[0], made.clean[0]
@@ -308,7 +308,7 @@ def test_pictures_are_noised_as_their_sampler_does(sampler: str, guidance: float
 
 
 def test_the_log_says_what_the_schedules_cost() -> None:
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network)
     state = L2c(**SHORT).calibrate(network, calls)
     assert [entry["iterations"] for entry in state.log] == [0, 6, 12]
@@ -319,7 +319,7 @@ def test_the_log_says_what_the_schedules_cost() -> None:
 
 
 def test_compress_keeps_it_beside_the_weights(tmp_path: Path) -> None:
-    source = painter().processor
+    source = dit_pipeline().processor
     source.save_pretrained(tmp_path / "source")
     recipe = {"name": "router", "steps": [{"l2c": SHORT}]}
     wanted = Denoising(count=2, steps=5, batch=2, guidance=3.0)

@@ -26,7 +26,7 @@ from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.block_cache import residuals
 from tests.runtime.feature_cache.test_block_cache import DEPTH, deep, ran
-from tests.runtime.feature_cache.test_replay import apart, painter, recorded
+from tests.runtime.feature_cache.test_replay import apart, dit_pipeline, recorded
 from tests.runtime.feature_cache.test_schedule import calls
 from tests.tiny import output
 
@@ -113,7 +113,7 @@ def test_magcache_measures_ratios_of_token_norms() -> None:
 
 @pytest.mark.parametrize("policy", [Magcache(), Teacache(), Smoothcache()])
 def test_branches_in_calls_of_their_own_are_measured_as_in_one_batch(policy: FeatureCachePolicy[Any]) -> None:
-    network = painter()
+    network = dit_pipeline()
     together = recorded(network, steps=8)
     ours, wanted = (policy.calibrate(network, given).as_dict() for given in (apart(together), together))
     assert ours.keys() == wanted.keys()

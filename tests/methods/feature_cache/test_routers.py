@@ -8,12 +8,12 @@ import torch
 from aerogel.methods.feature_cache.harmonica import Harmonica
 from aerogel.methods.feature_cache.l2c import L2c
 from tests.methods.feature_cache import test_harmonica, test_l2c
-from tests.runtime.feature_cache.test_replay import painter, recorded
+from tests.runtime.feature_cache.test_replay import dit_pipeline, recorded
 
 
 @pytest.mark.parametrize("router", [Harmonica(**test_harmonica.SHORT), L2c(**test_l2c.SHORT)], ids=lambda router: type(router).__name__)
 def test_nothing_but_scores_is_touched(router: Harmonica | L2c) -> None:
-    network = painter()
+    network = dit_pipeline()
     network.module.requires_grad_(True)
     calls, before = recorded(network), {name: tensor.clone() for name, tensor in network.module.state_dict().items()}
     torch.manual_seed(7)

@@ -18,7 +18,7 @@ from aerogel.methods.feature_cache.uniform_cache import UniformCache, spread
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.schedule import Schedule, caching
 from aerogel.runtime.feature_cache.taylor import TaylorSeries
-from tests.runtime.feature_cache.test_replay import painter, recorded
+from tests.runtime.feature_cache.test_replay import dit_pipeline, recorded
 from tests.runtime.feature_cache.test_schedule import calls as generation
 from tests.tiny import opened, output
 
@@ -30,7 +30,7 @@ def rows(computed_TN: Tensor) -> list[int]:
 
 @pytest.mark.parametrize(("interval", "reused"), [(1, []), (2, [1, 3]), (3, [1, 2, 4]), (9, [1, 2, 3, 4])])
 def test_fora_computes_every_nth_step(interval: int, reused: list[int]) -> None:
-    network = painter()
+    network = dit_pipeline()
     schedule = Schedule.of(network, Fora(interval).calibrate(network, recorded(network)))
     assert rows(schedule.computed_TN) == reused
     assert schedule.reused == pytest.approx(len(reused) / 5)
@@ -46,14 +46,14 @@ def test_evenly_spaced_steps(ratio: float, first: int, reused: list[int]) -> Non
 
 
 def test_evenly_is_fora_at_a_half() -> None:
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network, steps=6)
     fora, evenly = Fora(2).calibrate(network, calls), UniformCache(0.5).calibrate(network, calls)
     assert fora.computed == evenly.computed
 
 
 def test_rules_that_cannot_be_are_refused() -> None:
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network)
     with pytest.raises(AerogelError, match="option 'interval': expected a number of at least 1, got 0"):
         Fora(0).calibrate(network, calls)
@@ -69,7 +69,7 @@ def paint(pipeline: Any) -> Tensor:
 
 
 def test_searched_meets_its_budget_and_beats_even_spacing() -> None:
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network, count=4, batch=4)
     errors = {}
     for name, step in {

@@ -25,7 +25,7 @@ from aerogel.runtime.feature_cache.replay import replays
 from aerogel.runtime.feature_cache.router import RouterState
 from aerogel.runtime.feature_cache.schedule import Schedule, ScheduleState
 from aerogel.runtime.feature_cache.trials import Trials
-from tests.runtime.feature_cache.test_replay import painter, recorded
+from tests.runtime.feature_cache.test_replay import dit_pipeline, recorded
 
 QUANTIZED: list[dict[str, Any]] = [
     {"rtn": {"scheme": "W8A16_CHANNEL", "targets": ["Linear"]}},
@@ -41,7 +41,7 @@ def error(network: Network, calls: Any, state: ScheduleState) -> float:
 
 
 def test_it_goes_on_from_the_schedule_and_saves_as_much() -> None:
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network)
     before = UniformCache(ratio=0.4).calibrate(network, calls)
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def test_it_goes_on_from_the_schedule_and_saves_as_much() -> None:
 
 
 def test_without_trials_the_schedule_stays_and_so_does_what_was_learned() -> None:
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network)
     evenly = UniformCache(ratio=0.4).calibrate(network, calls)
     before = RouterState(**vars(evenly), scores=torch.rand(5, 2), guidance=3.0, error=0.1, error_without_reuse=0.0, log=())
@@ -67,7 +67,7 @@ def test_without_trials_the_schedule_stays_and_so_does_what_was_learned() -> Non
 
 
 def test_generations_of_other_steps_are_refused() -> None:
-    network = painter()
+    network = dit_pipeline()
     before = UniformCache(ratio=0.4).calibrate(network, recorded(network))
     with pytest.raises(AerogelError, match="the schedule before schedule_refine is of 5 steps, the recorded generations have 4 others"):
         ScheduleRefine().revise(network, recorded(network, steps=4), before)
@@ -81,7 +81,7 @@ def test_a_recipe_alternates(tmp_path: Path) -> None:
         {"recalibrate": {}},
         {"schedule_refine": {"trials": 60, "samples": 2}},
     ]
-    painter().processor.save_pretrained(tmp_path / "in")
+    dit_pipeline().processor.save_pretrained(tmp_path / "in")
     wanted = Denoising(count=2, steps=5, batch=2, guidance=3.0)
     result = aerogel.compress(tmp_path / "in", {"steps": steps}, samples=wanted, output=tmp_path / "out", measures=())
     (only,) = result.policies
@@ -94,7 +94,7 @@ def test_a_recipe_alternates(tmp_path: Path) -> None:
 
 
 def test_a_live_pipeline_goes_on_too() -> None:
-    network = painter()
+    network = dit_pipeline()
     recipe = {"steps": [{"uniform_cache": {"ratio": 0.4}}, {"schedule_refine": {"trials": 60, "samples": 2}}]}
     with aerogel.cached(network.processor, recipe, samples=Denoising(count=2, steps=5, batch=2, guidance=3.0)) as found:
         assert [one.step.name for one in found] == ["schedule_refine"]
@@ -116,14 +116,14 @@ def test_a_live_pipeline_goes_on_too() -> None:
     ],
 )
 def test_a_plan_says_what_it_cannot_go_on_from(steps: list[dict[str, Any]], message: str) -> None:
-    assert any(message in problem for problem in plan(painter(), {"steps": steps}).problems)
+    assert any(message in problem for problem in plan(dit_pipeline(), {"steps": steps}).problems)
 
 
 def test_a_live_pipeline_says_what_it_cannot_go_on_from() -> None:
     recipe = {"steps": [{"taylorseer": {}}, {"schedule_refine": {}}]}
     with (
         pytest.raises(AerogelError, match="and the policy before it is taylorseer"),
-        aerogel.cached(painter().processor, recipe, samples=Denoising(count=2, steps=5, batch=2, guidance=3.0)),
+        aerogel.cached(dit_pipeline().processor, recipe, samples=Denoising(count=2, steps=5, batch=2, guidance=3.0)),
     ):
         pass
 
@@ -135,7 +135,7 @@ def test_a_search_for_a_cache_does_not_try_it() -> None:
 
 
 def test_by_itself_it_is_refused() -> None:
-    network = painter()
+    network = dit_pipeline()
     (step,) = Recipe.parse({"steps": [{"schedule_refine": {}}]}).steps
     with pytest.raises(AerogelError, match="schedule_refine goes on from a schedule: put a policy that reuses by one before it"):
         policies.calibrated(network, step, recorded(network))

@@ -24,7 +24,7 @@ from aerogel.methods.feature_cache.toca import Toca
 from aerogel.runtime.feature_cache.streams import FeatureCacheState
 from aerogel.runtime.policy_state import PolicyState
 from tests.methods.feature_cache import test_harmonica, test_l2c
-from tests.runtime.feature_cache.test_replay import painter, recorded
+from tests.runtime.feature_cache.test_replay import dit_pipeline, recorded
 
 BOTH = {"steps", "sampler"}
 SCHEDULE = BOTH | {"modules", "computed"}
@@ -54,7 +54,7 @@ def test_every_runtime_policy_declares_its_state() -> None:
 
 @pytest.mark.parametrize(("policy", "keys"), KEYS, ids=lambda one: type(one).__name__)
 def test_a_state_is_read_back_from_its_keys(policy: FeatureCachePolicy[Any], keys: set[str]) -> None:
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network)
     state = policy.calibrated(network, calls)
     saved = state.as_dict()

@@ -123,7 +123,7 @@ def test_a_channel_that_was_always_zero_keeps_its_scale() -> None:
 @pytest.mark.parametrize(
     ("options", "words"), [({"alpha": 1.5}, "from 0 to 1"), ({"alpha": "search", "scheme": "W4A16_G32"}, "does not quantize inputs")]
 )
-def test_knobs_that_make_no_sense_are_refused(options: dict[str, Any], words: str) -> None:
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], words: str) -> None:
     block = next(iter(Walk(opened("llama"), FAMILIES["llama"].calls(1))))
     with pytest.raises(AerogelError, match=words):
         Smoothquant(**options).compress(block)

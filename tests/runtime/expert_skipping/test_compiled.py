@@ -1,4 +1,4 @@
-"""Whole mixtures under torch.compile while a rule is on: one graph, the same numbers, no other graph for other pairs; static caches."""
+"""Whole MoE models under torch.compile while a rule is on: one graph, the same numbers, no other graph for other pairs; static caches."""
 
 from __future__ import annotations
 

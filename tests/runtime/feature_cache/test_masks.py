@@ -23,14 +23,14 @@ from aerogel.runtime.feature_cache.replay import Replay, output_of, replays
 from aerogel.runtime.feature_cache.schedule import Schedule, caching
 from aerogel.runtime.feature_cache.trials import Trials
 from tests.clocks import Ticks
-from tests.runtime.feature_cache.test_replay import painter, recorded
+from tests.runtime.feature_cache.test_replay import dit_pipeline, recorded
 
 T, N = 5, 2
 
 
 @pytest.fixture
 def network() -> Network:
-    return painter()
+    return dit_pipeline()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.replay import Replay, output_of, replays
-from tests import image_pipelines as painters
+from tests import image_pipelines
 from tests.tiny import FAMILIES
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' samplers
@@ -30,8 +30,8 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def painter(sampler: str = "ddim", seed: int = 0) -> Network:
-    pipeline = painters.classes(seed)
+def dit_pipeline(sampler: str = "ddim", seed: int = 0) -> Network:
+    pipeline = image_pipelines.classes(seed)
     pipeline.scheduler = SAMPLERS[sampler]()
     return open_model(pipeline)
 
@@ -53,7 +53,7 @@ def last_of(network: Network, run: Replay) -> Tensor:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 def test_a_replay_goes_where_the_pipeline_went(sampler: str, guidance: float) -> None:
-    network = painter(sampler)
+    network = dit_pipeline(sampler)
     runs = replays(network, Trajectories.of(network, recorded(network, guidance=guidance)))
     assert len(runs) == 2
     for run in runs:
@@ -68,7 +68,7 @@ def test_a_replay_goes_where_the_pipeline_went(sampler: str, guidance: float) ->
 
 
 def test_a_pipeline_without_classes_replays_too() -> None:
-    network = open_model(painters.unconditional())
+    network = open_model(image_pipelines.unconditional())
     network.processor.scheduler = SAMPLERS["ddim"]()
     (run,) = replays(network, Trajectories.of(network, recorded(network, guidance=None, count=2)))
     assert (run.halves, run.name) == (False, "sample")
@@ -77,7 +77,7 @@ def test_a_pipeline_without_classes_replays_too() -> None:
 @pytest.mark.parametrize("sampler", ["ddim", "dpm solver"])
 def test_a_fork_has_the_past_of_its_trajectory(sampler: str) -> None:
     """Also where the sampler remembers earlier steps."""
-    network = painter(sampler)
+    network = dit_pipeline(sampler)
     run = replays(network, Trajectories.of(network, recorded(network)))[0]
     wanted = run.finish(run.start(), whole(network))
     state = run.start()
@@ -91,7 +91,7 @@ def test_a_fork_has_the_past_of_its_trajectory(sampler: str) -> None:
 
 
 def test_new_noise_depends_on_its_generator_alone() -> None:
-    network = painter()
+    network = dit_pipeline()
     run = replays(network, Trajectories.of(network, recorded(network)))[0]
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -130,7 +130,7 @@ def apart(calls: list[Call]) -> list[Call]:
 
 
 def test_branches_of_guidance_in_calls_of_their_own_are_joined() -> None:
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network)
     whole_runs, runs = replays(network, Trajectories.of(network, calls)), replays(network, Trajectories.of(network, apart(calls)))
     assert [run.halves for run in runs] == [True, True]
@@ -205,7 +205,7 @@ def test_a_sampler_that_was_set_anew_since_is_refused() -> None:
 
 
 def test_a_sampler_that_draws_noise_is_refused() -> None:
-    network = painter()
+    network = dit_pipeline()
     network.processor.scheduler = diffusers.DDPMScheduler(clip_sample=False)
     with pytest.raises(AerogelError, match=r"does not replay: at step 2 of 5 .*DDPMScheduler may draw noise"):
         replays(network, Trajectories.of(network, recorded(network)))
@@ -213,21 +213,21 @@ def test_a_sampler_that_draws_noise_is_refused() -> None:
 
 def test_a_pipeline_that_does_something_else_is_refused() -> None:
     """diffusers' DiTPipeline steps from the input that Euler's sampler scaled for the denoiser, not from the sample."""
-    network = painter()
+    network = dit_pipeline()
     network.processor.scheduler = diffusers.EulerDiscreteScheduler()
     with pytest.raises(AerogelError, match=r"does not replay: .*or the pipeline do more than classifier-free guidance"):
         replays(network, Trajectories.of(network, recorded(network)))
 
 
 def test_a_sampler_with_two_calls_a_step_is_refused() -> None:
-    network = painter()
+    network = dit_pipeline()
     network.processor.scheduler = diffusers.HeunDiscreteScheduler()
     with pytest.raises(AerogelError, match="samplers that call the denoiser several times a step do not serve"):
         replays(network, Trajectories.of(network, recorded(network)))
 
 
 def test_calls_that_are_no_generation_are_refused() -> None:
-    network = painter()
+    network = dit_pipeline()
     calls = recorded(network)
     with pytest.raises(AerogelError, match="9 recorded calls are not generations of 5 steps"):
         replays(network, Trajectories.of(network, calls[:-1]))
