@@ -20,7 +20,7 @@ from aerogel.runtime.policy_state import PolicyState
 
 Requirement = Literal[
     "calls", "teacher", "gradients", "uncached", "edges", "residual", "experts", "attention", "time_path", "trajectories",
-    "cached_modules", "block_range", "skips", "cfg", "concatenations", "schedule",
+    "cached_modules", "block_range", "skips", "cfg", "concatenations", "schedule", "replays",
 ]  # fmt: skip
 """What a method reads or needs of a model:
 
@@ -29,7 +29,8 @@ cache may be on;  edges: norms and linear layers whose channels others read;  re
 experts;  attention: modules that call scaled_dot_product_attention;  time_path: a time embedding that is projected for the blocks;
 trajectories: whole denoising runs;  cached_modules: attentions and feed-forwards that are added to the stream;  block_range: blocks in
 one row with the stream between them;  skips: a way down and up again with skip connections;  cfg: classifier-free guidance in one batch;
-concatenations: layers that read concatenated channels;  schedule: a feature-caching policy right before it.
+concatenations: layers that read concatenated channels;  schedule: a feature-caching policy right before it;  replays: the pipeline, whose
+sampler makes recorded generations again.
 """
 
 

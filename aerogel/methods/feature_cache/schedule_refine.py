@@ -31,7 +31,7 @@ _CONFIRMING = 4
 class ScheduleRefine(ScheduleRefiner):
     """Improves the schedule of the preceding caching policy at the same savings, and replaces that policy."""
 
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "teacher", "trajectories", "cached_modules", "schedule"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "teacher", "trajectories", "cached_modules", "schedule", "replays"})
 
     trials: CountOrZero = 400
     """Generations it may take, forked where they differ."""
