@@ -39,7 +39,8 @@ EIGHT_BITS = {"scheme": "W8A16_G16"}
 """Groups that divide every width of the tiny networks."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "brecq": {"targets": ["Linear"], "steps": 20, "batch": 4},
+    "brecq": {"targets": ["Linear"], "steps": 5, "batch": 4},
+    "awq": {"search_space": 4},
     "tiar": {"scheme": "W8A16_CHANNEL_ASYM", "steps": 20},
     "activation_ranges": {"start": "minmax", "steps": 0},
     # Two experts a token: half of the pairs can go before a token has none.
@@ -136,7 +137,7 @@ def both(value: Any, other: Any) -> Any:
 
 @dataclass(frozen=True)
 class Case:
-    """A method on a family."""
+    """A method on a family; made by `case`."""
 
     method: str
     family: str
@@ -202,6 +203,12 @@ class Case:
             return EXACT
         inputs = "attention" in self.requires or len(self.steps) > 1
         return TURNED.get(self.family, ROUTED) if routed else INPUTS if inputs else CLOSE
+
+
+@cache
+def case(method: str, family: str) -> Case:
+    """Make it once, so that it is planned once."""
+    return Case(method, family)
 
 
 EXACT = 1e-5

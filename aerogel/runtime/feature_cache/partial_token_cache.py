@@ -146,8 +146,8 @@ def require_scored(network: Network, options: TokenCacheConfig) -> None:
         )
     if options.cell > 1 and len(network.family.hidden_state_args) > 1:
         raise AerogelError(
-            f"the blocks of this {network.family.name} model read text and image as one row of tokens, so cells of the image cannot be told; "
-            "set cell to 1"
+            f"the blocks of this {network.family.name} model read text and image as one row of tokens, so cells of the image cannot be "
+            "told; set cell to 1"
         )
 
 
