@@ -114,7 +114,7 @@ def first(method: str) -> tuple[str, ...]:
     return (next(name for name in policies if not made(method).refusal(made(name))),)
 
 
-def trajectory(name: str, steps: Sequence[int] = (500, 499, 498, 497, 496)) -> list[Call]:
+def trajectory(name: str, steps: Sequence[int] = (500, 499, 498, 497)) -> list[Call]:
     """One generation: a sample that changes a little from step to step, twice in a batch with two conditions, as with guidance."""
     one, other = FAMILIES[name].calls(2)
     latent = next(iter(one.kwargs))
