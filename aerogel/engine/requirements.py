@@ -17,6 +17,7 @@ from aerogel.runtime.attention import require_torch_attention
 from aerogel.runtime.expert_skipping.routing import shape_of
 from aerogel.runtime.feature_cache.block_cache import hidden_states_of
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
+from aerogel.runtime.feature_cache.replay import sampler_of
 from aerogel.runtime.feature_cache.skip_connections import skips_of
 
 Look = Callable[[Network, Step, Sequence[Step]], object]
@@ -75,8 +76,8 @@ def _trajectories(network: Network, step: Step, earlier: Sequence[Step]) -> None
 
 
 def _concatenations(network: Network, step: Step, earlier: Sequence[Step]) -> None:
-    """Refuse what is no denoiser; which layers of a denoiser read concatenated channels, only a forward shows."""
-    if "timestep" not in arguments_of(network.module):
+    """Look for skip connections, and for a linear that joins what modules beside each other give."""
+    if network.family.skips is None and not any(module.parts for module in network.family.cached_modules):
         raise AerogelError(f"no float layer of this {network.family.name} model reads concatenated channels; leave {step.name} out")
 
 
@@ -103,6 +104,7 @@ LOOKS: Mapping[Requirement, Look] = {
     "concatenations": _concatenations,
     "schedule": _schedule,
     "trajectories": _trajectories,
+    "replays": lambda network, *_: sampler_of(network),
 }
 """Requirements that the model alone decides, the most particular first.
 

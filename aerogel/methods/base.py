@@ -20,7 +20,7 @@ from aerogel.runtime.policy_state import PolicyState
 
 Requirement = Literal[
     "calls", "teacher", "gradients", "uncached", "dense", "edges", "residual", "experts", "attention", "time_path", "trajectories",
-    "cached_modules", "block_range", "skips", "cfg", "concatenations", "schedule",
+    "cached_modules", "block_range", "skips", "cfg", "concatenations", "schedule", "replays",
 ]  # fmt: skip
 """Requirements of a method on a model:
 
@@ -30,7 +30,7 @@ stream that can be rotated;  experts: routed experts;  attention: modules that c
 embedding that is projected for the blocks;  trajectories: whole denoising runs;  cached_modules: attentions and feed-forwards that are
 added to the stream;  block_range: blocks in one row with the stream between them;  skips: a way down and up again with skip connections;
 cfg: classifier-free guidance in one batch;  concatenations: layers that read concatenated channels;  schedule: a feature-caching policy
-right before it.
+right before it;  replays: the pipeline, whose sampler repeats recorded generations.
 """
 
 

@@ -67,6 +67,11 @@ class Trajectories:
         return _first_run(self.call_steps)
 
     @property
+    def thousandths(self) -> tuple[float, ...]:
+        """The same steps counted to a thousand, also where the denoiser is given shares of the way instead (Flux)."""
+        return tuple(1000 * step for step in self.steps) if max(self.steps) <= 1 else self.steps
+
+    @property
     def distinct_steps(self) -> tuple[float, ...]:
         """The distinct time steps in the order in which they come; the samples of a call may be at several."""
         given = (timestep_of(self.denoiser, call.args, call.kwargs) for call in self.calls)

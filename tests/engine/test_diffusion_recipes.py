@@ -17,7 +17,7 @@ from aerogel.errors import AerogelError
 from aerogel.layers.linear import QuantLinear
 from aerogel.recipe import Recipe
 from aerogel.runtime.feature_cache.schedule import Schedule
-from tests.engine.test_expert_recipes import MIXTURES
+from tests.engine.test_expert_recipes import RECIPES
 from tests.engine.test_shipped_recipes import LANGUAGE
 from tests.methods.diffusion.test_fsc import calls
 from tests.runtime.feature_cache.test_replay import dit_pipeline
@@ -38,7 +38,7 @@ def quicker(name: str) -> list[str]:
 
 
 def test_every_recipe_is_tested() -> None:
-    assert set(catalog.names("recipes")) == CLOSE.keys() | set(LANGUAGE) | MIXTURES.keys()
+    assert set(catalog.names("recipes")) == CLOSE.keys() | set(LANGUAGE) | RECIPES.keys()
 
 
 @pytest.mark.parametrize("recipe", [name for name in CLOSE if name != "brecq-w4a8-token" and "harmonica" not in name])

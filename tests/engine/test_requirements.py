@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -18,8 +20,12 @@ STEPS = 5
 
 
 def problems(name: str, *steps: dict[str, Any]) -> tuple[str, ...]:
-    """The problems of a plan for a tiny model, of `STEPS` steps where it is a denoiser."""
-    return plan(FAMILIES[name].build(), {"steps": list(steps)}, samples=calls(name), flops_a_second=lambda: 1e9).problems
+    """The problems of a plan for a tiny model, of `STEPS` steps where it is a denoiser, or for a pipeline around it."""
+    family, _, sampled = name.partition(" ")
+    model: Any = FAMILIES[family].build()
+    if sampled:
+        model = (model, SimpleNamespace(scheduler=diffusers.DDIMScheduler()))
+    return plan(model, {"steps": list(steps)}, samples=calls(family), flops_a_second=lambda: 1e9).problems
 
 
 def calls(name: str) -> list[Call]:
@@ -42,13 +48,17 @@ REFUSED: list[tuple[str, list[dict[str, Any]], str]] = [
     ("dit", [{"temporal_cache": {}}], "also depend on the class label"),
     ("llama", [{"split_shortcut": {}}], "no float layer of this llama model reads concatenated channels"),
     ("dit", [{"rotate": {}}], "rotate: cannot rotate: family 'dit' names no residual stream"),
+    ("dit", [{"split_shortcut": {}}], "no float layer of this dit model reads concatenated channels"),
+    ("dit", [{"harmonica": {}}], "harmonica: the denoiser came without its pipeline"),
+    ("sd3", [{"toca": {}}], "toca: transformer_blocks.0.attn attends to text and image together"),
+    ("cogvideox", [{"duca": {}}], "text and image as one row of tokens, so cells of the image cannot be told; set cell to 1"),
     # the order of steps
     ("llama", [RTN, {"rotate": {}}], "is quantized by then; put rotate first"),
     ("dit", [{"fora": {}}, RTN], "rtn comes after fora, but needs a model of which every module runs; put fora last"),
     ("dit", [{"fora": {}}, {"pab": {}}], "pab comes after fora, and a model has one feature cache"),
     ("dit", [{"schedule_refine": {}}], "schedule_refine goes on from a schedule of reuse, and there is no policy before it"),
     ("unet", [{"fsc": {}}], "fsc: no layer of the temporal path is quantized: put tiar, or rtn on its layers, before fsc"),
-    ("unet", [RTN, {"recalibrate": {}}], "recalibrate: no layer has inputs with static ranges"),
+    ("unet pipeline", [RTN, {"recalibrate": {}}], "recalibrate: no layer has inputs with static ranges"),
     ("unet", [{"activation_ranges": {}}], "activation_ranges reaches no quantized layer with float inputs"),
     # options
     ("mixtral", [{"reduced_topk": {"k": 3}}], "reduced_topk: k 3: this router chooses 2 experts"),
@@ -60,10 +70,10 @@ REFUSED: list[tuple[str, list[dict[str, Any]], str]] = [
     ("dit", [{"uniform_cache": {"ratio": 0.8, "first": 2}}], "a ratio of 0.8 means that 4 of 5 steps reuse"),
     ("dit", [{"first_block": {"first": 9}}], "first_block: first 9 and last 0 leave nothing"),
     ("unet", [{"deepcache": {"center": 5}}], "deepcache: center 5 is none of the 5 steps"),
-    ("dit", [{"harmonica": {"ratio": 0.95}}], "harmonica: a ratio of 0.95 cannot be had"),
-    ("dit", [{"harmonica": {"ratio": 0.6, "max_age": 1}}], "max_age 1"),
-    ("dit", [{"l2c": {"ratio": 0.7}}], "l2c trains every second step only"),
-    ("dit", [{"schedule_search": {}}], "schedule_search: give one of ratio"),
+    ("dit pipeline", [{"harmonica": {"ratio": 0.95}}], "harmonica: a ratio of 0.95 cannot be had"),
+    ("dit pipeline", [{"harmonica": {"ratio": 0.6, "max_age": 1}}], "max_age 1"),
+    ("dit pipeline", [{"l2c": {"ratio": 0.7}}], "l2c trains every second step only"),
+    ("dit pipeline", [{"schedule_search": {}}], "schedule_search: give one of ratio"),
 ]
 
 
@@ -75,9 +85,11 @@ def test_a_plan_refuses(name: str, steps: list[dict[str, Any]], message: str) ->
 SERVED: list[tuple[str, list[dict[str, Any]]]] = [
     ("llama", [{"rotate": {}}, {"smoothquant": {}}, {"gptq": {"scheme": "W4A16_G32"}}]),
     ("mixtral", [{"prune_experts": {"ratio": 0.25}}, {"reduced_topk": {"k": 1}}]),
-    ("unet", [{"tiar": {}}, RTN, {"fsc": {}}, {"activation_ranges": {}}, {"recalibrate": {}}]),
+    ("unet pipeline", [{"tiar": {}}, RTN, {"fsc": {}}, {"activation_ranges": {}}, {"recalibrate": {}}]),
+    ("cogvideox", [{"toca": {"cell": 1}}]),
+    ("flux", [{"split_shortcut": {}}]),
     ("unet", [{"temporal_cache": {}}, {"deepcache": {"center": 2}}]),
-    ("dit", [RTN, {"attention_quant": {}}, {"harmonica": {"ratio": 0.5}}, {"schedule_refine": {}}]),
+    ("dit pipeline", [RTN, {"attention_quant": {}}, {"harmonica": {"ratio": 0.5}}, {"schedule_refine": {}}]),
 ]
 
 

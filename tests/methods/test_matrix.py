@@ -1,178 +1,132 @@
-"""Every method on every family: it reaches its share, keeps the output close, and what is saved answers as what is in memory.
+"""Every method on every family: what the plan refuses is refused before any work, and what it does not refuse keeps what it declares.
 
-A new method needs no line here unless its defaults do not fit networks of width 64, or it refuses some families.
+A new method needs no line here unless its defaults do not fit networks of width 64: see `OPTIONS` in matrix.py, or MATRIX in its own test.
 """
 
 from __future__ import annotations
 
-import runpy
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import aerogel
 from aerogel import catalog
 from aerogel.engine import policies
 from aerogel.engine.exporting import source_of
+from aerogel.engine.result import Result
 from aerogel.errors import AerogelError
 from aerogel.layers.linear import QuantLinear
-from aerogel.methods.base import WeightMethod
-from aerogel.model import time_path
+from aerogel.methods.base import Requirement, RuntimePolicy, WeightMethod
 from aerogel.model.calls import Call
-from aerogel.model.match import matches
 from aerogel.model.network import Network
-from tests.tiny import FAMILIES, Tiny, opened, output
+from tests.methods.matrix import GIVEN, LACKING, METHODS, Case, answers, case, lacking, reachable, require_close, step
+from tests.tiny import FAMILIES, opened
 
-METHODS = catalog.names("methods")
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' samplers
 
 WEIGHTS = [name for name in METHODS if issubclass(catalog.find("methods", name), WeightMethod)]
 
-# Eight bits, in groups that divide every width of the tiny networks.
-KNOBS: dict[str, dict[str, Any]] = {name: {"scheme": "W8A16_G32"} for name in WEIGHTS}
 
-# Methods that reach a part of the network only.
-KNOBS["brecq"] = {"scheme": "W8A16_G32", "targets": ["Linear"], "steps": 20, "batch": 4}
-KNOBS["tiar"] = {"scheme": "W8A16_CHANNEL_ASYM", "steps": 20}
-
-# What the test file of a method says about its row: `MATRIX = {"options": ..., "bound": ...}`.
-OWN = {
-    path.stem.removeprefix("test_"): runpy.run_path(str(path)).get("MATRIX", {})
-    for path in Path(__file__).parent.glob("*/test_*.py")
-    if path.stem.removeprefix("test_") in METHODS and "\nMATRIX = " in path.read_text("utf-8")
-}
-KNOBS |= {name: own["options"] for name, own in OWN.items() if "options" in own}
-
-# Two experts a token: half of the pairs can go before a token has none.
-SKIPPING = {"modes", "single_threshold", "naee", "odp", "diep"}
-KNOBS |= {name: {"ratio": 0.2} for name in SKIPPING} | {"reduced_topk": {"k": 1}}
-KNOBS["modes"] = {"ratio": 0.2, "points": 5}
-
-# Three steps are two pairs to fit a polynomial to.
-KNOBS["teacache"] = {"degree": 1}
-
-# Methods that leave some families alone, and why.
-DENOISERS = {"dit", "wan", "unet", "pixart", "sd3", "flux", "cogvideox"}
-NO_TIME = set(FAMILIES) - {"unet", "pixart", "cogvideox"}
-OF_MORE = "names no temporal path|also depend on the (class label|pooled text)"
-NO_UNITS = set(FAMILIES) - DENOISERS
-NO_EXPERTS = set(FAMILIES) - {"qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "qwen3_vl_moe", "internvl"}
-NO_ROW = NO_UNITS | {"unet"}  # skips join its blocks
-REFUSED = {
-    "rotate": ({"gemma2", "gemma3", "qwen2_5_vl", "llava", "qwen3_vl_moe", "internvl"} | DENOISERS, "no residual stream"),
-    "tiar": (NO_TIME, OF_MORE),
-    "temporal_cache": (NO_TIME, OF_MORE),
-    # Soft-caps and sinks are written out.
-    "attention_quant": ({"gemma2", "gpt_oss"}, "0 modules of this model call scaled_dot_product_attention"),
-    "split_shortcut": (set(FAMILIES) - {"unet", "flux"}, "reads concatenated channels"),
-    "fsc": (set(FAMILIES), f"{OF_MORE}|put tiar"),
-    "activation_ranges": (set(FAMILIES), "reaches no quantized layer"),
-    **dict.fromkeys(("awq", "smoothquant"), ({"flux"}, "no norm or linear layer of which it is known that linear layers read")),
-    "fora": (NO_UNITS, "names no modules whose outputs"),
-    **dict.fromkeys(("uniform_cache", "pab", "smoothcache", "taylorseer"), (NO_UNITS, "names no modules whose outputs")),
-    **dict.fromkeys(("delta_dit", "first_block", "magcache", "teacache"), (NO_ROW, "names no streams")),
-    **dict.fromkeys(
-        ("toca", "duca"),
-        (NO_UNITS | {"sd3", "flux", "cogvideox"}, "names no modules whose outputs|no self-attention beside it|set cell to 1"),
-    ),
-    **dict.fromkeys((*SKIPPING, "reduced_topk", "prune_experts"), (NO_EXPERTS, "has no routed experts")),
-    "deepcache": (set(FAMILIES) - {"unet"}, "names no skip connections"),
-    "fastercache": (set(FAMILIES), "names no modules whose outputs|different time steps|not the same samples twice"),
-    "recalibrate": (set(FAMILIES), "no layer has inputs with static ranges"),
-    # These learn from whole generations of a pipeline's sampler: tests of their own have pipelines.
-    **dict.fromkeys(("schedule_search", "l2c"), (set(FAMILIES), "give one of ratio|names no modules whose outputs")),
-    "schedule_refine": (set(FAMILIES), "goes on from a schedule|different time steps|names no modules whose outputs"),
-    "harmonica": (set(FAMILIES), "different time steps|came without its pipeline|names no modules whose outputs"),
-}
-
-CACHING = {
-    "fora",
-    "uniform_cache",
-    "pab",
-    "smoothcache",
-    "taylorseer",
-    "delta_dit",
-    "first_block",
-    "magcache",
-    "teacache",
-    "toca",
-    "duca",
-    "deepcache",
-}
-"""Methods that follow one sampler: all samples of a call are at one step."""
-
-# Largest relative error of the output. Eight bits on random weights: 0.03; where a router picks experts, a rounding can change its
-# choice: 0.15. Methods that keep the function are held to float32.
-CLOSE, ROUTED, EXACT = 0.03, 0.15, 1e-5
-# One grid for the probabilities of all rows: coarser where rows attend to many tokens.
-LOOSER = {"attention_quant": 0.05}
-# Calls of a tiny network have noise of their own each, so what one gave is far from what the next would.
-LOOSER |= dict.fromkeys(CACHING, 2.0)
-LOOSER |= {name: own["bound"] for name, own in OWN.items() if "bound" in own}
-# Here five choices of the routers change in one call; the median token moves by 0.02, the worst by 0.96.
-TURNED = {"internvl": 0.3}
-# Random experts all say something else, so what they say is missed where they do not speak.
-LOOSER |= dict.fromkeys((*SKIPPING, "reduced_topk", "prune_experts"), 1.0)
-KEEP_FUNCTION = {"rotate", "smoothquant", "split_shortcut"}
+@pytest.mark.parametrize(("method", "name"), [(method, name) for method in METHODS for name in sorted(FAMILIES)])
+def test_method_on_family(method: str, name: str, tmp_path: Path) -> None:
+    if case(method, name).problems:
+        require_refused(case(method, name), tmp_path)
+    else:
+        require_kept(case(method, name), tmp_path)
 
 
-def pairs(*, refused: bool) -> list[tuple[str, str]]:
-    every = [(method, name) for method in METHODS for name in sorted(FAMILIES)]
-    return [(method, name) for method, name in every if (name in REFUSED.get(method, ((), ""))[0]) == refused]
+def require_refused(tried: Case, folder: Path) -> None:
+    """Raise AssertionError unless what the plan says is said before any forward, and nothing is changed or written."""
+    example = tried.example
+    forward = example.network.module.register_forward_pre_hook(lambda *_: pytest.fail("the network ran"))
+    try:
+        with pytest.raises(AerogelError) as refusal:
+            aerogel.compress(example.network, tried.recipe, samples=example.calls, output=folder / "out", measures=())
+    finally:
+        forward.remove()
+    assert tried.problems[0] in str(refusal.value)
+    assert not list(folder.iterdir())
+    for answer, before in zip(answers(example.network, example.calls), example.expected, strict=True):
+        assert torch.equal(answer, before)
 
 
-@pytest.fixture(scope="module")
-def expected() -> dict[str, list[Tensor]]:
-    """What the untouched networks answer."""
-    return {name: [output(tiny.build(), call) for call in tiny.calls(3)] for name, tiny in FAMILIES.items()}
+def require_kept(tried: Case, folder: Path) -> None:
+    """Raise AssertionError unless a method reaches what it says, keeps the output close, and is saved as it is in memory."""
+    example, network = tried.example, tried.example.copied()
+    network.module.requires_grad_(True)  # as from_pretrained leaves it
+    result = aerogel.compress(network, tried.recipe, samples=example.calls, output=folder / "out", measures=())
+    assert reached(network) == tried.schemes
+    if any(isinstance(step.method, WeightMethod) for step in tried.steps):
+        assert tried.schemes.keys() == reachable(tried)
+    given = under_policies(tried, result)
+    for answer, expected in zip(given, example.expected, strict=True):
+        require_close(answer, expected, tried.bound)
+    assert all(map(torch.equal, given, reopened(folder / "out", example.calls)))
 
 
-def calls(tiny: Tiny, method: str) -> list[Call]:
-    if method not in CACHING:
-        return tiny.calls(3)
-    given = [call.kwargs for call in tiny.calls(3)]
-    return [Call((), kwargs | {"timestep": torch.full_like(kwargs["timestep"], 900 - 300 * row)}) for row, kwargs in enumerate(given)]
-
-
-def steps(method: str) -> dict[str, Any]:
-    return {"name": f"{method}-alone", "steps": [{method: KNOBS.get(method, {})}]}
-
-
-@pytest.mark.parametrize(("method", "name"), pairs(refused=False))
-def test_method_on_family(method: str, name: str, expected: dict[str, list[Tensor]], tmp_path: Path) -> None:
-    tiny = FAMILIES[name]
-    live = tiny.build().requires_grad_(True)  # as from_pretrained leaves it
-    given = calls(tiny, method)
-    result = aerogel.compress(live, steps(method), samples=given, output=tmp_path / "out", measures=())
-    network = result.network
-    assert reached(network) == (temporal(network) if method == "tiar" else reachable(name) if method in WEIGHTS else set())
+def under_policies(tried: Case, result: Result) -> list[Tensor]:
+    """The answers with the policies on; raises AssertionError unless they change some, and nothing once they are taken off."""
+    network, calls = result.network, tried.example.calls
+    assert bool(result.policies) == any(isinstance(step.method, RuntimePolicy) for step in tried.steps)
+    if not result.policies:
+        return answers(network, calls)
+    without = answers(network, calls)
     with policies.on(network, result.policies):
-        answers = [output(network.module, call) for call in given]
-    usual = TURNED.get(name, ROUTED) if network.family.experts else CLOSE
-    bound = EXACT if method in KEEP_FUNCTION else LOOSER.get(method, usual) if method != "attention_quant" else max(usual, LOOSER[method])
-    before_all = expected[name] if method not in CACHING else [output(tiny.build(), call) for call in given]
-    for call, answer, before in zip(given, answers, before_all, strict=True):
-        assert answer.isfinite().all()
-        if method in SKIPPING | {"reduced_topk"}:  # what pads a prompt gets no experts, and nobody reads what it gives
-            answer, before = (one[call.kwargs["attention_mask"].bool()] for one in (answer, before))
-        assert (answer - before).norm() / before.norm() < bound
-    reopened = aerogel.load(tmp_path / "out", lazy=False)
-    for call, answer in zip(given, answers, strict=True):
-        assert torch.equal(output(reopened.module, call), answer)
+        given = answers(network, calls)
+    for before, after, expected in zip(without, answers(network, calls), tried.example.expected, strict=True):
+        assert torch.equal(before, expected)
+        assert torch.equal(after, expected)
+    assert not all(map(torch.equal, given, without))
+    return given
 
 
-@pytest.mark.parametrize(("method", "name"), pairs(refused=True))
-def test_refusal_is_clear_and_leaves_everything(method: str, name: str, expected: dict[str, list[Tensor]], tmp_path: Path) -> None:
-    tiny = FAMILIES[name]
-    network = tiny.build()
-    with pytest.raises(AerogelError, match=REFUSED[method][1]):
-        aerogel.compress(network, steps(method), samples=tiny.calls(3), output=tmp_path / "out", measures=())
-    assert not list(tmp_path.iterdir())
-    for call, before in zip(tiny.calls(3), expected[name], strict=True):
-        torch.testing.assert_close(output(network, call), before, rtol=0, atol=2e-6)  # experts may have been taken apart
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_refused_where_the_network_lacks_what_it_requires(method: str) -> None:
+    """And nowhere else, but for reasons of its own, which are not those of most."""
+    cases = [case(method, name) for name in sorted(FAMILIES)]
+    refused, lack = {one.family for one in cases if one.problems}, {one.family for one in cases if lacking(one)}
+    assert lack <= refused
+    others = [one for one in cases if one.family not in lack]
+    assert 2 * len(refused - lack) < len(others)
+    for one in others:
+        assert one.problems == of_its_own(one)
+
+
+def of_its_own(tried: Case) -> list[str]:
+    """What the steps themselves say against the options or the calls, beside what they require."""
+    return [problem for problem in tried.problems if any(problem.startswith(step.name) for step in tried.steps)]
+
+
+def reopened(folder: Path, calls: Sequence[Call]) -> list[Tensor]:
+    """What a saved network answers."""
+    index = folder / "model_index.json"
+    if not index.exists() or [None, None] not in json.loads(index.read_text("utf-8")).values():
+        return answers(aerogel.load(folder, lazy=False), calls)
+    # diffusers opens no pipeline that has no text encoder: then the denoiser alone.
+    network = aerogel.load(folder / "transformer", lazy=False)
+    with policies.on(network, policies.load(folder)):
+        return answers(network, calls)
+
+
+def test_every_requirement_has_its_lack() -> None:
+    assert LACKING.keys() | GIVEN == set(get_args(Requirement))
+    assert not LACKING.keys() & GIVEN
+
+
+@pytest.mark.parametrize("make", [torch.zeros_like, torch.ones_like, lambda x: x.flip(-1), lambda x: 2 * x, lambda x: x / 0])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "dit"])
+def test_what_is_not_the_answer_is_not_close(name: str, make: Any) -> None:
+    for one in (case(method, name) for method in METHODS):
+        for expected in one.example.expected:
+            require_close(expected, expected, one.bound)
+            with pytest.raises(AssertionError):
+                require_close(make(expected), expected, one.bound)
 
 
 @pytest.mark.parametrize("method", [name for name in WEIGHTS if "calls" in catalog.find("methods", name)().requires])
@@ -181,8 +135,8 @@ def test_experts_that_no_token_reached_are_quantized_and_reported(method: str, t
     call = Call((), {"input_ids": torch.tensor([[5]]), "use_cache": False})
     network = FAMILIES["qwen3_moe"].build()
     with pytest.warns(UserWarning, match="no token reached it"):
-        result = aerogel.compress(network, steps(method), samples=[call], output=tmp_path / "out", measures=())
-    assert reached(result.network) == reachable("qwen3_moe")
+        result = aerogel.compress(network, alone(method), samples=[call], output=tmp_path / "out", measures=())
+    assert reached(result.network).keys() == reachable(case(method, "qwen3_moe"))
     experts = [entry for entry in result.journal if ".experts." in entry["name"]]
     assert len(experts) == 2 * 4 * 3
     assert sum("no token" in str(entry.get("fallback")) for entry in experts) == 2 * 2 * 3
@@ -195,7 +149,7 @@ def test_a_folder_gives_the_bits_of_a_live_network(name: str, tmp_path: Path) ->
     tiny = FAMILIES[name]
     tiny.build().save_pretrained(tmp_path / "source")
     for source, target in ((tiny.build(), "live"), (tmp_path / "source", "lazy")):
-        aerogel.compress(source, steps("gptq"), samples=tiny.calls(3), output=tmp_path / target, measures=())
+        aerogel.compress(source, alone("gptq"), samples=tiny.calls(2), output=tmp_path / target, measures=())
     live, lazy = stored(tmp_path / "live"), stored(tmp_path / "lazy")
     assert live.keys() == lazy.keys()
     assert all(torch.equal(live[key], tensor) for key, tensor in lazy.items())
@@ -209,7 +163,7 @@ def test_a_folder_gives_the_bits_of_a_live_network(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["dit", "wan", "unet"])
 def test_formats_of_language_engines_refuse_denoisers(name: str, tmp_path: Path) -> None:
-    aerogel.compress(FAMILIES[name].build(), steps("rtn"), samples=FAMILIES[name].calls(1), output=tmp_path / "out", measures=())
+    aerogel.compress(FAMILIES[name].build(), alone("rtn"), samples=FAMILIES[name].calls(1), output=tmp_path / "out", measures=())
     formats = set(catalog.names("exporters")) - {"compressed_tensors", "onnx", "cache_policy", "cache_dit"}  # made for denoisers
     assert formats
     for exporter in formats:
@@ -222,18 +176,11 @@ def stored(folder: Path) -> dict[str, Tensor]:
     return load_file(file)
 
 
-def reached(network: Network) -> set[str]:
-    return {name.removesuffix(".inner") for name, part in network.module.named_modules() if isinstance(part, QuantLinear)}
+def alone(method: str) -> dict[str, Any]:
+    return {"name": f"{method}-alone", "steps": [step(method)]}
 
 
-def temporal(network: Network) -> set[str]:
-    """The linears of the temporal path."""
-    path = time_path.find(network)
-    return {*path.embedding_linears, *path.projections}
-
-
-def reachable(name: str) -> set[str]:
-    """Every linear but the head and what the family keeps."""
-    network = opened(name)
-    linears = {part for part, module in network.module.named_modules() if isinstance(module, nn.Linear)}
-    return {linear for linear in linears if linear != "lm_head" and not matches(linear, network.family.never_quantize)}
+def reached(network: Network) -> dict[str, str]:
+    """The schemes of the quantized layers, by full name."""
+    parts = network.module.named_modules()
+    return {name.removesuffix(".inner"): str(part.scheme) for name, part in parts if isinstance(part, QuantLinear)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -64,7 +64,7 @@ class ActivationRanges(BlockMethod):
         """Return the layers that get static inputs."""
         targeted = {block.full_name(name) for block in blocks_of(network) for name in block.linears(self.targets, self.ignore)}
         found = {name: scheme for name, scheme in before.quantized.items() if name in targeted and scheme.inputs is None}
-        return {name: replace(scheme, inputs=INPUTS) for name, scheme in found.items()}
+        return {name: Scheme.of(scheme.weights, INPUTS) for name, scheme in found.items()}
 
     def cost(self, size: CalibrationSize) -> CostEstimate:
         """Every step sees a batch; the rest are the first ranges, the teacher and what is handed on."""

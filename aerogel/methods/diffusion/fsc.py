@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -59,7 +59,7 @@ class Fsc(Method):
         within = {*path.embedding_linears, *path.projections}
         inputs = _inputs(before.size.steps)
         return {
-            name: replace(scheme, inputs=inputs)
+            name: Scheme.of(scheme.weights, inputs)
             for name, scheme in before.quantized.items()
             if scheme.inputs is None and (self.scope == "all" or name in within) and not matches(name, ignore, layer(name))
         }

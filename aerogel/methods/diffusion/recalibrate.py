@@ -35,7 +35,7 @@ _NOTHING = "no layer has inputs with static ranges; put activation_ranges or fsc
 class Recalibrate(Method):
     """Measures the static input ranges of quantized layers again, on generations of the compressed model."""
 
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "teacher"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "teacher", "replays"})
 
     ranges: Literal["average", "minmax"] = "average"
     """Of the calls' extremes the moving average, or the widest."""

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from aerogel.errors import reasons
+from aerogel.methods.base import Before
 from aerogel.methods.feature_cache.policy import SchedulePolicy, SearchSpace
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from aerogel.options import NonNegative
-from aerogel.runtime.feature_cache.partial_token_cache import TokenCacheConfig, TokenCacheState, caching_tokens, token_cache_state
+from aerogel.runtime.feature_cache.partial_token_cache import (
+    TokenCacheConfig,
+    TokenCacheState,
+    caching_tokens,
+    require_scored,
+    token_cache_state,
+)
 from aerogel.runtime.policy_state import PolicyState
 
 
@@ -31,6 +39,10 @@ class Duca(TokenCacheConfig, SchedulePolicy[TokenCacheState]):
     """In block b of those numbered 0 to last it is multiplied by 1 + front - 2 x front x b / last."""
     bonus: NonNegative = 0.8
     """The best token of each cell of the image has its score raised by this share of it, so that all of the image is served."""
+
+    def problems(self, network: Network, before: Before) -> Iterator[str]:
+        """Look for attention that scores just the tokens of each module."""
+        yield from reasons(lambda: require_scored(network, self))
 
     def calibrate(self, network: Network, calls: Sequence[Call]) -> TokenCacheState:
         """Read the sampler's steps off the calls; raises AerogelError for options out of range, and where no attention scores tokens."""

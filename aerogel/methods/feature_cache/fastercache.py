@@ -24,7 +24,7 @@ from aerogel.model.trajectories import Trajectories, latent_of
 from aerogel.options import Count
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.guidance import CFGBatch, Half, HalfBatchEntry, UncondPredictor, guided, require_pair
-from aerogel.runtime.feature_cache.replay import replays
+from aerogel.runtime.feature_cache.replay import replays, sampler_of
 from aerogel.runtime.feature_cache.schedule import Schedule, ScheduleState, caching, schedule_state
 from aerogel.runtime.policy_state import PolicyState
 
@@ -76,7 +76,7 @@ class Fastercache(SchedulePolicy[FastercacheState]):
         Raises AerogelError where guidance does not come in one batch of images or clips.
         """
         trajectories = Trajectories.of(network, calls)
-        modules, steps = cached_modules_of(network), trajectories.steps
+        modules, steps = cached_modules_of(network), trajectories.thousandths
         conditional: Half | Literal[""] = self._conditional(network, trajectories) if self.unconditional_every > 1 else ""
         both_T = both_run(steps, self.unconditional_every, self.unconditional_window)
         runs_T = torch.tensor(attention_runs(steps, both_T, self.self_every, self.window))
@@ -85,9 +85,11 @@ class Fastercache(SchedulePolicy[FastercacheState]):
         return FastercacheState(**vars(state), both="".join("1" if one else "0" for one in both_T), conditional=conditional)
 
     def unsuitable(self, network: Network, calls: Sequence[Call]) -> Iterator[str]:
-        """Look for both branches of guidance in one batch, where one of them is left out."""
+        """Look for both branches of guidance in one batch, where one of them is left out, and for the sampler that tells which is which."""
         if self.unconditional_every > 1 and calls:
             yield from reasons(lambda: _require_halves(network, calls[0]))
+            if self.conditional == "found":
+                yield from reasons(lambda: sampler_of(network))
 
     def on(self, network: Network, state: FastercacheState) -> AbstractContextManager[Any]:
         """Extrapolate and guess by the tables."""

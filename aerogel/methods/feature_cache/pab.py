@@ -37,7 +37,7 @@ class Pab(SchedulePolicy[ScheduleState]):
         every = {"self-attention": self.self_every, "cross-attention": self.cross_every}
         kinds = [every.get(module.kind, 1) for module in cached_modules_of(network).values()]
         trajectories = Trajectories.of(network, calls)
-        columns = {interval: broadcast(trajectories.steps, interval, self.first, self.last) for interval in set(kinds)}
+        columns = {interval: broadcast(trajectories.thousandths, interval, self.first, self.last) for interval in set(kinds)}
         return schedule_state(network, trajectories, lambda *_: torch.tensor([columns[interval] for interval in kinds]).T)
 
 

@@ -154,7 +154,7 @@ class BlockCachePolicy(FeatureCachePolicy[Blocks]):
 class BudgetedCachePolicy(SchedulePolicy[Scheduled]):
     """Reuses until an exact budget is met, so that the network stays close to what it was before any step of the recipe."""
 
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "teacher", "trajectories", "cached_modules", "uncached"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "teacher", "trajectories", "cached_modules", "replays", "uncached"})
 
     ratio: Share | None = None
     """Share of the schedule's entries (steps x modules) that return cached outputs; this or `target_speedup`."""

@@ -45,7 +45,7 @@ class ScheduleRefine(ScheduleRefiner[ScheduleRefineState]):
     """Improves the schedule of the preceding caching policy at the same savings, and replaces that policy."""
 
     state: ClassVar[type[PolicyState]] = ScheduleRefineState
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "teacher", "trajectories", "cached_modules", "schedule"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "teacher", "trajectories", "cached_modules", "schedule", "replays"})
 
     trials: CountOrZero = 400
     """Generations it may take, forked where they differ."""

@@ -152,6 +152,23 @@ def token_cache_state(
     return TokenCacheState(**vars(state), shares=options.shares(network, partial_T), scored_by=scored_by)
 
 
+def require_scored(network: Network, options: TokenCacheConfig) -> None:
+    """Raise AerogelError where the family's data tells that no attention runs over just a module's tokens, or that text is among them."""
+    modules = cached_modules_of(network)
+    if not any(options.factor(module.kind) for module in modules.values()):
+        return
+    if joint := [name for name, module in modules.items() if module.kind == "self-attention" and len(module.norms) > 1]:
+        raise AerogelError(
+            f"{joint[0]} attends to text and image together, and feed-forwards read one of them, so which of their tokens matter cannot be "
+            "told; a policy that reuses whole modules (fora) can be had"
+        )
+    if options.cell > 1 and len(network.family.hidden_state_args) > 1:
+        raise AerogelError(
+            f"the blocks of this {network.family.name} model read text and image as one row of tokens, so cells of the image cannot be "
+            "told; set cell to 1"
+        )
+
+
 @contextmanager
 def caching_tokens(network: Network, state: TokenCacheState, options: TokenCacheConfig) -> Iterator[ModuleCache]:
     """Reuse by the state of `token_cache_state` for a while, with some tokens computed anew; afterwards the denoiser is what it was.

@@ -110,14 +110,20 @@ class Replay:
         return _scale_at(self.sampler, 0)
 
 
+def sampler_of(network: Network) -> Any:
+    """Return the sampler of the network's pipeline; raises AerogelError without a pipeline."""
+    sampler = getattr(network.processor, "scheduler", None)
+    if sampler is None:
+        raise AerogelError("the denoiser came without its pipeline: give the pipeline or its folder, so that its sampler can be replayed")
+    return sampler
+
+
 def replays(network: Network, trajectories: Trajectories) -> list[Replay]:
     """Return the generations among recorded calls, each proved to be what the pipeline made.
 
     Raises AerogelError without a pipeline, for a sampler that draws noise on the way, and where calls are not whole generations.
     """
-    sampler = getattr(network.processor, "scheduler", None)
-    if sampler is None:
-        raise AerogelError("the denoiser came without its pipeline: give the pipeline or its folder, so that its sampler can be replayed")
+    sampler = sampler_of(network)
     recorded = network.teacher or network  # what is compressed meanwhile goes another way
     made = [_replay(recorded, sampler, run) for run in trajectories.runs]
     _prove(recorded, made[0])
