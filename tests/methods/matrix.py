@@ -52,6 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # Changes of random networks from step to step are large.
     "teacache": {"degree": 1},
     "first_block": {"threshold": 1.0},
+    "magcache": {"threshold": 0.2},
     "smoothcache": {"alpha": 0.25},
     # What learns from whole generations: few of them.
     "harmonica": {"ratio": 0.3, "trajectories": 2, "refresh": 1},
@@ -181,29 +182,40 @@ class Case:
         """What speaks against it before any work."""
         return [*self.plan.problems, *unmet_by_calls(self.example.network, Recipe.parse(self.recipe), self.example.calls)]
 
-    @property
-    def schemes(self) -> dict[str, str]:
-        """The schemes that layers have afterwards, by full name, as the plan and the steps declare them."""
+    @cached_property
+    def before(self) -> list[Before]:
+        """The network as each step finds it, and as the last leaves it: the layers that are quantized, as plan and steps declare it."""
         network, size = self.example.network, reading(self.example.network, self.example.calls)
-        found = {layer.name: Scheme.parse(layer.scheme) for layer in self.plan.touched}
-        for one in self.steps[1:]:
-            found |= one.method.requantized(network, Before(size, dict(found)))
-        return {name: str(scheme) for name, scheme in found.items()}
+        found = [Before(size)]
+        for step in self.steps:
+            stored = {layer.name: Scheme.parse(layer.scheme) for layer in self.plan.touched if layer.method == step.name}
+            found.append(Before(size, {**found[-1].quantized, **step.method.requantized(network, found[-1]), **stored}))
+        return found
 
     @property
-    def bound(self) -> float:
-        """The largest relative error of the output."""
+    def own_problems(self) -> list[str]:
+        """What the steps say against their options and the calls, beside what they require."""
+        network, calls = self.example.network, self.example.calls
+        found = zip(self.steps, self.before, strict=False)
+        return [why for step, before in found for why in (*step.method.problems(network, before), *step.method.unsuitable(network, calls))]
+
+    @property
+    def bounds(self) -> list[float]:
+        """The largest relative error of the answer to each call."""
+        method, example = self.steps[-1].method, self.example
         if (own := OWN.get(self.method, {}).get("bound")) is not None:
-            return float(own)
-        method, routed = self.steps[-1].method, self.example.network.family.experts is not None
-        if "experts" in self.requires:
-            return FEWER_EXPERTS
-        if isinstance(method, RuntimePolicy) and method.skips_modules:
-            return CACHED
-        if not self.plan.touched and self.requires & {"residual", "edges", "concatenations"}:
-            return EXACT
-        inputs = "attention" in self.requires or len(self.steps) > 1
-        return TURNED.get(self.family, ROUTED) if routed else INPUTS if inputs else CLOSE
+            bound = float(own)
+        elif "experts" in self.requires:
+            bound = FEWER_EXPERTS
+        elif isinstance(method, RuntimePolicy) and method.skips_modules:
+            return [min(changed, CACHED) if changed else EXACT for changed in example.changed]
+        elif not self.plan.touched and self.requires & {"residual", "edges", "concatenations"}:
+            bound = EXACT
+        elif example.network.family.experts is not None:
+            bound = TURNED.get(self.family, ROUTED)
+        else:
+            bound = INPUTS if "attention" in self.requires or len(self.steps) > 1 else CLOSE
+        return [bound] * len(example.calls)
 
 
 @cache
@@ -219,16 +231,21 @@ CLOSE, INPUTS = 0.03, 0.1
 ROUTED, TURNED = 0.3, {"internvl": 0.5}
 """Where a router picks experts, a rounding can change its choice; in one call here it changes five."""
 CACHED = 0.4
-"""Of outputs of the steps before, along a trajectory that changes a little at each."""
+"""Of outputs of the steps before, and never more than what came at the first step is apart, before which nothing can be kept."""
 FEWER_EXPERTS = 0.7
 """Random experts all say something else, so what they say is missed where they do not speak."""
+
+
+def apart(answer: Tensor, expected: Tensor) -> float:
+    """Return the relative error."""
+    return float((answer - expected).norm() / expected.norm())
 
 
 def require_close(answer: Tensor, expected: Tensor, bound: float) -> None:
     """Raise AssertionError unless an answer is finite, near what is expected and follows it."""
     assert answer.isfinite().all()
     assert answer.shape == expected.shape
-    error = float((answer - expected).norm() / expected.norm())
+    error = apart(answer, expected)
     follows = float(torch.corrcoef(torch.stack([answer.flatten(), expected.flatten()]))[0, 1])
     assert error < bound < 1
     assert follows > (1 - bound**2) ** 0.5 - 0.05
@@ -241,6 +258,13 @@ class Example:
     network: Network
     calls: list[Call]
     expected: list[Tensor]
+
+    @property
+    def changed(self) -> list[float]:
+        """How far each expected answer of a generation is from that at its first step, relatively."""
+        times = [call.kwargs["timestep"].flatten()[0] for call in self.calls]
+        branches = times.count(times[0])  # in calls of their own
+        return [apart(self.expected[place % branches], answer) for place, answer in enumerate(self.expected)]
 
     def copied(self) -> Network:
         """A network to be changed."""
