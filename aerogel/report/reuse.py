@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 from pydantic import Field, model_validator
 
+from aerogel.io.record import files
 from aerogel.io.record.part import OpenPart
 from aerogel.io.record.schema import PolicyRecord
 from aerogel.report.heat import cell
@@ -47,7 +48,8 @@ def reuse_of(policy: PolicyRecord) -> CacheSchedule | None:
     """Return the schedule of a policy, if it has one."""
     if "computed" not in policy.state:
         return None
-    return CacheSchedule.model_validate({"policy": next(iter(policy.step), ""), **policy.state})
+    name = next(iter(policy.step), "")
+    return files.checked(CacheSchedule, {"policy": name, **policy.state}, f"{files.FILE}: state of {name}", "aerogel compress")
 
 
 def reuse_map(found: CacheSchedule, width: float = 960) -> Markup:

@@ -222,7 +222,7 @@ def test_a_recipe_of_caches_only_does_not_list_unquantized_layers() -> None:
 def test_a_schedule_with_holes_is_named() -> None:
     broken = schedule()
     broken["state"]["computed"][1] = "11"
-    with pytest.raises(ValueError, match="a table of 4 steps and 4 cached modules was expected"):
+    with pytest.raises(AerogelError, match=r"aerogel\.json: state of harmonica: .*a table of 4 steps and 4 cached modules was expected"):
         page.page(files.parse(images() | {"policies": [broken]}))
 
 

@@ -38,6 +38,13 @@ class ScheduleState(FeatureCacheState):
     cache_bytes: int | None = None
     """Most bytes that are held between two steps."""
 
+    def __post_init__(self) -> None:
+        """Raise AerogelError unless the table has a line for each step and a 0 or 1 for each module."""
+        if len(self.computed) != len(self.steps) or any(len(row) != len(self.modules) or set(row) - set("01") for row in self.computed):
+            raise AerogelError(
+                f"a schedule of {len(self.steps)} steps and {len(self.modules)} modules has another table; calibrate the policy anew"
+            )
+
 
 @dataclass(frozen=True)
 class Schedule:

@@ -76,6 +76,8 @@ def test_a_state_is_read_back_from_its_keys(policy: FeatureCachePolicy[Any], key
         ({"modules": None}, "fora: its saved state has no field 'modules'; calibrate the policy anew"),
         ({"blocks": 2}, "fora: its saved state has an unknown field 'blocks'"),
         ({"computed": ["11", 0]}, r"fora: field computed\[1\] of its saved state"),
+        ({"computed": ["11", "0"]}, "a schedule of 2 steps and 2 modules has another table"),
+        ({"computed": ["11"]}, "a schedule of 2 steps and 2 modules has another table"),
         ({"steps": "10"}, "fora: field steps of its saved state"),
     ],
 )
