@@ -117,12 +117,12 @@ def _shapes(block: nn.Module) -> set[tuple[int, int]]:
 
 
 def needs_calls(recipe: Recipe) -> bool:
-    """True where a step of the recipe reads activations."""
+    """Return True where a step of the recipe reads activations."""
     return any("calls" in step.method.requires for step in recipe.steps)
 
 
 def needs_teacher(recipe: Recipe) -> bool:
-    """True where a step asks for the model as it was before any step; to a policy before all changes it is the model itself."""
+    """Return True where a step asks for the model as it was before any step, which for a policy before all changes is the model."""
     changing = [number for number, step in enumerate(recipe.steps) if not isinstance(step.method, RuntimePolicy)]
     return any("teacher" in step.method.requires for step in recipe.steps[min(changing, default=len(recipe.steps)) :])
 

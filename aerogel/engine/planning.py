@@ -37,7 +37,7 @@ class Touched:
     inputs: int
     outputs: int
     bytes: int
-    """Return the bytes that its tensors take on disk."""
+    """Bytes that its tensors take on disk."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Plan:
     peak_memory_bytes: int
     """Over the interpreter's own: an estimate."""
     activation_bytes: int
-    """Return the bytes that the outputs of two blocks take beside the output while the run lasts; an estimate."""
+    """Bytes that the outputs of two blocks take beside the output while the run lasts; an estimate."""
     seconds: dict[StageName, float]
     """By stage, from a matrix product timed on this machine: an estimate."""
     touched: tuple[Touched, ...] = ()

@@ -47,7 +47,7 @@ class Progress:
         self.network = network
         self._source = source
         self.homes: dict[str, Checkpoint] = {}
-        """Return the files with the newest tensors of each finished block."""
+        """Files with the newest tensors of each finished block."""
 
     @classmethod
     def open(cls, folder: Path, network: Network, source: Checkpoint, fingerprint: Mapping[str, Any]) -> Progress:

@@ -108,7 +108,7 @@ class _Take(NamedTuple):
     name: str
     what: str
     passes: int
-    """Return about how often it runs a model over the text; for progress."""
+    """Number of times, about, that it runs a model over the text; for progress."""
     measure: Callable[[], dict[str, Any]]
     """Gives facts by whose they are."""
 

@@ -106,5 +106,5 @@ def fused_parameters(state: Mapping[str, Tensor], names: ExpertLayout) -> dict[s
 
 
 def all_float(experts: ExpertList) -> bool:
-    """True while no expert's projection was replaced, by a quantized one for example."""
+    """Return True while no expert's projection was replaced, by a quantized one for example."""
     return all(type(linear) is nn.Linear for expert in experts if isinstance(expert, Expert) for linear in expert.linears)

@@ -26,12 +26,12 @@ class _Pair:
     whole: bool
 
     def of_batch(self, position: int) -> bool:
-        """True where this leaf has a place for each sample."""
+        """Return True where this leaf has a place for each sample."""
         leaf = self.leaves[position]
         return not self.whole and isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == self.size
 
     def mixes(self, other: _Pair) -> bool:
-        """True where samples of both can stand in one batch."""
+        """Return True where samples of both can stand in one batch."""
         if self.whole or other.whole or self.spec != other.spec:
             return self is other
         return all(self._alike(other, position) for position in range(len(self.leaves)))

@@ -24,7 +24,7 @@ _FEW = 16
 
 
 class Feedback(NamedTuple):
-    """Return how far the error of a column moves the columns behind it."""
+    """Factors by which the error of a column moves the columns behind it."""
 
     weights_BII: Tensor
     """Unit upper triangular: U_ij / U_ii; the identity where the factorisation failed, which is plain rounding."""

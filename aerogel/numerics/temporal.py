@@ -23,7 +23,7 @@ class Drift(NamedTuple):
     cosine_T: Tensor
     """Of the angle between the two; 1 where both are zero, 0 where one is."""
     mismatch_T: Tensor
-    """Return True if the exact feature of another step is nearer than that of this one."""
+    """True if the exact feature of another step is nearer than that of this one."""
 
     @property
     def relative(self) -> Tensor:

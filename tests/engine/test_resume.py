@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from aerogel.engine.calibration import Samples
+from aerogel.engine.opening import open_model
 from aerogel.engine.preflight import partial_of
 from aerogel.engine.progress import Event
 from aerogel.engine.result import Result
+from aerogel.engine.resume import Progress
 from aerogel.engine.run import compress
 from aerogel.errors import AerogelError
+from aerogel.model.block import Block
 from tests.crashing_runs import Doom, killed, options
 from tests.folders import digests, model_folder, text_file
 
@@ -43,6 +47,22 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(source: Path, output: Path, recipe: Any = RECIPE, **given: Any) -> Result:
     return compress(source, recipe, output=output, **{**options(source), **given})
+
+
+def test_a_finished_block_is_known_to_be_pruned(source: Path, tmp_path: Path) -> None:
+    """So that steps of a later stage keep its zeros."""
+    for resumed in (False, True):
+        network = open_model(source)
+        assert network.checkpoint is not None
+        stage = Progress.open(tmp_path / "out.partial", network, network.checkpoint, {}).stage(0)
+        if resumed:
+            stage.restore(["model.layers.1"])
+        else:
+            network.checkpoint.materialise(network.module)
+            block = Block("model.layers.1", network.module.get_submodule("model.layers.1"), 1, BLOCKS, (), network)
+            block.prune("mlp.up_proj", torch.zeros_like(block.module.get_submodule("mlp.up_proj").weight, dtype=torch.bool))
+            stage.commit(block)
+        assert network.pruned == {"model.layers.1.mlp.up_proj"}
 
 
 @pytest.fixture(scope="module")

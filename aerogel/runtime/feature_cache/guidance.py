@@ -63,7 +63,7 @@ class HalfBatchEntry(CacheEntry):
     """A cache entry that may be asked for the conditional half alone, whatever it keeps."""
 
     half: Callable[[Tensor], Tensor] | None = None
-    """Return the function that cuts that half out of a batch, at steps at which nothing else runs."""
+    """Function that cuts that half out of a batch, at steps at which nothing else runs."""
 
 
 class Guided(ModuleCache):
