@@ -52,7 +52,7 @@ COLUMNS = [
     "policy",
     "cache ratio",
     "operations, reduction",
-    "slots' KB an image",
+    "cache KB an image",
     "error of x0",
     "relative to even spacing",
     "seeds: min to max",
@@ -125,7 +125,7 @@ class Bench:
             self.exact = self._images(self.unseen)
         self.macs = whole.get_total_flops()
 
-    @cache  # noqa: B019 - one bench a number of steps, which lives as long as the run
+    @cache  # noqa: B019 - one bench a number of steps, which lasts as long as the run
     def _recorded(self, steps: int, count: int, seed: int, batch: int | None = None) -> list[Call]:
         wanted = Denoising(count=count, steps=steps, guidance=GUIDANCE, batch=batch or count)
         return record(self.network.processor, self.network.module, wanted, seed)
@@ -134,7 +134,7 @@ class Bench:
         return run.finish(run.start(), lambda _, call: output_of(self.network.run(call)))
 
     def random(self, ratio: float, seed: int) -> ScheduleState:
-        """The state of a schedule that reuses any slots behind the first step."""
+        """The state of a schedule that reuses any cache entries behind the first step."""
         generator = torch.Generator().manual_seed(seed)
         modules = tuple(cached_modules_of(self.network))
         computed_TN = torch.ones(len(self.unseen.calls), len(modules), dtype=torch.bool)

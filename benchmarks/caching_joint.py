@@ -79,15 +79,15 @@ class Bench:
     def __init__(self, held: int) -> None:
         self.plain: Network = aerogel.load(DIT, lazy=False)
         self._unseen = replays(self.plain, Trajectories.of(self.plain, recorded(self.plain, held, UNSEEN, min(held, 64))))
-        self.exact = self._pictures(self.plain)
+        self.exact = self._images(self.plain)
 
-    def _pictures(self, network: Network) -> torch.Tensor:
+    def _images(self, network: Network) -> torch.Tensor:
         return torch.cat([run.finish(run.start(), lambda _, call: output_of(network.run(call))) for run in self._unseen])
 
     def error(self, network: Network, on: Sequence[CalibratedPolicy] = ()) -> float:
         """Of a network under policies."""
         with policies.on(network, on):
-            return float((self._pictures(network) - self.exact).square().mean())
+            return float((self._images(network) - self.exact).square().mean())
 
 
 class Orders:

@@ -201,7 +201,7 @@ class Counted:
     """What happened in a run."""
 
     ran_TN: Tensor
-    """Which unit ran at which step."""
+    """Return which module ran at which step."""
     kept: float | None
     """Bytes between two steps; None where nobody says."""
 

@@ -152,7 +152,7 @@ def text(options: argparse.Namespace) -> None:
         rivals["llama.cpp, Q4_1 (8-bit head)"] = lambda: llama.turn(tokens_BT[0].tolist(), options.new_tokens)
     made: dict[str, Tensor] = {}
     for label, network in (("W4A16 (groups of 64)", small), ("float32", original)):
-        rivals[f"aerogel fast decoder, {label}"] = _lean(label, network, tokens_BT, options.new_tokens, made)
+        rivals[f"aerogel fast decoder, {label}"] = _fast(label, network, tokens_BT, options.new_tokens, made)
         rivals[f"transformers generate, {label}"] = _own(label, network, tokens_BT, options.new_tokens, made)
     for turn in rivals.values():
         turn()
@@ -183,7 +183,7 @@ def text(options: argparse.Namespace) -> None:
     print(write("generation", "SmolLM2-135M, greedy decoding at batch 1", settings, columns, rows, notes).read_text())
 
 
-def _lean(label: str, network: Network, tokens_BT: Tensor, new: int, made: dict[str, Tensor]) -> Callable[[], float]:
+def _fast(label: str, network: Network, tokens_BT: Tensor, new: int, made: dict[str, Tensor]) -> Callable[[], float]:
     generator = Generator(network, 1, tokens_BT.shape[1] + new)
 
     def turn() -> float:

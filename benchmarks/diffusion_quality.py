@@ -24,8 +24,7 @@ import aerogel
 from aerogel.data.denoising import Denoising, ImageBatch, generate_images, record
 from aerogel.engine import policies
 from aerogel.engine.result import Result
-from aerogel.evaluate import features
-from aerogel.evaluate import image_quality as realism
+from aerogel.evaluate import features, image_quality
 from aerogel.evaluate.reference import Reference
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -134,7 +133,7 @@ def compress(pipeline: Any, recipe: Any, calls: list[Call], given: argparse.Name
     return Network(result.network.module, result.network.family, processor=own), result, time.perf_counter() - start
 
 
-def pictures_of(network: Network, given: argparse.Namespace, seed: int) -> ImageBatch:
+def images_of(network: Network, given: argparse.Namespace, seed: int) -> ImageBatch:
     """Images that differ by this seed's noise only, from network to network."""
     prompts = CLASSES if denoiser(network.processor) == "unet" else ()
     wanted = Denoising(given.images, STEPS, GUIDANCE[given.network], prompts, batch=50)
@@ -152,7 +151,7 @@ def figures(made: ImageBatch, original: ImageBatch) -> dict[str, float]:
         judge, real = features.load(folder, torch.device("cpu")), Reference.load(ZOO / f"reference/{name}.safetensors")
         real.check(judge)
         sights = [judge.look(some_NCHW)._replace(maps=()) for some_NCHW in made.images_NCHW.split(50)]
-        found |= {f"{figure}[{name}]": value for figure, value in realism.figures(real, judge, sights, list(made.subjects)).items()}
+        found |= {f"{figure}[{name}]": value for figure, value in image_quality.figures(real, judge, sights, list(made.subjects)).items()}
     return found
 
 
@@ -161,7 +160,7 @@ def rows_of(name: str, given: argparse.Namespace) -> Iterator[list[Any]]:
     pipeline = pipeline_of(name)
     module = getattr(pipeline, denoiser(pipeline))
     original = Network(module, aerogel.load(module).family, processor=pipeline)
-    theirs = [pictures_of(original, given, seed) for seed in range(given.seeds)]
+    theirs = [images_of(original, given, seed) for seed in range(given.seeds)]
     yield ["float", "", None, *_summary([figures(made, made) for made in theirs])]
     prompts = CLASSES if denoiser(pipeline) == "unet" else ()
     calls = record(pipeline, module, Denoising(SHOWN, STEPS, GUIDANCE[name], prompts, SHOWN))
@@ -170,7 +169,7 @@ def rows_of(name: str, given: argparse.Namespace) -> Iterator[list[Any]]:
             continue
         network, result, taken = compress(pipeline, recipe, calls, given)
         with policies.on(network, result.policies):
-            ours = [pictures_of(network, given, seed) for seed in range(given.seeds)]
+            ours = [images_of(network, given, seed) for seed in range(given.seeds)]
         yield [scheme, method, round(taken), *_summary([figures(*pair) for pair in zip(ours, theirs, strict=True)])]
 
 

@@ -83,8 +83,8 @@ def skipping(ratio: float, source: Network, coded: Network, plain: Network, call
 def summary(found: list[dict[str, Any]]) -> list[Any]:
     """Means over seeds."""
     kls = [one["kl"] for one in found]
-    spared = [statistics.mean(one["skipped"][phase] for one in found) for phase in ("prefill", "decode")]
-    return [*spared, statistics.mean(kls), f"{len(kls)}: {min(kls):.2g} to {max(kls):.2g}", statistics.mean(one["right"] for one in found)]
+    skipped = [statistics.mean(one["skipped"][phase] for one in found) for phase in ("prefill", "decode")]
+    return [*skipped, statistics.mean(kls), f"{len(kls)}: {min(kls):.2g} to {max(kls):.2g}", statistics.mean(one["right"] for one in found)]
 
 
 if __name__ == "__main__":

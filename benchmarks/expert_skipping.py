@@ -116,10 +116,10 @@ class Bench:
 def row(ratio: float, label: str, found: list[dict[str, Any]], whole: float) -> list[Any]:
     """Means over seeds."""
     kls = [one["kl"] for one in found]
-    spared = [[one["skipped"][key] for one in found] for key in ("prefill", "decode", "dropped_tokens")]
+    skipped = [[one["skipped"][key] for one in found] for key in ("prefill", "decode", "dropped_tokens")]
     right = statistics.mean(one["right"] for one in found)
     spread = f"{len(kls)}: {min(kls):.2g} to {max(kls):.2g}"
-    means = [statistics.mean(values) for values in spared]
+    means = [statistics.mean(values) for values in skipped]
     return [ratio, label, *means, statistics.mean(kls), spread, right, right / whole, statistics.median(one["seconds"] for one in found)]
 
 

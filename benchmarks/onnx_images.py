@@ -142,9 +142,9 @@ def main() -> None:
     with cache_dequantized(network.module), recorded(network.module, seen):
         reference, _ = images(pipelines[0], given.count)
     kernels, seconds = images(pipelines[0], given.count)
-    float_pictures, float_seconds = images(pipelines[1], given.count)
+    float_images, float_seconds = images(pipelines[1], given.count)
     lines: dict[str, Any] = {
-        "float": apart(reference, float_pictures) | {"seconds per step": float_seconds},
+        "float": apart(reference, float_images) | {"seconds per step": float_seconds},
         "our kernels": step_error(network.module, seen) | apart(reference, kernels) | {"seconds per step": seconds},
     }
     for name, folder in graphs.items():
