@@ -99,7 +99,7 @@ def _timing(options: Mapping[str, Any], network: Network) -> list[Measure]:
     found = next((cls for cls in (Speed, Sampling) if modality in cls.modalities), None)
     if found is None:
         raise AerogelError(f"no benchmark for {modality} models yet; language and image models can be timed")
-    return [build(found, options, f"a benchmark of {modality} networks")]
+    return [build(found, options, f"a benchmark of {modality} models")]
 
 
 class _Take(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -125,6 +126,24 @@ def test_bench_times_both_and_adds_to_the_record(desk: Path, compressed: Any) ->
     assert "Decode, tokens per second" in run("bench", desk / "out", "--prompt", 8, "--new-tokens", 3)
 
 
+@pytest.mark.parametrize("command", ["compress", "export", "evaluate"])
+def test_a_folder_whose_weights_were_changed_is_refused(command: str, desk: Path, compressed: Any, tmp_path: Path) -> None:
+    shutil.copytree(desk / "out", tmp_path / "copy")
+    weights = tmp_path / "copy/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    options = {
+        "compress": ["-r", desk / "own.yaml", "-o", tmp_path / "no", "--data", desk / "text.txt", "--samples", 6, "--length", 24],
+        "export": ["-f", "gptq", "-o", tmp_path / "no"],
+        "evaluate": [],
+    }[command]
+    refused = CliRunner().invoke(cli.app, [command, str(tmp_path / "copy"), *map(str, options)])
+    assert refused.exit_code == 2
+    assert f"{weights} is not what aerogel.json has the checksum of" in refused.stderr
+    assert not (tmp_path / "no").exists()
+
+
 def test_options_of_exporters_can_be_set(desk: Path, compressed: Any, tmp_path: Path) -> None:
     run("export", desk / "out", "-f", "gptq", "-o", tmp_path / "gptq", "--set", "gptq.max_shard_size=20000")
     assert len(list((tmp_path / "gptq").glob("*.safetensors"))) > 1
@@ -140,13 +159,13 @@ def test_options_of_exporters_can_be_set(desk: Path, compressed: Any, tmp_path: 
     assert not (tmp_path / "no").exists()
 
 
-def test_bench_of_pictures(tmp_path: Path) -> None:
+def test_bench_of_images(tmp_path: Path) -> None:
     unconditional().save_pretrained(tmp_path / "pipeline")
     metrics = as_json("bench", tmp_path / "pipeline", "--steps", 2, "--rounds", 1, "--batch", 2)
     assert metrics["compressed"]["sampling"]["images_per_minute"] > 0
     refused = CliRunner().invoke(cli.app, ["bench", str(tmp_path / "pipeline"), "--prompt", "8"])
     assert refused.exit_code == 2
-    assert "a benchmark of image networks: unknown option 'prompt'" in refused.stderr
+    assert "a benchmark of image models: unknown option 'prompt'" in refused.stderr
 
 
 def test_export_rewrites_for_another_engine(desk: Path, compressed: Any, tmp_path: Path) -> None:
