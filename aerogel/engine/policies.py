@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from aerogel.errors import AerogelError
 from aerogel.io.record.schema import PolicyRecord
+from aerogel.io.shards import write_shards
 from aerogel.io.states import STATES, stored
 from aerogel.methods.base import RuntimePolicy
 from aerogel.model.calls import Call
@@ -94,23 +94,23 @@ def on(network: Network, policies: Sequence[CalibratedPolicy]) -> Iterator[None]
         yield
 
 
-def save(policies: Sequence[CalibratedPolicy], folder: Path) -> list[PolicyRecord]:
-    """Write the tensors of all states into a folder; the rest is returned for aerogel.json."""
+def save(policies: Sequence[CalibratedPolicy], folder: Path) -> tuple[list[PolicyRecord], dict[str, str]]:
+    """Write the tensors of all states into a folder; returns the rest for aerogel.json, and the checksum of the file of tensors."""
     tensors = {
         f"{number}.{key}": value.detach().contiguous()
         for number, measured in enumerate(policies)
         for key, value in measured.state.as_dict().items()
         if isinstance(value, Tensor)
     }
-    if tensors:
-        save_file(tensors, folder / STATES)
-    return [
+    checksums = write_shards(folder, tensors.items(), Path(STATES).stem, max_shard_size=1 << 62) if tensors else {}
+    records = [
         PolicyRecord(
             step=measured.step.as_dict(),
             state={key: value for key, value in measured.state.as_dict().items() if not isinstance(value, Tensor)},
         )
         for measured in policies
     ]
+    return records, checksums
 
 
 def load(folder: Path | None) -> list[CalibratedPolicy]:

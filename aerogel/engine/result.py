@@ -14,7 +14,6 @@ from aerogel.errors import AerogelError
 from aerogel.io import save
 from aerogel.io.record import files
 from aerogel.io.record.schema import Record
-from aerogel.io.states import STATES
 from aerogel.model.network import Network
 from aerogel.recipe import Recipe
 from aerogel.report import page
@@ -104,9 +103,9 @@ def write(folder: Path, network: Network, record: Record, measured: Sequence[pol
     """Write a network, its policies and its record into a folder; returns the record with checksums and policies added."""
     checksums = save.write(network, folder, tensors)
     if measured:
-        record = record.replaced(policies=policies.save(measured, folder))
-        if (folder / STATES).exists():
-            checksums[STATES] = files.checksum_of(folder / STATES)
+        records, of_states = policies.save(measured, folder)
+        record = record.replaced(policies=records)
+        checksums |= of_states
     record = record.replaced(checksums=checksums)
     files.write(folder, record)
     return record

@@ -71,7 +71,8 @@ class Findings:
         recipe = RecipeRecord(name=made[0].step.name, steps=[made[0].step.as_dict()]) if made else RecipeRecord()
         with save.new_folder(output) as folder:
             told = {"schema": self.facts["schema"], "model": self.facts["model"], "provenance": self.facts["provenance"]}
-            files.write(folder, Record(**told, recipe=recipe, metrics=Metrics(), policies=policies.save(made, folder)))
+            records, checksums = policies.save(made, folder)
+            files.write(folder, Record(**told, recipe=recipe, metrics=Metrics(), policies=records, checksums=checksums))
             (folder / page.FILE).write_text(json.dumps(self.facts, indent=2, default=str) + "\n")
             page.write(folder)
         self.folder = output

@@ -91,6 +91,8 @@ class TemporalCache(RuntimePolicy[TemporalCacheState]):
             )
         index.set_pipeline(network.processor)
         modules = dict(path.projections)
+        if lost := sorted({key for name in modules for key in (name, f"{name}.chosen")} - state.tables.keys()):
+            raise AerogelError(f"temporal_cache: its saved state has no field {lost[0]!r}; calibrate the policy anew")
         if all(bool(state.tables[f"{name}.chosen"].all()) for name in modules):
             modules |= path.embedders  # nobody reads what they would compute
         # Forwards are replaced, not modules: names and kinds of layers stay, by which weights are saved and resumed while the policy is on.

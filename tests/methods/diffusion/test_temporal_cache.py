@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,15 @@ def test_it_comes_off() -> None:
     assert not any("forward" in module.__dict__ for module in network.module.modules())
 
 
+def test_a_state_without_a_table_is_refused_by_name() -> None:
+    network, policy = taught(), TemporalCache()
+    state = policy.calibrate(network, calls())
+    lost = min(key for key in state.tables if key.endswith(".chosen"))
+    state = dataclasses.replace(state, tables={key: value for key, value in state.tables.items() if key != lost})
+    with pytest.raises(AerogelError, match=f"no field '{lost}'; calibrate the policy anew"), policy.on(network, state):
+        pass
+
+
 def test_another_step_is_refused() -> None:
     network, policy = taught(), TemporalCache()
     with policy.on(network, policy.calibrate(network, calls())), pytest.raises(AerogelError, match="time step 981"):
@@ -178,6 +188,7 @@ def test_steps_of_one_layer_come_from_both_places() -> None:
 def test_later_steps_see_the_table_and_the_folder_keeps_it(tmp_path: Path) -> None:
     recipe = {"steps": [{"temporal_cache": {"dtype": "int8"}}, {"rtn": {"scheme": "W8A16_CHANNEL", "ignore": ["*time_emb*"]}}]}
     aerogel.compress(FAMILIES["unet"].build(), recipe, samples=calls(), measures=(), output=tmp_path / "out")
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1, "whoever may read one file may read all"
     network = aerogel.load(tmp_path / "out")
     plain = taught()
     state = TemporalCache(dtype="int8").calibrate(plain, calls())
