@@ -68,7 +68,7 @@ def test_compress_writes_a_folder_and_a_report(desk: Path, compressed: Any) -> N
     assert compressed["provenance"]["seed"] == 3
     assert compressed["provenance"]["machine"]["threads"] == 1
     assert compressed["metrics"]["original"]["size"]["stored_bytes"] > compressed["metrics"]["compressed"]["size"]["stored_bytes"]
-    assert 0 < compressed["metrics"]["compressed"]["kl_divergence"]["top1"] <= 1
+    assert 0.5 < compressed["metrics"]["compressed"]["kl_divergence"]["top1"] <= 1
     network = open_model(desk / "out", lazy=False).module
     schemes = {name: str(part.scheme) for name, part in network.named_modules() if isinstance(part, QuantLinear)}
     assert schemes["model.layers.0.mlp.down_proj"] == "W8A16_G32"
@@ -120,7 +120,7 @@ def test_bench_times_both_and_adds_to_the_record(desk: Path, compressed: Any) ->
     assert compressed["metrics"]["compressed"]["speed"]["prompt"] == 96, "a tiny model has room for 128 tokens"
     metrics = as_json("bench", desk / "out", "--against", desk / "model", "--prompt", 8, "--new-tokens", 3, "--batch", 2)
     for whose in ("original", "compressed"):
-        assert metrics[whose]["speed"]["decode_tokens_per_second"] > 0
+        assert metrics[whose]["speed"]["decode_tokens_per_second"] == 2.0, "two rows a step, and the tests' clock says a second"
     recorded = json.loads((desk / "out" / "aerogel.json").read_text())["metrics"]
     assert recorded["compressed"]["speed"] == metrics["compressed"]["speed"]
     assert "Decode, tokens per second" in run("bench", desk / "out", "--prompt", 8, "--new-tokens", 3)
@@ -162,7 +162,7 @@ def test_options_of_exporters_can_be_set(desk: Path, compressed: Any, tmp_path: 
 def test_bench_of_images(tmp_path: Path) -> None:
     unconditional().save_pretrained(tmp_path / "pipeline")
     metrics = as_json("bench", tmp_path / "pipeline", "--steps", 2, "--rounds", 1, "--batch", 2)
-    assert metrics["compressed"]["sampling"]["images_per_minute"] > 0
+    assert metrics["compressed"]["sampling"]["images_per_minute"] == 24.0, "two images in five readings of the tests' clock"
     refused = CliRunner().invoke(cli.app, ["bench", str(tmp_path / "pipeline"), "--prompt", "8"])
     assert refused.exit_code == 2
     assert "a benchmark of image models: unknown option 'prompt'" in refused.stderr

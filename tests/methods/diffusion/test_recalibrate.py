@@ -140,6 +140,6 @@ def test_a_cache_of_a_quantized_network_is_held_against_the_float_one(method: di
         network = dit_pipeline()
         result = aerogel.compress(network, {"steps": [*steps, method]}, samples=recorded(network), measures=())
         state = result.policies[0].state
-        assert (state["error_without_reuse"] > 1e-4) == apart
-        assert state["error"] > 0
+        assert (state.error_without_reuse > 1e-4) == apart
+        assert state.error > 0
         assert network.teacher is None
