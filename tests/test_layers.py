@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,12 @@ def public_api_imports(path: Path) -> Iterator[str]:
             modules = {found.stem for found in ROOT.iterdir()}
             if any(name.name not in modules for name in node.names):
                 yield f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+def test_a_method_loads_no_technique_but_its_own() -> None:
+    program = "import sys, aerogel.methods.quantization.rtn; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert [name for name in loaded.split() if name.startswith("aerogel.runtime.")] == ["aerogel.runtime.policy_state"]
 
 
 def test_only_the_commands_import_the_public_api() -> None:

@@ -177,10 +177,14 @@ def _open_pipeline(families: Sequence[Family], folder: Path, dtype: torch.dtype 
     given = _Folder.read(part, families, dtype)
     module = _denoiser_in(given)
     diffusers = _diffusers(folder)
-    with _without_bars(diffusers.utils.logging), _without_bars(transformers.utils.logging):
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            folder, dtype=given.dtype, use_safetensors=True, local_files_only=True, **{part.name: module}
-        )
+    try:
+        with _without_bars(diffusers.utils.logging), _without_bars(transformers.utils.logging):
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                folder, dtype=given.dtype, use_safetensors=True, local_files_only=True, **{part.name: module}
+            )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise AerogelError(f"{folder}: diffusers cannot open this pipeline ({reason}); add what it lacks, or open {part} alone") from error
     return Network(module, given.family, folder, pipeline, stored_dtype=given.stored)
 
 

@@ -234,6 +234,21 @@ def _dit_pipeline() -> diffusers.DiffusionPipeline:
     return diffusers.DiTPipeline(transformer=FAMILIES["dit"].build(), vae=vae, scheduler=diffusers.DDIMScheduler())
 
 
+@pytest.mark.parametrize("lost", ["folder", "entry"])
+def test_a_pipeline_that_lacks_a_part_is_refused_by_name(lost: str, tmp_path: Path) -> None:
+    _dit_pipeline().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    if lost == "entry":
+        index["scheduler"] = [None, None]
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+    shutil.rmtree(tmp_path / "scheduler")
+    with pytest.raises(
+        AerogelError, match=rf"diffusers cannot open this pipeline .*scheduler.* or open {tmp_path}/transformer alone"
+    ):
+        open_model(tmp_path)
+    assert open_model(tmp_path / "transformer").family.name == "dit"
+
+
 def test_pipelines_open_live_and_from_a_folder(tmp_path: Path) -> None:
     pipeline = _dit_pipeline()
     live = open_model(pipeline)
