@@ -242,9 +242,7 @@ def test_a_pipeline_that_lacks_a_part_is_refused_by_name(lost: str, tmp_path: Pa
         index["scheduler"] = [None, None]
         (tmp_path / "model_index.json").write_text(json.dumps(index))
     shutil.rmtree(tmp_path / "scheduler")
-    with pytest.raises(
-        AerogelError, match=rf"diffusers cannot open this pipeline .*scheduler.* or open {tmp_path}/transformer alone"
-    ):
+    with pytest.raises(AerogelError, match=rf"diffusers cannot open this pipeline .*scheduler.* or open {tmp_path}/transformer alone"):
         open_model(tmp_path)
     assert open_model(tmp_path / "transformer").family.name == "dit"
 
