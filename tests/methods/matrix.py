@@ -81,14 +81,14 @@ def one_run(made: tuple[Network, list[Call]], runs: int = 2) -> tuple[Network, l
     return network, calls[: len(calls) // runs]
 
 
-def painted() -> tuple[Network, list[Call]]:
+def of_classes() -> tuple[Network, list[Call]]:
     """A DiT pipeline, with both branches of guidance in one batch."""
     network = dit_pipeline()
     return network, recorded(network, count=2)
 
 
 PIPELINES: dict[str, Callable[[], tuple[Network, list[Call]]]] = {
-    "dit": painted,
+    "dit": of_classes,
     "wan": lambda: one_run(clips()),
     "flux": lambda: one_run(packed()),
 }
