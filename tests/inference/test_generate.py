@@ -43,7 +43,7 @@ def quantized(network: Network, preset: str) -> Network:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_lean_tokens_are_those_of_transformers(family: str, rows: int) -> None:
+def test_fast_tokens_are_those_of_transformers(family: str, rows: int) -> None:
     network = opened(family)
     generator = Generator(network, rows, 32)
     wanted = theirs(network, prompt(rows))
@@ -151,6 +151,6 @@ def test_a_real_model_in_four_bits_makes_the_tokens_of_transformers() -> None:
     network.module.float()
     for text in ("The history of the American presidency begins with", "Water boils at", "def fibonacci(n):"):
         tokens_BT = torch.tensor([network.processor(text).input_ids])
-        made = Generator(network, 1, 64).generate(tokens_BT, 32)
+        made = Generator(network, 1, 64).generate(tokens_BT, 12)
         assert made.path == "fast_decoder"
-        assert torch.equal(made.tokens, theirs(network, tokens_BT, 32))
+        assert torch.equal(made.tokens, theirs(network, tokens_BT, 12))
