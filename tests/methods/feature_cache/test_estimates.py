@@ -21,6 +21,8 @@ LEARNED: dict[str, dict[str, Any]] = {
     "schedule_refine": {"trials": 60, "samples": 4},
     "l2c": {"ratio": 0.3, "iterations": 60},
 }
+PASSED = {"harmonica": 0.72, "harmonica and search": 1.69, "schedule_search": 1.56, "schedule_refine": 1.71, "l2c": 1.0}
+"""Positions that pass, to those of the plan: gradients are in the plan and make no forward; few trials fork late on so short a run."""
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -46,8 +48,7 @@ def test_positions_that_pass_are_about_those_of_the_plan(name: str) -> None:
         method.calibrate(network, calls)
     hook.remove()
     assert read.steps == 10
-    # Gradients are in the estimate and make no forward; a search may end before its trials do.
-    assert 0.3 < passed / method.cost(read).model_tokens < 2
+    assert passed / method.cost(read).model_tokens == pytest.approx(PASSED[name], rel=0.1)
 
 
 def test_a_plan_counts_what_is_learned() -> None:
