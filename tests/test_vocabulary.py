@@ -117,26 +117,18 @@ def test_help_uses_the_terms_of_the_field(name: str, text: str) -> None:
     assert offences(" ".join(text.split())) == []
 
 
-def errors(path: Path) -> Iterator[str]:
-    """Yield the literal text of every AerogelError that a file raises, with a star for each value that is filled in."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "AerogelError":
-            yield "".join(_literal(part) for part in node.args)
+def messages(path: Path) -> Iterator[str]:
+    """Yield every literal of a file that has words, docstrings aside: errors, also those that are put together, and what is printed."""
+    nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    for node in nodes:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings and " " in node.value:
+            yield node.value
 
 
-def _literal(node: ast.AST) -> str:
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value
-    if isinstance(node, ast.JoinedStr):
-        return "".join(_literal(part) for part in node.values)
-    if isinstance(node, ast.BinOp):
-        return _literal(node.left) + _literal(node.right)
-    return "*"
-
-
-def test_errors_use_the_terms_of_the_field() -> None:
-    files = sorted((ROOT / "aerogel").rglob("*.py"))
-    found = [f"{path.relative_to(ROOT)}: {offence}" for path in files for text in errors(path) for offence in offences(text)]
+def test_messages_use_the_terms_of_the_field() -> None:
+    files = sorted({*(ROOT / "aerogel").rglob("*.py")} - {ROOT / "aerogel/io/older.py"})  # which has the names of then
+    found = [f"{path.relative_to(ROOT)}: {offence}" for path in files for text in messages(path) for offence in offences(text)]
     assert found == []
 
 

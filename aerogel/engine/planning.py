@@ -130,7 +130,7 @@ def _touched(network: Network, recipe: Recipe, read: CalibrationSize) -> tuple[l
         quantized |= step.method.requantized(network, before)
         found = _stored_by(step.method, network)
         if not found and isinstance(step.method, WeightMethod):
-            problems.append(f"{step.name} reaches no linear of this network; check its targets and ignore")
+            problems.append(f"{step.name} reaches no linear layer of this model; check its targets and ignore")
         for name, (linear, scheme) in found.items():
             inputs, outputs = size(linear)
             if reason := refuse(linear, scheme):
@@ -140,7 +140,7 @@ def _touched(network: Network, recipe: Recipe, read: CalibrationSize) -> tuple[l
                 quantized.setdefault(name, scheme)
                 touched.setdefault(name, Touched(name, step.name, str(scheme), inputs, outputs, _bytes(network, name, linear, scheme)))
     for reason, names in refused.items():
-        more = f" and {len(names) - 1} other linears" if len(names) > 1 else ""
+        more = f" and {len(names) - 1} other linear layers" if len(names) > 1 else ""
         problems.append(f"{names[0]}{more} {reason}")
     return list(touched.values()), problems
 

@@ -143,7 +143,7 @@ class _Job:
             journal=[],
             kept=[KeptModule(**vars(kept)) for kept in self.plan.kept],
             plan=PlanRecord(
-                linears=len(self.plan.touched),
+                layers=len(self.plan.touched),
                 share_reached=self.plan.share_reached,
                 predicted_bytes=self.plan.predicted_bytes,
                 peak_memory_bytes=self.plan.peak_memory_bytes,
@@ -357,7 +357,7 @@ def _warn_of_fallbacks(journal: Sequence[Mapping[str, Any]]) -> None:
         if line.get("fallback"):
             fallen.setdefault(line["fallback"], []).append(line["name"])
     for reason, names in fallen.items():
-        more = f" and {len(names) - 1} other linears" if len(names) > 1 else ""
+        more = f" and {len(names) - 1} other linear layers" if len(names) > 1 else ""
         warnings.warn(f"{names[0]}{more}: {reason}", stacklevel=3)
 
 

@@ -145,4 +145,4 @@ def not_language(master: Master) -> list[str]:
     """The reason why formats of language engines refuse a folder that holds a denoiser."""
     if master.family.modality in ("text", "image-text"):
         return []
-    return [f"engines that read this format run language models, not {master.family.name} networks"]
+    return [f"engines that read this format run language models, not {master.family.name} models"]

@@ -40,6 +40,7 @@ SKIPPED = {"lost": "dropped_tokens", "lost_of_layers": "dropped_tokens_by_layer"
 STATES = {"slot_bytes": "cache_bytes", "units": "modules"}
 """Fields of the states of feature-caching policies."""
 SEARCHES = {"mixture": "moe", "units": "modules"}
+PLAN = {"linears": "layers"}
 COVERAGE = {"float_inputs": "unquantized_inputs", "float_weights": "unquantized_weights"}
 NESTED = {"parts": PARTS, "skipped": SKIPPED}
 """Figures that have names of their own inside."""
@@ -61,6 +62,8 @@ def upgraded(facts: Mapping[str, Any]) -> dict[str, Any]:
         found["recipe"] = {**recipe, "steps": [renamed(step) for step in steps]}
     if isinstance(metrics := facts.get("metrics"), Mapping):
         found["metrics"] = {side: _measures(measured) for side, measured in metrics.items()}
+    if "plan" in facts:
+        found["plan"] = _keys(facts["plan"], PLAN)
     if "coverage" in facts:
         found["coverage"] = _keys(facts["coverage"], COVERAGE)
     if isinstance(policies := facts.get("policies"), list):

@@ -35,5 +35,5 @@ class ScaledInput(Replacement):
     @classmethod
     def rebuild(cls, layer: nn.Module, told: Mapping[str, Any], assigned: Assigned | None) -> ScaledInput:
         """Return one around a linear."""
-        assert isinstance(layer, nn.Linear), "only linears have scaled inputs"
+        assert isinstance(layer, nn.Linear), "only linear layers have scaled inputs"
         return cls(layer, torch.ones(layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device))

@@ -40,7 +40,7 @@ class InputStatistics:
 
     def update(self, x: Tensor) -> None:
         """Take in one input (..., I)."""
-        assert not self._complete, "the second moment was made already"
+        assert not self._complete, "the Hessian was made already"
         x_TI = x.detach().reshape(-1, x.shape[-1])
         if not len(x_TI):
             return
@@ -60,7 +60,7 @@ class InputStatistics:
 
     def merge(self, other: InputStatistics) -> None:
         """Take in what another set has seen."""
-        assert not any(part._complete for part in (self, other)), "the second moment was made already"
+        assert not any(part._complete for part in (self, other)), "the Hessian was made already"
         self.tokens += other.tokens
         for mine, theirs in ((self._sum_II, other._sum_II), (self._absolute_I, other._absolute_I)):
             if mine is not None and theirs is not None:
@@ -75,7 +75,7 @@ class InputStatistics:
 
         Made in the place of the sum, as the largest tensor of a run; no input is taken in afterwards.
         """
-        assert self._sum_II is not None, "statistics were collected without the second moment"
+        assert self._sum_II is not None, "statistics were collected without the Hessian"
         if not self._complete:
             self._sum_II.triu_().div_(max(self.tokens, 1))
             if not bool(torch.isfinite(self._sum_II.diagonal().sum())):

@@ -85,7 +85,7 @@ def test_compress_ends_with_a_comparison(desk: Path, tmp_path: Path) -> None:
 def test_plan_changes_nothing_and_says_what_would_be(desk: Path, compressed: Any) -> None:
     before = digests(desk)
     made = as_json("plan", desk / "model", "-r", desk / "own.yaml")
-    assert len(made["touched"]) == compressed["plan"]["linears"] == 14
+    assert len(made["touched"]) == compressed["plan"]["layers"] == 14
     assert made["predicted_bytes"] == compressed["plan"]["predicted_bytes"]
     said = run("plan", desk / "model", "-r", desk / "own.yaml")
     assert "gptq stores 12 linear layers in W4A16_G32" in said

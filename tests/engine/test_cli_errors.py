@@ -147,7 +147,7 @@ def test_truncated_shard(desk: Desk) -> None:
 
 
 def test_a_group_that_does_not_divide(desk: Desk) -> None:
-    expected = "model.layers.0.self_attn.q_proj and 17 other linears cannot take W4A16_G48: 64 inputs do not divide"
+    expected = "model.layers.0.self_attn.q_proj and 17 other linear layers cannot take W4A16_G48: 64 inputs do not divide"
     planned = desk.run("plan", str(desk.model), "-r", str(desk.recipe), "--set", "gptq.scheme=W4A16_G48")
     assert planned.exit_code == 2
     assert planned.stderr.startswith(f"error: {expected}")
@@ -260,11 +260,10 @@ def interrupted(command: list[str], ready: Callable[[], bool]) -> subprocess.Com
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells have jobs in the background ignore it
     )
     try:
-        deadline = time.monotonic() + 120
-        while not ready() and process.poll() is None and time.monotonic() < deadline:
+        while not ready() and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate()
     finally:
         process.kill()
     return subprocess.CompletedProcess(command, process.returncode, out, err)

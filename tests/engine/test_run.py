@@ -101,7 +101,7 @@ def test_the_plan_changes_no_weight_and_says_why_layers_are_kept(source: Path) -
 def test_the_plan_refuses_what_does_not_divide(source: Path) -> None:
     made = plan(source, RTN, overrides=["rtn.scheme=W4A16_G48"])
     assert made.touched == ()
-    assert made.problems[0].startswith("model.layers.0.self_attn.q_proj and 17 other linears cannot take W4A16_G48: 64 inputs")
+    assert made.problems[0].startswith("model.layers.0.self_attn.q_proj and 17 other linear layers cannot take W4A16_G48: 64 inputs")
     assert "(groups that fit: 32, 64)" in made.problems[0]
     with pytest.raises(AerogelError, match=r"recipe 'rounded': model\.layers\.0\.self_attn\.q_proj .* \(and 1 more"):
         compress(source, RTN, overrides=["rtn.scheme=W4A16_G48"], measures=())
@@ -109,7 +109,7 @@ def test_the_plan_refuses_what_does_not_divide(source: Path) -> None:
 
 def test_the_plan_refuses_what_reaches_nothing(source: Path) -> None:
     assert plan(source, RTN, overrides=["rtn.targets=[Conv2d]"]).problems == (
-        "rtn reaches no linear of this network; check its targets and ignore",
+        "rtn reaches no linear layer of this model; check its targets and ignore",
     )
 
 
@@ -176,7 +176,7 @@ def test_the_record_says_what_was_done(source: Path, tmp_path: Path) -> None:
     assert facts["recipe"] == Recipe.parse(GPTQ).as_dict()
     assert facts["provenance"]["calibration"]["count"] == 6
     assert facts["provenance"]["calibration"]["fingerprint"].startswith("sha256:")
-    assert len(facts["journal"]) == facts["plan"]["linears"] == 21
+    assert len(facts["journal"]) == facts["plan"]["layers"] == 21
     assert {(line["method"], line["scheme"]) for line in facts["journal"]} == {("gptq", "W4A16_G32")}
     assert set(facts["checksums"]) == {"model.safetensors"}
     for whose in ("original", "compressed"):

@@ -94,7 +94,7 @@ def full(
             {"name": "lm_head", "parameters": 28_311_552, "reason": "ignored by the recipe"},
             *({"name": f"model.layers.{block}.mlp.gate", "parameters": 576, "reason": "kept by the family"} for block in (0, 1, 2)),
         ],
-        "plan": {"linears": 210, "share_reached": 0.789},
+        "plan": {"layers": 210, "share_reached": 0.789},
         "timings": {"load": 3.1, "compress": 171.0, "save": 2.0, "evaluate": 88.0},
     }
 

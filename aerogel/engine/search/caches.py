@@ -82,7 +82,7 @@ class CacheSearch:
     def _judged(self) -> dict[str, Any]:
         brought = [(attempt, attempt.brought) for attempt in self._attempts if attempt.brought is not None]
         total = len(brought) + 2
-        self.tell(Event("evaluate", 0, total, "the whole network"))
+        self.tell(Event("evaluate", 0, total, "the whole denoiser"))
         judge = Judge(self.network, self.wanted, self.pace.seed)
         judged = []
         for number, (attempt, found) in enumerate(brought, 1):

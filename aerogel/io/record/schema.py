@@ -48,7 +48,7 @@ class Provenance(Part):
 class PlanRecord(Part):
     """Predictions made before the run."""
 
-    linears: int | None = None
+    layers: int | None = None
     """Layers that the recipe changes."""
     share_reached: float | None = None
     """Share of the parameters that the recipe changes."""

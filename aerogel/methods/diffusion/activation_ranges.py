@@ -82,7 +82,7 @@ class ActivationRanges(BlockMethod):
                 grids = self._learned(block, {name: layers[name] for name in grids}, grids)
         for name, layer in layers.items():
             if name not in grids:
-                block.note(name, fallback="inputs left in float: nothing reached it")
+                block.note(name, fallback="inputs not quantized: nothing reached it")
                 continue
             dtype = block.stored_dtype or layer.get_buffer("weight_scale").dtype
             block.replace(name, with_inputs(layer, INPUTS, stored_grid(grids[name], dtype), dtype))

@@ -50,7 +50,7 @@ class PruneExperts(Method):
             self._stay(network, layer, arrived, staying) for layer, arrived in enumerate(arrivals(network, calls, self.tokens))
         ]  # all are chosen before the first is removed: a layer's input would change
         for (name, experts), stay in zip(experts_of(network).items(), chosen, strict=True):
-            assert isinstance(experts, ExpertList), "a network that is compressed has its experts one by one"
+            assert isinstance(experts, ExpertList), "a model that is compressed has its experts one by one"
             experts.keep(stay)
             narrow(router_of(network, name), stay)
         config = network.config.get_text_config()

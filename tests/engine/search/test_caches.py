@@ -234,7 +234,7 @@ def test_progress_is_told() -> None:
     told: list[Event] = []
     searched(dit_pipeline(), "fora", "uniform_cache", tell=told.append)
     assert [event.what for event in told if event.stage == "compress"] == ["", "fora", "uniform_cache", "fewer steps"]
-    assert [event.what for event in told if event.stage == "evaluate"] == ["", "the whole network", "fora", "uniform_cache", "fewer steps"]
+    assert [event.what for event in told if event.stage == "evaluate"] == ["", "the whole denoiser", "fora", "uniform_cache", "fewer steps"]
 
 
 @dataclass(frozen=True)
