@@ -178,7 +178,7 @@ def _kept(network: Network, recipe: Recipe, touched: set[str]) -> Iterator[Kept]
 def _reason(network: Network, name: str, module: nn.Module, methods: list[WeightMethod]) -> str:
     if isinstance(module, nn.Embedding):
         return "an embedding, not a linear"
-    if matches(name, network.family.never_quantize):
+    if network.never_quantizes(name):
         return "kept by the family"
     if any(matches(name, network.family.expand_patterns(method.ignore), module) for method in methods):
         return "ignored by the recipe"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Family, Tower
+from aerogel.model.family import Edge, Family
 
 FAMILY = Family(
     name="gemma3",
     matches=("gemma3_text",),
-    towers=(Tower("model", "model.layers.*"),),
     edges=(
         Edge("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         Edge("self_attn.v_proj", ("self_attn.o_proj",), heads=True),

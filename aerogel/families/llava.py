@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Family, Tower
+from aerogel.model.family import Edge, Family
 
 FAMILY = Family(
     name="llava",
     matches=("llava",),
-    towers=(
-        Tower("model.vision_tower", "model.vision_tower.encoder.layers.*"),
-        Tower("model.language_model", "model.language_model.layers.*"),
-    ),
     edges=(
         Edge("layer_norm1", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         Edge("self_attn.v_proj", ("self_attn.out_proj",), heads=True),
@@ -21,11 +17,4 @@ FAMILY = Family(
         Edge("mlp.up_proj", ("mlp.down_proj",)),
     ),
     modality="image-text",
-    renames=(
-        ("model.language_model.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-        ("model.vision_tower.", "vision_tower."),
-        ("model.vision_tower.", "vision_tower.vision_model."),
-    ),
 )

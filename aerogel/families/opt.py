@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Family, Residual, Tower
+from aerogel.model.family import Edge, Family, Residual
 
 FAMILY = Family(
     name="opt",
     matches=("opt",),
-    towers=(Tower("model.decoder", "model.decoder.layers.*"),),
     edges=(
         # Where norms come after the sum (OPT-350m), the residual stream reads them too.
         Edge(

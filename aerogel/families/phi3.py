@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Family, Residual, Tower
+from aerogel.model.family import Edge, Family, Residual
 
 FAMILY = Family(
     name="phi3",
     matches=("phi3",),
-    towers=(Tower("model", "model.layers.*"),),
     edges=(
         Edge("input_layernorm", ("self_attn.qkv_proj",)),
         Edge("self_attn.qkv_proj", ("self_attn.o_proj",), heads=True, tail=True),

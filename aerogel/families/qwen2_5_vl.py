@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Family, Tower
+from aerogel.model.family import Edge, Family
 
 FAMILY = Family(
     name="qwen2_5_vl",
     matches=("qwen2_5_vl",),
-    towers=(
-        Tower("model.visual", "model.visual.blocks.*"),
-        Tower("model.language_model", "model.language_model.layers.*"),
-    ),
     edges=(
         Edge("norm1", ("attn.qkv",)),
         Edge("attn.qkv", ("attn.proj",), heads=True, tail=True),
@@ -21,5 +17,4 @@ FAMILY = Family(
         Edge("mlp.up_proj", ("mlp.down_proj",)),
     ),
     modality="image-text",
-    renames=(("model.visual.", "visual."), ("model.language_model.", "model.")),
 )

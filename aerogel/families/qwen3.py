@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Family, Residual, Tower
+from aerogel.model.family import Edge, Family, Residual
 
 FAMILY = Family(
     name="qwen3",
     matches=("qwen3",),
-    towers=(Tower("model", "model.layers.*"),),
     edges=(
         Edge("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         Edge("self_attn.v_proj", ("self_attn.o_proj",), heads=True),

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Experts, Family, Tower
+from aerogel.model.family import Edge, Family
 
 FAMILY = Family(
     name="qwen3_vl_moe",
     matches=("qwen3_vl_moe",),
-    towers=(
-        Tower("model.visual", "model.visual.blocks.*"),
-        Tower("model.language_model", "model.language_model.layers.*"),
-    ),
     edges=(
         Edge("norm1", ("attn.qkv",)),
         Edge("attn.qkv", ("attn.proj",), heads=True, tail=True),
@@ -25,6 +21,5 @@ FAMILY = Family(
         Edge("mlp.up_proj", ("mlp.down_proj",)),
     ),
     never_quantize=("*.mlp.gate",),
-    experts=Experts("mlp.experts", fused=True),
     modality="image-text",
 )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import CachedModule, Edge, Family, Tower
+from aerogel.model.family import CachedModule, Edge, Family
 
 FAMILY = Family(
     name="wan",
     matches=("WanTransformer3DModel",),
-    towers=(Tower("", "blocks.*"),),
     edges=(
         Edge("attn1.to_v", ("attn1.to_out.0",), heads=True),
         Edge("norm2", ("attn2.to_q",), when=(("cross_attn_norm", True),)),

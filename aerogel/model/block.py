@@ -93,7 +93,7 @@ class Block:
         found = {}
         for name, linear in self._all_linears().items():
             full = self.full_name(name)
-            kept = matches(full, self.network.family.never_quantize) and not any(names_exactly(full, target) for target in targets)
+            kept = self.network.never_quantizes(full) and not any(names_exactly(full, target) for target in targets)
             if not kept and _means(full, linear, targets) and not matches(full, ignore, linear):
                 found[name] = linear
         return found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,14 @@ from torch import nn
 
 from aerogel.model.calls import Call
 from aerogel.model.family import Family
+from aerogel.model.match import matches
+from aerogel.model.structure.examples import Example, examples_of
+from aerogel.model.structure.moe import gates_of
+from aerogel.model.structure.towers import Tower, towers_of
 
 if TYPE_CHECKING:
     from aerogel.io.checkpoint import Checkpoint
+    from aerogel.io.names import Names
 
 
 @dataclass(eq=False)
@@ -31,6 +38,11 @@ class Network:
     """The checkpoint from which weights that are not resident are read; None when all are resident."""
     stored_dtype: torch.dtype | None = None
     """The dtype that float weights have on disk; None means that of the module."""
+
+    names: Names | None = None
+    """Conversions between the names of its tensors on disk and in memory; None where they are the same."""
+    examples: Sequence[Call] = ()
+    """Calls that the structure is discovered with; made up from the configuration where there are none."""
 
     pruned: set[str] = field(default_factory=set)
     """Full names of the layers whose zeros every later step keeps."""
@@ -49,9 +61,24 @@ class Network:
         """The device of the resident weights."""
         return next((p.device for p in self.module.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
+    @cached_property
+    def towers(self) -> tuple[Tower, ...]:
+        """The lists of blocks, found by watching the network run; later changes of its layers do not move them."""
+        examples = [Example("", call) for call in self.examples[:1]]
+        return towers_of(self.module, examples or examples_of(self.module))
+
+    @cached_property
+    def gates(self) -> frozenset[str]:
+        """Full names of the linear layers that weigh experts, such as routers."""
+        return gates_of(self.module)
+
+    def never_quantizes(self, name: str) -> bool:
+        """Return True for a layer that no method quantizes unless asked by name: a router, or one that the family names."""
+        return name in self.gates or matches(name, self.family.never_quantize)
+
     def blocks(self) -> dict[str, nn.Module]:
         """The blocks of every tower by full dotted name, in list order."""
-        return {name: module for tower in self.family.towers for name, module in self.named(*tower.globs).items()}
+        return {name: self.module.get_submodule(name) for tower in self.towers for name in tower.blocks}
 
     def named(self, *globs: str) -> dict[str, nn.Module]:
         """The modules that one of the globs names, by full dotted name in the module's own order; `*` stands for one part of a name."""

@@ -132,7 +132,7 @@ def test_a_walk_leaves_nothing_behind(name: str) -> None:
 def test_text_alone_does_not_reach_the_vision_tower(name: str) -> None:
     network, calls = opened(name), TINY[name].calls(3)
     assert ["pixel_values" in call.kwargs for call in calls] == [True, True, False]
-    vision = network.family.towers[0].name
+    vision = network.towers[0].name
     counts = {block.name: len(list(block.calls)) for block in Walk(network, calls)}
     assert counts == {block: 2 if block.startswith(vision) else 3 for block in network.blocks()}
 

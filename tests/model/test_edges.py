@@ -9,7 +9,7 @@ from torch import nn
 from aerogel.errors import AerogelError
 from aerogel.model.block import Block, BoundEdge
 from aerogel.model.edges import channels, fold
-from aerogel.model.family import Family, Tower
+from aerogel.model.family import Family
 from aerogel.model.network import Network
 
 
@@ -26,7 +26,7 @@ class Attention(nn.Module):
 def block_of(norm_offset: float = 0.0, **sizes: tuple[int, int]) -> Block:
     torch.manual_seed(0)
     module = nn.ModuleDict({"attention": Attention(**sizes), "norm": nn.LayerNorm(4)})
-    family = Family("toy", ("toy",), (Tower("", "blocks.*"),), norm_offset=norm_offset)
+    family = Family("toy", ("toy",), norm_offset=norm_offset)
     network = Network(nn.ModuleDict({"blocks": nn.ModuleList([module])}), family)
     return Block("blocks.0", module, 0, 1, (), network)
 
