@@ -15,6 +15,8 @@ from aerogel.layers.experts import ExpertLayout
 class Names:
     """Conversions between the names of a checkpoint and those of a module."""
 
+    known: frozenset[str] = frozenset()
+    """Names in memory, which stay as they are: patterns of renamings do not end where a name does."""
     renamings: tuple[Any, ...] = ()
     """transformers' WeightRenaming, in the order in which they are applied to a name on disk."""
     converters: tuple[Any, ...] = ()
@@ -38,11 +40,11 @@ class Names:
             one for one in get_model_conversion_mapping(module, add_legacy=False) if not isinstance(one, WeightConverter | PrefixChange)
         ]
         backwards = tuple(one.reverse_transform() for one in reversed(current))
-        return cls(renamings, tuple(one for one in found if isinstance(one, WeightConverter)), backwards)
+        return cls(frozenset(module.state_dict()), renamings, tuple(one for one in found if isinstance(one, WeightConverter)), backwards)
 
     def in_memory(self, name: str) -> str:
         """The name in memory of the tensor that a checkpoint calls `name`; of an expert that of its own projection."""
-        return _renamed(name, self.renamings)
+        return name if name in self.known else _renamed(name, self.renamings)
 
     def on_disk(self, name: str) -> str:
         """The name that checkpoints have for a tensor; that in memory where there is no way back."""

@@ -178,6 +178,8 @@ def _write_config(network: Network, folder: Path) -> None:
     config.pop("quantization_config", None)
     if (quantization := describe(network.module)) is not None:
         config["quantization_config"] = quantization
+    if "_class_name" not in config and not config.get("architectures") and hasattr(network.module, "main_input_name"):
+        config["architectures"] = [type(network.module).__name__]
     if network.stored_dtype is not None and "_class_name" not in config:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(network.stored_dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
 from aerogel.kernels.malloc import release_pages
-from aerogel.layers.conv import Layer, QuantConv2d, matrix
+from aerogel.layers.conv import Layer, QuantConv2d, is_plain, matrix
 from aerogel.layers.linear import QuantLinear
 from aerogel.model.calls import Call
 from aerogel.model.family import Edge
@@ -89,7 +89,7 @@ class Block:
         Patterns are held against full dotted names; `@name` stands for a list of the family. What the family keeps is left out unless
         a target spells its name.
         """
-        targets, ignore = self.network.family.expand_patterns(targets), self.network.family.expand_patterns(ignore)
+        targets, ignore = self.network.expand_patterns(targets), self.network.expand_patterns(ignore)
         found = {}
         for name, linear in self._all_linears().items():
             full = self.full_name(name)
@@ -128,14 +128,14 @@ class Block:
         return {
             name: module
             for name, module in self.module.named_modules()
-            if isinstance(module, Layer | QuantLinear) and not name.startswith(inside)
+            if (isinstance(module, QuantLinear) or (isinstance(module, Layer) and is_plain(module))) and not name.startswith(inside)
         }
 
 
 def _means(name: str, linear: nn.Module, targets: tuple[str, ...]) -> bool:
-    # A quantized linear still answers to the class name of what it replaced.
-    was = "Conv2d" if isinstance(linear, QuantConv2d) else "Linear"
-    return matches(name, targets, linear) or (isinstance(linear, QuantLinear) and was in targets)
+    # A quantized linear still answers to the class name of what it replaced, a derived class to that of torch.
+    was = "Conv2d" if isinstance(linear, QuantConv2d | nn.Conv2d) else "Linear"
+    return matches(name, targets, linear) or was in targets
 
 
 def _bind(edge: Edge, names: list[str]) -> list[BoundEdge]:

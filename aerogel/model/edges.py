@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
+from aerogel.layers.linear import QuantLinear
 from aerogel.model.block import Block, BoundEdge
 
 
@@ -89,7 +90,7 @@ def _columns(block: Block, edge: BoundEdge) -> int:
 
 
 def _weight(module: nn.Module, name: str) -> Tensor:
-    weight = getattr(module, "weight", None)
+    weight = None if isinstance(module, QuantLinear) else getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
         raise AerogelError(f"{name} is quantized already and cannot be scaled; fold before the block is quantized")
     return weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -75,6 +75,21 @@ class Network:
     def never_quantizes(self, name: str) -> bool:
         """Return True for a layer that no method quantizes unless asked by name: a router, or one that the family names."""
         return name in self.gates or matches(name, self.family.never_quantize)
+
+    @cached_property
+    def head(self) -> str:
+        """Full name of the layer that gives logits, whatever the model calls it; empty where there is none."""
+        find = getattr(self.module, "get_output_embeddings", None)
+        head = find() if find is not None else None
+        return next((name for name, part in self.module.named_modules() if part is head), "")
+
+    def expand_patterns(self, patterns: Iterable[str]) -> tuple[str, ...]:
+        """Return patterns with the family's own lists (`@name`) written out; `lm_head` is the layer that gives logits by any name.
+
+        Raises AerogelError for a list that the family does not have.
+        """
+        found = self.family.expand_patterns(patterns)
+        return (*found, self.head) if "lm_head" in found and self.head else found
 
     def blocks(self) -> dict[str, nn.Module]:
         """The blocks of every tower by full dotted name, in list order."""
