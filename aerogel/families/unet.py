@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import CachedModule, Edge, Family, Skips, TimePath
+from aerogel.model.family import CachedModule, Family, Skips, TimePath
 
 FAMILY = Family(
     name="unet",
     matches=("UNet2DModel", "UNet2DConditionModel"),
-    edges=(
-        Edge("transformer_blocks.*.attn1.to_v", ("transformer_blocks.*.attn1.to_out.0",), heads=True),
-        Edge("transformer_blocks.*.attn2.to_v", ("transformer_blocks.*.attn2.to_out.0",), heads=True),
-        Edge("transformer_blocks.*.norm3", ("transformer_blocks.*.ff.net.0.proj",)),
-        Edge("to_v", ("to_out.0",), heads=True),
-    ),
     time=TimePath(
         embedders=("time_embedding",),
         projections=(

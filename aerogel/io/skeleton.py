@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import accelerate
 import torch
 import transformers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.models.auto import modeling_auto
 
 from aerogel.errors import AerogelError
@@ -24,6 +26,8 @@ from aerogel.layers.slots import Slot, replace, slots
 from aerogel.model.experts import unfuse
 from aerogel.model.family import Family, Modality
 
+_LARGE = 1 << 24
+"""Elements from which an empty tensor is made on meta; tables of positions, which code fills with values, are smaller."""
 _AUTO = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
 
 
@@ -53,7 +57,7 @@ class Skeleton:
 
 def skeleton_of(folder: Folder, build: Callable[[], nn.Module]) -> Skeleton:
     """Build the module of a folder on meta and bind the folder's checkpoint to it; raises AerogelError when they do not go together."""
-    with accelerate.init_empty_weights(include_buffers=False):
+    with accelerate.init_empty_weights(include_buffers=False), _LargeOnMeta():
         module = build()
     if isinstance(module, transformers.PreTrainedModel):
         module.tie_weights()
@@ -72,6 +76,22 @@ def skeleton_of(folder: Folder, build: Callable[[], nn.Module]) -> Skeleton:
         attach(module, quantization)
     checkpoint = Checkpoint.open(folder.path, names.in_memory, partial(pieces, module))
     return Skeleton(module, names, checkpoint, _fits(module, folder, checkpoint))
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes large empty tensors on meta at once: the fused experts of one layer can be larger than the memory."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.empty and math.prod(_shape_asked(args)) >= _LARGE:
+            return func(*args, **{**(kwargs or {}), "device": "meta"})
+        return func(*args, **(kwargs or {}))
+
+
+def _shape_asked(args: tuple[Any, ...]) -> tuple[int, ...]:
+    sizes = args[0] if len(args) == 1 and isinstance(args[0], tuple | list) else args
+    return tuple(size for size in sizes if isinstance(size, int))
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> Any:
@@ -112,7 +132,7 @@ def names_of(folder: Path, settings: dict[str, Any]) -> Names:
     if "_class_name" in settings:
         return Names()
     config = read_config(folder, trust_remote_code=False)
-    with accelerate.init_empty_weights():
+    with accelerate.init_empty_weights(), _LargeOnMeta():
         return Names.of(build(model_class(config, settings, trust_remote_code=False), config))
 
 

@@ -13,30 +13,6 @@ When = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
-class Edge:
-    """Whose output channels feed whose input channels, with names relative to a block.
-
-    A `*` stands for the same path part in source and sinks when the source has one (`mlp.experts.*.up_proj` feeds
-    `mlp.experts.*.down_proj` of the same expert) and for every match when only the sink has one.
-    """
-
-    source: str
-    """A norm or a linear."""
-    sinks: tuple[str, ...]
-    """Linear layers that read the source's channels and nothing else does; routers are named too."""
-    heads: bool = False
-    """Value-to-output edge: with grouped heads a source channel feeds the same channel of several query heads."""
-    tail: bool = False
-    """The channels are the last outputs of a fused linear, such as value in qkv or up in gate_up."""
-    when: When = ()
-    """Values in the network's config without which the edge does not hold, such as an activation that keeps scales."""
-
-    def holds(self, config: Any) -> bool:
-        """Return True if a model with this config has the edge."""
-        return _agrees(config, self.when)
-
-
-@dataclass(frozen=True)
 class Residual:
     """The stream that blocks read from and add to, for methods that rotate it."""
 
@@ -104,11 +80,8 @@ class Family:
     name: str
     matches: tuple[str, ...]
     """Values of `config.model_type`, or diffusers class names, that belong to the family."""
-    edges: tuple[Edge, ...] = ()
     never_quantize: tuple[str, ...] = ()
     """Globs of linear layers that no method quantizes unless asked by name, such as router gates."""
-    norm_offset: float = 0.0
-    """Offset that a norm adds to its weight before it multiplies (1.0 in Gemma)."""
     residual: Residual | None = None
     time: TimePath | None = None
     cached_modules: tuple[CachedModule, ...] = ()

@@ -15,6 +15,7 @@ from torch import nn
 from aerogel.model.calls import Call
 from aerogel.model.family import Family
 from aerogel.model.match import matches
+from aerogel.model.structure.edges import BlockEdges, edges_by_block
 from aerogel.model.structure.examples import Example, examples_of
 from aerogel.model.structure.moe import gates_of
 from aerogel.model.structure.towers import Tower, towers_of
@@ -64,8 +65,16 @@ class Network:
     @cached_property
     def towers(self) -> tuple[Tower, ...]:
         """The lists of blocks, found by watching the network run; later changes of its layers do not move them."""
-        examples = [Example("", call) for call in self.examples[:1]]
-        return towers_of(self.module, examples or examples_of(self.module))
+        return towers_of(self.module, self._examples)
+
+    @cached_property
+    def _examples(self) -> list[Example]:
+        return [Example("", call) for call in self.examples[:1]] or examples_of(self.module)
+
+    @cached_property
+    def edges(self) -> dict[str, BlockEdges]:
+        """The edges of each block and why other layers are no sources, found with random weights on one block of each kind."""
+        return edges_by_block(self.module, tuple(self.blocks()), self._examples)
 
     @cached_property
     def gates(self) -> frozenset[str]:

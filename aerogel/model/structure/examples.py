@@ -198,6 +198,7 @@ def _conditioning(name: str, config: Any, shape: tuple[int, ...], tokens: int) -
         "pooled_embeds": lambda: _random(rows, pooled),
         "guidance": lambda: torch.full((rows,), 3.5) if config.get("guidance_embeds") else None,
         "class_labels": lambda: torch.zeros(rows, dtype=torch.long) if _has_classes(config) else None,
+        "ofs": lambda: torch.full((1,), 2.0) if config.get("ofs_embed_dim") else None,
         "added_cond_kwargs": lambda: _sizes_and_text(config, rows),
     }
     return makers[name]() if name in makers else None

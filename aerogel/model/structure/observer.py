@@ -48,58 +48,46 @@ class Read:
     """Dimension of the result that holds the outputs."""
     outputs: int
     """Outputs of the view."""
+    func: Callable[..., Any]
+    given: Callable[[Any], tuple[Any, ...]]
+    """The arguments of the product, with another input."""
+    kwargs: Mapping[str, Any]
 
     @property
     def key(self) -> tuple[str, tuple[int, ...], int]:
         """Identity of the product among those of a forward."""
         return self.name, self.start, self.turn
 
-
-@dataclass(frozen=True)
-class _Seen:
-    """A product together with the way to run it on another input."""
-
-    read: Read
-    func: Callable[..., Any]
-    given: Callable[[Any], tuple[Any, ...]]
-    """The arguments with another input."""
-    kwargs: Mapping[str, Any]
-
-    def run(self, x: Tensor) -> Any:
-        """The product of another input."""
-        return self.func(*self.given(x), **self.kwargs)
-
-    def shape(self, x: Tensor) -> torch.Size:
+    def shape(self) -> torch.Size:
         """Shape of the result, which is not computed."""
+        if self.func is functional.embedding:
+            return torch.Size((*self.x.shape, self.outputs))
         if self.func in _GROUPED:  # on meta they take bfloat16 only
-            return torch.Size((*x.shape[:-1], self.read.outputs))
-        args, kwargs = map_tensors(lambda tensor: tensor.to("meta"), (self.given(x), dict(self.kwargs)))
+            return torch.Size((*self.x.shape[:-1], self.outputs))
+        args, kwargs = map_tensors(lambda tensor: tensor.to("meta"), (self.given(self.x), dict(self.kwargs)))
         result: Tensor = self.func(*args, **kwargs)
         return result.shape
 
 
 class Observer(TorchFunctionMode):
-    """Shows each product with a parameter to `before(read)`, then `after(read, result)`; each may return a tensor to use instead.
+    """Shows each product with a parameter to `answer(read)`, which may return its result, then to `after(read, result)`, which may change
+    it.
 
-    `instead(read, shape)` answers for the product, which is not computed then. `embedded(name, rows)` is called with what is looked up in
-    a table. With `double` everything is computed in float64, also where the code of the model asks for less: a norm that casts to float32
-    would hide small differences.
+    What is looked up in a table is shown too. With `double` everything is computed in float64, also where the code of the model asks for
+    less: a norm that casts to float32 would hide small differences.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
         *,
-        before: Callable[[Read], Tensor | None] | None = None,
+        answer: Callable[[Read], Tensor | None] | None = None,
         after: Callable[[Read, Tensor], Tensor | None] | None = None,
-        instead: Callable[[Read, torch.Size], Tensor] | None = None,
-        embedded: Callable[[str, Tensor], Tensor | None] | None = None,
         double: bool = True,
     ) -> None:
         super().__init__()
         self._known = {tensor.untyped_storage().data_ptr(): (name, tensor) for name, tensor in parameters.items() if tensor.numel()}
-        self._before, self._after, self._instead, self._embedded = before, after, instead, embedded
-        self._double = double
+        self._answer, self._after, self._double = answer, after, double
         self._turns: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
     def __torch_function__(
@@ -110,33 +98,14 @@ class Observer(TorchFunctionMode):
             if func in _CASTS:
                 return args[0].double()
             args, kwargs = _widened(args, kwargs)
-        if func is functional.embedding:
-            return self._look_up(func, args, kwargs)
-        seen = self._product(func, args, kwargs)
-        if seen is None:
+        read = self._product(func, args, kwargs)
+        if read is None:
             return func(*args, **kwargs)
-        read, x = seen.read, seen.read.x
-        if self._before is not None and (changed := self._before(read)) is not None:
-            x = changed
-        if self._instead is not None:
-            return self._instead(read, seen.shape(x))
-        result = seen.run(x)
-        if self._after is not None and (changed := self._after(read, result)) is not None:
-            return changed
-        return result
-
-    def _look_up(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        table = args[1] if len(args) > 1 else kwargs["weight"]
-        found = self._find(table)
-        if found is not None and self._instead is not None:
-            # A read without outputs of its own: only the shape of what comes out is known.
-            index = args[0] if args else kwargs["input"]
-            read = Read(found[0], (0,) * table.ndim, 0, table, 0, None, 1, -1, table.shape[1])
-            return self._instead(read, torch.Size((*index.shape, table.shape[1])))
-        rows = func(*args, **kwargs)
-        if found is not None and self._embedded is not None and (changed := self._embedded(found[0], rows)) is not None:
-            return changed
-        return rows
+        result = self._answer(read) if self._answer is not None else None
+        if result is None:
+            result = func(*args, **kwargs)
+        changed = self._after(read, result) if self._after is not None else None
+        return result if changed is None else changed
 
     def _find(self, tensor: Any) -> tuple[str, Tensor] | None:
         """The parameter that a tensor is, or is a view of."""
@@ -144,14 +113,26 @@ class Observer(TorchFunctionMode):
             return None
         return self._known.get(tensor.untyped_storage().data_ptr())
 
-    def _product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen | None:
+    def _product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Read | None:
+        if func is functional.embedding:
+            return self._look_up(func, args, kwargs)
         if func in _PRODUCTS:
             return self._matrix_product(func, args, kwargs)
         if func in _CONVOLUTIONS:
             return self._convolution(func, args, kwargs)
         return self._einsum(func, args, kwargs) if func is torch.einsum else None
 
-    def _matrix_product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen | None:
+    def _look_up(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Read | None:
+        index = args[0] if args else kwargs["input"]
+        table = args[1] if len(args) > 1 else kwargs["weight"]
+        found = self._find(table)
+        return (
+            None
+            if found is None
+            else self._read(found, table, index, index.ndim - 1, (0, 1, -1), func, lambda new: (new, *args[1:]), kwargs)
+        )
+
+    def _matrix_product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Read | None:
         weight_at = _PRODUCTS[func]
         x_at = weight_at - 1
         if func is functional.linear and len(args) == 1 and "weight" in kwargs:
@@ -162,15 +143,16 @@ class Observer(TorchFunctionMode):
         if (found := self._find(weight)) is not None:
             last = weight.ndim - 1
             inputs, outputs = (last, last - 1) if func is functional.linear else (last - 1, last)
-            read = self._read(*found, weight, x, x.ndim - 1, inputs, outputs, -1)
-            return _Seen(read, func, lambda new: (*args[:x_at], new, *args[x_at + 1 :]), kwargs)
+            places = (inputs, outputs, -1)
+            return self._read(found, weight, x, x.ndim - 1, places, func, lambda new: (*args[:x_at], new, *args[x_at + 1 :]), kwargs)
         if func is not functional.linear and (found := self._find(x)) is not None and weight.ndim > 1:
             # The weight stands on the left: W @ x.
-            read = self._read(*found, x, weight, weight.ndim - 2, x.ndim - 1, x.ndim - 2, -2)
-            return _Seen(read, func, lambda new: (*args[:weight_at], new, *args[weight_at + 1 :]), kwargs)
+            places = (x.ndim - 1, x.ndim - 2, -2)
+            given: Callable[[Any], tuple[Any, ...]] = lambda new: (*args[:weight_at], new, *args[weight_at + 1 :])  # noqa: E731
+            return self._read(found, x, weight, weight.ndim - 2, places, func, given, kwargs)
         return None
 
-    def _convolution(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen | None:
+    def _convolution(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Read | None:
         weight = args[1] if len(args) > 1 else kwargs["weight"]
         groups = kwargs.get("groups", args[_GROUPS] if len(args) > _GROUPS else 1)
         found = self._find(weight)
@@ -178,9 +160,9 @@ class Observer(TorchFunctionMode):
         if found is None or not args or groups > 1:
             return None
         dim = args[0].ndim - weight.ndim + 1
-        return _Seen(self._read(*found, weight, args[0], dim, 1, 0, dim), func, lambda new: (new, *args[1:]), kwargs)
+        return self._read(found, weight, args[0], dim, (1, 0, dim), func, lambda new: (new, *args[1:]), kwargs)
 
-    def _einsum(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen | None:
+    def _einsum(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Read | None:
         operands = args[1:] if len(args) == 3 else tuple(args[1]) if len(args) == 2 and isinstance(args[1], tuple | list) else ()
         if len(operands) != 2 or not isinstance(args[0], str) or "->" not in args[0] or "." in args[0]:
             return None
@@ -197,11 +179,22 @@ class Observer(TorchFunctionMode):
                 return None
             (inputs,), (outputs,) = summed, given
             places = (of_weight.index(inputs), of_weight.index(outputs), result.index(outputs))
-            read = self._read(*found, weight, x, of_x.index(inputs), *places)
-            return _Seen(read, func, partial(_operands, args[0], weight, at), kwargs)
+            return self._read(found, weight, x, of_x.index(inputs), places, func, partial(_operands, args[0], weight, at), kwargs)
         return None
 
-    def _read(self, name: str, base: Tensor, view: Tensor, x: Tensor, x_dim: int, inputs: int, outputs: int, y_dim: int) -> Read:
+    def _read(
+        self,
+        found: tuple[str, Tensor],
+        view: Tensor,
+        x: Tensor,
+        x_dim: int,
+        places: tuple[int, int, int],
+        func: Callable[..., Any],
+        given: Callable[[Any], tuple[Any, ...]],
+        kwargs: Mapping[str, Any],
+    ) -> Read:
+        """`places` are the dimensions of the view that hold inputs and outputs, and that of the result that holds the outputs."""
+        (name, base), (inputs, outputs, y_dim) = found, places
         in_dim, out_dim = _dimension(base, view, inputs), _dimension(base, view, outputs)
         if in_dim is None:
             in_dim = _by_size(base, view.shape[inputs], out_dim)
@@ -209,7 +202,8 @@ class Observer(TorchFunctionMode):
             out_dim = _by_size(base, view.shape[outputs], in_dim)
         start = _start(base, view)
         self._turns[name, start] += 1
-        return Read(name, start, self._turns[name, start] - 1, x, x_dim, in_dim, out_dim, y_dim, view.shape[outputs])
+        turn = self._turns[name, start] - 1
+        return Read(name, start, turn, x, x_dim, in_dim, out_dim, y_dim, view.shape[outputs], func, given, kwargs)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ Fill = Callable[[str, Tensor], Tensor]
 def replaced_tensors(module: nn.Module, fill: Fill) -> Iterator[None]:
     """Put `fill(name, tensor)` in the place of every parameter and buffer for a while; what was shared stays shared."""
     made: dict[int, Tensor] = {}
+    parameters: dict[int, nn.Parameter] = {}
     before: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for name, part in module.named_modules():
@@ -36,7 +37,9 @@ def replaced_tensors(module: nn.Module, fill: Fill) -> Iterator[None]:
                         made[id(tensor)] = fill(f"{name}.{key}" if name else key, tensor)
                     before.append((table, key, tensor))
                     new = made[id(tensor)]
-                    table[key] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
+                    if isinstance(tensor, nn.Parameter):
+                        new = parameters.setdefault(id(new), nn.Parameter(new, requires_grad=False))
+                    table[key] = new
         yield
     finally:
         for table, key, tensor in before:
@@ -63,8 +66,8 @@ def placeholder_weights(module: nn.Module, seed: int = 0) -> Iterator[None]:
     def random(shape: torch.Size) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    def instead(read: Read, shape: torch.Size) -> Tensor:
-        return random(shape)
+    def answer(read: Read) -> Tensor:
+        return random(read.shape())
 
     with ExitStack() as stack:
         stack.enter_context(replaced_tensors(module, fill))
@@ -73,7 +76,7 @@ def placeholder_weights(module: nn.Module, seed: int = 0) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of the model's code, about inputs that are only an example
-        stack.enter_context(Observer(dict(module.named_parameters()), instead=instead, double=False))
+        stack.enter_context(Observer(dict(module.named_parameters()), answer=answer, double=False))
         yield
 
 
