@@ -60,8 +60,16 @@ def edges_by_block(module: nn.Module, blocks: Sequence[str], examples: Sequence[
     for names in kinds.values():
         first = next((name for name in names if name in calls), None)
         if first is not None:
-            found |= dict.fromkeys(names, edges_of(module.get_submodule(first), calls[first]))
+            found |= dict.fromkeys(names, _edges_or_reason(module.get_submodule(first), calls[first]))
     return found
+
+
+def _edges_or_reason(block: nn.Module, call: Call) -> BlockEdges:
+    try:
+        return edges_of(block, call)
+    except Exception as error:  # noqa: BLE001  whatever the code of a block raises when it runs by itself
+        reason = str(error).strip().partition("\n")[0]
+        return BlockEdges(no_stream=f"the block cannot be run by itself ({type(error).__name__}: {reason})")
 
 
 def _kind(block: nn.Module) -> Any:
@@ -79,7 +87,7 @@ def edges_of(block: nn.Module, call: Call, seed: int = 0) -> BlockEdges:
         handles = [part.register_forward_pre_hook(keeping(inputs, name), with_kwargs=True) for name, part in block.named_modules() if name]
         call = call.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
         try:
-            probe = Probe(lambda: block(*call.args, **call.kwargs), parameters)
+            probe = Probe(lambda: _run(block, call), parameters)
         finally:
             for handle in handles:
                 handle.remove()
@@ -95,6 +103,12 @@ def edges_of(block: nn.Module, call: Call, seed: int = 0) -> BlockEdges:
             found.no_stream = str(refused)
     found.edges = [copy for edge in found.edges for copy in _of_every_expert(block, edge)]
     return found
+
+
+def _run(block: nn.Module, call: Call) -> Any:
+    """One forward on copies of the inputs: the block's code may change them in place."""
+    copied = call.map(torch.clone)
+    return block(*copied.args, **copied.kwargs)
 
 
 class _Search:

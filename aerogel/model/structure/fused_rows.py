@@ -56,7 +56,7 @@ def _first_reader(probe: Probe, name: str) -> tuple[Tensor, Tensor] | None:
             raise stop
         recorded = probe.reads[read.key]
         if read.name != name or held:
-            return recorded.y
+            return recorded.y.clone()
         held.append(recorded.y.movedim(read.y_dim, -1).clone().requires_grad_())
         return held[0].movedim(-1, read.y_dim) * 1
 

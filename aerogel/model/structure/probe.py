@@ -120,7 +120,7 @@ class _Trial:
             known = self._sinks.get(read.name)
             self._sinks[read.name] = sink if known is None else _agreeing(known, sink)
         if read.name not in self._scaled:
-            return recorded.y
+            return recorded.y.clone()  # the model's code may add to it in place
         first = read.start[read.out_dim] if read.out_dim is not None else 0
         shape = [1] * recorded.y.ndim
         shape[read.y_dim] = read.outputs

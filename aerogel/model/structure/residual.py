@@ -72,7 +72,10 @@ def residual_of(module: nn.Module, towers: Sequence[Tower], edges: Mapping[str, 
         return 1 + 0.1 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
 
     with replaced_tensors(module, fill, untie=True), seen.passing(module):
-        return _Around(module, blocks, edges, seen, example).found()
+        try:
+            return _Around(module, blocks, edges, seen, example).found()
+        except RuntimeError as error:
+            raise Refused(f"the network cannot be run around its blocks ({str(error).strip().splitlines()[0]})") from error
 
 
 @dataclass
@@ -228,7 +231,7 @@ class _Around:
                 shape = [1] * recorded.y.ndim
                 shape[read.y_dim] = self._width
                 return recorded.y + self._delta.view(shape)
-            return turn(recorded.y, read.y_dim) if turn is not None and read.name in turned else recorded.y
+            return turn(recorded.y, read.y_dim) if turn is not None and read.name in turned else recorded.y.clone()
 
         with torch.no_grad(), holding(changes or {}):
             output = self._probe.run(answer=answer)

@@ -114,7 +114,7 @@ class StreamSearch:
             if recorded is None:
                 raise Refused("tokens take another way when nothing is written")
             if read.name not in self._wide:
-                return recorded.y
+                return recorded.y.clone()
             y = torch.zeros_like(recorded.y)
             shape = [1] * y.ndim
             shape[read.y_dim] = self._width
