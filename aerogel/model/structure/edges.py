@@ -32,6 +32,8 @@ class BlockEdges:
 
     edges: list[Edge] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    fused: tuple[tuple[str, ...], ...] = ()
+    """Sets of linear layers of one module that read the same input, which engines load as one: query, key and value; gate and up."""
     stream: BlockStream | None = None
     """Its part in the residual stream; None where a rotation does not pass."""
     no_stream: str = "the block did not run in an example"
@@ -97,6 +99,7 @@ def edges_of(block: nn.Module, call: Call, seed: int = 0) -> BlockEdges:
         search.linears()
         search.pairs()
         search.verify()
+        found.fused = tuple(names_of_every_expert(block, names) for names in _reading_together(probe))
         try:
             found.stream = StreamSearch(block, probe, call, gains, found.edges).found()
         except Refused as refused:
@@ -109,6 +112,22 @@ def _run(block: nn.Module, call: Call) -> Any:
     """One forward on copies of the inputs: the block's code may change them in place."""
     copied = call.map(torch.clone)
     return block(*copied.args, **copied.kwargs)
+
+
+def _reading_together(probe: Probe) -> list[tuple[str, ...]]:
+    """Layers of one module whose products have the same input."""
+    groups: list[tuple[str, Tensor, list[str]]] = []
+    for name in dict.fromkeys(name for name, *_ in probe.reads):
+        layer, home = name.removesuffix(".weight"), name.removesuffix(".weight").rpartition(".")[0]
+        (recorded, *_) = probe.of(name)
+        if layer == name or probe.parameters[name].ndim != 2:
+            continue
+        group = next((names for other, x, names in groups if other == home and torch.equal(x, recorded.x)), None)
+        if group is None:
+            groups.append((home, recorded.x, [layer]))
+        else:
+            group.append(layer)
+    return [tuple(names) for _, _, names in groups if len(names) > 1]
 
 
 class _Search:
