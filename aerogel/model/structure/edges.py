@@ -63,7 +63,31 @@ def edges_by_block(module: nn.Module, blocks: Sequence[str], examples: Sequence[
         first = next((name for name in names if name in calls), None)
         if first is not None:
             found |= dict.fromkeys(names, _edges_or_reason(module.get_submodule(first), calls[first]))
-    return found
+    shared = _shared_layers(module, blocks)
+    return {name: _without(edges, shared[name]) if shared[name] else edges for name, edges in found.items()}
+
+
+def _shared_layers(module: nn.Module, blocks: Sequence[str]) -> dict[str, set[str]]:
+    """Layers of each block whose weights another block has too: what is folded into them would be folded twice."""
+    owners: dict[int, set[str]] = {}
+    for block in blocks:
+        for parameter in module.get_submodule(block).parameters():
+            owners.setdefault(id(parameter), set()).add(block)
+    return {
+        block: {
+            name.rpartition(".")[0]
+            for name, parameter in module.get_submodule(block).named_parameters(remove_duplicate=False)
+            if len(owners[id(parameter)]) > 1
+        }
+        for block in blocks
+    }
+
+
+def _without(found: BlockEdges, layers: set[str]) -> BlockEdges:
+    """The same without the edges of some layers, and without a stream, which passes them all."""
+    kept = [edge for edge in found.edges if not layers & {*edge.sources, *edge.sinks}]
+    refused = {source: "its weight is shared with another block" for edge in found.edges if edge not in kept for source in edge.sources}
+    return BlockEdges(kept, found.refused | refused, found.fused, None, "its weights are shared with another block")
 
 
 def _edges_or_reason(block: nn.Module, call: Call) -> BlockEdges:
