@@ -6,8 +6,9 @@ import inspect
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from aerogel.model.calls import Call
@@ -20,7 +21,8 @@ TYPES: tuple[str, ...] = tuple(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 def build(model_type: str, seed: int = 0) -> nn.Module:
     config = small_config(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type))
-    return weights.build(lambda: AutoModelForImageTextToText.from_config(config), seed)
+    model_class = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])
+    return weights.build(lambda: model_class._from_config(config), seed)
 
 
 def calls(module: nn.Module) -> list[Call]:

@@ -9,7 +9,10 @@ SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_atten
 SHARED_KEYS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
 PER_LAYER = {"vocab_size_per_layer_input": 256, "hidden_size_per_layer_input": 32}
 GEMMA4 = SHARED_KEYS | PER_LAYER
-ASSISTANT = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2, "num_kv_shared_layers": 2}
+DOTS = {
+    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 32, "swa_head_dim": 32,
+    "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
+}  # fmt: skip
 BLT = {"hidden_size_global": 64}
 INDEXER = {
     "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16, "indexer_compress_ratio": 4,
@@ -17,6 +20,7 @@ INDEXER = {
 }  # fmt: skip
 
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "axk2": {"gated_norm_rank": 32},
     "bamba": {"attn_layer_indices": [1]},
     "blt": {
         "encoder_hash_byte_group_vocab": 512,
@@ -32,28 +36,30 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
     },
-    "dots3_note": {"text_config": {"num_key_value_heads": 4}, "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64}, "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64}},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "deepseek_v4": {"o_groups": 2},
+    "dots3_note": {"text_config": DOTS, "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64}, "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64}},
+    "dots3_note_text": DOTS,
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "laurel_rank": 32, "layer_types": ["sliding_attention", "full_attention"] * 3, "activation_sparsity_pattern": [0.5] + [0.0] * 5, "intermediate_size": 96, **PER_LAYER},
     "gemma4": {"text_config": GEMMA4},
     "gemma4_text": GEMMA4,
-    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, **ASSISTANT}, "backbone_hidden_size": 64},
-    "gemma4_unified_assistant": {"text_config": {"model_type": "gemma4_unified_text", **SHARED_KEYS}, "backbone_hidden_size": 64},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
-    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 3, "num_hidden_layers": 3},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 3, "num_hidden_layers": 3, "mamba_dt_rank": 32},
     "inkling2_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16},
     "inkling_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16},
-    "kimi_linear": {"linear_head_dim": 16, "linear_num_heads": 4},
+    "kimi_linear": {"linear_head_dim": 32, "linear_num_heads": 4},
     "laguna": SLIDING,
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     "longcat_flash": {"zero_expert_num": 2},
+    "falcon_mamba": {"time_step_rank": 32},
+    "mamba": {"time_step_rank": 32},
     "mamba2": {"num_heads": 8, "hidden_size": 64, "head_dim": 16},
     "mellum": {"mlp_layer_types": ["dense", "sparse", "sparse"], **SLIDING},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"], "mlp_layer_types": ["dense", "sparse", "sparse"], "index_n_heads": 2, "index_head_dim": 16, "index_block_size": 8, "index_topk_blocks": 2},
-    "musicgen": {},
+    "moshi": {"ffn_dim": 128},
+    "recurrent_gemma": {"intermediate_size": 128},
     "qwen4_exp": {"text_config": INDEXER},
     "qwen4_exp_text": INDEXER,
     "phi4_multimodal": {"audio_config": {"ext_pw_out_channel": 64, "depthwise_separable_out_channel": 64, "nemo_conv_channels": 32}},
