@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from tests.architectures.overrides import OVERRIDES
+
 HIDDEN, INNER, EXPERT, HEADS, KV_HEADS, HEAD, LAYERS, VOCABULARY = 64, 96, 64, 4, 2, 16, 3, 256
 TEXT_IDS = (5, 200)
 """Ids that stand for text in every tiny model; special tokens are outside."""
@@ -31,7 +33,7 @@ _SIZES: dict[int, str] = {
         top_k_experts num_experts_per_token linear_num_key_heads mamba_expand eos_token_id index_n_heads""",
     HEADS: """num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads num_experts
         num_local_experts n_routed_experts moe_num_experts linear_num_value_heads mamba_d_conv""",
-    HEAD: """head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim mamba_d_state mamba_d_head
+    HEAD: """head_dim d_kv qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim mamba_d_state mamba_d_head
         mamba_head_dim state_size ssm_state_size global_head_dim attention_head_dim num_position_embeddings image_seq_length
         num_image_tokens attention_chunk_size window_size num_mel_bins""",
     8: """mamba_n_heads mamba_num_heads mamba_chunk_size chunk_size rotary_dim patch_size index_topk sliding_window sliding_window_size
@@ -60,10 +62,10 @@ Overrides = dict[str, Any]
 def small_config(config_class: type[PreTrainedConfig], overrides: Overrides | None = None) -> PreTrainedConfig:
     """Build a configuration with small sizes and one layer of each kind at least.
 
-    `overrides` replaces single values; the value for a nested configuration is a dict of its own overrides.
+    `overrides` replaces single values, on top of those of the type; the value for a nested configuration is a dict of its own overrides.
     Raises whatever the class raises for values that it refuses.
     """
-    overrides = overrides or {}
+    overrides = OVERRIDES.get(config_class.model_type, {}) | (overrides or {})
     fields = _fields(config_class)
     default = _default(config_class) or config_class.__new__(config_class)
     values = {name: copy.copy(size) for name, size in SMALL.items() if name in fields and _alike(size, vars(default).get(name))}

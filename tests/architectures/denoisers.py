@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from aerogel.model.calls import Call
-from tests.architectures import denoisers_image, denoisers_more, denoisers_video, weights
+from tests.architectures import denoisers_audio, denoisers_image, denoisers_unet, denoisers_video, weights
 from tests.architectures.draws import Denoiser, Draw
 
-DENOISERS: dict[str, Denoiser] = denoisers_image.DENOISERS | denoisers_video.DENOISERS | denoisers_more.DENOISERS
+DENOISERS: dict[str, Denoiser] = (
+    denoisers_image.DENOISERS | denoisers_video.DENOISERS | denoisers_audio.DENOISERS | denoisers_unet.DENOISERS
+)
 TYPES: tuple[str, ...] = tuple(sorted(DENOISERS))
 """Classes of diffusers; what follows a hyphen names another configuration of a class."""
 

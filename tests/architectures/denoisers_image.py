@@ -1,69 +1,69 @@
-"""Denoisers of images, tiny: transformers and UNets of diffusers."""
+"""Transformers of diffusers that denoise images, tiny."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from tests.architectures.draws import CHANNELS, HEAD, SHAPE, TEXT, WIDTH, Denoiser, Draw
+from tests.architectures.draws import (
+    CHANNELS,
+    HEAD,
+    SHAPE,
+    TEXT,
+    WIDTH,
+    Denoiser,
+    Draw,
+    Inputs,
+    guided,
+    image,
+    masked,
+    packed,
+    placed,
+    pooled,
+)
 
-Inputs = dict[str, Any]
 ROPE = (4, 6, 6)
 PIXELS: Inputs = {**SHAPE, "in_channels": CHANNELS, "sample_size": 8, "patch_size": 2}
 JOINT: Inputs = {**SHAPE, "in_channels": 32, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": TEXT, "axes_dims_rope": ROPE}
-COGVIEW: Inputs = {
-    **PIXELS, "num_layers": 3, "out_channels": CHANNELS, "text_embed_dim": TEXT, "time_embed_dim": 32, "condition_dim": 32,
-    "pos_embed_max_size": 16,
+GLM: Inputs = {
+    **SHAPE, "in_channels": CHANNELS, "out_channels": CHANNELS, "patch_size": 2, "num_layers": 3, "text_embed_dim": TEXT,
+    "time_embed_dim": 32, "condition_dim": 32,
 }  # fmt: skip
-UNET: Inputs = {
-    "sample_size": 16, "in_channels": 4, "out_channels": 4, "block_out_channels": (32, 64), "layers_per_block": 2, "norm_num_groups": 8,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "cross_attention_dim": TEXT, "attention_head_dim": 4,
-}  # fmt: skip
-
-
-def conditioned(draw: Draw) -> Inputs:
-    return {"hidden_states": draw.image(), "timestep": draw.steps(), "encoder_hidden_states": draw.text()}
-
-
-def packed(draw: Draw) -> Inputs:
-    return {"hidden_states": draw.packed(), "timestep": draw.shares(), "encoder_hidden_states": draw.text()}
-
-
-def placed(draw: Draw) -> Inputs:
-    return packed(draw) | draw.positions()
-
-
-def unet(draw: Draw) -> Inputs:
-    return {"sample": draw.image(16, 4), "timestep": draw.whole_steps(), "encoder_hidden_states": draw.text()}
+COGVIEW: Inputs = {**GLM, "sample_size": 8, "pos_embed_max_size": 16}
 
 
 def _cogview(draw: Draw) -> Inputs:
     sizes = {"original_size": draw.full(8.0, 2), "target_size": draw.full(8.0, 2), "crop_coords": draw.full(0.0, 2)}
-    return {**conditioned(draw), "timestep": draw.whole_steps(), **sizes}
+    return {**image(draw), "timestep": draw.whole_steps(), **sizes}
 
 
 def _hunyuan(draw: Draw) -> Inputs:
     return {
-        **conditioned(draw), "text_embedding_mask": draw.full(1.0, 4), "encoder_hidden_states_t5": draw.text(),
-        "text_embedding_mask_t5": draw.full(1.0, 4), "image_meta_size": draw.full(1.0, 6),
-        "style": torch.zeros(draw.batch, dtype=torch.long), "image_rotary_emb": draw.angles(16),
-    }  # fmt: skip
+        **image(draw),
+        "text_embedding_mask": draw.full(1.0, 4),
+        "encoder_hidden_states_t5": draw.text(),
+        "text_embedding_mask_t5": draw.full(1.0, 4),
+        "image_meta_size": draw.full(1.0, 6),
+        "style": torch.zeros(draw.batch, dtype=torch.long),
+        "image_rotary_emb": draw.angles(16),
+    }
 
 
 def _omnigen(draw: Draw) -> Inputs:
-    """One image after five tokens and the time step."""
+    """Return one image after five tokens and the time step."""
     length = 5 + 1 + 16
     return {
-        "hidden_states": draw.image(), "timestep": draw.shares(), "input_ids": torch.arange(5).expand(draw.batch, 5),
-        "input_img_latents": [], "input_image_sizes": {}, "attention_mask": torch.ones(draw.batch, length, length, dtype=torch.long),
+        "hidden_states": draw.pixels(),
+        "timestep": draw.shares(),
+        "input_ids": torch.arange(5).expand(draw.batch, 5),
+        "input_img_latents": [],
+        "input_image_sizes": {},
+        "attention_mask": torch.ones(draw.batch, length, length, dtype=torch.long),
         "position_ids": torch.arange(length).expand(draw.batch, length),
-    }  # fmt: skip
+    }
 
 
 def _z_image(draw: Draw) -> Inputs:
-    """Images and prompts as lists, each of its own size."""
+    """Return images and prompts as lists, each of its own size."""
     images = [torch.randn(CHANNELS, 1, 8, 8, generator=draw.generator) for _ in range(draw.batch)]
     prompts = [torch.randn(draw.tokens, TEXT, generator=draw.generator) for _ in range(draw.batch)]
     return {"x": images, "t": draw.shares(), "cap_feats": prompts}
@@ -71,66 +71,87 @@ def _z_image(draw: Draw) -> Inputs:
 
 def _hidream(draw: Draw) -> Inputs:
     return {
-        "hidden_states": draw.image(), "timesteps": draw.steps(), "encoder_hidden_states_t5": draw.text(),
+        "hidden_states": draw.pixels(),
+        "timesteps": draw.steps(),
+        "encoder_hidden_states_t5": draw.text(),
         "encoder_hidden_states_llama3": torch.randn(2, draw.batch, draw.tokens, TEXT, generator=draw.generator),
         "pooled_embeds": draw.noise(TEXT),
-    }  # fmt: skip
+    }
 
 
 def _lumina_next(draw: Draw) -> Inputs:
     turns = torch.rand(384, 384, HEAD // 2, generator=draw.generator)
-    inputs = {**conditioned(draw), "encoder_mask": draw.mask(torch.float32), "cross_attention_kwargs": {}}
+    inputs = {**image(draw), "encoder_mask": draw.mask(torch.float32), "cross_attention_kwargs": {}}
     return inputs | {"image_rotary_emb": torch.polar(torch.ones_like(turns), turns)}
-
-
-def _sdxl(draw: Draw) -> Inputs:
-    return unet(draw) | {"added_cond_kwargs": {"text_embeds": draw.noise(TEXT), "time_ids": draw.full(1.0, 6)}}
-
-
-def pooled(inputs: Inputs, draw: Draw) -> Inputs:
-    return inputs | {"pooled_projections": draw.noise(TEXT)}
-
-
-def guided(inputs: Inputs, draw: Draw) -> Inputs:
-    return inputs | {"guidance": draw.full(3.5)}
-
-
-def masked(inputs: Inputs, draw: Draw, name: str = "encoder_attention_mask") -> Inputs:
-    return inputs | {name: draw.mask()}
 
 
 def _qwen(draw: Draw) -> Inputs:
     return masked(packed(draw), draw, "encoder_hidden_states_mask") | {"img_shapes": [[(1, 4, 4)]] * draw.batch}
 
 
+def _ernie_image(draw: Draw) -> Inputs:
+    return {
+        "hidden_states": draw.pixels(4, 32),
+        "timestep": draw.steps(),
+        "text_bth": draw.text(),
+        "text_lens": torch.full((draw.batch,), draw.tokens),
+    }
+
+
+def _krea2(draw: Draw) -> Inputs:
+    return {**packed(draw), "encoder_hidden_states": draw.noise(draw.tokens, 3, TEXT), "position_ids": torch.zeros(draw.tokens + 16, 3)}
+
+
+def _qwen_image21(draw: Draw) -> Inputs:
+    return masked(packed(draw), draw, "encoder_hidden_states_mask") | {
+        "img_shapes": [[(1, 4, 4)]] * draw.batch,
+        "img_mask": (torch.arange(draw.tokens + 4) >= draw.tokens).expand(draw.batch, -1),
+    }
+
+
+def _prior(draw: Draw) -> Inputs:
+    """Return the embedding of an image instead of its pixels."""
+    inputs = {"hidden_states": draw.noise(TEXT), "proj_embedding": draw.noise(TEXT), "encoder_hidden_states": draw.text()}
+    return inputs | {"timestep": draw.whole_steps()}
+
+
+def _glm(draw: Draw) -> Inputs:
+    """Return an image with the tokens that an autoregressive model gave for it."""
+    tokens = {"prior_token_id": torch.arange(16).expand(draw.batch, 16), "prior_token_drop": torch.zeros(draw.batch, 16, dtype=torch.bool)}
+    sizes = {"target_size": draw.full(8.0, 2), "crop_coords": draw.full(0.0, 2)}
+    return {**image(draw), "timestep": draw.whole_steps(), **tokens, **sizes}
+
+
 DENOISERS: dict[str, Denoiser] = {
     "DiTTransformer2DModel": Denoiser(
-        lambda d: {"hidden_states": d.image(), "timestep": d.steps(), "class_labels": torch.tensor([1, 2])[: d.batch]},
+        lambda d: {"hidden_states": d.pixels(), "timestep": d.steps(), "class_labels": torch.tensor([1, 2])[: d.batch]},
         {**PIXELS, "num_layers": 3, "num_embeds_ada_norm": 10, "norm_num_groups": 4},
     ),
     "PixArtTransformer2DModel": Denoiser(
-        conditioned,
+        image,
         {
             **PIXELS, "out_channels": CHANNELS, "num_layers": 3, "cross_attention_dim": WIDTH, "caption_channels": TEXT,
             "norm_num_groups": 4, "use_additional_conditions": False,
         },
     ),
     "SD3Transformer2DModel": Denoiser(
-        lambda d: pooled(conditioned(d), d),
+        lambda d: pooled(image(d), d),
         {
             **PIXELS, "out_channels": CHANNELS, "num_layers": 3, "joint_attention_dim": TEXT, "caption_projection_dim": WIDTH,
             "pooled_projection_dim": TEXT, "pos_embed_max_size": 8, "dual_attention_layers": (0,), "qk_norm": "rms_norm",
         },
     ),
     "FluxTransformer2DModel": Denoiser(
-        lambda d: guided(pooled(placed(d), d), d), {**JOINT, "pooled_projection_dim": TEXT, "guidance_embeds": True}
+        lambda d: guided(pooled(placed(d), d), d),
+        {**JOINT, "pooled_projection_dim": TEXT, "guidance_embeds": True},
     ),
     "Flux2Transformer2DModel": Denoiser(
         lambda d: guided(packed(d) | d.positions(4), d),
         {**JOINT, "timestep_guidance_channels": 32, "axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": True},
     ),
     "ChromaTransformer2DModel": Denoiser(
-        placed, {**JOINT, "approximator_num_channels": 8, "approximator_hidden_dim": 32, "approximator_layers": 2}
+        placed,
+        {**JOINT, "approximator_num_channels": 8, "approximator_hidden_dim": 32, "approximator_layers": 2},
     ),
     "BriaTransformer2DModel": Denoiser(placed, {**JOINT, "axes_dims_rope": list(ROPE)}),
     "QwenImageTransformer2DModel": Denoiser(
@@ -141,14 +162,14 @@ DENOISERS: dict[str, Denoiser] = {
         },
     ),
     "SanaTransformer2DModel": Denoiser(
-        conditioned,
+        image,
         {
             **SHAPE, "in_channels": CHANNELS, "out_channels": CHANNELS, "num_layers": 3, "num_cross_attention_heads": 4,
             "cross_attention_head_dim": HEAD, "cross_attention_dim": WIDTH, "caption_channels": TEXT, "sample_size": 8,
         },
     ),
     "Lumina2Transformer2DModel": Denoiser(
-        lambda d: masked(conditioned(d), d),
+        lambda d: masked(image(d), d),
         {
             "sample_size": 8, "in_channels": CHANNELS, "hidden_size": WIDTH, "num_layers": 3, "num_refiner_layers": 2,
             "num_attention_heads": 4, "num_kv_heads": 2, "multiple_of": 32, "axes_dim_rope": ROPE, "axes_lens": (64, 64, 64),
@@ -158,15 +179,15 @@ DENOISERS: dict[str, Denoiser] = {
     "LuminaNextDiT2DModel": Denoiser(
         _lumina_next,
         {
-            "sample_size": 8, "in_channels": CHANNELS, "hidden_size": WIDTH, "num_layers": 3, "num_attention_heads": 4,
-            "num_kv_heads": 2, "multiple_of": 32, "cross_attention_dim": TEXT,
+            "sample_size": 8, "in_channels": CHANNELS, "hidden_size": WIDTH, "num_layers": 3, "num_attention_heads": 4, "num_kv_heads": 2,
+            "multiple_of": 32, "cross_attention_dim": TEXT,
         },
     ),
     "AuraFlowTransformer2DModel": Denoiser(
-        lambda d: conditioned(d) | {"timestep": d.shares()},
+        lambda d: image(d) | {"timestep": d.shares()},
         {
-            **PIXELS, "num_mmdit_layers": 2, "num_single_dit_layers": 2, "joint_attention_dim": TEXT,
-            "caption_projection_dim": WIDTH, "pos_embed_max_size": 64,
+            **PIXELS, "num_mmdit_layers": 2, "num_single_dit_layers": 2, "joint_attention_dim": TEXT, "caption_projection_dim": WIDTH,
+            "pos_embed_max_size": 64,
         },
     ),
     "CogView3PlusTransformer2DModel": Denoiser(_cogview, COGVIEW),
@@ -204,27 +225,59 @@ DENOISERS: dict[str, Denoiser] = {
         },
     ),
     "PRXTransformer2DModel": Denoiser(
-        lambda d: masked(conditioned(d), d, "attention_mask") | {"timestep": d.shares()},
+        lambda d: masked(image(d), d, "attention_mask") | {"timestep": d.shares()},
         {
             "in_channels": CHANNELS, "context_in_dim": TEXT, "hidden_size": WIDTH, "num_heads": 4, "depth": 3, "axes_dim": [8, 8],
             "mlp_ratio": 2.0,
         },
     ),
-    "UNet2DConditionModel": Denoiser(unet, UNET),
-    "UNet2DConditionModel-sdxl": Denoiser(
-        _sdxl,
-        {
-            **UNET, "transformer_layers_per_block": 2, "use_linear_projection": True, "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
-        },
-        class_name="UNet2DConditionModel",
+    "BriaFiboTransformer2DModel": Denoiser(
+        lambda d: placed(d) | {"text_encoder_layers": [d.text() for _ in range(4)]},
+        {**JOINT, "text_encoder_dim": TEXT, "axes_dims_rope": list(ROPE)},
     ),
-    "UNet2DModel": Denoiser(
-        lambda d: {"sample": d.image(16, 3), "timestep": d.whole_steps()},
+    "ErnieImageTransformer2DModel": Denoiser(
+        _ernie_image,
         {
-            "sample_size": 16, "in_channels": 3, "out_channels": 3, "block_out_channels": (32, 64), "layers_per_block": 1,
-            "norm_num_groups": 8, "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 16,
+            "hidden_size": WIDTH, "num_attention_heads": 4, "num_layers": 3, "ffn_hidden_size": 96, "in_channels": 32, "out_channels": 32,
+            "text_in_dim": TEXT, "rope_axes_dim": ROPE,
         },
+    ),
+    "Flux3Transformer2DModel": Denoiser(
+        lambda d: packed(d) | d.positions(4),
+        {**JOINT, "cond_in_channels": 32, "timestep_channels": 32, "axes_dims_rope": (4, 4, 4, 4)},
+    ),
+    "GlmImageTransformer2DModel": Denoiser(_glm, {**GLM, "prior_vq_quantizer_codebook_size": 64}),
+    "HunyuanImageTransformer2DModel": Denoiser(
+        lambda d: masked({**image(d), "hidden_states": d.pixels(4, 32)}, d),
+        {
+            **SHAPE, "in_channels": 32, "out_channels": 32, "num_layers": 2, "num_single_layers": 2, "text_embed_dim": TEXT,
+            "rope_axes_dim": (8, 8),
+        },
+    ),
+    "Krea2Transformer2DModel": Denoiser(
+        _krea2,
+        {
+            **SHAPE, "in_channels": 32, "num_layers": 3, "num_key_value_heads": 2, "intermediate_size": 96, "timestep_embed_dim": 32,
+            "text_hidden_dim": TEXT, "num_text_layers": 3, "text_num_attention_heads": 2, "text_num_key_value_heads": 2,
+            "text_intermediate_size": 96, "axes_dims_rope": ROPE,
+        },
+    ),
+    "LongCatImageTransformer2DModel": Denoiser(placed, {**JOINT, "pooled_projection_dim": TEXT, "axes_dims_rope": list(ROPE)}),
+    "NucleusMoEImageTransformer2DModel": Denoiser(
+        lambda d: masked(packed(d), d, "encoder_hidden_states_mask") | {"img_shapes": [[(1, 4, 4)]] * d.batch},
+        {
+            **SHAPE, "in_channels": 32, "out_channels": CHANNELS, "num_layers": 5, "num_key_value_heads": 2, "joint_attention_dim": TEXT,
+            "axes_dims_rope": ROPE, "num_experts": 4, "moe_intermediate_dim": 64, "capacity_factors": 2.0,
+        },
+    ),
+    "OvisImageTransformer2DModel": Denoiser(placed, {**JOINT, "out_channels": 32}),
+    "PriorTransformer": Denoiser(_prior, {**SHAPE, "num_layers": 3, "embedding_dim": TEXT, "num_embeddings": 7}, tokens=7),
+    "QwenImage21Transformer2DModel": Denoiser(
+        _qwen_image21,
+        {**SHAPE, "in_channels": 32, "out_channels": 32, "num_layers": 3, "context_in_dim": TEXT, "axes_dims_rope": ROPE},
+    ),
+    "Transformer2DModel": Denoiser(
+        lambda d: {"hidden_states": d.pixels(8, 32), "encoder_hidden_states": d.text()},
+        {**SHAPE, "in_channels": 32, "num_layers": 3, "norm_num_groups": 8, "cross_attention_dim": TEXT},
     ),
 }  # fmt: skip

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Inputs = dict[str, Any]
 TEXT, CHANNELS, HEADS, HEAD = 32, 8, 4, 16
 WIDTH = HEADS * HEAD
-SHAPE: dict[str, Any] = {"num_attention_heads": HEADS, "attention_head_dim": HEAD}
+SHAPE: Inputs = {"num_attention_heads": HEADS, "attention_head_dim": HEAD}
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,13 @@ class Draw:
         """Return normal noise of a shape, the batch before it."""
         return torch.randn(self.batch, *shape, generator=self.generator)
 
-    def image(self, side: int = 8, channels: int = CHANNELS) -> Tensor:
+    def pixels(self, side: int = 8, channels: int = CHANNELS) -> Tensor:
         return self.noise(channels, side, side)
 
-    def video(self, frames: int = 2, side: int = 8, channels: int = CHANNELS) -> Tensor:
+    def clip(self, frames: int = 2, side: int = 8, channels: int = CHANNELS) -> Tensor:
         return self.noise(channels, frames, side, side)
 
-    def packed(self, width: int = 32) -> Tensor:
+    def patches(self, width: int = 32) -> Tensor:
         """Return a row of 4 x 4 patches."""
         return self.noise(16, width)
 
@@ -74,9 +75,44 @@ class Draw:
 class Denoiser:
     """One denoiser: how its class is made small, and what one forward takes."""
 
-    inputs: Callable[[Draw], dict[str, Any]]
-    options: dict[str, Any] = field(default_factory=dict)
+    inputs: Callable[[Draw], Inputs]
+    options: Inputs = field(default_factory=dict)
     class_name: str = ""
     """Class in diffusers; empty where it is the name in the table."""
     tokens: int = 0
     """Length of the prompt where it is fixed."""
+
+
+def image(draw: Draw) -> Inputs:
+    """Return an image, its time step out of a thousand, and a prompt."""
+    return {"hidden_states": draw.pixels(), "timestep": draw.steps(), "encoder_hidden_states": draw.text()}
+
+
+def video(draw: Draw) -> Inputs:
+    """Return two frames, their time step out of a thousand, and a prompt."""
+    return {"hidden_states": draw.clip(), "timestep": draw.steps(), "encoder_hidden_states": draw.text()}
+
+
+def packed(draw: Draw) -> Inputs:
+    """Return a row of patches, its time step as a share of the way, and a prompt."""
+    return {"hidden_states": draw.patches(), "timestep": draw.shares(), "encoder_hidden_states": draw.text()}
+
+
+def placed(draw: Draw) -> Inputs:
+    """Return a row of patches with their places."""
+    return packed(draw) | draw.positions()
+
+
+def pooled(inputs: Inputs, draw: Draw) -> Inputs:
+    """Add the vector of a whole prompt."""
+    return inputs | {"pooled_projections": draw.noise(TEXT)}
+
+
+def guided(inputs: Inputs, draw: Draw) -> Inputs:
+    """Add the guidance scale as an input."""
+    return inputs | {"guidance": draw.full(3.5)}
+
+
+def masked(inputs: Inputs, draw: Draw, name: str = "encoder_attention_mask") -> Inputs:
+    """Add the mask of the prompt."""
+    return inputs | {name: draw.mask()}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tests.architectures.configs import IMAGE, TEXT_IDS, VIDEO
-from tests.architectures.images import Arguments, Sizes, placeholder_arguments, placed_patches, sizes, squares, tiles
+from tests.architectures.images import Arguments, Sizes, placeholder_arguments, sizes, squares, tiles
 
 QUERIES = 8
 """Tokens that a resampler makes of one image (`num_query_tokens`, `latent_query_num`)."""
@@ -39,7 +38,7 @@ def _kosmos2(s: Sizes, ids: Tensor) -> Arguments:
 
 
 def _flat_patches(s: Sizes) -> Tensor:
-    """Patches of 64 values, each after its row and column."""
+    """Return patches of 64 values, each after its row and column."""
     places = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij"), dim=-1).reshape(1, 16, 2)
     return torch.cat([places.expand(s.images, -1, -1), s.random(s.images, 16, 64)], dim=-1)
 
@@ -57,7 +56,7 @@ def _idefics(s: Sizes, ids: Tensor) -> Arguments:
 
 
 def _mllama(s: Sizes, ids: Tensor) -> Arguments:
-    """One image of one tile, the other tiles padding."""
+    """Return one image of one tile, the other tiles padding."""
     mask = torch.tensor([1, 0, 0, 0])
     return {
         "input_ids": ids,

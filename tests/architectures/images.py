@@ -53,7 +53,7 @@ def sized_squares(s: Sizes) -> Arguments:
 
 
 def tiles(s: Sizes) -> Arguments:
-    """One tile an image, with a place for more."""
+    """Return one tile an image, with a place for more."""
     return {"pixel_values": s.random(s.images, 1, s.channels, s.side, s.side)}
 
 
@@ -62,7 +62,7 @@ def marked_tiles(s: Sizes) -> Arguments:
 
 
 def any_resolution(s: Sizes) -> Arguments:
-    """The whole image and two tiles of it, for a grid of one row of two tiles."""
+    """Return the whole image and two tiles of it, for a grid of one row of two tiles."""
     pixels = s.random(s.images, 3, s.channels, s.side, s.side)
     return {"pixel_values": pixels, "image_sizes": torch.tensor([[s.side, 2 * s.side]] * s.images)}
 
@@ -83,7 +83,7 @@ def patch_images(s: Sizes) -> Arguments:
 
 
 def merged_patches(s: Sizes) -> Arguments:
-    """Squares of 2 x 2 patches, one for each token, with the channels last."""
+    """Return squares of 2 x 2 patches, one for each token, with the channels last."""
     pixels = s.random(s.images * 8, 2 * s.patch, 2 * s.patch, s.channels)
     return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 2, 4]] * s.images)}
 
@@ -99,25 +99,25 @@ def shaped_patches(s: Sizes) -> Arguments:
 
 
 def placed_patches(s: Sizes) -> Arguments:
-    """Patches with the place of each."""
+    """Return patches with the place of each."""
     places = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij"), dim=-1).reshape(1, 36, 2)
     return {"pixel_values": s.random(s.images, 36, s.channels * s.patch**2), "image_position_ids": places.expand(s.images, -1, -1)}
 
 
 def placed_merged_patches(s: Sizes) -> Arguments:
-    """Squares of 3 x 3 patches with the place of each."""
+    """Return squares of 3 x 3 patches with the place of each."""
     places = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).expand(s.images, 4, 2)
     return {"pixel_values": s.random(s.images, 4, s.channels * (3 * s.patch) ** 2), "image_position_ids": places}
 
 
 def strip_of_patches(s: Sizes) -> Arguments:
-    """The patches of all images side by side, as one image of one row."""
+    """Return the patches of all images side by side, as one image of one row."""
     pixels = s.random(1, s.channels, s.patch, s.images * GRID[0] * GRID[1] * s.patch)
     return {"pixel_values": pixels, "target_sizes": torch.tensor([GRID] * s.images)}
 
 
 def pooled_patches(s: Sizes) -> Arguments:
-    """One crop an image of 4 x 4 patches, of which each token reads 2 x 2."""
+    """Return one crop an image of 4 x 4 patches, of which each token reads 2 x 2."""
     places = torch.arange(16).view(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)
     pooling = torch.cat([places + 16 * image for image in range(s.images)])
     grids = torch.tensor([[2, 2, 0, 0]] * s.images)

@@ -14,7 +14,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from aerogel.model.calls import Call
 from tests.architectures import weights
 from tests.architectures.configs import TEXT_IDS, small_config
-from tests.architectures.text_overrides import OVERRIDES
 
 TYPES: tuple[str, ...] = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 SHAPES = ((2, 24), (1, 16))
@@ -29,7 +28,7 @@ def build(model_type: str, seed: int = 0) -> nn.Module:
 
     Raises what transformers raises for a type that it cannot build here, such as one that needs a package that is not installed.
     """
-    config = small_config(CONFIG_MAPPING[DECODERS.get(model_type, model_type)], OVERRIDES.get(model_type))
+    config = small_config(CONFIG_MAPPING[DECODERS.get(model_type, model_type)])
     if model_type in DECODERS:
         model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
         return weights.build(lambda: model_class(config), seed)
@@ -40,14 +39,13 @@ def calls(module: nn.Module) -> list[Call]:
     """Return two forwards of different shape."""
     generator = torch.Generator().manual_seed(0)
     inputs = INPUTS.get(type(module).__name__, _text)
-    cache = {"use_cache": False} if takes(module, "use_cache") else {}
+    cache = {"use_cache": False} if _takes_cache(module) else {}
     return [Call((), inputs(torch.randint(*TEXT_IDS, shape, generator=generator)) | cache) for shape in SHAPES]
 
 
-def takes(module: nn.Module, name: str) -> bool:
-    """Return if a forward takes an argument of this name."""
+def _takes_cache(module: nn.Module) -> bool:
     parameters = inspect.signature(module.forward).parameters
-    return name in parameters or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    return "use_cache" in parameters or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
 
 
 def _text(ids: Tensor) -> dict[str, object]:

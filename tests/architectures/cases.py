@@ -1,0 +1,92 @@
+"""All architectures that are built here, as one list: causal language models, image-text models and denoisers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aerogel.model.calls import Call, tensors_in
+
+
+@dataclass(frozen=True)
+class Case:
+    """One architecture: how to build it tiny, and forwards of it."""
+
+    kind: str
+    """One of causal, image-text, denoiser."""
+    name: str
+    """Model type in transformers, or class in diffusers."""
+    make: Callable[[], nn.Module]
+    """Builds it; raises what the library raises for an architecture that it cannot build here."""
+    calls: Callable[[nn.Module], list[Call]]
+    """Returns two forwards of different shape for a model that `make` built."""
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.name}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Tells if a case was built and ran."""
+
+    kind: str
+    name: str
+    parameters: int
+    """Number of parameters; 0 where it was not built."""
+    reason: str
+    """The error on one line, or nothing where it ran."""
+
+
+def cases() -> list[Case]:
+    """List all architectures; their classes are imported when they are made."""
+    from tests.architectures import denoisers, image_text, text
+
+    found = [Case("causal", name, partial(text.build, name), text.calls) for name in text.TYPES]
+    found += [
+        Case("image-text", name, partial(image_text.build, name), partial(image_text.calls, model_type=name)) for name in image_text.TYPES
+    ]
+    found += [Case("denoiser", name, partial(denoisers.build, name), partial(_ignoring_module, name)) for name in denoisers.TYPES]
+    return found
+
+
+def _ignoring_module(name: str, module: nn.Module) -> list[Call]:
+    from tests.architectures import denoisers
+
+    return denoisers.calls(name)
+
+
+def outcomes(chosen: Iterable[Case]) -> list[Outcome]:
+    """Build and run cases, and tell of each if it ran or why it did not."""
+    return [_outcome(case) for case in chosen]
+
+
+def _outcome(case: Case) -> Outcome:
+    parameters = 0
+    try:
+        module = case.make()
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        for call in case.calls(module):
+            output(module, call)
+    except Exception as error:  # noqa: BLE001 - the libraries raise anything; the reason is what is asked for
+        return Outcome(case.kind, case.name, parameters, reason(error))
+    return Outcome(case.kind, case.name, parameters, "")
+
+
+def reason(error: Exception) -> str:
+    """Return the class and the text of an error on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def output(module: nn.Module, call: Call) -> Tensor:
+    """Return a model's answer to a call: its logits, its prediction or the first tensor of what it returns."""
+    with torch.no_grad():
+        answer: Any = module(*call.args, **call.kwargs)
+    for name in ("logits", "sample"):
+        if isinstance(getattr(answer, name, None), Tensor):
+            return getattr(answer, name)
+    return tensors_in(answer)[0]
