@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from tests.architectures.overrides import OVERRIDES
 
-HIDDEN, INNER, EXPERT, HEADS, KV_HEADS, HEAD, LAYERS, VOCABULARY = 64, 96, 64, 4, 2, 16, 3, 256
+HIDDEN, INNER, HEADS, HEAD, LAYERS, VOCABULARY = 64, 96, 4, 16, 3, 256
 TEXT_IDS = (5, 200)
 """Ids that stand for text in every tiny model; special tokens are outside."""
-IMAGE, VIDEO, AUDIO, VISION_START, VISION_END, MASK = 250, 251, 252, 253, 254, 249
+IMAGE, VIDEO, AUDIO, VISION_START, VISION_END = 250, 251, 252, 253, 254
 
 _SIZES: dict[int, str] = {
     HIDDEN: """hidden_size d_model n_embd dim emb_dim embed_dim embedding_size hidden_dim word_embed_proj_dim encoder_hidden_size
@@ -56,6 +55,9 @@ SMALL: dict[str, Any] = {name: size for size, names in _SIZES.items() for name i
 KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "indexer_types")
 """Fields with one entry for each layer that select what kind of layer it is."""
 
+KINDS_GIVEN = {*KINDS, "num_hidden_layers"}
+"""Fields whose overrides leave the kinds of layers to the overrides."""
+
 Overrides = dict[str, Any]
 
 
@@ -80,17 +82,6 @@ def small_config(config_class: type[PreTrainedConfig], overrides: Overrides | No
     for name, sub_class in nested.items():
         values[name] = small_config(sub_class, overrides.get(name))
     return config_class(**values)
-
-
-KINDS_GIVEN = {*KINDS, "num_hidden_layers"}
-
-
-def parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """Yield a configuration and every configuration in it."""
-    yield config
-    for value in list(vars(config).values()):
-        if isinstance(value, PreTrainedConfig):
-            yield from parts(value)
 
 
 def _alike(size: object, default: object) -> bool:

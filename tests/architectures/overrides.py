@@ -149,6 +149,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "vipllava": {"vision_feature_layer": (-1, -2)},
     "vision-encoder-decoder": {"decoder": {"add_cross_attention": True}},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "youtu": {"pad_token_id": None},  # transformers 5.23 zeroes the padding row of the embedding when it loads a checkpoint
     "zamba": {
         "num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 1, "num_key_value_heads": 4, "attention_head_dim": 32,
         "attention_hidden_size": 128, "mamba_dt_rank": 32,
