@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from tests.architectures.audio import SOUNDS, with_audio
 from tests.architectures.configs import IMAGE, TEXT_IDS, VIDEO
 from tests.architectures.images import Arguments, Sizes, placeholder_arguments, sizes, squares, tiles
 
@@ -125,11 +126,13 @@ DECODED = ("florence2", "t5gemma2", "diffusion_gemma")
 
 
 def arguments(module: nn.Module, model_type: str, batch: int, length: int, generator: torch.Generator) -> Arguments:
-    """Return the keyword arguments of one forward with an image in every row."""
+    """Return the keyword arguments of one forward with an image in every row, and with audio where a type has a tower for it."""
     if model_type in DIRECT:
         ids = torch.randint(*TEXT_IDS, (batch, length), generator=generator)
         return DIRECT[model_type](sizes(module, batch, generator), ids)
     found = placeholder_arguments(module, model_type, batch, length, generator)
+    if model_type in SOUNDS:
+        found = with_audio(module, model_type, found, generator)
     if model_type in DECODED:
         found["decoder_input_ids"] = torch.randint(*TEXT_IDS, (batch, length // 2), generator=generator)
     return found
