@@ -41,7 +41,7 @@ _SIZES: dict[int, str] = {
     128: """max_position_embeddings n_positions""",
     1: """n_group topk_group n_groups mamba_n_groups n_shared_experts first_k_dense_replace bos_token_id decoder_start_token_id""",
     0: "pad_token_id",
-    VOCABULARY: "vocab_size audio_vocab_size unpadded_vocab_size",
+    VOCABULARY: "vocab_size src_vocab_size tgt_vocab_size audio_vocab_size unpadded_vocab_size",
     IMAGE: "image_token_id image_token_index im_patch_id",
     VIDEO: "video_token_id video_token_index",
     AUDIO: "audio_token_id audio_token_index",

@@ -67,6 +67,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vocabulary_map": {"<image>": 250, "<|extra_200|>": 248, **{f"<|visual token {code:06d}|>": 100 + code for code in range(64)}},
         "vq_config": {**VQ, "embed_dim": 4, "latent_channels": 4, "num_attention_heads": 1, "attn_resolutions": (3,)},
     },
+    "encoder-decoder": {"encoder": {"is_decoder": False}, "decoder": {"add_cross_attention": True}},
     "ernie4_5_vl_moe": {
         "text_config": {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}, "moe_intermediate_size": [64, 32],

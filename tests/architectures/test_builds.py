@@ -47,7 +47,7 @@ NOT_BUILT = {
 
 A type of Gemma 4's assistants shares the keys and values of all of its layers, which its text configuration refuses.
 """
-TARGETS = {"causal": 175, "image-text": 75, "denoiser": 32}
+TARGETS = {"causal": 175, "seq2seq": 25, "image-text": 75, "denoiser": 32}
 
 
 def every(names: set[str]) -> list[object]:

@@ -34,6 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 """Four bits in groups of 32, which divide the tiny widths. Symmetric: transformers 5.23 puts experts together without zero points."""
 TOLERANCE = 1e-5
 """Largest difference of two answers, relative to the largest of the model in memory, that counts as the same."""
+OPENERS = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM", "image-text": "AutoModelForImageTextToText"}
 OWN_CLASS = ("emu3", "evolla", "mllama", "musicgen", "musicgen_melody")
 """Types whose saved configuration transformers' auto class does not know: they open through their own class."""
 
@@ -108,7 +109,7 @@ def _open(case: Case, folder: Path) -> nn.Module:
         return getattr(diffusers, case.name.partition("-")[0]).from_pretrained(folder).eval()
     import transformers
 
-    opener: Any = transformers.AutoModelForCausalLM if case.kind == "causal" else transformers.AutoModelForImageTextToText
+    opener: Any = getattr(transformers, OPENERS[case.kind])
     if case.name in OWN_CLASS:
         opener = getattr(transformers, transformers.AutoConfig.from_pretrained(folder).architectures[0])
     module, loading = opener.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)

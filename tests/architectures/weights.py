@@ -43,13 +43,13 @@ def fill(module: nn.Module, generator: torch.Generator) -> None:
     """Replace every matrix by a random one of unit gain, and add noise to every vector, in place.
 
     Vectors keep the value of their initialization: norms stay around 0 or 1, whichever is neutral, and decays of state-space layers in
-    the range that their layers expect.
+    the range that their layers expect. Tables of sines stay as they are, because some classes compute them anew when they load.
     """
     tied = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Linear)}
     done: set[int] = set()
     for layer in module.modules():
         for name, parameter in layer.named_parameters(recurse=False):
-            if id(parameter) not in done:
+            if id(parameter) not in done and "Sinusoidal" not in type(layer).__name__:
                 done.add(id(parameter))
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.data = _values(layer, name, parameter.data, noise, id(parameter) in tied).to(parameter.dtype)
