@@ -12,6 +12,45 @@ from torch import Tensor, nn
 
 from aerogel.model.calls import Call, tensors_in
 
+SAMPLE = {
+    "causal-llama": "dense",
+    "causal-gemma2": "norms before and after each sublayer",
+    "causal-gpt_neox": "attention and FFN side by side, q, k, v in one matrix by head",
+    "causal-phi3": "q, k, v in one matrix, gate and up in one matrix",
+    "causal-gpt2": "Conv1D",
+    "causal-qwen3_moe": "experts in 3-D tensors",
+    "causal-gpt_oss": "experts with biases, gate and up interleaved",
+    "causal-llama4_text": "every expert multiplies every token",
+    "causal-deepseek_v3": "latent attention, shared experts",
+    "causal-mamba": "state-space",
+    "causal-mamba2": "state-space with heads",
+    "causal-qwen3_next": "gated DeltaNet beside attention",
+    "causal-falcon_h1": "state-space and attention in one layer",
+    "causal-lfm2": "convolutions beside attention",
+    "causal-jamba": "state-space beside attention, with experts",
+    "causal-rwkv": "recurrent",
+    "causal-bert": "encoder as a causal model",
+    "image-text-qwen2_5_vl": "images as rows of patches",
+    "image-text-llava": "images as squares",
+    "image-text-mllama": "cross-attention to the image",
+    "image-text-florence2": "encoder-decoder",
+    "denoiser-FluxTransformer2DModel": "image and text in one attention",
+    "denoiser-WanTransformer3DModel": "video",
+    "denoiser-UNet2DConditionModel": "UNet",
+}
+"""The 24 cases of the default run, which differ in kind; all others are slow."""
+NOT_BUILT = {
+    "causal-gemma3n": "timm",
+    "causal-gemma4_assistant": "hidden_size_per_layer_input must be 0",
+    "causal-gemma4_unified_assistant": "layer types producing a cache",
+    "image-text-gemma3n": "timm",
+    "image-text-inkling_mm_model": "scipy",
+}
+"""Types that transformers 5.23 cannot build here, with words of its reason.
+
+A type of Gemma 4's assistants shares the keys and values of all of its layers, which its text configuration refuses.
+"""
+
 
 @dataclass(frozen=True)
 class Case:

@@ -89,18 +89,18 @@ def _stages(case: Case, recipe: str | Mapping[str, Any], folder: Path) -> Iterat
     compressed = result.network.module
     expected = _answers(compressed, calls)
     share, left = _coverage(compressed)
-    row = replace(row, share=share, left=left, change=_difference(expected, before))
+    row = replace(row, share=share, left=left, change=difference(expected, before))
     yield (row := replace(row, stage="open"))
-    row = replace(row, library=_difference(_answers(_open(case, folder), calls), expected))
+    row = replace(row, library=difference(_answers(open_with_library(case, folder), calls), expected))
     yield (row := replace(row, stage="load"))
-    row = replace(row, loaded=_difference(_answers(aerogel.load(folder, lazy=False).module, calls), expected))
+    row = replace(row, loaded=difference(_answers(aerogel.load(folder, lazy=False).module, calls), expected))
     if max(row.library, row.loaded) > TOLERANCE:
         yield replace(row, stage="load" if row.loaded > TOLERANCE else "open", reason="the answers differ")
     else:
         yield replace(row, stage="same")
 
 
-def _open(case: Case, folder: Path) -> nn.Module:
+def open_with_library(case: Case, folder: Path) -> nn.Module:
     """Open a folder as a user of transformers or diffusers does; raises ValueError for tensors that are missing or left over."""
     if case.kind == "denoiser":
         import diffusers
@@ -124,7 +124,7 @@ def _answers(module: nn.Module, calls: list[Call]) -> list[Tensor]:
         return [output(module, call) for call in calls]
 
 
-def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
+def difference(found: list[Tensor], expected: list[Tensor]) -> float:
     """Return the largest difference, relative to the largest expected value; values that mask tokens out are left aside."""
     worst = 0.0
     for one, other in zip(found, expected, strict=True):
