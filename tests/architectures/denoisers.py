@@ -8,11 +8,15 @@ import torch
 from torch import nn
 
 from aerogel.model.calls import Call
-from tests.architectures import denoisers_audio, denoisers_image, denoisers_unet, denoisers_video, weights
+from tests.architectures import denoisers_audio, denoisers_control, denoisers_image, denoisers_unet, denoisers_video, weights
 from tests.architectures.draws import Denoiser, Draw
 
 DENOISERS: dict[str, Denoiser] = (
-    denoisers_image.DENOISERS | denoisers_video.DENOISERS | denoisers_audio.DENOISERS | denoisers_unet.DENOISERS
+    denoisers_image.DENOISERS
+    | denoisers_video.DENOISERS
+    | denoisers_audio.DENOISERS
+    | denoisers_unet.DENOISERS
+    | denoisers_control.DENOISERS
 )
 TYPES: tuple[str, ...] = tuple(sorted(DENOISERS))
 """Classes of diffusers; what follows a hyphen names another configuration of a class."""

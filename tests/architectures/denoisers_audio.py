@@ -45,6 +45,12 @@ def _stable_audio_3(draw: Draw) -> Inputs:
     }
 
 
+def _film(draw: Draw) -> Inputs:
+    """Return notes that are encoded already, and the spectrogram."""
+    notes = [(draw.noise(8, WIDTH), draw.full(1.0, 8))]
+    return {"encodings_and_masks": notes, "decoder_input_tokens": draw.noise(16, 32), "decoder_noise_time": draw.shares()}
+
+
 DENOISERS: dict[str, Denoiser] = {
     "StableAudioDiTModel": Denoiser(
         _stable_audio,
@@ -77,5 +83,9 @@ DENOISERS: dict[str, Denoiser] = {
             "io_channels": 32, "embed_dim": WIDTH, "depth": 3, "num_heads": 4, "cond_token_dim": TEXT, "global_cond_dim": 32,
             "local_add_cond_dim": 32, "timestep_features_dim": 32, "ff_mult": 2.0, "num_memory_tokens": 4,
         },
+    ),
+    "T5FilmDecoder": Denoiser(
+        _film,
+        {"input_dims": 32, "targets_length": 16, "d_model": WIDTH, "num_layers": 3, "num_heads": 4, "d_kv": 16, "d_ff": 96},
     ),
 }  # fmt: skip

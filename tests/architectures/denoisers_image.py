@@ -122,6 +122,21 @@ def _glm(draw: Draw) -> Inputs:
     return {**image(draw), "timestep": draw.whole_steps(), **tokens, **sizes}
 
 
+def _ideogram(draw: Draw) -> Inputs:
+    """Return text and patches in one row, with the role of each place: 3 for text, 2 for patches."""
+    length = draw.tokens + 16
+    roles = torch.full((draw.batch, length), 2)
+    roles[:, : draw.tokens] = 3
+    positions = torch.arange(length).view(1, length, 1).expand(draw.batch, length, 3)
+    inputs = {"hidden_states": draw.noise(length, 32), "timestep": draw.shares(), "encoder_hidden_states": draw.noise(length, TEXT)}
+    return {**inputs, "position_ids": positions, "segment_ids": torch.zeros_like(roles), "indicator": roles}
+
+
+def _joy_plus(draw: Draw) -> Inputs:
+    patches = {"hidden_states": draw.noise(16, CHANNELS, 1, 2, 2), "shape_list": [[(1, 4, 4)]] * draw.batch}
+    return masked(image(draw), draw, "encoder_hidden_states_mask") | patches
+
+
 DENOISERS: dict[str, Denoiser] = {
     "DiTTransformer2DModel": Denoiser(
         lambda d: {"hidden_states": d.pixels(), "timestep": d.steps(), "class_labels": torch.tensor([1, 2])[: d.batch]},
@@ -279,5 +294,23 @@ DENOISERS: dict[str, Denoiser] = {
     "Transformer2DModel": Denoiser(
         lambda d: {"hidden_states": d.pixels(8, 32), "encoder_hidden_states": d.text()},
         {**SHAPE, "in_channels": 32, "num_layers": 3, "norm_num_groups": 8, "cross_attention_dim": TEXT},
+    ),
+    "DreamLiteTransformer2DModel": Denoiser(
+        lambda d: {"hidden_states": d.pixels(8, 32), "encoder_hidden_states": d.text()},
+        {**SHAPE, "in_channels": 32, "num_layers": 3, "norm_num_groups": 8, "cross_attention_dim": TEXT},
+    ),
+    "Ideogram4Transformer2DModel": Denoiser(
+        _ideogram,
+        {
+            **SHAPE, "in_channels": 32, "num_layers": 3, "intermediate_size": 96, "adaln_dim": 32, "llm_features_dim": TEXT,
+            "mrope_section": (4, 2, 2),
+        },
+    ),
+    "JoyImageEditPlusTransformer3DModel": Denoiser(
+        _joy_plus,
+        {
+            "in_channels": CHANNELS, "hidden_size": WIDTH, "num_attention_heads": 4, "text_dim": TEXT, "num_layers": 3,
+            "rope_dim_list": list(ROPE),
+        },
     ),
 }  # fmt: skip

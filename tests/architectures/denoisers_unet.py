@@ -57,6 +57,12 @@ def _cascade(draw: Draw) -> Inputs:
     }
 
 
+def _audio(draw: Draw) -> Inputs:
+    """Return a spectrogram with the prompt from two encoders."""
+    second = {"encoder_hidden_states_1": draw.text(), "encoder_attention_mask_1": draw.mask()}
+    return unet(draw) | {"encoder_attention_mask": draw.mask()} | second
+
+
 DENOISERS: dict[str, Denoiser] = {
     "UNet2DConditionModel": Denoiser(unet, UNET),
     "UNet2DConditionModel-sdxl": Denoiser(
@@ -121,4 +127,6 @@ DENOISERS: dict[str, Denoiser] = {
             "up_block_types": ("AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip"),
         },
     ),
+    "AudioLDM2UNet2DConditionModel": Denoiser(_audio, {**UNET, "cross_attention_dim": (TEXT, TEXT)}),
+    "DreamLiteUNetModel": Denoiser(unet, UNET),
 }  # fmt: skip

@@ -109,6 +109,12 @@ def _ltx2(draw: Draw) -> Inputs:
     return _ltx(draw) | audio | {"audio_encoder_attention_mask": draw.mask(torch.float32)}
 
 
+def _sana_wm(draw: Draw) -> Inputs:
+    """Return two frames with a time step of each."""
+    prompt = {"encoder_hidden_states": draw.noise(1, draw.tokens, TEXT), "mask": draw.mask(torch.long)}
+    return prompt | {"hidden_states": draw.clip(channels=32), "timestep": draw.steps().view(-1, 1, 1).expand(-1, 1, 2)}
+
+
 DENOISERS: dict[str, Denoiser] = {
     "WanTransformer3DModel": Denoiser(video, WAN),
     "SkyReelsV2Transformer3DModel": Denoiser(video, WAN),
@@ -247,6 +253,21 @@ DENOISERS: dict[str, Denoiser] = {
             **WAN, "num_layers": 4, "in_channels": 20, "latent_channels": CHANNELS, "image_dim": 32, "motion_encoder_size": 16,
             "motion_style_dim": 32, "motion_dim": 8, "motion_encoder_dim": 32, "face_encoder_hidden_dim": 32, "face_encoder_num_heads": 2,
             "inject_face_latents_blocks": 2, "motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16},
+        },
+    ),
+    "AnyFlowFARTransformer3DModel": Denoiser(lambda d: _flow_map(d) | {"chunk_partition": (1, 1)}, {**WAN, "chunk_partition": (1, 1)}),
+    "Kandinsky6SRTransformer3DModel": Denoiser(
+        lambda d: {"hidden_states": d.noise(2, 16, 16, 17), "timestep": d.steps()},
+        {
+            "in_visual_dim": 8, "out_visual_dim": 8, "time_dim": 32, "model_dim": WIDTH, "ff_dim": 96, "num_visual_blocks": 3,
+            "axes_dims": ROPE, "nabla_window": (3, 3, 3),
+        },
+    ),
+    "SanaWMTransformer3DModel": Denoiser(
+        _sana_wm,
+        {
+            "in_channels": 32, "num_layers": 4, "hidden_size": WIDTH, "num_attention_heads": 4, "linear_head_dim": 16,
+            "caption_channels": TEXT, "mlp_ratio": 2.0, "image_size": 8, "fp32_attention": False, "use_chunk_plucker_post_attn": False,
         },
     ),
 }  # fmt: skip
