@@ -166,7 +166,7 @@ DENOISERS: dict[str, Denoiser] = {
     ),
     "ChromaTransformer2DModel": Denoiser(
         placed,
-        {**JOINT, "approximator_num_channels": 8, "approximator_hidden_dim": 32, "approximator_layers": 2},
+        {**JOINT, "approximator_num_channels": 32, "approximator_hidden_dim": 32, "approximator_layers": 2},
     ),
     "BriaTransformer2DModel": Denoiser(placed, {**JOINT, "axes_dims_rope": list(ROPE)}),
     "QwenImageTransformer2DModel": Denoiser(
@@ -227,8 +227,8 @@ DENOISERS: dict[str, Denoiser] = {
     "ZImageTransformer2DModel": Denoiser(
         _z_image,
         {
-            "in_channels": CHANNELS, "dim": WIDTH, "n_layers": 3, "n_refiner_layers": 2, "n_heads": 4, "n_kv_heads": 4,
-            "cap_feat_dim": TEXT, "axes_dims": list(ROPE), "axes_lens": [128, 64, 64],
+            "in_channels": CHANNELS, "dim": 96, "n_layers": 3, "n_refiner_layers": 2, "n_heads": 4, "n_kv_heads": 4, "cap_feat_dim": TEXT,
+            "axes_dims": [8, 8, 8], "axes_lens": [128, 64, 64],
         },
     ),
     "HiDreamImageTransformer2DModel": Denoiser(

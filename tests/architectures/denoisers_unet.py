@@ -69,7 +69,7 @@ DENOISERS: dict[str, Denoiser] = {
         _sdxl,
         {
             **UNET, "transformer_layers_per_block": 2, "use_linear_projection": True, "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
+            "addition_time_embed_dim": 16, "projection_class_embeddings_input_dim": 128,
         },
         class_name="UNet2DConditionModel",
     ),
@@ -105,7 +105,7 @@ DENOISERS: dict[str, Denoiser] = {
         lambda d: {**unet(d), "encoder_attention_mask": d.mask()},
         {
             "in_channels": 4, "time_embedding_dim": 64, "groups": 8, "attention_head_dim": 16, "layers_per_block": 2,
-            "block_out_channels": (32, 64, 64), "cross_attention_dim": TEXT, "encoder_hid_dim": TEXT,
+            "block_out_channels": (64, 64, 64), "cross_attention_dim": TEXT, "encoder_hid_dim": TEXT,
         },
     ),
     "StableCascadeUNet": Denoiser(

@@ -140,8 +140,8 @@ DENOISERS: dict[str, Denoiser] = {
     "MochiTransformer3DModel": Denoiser(
         lambda d: video(d) | {"encoder_attention_mask": d.mask()},
         {
-            **SHAPE, "num_layers": 3, "pooled_projection_dim": TEXT, "in_channels": CHANNELS, "text_embed_dim": TEXT,
-            "time_embed_dim": 32, "max_sequence_length": 7,
+            "num_attention_heads": 6, "attention_head_dim": 16, "num_layers": 3, "pooled_projection_dim": 96, "in_channels": CHANNELS,
+            "text_embed_dim": TEXT, "time_embed_dim": 32, "max_sequence_length": 7,
         },
         tokens=7,
     ),
@@ -217,7 +217,8 @@ DENOISERS: dict[str, Denoiser] = {
         _kandinsky_6,
         {
             "in_visual_dim": CHANNELS, "out_visual_dim": CHANNELS, "in_text_dim": TEXT, "in_text_dim2": TEXT, "time_dim": 32,
-            "model_dim": WIDTH, "ff_dim": 96, "num_text_blocks": 2, "num_visual_blocks": 3, "axes_dims": ROPE, "visual_cond": False,
+            "model_dim": WIDTH, "ff_dim": 96, "num_text_blocks": 2, "num_visual_blocks": 3, "axes_dims": ROPE, "in_audio_dim": 32,
+            "out_audio_dim": 32, "visual_cond": False,
         },
     ),
     "LTX2VideoTransformer3DModel": Denoiser(
