@@ -1,4 +1,4 @@
-"""Random audio for the image-text models that have an audio tower beside the vision tower."""
+"""Random audio for models that have an audio tower."""
 
 from __future__ import annotations
 
@@ -43,14 +43,21 @@ SOUNDS: dict[str, Callable[[int, torch.Generator], Arguments]] = {
     "qwen2_5_omni_thinker": _masked_mel_first,
     "qwen3_omni_moe_thinker": _masked_mel_first,
 }
-"""Types with an audio tower, with audio as that tower reads it."""
+"""Image-text types that have an audio tower too, with audio as that tower reads it."""
 
 
 def with_audio(module: nn.Module, model_type: str, arguments: Arguments, generator: torch.Generator) -> Arguments:
-    """Add audio to the arguments of a forward, and its tokens behind the text of every row."""
+    """Add audio to the arguments of a forward of one of these types, and its tokens behind the text of every row."""
+    return with_features(module, arguments, SOUNDS[model_type](arguments["input_ids"].shape[0], generator))
+
+
+def with_features(module: nn.Module, arguments: Arguments, found: Arguments, tokens: int = 0) -> Arguments:
+    """Add features of audio to the arguments of a forward, and their tokens behind the text of every row.
+
+    `tokens` is the number for each row where the model has no function that tells.
+    """
     ids = arguments["input_ids"]
-    found = SOUNDS[model_type](ids.shape[0], generator)
-    count = _tokens(module, found) // ids.shape[0]
+    count = tokens or _tokens(module, found) // ids.shape[0]
     longer = {"input_ids": _append(ids, count, AUDIO)}
     if "mm_token_type_ids" in arguments:
         longer["mm_token_type_ids"] = _append(arguments["mm_token_type_ids"], count, TOKEN_TYPE)

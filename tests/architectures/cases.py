@@ -1,4 +1,4 @@
-"""All architectures that are built here, as one list: causal, encoder-decoder and image-text models, and denoisers."""
+"""All architectures that are built here, as one list: causal, encoder-decoder, image-text and audio-text models, and denoisers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Case:
     """One architecture: how to build it tiny, and forwards of it."""
 
     kind: str
-    """One of causal, seq2seq, image-text, denoiser."""
+    """One of causal, seq2seq, image-text, audio-text, denoiser."""
     name: str
     """Model type in transformers, or class in diffusers."""
     make: Callable[[], nn.Module]
@@ -83,13 +83,12 @@ class Outcome:
 
 def cases() -> list[Case]:
     """List all architectures; their classes are imported when they are made."""
-    from tests.architectures import denoisers, image_text, seq2seq, text
+    from tests.architectures import audio_text, denoisers, image_text, seq2seq, text
 
     found = [Case("causal", name, partial(text.build, name), text.calls) for name in text.TYPES]
     found += [Case("seq2seq", name, partial(seq2seq.build, name), seq2seq.calls) for name in seq2seq.TYPES]
-    found += [
-        Case("image-text", name, partial(image_text.build, name), partial(image_text.calls, model_type=name)) for name in image_text.TYPES
-    ]
+    for kind, module in (("image-text", image_text), ("audio-text", audio_text)):
+        found += [Case(kind, name, partial(module.build, name), partial(module.calls, model_type=name)) for name in module.TYPES]
     found += [Case("denoiser", name, partial(denoisers.build, name), partial(_ignoring_module, name)) for name in denoisers.TYPES]
     return found
 

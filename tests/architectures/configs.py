@@ -37,7 +37,7 @@ _SIZES: dict[int, str] = {
         num_image_tokens attention_chunk_size window_size num_mel_bins""",
     8: """mamba_n_heads mamba_num_heads mamba_chunk_size chunk_size rotary_dim patch_size index_topk sliding_window sliding_window_size
         attention_window_size""",
-    32: """q_lora_rank kv_lora_rank o_lora_rank index_head_dim image_size rel_extent num_centroids""",
+    32: """max_source_positions q_lora_rank kv_lora_rank o_lora_rank index_head_dim image_size rel_extent num_centroids""",
     128: """max_position_embeddings n_positions""",
     1: """n_group topk_group n_groups mamba_n_groups n_shared_experts first_k_dense_replace bos_token_id decoder_start_token_id""",
     0: "pad_token_id",

@@ -91,6 +91,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {"qk_rope_head_dim": 0, "index_topk": 8, "index_kpool": 4, "linear_head_dim": 32, "linear_num_heads": 4},
     },
     "glm5_next_vision": {"projection_intermediate_size": 96},
+    "glmasr_encoder": {"intermediate_size": 256},  # as wide as four frames
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
     "granite4_vision": {
         "deepstack_layer_map": [(0, 0), (1, 1)], "downsample_rate": "1/2", "spatial_target_layers": [0, 1, 2, 3],
@@ -158,6 +159,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "vipllava": {"vision_feature_layer": (-1, -2)},
     "vision-encoder-decoder": {"decoder": {"add_cross_attention": True}},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "voxtral_encoder": {"intermediate_size": 256},  # the projector reads four frames as one row of this width
     "youtu": {"pad_token_id": None},  # transformers 5.23 zeroes the padding row of the embedding when it loads a checkpoint
     "zamba": {
         "num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 1, "num_key_value_heads": 4, "attention_head_dim": 32,

@@ -9,7 +9,7 @@ from aerogel.model.calls import tensors_in
 from tests.architectures.cases import NOT_BUILT, SAMPLE, Case, cases, outcomes, output
 
 CASES = {str(case): case for case in cases()}
-TARGETS = {"causal": 175, "seq2seq": 25, "image-text": 75, "denoiser": 32}
+TARGETS = {"causal": 175, "seq2seq": 25, "image-text": 75, "audio-text": 9, "denoiser": 32}
 
 
 def every(names: set[str]) -> list[object]:

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 import pytest
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from tests.architectures import image_text, seq2seq, text
+from tests.architectures import audio_text, image_text, seq2seq, text
 from tests.architectures.configs import HEAD, HIDDEN, KINDS, VOCABULARY, small_config
 from tests.architectures.overrides import OVERRIDES
 
-EVERY = sorted({*text.TYPES, *seq2seq.TYPES, *image_text.TYPES} - {"gemma4_assistant"})  # its defaults are refused by itself
+EVERY = sorted(
+    {*text.TYPES, *seq2seq.TYPES, *image_text.TYPES, *audio_text.TYPES} - {"gemma4_assistant"}
+)  # its defaults are refused by itself
 
 
 def parts(config: PreTrainedConfig, name: str = "") -> Iterator[tuple[str, PreTrainedConfig]]:

@@ -34,7 +34,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 """Four bits in groups of 32, which divide the tiny widths. Symmetric: transformers 5.23 puts experts together without zero points."""
 TOLERANCE = 1e-5
 """Largest difference of two answers, relative to the largest of the model in memory, that counts as the same."""
-OPENERS = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM", "image-text": "AutoModelForImageTextToText"}
+OPENERS = {
+    "causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM", "image-text": "AutoModelForImageTextToText",
+    "audio-text": "AutoModelForSeq2SeqLM",
+}  # fmt: skip
 OWN_CLASS = ("emu3", "evolla", "mllama", "musicgen", "musicgen_melody")
 """Types whose saved configuration transformers' auto class does not know: they open through their own class."""
 
