@@ -130,9 +130,9 @@ def two_resolutions(s: Sizes) -> Arguments:
 
 LAYOUTS: dict[str, Callable[[Sizes], Arguments]] = {
     "deepseek_vl_hybrid": two_resolutions,
+    "diffusion_gemma": placed_patches,
     "emu3": sized_squares,
     "fuyu": lambda s: {"pixel_values": s.random(s.images, 8, s.channels * s.patch**2)},
-    "diffusion_gemma": placed_patches,
     "gemma4": placed_patches,
     "gemma4_unified": placed_merged_patches,
     "granite4_vision": any_resolution,

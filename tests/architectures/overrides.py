@@ -34,14 +34,14 @@ CONVNEXT_FOR_TIMM = {"model_type": "convnext", "hidden_sizes": [32, 64], "depths
 TWO_TILES = {"image_grid_pinpoints": [[32, 64], [64, 32]]}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "aria": {"projector_patch_to_query_dict": {16: 8}},
+    "aria": {"projector_patch_to_query_dict": {16: 8}},  # queries for an image of 16 patches
     "axk2": {"gated_norm_rank": 32},
-    "bamba": {"attn_layer_indices": [1]},
+    "bamba": {"attn_layer_indices": [1]},  # one attention layer among state-space layers
     "blt": {
         "encoder_hash_byte_group_vocab": 512, "patcher_config": BLT, "encoder_config": BLT, "decoder_config": BLT, "global_config": BLT,
     },
-    "chameleon": {"vocabulary_map": {"<image>": 250, **CODES}, "vq_config": VQ},
-    "cohere2_moe": {"first_k_dense_replace": 1},
+    "chameleon": {"vocabulary_map": {"<image>": 250, **CODES}, "vq_config": VQ},  # names of the codes of images
+    "cohere2_moe": {"first_k_dense_replace": 1},  # one dense layer before those with experts
     "cohere2_vision": {"alignment_intermediate_size": 128},
     "cohere_compass_text": {
         "rope_parameters": {
@@ -50,7 +50,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         **SLIDING,
     },
     "cpmant": {"dim_ff": 96},
-    "dbrx": {
+    "dbrx": {  # the attention reads rope_theta, which its configuration lacks
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
     },
@@ -68,7 +68,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vq_config": {**VQ, "embed_dim": 4, "latent_channels": 4, "num_attention_heads": 1, "attn_resolutions": (3,)},
     },
     "encoder-decoder": {"encoder": {"is_decoder": False}, "decoder": {"add_cross_attention": True}},
-    "ernie4_5_vl_moe": {
+    "ernie4_5_vl_moe": {  # sections for height and width are alike
         "text_config": {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}, "moe_intermediate_size": [64, 32],
         },
@@ -77,17 +77,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "aligner_num_add_layers": 1, "resampler_depth": 2, "resampler_dim_head": 16, "resampler_heads": 4, "resampler_num_latents": 8,
         "protein_encoder_config": {"is_decoder": False},
     },
-    "falcon_h1": {"mamba_d_ssm": 128},
+    "falcon_h1": {"mamba_d_ssm": 128},  # two times the hidden size, as the class demands
     "falcon_mamba": {"time_step_rank": 32},
     "fast_vlm": {"vision_config": CONVNEXT_FOR_TIMM},
     "florence2": {"vision_config": FLORENCE},
-    "gemma3": {"mm_tokens_per_image": 4},
+    "gemma3": {"mm_tokens_per_image": 4},  # 2 x 2 of 4 x 4 patches
     "gemma3n_text": {
         "num_hidden_layers": 6, "num_kv_shared_layers": 2, "laurel_rank": 32, "layer_types": ["sliding_attention", "full_attention"] * 3,
         "activation_sparsity_pattern": [0.5] + [0.0] * 5, "intermediate_size": 96, **PER_LAYER,
     },
     "gemma4_text": GEMMA4,
-    "glm5_next": {
+    "glm5_next": {  # the class refuses rotary positions
         "text_config": {"qk_rope_head_dim": 0, "index_topk": 8, "index_kpool": 4, "linear_head_dim": 32, "linear_num_heads": 4},
     },
     "glm5_next_vision": {"projection_intermediate_size": 96},
@@ -97,22 +97,22 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "deepstack_layer_map": [(0, 0), (1, 1)], "downsample_rate": "1/2", "spatial_target_layers": [0, 1, 2, 3],
         "text_config": {"num_hidden_layers": 4}, **TWO_TILES,
     },
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},  # the default has no attention
     "inkling2_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16},
     "inkling2_vision": {"projection_hidden_dim": 64},
     "inkling_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16},
     "instructblip": {"num_query_tokens": 8},
     "instructblipvideo": {"num_query_tokens": 8},
-    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 3, "num_hidden_layers": 3, "mamba_dt_rank": 32},
     "internvl_vision": {"image_size": [32, 32], "patch_size": [8, 8]},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 3, "num_hidden_layers": 3, "mamba_dt_rank": 32},
     "janus": {"vq_config": VQ},
     "kimi_linear": {"linear_head_dim": 32, "linear_num_heads": 4},
     "kosmos-2": {"latent_query_num": 8},
     "kosmos-2.5": {"latent_query_num": 8},
     "laguna": SLIDING,
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},  # the default has attention only
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
-    "llama4": {"vision_config": {"intermediate_size": 256}},
+    "llama4": {"vision_config": {"intermediate_size": 256}},  # the adapter reads four patches as one row of this width
     "llava_next": TWO_TILES,
     "llava_next_video": TWO_TILES,
     "llava_onevision": TWO_TILES,
@@ -133,13 +133,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "molmo2": {"image_patch_id": 250, "vision_config": {"image_size": [32, 32]}, "adapter_config": {"vision_feature_layer": [2, 1]}},
     "moshi": {"ffn_dim": 128},
-    "muse_glimmer": {"out_hidden_size": 256},
+    "muse_glimmer": {"out_hidden_size": 256},  # four patches side by side
     "muse_spark": {
         "out_hidden_size": 256, "audio_config": {"num_hidden_layers": 4, "hidden_sizes": (32, 32, 64, 64), "depths": (1, 1, 1, 1)},
     },
     "muse_spark_text": {"moe_hidden_size": 64},
     "mvp": {"prompt_mid_dim": 64},
-    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},  # the class demands that both sizes agree
     "paddleocr_vl": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}},
     "perception_lm": {"vision_config": CLIP_FOR_TIMM},
     "phi4_multimodal": {"audio_config": {"ext_pw_out_channel": 64, "depthwise_separable_out_channel": 64, "nemo_conv_channels": 32}},
@@ -158,13 +158,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "unlimited_ocr": {"vision_config": {"sam_config": {"downsample_channels": [64, 64]}}},
     "vipllava": {"vision_feature_layer": (-1, -2)},
     "vision-encoder-decoder": {"decoder": {"add_cross_attention": True}},
-    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "voxtral_encoder": {"intermediate_size": 256},  # the projector reads four frames as one row of this width
+    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},  # a model without a default language asks for one with each forward
     "youtu": {"pad_token_id": None},  # transformers 5.23 zeroes the padding row of the embedding when it loads a checkpoint
-    "zamba": {
+    "zamba": {  # attention reads hidden states beside embeddings
         "num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 1, "num_key_value_heads": 4, "attention_head_dim": 32,
         "attention_hidden_size": 128, "mamba_dt_rank": 32,
     },
-    "zaya": {"num_experts_per_tok": 1},
+    "zaya": {"num_experts_per_tok": 1},  # the class refuses more
 }  # fmt: skip
 """Overrides by model type, for a nested configuration as well as for a whole model."""

@@ -17,10 +17,7 @@ SPEECH = frozenset({
     "audioflamingo3", "glmasr", "granite_speech", "granite_speech_plus", "moss_transcribe_diarize", "musicflamingo", "nemo_speechlm",
     "qwen2_audio", "qwen3_asr", "vibevoice_asr", "voxtral", "voxtral_realtime",
 })  # fmt: skip
-"""Types of the mapping that are language models behind an audio encoder; audio_text.py builds nine of them.
-
-Not built: nemo_speechlm, vibevoice_asr and voxtral_realtime, whose audio does not take the place of tokens in the text.
-"""
+"""Types of the mapping that are language models behind an audio encoder: audio_text.py builds nine of the twelve."""
 TYPES: tuple[str, ...] = tuple(sorted(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.keys() - SPEECH))
 SHAPES = (((2, 24), (2, 12)), ((1, 16), (1, 8)))
 """Sequences and tokens that the encoder and the decoder read."""
