@@ -14,6 +14,7 @@ from aerogel.engine.estimates import Sizes, activations, measured_flops_a_second
 from aerogel.engine.opening import open_model
 from aerogel.engine.progress import StageName
 from aerogel.engine.requirements import unmet
+from aerogel.io.source import ModelSource
 from aerogel.layers import layout
 from aerogel.layers.conv import Layer, refuse, size
 from aerogel.layers.linear import QuantLinear
@@ -81,7 +82,7 @@ class Plan:
 
 
 def plan(
-    model: Network | nn.Module | str | Path,
+    model: Network | nn.Module | ModelSource | str | Path,
     recipe: Recipe | str | Path | Mapping[str, Any],
     *,
     overrides: Iterable[str] = (),

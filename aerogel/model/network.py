@@ -15,6 +15,7 @@ from aerogel.model.family import Family
 
 if TYPE_CHECKING:
     from aerogel.io.checkpoint import Checkpoint
+    from aerogel.io.source import ModelSource
 
 
 @dataclass(eq=False)
@@ -31,6 +32,8 @@ class Network:
     """The checkpoint from which weights that are not resident are read; None when all are resident."""
     stored_dtype: torch.dtype | None = None
     """The dtype that float weights have on disk; None means that of the module."""
+    source: ModelSource | None = None
+    """What it was opened from and how, to open it again; None for a live module."""
 
     pruned: set[str] = field(default_factory=set)
     """Full names of the layers whose zeros every later step keeps."""

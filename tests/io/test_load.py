@@ -324,28 +324,6 @@ def test_a_damaged_checkpoint_is_found_at_once(tmp_path: Path) -> None:
         open_model(tmp_path)
 
 
-def test_a_hub_id_without_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(AerogelError, match=r"owner/model: no such folder here, and the hub did not give it.*check") as caught:
-        open_model("owner/model")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("trust", [False, True])
-def test_only_weights_and_settings_are_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trust: bool) -> None:
-    saved("llama", tmp_path / "there")
-    asked: dict[str, list[str]] = {}
-
-    def fetch(name: str, **options: list[str]) -> str:
-        asked.update(options)
-        return str(shutil.copytree(tmp_path / "there", tmp_path / "here"))
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert open_model("owner/model", trust_remote_code=trust).origin == tmp_path / "here"
-    assert ("*.py" in asked["allow_patterns"]) == trust
-    assert not {"*", "*.bin", "*.pt"} & set(asked["allow_patterns"])
-
-
 def test_the_reference_model_speaks() -> None:
     network = open_model("smollm2-135m", lazy=False)
     assert network.stored_dtype == torch.bfloat16
