@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from aerogel import catalog
 from aerogel.errors import AerogelError, nearest
-from aerogel.methods.base import BlockMethod, Method, RuntimePolicy
+from aerogel.methods.base import BlockMethod, Method, RuntimePolicy, WeightMethod
 from aerogel.numerics.scheme import Scheme
 from aerogel.options import checked, reason
 
@@ -29,6 +29,16 @@ class Step:
     name: str
     """File name of the method."""
     method: AnyMethod
+
+    def has(self, option: str) -> bool:
+        """Return True where the method has this option."""
+        return option in {field.name for field in dataclasses.fields(self.method)}  # type: ignore[arg-type]
+
+    def changed(self, option: str, change: Callable[[Any], Any]) -> Step:
+        """Return the step with an option changed, where it has that; raises AerogelError for a value that cannot be."""
+        if not self.has(option):
+            return self
+        return Step(self.name, dataclasses.replace(self.method, **{option: change(getattr(self.method, option))}))  # type: ignore[type-var]
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """The step as a recipe writes it, every option spelled out."""
@@ -55,6 +65,40 @@ class Recipe:
         for override in overrides:
             _override(document, override)
         return cls(document.name, tuple(_step(document.name, number, step) for number, step in enumerate(document.steps, 1)))
+
+    def adjusted(self, scheme: str | None = None, targets: Iterable[str] = (), ignore: Iterable[str] = ()) -> Recipe:
+        """Return the recipe with another scheme and other targets in all steps that have them, and more patterns to ignore in those.
+
+        Raises AerogelError when no step has such an option, when the scheme is unknown, and when the recipe gives its steps different
+        schemes or targets on purpose, so that one for all would undo it.
+        """
+        changed, targets, ignore = self, tuple(targets), tuple(ignore)
+        if scheme is not None:
+            self._require_same("scheme", [step for step in self.steps if _quantizes(step.method)])
+            changed = changed._with("scheme", lambda before: scheme)
+        if targets:
+            self._require_same("targets", self.steps)
+            changed = changed._with("targets", lambda before: targets)
+        if ignore:
+            changed = changed._with("ignore", lambda before: tuple(dict.fromkeys((*before, *ignore))))
+        return changed
+
+    def _with(self, option: str, change: Callable[[Any], Any]) -> Recipe:
+        """The recipe with an option changed in every step that has it."""
+        if not any(step.has(option) for step in self.steps):
+            names = ", ".join(step.name for step in self.steps)
+            raise AerogelError(f"recipe {self.name!r} has no step with the option {option} (its steps: {names}); leave --{option} out")
+        return dataclasses.replace(self, steps=tuple(step.changed(option, change) for step in self.steps))
+
+    def _require_same(self, option: str, steps: Sequence[Step]) -> None:
+        """Raise AerogelError where the steps have different values of an option, which one for all would undo."""
+        found = {step.name: plain(getattr(step.method, option)) for step in steps if step.has(option)}
+        if any(value != next(iter(found.values())) for value in found.values()):
+            each = ", ".join(f"{name} {value}" for name, value in found.items())
+            raise AerogelError(
+                f"the steps of recipe {self.name!r} have their own {option} ({each}), so --{option} is ambiguous; "
+                f"set the one that is meant: --set {next(iter(found))}.{option}=..."
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe with every option spelled out; `Recipe.parse` reads it back to an equal recipe."""
@@ -169,6 +213,11 @@ def _step(recipe: str, number: int, step: Mapping[str, Mapping[str, Any] | None]
     if name not in catalog.names("methods"):
         raise AerogelError(f"recipe {recipe!r}, step {number}: unknown method {name!r}{nearest(name, catalog.names('methods'))}")
     return Step(name, build(catalog.find("methods", name), options or {}, where))
+
+
+def _quantizes(method: AnyMethod) -> bool:
+    """Tell whether a method gives layers a number format; others may have a scheme too, that of the step they prepare for."""
+    return isinstance(method, WeightMethod) or (isinstance(method, Method) and type(method).stores is not Method.stores)
 
 
 def build(cls: type[Built], options: Mapping[str, Any], where: str) -> Built:

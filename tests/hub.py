@@ -83,7 +83,7 @@ def running(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
 
         do_HEAD = do_GET
 
-        def log_message(self, format: str, *args: object) -> None:
+        def log_message(self, *args: object) -> None:
             """Keep quiet."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

@@ -12,6 +12,7 @@ from torch import nn
 from aerogel.engine.calibration import CalibrationInput, reading, shown
 from aerogel.engine.estimates import Sizes, activations, measured_flops_a_second, needs_calls, peak_memory, seconds, stored_dtype
 from aerogel.engine.opening import open_model
+from aerogel.engine.patterns import unmatched
 from aerogel.engine.progress import StageName
 from aerogel.engine.requirements import unmet
 from aerogel.io.source import ModelSource
@@ -128,6 +129,7 @@ def _touched(network: Network, recipe: Recipe, read: CalibrationSize) -> tuple[l
         if why := unmet(network, step, recipe.steps[:number], before):
             problems += why
             continue
+        problems += unmatched(network, step)
         quantized |= step.method.requantized(network, before)
         found = _stored_by(step.method, network)
         if not found and isinstance(step.method, WeightMethod):
