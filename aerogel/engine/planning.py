@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from aerogel.engine.available import available
 from aerogel.engine.calibration import CalibrationInput, reading, shown
 from aerogel.engine.estimates import Sizes, activations, measured_flops_a_second, needs_calls, peak_memory, seconds, stored_dtype
 from aerogel.engine.opening import open_model
@@ -95,7 +96,10 @@ def plan(
     `flops_a_second` gives the matrix-product rate from which seconds are estimated: that of this machine, measured for a moment.
     """
     network = open_model(model)
-    return plan_network(network, Recipe.parse(recipe, overrides), reading(network, shown(network, samples)), flops_a_second)
+    parsed, given = Recipe.parse(recipe, overrides), shown(network, samples)
+    if needs_calls(parsed):
+        given = available(network, given)
+    return plan_network(network, parsed, reading(network, given), flops_a_second)
 
 
 def plan_network(

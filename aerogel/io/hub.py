@@ -37,13 +37,13 @@ def fetch(name: str, revision: str | None = None, trust_remote_code: bool = Fals
     no safetensors, or the hub cannot be reached and the cache does not have it.
     """
     try:
-        with _explained(name, revision):
+        with explained(name, revision):
             # In one request: a listing of its tree is tried six times where there is no connection.
             found = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=_PATIENCE).siblings or []
     except ConnectionError as error:
         return _cached(name, revision, error)
     try:
-        with _explained(name, revision):
+        with explained(name, revision):
             wanted = needed([file.rfilename for file in found], name, trust_remote_code, lambda index: _shards(name, index, revision))
             return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[glob.escape(file) for file in wanted]))
     except ConnectionError as error:
@@ -127,8 +127,8 @@ def _set_bars(shown: bool) -> None:
 
 
 @contextmanager
-def _explained(name: str, revision: str | None) -> Iterator[None]:
-    """Raise what the hub refuses as AerogelError, and what keeps it from being reached as ConnectionError."""
+def explained(name: str, revision: str | None) -> Iterator[None]:
+    """Turn errors of huggingface_hub into AerogelError where the hub refuses, and into ConnectionError where it cannot be reached."""
     page = f"{constants.ENDPOINT}/{name}"
     try:
         yield
