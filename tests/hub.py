@@ -75,7 +75,7 @@ def running(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
         def do_GET(self) -> None:
             status, headers, content = hub.answer(urlparse(self.path).path, self.headers.get("Authorization"))
             self.send_response(status)
-            for key, value in {**headers, "Content-Length": str(len(content))}.items():
+            for key, value in {**headers, "Content-Length": str(len(content)), "Connection": "close"}.items():
                 self.send_header(key, value)
             self.end_headers()
             if self.command == "GET":
