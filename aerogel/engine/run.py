@@ -176,7 +176,7 @@ class _Job:
             "model": fingerprint_of(source),
             "recipe": self.recipe.as_dict(),
             "seed": self.seed,
-            "dtype": str(self.network.source.dtype) if self.network.source else None,
+            "dtype": provenance.dtype_name(self.network.source.dtype) if self.network.source else None,
             "data": run.calibration.facts.get("fingerprint"),
             "versions": provenance.versions(),
             "threads": torch.get_num_threads(),

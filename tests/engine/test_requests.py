@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from aerogel.engine.calibration import CalibrationRequest
 from aerogel.engine.requests import Adjustments, ModelOptions, RunRequest, recipe_file_of
+from aerogel.engine.run import compress
 from aerogel.errors import AerogelError
 from aerogel.io.record.schema import Record
 from aerogel.recipe import Recipe
@@ -178,3 +180,11 @@ def test_names_of_dtypes_are_those_of_torch(tmp_path: Path) -> None:
     assert ModelOptions("float16").locate(folder).dtype is torch.float16
     assert ModelOptions("auto").locate(folder).dtype is None
     assert ModelOptions().locate(folder).dtype is None
+
+
+def test_everything_of_a_run_is_computed_in_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    source = ModelOptions("bfloat16").locate(str(model_folder(tmp_path / "model")))
+    result = compress(source, "rtn-w8a8", output=tmp_path / "out", measures=["kl_divergence"])
+    assert next(result.network.module.model.norm.parameters()).dtype == torch.bfloat16
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.float32, "what is saved keeps its dtype"
+    assert result.record.model.compute_dtype == "bfloat16"

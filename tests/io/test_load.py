@@ -331,3 +331,15 @@ def test_the_reference_model_speaks() -> None:
     answer = network.module.generate(**prompt, max_new_tokens=1, do_sample=False)
     assert network.processor.decode(answer[0, -1]) == " Paris"
     assert "<|im_start|>user\nHi<|im_end|>" in network.processor.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+
+
+def test_python_files_of_a_model_run_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    folder = saved("llama", tmp_path / "model")
+    code = "from transformers import LlamaForCausalLM\n\n\nclass OwnForCausalLM(LlamaForCausalLM):\n    pass\n"
+    (folder / "modeling_own.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}))
+    assert type(open_model(folder).module).__name__ == "LlamaForCausalLM", "transformers has a class of its own"
+    assert type(open_model(folder, trust_remote_code=True).module).__name__ == "OwnForCausalLM"
