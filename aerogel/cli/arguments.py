@@ -152,6 +152,9 @@ PushToHub = Annotated[
 ]
 Public = Annotated[bool, _option("--public", section=OUTPUT, help="Make the pushed model public.")]
 
+Resume = Annotated[bool, _option("--resume", section=OUTPUT, help="Resume an interrupted run.")]
+Evaluate = Annotated[bool, _option("--evaluate/--no-evaluate", section=OUTPUT, help="Measure quality, size and speed after compression.")]
+
 Against = Annotated[str | None, _option("--against", section=MODEL, metavar="MODEL", help="Original model to compare with.")]
 Threads = Annotated[int | None, _option("--threads", metavar="N", min=1, help="CPU threads of torch [all cores].")]
 Quiet = Annotated[bool, _option("--quiet", "-q", help="No progress bars.")]

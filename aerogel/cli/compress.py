@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from aerogel.cli import arguments as given
 from aerogel.cli.app import command, print_json, start
-from aerogel.cli.group import COMPRESS, FAILED, OUTPUT
+from aerogel.cli.group import COMPRESS, FAILED
 from aerogel.cli.interrupts import interruptible
 from aerogel.cli.share import push_folder
+
+if TYPE_CHECKING:
+    from aerogel.engine.requests import RunRequest
+    from aerogel.engine.result import Result
 
 
 @command(COMPRESS, "Compress a model with a recipe and save it, with a report.")
@@ -31,11 +36,8 @@ def compress(
     steps: given.Steps = None,
     guidance: given.Guidance = None,
     seed: given.Seed = None,
-    resume: Annotated[bool, typer.Option("--resume", rich_help_panel=OUTPUT, help="Resume an interrupted run.")] = False,
-    evaluate: Annotated[
-        bool,
-        typer.Option("--evaluate/--no-evaluate", rich_help_panel=OUTPUT, help="Measure quality, size and speed after compression."),
-    ] = True,
+    resume: given.Resume = False,
+    evaluate: given.Evaluate = True,
     push_to_hub: given.PushToHub = None,
     public: given.Public = False,
     threads: given.Threads = None,
@@ -47,10 +49,7 @@ def compress(
     A recipe file may also give the model, the data and the output; arguments here win over the file.
     """
     start(threads)
-    from aerogel.cli import terminal
-    from aerogel.engine import pushing, run
     from aerogel.engine.calibration import CalibrationRequest
-    from aerogel.engine.preflight import partial_of
     from aerogel.engine.requests import Adjustments, ModelOptions, RunRequest
 
     request = RunRequest.of(
@@ -62,18 +61,36 @@ def compress(
         seed=seed,
         output=output,
     )
+    result = _compressed(request, push_to_hub, evaluate, resume, quiet or as_json)
+    folder, report = request.require_output(), result.report()
+    if not as_json:
+        _print_result(result, folder, report)
+    hub = {}
+    if push_to_hub is not None:
+        hub["hub"] = push_folder(folder, push_to_hub, public, quiet=quiet or as_json, said=not as_json)
+    if as_json:
+        print_json({"folder": str(folder), "report": str(report), **hub, **result.facts})
+
+
+def _compressed(request: RunRequest, push_to_hub: str | None, evaluate: bool, resume: bool, quiet: bool) -> Result:
+    """Do the run after the checks that need no model; returns its result."""
+    from aerogel.cli import terminal
+    from aerogel.engine import pushing, run
+    from aerogel.engine.preflight import partial_of
+
     folder = request.require_output()
+    request.check_output()
     if push_to_hub is not None:
         pushing.check(push_to_hub)
-    with terminal.downloads(quiet or as_json):
+    with terminal.downloads(quiet):
         source = request.locate()
 
     def left() -> str:
         partial = partial_of(folder)
         return f"{partial} keeps the finished blocks: add --resume to continue" if partial.exists() else "nothing was changed"
 
-    with interruptible(left), terminal.progress(quiet or as_json) as tell:
-        result = run.compress(
+    with interruptible(left), terminal.progress(quiet) as tell:
+        return run.compress(
             source,
             request.recipe,
             output=folder,
@@ -83,16 +100,15 @@ def compress(
             resume=resume,
             tell=tell,
         )
-    report = result.report()
-    if not as_json:
-        terminal.print_coverage(result.facts["coverage"])
-        terminal.print_reuse(result.facts.get("policies", ()))
-        terminal.print_comparison(result.metrics)
-        typer.echo(f"folder  {folder}\nreport  {report}")
-    address = push_folder(folder, push_to_hub, public, quiet=quiet or as_json, said=not as_json) if push_to_hub else None
-    if as_json:
-        hub = {} if address is None else {"hub": address}
-        print_json({"folder": str(folder), "report": str(report), **hub, **result.facts})
+
+
+def _print_result(result: Result, folder: Path, report: Path) -> None:
+    from aerogel.cli import terminal
+
+    terminal.print_coverage(result.facts["coverage"])
+    terminal.print_reuse(result.facts.get("policies", ()))
+    terminal.print_comparison(result.metrics)
+    typer.echo(f"folder  {folder}\nreport  {report}")
 
 
 @command(COMPRESS, "Dry run: affected layers, size, memory and time; no weight is changed.")

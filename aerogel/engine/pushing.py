@@ -54,7 +54,7 @@ def push(folder: Path, name: str, *, public: bool = False, overwrite: bool = Fal
             message = f"{record.label} by Aerogel {__version__}"
             api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
     except ConnectionError as error:
-        raise AerogelError(f"{folder} could not be pushed ({error}); it is unchanged: run `aerogel push {folder} {name}` again") from error
+        raise AerogelError(f"{folder} could not be pushed ({error}); run `aerogel push {folder} {name}` again") from error
     return f"{constants.ENDPOINT}/{name}"
 
 

@@ -115,11 +115,14 @@ class RunRequest:
         return self.options.locate(self.model)
 
     def require_output(self) -> Path:
-        """Return the output folder; raises AerogelError when neither file nor command line names one, or something is in the way there."""
+        """Return the output folder; raises AerogelError when neither the file nor the command line names one."""
         if self.output is None:
             raise AerogelError(f"no output is given: add --output, or `output` to the recipe file (recipe {self.recipe.name!r} has none)")
-        save.preflight(self.output)
         return self.output
+
+    def check_output(self) -> None:
+        """Make sure, before anything is downloaded, that the output can be written; raises AerogelError that says what is in the way."""
+        save.preflight(self.require_output())
 
 
 def _model_options(given: ModelOptions, named: ModelSettings | None, name: str) -> ModelOptions:

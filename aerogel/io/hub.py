@@ -17,6 +17,7 @@ from huggingface_hub import utils as hub_utils
 
 from aerogel.errors import AerogelError
 from aerogel.io.checkpoint import STEMS, read_index
+from aerogel.io.states import STATES
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 """Form of the name of a model on the hub: owner/name."""
@@ -24,7 +25,7 @@ INDEX = "model_index.json"
 """The file that makes a folder a diffusers pipeline."""
 _PATIENCE = 10.0
 """Seconds until the hub counts as not reached."""
-_SETTINGS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*")
+_SETTINGS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*", STATES)
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
 _WEIGHTS = re.compile(rf"({'|'.join(STEMS)})(-\d+-of-\d+)?\.safetensors")
 

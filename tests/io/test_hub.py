@@ -10,10 +10,12 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+import aerogel
 from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
 from aerogel.io import hub
 from aerogel.io.source import locate
+from aerogel.layers.linear import QuantLinear
 from tests.folders import model_folder
 from tests.hub import COMMIT, Hub, running
 
@@ -119,6 +121,7 @@ def test_a_model_without_safetensors_is_not_downloaded(served: Hub, tmp_path: Pa
 def test_of_a_pipeline_each_part_is_fetched_once() -> None:
     parts = ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "text_encoder/model-00001-of-00002.safetensors"]
     parts += ["model_index.json", "vae/diffusion_pytorch_model.safetensors", "tokenizer/merges.txt"]
+    parts += ["aerogel.json", "aerogel.safetensors"]  # of a pipeline that was compressed and pushed
     useless = [
         "sd_xl_base.safetensors",
         "unet/diffusion_pytorch_model.fp16.safetensors",
@@ -161,3 +164,11 @@ def test_python_files_are_not_run_unasked(stored: Path, tmp_path: Path) -> None:
         AerogelError, match=r"has a model class of its own \(modeling_own.py\); read that file, and add --trust-remote-code"
     ):
         open_model(folder)
+
+
+def test_a_compressed_model_comes_back_from_the_hub(served: Hub, stored: Path, tmp_path: Path) -> None:
+    aerogel.compress(stored, "rtn-w8a8", output=tmp_path / "out", measures=())
+    served.models["owner/compressed"] = tmp_path / "out"
+    network = aerogel.load("owner/compressed", lazy=False)
+    assert any(isinstance(module, QuantLinear) for module in network.module.modules())
+    assert "owner/compressed/aerogel.json" in served.fetched, "which has the checksums that were compared"
