@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from aerogel import catalog
+from aerogel.io.names import Names
 from aerogel.model.calls import Call
 from aerogel.model.experts import unfuse
 from aerogel.model.network import Network
@@ -361,6 +362,7 @@ VARIANTS: dict[str, Tiny] = {
 def opened(name: str) -> Network:
     """A tiny network with its family, its experts one by one, as `aerogel.load` opens it."""
     tiny = (FAMILIES | VARIANTS)[name]
-    network = Network(tiny.build(), catalog.find("families", tiny.family))
-    unfuse(network.module, network.family)
-    return network
+    module, family = tiny.build(), catalog.find("families", tiny.family)
+    names = Names.of(module)
+    unfuse(module, names.experts)
+    return Network(module, family, names=names)

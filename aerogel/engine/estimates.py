@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from aerogel.engine.progress import StageName
+from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import TextMeasure
 from aerogel.kernels import synchronized_clock
 from aerogel.layers.conv import Layer, size
@@ -71,7 +73,9 @@ def _resting(network: Network) -> float:
     """Weights of experts that an average token does not go to."""
     found = [part for part in network.module.modules() if isinstance(part, ExpertList)]
     weights = sum(inputs * outputs for part in found for inputs, outputs in (size(one) for one in part.modules() if isinstance(one, Layer)))
-    return weights * (1 - shape_of(network).top_k / shape_of(network).experts) if found else 0.0
+    with suppress(AerogelError):  # a router that does not say how many experts a token goes to: all count as active
+        return weights * (1 - shape_of(network).top_k / shape_of(network).experts) if found else 0.0
+    return 0.0
 
 
 def _coded_weights(network: Network) -> int:

@@ -18,7 +18,7 @@ from aerogel.engine.progress import StageName
 from aerogel.engine.requirements import unmet
 from aerogel.io.source import ModelSource
 from aerogel.layers import layout
-from aerogel.layers.conv import Layer, refuse, size
+from aerogel.layers.conv import Layer, is_plain, refuse, size
 from aerogel.layers.linear import QuantLinear
 from aerogel.methods.base import Before, CalibrationSize, Method, WeightMethod
 from aerogel.model.match import matches
@@ -180,13 +180,24 @@ def _kept(network: Network, recipe: Recipe, touched: set[str]) -> Iterator[Kept]
             yield Kept(name, module.in_features * module.out_features, "quantized already")
         elif isinstance(module, Layer | nn.Embedding):
             yield Kept(name, sum(parameter.numel() for parameter in module.parameters()), _reason(network, name, module, methods))
+        else:
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim > 1:
+                    yield Kept(
+                        f"{name}.{key}" if name else key, parameter.numel(), f"of a {type(module).__name__}, which no method reaches"
+                    )
 
 
 def _reason(network: Network, name: str, module: nn.Module, methods: list[WeightMethod]) -> str:
     if isinstance(module, nn.Embedding):
         return "an embedding, not a linear"
-    if matches(name, network.family.never_quantize):
+    if not is_plain(module):
+        return f"a {type(module).__name__}, which does more than multiply"
+    if network.never_quantizes(name):
         return "kept by the family"
-    if any(matches(name, network.family.expand_patterns(method.ignore), module) for method in methods):
+    if any(matches(name, network.expand_patterns(method.ignore), module) for method in methods):
         return "ignored by the recipe"
+    groups = [method.scheme_of(name).group for method in methods if isinstance(module, method.layers)]
+    if any(group is not None and size(module)[0] < group for group in groups):
+        return "reads fewer inputs than a group has"
     return "not among the recipe's targets"

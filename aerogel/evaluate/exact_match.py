@@ -15,6 +15,7 @@ from aerogel.errors import AerogelError
 from aerogel.evaluate.generation import continued
 from aerogel.evaluate.measure import Measure, tokenizer_of
 from aerogel.model.network import Network
+from aerogel.model.structure.moe import routed_experts
 from aerogel.numerics.metrics import kl_divergence, top1_agreement
 from aerogel.runtime.expert_skipping.answers import logits_at
 from aerogel.runtime.expert_skipping.counting import DECODING, PREFILL, Tally, counting
@@ -51,7 +52,7 @@ class ExactMatch(Measure):
         if not self.source:
             raise AerogelError("exact_match needs chats with expected answers: --set exact_match.source=FILE.jsonl")
         asked = chats.drawn(chats.read(self.source), self.count, self.seed)
-        is_moe = network.family.experts is not None
+        is_moe = bool(routed_experts(network.module))
         with counting(network, Vocabulary.of(network)) if is_moe else nullcontext() as tally:
             right = self.right(network, asked)
         facts: dict[str, Any] = {"right": right, "count": len(asked), "source": self.source, "fingerprint": chats.fingerprint(asked)}

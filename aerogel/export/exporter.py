@@ -16,7 +16,9 @@ from torch import Tensor
 from aerogel.errors import AerogelError
 from aerogel.io.checkpoint import Checkpoint
 from aerogel.io.load import family_of, part_of
+from aerogel.io.names import Names
 from aerogel.io.quantized import assignments, replacements
+from aerogel.io.skeleton import names_of
 from aerogel.layers.layout import Stored, decode
 from aerogel.layers.replacement import Assigned, class_of
 from aerogel.model.family import Family
@@ -82,6 +84,7 @@ class Master:
     folder: Path
     config: dict[str, Any]
     family: Family
+    names: Names
     checkpoint: Checkpoint
     """Its tensors by their names in memory."""
 
@@ -93,10 +96,11 @@ class Master:
         if not path.is_file():
             raise AerogelError(f"{path} is missing; give a folder that `aerogel compress` wrote")
         config: dict[str, Any] = json.loads(path.read_text())
-        family = family_of(source.families, config.get("model_type"), config.get("_class_name"))
-        checkpoint = Checkpoint.open(folder, family.in_memory)
+        family = family_of(source.families, config.get("model_type"), config.get("_class_name"), config)
+        names = names_of(folder, config)
+        checkpoint = Checkpoint.open(folder, names.in_memory)
         checkpoint.verify()
-        return cls(folder, config, family, checkpoint)
+        return cls(folder, config, family, names, checkpoint)
 
     @property
     def quantization(self) -> dict[str, Any]:

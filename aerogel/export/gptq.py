@@ -71,7 +71,7 @@ def _reason(master: Master, name: str) -> str | None:
 
 def _tensors(master: Master) -> Iterator[tuple[str, Tensor]]:
     def on_disk(name: str) -> str:
-        return master.checkpoint.new_on_disk(name) or master.family.on_disk(name)
+        return master.checkpoint.new_on_disk(name) or master.names.on_disk(name)
 
     for name in master.floats:
         yield on_disk(name), master.checkpoint.tensor(name)

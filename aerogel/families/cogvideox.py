@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import CachedModule, Edge, Family, TimePath, Tower
+from aerogel.model.family import CachedModule, Family, TimePath
 
 FAMILY = Family(
     name="cogvideox",
     matches=("CogVideoXTransformer3DModel",),
-    towers=(Tower("", "transformer_blocks.*"),),
-    # Norms have a gain here, but their shift comes from the time step and would need the scale too: they are no sources.
-    edges=(Edge("attn1.to_v", ("attn1.to_out.0",), heads=True),),
     time=TimePath(
         embedders=("time_embedding",),
         projections=("transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm2.linear", "norm_out.linear"),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import CachedModule, Family, TimePath, Tower
+from aerogel.model.family import CachedModule, Family, TimePath
 
 FAMILY = Family(
     name="flux",
     matches=("FluxTransformer2DModel",),
-    towers=(Tower("", ("transformer_blocks.*", "single_transformer_blocks.*")),),
-    # No edges: to_out reads a mixture of the values of to_v and of add_v_proj; proj_out reads those of to_v beside what a GELU gave.
     time=TimePath(
         embedders=("time_text_embed.timestep_embedder",),
         projections=(

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Experts, Family, Residual, Tower
+from aerogel.model.family import Family, Residual
 
 FAMILY = Family(
     name="gpt_oss",
     matches=("gpt_oss",),
-    towers=(Tower("model", "model.layers.*"),),
-    edges=(
-        Edge("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Edge("self_attn.v_proj", ("self_attn.o_proj",), heads=True),
-        Edge("post_attention_layernorm", ("mlp.router", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")),
-    ),
     never_quantize=("*.mlp.router",),
-    experts=Experts("mlp.experts", router="mlp.router", interleaved=True, fused=True),
     residual=Residual(("model.embed_tokens",), ("self_attn.o_proj", "mlp.experts.*.down_proj"), "model.norm", "lm_head"),
 )

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import CachedModule, Edge, Family, TimePath, Tower
+from aerogel.model.family import CachedModule, Family, TimePath
 
 FAMILY = Family(
     name="pixart",
     matches=("PixArtTransformer2DModel",),
-    towers=(Tower("", "transformer_blocks.*"),),
-    edges=(
-        Edge("attn1.to_v", ("attn1.to_out.0",), heads=True),
-        Edge("attn2.to_v", ("attn2.to_out.0",), heads=True),
-    ),
     time=TimePath(
         embedders=("adaln_single.emb.timestep_embedder",),
         projections=("adaln_single.linear",),

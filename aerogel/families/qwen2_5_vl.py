@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Family, Tower
+from aerogel.model.family import Family
 
 FAMILY = Family(
     name="qwen2_5_vl",
     matches=("qwen2_5_vl",),
-    towers=(
-        Tower("model.visual", "model.visual.blocks.*"),
-        Tower("model.language_model", "model.language_model.layers.*"),
-    ),
-    edges=(
-        Edge("norm1", ("attn.qkv",)),
-        Edge("attn.qkv", ("attn.proj",), heads=True, tail=True),
-        Edge("norm2", ("mlp.gate_proj", "mlp.up_proj")),
-        Edge("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Edge("self_attn.v_proj", ("self_attn.o_proj",), heads=True),
-        Edge("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-        Edge("mlp.up_proj", ("mlp.down_proj",)),
-    ),
     modality="image-text",
-    renames=(("model.visual.", "visual."), ("model.language_model.", "model.")),
 )

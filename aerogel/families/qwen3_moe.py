@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import Edge, Experts, Family, Residual, Tower
+from aerogel.model.family import Family, Residual
 
 FAMILY = Family(
     name="qwen3_moe",
     matches=("qwen3_moe",),
-    towers=(Tower("model", "model.layers.*"),),
-    edges=(
-        Edge("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Edge("self_attn.v_proj", ("self_attn.o_proj",), heads=True),
-        Edge(
-            "post_attention_layernorm",
-            ("mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj", "mlp.gate_proj", "mlp.up_proj"),
-        ),
-        Edge("mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",)),
-        Edge("mlp.up_proj", ("mlp.down_proj",)),
-    ),
     never_quantize=("*.mlp.gate",),
-    experts=Experts("mlp.experts"),
     residual=Residual(("model.embed_tokens",), ("self_attn.o_proj", "mlp.experts.*.down_proj", "mlp.down_proj"), "model.norm", "lm_head"),
 )

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import CachedModule, Edge, Family, TimePath, Tower
+from aerogel.model.family import CachedModule, Family, TimePath
 
 FAMILY = Family(
     name="sd3",
     matches=("SD3Transformer2DModel",),
-    towers=(Tower("", "transformer_blocks.*"),),
-    # No edge out of attn: what to_out reads is mixed from the values of to_v and of add_v_proj. Images alone attend in attn2 (3.5).
-    edges=(Edge("attn2.to_v", ("attn2.to_out.0",), heads=True),),
     time=TimePath(
         embedders=("time_text_embed.timestep_embedder",),
         projections=("transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm1_context.linear", "norm_out.linear"),

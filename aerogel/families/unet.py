@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import CachedModule, Edge, Family, Skips, TimePath, Tower
+from aerogel.model.family import CachedModule, Family, Skips, TimePath
 
 FAMILY = Family(
     name="unet",
     matches=("UNet2DModel", "UNet2DConditionModel"),
-    towers=(
-        Tower(
-            "",
-            (
-                "down_blocks.*.resnets.*",
-                "down_blocks.*.attentions.*",
-                "down_blocks.*.downsamplers.*",
-                "mid_block.resnets.*",
-                "mid_block.attentions.*",
-                "up_blocks.*.resnets.*",
-                "up_blocks.*.attentions.*",
-                "up_blocks.*.upsamplers.*",
-            ),
-        ),
-    ),
-    edges=(
-        Edge("transformer_blocks.*.attn1.to_v", ("transformer_blocks.*.attn1.to_out.0",), heads=True),
-        Edge("transformer_blocks.*.attn2.to_v", ("transformer_blocks.*.attn2.to_out.0",), heads=True),
-        Edge("transformer_blocks.*.norm3", ("transformer_blocks.*.ff.net.0.proj",)),
-        Edge("to_v", ("to_out.0",), heads=True),
-    ),
     time=TimePath(
         embedders=("time_embedding",),
         projections=(

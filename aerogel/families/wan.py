@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from aerogel.model.family import CachedModule, Edge, Family, Tower
+from aerogel.model.family import CachedModule, Family
 
 FAMILY = Family(
     name="wan",
     matches=("WanTransformer3DModel",),
-    towers=(Tower("", "blocks.*"),),
-    edges=(
-        Edge("attn1.to_v", ("attn1.to_out.0",), heads=True),
-        Edge("norm2", ("attn2.to_q",), when=(("cross_attn_norm", True),)),
-        # Image-to-video adds a second value projection to what to_out reads.
-        Edge("attn2.to_v", ("attn2.to_out.0",), heads=True, when=(("added_kv_proj_dim", None),)),
-    ),
     cached_modules=(
         CachedModule("blocks.*.attn1", "self-attention", norms=("norm1",)),
         CachedModule("blocks.*.attn2", "cross-attention", norms=("norm2",)),

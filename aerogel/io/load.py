@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 import transformers
 from torch import nn
 
 from aerogel.errors import AerogelError
 from aerogel.io.checkpoint import Checkpoint
-from aerogel.io.experts import pieces
+from aerogel.io.names import Names
 from aerogel.io.processors import Pair
-from aerogel.io.quantized import attach
+from aerogel.io.skeleton import Folder, build, modality_of, model_class, read_config, skeleton_of, whole
 from aerogel.io.source import ModelSource, locate
-from aerogel.layers.slots import Slot, replace, slots
 from aerogel.model.experts import unfuse
 from aerogel.model.family import Family
 from aerogel.model.network import Network
@@ -65,17 +61,13 @@ def load(
     )
 
 
-def family_of(families: Sequence[Family], *names: str | None) -> Family:
-    """Return the family that one of these names belongs to: model types of configurations, class names of modules.
-
-    Raises AerogelError that lists the known families.
-    """
+def family_of(families: Sequence[Family], model_type: str | None, class_name: str | None, settings: dict[str, Any] | None = None) -> Family:
+    """Return the family file's data for a model type or a class of diffusers, or what can be said of an architecture without one."""
     for family in families:
-        if set(names) & set(family.matches):
+        if {model_type, class_name} & set(family.matches):
             return family
-    known = "; ".join(f"{family.name} ({', '.join(family.matches)})" for family in families)
-    given = " or ".join(repr(name) for name in names if name)
-    raise AerogelError(f"no known family has the model type {given}; known: {known}; a new one is one file in aerogel/families")
+    name = class_name or model_type or "model"
+    return Family(name, (name,), modality=modality_of(model_type, class_name, settings or {}))
 
 
 def computing_dtype(stored: torch.dtype) -> torch.dtype:
@@ -99,7 +91,6 @@ def part_of(folder: Path) -> Path:
 
 
 def _live(families: Sequence[Family], module: nn.Module, processor: Any, dtype: torch.dtype | None, unfuse_experts: bool) -> Network:
-    family = family_of(families, getattr(getattr(module, "config", None), "model_type", None), type(module).__name__)
     stored = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     if absent := [name for name, parameter in module.named_parameters() if parameter.is_meta]:
         raise AerogelError(
@@ -107,9 +98,19 @@ def _live(families: Sequence[Family], module: nn.Module, processor: Any, dtype: 
         )
     if dtype is not None:
         module.to(dtype)
+    family = _family_of_module(families, module)
+    names = Names.of(module)
     if unfuse_experts:
-        unfuse(module, family)
-    return Network(module.eval(), family, processor=processor, stored_dtype=stored)
+        unfuse(module, names.experts)
+    return Network(module.eval(), family, processor=processor, stored_dtype=stored, names=names)
+
+
+def _family_of_module(families: Sequence[Family], module: nn.Module) -> Family:
+    if isinstance(module, transformers.PreTrainedModel):
+        return family_of(families, module.config.model_type, None, module.config.to_dict())
+    denoises = hasattr(module, "save_config")  # a model of diffusers
+    known = family_of(families, None, type(module).__name__)
+    return known if denoises or known in families else replace(known, modality="text")
 
 
 def _is_pipeline(source: Any) -> bool:
@@ -134,23 +135,24 @@ def _open(families: Sequence[Family], folder: Path, dtype: torch.dtype | None, l
     if (folder / "model_index.json").is_file():
         return _open_pipeline(families, folder, dtype)
     _require_trust(folder, trust_remote_code)
-    given = _Folder.read(folder, families, dtype)
+    given = _read_folder(folder, families, dtype)
     if "_class_name" in given.settings:
-        return Network(_denoiser_in(given), given.family, folder, stored_dtype=given.stored)
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    config.__dict__.pop("quantization_config", None)
-    auto = transformers.AutoModelForImageTextToText if given.family.modality == "image-text" else transformers.AutoModelForCausalLM
-    options = {"dtype": given.dtype, "trust_remote_code": trust_remote_code}
-    module = _skeleton(given, lambda: auto.from_config(config, **options))
-    fits = _fits(module, given)
-    if fits:
-        given.checkpoint.materialise(module, skip=list(Network(module, given.family).blocks().values()) if lazy else [])
+        module, names = _denoiser_in(given)
+        return Network(module, given.family, folder, stored_dtype=given.stored, names=names)
+    config = read_config(folder, trust_remote_code)
+    cls = model_class(config, given.settings, trust_remote_code)
+    options = {"dtype": given.dtype} | ({"trust_remote_code": trust_remote_code} if hasattr(cls, "from_config") else {})
+    made = skeleton_of(given, lambda: build(cls, config, **options))
+    module = made.module
+    if made.fits:
+        made.checkpoint.materialise(module, skip=list(Network(module, given.family).blocks().values()) if lazy else [])
     else:
-        module = _whole(given, auto, config=config, **options)
+        module = whole(given, cls, made.names, config=config, **options)
     with suppress(OSError):  # a folder may do without
         module.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     processor = _processor(folder, given.family, trust_remote_code)
-    return Network(module.eval(), given.family, folder, processor, given.checkpoint if lazy and fits else None, given.stored)
+    checkpoint = made.checkpoint if lazy and made.fits else None
+    return Network(module.eval(), given.family, folder, processor, checkpoint, given.stored, names=made.names)
 
 
 def _require_trust(folder: Path, trust_remote_code: bool) -> None:
@@ -164,8 +166,8 @@ def _require_trust(folder: Path, trust_remote_code: bool) -> None:
 
 def _open_pipeline(families: Sequence[Family], folder: Path, dtype: torch.dtype | None) -> Network:
     part = part_of(folder)
-    given = _Folder.read(part, families, dtype)
-    module = _denoiser_in(given)
+    given = _read_folder(part, families, dtype)
+    module, names = _denoiser_in(given)
     diffusers = _diffusers(folder)
     try:
         with _without_bars(diffusers.utils.logging), _without_bars(transformers.utils.logging):
@@ -175,7 +177,7 @@ def _open_pipeline(families: Sequence[Family], folder: Path, dtype: torch.dtype 
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise AerogelError(f"{folder}: diffusers cannot open this pipeline ({reason}); add what it lacks, or open {part} alone") from error
-    return Network(module, given.family, folder, pipeline, stored_dtype=given.stored)
+    return Network(module, given.family, folder, pipeline, stored_dtype=given.stored, names=names)
 
 
 @contextmanager
@@ -190,99 +192,27 @@ def _without_bars(logging: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-@dataclass(frozen=True)
-class _Folder:
-    """Description of a folder with one network, before anything of it is built."""
-
-    path: Path
-    settings: dict[str, Any]
-    family: Family
-    checkpoint: Checkpoint
-    stored: torch.dtype
-    dtype: torch.dtype
-    """The dtype to compute in."""
-
-    @classmethod
-    def read(cls, path: Path, families: Sequence[Family], dtype: torch.dtype | None) -> _Folder:
-        settings = _read_json(path / "config.json")
-        family = family_of(families, settings.get("model_type"), settings.get("_class_name"))
-        checkpoint = Checkpoint.open(path, family.in_memory, partial(pieces, family))
-        checkpoint.verify()
-        stored = checkpoint.main_dtype()
-        return cls(path, settings, family, checkpoint, stored, dtype or computing_dtype(stored))
+def _read_folder(path: Path, families: Sequence[Family], dtype: torch.dtype | None) -> Folder:
+    settings = _read_json(path / "config.json")
+    family = family_of(families, settings.get("model_type"), settings.get("_class_name"), settings)
+    checkpoint = Checkpoint.open(path)
+    checkpoint.verify()
+    stored = checkpoint.main_dtype()
+    return Folder(path, settings, family, stored, dtype or computing_dtype(stored))
 
 
-def _denoiser_in(given: _Folder) -> nn.Module:
+def _denoiser_in(given: Folder) -> tuple[nn.Module, Names]:
     """The denoiser of a diffusers folder, all of it: glue may call into a block, as DiT's does."""
-    cls = getattr(_diffusers(given.path), given.settings["_class_name"])
+    name = given.settings["_class_name"]
+    cls = getattr(_diffusers(given.path), name, None)
+    if cls is None:
+        raise AerogelError(f"{given.path / 'config.json'}: diffusers has no class {name}; upgrade diffusers")
     settings = {key: value for key, value in given.settings.items() if key != "quantization_config"}
-    module = _skeleton(given, lambda: cls.from_config(settings))
-    if not _fits(module, given):
-        return _whole(given, cls, dtype=given.dtype).eval()
-    given.checkpoint.materialise(module)
-    return module.eval()
-
-
-def _skeleton(given: _Folder, build: Callable[[], nn.Module]) -> nn.Module:
-    """The module on meta, with its computed buffers real, its experts apart and quantized linear layers in place."""
-    with accelerate.init_empty_weights(include_buffers=False):
-        module = build()
-    if isinstance(module, transformers.PreTrainedModel):
-        module.tie_weights()
-    kept = _kept_in_float32(module, given.dtype)
-
-    def declare(slot: Slot) -> torch.Tensor:
-        tensor = slot.tensor.detach().to("meta")
-        if any(f".{part}." in f".{slot.name}." for part in kept):
-            return tensor.float()
-        return tensor.to(given.dtype) if "_class_name" in given.settings and tensor.is_floating_point() else tensor
-
-    replace(module, declare)
-    unfuse(module, given.family)
-    if quantization := given.settings.get("quantization_config"):
-        attach(module, quantization)
-    return module
-
-
-def _kept_in_float32(module: nn.Module, dtype: torch.dtype) -> set[str]:
-    """Parts of names whose weights transformers or diffusers keeps in float32 whatever is computed in."""
-    kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16 or not isinstance(module, transformers.PreTrainedModel):
-        kept |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
-    return kept if dtype in (torch.float16, torch.bfloat16) else set()
-
-
-def _fits(module: nn.Module, given: _Folder) -> bool:
-    """Return True where the checkpoint has exactly the module's tensors, so that each can be read when it is needed.
-
-    Raises AerogelError when it does not and cannot be read in another way, because its tensors are quantized.
-    """
-    names: dict[int, set[str]] = {}
-    for slot in slots(module):
-        names.setdefault(id(slot.tensor), set()).add(slot.name)
-    known = set().union(*names.values())
-    obsolete = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
-    lacking = [aliases for aliases in names.values() if not any(name in given.checkpoint for name in aliases)]
-    unknown = [name for name in given.checkpoint.names() if name not in known and not any(re.search(key, name) for key in obsolete)]
-    if (lacking or unknown) and given.settings.get("quantization_config"):
-        other = f"lacks {min(lacking[0])}" if lacking else f"has {unknown[0]}, which is unknown"
-        raise AerogelError(
-            f"{given.path}: its quantized checkpoint is not one of a {type(module).__name__}: it {other}; compress the original again"
-        )
-    return not lacking and not unknown
-
-
-def _whole(given: _Folder, cls: Any, **options: Any) -> nn.Module:
-    """The module as its own library reads it, which knows about names and layouts of other times."""
-    options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-    module, found = cls.from_pretrained(given.path, **options)
-    if lacking := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
-        raise AerogelError(
-            f"{given.path}: no weights for {lacking[0]} and {len(lacking) - 1} more; it is no checkpoint of a {type(module).__name__}"
-        )
-    unfuse(module, given.family)
-    whole: nn.Module = module
-    return whole
+    made = skeleton_of(given, lambda: cls.from_config(settings))
+    if not made.fits:
+        return whole(given, cls, made.names, dtype=given.dtype).eval(), made.names
+    made.checkpoint.materialise(made.module)
+    return made.module.eval(), made.names
 
 
 def _processor(folder: Path, family: Family, trust_remote_code: bool) -> Any:

@@ -104,11 +104,11 @@ def resident(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def fingerprint_of(network: Network) -> str:
     """Return what identifies the resident weights, the same whether experts are fused or apart."""
-    return fingerprint(joined(network.module, network.family, resident(network.module), always=True))
+    return fingerprint(joined(network.module, resident(network.module), always=True))
 
 
 def _as_on_disk(network: Network, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for given, tensor in joined(network.module, network.family, tensors):
+    for given, tensor in joined(network.module, tensors):
         if tensor.is_meta:
             raise AerogelError(f"{given}: its values are not in memory; give save the stream of tensors")
         name = _name_on_disk(network, given)
@@ -118,7 +118,7 @@ def _as_on_disk(network: Network, tensors: Iterable[tuple[str, Tensor]]) -> Iter
 def _name_on_disk(network: Network, given: str) -> str:
     """Return what the original checkpoint calls a tensor or its module, else what checkpoints of the family do."""
     found = network.checkpoint.new_on_disk(given) if network.checkpoint is not None else None
-    return found or network.family.on_disk(given)
+    return found or (network.names.on_disk(given) if network.names is not None else given)
 
 
 def _stored_dtype(network: Network, given: str, name: str, tensor: Tensor) -> torch.dtype:
@@ -178,6 +178,8 @@ def _write_config(network: Network, folder: Path) -> None:
     config.pop("quantization_config", None)
     if (quantization := describe(network.module)) is not None:
         config["quantization_config"] = quantization
+    if "_class_name" not in config and not config.get("architectures") and hasattr(network.module, "main_input_name"):
+        config["architectures"] = [type(network.module).__name__]
     if network.stored_dtype is not None and "_class_name" not in config:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(network.stored_dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, linear
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from aerogel.errors import AerogelError
 from aerogel.kernels.conv2d import Window, run
@@ -38,6 +40,7 @@ class QuantConv2d(QuantLinear):
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             raise AerogelError(f"a convolution with padding {conv.padding!r} ({conv.padding_mode}) is not quantized; ignore it by name")
         made = cls(conv.weight[0].numel(), conv.out_channels, scheme, tensors, bias)
+        made.compute_dtype = conv.weight.dtype
         kernel, stride, padding, dilation = (
             (int(down), int(right)) for down, right in (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
         )
@@ -67,6 +70,11 @@ class QuantConv2d(QuantLinear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         window = self.window
         return conv2d(self.quantized_input(x), kernel_OCHW, bias, window.stride, window.padding, window.dilation, window.groups)
+
+    @property
+    def weight(self) -> Tensor:
+        """The float weight (O, C, H, W)."""
+        return super().weight.unflatten(1, (-1, *self.window.kernel))
 
     def extra_repr(self) -> str:
         """Shape, geometry and scheme, for print(module)."""
@@ -116,6 +124,31 @@ def refuse(layer: Layer, scheme: Scheme) -> str | None:
     if isinstance(layer, nn.Conv2d) and scheme.inputs is not None and isinstance(scheme.inputs.granularity, PerToken):
         return "a convolution reads no tokens; leave it out, or give it float inputs and put ranges after it"
     return layout.refuse(scheme, *size(layer))
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Return True for a layer that multiplies by its weight, adds its bias and does nothing else: then a quantized one can take its place.
+
+    Classes derived from nn.Linear are tried out on a small weight: a router that gives scores and indices, or a layer that rounds its
+    input, answers otherwise.
+    """
+    if isinstance(layer, NonDynamicallyQuantizableLinear):  # attention of torch reads its weight and never calls it
+        return False
+    return type(layer) in (nn.Linear, nn.Conv2d) or (isinstance(layer, nn.Linear) and _multiplies(type(layer), layer))
+
+
+@torch.no_grad()
+def _multiplies(cls: type[nn.Linear], layer: nn.Linear) -> bool:
+    if cls.forward is nn.Linear.forward:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((3, 8), (5, 8), (5,)))
+    small = copy.copy(layer)
+    small.__dict__ |= {"_parameters": {"weight": weight, "bias": None if layer.bias is None else bias}}
+    try:
+        return torch.equal(cls.forward(small, x), linear(x, weight, None if layer.bias is None else bias))
+    except Exception:  # noqa: BLE001  code that looks at more than weight and bias
+        return False
 
 
 def size(layer: Any) -> tuple[int, int]:

@@ -44,13 +44,14 @@ class QuantLinear(Replacement):
     def __init__(self, in_features: int, out_features: int, scheme: Scheme, tensors: dict[str, Tensor], bias: nn.Parameter | None) -> None:
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
+        self._buffers.update(tensors)  # register_buffer would not take the name of the property `weight`
         self.register_parameter("bias", bias)
         self.bias: nn.Parameter | None
         self.timestep_index: TimestepIndex | None = None
         self._packed = WeakTensorKeyDictionary()
         self.dequantized_cache: dict[torch.dtype, Tensor] | None = None
+        self.compute_dtype = torch.float32
+        """Type of the layer that it replaced."""
 
     @classmethod
     def from_codes(
@@ -69,7 +70,9 @@ class QuantLinear(Replacement):
         group of each column where groups follow activation order. `input_grid` is needed when the scheme's inputs are static.
         """
         tensors = encode(Stored(codes_OI, grid, g_idx, input_grid), scheme, dtype or linear.weight.dtype)
-        return cls(linear.in_features, linear.out_features, scheme, tensors, linear.bias)
+        made = cls(linear.in_features, linear.out_features, scheme, tensors, linear.bias)
+        made.compute_dtype = linear.weight.dtype
+        return made
 
     @classmethod
     def empty(
@@ -103,7 +106,9 @@ class QuantLinear(Replacement):
         assert assigned is not None
         weight = layer.weight
         shape = (layer.in_features, layer.out_features, layer.bias is not None)
-        return QuantLinear.empty(*shape, assigned.scheme, weight.dtype, weight.device, assigned.act_order)
+        made = QuantLinear.empty(*shape, assigned.scheme, weight.dtype, weight.device, assigned.act_order)
+        made.compute_dtype = weight.dtype
+        return made
 
     def refuse(self) -> str | None:
         """Return why the format cannot hold a layer of this shape, or None when it can."""
@@ -114,6 +119,14 @@ class QuantLinear(Replacement):
         """Weights that kernels have packed for themselves: never saved, and gone as soon as the tensor it was packed from is."""
         kept: dict[Any, Any] = self._packed.setdefault(next(iter(self._tensors().values())), {})
         return kept
+
+    @property
+    def weight(self) -> Tensor:
+        """The float weight_OI, made anew for whoever reads it: code of models that multiplies by itself, or asks for the type."""
+        dtype = self.compute_dtype
+        if self.dequantized_cache is not None and dtype not in self.dequantized_cache:
+            self.dequantized_cache[dtype] = self.dequantized(dtype)
+        return self.dequantized(dtype) if self.dequantized_cache is None else self.dequantized_cache[dtype]
 
     @property
     def g_idx(self) -> Tensor | None:
@@ -198,6 +211,7 @@ class QuantLinear(Replacement):
         # Casting a model must not round scales again or turn fp8 codes into floats: only the device may change.
         before = self._tensors()
         super()._apply(fn, recurse)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         for name, tensor in before.items():
             now = self._buffers[name]
             if now is not None and now.dtype != tensor.dtype:

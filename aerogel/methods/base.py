@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
+from aerogel.layers.conv import size
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.match import matches
@@ -18,6 +19,8 @@ from aerogel.numerics.scheme import Scheme
 from aerogel.options import Options
 from aerogel.runtime.policy_state import PolicyState
 
+_FEW = 0.05
+"""Share of a block's weights up to which a layer that no group fits is left unquantized instead of refusing the recipe."""
 Requirement = Literal[
     "calls", "teacher", "gradients", "uncached", "dense", "edges", "residual", "experts", "attention", "time_path", "trajectories",
     "cached_modules", "block_range", "skips", "cfg", "concatenations", "schedule", "replays",
@@ -219,5 +222,15 @@ class WeightMethod(TargetedMethod):
         return Scheme.parse(self.scheme)
 
     def assign(self, block: Block) -> dict[str, tuple[Any, Scheme]]:
-        """Return the block's float layers that this method quantizes: name relative to the block -> (layer, scheme)."""
-        return {name: (layer, self.scheme_of(block.full_name(name))) for name, layer in self.targeted(block).items()}
+        """Return the block's float layers that this method quantizes: name relative to the block -> (layer, scheme).
+
+        Small layers that read less than one group, such as the low rank of a Mamba time step, are left unquantized.
+        """
+        found = {name: (layer, self.scheme_of(block.full_name(name))) for name, layer in self.targeted(block).items()}
+        weights = sum(layer.weight.numel() for layer, _ in found.values())
+        return {name: pair for name, pair in found.items() if not is_narrow(*pair, weights)}
+
+
+def is_narrow(layer: Any, scheme: Scheme, weights: int) -> bool:
+    """Return True for a layer that reads fewer inputs than a group of its scheme has, and holds few of its block's weights."""
+    return scheme.group is not None and size(layer)[0] < scheme.group and layer.weight.numel() <= _FEW * weights

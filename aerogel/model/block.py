@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
 from aerogel.kernels.malloc import release_pages
-from aerogel.layers.conv import Layer, QuantConv2d, matrix
+from aerogel.layers.conv import Layer, QuantConv2d, is_plain, matrix
 from aerogel.layers.linear import QuantLinear
 from aerogel.model.calls import Call
-from aerogel.model.family import Edge
+from aerogel.model.edges import Edge
 from aerogel.model.match import matches, names_exactly
 from aerogel.model.network import Network
 from aerogel.model.samples import Samples
@@ -26,16 +25,6 @@ class Inputs(Protocol):
 
     def __iter__(self) -> Iterator[Call]: ...
     def __len__(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class BoundEdge:
-    """An edge of the family with its wildcards filled in; names are relative to the block."""
-
-    source: str
-    sinks: tuple[str, ...]
-    heads: bool = False
-    tail: bool = False
 
 
 @dataclass(eq=False)
@@ -89,20 +78,18 @@ class Block:
         Patterns are held against full dotted names; `@name` stands for a list of the family. What the family keeps is left out unless
         a target spells its name.
         """
-        targets, ignore = self.network.family.expand_patterns(targets), self.network.family.expand_patterns(ignore)
+        targets, ignore = self.network.expand_patterns(targets), self.network.expand_patterns(ignore)
         found = {}
         for name, linear in self._all_linears().items():
             full = self.full_name(name)
-            kept = matches(full, self.network.family.never_quantize) and not any(names_exactly(full, target) for target in targets)
+            kept = self.network.never_quantizes(full) and not any(names_exactly(full, target) for target in targets)
             if not kept and _means(full, linear, targets) and not matches(full, ignore, linear):
                 found[name] = linear
         return found
 
-    def edges(self) -> list[BoundEdge]:
-        """The family's edges as they stand in this block; edges whose source or sinks are not here are left out."""
-        names = [name for name, _ in self.module.named_modules()]
-        edges = [edge for edge in self.network.family.edges if edge.holds(self.network.config)]
-        return [bound for edge in edges for bound in _bind(edge, names)] if self.name else []
+    def edges(self) -> Sequence[Edge]:
+        """The edges of this block, as they were found and verified on one of its kind; none around the blocks."""
+        return self.network.edges[self.name].edges if self.name else ()
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put another module in the place of a part of the block."""
@@ -128,29 +115,11 @@ class Block:
         return {
             name: module
             for name, module in self.module.named_modules()
-            if isinstance(module, Layer | QuantLinear) and not name.startswith(inside)
+            if (isinstance(module, QuantLinear) or (isinstance(module, Layer) and is_plain(module))) and not name.startswith(inside)
         }
 
 
 def _means(name: str, linear: nn.Module, targets: tuple[str, ...]) -> bool:
-    # A quantized linear still answers to the class name of what it replaced.
-    was = "Conv2d" if isinstance(linear, QuantConv2d) else "Linear"
-    return matches(name, targets, linear) or (isinstance(linear, QuantLinear) and was in targets)
-
-
-def _bind(edge: Edge, names: list[str]) -> list[BoundEdge]:
-    pattern = re.compile(re.escape(edge.source).replace(r"\*", r"([^.]+)"))
-    bound = []
-    for source in filter(pattern.fullmatch, names):
-        parts = pattern.fullmatch(source).groups()  # type: ignore[union-attr]
-        sinks = [name for sink in edge.sinks for name in names if re.fullmatch(_fill(sink, parts), name)]
-        if sinks:
-            bound.append(BoundEdge(source, tuple(sinks), edge.heads, edge.tail))
-    return bound
-
-
-def _fill(sink: str, parts: tuple[str, ...]) -> str:
-    """The sink as a regular expression: wildcards that the source has too take its parts, others match any one part."""
-    pieces = [re.escape(piece) for piece in sink.split("*")]
-    wild = [re.escape(parts[i]) if i < len(parts) else r"[^.]+" for i in range(len(pieces) - 1)]
-    return "".join(piece + gap for piece, gap in zip(pieces, [*wild, ""], strict=True))
+    # A quantized linear still answers to the class name of what it replaced, a derived class to that of torch.
+    was = "Conv2d" if isinstance(linear, QuantConv2d | nn.Conv2d) else "Linear"
+    return matches(name, targets, linear) or was in targets

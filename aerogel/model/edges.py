@@ -1,95 +1,87 @@
-"""Folding: move scales along an edge, from the channels of its source into the columns of its sinks.
+"""Edges: whose output channels feed whose input columns, and the folding of scales along them.
 
-Legend: C source channels of the edge, I input columns of a sink. C is smaller than I where query heads share a value head.
+Legend: R rows of a source, C channels of an edge (the rows that take a scale), I input columns of a sink.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.model.block import Block, BoundEdge
+from aerogel.layers.linear import QuantLinear
 
 
-class Channels(NamedTuple):
-    """The channels of an edge in its source and in its sinks."""
+@dataclass(frozen=True, eq=False)
+class Edge:
+    """Channels that leave norms or linear layers and enter linear layers, by names in the block."""
 
-    first: int
-    """Row of the source where they begin."""
-    width: int
-    """Number of channels: C."""
-    repeats: int
-    """Number of query heads that read each of them: I / C."""
-    head: int
-    """Channels that are repeated as one run: those of a head."""
+    sources: tuple[str, ...]
+    """Mostly one; several where sinks read them one beside the other, such as the values of text and of image."""
+    sinks: tuple[str, ...]
+    """Every layer that reads the channels, routers included."""
+    rows_I: Tensor
+    """For each column of a sink the row of the source that feeds it; -1 for a column that something else feeds."""
+    offset: float = 0.0
+    """What is added to a norm's weight before it multiplies."""
+    power: int = 1
+    """2 where sinks read the square of the source."""
 
-    def spread(self, values_C: Tensor) -> Tensor:
-        """One value for each column of a sink: values_I."""
-        heads = values_C.view(-1, 1, self.head)
-        return heads.expand(-1, self.repeats, -1).reshape(-1)
+    @property
+    def rows_C(self) -> Tensor:  # noqa: N802
+        """The rows of the source that take a scale, in order."""
+        return self.rows_I[self.rows_I >= 0].unique()
 
-    def gather(self, values_I: Tensor) -> Tensor:
-        """The largest value among the columns that read a channel: values_C."""
-        return values_I.view(-1, self.repeats, self.head).amax(dim=1).view(-1)
-
-
-def channels(block: Block, edge: BoundEdge) -> Channels:
-    """Find the channels of an edge; raises AerogelError when the shapes of source and sinks do not fit the edge."""
-    source, columns = block.module.get_submodule(edge.source), _columns(block, edge)
-    rows = _weight(source, edge.source).shape[0]
-    width = rows
-    if edge.tail:
-        # Fused query, key and value have I + 2 C rows; fused gate and up have 2 C.
-        width = (rows - columns) // 2 if edge.heads else columns
-    if columns % width or (columns != width and not edge.heads):
-        raise AerogelError(
-            f"{block.full_name(edge.source)} has {width} channels, its sinks {edge.sinks} read {columns}; correct the family file"
-        )
-    repeats = columns // width
-    head = width if repeats == 1 else _head_width(block.module.get_submodule(edge.source.rpartition(".")[0]))
-    return Channels(rows - width, width, repeats, head)
+    @property
+    def channels_I(self) -> Tensor:  # noqa: N802
+        """For each column of a sink the channel that feeds it, -1 for none."""
+        return torch.where(self.rows_I >= 0, torch.searchsorted(self.rows_C, self.rows_I.clamp(min=0)), -1)
 
 
-def fold(block: Block, edge: BoundEdge, scale_C: Tensor) -> None:
-    """Divide the source's channels by `scale_C` and multiply the columns that read them; the block computes what it did.
+def fold(block: nn.Module, edge: Edge, scale_C: Tensor) -> None:
+    """Divide the source's channels by `scale_C` and multiply the columns that read them, in place: the block gives what it gave.
 
-    The scales are positive. Norms are divided together with the family's norm offset; biases of the source are divided too.
+    The scales are positive. Biases of the source are divided too; a norm's offset is taken into account. Raises AerogelError where a layer
+    is quantized already.
     """
-    found = channels(block, edge)
-    source = block.module.get_submodule(edge.source)
-    scale_C = scale_C.to(torch.float32)
-    offset = 0.0 if isinstance(source, nn.Linear) else block.network.family.norm_offset
-    for tensor in (_weight(source, edge.source), getattr(source, "bias", None)):
-        if tensor is not None:
-            shift = offset if tensor is source.weight else 0.0
-            part = tensor.data[found.first :]
-            part.copy_((part.float() + shift) / scale_C.view(-1, *[1] * (part.ndim - 1)) - shift)
-    scale_I = found.spread(scale_C)
+    for name in (*edge.sources, *edge.sinks):
+        if isinstance(block.get_submodule(name), QuantLinear):
+            raise AerogelError(f"{name} is quantized already and cannot be scaled; fold before the block is quantized")
+    root_C = scale_C ** (1 / edge.power)
+    for name in edge.sources:
+        source = block.get_submodule(name)
+        for key in ("weight", "bias"):
+            parameter = getattr(source, key, None)
+            if parameter is not None:
+                data, offset, rows_C = parameter.data, edge.offset if key == "weight" else 0.0, edge.rows_C.to(parameter.device)
+                part = _wide(data[rows_C])
+                divisor = root_C.to(part).view(-1, *[1] * (part.ndim - 1))
+                data[rows_C] = ((part + offset) / divisor - offset).to(data.dtype)
+    scale_I = spread(edge, scale_C)
     for name in edge.sinks:
-        weight_OI = _weight(block.module.get_submodule(name), name)
-        weight_OI.data.copy_(weight_OI.data.float() * scale_I)
+        columns: Tensor = block.get_submodule(name).get_parameter("weight").data
+        factor = scale_I.to(device=columns.device).view(1, -1, *[1] * (columns.ndim - 2))
+        if columns.dtype == torch.float64:
+            columns.mul_(factor)
+        else:
+            columns.copy_(columns.float() * factor.float())
 
 
-def _head_width(attention: nn.Module) -> int:
-    width = getattr(attention, "head_dim", None)
-    if not isinstance(width, int):
-        raise AerogelError(f"{type(attention).__name__} shares value heads but has no head_dim to tell them apart; drop the edge")
-    return width
+def spread(edge: Edge, values_C: Tensor, missing: float = 1.0) -> Tensor:
+    """One value for each column of a sink; `missing` for those that the edge does not feed."""
+    channels_I = edge.channels_I.to(values_C.device)
+    return torch.where(channels_I >= 0, values_C[channels_I.clamp(min=0)], missing)
 
 
-def _columns(block: Block, edge: BoundEdge) -> int:
-    widths = {_weight(block.module.get_submodule(name), name).shape[-1] for name in edge.sinks}
-    if len(widths) != 1:
-        source = block.full_name(edge.source)
-        raise AerogelError(f"the sinks of {source} read {sorted(widths)} columns, one width was expected; correct the family file")
-    return int(widths.pop())
+def gather(edge: Edge, values_I: Tensor) -> Tensor:
+    """The largest value among the columns that read a channel: values_C."""
+    channels_I = edge.channels_I.to(values_I.device)
+    fed_I = channels_I >= 0
+    largest_C = torch.full((len(edge.rows_C),), -torch.inf, dtype=values_I.dtype, device=values_I.device)
+    return largest_C.scatter_reduce(0, channels_I[fed_I], values_I[fed_I], "amax")
 
 
-def _weight(module: nn.Module, name: str) -> Tensor:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
-        raise AerogelError(f"{name} is quantized already and cannot be scaled; fold before the block is quantized")
-    return weight
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

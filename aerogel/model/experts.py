@@ -5,35 +5,57 @@ Legend: E experts, I inner width, H hidden width, T tokens, K experts a token go
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from aerogel.errors import AerogelError
-from aerogel.layers.experts import Expert, ExpertLayout, ExpertList, all_float, fused_parameters, part_of
+from aerogel.layers.experts import DenseExpertList, Expert, ExpertLayout, ExpertList, all_float, fused_parameters, part_of
 from aerogel.layers.slots import slots
-from aerogel.model.family import Family
+
+ExpertNames = Callable[[str], ExpertLayout]
+"""Full name of a fused module -> a layout with the names that its experts' projections have on disk."""
 
 
-def unfuse(module: nn.Module, family: Family) -> list[str]:
+def unfuse(module: nn.Module, names: ExpertNames = lambda name: ExpertLayout()) -> list[str]:
     """Turn every fused experts module below `module` into an ExpertList, in place, and return their names.
 
-    Weights on the meta device stay there. Raises AerogelError when the fused parameters are not laid out as the family says.
+    Weights on the meta device stay there. Modules whose parameters are laid out in an unknown way stay as they are.
     """
-    if family.experts is None:
-        return []
-    end = family.experts.module
-    found = {
-        name: part
-        for name, part in module.named_modules()
-        if f".{name}".endswith(f".{end}") and _is_fused(name, part, family.experts.layout)
-    }
-    for name, fused in found.items():
-        module.set_submodule(name, _split(fused, family.experts.layout))
+    found = {name: layout for name, part in module.named_modules() if (layout := layout_of(part, names(name))) is not None}
+    for name, layout in found.items():
+        module.set_submodule(name, _split(module.get_submodule(name), layout))
     return list(found)
+
+
+def layout_of(module: nn.Module, names: ExpertLayout) -> ExpertLayout | None:
+    """Return how a module holds fused experts; None where it holds none, or in an unknown way.
+
+    The flags are those of transformers' `use_experts_implementation`; a module without them is known by its shapes where it gives every
+    expert all tokens, as in Llama 4.
+    """
+    shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters(recurse=False)}
+    if not any(len(shape) == 3 for shape in shapes.values()) or not isinstance(getattr(module, "down_proj", None), nn.Parameter):
+        return None
+    if hasattr(module, "is_transposed"):
+        layout = replace(
+            names,
+            gate=names.gate if module.has_gate else "",
+            interleaved=not module.is_concatenated,
+            transposed=bool(module.is_transposed),
+            biased=bool(module.has_bias),
+        )
+    else:
+        layout = replace(names, transposed=True, dense=True)
+        if not hasattr(module, "act_fn") or len(inspect.signature(module.forward).parameters) != 1:
+            return None
+    experts, *down = shapes["down_proj"]
+    inner, hidden = down if layout.transposed else down[::-1]
+    return layout if shapes == layout.shapes(experts, inner, hidden) else None
 
 
 def fuse(module: nn.Module) -> list[str]:
@@ -66,48 +88,25 @@ def narrowed(router: Any, numbers: Sequence[int]) -> Iterator[None]:
         router.num_experts = count
 
 
-def _is_fused(name: str, module: nn.Module, names: ExpertLayout) -> bool:
-    shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters(recurse=False)}
-    if not any(len(shape) == 3 for shape in shapes.values()):
-        return False
-    experts, *down = shapes.get("down_proj", (0, 0, 0))
-    inner, hidden = down if names.interleaved else down[::-1]
-    expected: dict[str, tuple[int, ...]] = {"gate_up_proj": (experts, 2 * inner, hidden), "down_proj": (experts, hidden, inner)}
-    if names.interleaved:
-        expected = {key: (shape[0], shape[2], shape[1]) for key, shape in expected.items()}
-        expected |= {"gate_up_proj_bias": (experts, 2 * inner), "down_proj_bias": (experts, hidden)}
-    if shapes != expected:
-        layout = (
-            "gate_up_proj (E, H, 2I), down_proj (E, I, H) and a bias of each"
-            if names.interleaved
-            else "gate_up_proj (E, 2I, H) and down_proj (E, H, I) only"
-        )
-        raise AerogelError(f"{name}: fused experts have {shapes}; expected {layout}")
-    return True
-
-
 def _split(fused: nn.Module, names: ExpertLayout) -> ExpertList:
     parameters = dict(fused.named_parameters(recurse=False))
+    trains = parameters["down_proj"].requires_grad
     experts = []
     for number in range(len(parameters["down_proj"])):
-        weights = _weights({key: parameter[number] for key, parameter in parameters.items()}, names)
-        gate, up, down = (_linear(*pair, trains=parameters["down_proj"].requires_grad) for pair in weights)
-        experts.append(Expert(names, gate, up, down, fused))
+        one = {key: parameter[number] for key, parameter in parameters.items()}
+        experts.append(Expert(names, [_linear(*pair, trains=trains) for pair in _weights(one, names)], fused))
     for key, parameter in parameters.items():
         setattr(fused, key, nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad))
-    return ExpertList(experts, fused, names).train(fused.training)
+    kind = DenseExpertList if names.dense else ExpertList
+    return kind(experts, fused, names).train(fused.training)
 
 
 def _weights(one: Mapping[str, Tensor], names: ExpertLayout) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Weight_OI and bias_O of one expert's gate, up and down."""
-    for key, of in (("gate_up_proj", 2), ("down_proj", 1)):
+    """Weight_OI and bias_O of one expert's projections."""
+    for key in (names.first, "down_proj"):
+        of, bias = len(names.parts(key)), one.get(f"{key}_bias")
         for turn in range(of):
-            weight, bias = (one.get(name) for name in (key, f"{key}_bias"))
-            assert weight is not None
-            yield (
-                part_of(weight, turn, of, names.interleaved),
-                None if bias is None else part_of(bias, turn, of, names.interleaved),
-            )
+            yield part_of(one[key], turn, of, names), None if bias is None else part_of(bias, turn, of, names)
 
 
 def _linear(weight_OI: Tensor, bias_O: Tensor | None, trains: bool) -> nn.Linear:

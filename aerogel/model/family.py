@@ -7,48 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from aerogel.errors import AerogelError
-from aerogel.layers.experts import ExpertLayout
 
 Modality = Literal["text", "image-text", "image", "video"]
 When = tuple[tuple[str, Any], ...]
-
-
-@dataclass(frozen=True)
-class Tower:
-    """A submodule that has blocks: a language model, a vision encoder, a denoiser."""
-
-    name: str
-    blocks: str | tuple[str, ...]
-    """Globs of the blocks' dotted names, for example `model.layers.*` (here `*` is one path part)."""
-
-    @property
-    def globs(self) -> tuple[str, ...]:
-        """The globs, however many."""
-        return (self.blocks,) if isinstance(self.blocks, str) else self.blocks
-
-
-@dataclass(frozen=True)
-class Edge:
-    """Whose output channels feed whose input channels, with names relative to a block.
-
-    A `*` stands for the same path part in source and sinks when the source has one (`mlp.experts.*.up_proj` feeds
-    `mlp.experts.*.down_proj` of the same expert) and for every match when only the sink has one.
-    """
-
-    source: str
-    """A norm or a linear."""
-    sinks: tuple[str, ...]
-    """Linear layers that read the source's channels and nothing else does; routers are named too."""
-    heads: bool = False
-    """Value-to-output edge: with grouped heads a source channel feeds the same channel of several query heads."""
-    tail: bool = False
-    """The channels are the last outputs of a fused linear, such as value in qkv or up in gate_up."""
-    when: When = ()
-    """Values in the network's config without which the edge does not hold, such as an activation that keeps scales."""
-
-    def holds(self, config: Any) -> bool:
-        """Return True if a model with this config has the edge."""
-        return _agrees(config, self.when)
 
 
 @dataclass(frozen=True)
@@ -70,30 +31,6 @@ class Residual:
     def holds(self, config: Any) -> bool:
         """Return True if a model with this config has the stream."""
         return _agrees(config, self.when)
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Layout of a block's experts as fused 3-D parameters, and the names they have one by one."""
-
-    module: str
-    """Fused module relative to a block, for example `mlp.experts`."""
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-    router: str = "mlp.gate"
-    """The router, relative to the block."""
-    attention: str = "self_attn"
-    """The block's attention, relative to it: what tokens it passes over may lose their experts."""
-    interleaved: bool = False
-    """True where fused parameters are (E, inputs, outputs) with biases, and gate and up alternate among the outputs."""
-    fused: bool = False
-    """True where checkpoints hold the fused parameters themselves."""
-
-    @property
-    def layout(self) -> ExpertLayout:
-        """Names of one expert's projections, and the way they are fused."""
-        return ExpertLayout(self.gate, self.up, self.down, self.interleaved)
 
 
 @dataclass(frozen=True)
@@ -143,13 +80,8 @@ class Family:
     name: str
     matches: tuple[str, ...]
     """Values of `config.model_type`, or diffusers class names, that belong to the family."""
-    towers: tuple[Tower, ...]
-    edges: tuple[Edge, ...] = ()
     never_quantize: tuple[str, ...] = ()
     """Globs of linear layers that no method quantizes unless asked by name, such as router gates."""
-    norm_offset: float = 0.0
-    """Offset that a norm adds to its weight before it multiplies (1.0 in Gemma)."""
-    experts: Experts | None = None
     residual: Residual | None = None
     time: TimePath | None = None
     cached_modules: tuple[CachedModule, ...] = ()
@@ -163,8 +95,6 @@ class Family:
     pattern_sets: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """Patterns that a recipe may name in `targets` and `ignore` as `@name`, such as what published code leaves unquantized."""
     modality: Modality = "text"
-    renames: tuple[tuple[str, str], ...] = ()
-    """Names by which transformers calls tensors otherwise than their checkpoint does: (beginning or `.part.` in memory, on disk)."""
 
     def expand_patterns(self, patterns: Iterable[str]) -> tuple[str, ...]:
         """Return patterns with the family's own lists (`@name`) written out; `@time_path` is the temporal path.
@@ -186,29 +116,6 @@ class Family:
         time = {} if self.time is None else {"time_path": (*(f"{glob}.*" for glob in self.time.embedders), *self.time.projections)}
         return time | dict(self.pattern_sets)
 
-    def on_disk(self, name: str) -> str:
-        """The name that a checkpoint of this family has for the tensor called `name` in memory."""
-        return _renamed(name, self.renames)
-
-    def in_memory(self, name: str) -> str:
-        """The name in memory of the tensor that a checkpoint calls `name`; names that are those of memory stay."""
-        if any(_place(name, ours) >= 0 for ours, _ in self.renames):
-            return name
-        longest_first = sorted(self.renames, key=lambda pair: -len(pair[1]))
-        return _renamed(name, tuple((theirs, ours) for ours, theirs in longest_first))
-
 
 def _agrees(config: Any, when: When) -> bool:
     return all(getattr(config, key, None) == value for key, value in when)
-
-
-def _place(name: str, text: str) -> int:
-    """Return the place of this text in a name: anywhere when it begins with a dot, else only at the beginning; -1 when nowhere."""
-    return name.find(text) if text.startswith(".") else (0 if name.startswith(text) else -1)
-
-
-def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
-    for old, new in pairs:
-        if (place := _place(name, old)) >= 0:
-            return name[:place] + new + name[place + len(old) :]
-    return name

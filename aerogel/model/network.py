@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,15 @@ from torch import nn
 
 from aerogel.model.calls import Call
 from aerogel.model.family import Family
+from aerogel.model.match import matches
+from aerogel.model.structure.edges import BlockEdges, edges_by_block
+from aerogel.model.structure.examples import Example, examples_of
+from aerogel.model.structure.moe import gates_of
+from aerogel.model.structure.towers import Tower, towers_of
 
 if TYPE_CHECKING:
     from aerogel.io.checkpoint import Checkpoint
+    from aerogel.io.names import Names
     from aerogel.io.source import ModelSource
 
 
@@ -34,6 +42,10 @@ class Network:
     """The dtype that float weights have on disk; None means that of the module."""
     source: ModelSource | None = None
     """What it was opened from and how, to open it again; None for a live module."""
+    names: Names | None = None
+    """Conversions between the names of its tensors on disk and in memory; None where they are the same."""
+    examples: Sequence[Call] = ()
+    """Calls that the structure is discovered with; made up from the configuration where there are none."""
 
     pruned: set[str] = field(default_factory=set)
     """Full names of the layers whose zeros every later step keeps."""
@@ -52,9 +64,47 @@ class Network:
         """The device of the resident weights."""
         return next((p.device for p in self.module.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
+    @cached_property
+    def towers(self) -> tuple[Tower, ...]:
+        """The lists of blocks, found by watching the network run; later changes of its layers do not move them."""
+        return towers_of(self.module, self._examples)
+
+    @cached_property
+    def _examples(self) -> list[Example]:
+        return [Example("", call) for call in self.examples[:1]] or examples_of(self.module)
+
+    @cached_property
+    def edges(self) -> dict[str, BlockEdges]:
+        """The edges of each block and why other layers are no sources, found with random weights on one block of each kind."""
+        return edges_by_block(self.module, tuple(self.blocks()), self._examples)
+
+    @cached_property
+    def gates(self) -> frozenset[str]:
+        """Full names of the linear layers that weigh experts, such as routers."""
+        return gates_of(self.module)
+
+    def never_quantizes(self, name: str) -> bool:
+        """Return True for a layer that no method quantizes unless asked by name: a router, or one that the family names."""
+        return name in self.gates or matches(name, self.family.never_quantize)
+
+    @cached_property
+    def head(self) -> str:
+        """Full name of the layer that gives logits, whatever the model calls it; empty where there is none."""
+        find = getattr(self.module, "get_output_embeddings", None)
+        head = find() if find is not None else None
+        return next((name for name, part in self.module.named_modules() if part is head), "")
+
+    def expand_patterns(self, patterns: Iterable[str]) -> tuple[str, ...]:
+        """Return patterns with the family's own lists (`@name`) written out; `lm_head` is the layer that gives logits by any name.
+
+        Raises AerogelError for a list that the family does not have.
+        """
+        found = self.family.expand_patterns(patterns)
+        return (*found, self.head) if "lm_head" in found and self.head else found
+
     def blocks(self) -> dict[str, nn.Module]:
         """The blocks of every tower by full dotted name, in list order."""
-        return {name: module for tower in self.family.towers for name, module in self.named(*tower.globs).items()}
+        return {name: self.module.get_submodule(name) for tower in self.towers for name in tower.blocks}
 
     def named(self, *globs: str) -> dict[str, nn.Module]:
         """The modules that one of the globs names, by full dotted name in the module's own order; `*` stands for one part of a name."""

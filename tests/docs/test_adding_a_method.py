@@ -14,7 +14,7 @@ from torch import nn
 from aerogel.layers.linear import QuantLinear
 from aerogel.methods.base import WeightMethod
 from aerogel.model.calls import Call
-from aerogel.model.family import Family, Tower
+from aerogel.model.family import Family
 from aerogel.model.network import Network
 from aerogel.model.walk import Walk
 from tests.tiny import FAMILIES
@@ -40,7 +40,7 @@ def test_it_compresses_a_network(method: type[WeightMethod]) -> None:
     tiny = FAMILIES["llama"]
     errors = {}
     for factors in ((1.0,), (1.0, 0.95, 0.9, 0.85, 0.8)):
-        network = Network(tiny.build(), Family("llama", ("llama",), (Tower("model", "model.layers.*"),)))
+        network = Network(tiny.build(), Family("llama", ("llama",)))
         errors[factors] = []
         for block in Walk(network, tiny.calls(2)):
             method(scheme="W3A16_G32", factors=factors).compress(block)  # type: ignore[call-arg]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from aerogel import catalog
 from aerogel.engine.opening import open_model
-from aerogel.model.block import Block, BoundEdge
+from aerogel.model.block import Block
 from aerogel.model.calls import Call, record, tensors_in
-from aerogel.model.edges import channels, fold
+from aerogel.model.edges import Edge, fold
 from aerogel.model.network import Network
 from aerogel.model.walk import Walk
 from tests.tiny import FAMILIES, VARIANTS, opened, output
@@ -132,7 +132,7 @@ def test_a_walk_leaves_nothing_behind(name: str) -> None:
 def test_text_alone_does_not_reach_the_vision_tower(name: str) -> None:
     network, calls = opened(name), TINY[name].calls(3)
     assert ["pixel_values" in call.kwargs for call in calls] == [True, True, False]
-    vision = network.family.towers[0].name
+    vision = network.towers[0].name
     counts = {block.name: len(list(block.calls)) for block in Walk(network, calls)}
     assert counts == {block: 2 if block.startswith(vision) else 3 for block in network.blocks()}
 
@@ -144,23 +144,27 @@ def test_padded_rows_are_among_the_calls_of_language_models(name: str) -> None:
     assert [bool((mask == 0).any()) for mask in masks] == ([False, True] if language else [])
 
 
-def scaled_by_hooks(block: Block, edge: BoundEdge, scale_C: Tensor, stack: ExitStack, *, sinks: bool = True) -> None:
-    """The definition of an edge: channels leave the source times s and enter the sinks divided by s, head by head."""
-    found = channels(block, edge)
-    wide = scale_C
-    if found.repeats > 1:
-        heads = [scale_C[start : start + found.head] for start in range(0, len(scale_C), found.head)]
-        wide = torch.cat([head for head in heads for _ in range(found.repeats)])
+def scaled_by_hooks(block: Block, edge: Edge, scale_C: Tensor, stack: ExitStack, *, sinks: bool = True) -> None:
+    """The definition of an edge: channels leave the sources times s and enter the sinks divided by s, column by column."""
+    rows = sorted({int(row) for row in edge.rows_I if row >= 0})
+    scale_of = {row: float(scale) for row, scale in zip(rows, scale_C, strict=True)}
+    wide = torch.tensor([scale_of.get(int(row), 1.0) ** edge.power for row in edge.rows_I])
 
-    def multiply(_: nn.Module, __: Any, result: Tensor) -> Tensor:
-        result = result.clone()
-        result[..., found.first :] *= scale_C
-        return result
+    def along(module: nn.Module, tensor: Tensor, values: Tensor) -> Tensor:
+        dim = 1 if isinstance(module, nn.GroupNorm | nn.Conv2d) else tensor.ndim - 1
+        return values.view([-1 if place == dim else 1 for place in range(tensor.ndim)])
 
-    stack.callback(block.module.get_submodule(edge.source).register_forward_hook(multiply).remove)
+    def multiply(module: nn.Module, _: Any, result: Tensor) -> Tensor:
+        size = result.shape[1 if isinstance(module, nn.GroupNorm | nn.Conv2d) else -1]
+        return result * along(module, result, torch.tensor([scale_of.get(row, 1.0) for row in range(size)]))
+
+    def divide(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0] / along(module, args[0], wide), *args[1:])
+
+    for source in edge.sources:
+        stack.callback(block.module.get_submodule(source).register_forward_hook(multiply).remove)
     for sink in edge.sinks if sinks else ():
-        divide = block.module.get_submodule(sink).register_forward_pre_hook(lambda _, args: (args[0] / wide, *args[1:]))
-        stack.callback(divide.remove)
+        stack.callback(block.module.get_submodule(sink).register_forward_pre_hook(divide).remove)
 
 
 @EVERY
@@ -170,7 +174,7 @@ def test_edges_are_edges(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     for block in blocks_of(network):
         for edge in block.edges():
-            scale_C = torch.exp(0.7 * torch.randn(channels(block, edge).width, generator=generator))
+            scale_C = torch.exp(0.7 * torch.randn(len(edge.rows_C), generator=generator))
             with ExitStack() as stack:
                 scaled_by_hooks(block, edge, scale_C, stack)
                 for call, expected in zip(calls, before, strict=True):
@@ -189,9 +193,10 @@ def test_folding_keeps_the_function(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     for block in blocks_of(network):
         for edge in block.edges():
-            fold(block, edge, torch.exp(0.7 * torch.randn(channels(block, edge).width, generator=generator)))
-            source = f"{block.name}.{edge.source}.weight"
-            assert not torch.equal(network.module.state_dict()[source], weights[source])
+            fold(block.module, edge, torch.exp(0.7 * torch.randn(len(edge.rows_C), generator=generator)))
+            for source in edge.sources:
+                key = f"{block.name}.{source}.weight"
+                assert not torch.equal(network.module.state_dict()[key], weights[key])
     for call, expected in zip(calls, before, strict=True):
         torch.testing.assert_close(output(network.module, call), expected, rtol=0, atol=5e-5)
 
@@ -248,7 +253,7 @@ def turned(network: Network, turn_HH: Tensor, stack: ExitStack) -> None:
     for block in blocks_of(network):
         parts = dict(block.module.named_modules())
         writers += [parts[part] for part in parts if any(matches_part(part, writer) for writer in residual.writers)]
-        sources = [edge.source for edge in block.edges() if edge.source not in residual.inner]
+        sources = [source for edge in block.edges() for source in edge.sources if source not in residual.inner]
         readers += [parts[source] for source in sources if not isinstance(parts[source], nn.Linear)]
     for writer in writers:
         stack.callback(writer.register_forward_hook(after).remove)

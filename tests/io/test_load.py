@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from aerogel import catalog
-from aerogel.engine.opening import families, open_model
+from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
-from aerogel.io.load import computing_dtype, family_of, part_of
+from aerogel.io.load import computing_dtype, part_of
 from aerogel.io.save import new_folder, write
 from aerogel.layers.linear import QuantLinear, stored_grid
 from aerogel.model.network import Network
@@ -53,7 +53,7 @@ def test_lazy_opening_gives_the_logits_of_transformers_bit_for_bit(name: str, tm
     whole = AUTO.get(name, transformers.AutoModelForCausalLM).from_pretrained(saved(name, tmp_path)).eval()
     network = open_model(tmp_path)
     for call in FAMILIES[name].calls(2):
-        if network.family.experts is not None and network.family.experts.interleaved:  # columns in turns are summed in another order
+        if name == "gpt_oss":  # columns in turns are summed in another order
             torch.testing.assert_close(output(resident(network), call), output(whole, call), rtol=0, atol=2e-6)
         else:
             assert torch.equal(output(resident(network), call), output(whole, call))
@@ -143,6 +143,9 @@ def test_the_stored_dtype_is_remembered(tmp_path: Path, monkeypatch: pytest.Monk
 def test_names_of_another_time_are_read_whole_by_transformers(tmp_path: Path) -> None:
     module = FAMILIES["qwen2"].build()
     module.model.save_pretrained(tmp_path)  # names without the first `model.`
+    assert type(open_model(tmp_path).module).__name__ == "Qwen2Model"
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"architectures": None}))
     network = open_model(tmp_path)
     call = FAMILIES["qwen2"].calls(1)[0]
     assert network.checkpoint is None
@@ -279,16 +282,12 @@ def test_a_denoiser_opens_from_a_folder_of_its_own(name: str, tmp_path: Path) ->
     assert torch.equal(output(network.module, call), output(module, call))
 
 
-def test_an_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(AerogelError, match="Linear"):
-        open_model(nn.Linear(2, 2))
+def test_a_type_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
     saved("llama", tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(settings | {"model_type": "abacus"}))
-    with pytest.raises(AerogelError, match="'abacus'") as caught:
+    with pytest.raises(AerogelError, match=r"config\.json: transformers \d.* has no such model .*abacus.*; upgrade transformers, or give"):
         open_model(tmp_path)
-    assert all(name in str(caught.value) for name in catalog.names("families"))
-    assert family_of(families(), "abacus", "llama").name == "llama"
 
 
 def test_what_is_not_a_model_is_said_to_be_none(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from aerogel.model import time_path
 from aerogel.model.calls import Call
 from aerogel.model.match import matches
 from aerogel.model.network import Network
+from aerogel.model.structure.moe import routed_experts
 from aerogel.numerics.scheme import Scheme
 from aerogel.recipe import Recipe, Step
 from tests.runtime.feature_cache.test_replay import clips, dit_pipeline, packed, recorded
@@ -211,7 +212,7 @@ class Case:
             return [min(changed, CACHED) if changed else EXACT for changed in example.changed]
         elif not self.plan.touched and self.requires & {"residual", "edges", "concatenations"}:
             bound = EXACT
-        elif example.network.family.experts is not None:
+        elif routed_experts(example.network.module):
             bound = TURNED.get(self.family, ROUTED_INPUTS if len(self.steps) > 1 else ROUTED)
         else:
             bound = INPUTS if "attention" in self.requires or len(self.steps) > 1 else CLOSE

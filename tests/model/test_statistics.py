@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from aerogel.errors import AerogelError
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
-from aerogel.model.family import Family, Tower
+from aerogel.model.family import Family
 from aerogel.model.network import Network
 from aerogel.model.statistics import InputStatistics, collect, sharing
 
@@ -35,7 +35,7 @@ class Gated(nn.Module):
 def block(calls: list[Call], width: int = 300) -> Block:
     torch.manual_seed(0)
     module = Gated(width)
-    return Block("cell", module, 0, 1, calls, Network(module, Family("f", ("f",), (Tower("t", "cell"),))))  # type: ignore[arg-type]
+    return Block("cell", module, 0, 1, calls, Network(module, Family("f", ("f",))))  # type: ignore[arg-type]
 
 
 def inputs(count: int = 3, width: int = 300) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from aerogel.errors import AerogelError
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
-from aerogel.model.family import Family, Tower
+from aerogel.model.family import Family
 from aerogel.model.network import Network
 from aerogel.model.synchronized_forwards import InputGroup, synchronized_forwards
 
@@ -42,7 +42,7 @@ def block() -> Block:
     torch.manual_seed(0)
     module = Pair().requires_grad_(False)
     calls = [Call((torch.randn(2, 4),)) for _ in range(3)]
-    return Block("cell", module, 0, 1, calls, Network(module, Family("f", ("f",), (Tower("t", "cell"),))))  # type: ignore[arg-type]
+    return Block("cell", module, 0, 1, calls, Network(module, Family("f", ("f",))))  # type: ignore[arg-type]
 
 
 def doubled(block: Block) -> Callable[[InputGroup], None]:

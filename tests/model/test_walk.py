@@ -13,8 +13,9 @@ from torch import nn
 from aerogel.errors import AerogelError
 from aerogel.layers.linear import QuantLinear
 from aerogel.model.calls import Call, record
-from aerogel.model.family import Family, Tower
+from aerogel.model.family import Family
 from aerogel.model.network import Network
+from aerogel.model.structure.towers import Tower
 from aerogel.model.walk import Walk
 from aerogel.numerics.quantize import quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
@@ -51,14 +52,16 @@ class Hourglass(nn.Module):
         return self.head(last)
 
 
-HOURGLASS = Family("hourglass", ("hourglass",), (Tower("main", "cells.*"),))
+HOURGLASS = Family("hourglass", ("hourglass",))
 ORDER = ("cells.0", "cells.3", "cells.2", "cells.1")
 
 
 @pytest.fixture
 def network() -> Network:
     torch.manual_seed(0)
-    return Network(Hourglass(), HOURGLASS)
+    network = Network(Hourglass(), HOURGLASS)
+    network.towers = (Tower("cells", tuple(f"cells.{number}" for number in range(4))),)
+    return network
 
 
 @pytest.fixture
@@ -195,7 +198,7 @@ def test_weights_are_resident_only_during_a_visit(network: Network, calls: list[
 
 def test_a_block_that_runs_twice_is_refused(network: Network, calls: list[Call]) -> None:
     network.module.cells[2] = network.module.cells[3]
-    network.family = Family("loop", (), (Tower("main", "cells.2"),))
+    network.towers = (Tower("cells", ("cells.2",)),)
     with pytest.raises(AerogelError, match=r"cells\.2 runs twice"):
         Walk(network, calls)
 

@@ -55,7 +55,7 @@ class Fsc(Method):
 
     def requantized(self, network: Network, before: Before) -> dict[str, Scheme]:
         """Return the layers that get a range for each step."""
-        path, ignore, layer = find(network), network.family.expand_patterns(self.ignore), network.module.get_submodule
+        path, ignore, layer = find(network), network.expand_patterns(self.ignore), network.module.get_submodule
         within = {*path.embedding_linears, *path.projections}
         inputs = _inputs(before.size.steps)
         return {
@@ -89,7 +89,7 @@ class Fsc(Method):
 
     def _layers(self, network: Network) -> dict[str, QuantLinear]:
         """The layers with float inputs, by full name, that get a range at each step."""
-        ignore = network.family.expand_patterns(self.ignore)
+        ignore = network.expand_patterns(self.ignore)
         coded = {name: part for name, part in network.module.named_modules() if isinstance(part, QuantLinear)}
         return {name: part for name, part in coded.items() if part.scheme.inputs is None and not matches(name, ignore, part)}
 

@@ -30,7 +30,7 @@ class SplitShortcut(Method):
     @torch.no_grad()
     def apply(self, network: Network, calls: Sequence[Call]) -> None:
         """Find the layers in one forward and split them; raises AerogelError when there is none."""
-        ignore, layers = network.family.expand_patterns(self.ignore), network.module.get_submodule
+        ignore, layers = network.expand_patterns(self.ignore), network.module.get_submodule
         found = {name: widths for name, widths in seams(network, calls[0]).items() if not matches(name, ignore, layers(name))}
         if not found:
             raise AerogelError(f"no float layer of this {network.family.name} model reads concatenated channels; leave split_shortcut out")

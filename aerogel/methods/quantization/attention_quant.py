@@ -63,7 +63,7 @@ class AttentionQuant(RuntimePolicy[AttentionQuantState]):
     def calibrate(self, network: Network, calls: Sequence[Call]) -> AttentionQuantState:
         """Look at the operands of all calls; raises AerogelError when the network's attention cannot be found."""
         named = attentions(network, calls[0])
-        ignore = network.family.expand_patterns(self.ignore)
+        ignore = network.expand_patterns(self.ignore)
         names = [name for name in named if not matches(name, ignore, network.module.get_submodule(name))]
         if not names:
             raise AerogelError(

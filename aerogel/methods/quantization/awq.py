@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -19,8 +20,8 @@ from torch.nn.functional import pad
 from aerogel.layers.linear import QuantLinear, stored_grid
 from aerogel.layers.scaled_input import ScaledInput
 from aerogel.methods.base import Requirement, WeightMethod
-from aerogel.model.block import Block, BoundEdge
-from aerogel.model.edges import channels, fold
+from aerogel.model.block import Block
+from aerogel.model.edges import Edge, fold, gather, spread
 from aerogel.model.match import matches
 from aerogel.model.rounding import InputRange, output_error, round_to_nearest, static_inputs
 from aerogel.model.statistics import InputStatistics, collect
@@ -119,15 +120,14 @@ class Awq(WeightMethod):
         for name, job in jobs.items():
             self._finish(block, name, job, statistics.get(name), kept.get(job))
 
-    def _scale_edge(self, block: Block, edge: BoundEdge, jobs: dict[str, _Job]) -> None:
+    def _scale_edge(self, block: Block, edge: Edge, jobs: dict[str, _Job]) -> None:
         """Find the scale of an edge's channels and move it there."""
         readers = [jobs[name] for name in edge.sinks if name in jobs and jobs[name].inputs is not None]
         if not readers:
             return
-        found = channels(block, edge)
-        scale_C = self._search(readers, found.gather, found.spread)
-        fold(block, edge, scale_C)
-        _divide(readers, found.spread(scale_C))
+        scale_C = self._search(readers, partial(gather, edge), partial(spread, edge))
+        fold(block.module, edge, scale_C)
+        _divide(readers, spread(edge, scale_C))
 
     def _scale_inputs(self, jobs: Iterable[_Job]) -> dict[_Job, Tensor]:
         """Find scales for linear layers that must divide their inputs themselves, and multiply their weights."""
@@ -223,6 +223,6 @@ def _divide(readers: Sequence[_Job], scale_I: Tensor) -> None:
             job.inputs = divided.setdefault(id(before), before.divided(scale_I))
 
 
-def _is_float(block: Block, edge: BoundEdge) -> bool:
+def _is_float(block: Block, edge: Edge) -> bool:
     """Return True where nothing on the edge is quantized already, so that scales can still move."""
-    return not any(isinstance(block.module.get_submodule(name), QuantLinear | ScaledInput) for name in (edge.source, *edge.sinks))
+    return not any(isinstance(block.module.get_submodule(name), QuantLinear | ScaledInput) for name in (*edge.sources, *edge.sinks))

@@ -23,6 +23,7 @@ from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.family import Residual
 from aerogel.model.network import Network
+from aerogel.model.walk import blocks_of
 from aerogel.numerics.rotation import ROTATIONS, apply_rotation
 
 
@@ -48,7 +49,7 @@ class Rotate(Method):
     def apply(self, network: Network, calls: Sequence[Call]) -> None:
         """Rotate in place; raises AerogelError, before anything is changed, when the stream cannot be rotated exactly."""
         stream = _stream(network)
-        offset = network.family.norm_offset
+        offset = next((edge.offset for block in blocks_of(network) for edge in block.edges() if edge.offset), 0.0)
         width = _width(stream, offset)
         rotation_CC = ROTATIONS[self.kind](width, torch.Generator().manual_seed(self.seed))
         if any(isinstance(norm, nn.LayerNorm) for norm, _ in stream.norms):
@@ -125,9 +126,9 @@ def _writers(block: Block, residual: Residual) -> dict[str, nn.Linear]:
 def _norms(block: Block, writers: set[str], inner: tuple[str, ...]) -> list[tuple[nn.Module, list[nn.Module]]]:
     """The block's norms on the stream and their readers; a norm that a writer reads lies inside the block."""
     find = block.module.get_submodule
-    edges = [edge for edge in block.edges() if not writers & set(edge.sinks) and edge.source not in inner]
-    edges = [edge for edge in edges if not isinstance(find(edge.source), nn.Linear)]
-    return [(find(edge.source), [find(name) for name in edge.sinks]) for edge in edges]
+    edges = [edge for edge in block.edges() if not writers & set(edge.sinks) and not set(inner) & set(edge.sources)]
+    edges = [edge for edge in edges if not any(isinstance(find(name), nn.Linear) for name in edge.sources)]
+    return [(find(edge.sources[0]), [find(name) for name in edge.sinks]) for edge in edges]
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
 from aerogel.methods.base import BlockMethod, Requirement
-from aerogel.model.block import Block, BoundEdge
-from aerogel.model.edges import channels, fold
+from aerogel.model.block import Block
+from aerogel.model.edges import Edge, fold, gather, spread
 from aerogel.model.statistics import InputStatistics, collect
 from aerogel.numerics.quantize import dynamic_grid, fake_quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
@@ -61,17 +62,20 @@ class Smoothquant(BlockMethod):
                 seen = _together(statistics[name] for name in readers)
                 self._smooth(block, edge, {name: linears[name] for name in readers}, seen)
 
-    def _smooths(self, block: Block, edge: BoundEdge, linears: dict[str, nn.Linear]) -> bool:
-        source = block.module.get_submodule(edge.source)
-        return any(name in linears for name in edge.sinks) and (self.include_linear_sources or not isinstance(source, nn.Linear))
+    def _smooths(self, block: Block, edge: Edge, linears: dict[str, nn.Linear]) -> bool:
+        linear = any(isinstance(block.module.get_submodule(name), nn.Linear) for name in edge.sources)
+        return any(name in linears for name in edge.sinks) and (self.include_linear_sources or not linear)
 
-    def _smooth(self, block: Block, edge: BoundEdge, readers: dict[str, nn.Linear], seen: InputStatistics) -> None:
-        found = channels(block, edge)
-        inputs_C = found.gather(seen.absmax())
-        weights_C = found.gather(torch.stack([linear.weight.float().abs().amax(0) for linear in readers.values()]).amax(0))
-        alpha = self.alpha if self.alpha != "search" else self._best_alpha(inputs_C, weights_C, found.spread, list(readers.values()), seen)
+    def _smooth(self, block: Block, edge: Edge, readers: dict[str, nn.Linear], seen: InputStatistics) -> None:
+        inputs_C = gather(edge, seen.absmax())
+        weights_C = gather(edge, torch.stack([linear.weight.float().abs().amax(0) for linear in readers.values()]).amax(0))
+        alpha = (
+            self.alpha
+            if self.alpha != "search"
+            else self._best_alpha(inputs_C, weights_C, partial(spread, edge), list(readers.values()), seen)
+        )
         if alpha is not None:
-            fold(block, edge, smoothing(inputs_C, weights_C, alpha))
+            fold(block.module, edge, smoothing(inputs_C, weights_C, alpha))
         for name in readers:
             block.note(name, alpha=alpha)
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from aerogel.layers.signature import arguments_of
 from aerogel.model.network import Network
-from aerogel.runtime.expert_skipping.routing import count_of, experts_of
+from aerogel.model.structure.moe import count_of
+from aerogel.runtime.expert_skipping.routing import experts_of
 from aerogel.runtime.token_types import KINDS, PADDING, Vocabulary
 
 PREFILL, DECODING = 0, 1

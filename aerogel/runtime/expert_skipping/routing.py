@@ -18,6 +18,7 @@ from aerogel.errors import AerogelError
 from aerogel.layers.experts import ExpertList
 from aerogel.layers.signature import arguments_of
 from aerogel.model.network import Network
+from aerogel.model.structure import moe
 from aerogel.runtime.attention import received_from, with_probabilities
 from aerogel.runtime.expert_skipping import backend
 from aerogel.runtime.token_types import PADDING, SPECIAL, Vocabulary
@@ -103,11 +104,11 @@ class Skipping:
         share_TK = weight_TK.float() / total_T1.clamp(min=torch.finfo(torch.float32).tiny)
         routed = Routed(layer, x_TH, share_TK, index_TK, kind_BS, kind_BS.shape[1] == 1, self.received.get(layer))
         kept_TK = self._kept(routed)
-        return x_TH, index_TK.masked_fill(~kept_TK, count_of(module)), self._weights(weight_TK, kept_TK)
+        return x_TH, index_TK.masked_fill(~kept_TK, moe.count_of(module)), self._weights(weight_TK, kept_TK)
 
     def give_input(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """After a layer's experts: return their input for a token of which all assignments are dropped."""
-        dropped_T1 = (args[1] >= count_of(module)).all(-1, keepdim=True)
+        dropped_T1 = (args[1] >= moe.count_of(module)).all(-1, keepdim=True)
         return torch.where(dropped_T1, args[0], output)
 
     def _kept(self, routed: Routed) -> Tensor:
@@ -129,11 +130,8 @@ class Skipping:
 
 def experts_of(network: Network) -> dict[str, nn.Module]:
     """The modules that run routed experts, by full name in the order of the layers; raises AerogelError when there is none."""
-    names, found = network.family.experts, dict[str, nn.Module]()
-    for block_name, block in network.blocks().items():
-        part = dict(block.named_modules()).get(names.module) if names is not None else None
-        if names is not None and part is not None and (isinstance(part, ExpertList) or hasattr(part, "num_experts")):
-            found[f"{block_name}.{names.module}"] = part
+    blocks = tuple(f"{name}." for name in network.blocks())
+    found = {name: part for name, part in moe.routed_experts(network.module).items() if name.startswith(blocks)}
     if not found:
         raise AerogelError(f"this {network.family.name} model has no routed experts; remove this step")
     return found
@@ -141,16 +139,14 @@ def experts_of(network: Network) -> dict[str, nn.Module]:
 
 def router_of(network: Network, experts: str) -> nn.Module:
     """The router of the experts with this full name."""
-    names = network.family.experts
-    assert names is not None, "it has experts"
-    return network.module.get_submodule(f"{experts.removesuffix(names.module)}{names.router}")
+    return moe.router_of(network.module, experts)
 
 
 def shape_of(network: Network) -> Shape:
     """Layers with routed experts, experts of each, and how many a token goes to."""
     found = experts_of(network)
-    config = network.config.get_text_config()
-    return Shape(len(found), count_of(next(iter(found.values()))), config.num_experts_per_tok)
+    name, first = next(iter(found.items()))
+    return Shape(len(found), moe.count_of(first), moe.top_k_of(network.module, name, network.config))
 
 
 @contextmanager
@@ -179,9 +175,8 @@ def skipping(network: Network, skip: Skipping, attention: bool = False) -> Itera
 
 def _attention_of(network: Network, experts: str) -> nn.Module:
     """The attention of the block that has the experts with this full name."""
-    names = network.family.experts
-    assert names is not None, "it has experts"
-    return network.module.get_submodule(f"{experts.removesuffix(names.module)}{names.attention}")
+    block = next(name for name in network.blocks() if experts.startswith(f"{name}."))
+    return moe.attention_before(network.module, block, experts)
 
 
 @contextmanager
@@ -192,11 +187,6 @@ def _set(owner: Any, key: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, key, before)
-
-
-def count_of(module: nn.Module) -> int:
-    """Return the number of experts of a module; as the index of an expert it means none."""
-    return len(module) if isinstance(module, ExpertList) else module.num_experts  # type: ignore[return-value]
 
 
 def _require_backend(module: nn.Module) -> None:

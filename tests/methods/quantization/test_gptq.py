@@ -15,7 +15,7 @@ from aerogel.methods.quantization.gptq import Gptq
 from aerogel.methods.quantization.rtn import Rtn
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
-from aerogel.model.family import Family, Tower
+from aerogel.model.family import Family
 from aerogel.model.network import Network
 from aerogel.model.statistics import sharing
 from aerogel.model.walk import Walk
@@ -47,7 +47,7 @@ def visit(method: Gptq, calls: int = 6, spoil: str = "", pruned: tuple[str, ...]
             x[..., :3] = 0
         if spoil == "nan":
             x[0, 0, 0] = torch.nan
-    block = Block("cell", module, 0, 1, [Call((x,)) for x in xs], Network(module, Family("f", ("f",), (Tower("t", "cell"),))))  # type: ignore[arg-type]
+    block = Block("cell", module, 0, 1, [Call((x,)) for x in xs], Network(module, Family("f", ("f",))))  # type: ignore[arg-type]
     for name in pruned:
         block.prune(name, torch.rand(module.get_parameter(f"{name}.weight").shape) < 0.5)
     before = {name: linear.weight.clone() for name, linear in module.named_children() if isinstance(linear, nn.Linear)}
@@ -222,7 +222,7 @@ def test_calls_that_go_different_ways_are_not_waited_for() -> None:
 
     module = Forks().requires_grad_(False)
     calls = [Call((torch.randn(3, 16, 48),), {"short": short}) for short in (False, True)]
-    block = Block("cell", module, 0, 1, calls, Network(module, Family("f", ("f",), (Tower("t", "cell"),))))  # type: ignore[arg-type]
+    block = Block("cell", module, 0, 1, calls, Network(module, Family("f", ("f",))))  # type: ignore[arg-type]
     Gptq("W4A16_G16", ignore=("idle",)).compress(block)
     assert block.outputs is None
     assert {name for name, part in module.named_children() if isinstance(part, QuantLinear)} == {"left", "right", "behind"}

@@ -1,0 +1,95 @@
+"""Placeholder weights: a network runs without its weights, on numbers that stand for them, and is what it was afterwards."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from aerogel.layers.conv import QuantConv2d
+from aerogel.layers.linear import QuantLinear
+from aerogel.model.hooks import patch_forward
+from aerogel.model.structure.observer import Observer, Read
+
+Fill = Callable[[str, Tensor], Tensor]
+"""(full name, tensor) -> what stands for it."""
+
+
+@contextmanager
+def replaced_tensors(module: nn.Module, fill: Fill) -> Iterator[None]:
+    """Put `fill(name, tensor)` in the place of every parameter and buffer for a while; what was shared stays shared."""
+    made: dict[int, Tensor] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    before: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for name, part in module.named_modules():
+            for table in (part._parameters, part._buffers):
+                for key, tensor in table.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in made:
+                        made[id(tensor)] = fill(f"{name}.{key}" if name else key, tensor)
+                    before.append((table, key, tensor))
+                    new = made[id(tensor)]
+                    if isinstance(tensor, nn.Parameter):
+                        new = parameters.setdefault(id(new), nn.Parameter(new, requires_grad=False))
+                    table[key] = new
+        yield
+    finally:
+        for table, key, tensor in before:
+            table[key] = tensor
+
+
+@contextmanager
+def placeholder_weights(module: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Let a network run on the CPU without its weights: products with them give random numbers of the right shape.
+
+    A weight takes no memory: all of it is one number. Vectors have random values near one, buffers keep the values that they have.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def fill(name: str, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach().cpu()
+        if not tensor.is_floating_point():
+            return torch.zeros(tensor.shape, dtype=tensor.dtype)
+        if tensor.ndim > 1:
+            return torch.full((1,), 0.5).expand(tensor.shape)
+        return 1 + 0.1 * torch.randn(tensor.shape, generator=generator)
+
+    def random(shape: torch.Size) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def answer(read: Read) -> Tensor:
+        return random(read.shape())
+
+    with ExitStack() as stack:
+        stack.enter_context(replaced_tensors(module, fill))
+        quantized = [part for part in module.modules() if isinstance(part, QuantLinear)]
+        stack.enter_context(patch_forward({part: _answer(part, random) for part in quantized}))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # of the model's code, about inputs that are only an example
+        stack.enter_context(Observer(dict(module.named_parameters()), answer=answer, double=False))
+        yield
+
+
+def _answer(layer: QuantLinear, random: Callable[[torch.Size], Tensor]) -> Callable[..., Tensor]:
+    """Random numbers in the shape of a quantized layer's output."""
+
+    def forward(x: Tensor) -> Tensor:
+        if not isinstance(layer, QuantConv2d):
+            return random(torch.Size((*x.shape[:-1], layer.out_features)))
+        window = layer.window
+        channels = layer.in_features // math.prod(window.kernel)
+        weight = torch.empty((layer.out_features, channels, *window.kernel), device="meta")
+        geometry = (window.stride, window.padding, window.dilation, window.groups)
+        return random(functional.conv2d(x.to("meta"), weight, None, *geometry).shape)
+
+    return forward
