@@ -127,12 +127,13 @@ def plan(
     length: given.Length = None,
     steps: given.Steps = None,
     guidance: given.Guidance = None,
+    seed: given.Seed = None,
     quiet: given.Quiet = False,
     as_json: given.AsJson = False,
 ) -> None:
     """Dry run: show the affected layers, and estimate size, memory and time; no weight is changed.
 
-    The options are those of compress, so that the estimates are for the data that will be used.
+    The options of recipe, model and data are those of compress, so that the estimates are for what will be used.
     """
     start()
     from aerogel.cli import terminal
@@ -146,6 +147,7 @@ def plan(
         options=ModelOptions(dtype, revision, trust_remote_code),
         adjustments=Adjustments(overrides or (), scheme, targets or (), ignore or ()),
         samples=CalibrationRequest(data, samples, length, steps, guidance),
+        seed=seed,
     )
     with terminal.downloads(quiet or as_json):
         source = request.locate()

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 import yaml
 from typer.testing import CliRunner
 
 from aerogel.cli import commands as cli
+from aerogel.cli.group import DATA, MODEL, RECIPE
 from aerogel.engine import pushing
 from aerogel.errors import AerogelError
 from tests.folders import digests, model_folder, text_file
@@ -202,3 +204,13 @@ def test_the_output_is_pushed(desk: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_only_results_are_pushed_and_shown(desk: Path) -> None:
     assert "model has no aerogel.json; give a folder that `aerogel compress` wrote" in refused("push", desk / "model", "me/mine")
     assert "has no aerogel.json" in refused("show", desk / "model", "--recipe")
+
+
+def test_a_plan_takes_what_decides_about_a_run() -> None:
+    commands: Any = typer.main.get_command(cli.app)
+    sections = {RECIPE, MODEL, DATA}
+    asked = {
+        name: {option.name for option in commands.commands[name].params if getattr(option, "rich_help_panel", None) in sections}
+        for name in ("compress", "plan")
+    }
+    assert asked["plan"] == asked["compress"]

@@ -103,7 +103,7 @@ def test_unknown_format(desk: Desk) -> None:
 def test_unknown_family(desk: Desk) -> None:
     config = desk.model / "config.json"
     config.write_text(config.read_text().replace('"llama"', '"lama"'))
-    assert re.search(r"no known family has the model type 'lama'; known: .*llama", desk.refused(*desk.compress()))
+    assert re.search(r"config\.json: transformers [\d.]+ has no such model \(.*`lama`", desk.refused(*desk.compress()))
 
 
 def test_unknown_model(desk: Desk) -> None:
