@@ -70,6 +70,8 @@ class Plan:
     """By stage, from a matrix product timed on this machine: an estimate."""
     touched: tuple[Touched, ...] = ()
     kept: tuple[Kept, ...] = ()
+    remarks: tuple[str, ...] = ()
+    """What steps will leave undone, though they can run."""
     problems: tuple[str, ...] = field(default=())
     """Why the recipe cannot run on this network; empty when it can."""
 
@@ -118,6 +120,7 @@ def plan_network(
         seconds=seconds(recipe, sizes, [(linear.inputs, linear.outputs) for linear in touched], read, flops_a_second),
         touched=tuple(touched),
         kept=tuple(_kept(network, recipe, {linear.name for linear in touched})),
+        remarks=() if problems else tuple(f"{step.name}: {line}" for step in recipe.steps for line in step.method.remarks(network)),
         problems=tuple(problems),
     )
 
