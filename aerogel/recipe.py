@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from aerogel import catalog
 from aerogel.errors import AerogelError, nearest
-from aerogel.methods.base import BlockMethod, Method, RuntimePolicy
+from aerogel.methods.base import BlockMethod, Method, RuntimePolicy, WeightMethod
 from aerogel.numerics.scheme import Scheme
-from aerogel.options import checked, reason
+from aerogel.options import Count, checked, reason
 
 AnyMethod = BlockMethod | Method | RuntimePolicy[Any]
 Built = TypeVar("Built")
@@ -29,6 +30,16 @@ class Step:
     name: str
     """File name of the method."""
     method: AnyMethod
+
+    def has(self, option: str) -> bool:
+        """Return True where the method has this option."""
+        return option in {field.name for field in dataclasses.fields(self.method)}  # type: ignore[arg-type]
+
+    def changed(self, option: str, change: Callable[[Any], Any]) -> Step:
+        """Return the step with an option changed, where it has that; raises AerogelError for a value that cannot be."""
+        if not self.has(option):
+            return self
+        return Step(self.name, dataclasses.replace(self.method, **{option: change(getattr(self.method, option))}))  # type: ignore[type-var]
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """The step as a recipe writes it, every option spelled out."""
@@ -48,23 +59,111 @@ class Recipe:
 
         Raises AerogelError for an unknown recipe, method or option (with the nearest known one) and for a value of the wrong type.
         """
-        overrides = list(overrides)
-        if isinstance(source, Recipe) and not overrides:
+        if isinstance(source, Recipe) and not (overrides := list(overrides)):
             return source
+        recipe, settings = cls.parse_run(source, overrides)
+        if settings != RunSettings():
+            warnings.warn(
+                f"recipe {recipe.name!r} also has a model, data or an output, which only the command line reads; give them as arguments",
+                stacklevel=2,
+            )
+        return recipe
+
+    @classmethod
+    def parse_run(cls, source: Recipe | str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> tuple[Recipe, RunSettings]:
+        """Read a recipe and what its file says about a run: the model, the data and the output; raises AerogelError like `parse`."""
         document = _read(source)
         for override in overrides:
             _override(document, override)
-        return cls(document.name, tuple(_step(document.name, number, step) for number, step in enumerate(document.steps, 1)))
+        steps = tuple(_step(document.name, number, step) for number, step in enumerate(document.steps, 1))
+        return cls(document.name, steps), RunSettings(**{key: getattr(document, key) for key in RunSettings.model_fields})
+
+    def adjusted(self, scheme: str | None = None, targets: Iterable[str] = (), ignore: Iterable[str] = ()) -> Recipe:
+        """Return the recipe with another scheme and other targets in all steps that have them, and more patterns to ignore in those.
+
+        Raises AerogelError when no step has such an option, when the scheme is unknown, and when the recipe gives its steps different
+        schemes or targets on purpose, so that one for all would undo it.
+        """
+        changed, targets, ignore = self, tuple(targets), tuple(ignore)
+        if scheme is not None:
+            self._require_same("scheme", [step for step in self.steps if _quantizes(step.method)])
+            changed = changed._with("scheme", lambda before: scheme)
+        if targets:
+            self._require_same("targets", self.steps)
+            changed = changed._with("targets", lambda before: targets)
+        if ignore:
+            changed = changed._with("ignore", lambda before: tuple(dict.fromkeys((*before, *ignore))))
+        return changed
+
+    def _with(self, option: str, change: Callable[[Any], Any]) -> Recipe:
+        """The recipe with an option changed in every step that has it."""
+        if not any(step.has(option) for step in self.steps):
+            names = ", ".join(step.name for step in self.steps)
+            raise AerogelError(f"recipe {self.name!r} has no step with the option {option} (its steps: {names}); leave --{option} out")
+        return dataclasses.replace(self, steps=tuple(step.changed(option, change) for step in self.steps))
+
+    def _require_same(self, option: str, steps: Sequence[Step]) -> None:
+        """Raise AerogelError where the steps have different values of an option, which one for all would undo."""
+        found = {step.name: plain(getattr(step.method, option)) for step in steps if step.has(option)}
+        if any(value != next(iter(found.values())) for value in found.values()):
+            each = ", ".join(f"{name} {value}" for name, value in found.items())
+            raise AerogelError(
+                f"the steps of recipe {self.name!r} have their own {option} ({each}), so --{option} is ambiguous; "
+                f"set the one that is meant: --set {next(iter(found))}.{option}=..."
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe with every option spelled out; `Recipe.parse` reads it back to an equal recipe."""
         return {"name": self.name, "steps": [step.as_dict() for step in self.steps]}
 
 
-class _Document(BaseModel):
-    """Content of a recipe file, before methods are looked up."""
+class _Settings(BaseModel):
+    """Settings in a recipe file; another key is an error."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSettings(_Settings):
+    """The model of a run."""
+
+    name: str
+    """A folder, a hub id (owner/name) or a reference model."""
+    revision: str | None = None
+    """Branch, tag or commit of a model of the hub."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """The dtype to compute in."""
+
+
+class DataSettings(_Settings):
+    """The calibration data of a run; what is not given has the default of the command line."""
+
+    source: str | None = None
+    """Shipped text by name, a .txt, .jsonl or datasets folder; for diffusion models a file with one prompt per line."""
+    prompts: list[str] | None = None
+    """Prompts of a diffusion model, instead of a file with them."""
+    samples: Count | None = None
+    """Sequences, or images."""
+    length: Count | None = None
+    """Tokens of a sequence."""
+    steps: Count | None = None
+    """Sampling steps of a diffusion model."""
+    guidance: float | None = None
+    """Guidance scale of a diffusion model."""
+    seed: int | None = None
+    """Seed of the run."""
+
+
+class RunSettings(_Settings):
+    """The parts of a recipe file that make it the description of a whole run; none of them needs to be there."""
+
+    model: ModelSettings | None = None
+    data: DataSettings = DataSettings()
+    output: str | None = None
+    """The folder to write."""
+
+
+class _Document(RunSettings):
+    """Content of a recipe file, before methods are looked up."""
 
     name: str
     steps: Annotated[list[dict[str, dict[str, Any] | None]], Field(min_length=1)]
@@ -117,13 +216,31 @@ def _yaml(text: str) -> Any:
 
 
 def _document(content: Mapping[str, Any], where: str) -> _Document:
-    for key in content:
-        if key not in _Document.model_fields:
-            raise AerogelError(f"{where}: unknown key {key!r}{nearest(str(key), _Document.model_fields)}")
+    content = dict(content)
+    _require_known(content, _Document, where)
+    if isinstance(content.get("model"), str):
+        content["model"] = {"name": content["model"]}
+    for key, kind in (("model", ModelSettings), ("data", DataSettings)):
+        if isinstance(content.get(key), Mapping):
+            _require_known(content[key], kind, f"{where}, {key}")
     try:
-        return _Document.model_validate(dict(content))
+        return _Document.model_validate(content)
     except ValidationError as error:
-        raise AerogelError(f"{where}: {reason(error)}; expected `steps` to be a list of `- method: {{option: value}}`") from error
+        wrong = str(error.errors()[0]["loc"][0])
+        raise AerogelError(f"{where}: {reason(error)}{_EXPECTED.get(wrong, '')}") from error
+
+
+_EXPECTED = {
+    "steps": "; expected `steps` to be a list of `- method: {option: value}`",
+    "model": "; expected `model` to be a name or {name, revision, dtype}",
+    "data": f"; expected `data` to be a mapping of {', '.join(DataSettings.model_fields)}",
+}
+
+
+def _require_known(content: Mapping[Any, Any], kind: type[BaseModel], where: str) -> None:
+    for key in content:
+        if key not in kind.model_fields:
+            raise AerogelError(f"{where}: unknown key {key!r}{nearest(str(key), kind.model_fields)}")
 
 
 def _override(document: _Document, override: str) -> None:
@@ -169,6 +286,11 @@ def _step(recipe: str, number: int, step: Mapping[str, Mapping[str, Any] | None]
     if name not in catalog.names("methods"):
         raise AerogelError(f"recipe {recipe!r}, step {number}: unknown method {name!r}{nearest(name, catalog.names('methods'))}")
     return Step(name, build(catalog.find("methods", name), options or {}, where))
+
+
+def _quantizes(method: AnyMethod) -> bool:
+    """Tell whether a method gives layers a number format; others may have a scheme too, that of the step they prepare for."""
+    return isinstance(method, WeightMethod) or (isinstance(method, Method) and type(method).stores is not Method.stores)
 
 
 def build(cls: type[Built], options: Mapping[str, Any], where: str) -> Built:

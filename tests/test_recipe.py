@@ -194,3 +194,50 @@ def test_bounds_leave_types_plain() -> None:
     assert types["ratio"] == "float"
     assert types["power"] == "float | tuple[float, ...]"
     assert types["points"] == "int"
+
+
+def options_of(recipe: Recipe, option: str) -> list[Any]:
+    return [getattr(step.method, option) for step in recipe.steps if step.has(option)]
+
+
+def test_a_scheme_is_set_in_every_step_that_has_one() -> None:
+    recipe = Recipe.parse("smoothquant-w8a8").adjusted(scheme="FP8_DYNAMIC")
+    assert options_of(recipe, "scheme") == ["FP8_DYNAMIC", "FP8_DYNAMIC"]
+    recipe = Recipe.parse("modes-w4a16").adjusted(scheme="W8A16_G32")
+    assert options_of(recipe, "scheme") == ["W8A16_G32"]
+    assert [step.name for step in recipe.steps] == ["rtn", "modes"]
+
+
+def test_targets_are_replaced_and_patterns_to_ignore_added() -> None:
+    recipe = Recipe.parse("magnitude-2of4-w4a16").adjusted(targets=["*.mlp.*"], ignore=["*.down_proj", "lm_head"])
+    assert options_of(recipe, "targets") == [("*.mlp.*",)] * 2
+    assert options_of(recipe, "ignore") == [("lm_head", "*.down_proj")] * 2
+    assert options_of(Recipe.parse("magnitude-2of4-w4a16"), "ignore") == [("lm_head",)] * 2
+
+
+def test_nothing_to_adjust_leaves_a_recipe_alone() -> None:
+    recipe = Recipe.parse(GPTQ)
+    assert recipe.adjusted() == recipe
+
+
+MIXED = {"name": "mixed", "steps": [{"rtn": {"scheme": "W8A16", "targets": ["*.mlp.*"]}}, {"gptq": {"scheme": "W4A16"}}]}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "message"),
+    [
+        ("modes", {"scheme": "W4A16"}, r"recipe 'modes' has no step with the option scheme \(its steps: modes\); leave --scheme out"),
+        ("harmonica", {"ignore": ["x"]}, r"has no step with the option ignore \(its steps: harmonica\)"),
+        (
+            MIXED,
+            {"scheme": "W3A16"},
+            r"their own scheme \(rtn W8A16, gptq W4A16\), so --scheme is ambiguous; .*--set rtn\.scheme",
+        ),
+        (MIXED, {"targets": ["*"]}, r"their own targets .*, so --targets is ambiguous"),
+        (GPTQ, {"scheme": "W9A16"}, r"gptq: option 'scheme': unknown scheme 'W9A16'; expected"),
+    ],
+)
+def test_what_cannot_be_adjusted_is_said_in_one_line(recipe: Any, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(AerogelError, match=message) as raised:
+        Recipe.parse(recipe).adjusted(**change)
+    assert "\n" not in str(raised.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from aerogel.engine.planning import Kept, Plan
 from aerogel.engine.progress import ProgressEstimator, Tell, bar
+from aerogel.io import hub
 from aerogel.io.record.measures import Metrics
 from aerogel.io.record.schema import Coverage, PolicyRecord, pattern
 from aerogel.report import compare, coverage, phrases, reuse, search
@@ -27,6 +29,13 @@ def progress(quiet: bool) -> Iterator[Tell]:
         return
     with bar(Console(stderr=True), ProgressEstimator()) as tell:
         yield tell
+
+
+@contextmanager
+def downloads(quiet: bool) -> Iterator[None]:
+    """Show the hub's progress bars of a download or an upload on a terminal, unless quiet."""
+    with hub.progress_bars(not quiet and sys.stderr.isatty()):
+        yield
 
 
 def print_comparison(metrics: Mapping[str, Any]) -> None:

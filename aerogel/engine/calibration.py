@@ -71,16 +71,18 @@ class CalibrationRequest:
     """Steps of the sampler."""
     guidance: float | None = None
     """Guidance scale."""
+    prompts: tuple[str, ...] | None = None
+    """Prompts of a diffusion model, instead of a file with them."""
 
     def shown(self, network: Network) -> Shown:
         """Return the calibration data for this model; raises AerogelError for an option of the other modality."""
         is_diffusion = network.family.modality in ("image", "video")
-        unfit = {"length": self.length} if is_diffusion else {"steps": self.steps, "guidance": self.guidance}
+        unfit = {"length": self.length} if is_diffusion else {"steps": self.steps, "guidance": self.guidance, "prompts": self.prompts}
         if wrong := [name for name, value in unfit.items() if value is not None]:
             kind = "diffusion" if is_diffusion else "language"
             raise AerogelError(f"{wrong[0]} does not apply to a {kind} model ({network.family.name}); remove it")
         if is_diffusion:
-            prompts = None if self.source is None else _prompts(Path(self.source))
+            prompts = self.prompts if self.source is None else _prompts(Path(self.source))
             return Denoising(**_said(count=self.count, steps=self.steps, guidance=self.guidance, prompts=prompts))
         if network.family.modality == "image-text" and self.source is not None and chats.are_at(self.source):
             if self.length is not None:

@@ -30,25 +30,48 @@ def families() -> Sequence[Family]:
 
 
 def open_model(
-    source: Any, *, dtype: torch.dtype | None = None, lazy: bool = True, trust_remote_code: bool = False, unfuse_experts: bool = True
+    source: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    lazy: bool = True,
+    trust_remote_code: bool = False,
+    unfuse_experts: bool = True,
+    revision: str | None = None,
 ) -> Network:
     """Open a network without its runtime policies; the arguments are those of `load`."""
-    return weights.load(source, families(), dtype=dtype, lazy=lazy, trust_remote_code=trust_remote_code, unfuse_experts=unfuse_experts)
+    return weights.load(
+        source,
+        families(),
+        dtype=dtype,
+        lazy=lazy,
+        trust_remote_code=trust_remote_code,
+        unfuse_experts=unfuse_experts,
+        revision=revision,
+    )
 
 
 def load(
-    source: Any, *, dtype: torch.dtype | None = None, lazy: bool = True, trust_remote_code: bool = False, unfuse_experts: bool = True
+    source: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    lazy: bool = True,
+    trust_remote_code: bool = False,
+    unfuse_experts: bool = True,
+    revision: str | None = None,
 ) -> Network:
     """Open a network and put its runtime policies on for good.
 
     `source` is the name of a reference model, a Hugging Face or diffusers folder, a hub id, an `nn.Module`, a diffusers
     pipeline, or a pair (module, processor). With `lazy` the weights of blocks stay on disk where the checkpoint allows it;
     `network.checkpoint.materialise(network.module)` brings them in. `dtype` is what is computed in: by default the
-    checkpoint's, or float32 on a CPU that has no instructions for it. A live module's fused experts become linear layers in place, unless
-    `unfuse_experts` is false. The files of a folder that `compress` wrote are compared with their checksums. Raises AerogelError when the
-    source is not found, damaged, changed, pickled or of an unknown family.
+    checkpoint's, or float32 on a CPU that has no instructions for it. `revision` is a branch, tag or commit of a model on the hub.
+    With `trust_remote_code` Python files of the model are run where transformers has no class of its own. A live module's fused experts
+    become linear layers in place, unless `unfuse_experts` is false. The files of a folder that `compress` wrote are compared with their
+    checksums. Raises AerogelError when the source is not found, damaged, changed, pickled or of an unknown family.
     """
-    network = open_model(source, dtype=dtype, lazy=lazy, trust_remote_code=trust_remote_code, unfuse_experts=unfuse_experts)
+    network = open_model(
+        source, dtype=dtype, lazy=lazy, trust_remote_code=trust_remote_code, unfuse_experts=unfuse_experts, revision=revision
+    )
     if network is not source and (index := timestep_index_of(network.module)) is not None:
         index.set_pipeline(network.processor)
     if network is not source and network.origin is not None:

@@ -9,11 +9,14 @@ from typing import Any
 
 from torch import nn
 
+from aerogel.engine.available import available
 from aerogel.engine.calibration import CalibrationInput, reading, shown
 from aerogel.engine.estimates import Sizes, activations, measured_flops_a_second, needs_calls, peak_memory, seconds, stored_dtype
 from aerogel.engine.opening import open_model
+from aerogel.engine.patterns import unmatched
 from aerogel.engine.progress import StageName
 from aerogel.engine.requirements import unmet
+from aerogel.io.source import ModelSource
 from aerogel.layers import layout
 from aerogel.layers.conv import Layer, is_plain, refuse, size
 from aerogel.layers.linear import QuantLinear
@@ -83,7 +86,7 @@ class Plan:
 
 
 def plan(
-    model: Network | nn.Module | str | Path,
+    model: Network | nn.Module | ModelSource | str | Path,
     recipe: Recipe | str | Path | Mapping[str, Any],
     *,
     overrides: Iterable[str] = (),
@@ -95,7 +98,10 @@ def plan(
     `flops_a_second` gives the matrix-product rate from which seconds are estimated: that of this machine, measured for a moment.
     """
     network = open_model(model)
-    return plan_network(network, Recipe.parse(recipe, overrides), reading(network, shown(network, samples)), flops_a_second)
+    parsed, given = Recipe.parse(recipe, overrides), shown(network, samples)
+    if needs_calls(parsed):
+        given = available(network, given)
+    return plan_network(network, parsed, reading(network, given), flops_a_second)
 
 
 def plan_network(
@@ -130,6 +136,7 @@ def _touched(network: Network, recipe: Recipe, read: CalibrationSize) -> tuple[l
         if why := unmet(network, step, recipe.steps[:number], before):
             problems += why
             continue
+        problems += unmatched(network, step)
         quantized |= step.method.requantized(network, before)
         found = _stored_by(step.method, network)
         if not found and isinstance(step.method, WeightMethod):

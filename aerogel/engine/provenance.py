@@ -43,16 +43,26 @@ def _machine(network: Network) -> dict[str, str | int]:
     }
 
 
-def model_of(network: Network, name: str | None) -> ModelRecord:
+def model_of(network: Network) -> ModelRecord:
     """Return what identifies the model."""
     parameters = {id(slot.tensor): slot.tensor.numel() for slot in slots(network.module) if isinstance(slot.tensor, nn.Parameter)}
     dtype = network.stored_dtype or next((p.dtype for p in network.module.parameters()), torch.float32)
+    source = network.source
+    opened: dict[str, Any] = {}
+    if source is not None:
+        opened = {"source": source.name, "revision": source.revision, "compute_dtype": dtype_name(source.dtype)}
     return ModelRecord(
-        name=name or (network.origin.name if network.origin else type(network.module).__name__),
+        name=source.known_as if source else (network.origin.name if network.origin else type(network.module).__name__),
         family=network.family.name,
         parameters=sum(parameters.values()),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
+        **{key: value for key, value in opened.items() if value is not None},
     )
+
+
+def dtype_name(dtype: torch.dtype | None) -> str | None:
+    """Return what a record calls a dtype: bfloat16, float16, float32."""
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _processor() -> str:

@@ -41,6 +41,7 @@ from aerogel.io.quantized import fuse_activations
 from aerogel.io.record import files
 from aerogel.io.record.measures import Metrics
 from aerogel.io.record.schema import KeptModule, PlanRecord, RecipeRecord, Record
+from aerogel.io.source import ModelSource
 from aerogel.kernels.malloc import limit_fragmentation
 from aerogel.layers.linear import QuantLinear
 from aerogel.layers.scaled_input import ScaledInput
@@ -53,7 +54,7 @@ from aerogel.training.fit import watched
 
 
 def compress(
-    model: Network | nn.Module | str | Path,
+    model: Network | nn.Module | ModelSource | str | Path,
     recipe: Recipe | str | Path | Mapping[str, Any],
     *,
     output: str | Path | None = None,
@@ -72,7 +73,7 @@ def compress(
     """
     watch = Watch(tell)
     checked = Recipe.parse(recipe, overrides)
-    named = isinstance(model, str | Path)  # what lives already is in memory anyway, and its speed is measured on the way
+    named = isinstance(model, str | Path | ModelSource)  # what lives already is in memory anyway, and its speed is measured on the way
     with limit_fragmentation() if named else nullcontext():
         with watch.stage("load", str(model) if named else ""):
             network = open_model(model)
@@ -82,7 +83,7 @@ def compress(
                 files.verify(network.origin)
             calibration = job.check(samples, resume)
         tell(Event("check", 1, 1, expected=job.expected(measures)))
-        record = job.record(calibration, model)
+        record = job.record(calibration)
         origin = network.origin
         before = _scores_of_live(network, measures) if origin is None else {}
         run = Run(network, checked, calibration, seed, tell)
@@ -91,7 +92,7 @@ def compress(
     result.add(timings=watch.seconds)
     if measures is None or measures:
         with watch.stage("evaluate"):
-            original = open_model(origin, lazy=False) if origin is not None else None
+            original = open_model(network.source or origin, lazy=False) if origin is not None else None
             with policies.on(result.network, result.policies):
                 scores = measure(result.network, original, measures, tell, speed=True)
         result.add(metrics={**before, **scores})
@@ -131,12 +132,11 @@ class _Job:
         unmeasured = measures is not None and not measures
         return {**self.plan.seconds, **({"evaluate": 0.0} if unmeasured else {}), **({} if self.output else {"save": 0.0})}
 
-    def record(self, calibration: Calibration, model: Any) -> Record:
+    def record(self, calibration: Calibration) -> Record:
         """Return the record as it is before the run."""
-        name = model if isinstance(model, str) and not Path(model).exists() else None
         return Record(
             schema_number=SCHEMA,
-            model=provenance.model_of(self.network, name),
+            model=provenance.model_of(self.network),
             recipe=RecipeRecord(**self.recipe.as_dict()),
             provenance=provenance.provenance_of(self.network, self.seed, calibration.facts),
             metrics=Metrics(),
@@ -156,13 +156,13 @@ class _Job:
             return self._run_live(run, record, watch)
         if self.output is not None:
             record = self._run_lazily(run, record, watch, self.output)
-            return Result(self.recipe, record, run.policies, folder=self.output)
+            return Result(self.recipe, record, run.policies, folder=self.output, source=self.network.source)
         keep = Path(mkdtemp(prefix="aerogel-"))
         with ExitStack() as stack:
             stack.callback(shutil.rmtree, keep, ignore_errors=True)
             record = self._run_lazily(run, record, watch, keep / "model")
             stack.pop_all()
-        return Result(self.recipe, record, run.policies, folder=keep / "model", keep=keep)
+        return Result(self.recipe, record, run.policies, folder=keep / "model", keep=keep, source=self.network.source)
 
     def _go(self, run: Run, record: Record, watch: Watch) -> Record:
         with watch.stage("compress"):
@@ -176,6 +176,7 @@ class _Job:
             "model": fingerprint_of(source),
             "recipe": self.recipe.as_dict(),
             "seed": self.seed,
+            "dtype": provenance.dtype_name(self.network.source.dtype) if self.network.source else None,
             "data": run.calibration.facts.get("fingerprint"),
             "versions": provenance.versions(),
             "threads": torch.get_num_threads(),

@@ -17,6 +17,7 @@ from aerogel.evaluate.sampling import Sampling
 from aerogel.evaluate.speed import Speed
 from aerogel.evaluate.timing import Timed
 from aerogel.io.record import files
+from aerogel.io.source import ModelSource
 from aerogel.model.network import Network
 from aerogel.recipe import build, options_of
 
@@ -68,8 +69,8 @@ def _timed(network: Network) -> list[Measure]:
 
 
 def measure_models(
-    model: str,
-    against: str | None,
+    model: str | ModelSource,
+    against: str | ModelSource | None,
     measures: Sequence[str | Measure] | Callable[[Network], Sequence[Measure]] | None = None,
     tell: Tell = lambda event: None,
     overrides: Iterable[str] = (),
@@ -85,7 +86,7 @@ def measure_models(
     return metrics
 
 
-def time_models(model: str, against: str | None, options: Mapping[str, Any]) -> dict[str, Scores]:
+def time_models(model: str | ModelSource, against: str | ModelSource | None, options: Mapping[str, Any]) -> dict[str, Scores]:
     """Open models and time them in turns; the numbers are added to the record of a compressed folder.
 
     `options` are those of the measure that fits the model, of which None stands for its own. Raises AerogelError for an unknown option.

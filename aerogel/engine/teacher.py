@@ -19,7 +19,7 @@ from aerogel.model.walk import Walk
 def teacher_of(network: Network) -> Network:
     """Return a network that stays as `network` is now: a copy of what is in memory, or the folder opened again."""
     if network.checkpoint is not None:
-        return open_model(network.origin)
+        return open_model(network.source or network.origin)
     return replace(network, module=copy.deepcopy(network.module), processor=None)
 
 

@@ -19,7 +19,7 @@ from aerogel.kernels.malloc import release_pages
 from aerogel.layers.slots import Slot, release, slots
 
 # In the order transformers and diffusers look for them: one file wins over an index.
-_STEMS = ("model", "diffusion_pytorch_model")
+STEMS = ("model", "diffusion_pytorch_model")
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -92,13 +92,13 @@ class Checkpoint:
     def open(cls, folder: str | Path, rename: Callable[[str], str] = str, apart: Apart = _whole) -> Checkpoint:
         """Open the checkpoint in `folder`; raises AerogelError when there is none, or only one in pickle format."""
         folder = Path(folder)
-        for stem in _STEMS:
+        for stem in STEMS:
             if (folder / f"{stem}.safetensors").is_file():
                 file = f"{stem}.safetensors"
                 return cls(folder, dict.fromkeys(_read_header(folder / file), file), rename, apart)
             index = folder / f"{stem}.safetensors.index.json"
             if index.is_file():
-                return cls(folder, _read_index(index), rename, apart)
+                return cls(folder, read_index(index), rename, apart)
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         if pickled:
             raise AerogelError(
@@ -268,7 +268,7 @@ def _finite(tensor: Tensor) -> bool:
     return all(math.isfinite(extreme.item()) for extreme in extremes)
 
 
-def _read_index(index: Path) -> dict[str, str]:
+def read_index(index: Path) -> dict[str, str]:
     try:
         files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:

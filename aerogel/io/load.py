@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -11,25 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import HFValidationError
 from torch import nn
 
-from aerogel.errors import AerogelError, nearest
+from aerogel.errors import AerogelError
 from aerogel.io.checkpoint import Checkpoint
 from aerogel.io.names import Names
 from aerogel.io.processors import Pair
-from aerogel.io.reference import REFERENCES, folder_of
 from aerogel.io.skeleton import Folder, build, modality_of, model_class, read_config, skeleton_of, whole
+from aerogel.io.source import ModelSource, locate
 from aerogel.model.experts import unfuse
 from aerogel.model.family import Family
 from aerogel.model.network import Network
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-_UNWANTED = ("*.fp16.safetensors", "consolidated*", "original/*", "onnx/*", "openvino/*")
 _DENOISERS = ("transformer", "transformer_2", "unet")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -42,6 +36,7 @@ def load(
     lazy: bool = True,
     trust_remote_code: bool = False,
     unfuse_experts: bool = True,
+    revision: str | None = None,
 ) -> Network:
     """Open a network of one of these families without runtime policies; `aerogel.load` says what the other arguments are.
 
@@ -56,7 +51,11 @@ def load(
     if _is_pipeline(source):
         return _live(families, _denoiser(source), source, dtype, unfuse_experts)
     if isinstance(source, str | Path):
-        return _open(families, _find(str(source), trust_remote_code), dtype, lazy, trust_remote_code)
+        source = locate(source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    if isinstance(source, ModelSource):
+        network = _open(families, source.folder, source.dtype, lazy, source.trust_remote_code)
+        network.source = source
+        return network
     raise AerogelError(
         f"cannot open a {type(source).__name__}; give a name, a folder, a hub id, a module, a pipeline or (module, processor)"
     )
@@ -133,29 +132,10 @@ def _require_one(denoisers: list[str], owner: Any) -> None:
         raise AerogelError(f"{owner} has {found}, expected one; open one by itself: its sub-folder, or pipeline.transformer")
 
 
-def _find(source: str, trust_remote_code: bool) -> Path:
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise AerogelError(f"{source} is a file; give the folder that holds it and its config.json")
-    if source in REFERENCES:
-        return folder_of(source)
-    if not _HUB_ID.fullmatch(source):
-        raise AerogelError(f"{source!r} is no folder, no hub id (owner/name){nearest(source, REFERENCES)}")
-    try:
-        wanted = [*_WANTED, "*.py"] if trust_remote_code else list(_WANTED)
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=wanted, ignore_patterns=list(_UNWANTED)))
-    except (OSError, HFValidationError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise AerogelError(
-            f"{source}: no such folder here, and the hub did not give it ({reason}); check the name and the connection"
-        ) from error
-
-
 def _open(families: Sequence[Family], folder: Path, dtype: torch.dtype | None, lazy: bool, trust_remote_code: bool) -> Network:
     if (folder / "model_index.json").is_file():
         return _open_pipeline(families, folder, dtype)
+    _require_trust(folder, trust_remote_code)
     given = _read_folder(folder, families, dtype)
     if "_class_name" in given.settings:
         module, names = _denoiser_in(given)
@@ -181,6 +161,15 @@ def _open(families: Sequence[Family], folder: Path, dtype: torch.dtype | None, l
 def _discovered(network: Network) -> Network:
     network.discover()
     return network
+
+
+def _require_trust(folder: Path, trust_remote_code: bool) -> None:
+    """Raise AerogelError where a model cannot be built without running its own Python files, and nobody has asked for that."""
+    settings = _read_json(folder / "config.json")
+    code = settings.get("auto_map") or {}
+    if code and not trust_remote_code and settings.get("model_type") not in transformers.CONFIG_MAPPING:
+        file = str(next(iter(code.values()))).partition(".")[0]
+        raise AerogelError(f"{folder} has a model class of its own ({file}.py); read that file, and add --trust-remote-code to run it")
 
 
 def _open_pipeline(families: Sequence[Family], folder: Path, dtype: torch.dtype | None) -> Network:

@@ -8,20 +8,25 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from aerogel.errors import AerogelError
+
 
 def matches(name: str, patterns: Iterable[str], module: nn.Module | None = None) -> bool:
     """Return True if one of the patterns selects this module.
 
     A pattern is `re:` and a regular expression that matches from the start of the dotted name, or a glob on the whole dotted
     name (`*` spans dots), or a plain name (the whole dotted name or its last parts, never a part of a word), or the
-    module's class name.
+    module's class name. Raises AerogelError for what is no regular expression.
     """
     return any(_match(name, pattern, module) for pattern in patterns)
 
 
 def _match(name: str, pattern: str, module: nn.Module | None) -> bool:
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
+        try:
+            return re.match(pattern[3:], name) is not None
+        except re.error as error:
+            raise AerogelError(f"pattern {pattern!r} is not a regular expression ({error})") from error
     if any(sign in pattern for sign in "*?["):
         return fnmatchcase(name, pattern)
     if module is not None and type(module).__name__ == pattern:

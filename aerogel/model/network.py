@@ -25,6 +25,7 @@ from aerogel.model.structure.towers import Tower, towers_of
 if TYPE_CHECKING:
     from aerogel.io.checkpoint import Checkpoint
     from aerogel.io.names import Names
+    from aerogel.io.source import ModelSource
 
 
 @dataclass(eq=False)
@@ -41,7 +42,8 @@ class Network:
     """The checkpoint from which weights that are not resident are read; None when all are resident."""
     stored_dtype: torch.dtype | None = None
     """The dtype that float weights have on disk; None means that of the module."""
-
+    source: ModelSource | None = None
+    """What it was opened from and how, to open it again; None for a live module."""
     names: Names | None = None
     """Conversions between the names of its tensors on disk and in memory; None where they are the same."""
     examples: Sequence[Call] = ()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import sys
 
-from aerogel.cli.terminal import print_coverage
+import pytest
+from huggingface_hub.utils import are_progress_bars_disabled
+
+from aerogel.cli.terminal import downloads, print_coverage
 from tests.report.runs import coverage
 
 
@@ -24,3 +27,10 @@ def test_names_are_not_listed_where_nothing_is_quantized(capsys: pytest.CaptureF
         {"layers": 2, "weights": {}, "inputs": {}, "unquantized_weights": ["a", "b"], "unquantized_inputs": ["a", "b"], "attentions": []}
     )
     assert capsys.readouterr().out.splitlines() == ["weights of 2 layers: 2 not quantized", "inputs of 2 layers: 2 not quantized"]
+
+
+@pytest.mark.parametrize(("terminal", "quiet", "shown"), [(True, False, True), (True, True, False), (False, False, False)])
+def test_downloads_have_progress_bars_on_a_terminal(terminal: bool, quiet: bool, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with downloads(quiet):
+        assert are_progress_bars_disabled() is not shown

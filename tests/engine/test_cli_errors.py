@@ -110,6 +110,39 @@ def test_unknown_model(desk: Desk) -> None:
     assert "is no folder" in desk.refused("plan", "smollm-135", "-r", str(desk.recipe))
 
 
+def test_a_pattern_that_matches_nothing(desk: Desk) -> None:
+    assert "gptq: no layer matches '*.o_prj' in ignore; did you mean *.o_proj" in desk.refused(*desk.compress("--ignore", "*.o_prj"))
+    assert "is a module with layers in it: write '*.self_attn.*' for those" in desk.refused(*desk.compress("--targets", "self_attn"))
+    assert "pattern 're:(' is not a regular expression" in desk.refused(*desk.compress("--ignore", "re:("))
+
+
+def test_a_scheme_for_steps_that_differ_on_purpose(desk: Desk) -> None:
+    desk.recipe.write_text("steps:\n  - rtn: {scheme: W8A16, targets: ['*.mlp.*']}\n  - gptq: {scheme: W4A16_G32}\n")
+    assert "have their own scheme (rtn W8A16, gptq W4A16_G32), so --scheme is ambiguous" in desk.refused(
+        *desk.compress("--scheme", "W4A16")
+    )
+
+
+def test_a_recipe_file_with_a_wrong_key(desk: Desk) -> None:
+    desk.recipe.write_text(f"{RECIPE}data: {{lenght: 12}}\n")
+    assert "own.yaml, data: unknown key 'lenght'; did you mean length" in desk.refused(*desk.compress())
+    desk.recipe.write_text(f"{RECIPE}model: {desk.model}\noutptu: out\n")
+    assert "own.yaml: unknown key 'outptu'; did you mean output" in desk.refused(*desk.compress())
+
+
+def test_a_model_that_only_the_hub_could_have(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(desk.folder / "cache"))
+    given = ("--recipe", str(desk.recipe))
+    assert "and HF_HUB_OFFLINE is set; unset HF_HUB_OFFLINE to download it" in desk.refused("plan", "owner/model", *given)
+    assert "leave --revision out" in desk.refused(*desk.compress("--revision", "main"))
+
+
+def test_a_name_that_cannot_be_pushed(desk: Desk) -> None:
+    assert "'mine' is no name for a model on the hub" in desk.refused(*desk.compress("--push-to-hub", "mine"))
+    assert "has no aerogel.json" in desk.refused("push", str(desk.model), "me/mine")
+
+
 def test_unknown_measure_and_name(desk: Desk) -> None:
     assert "unknown measure 'perplexty'; did you mean perplexity" in desk.refused("evaluate", str(desk.model), "--measure", "perplexty")
     assert "nothing is called 'gptqq'; did you mean gptq" in desk.refused("show", "gptqq")
@@ -198,6 +231,9 @@ def test_a_disk_that_fills_up_while_saving_keeps_the_calibration(desk: Desk, mon
     assert result.stderr.startswith(f"error: {desk.output}: could not be saved (No space left on device)")
     assert not desk.output.exists()
     assert digests(desk.model) == before
+    result = desk.run(*desk.compress("--resume", "--dtype", "bfloat16"))
+    assert result.exit_code == 2
+    assert 'out.partial was started with another dtype (null, now "bfloat16"); give the same dtype to resume' in result.stderr
     assert desk.run(*desk.compress("--resume")).exit_code == 0
 
 

@@ -322,28 +322,6 @@ def test_a_damaged_checkpoint_is_found_at_once(tmp_path: Path) -> None:
         open_model(tmp_path)
 
 
-def test_a_hub_id_without_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(AerogelError, match=r"owner/model: no such folder here, and the hub did not give it.*check") as caught:
-        open_model("owner/model")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("trust", [False, True])
-def test_only_weights_and_settings_are_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trust: bool) -> None:
-    saved("llama", tmp_path / "there")
-    asked: dict[str, list[str]] = {}
-
-    def fetch(name: str, **options: list[str]) -> str:
-        asked.update(options)
-        return str(shutil.copytree(tmp_path / "there", tmp_path / "here"))
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert open_model("owner/model", trust_remote_code=trust).origin == tmp_path / "here"
-    assert ("*.py" in asked["allow_patterns"]) == trust
-    assert not {"*", "*.bin", "*.pt"} & set(asked["allow_patterns"])
-
-
 def test_the_reference_model_speaks() -> None:
     network = open_model("smollm2-135m", lazy=False)
     assert network.stored_dtype == torch.bfloat16
@@ -351,3 +329,15 @@ def test_the_reference_model_speaks() -> None:
     answer = network.module.generate(**prompt, max_new_tokens=1, do_sample=False)
     assert network.processor.decode(answer[0, -1]) == " Paris"
     assert "<|im_start|>user\nHi<|im_end|>" in network.processor.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+
+
+def test_python_files_of_a_model_run_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    folder = saved("llama", tmp_path / "model")
+    code = "from transformers import LlamaForCausalLM\n\n\nclass OwnForCausalLM(LlamaForCausalLM):\n    pass\n"
+    (folder / "modeling_own.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}))
+    assert type(open_model(folder).module).__name__ == "LlamaForCausalLM", "transformers has a class of its own"
+    assert type(open_model(folder, trust_remote_code=True).module).__name__ == "OwnForCausalLM"

@@ -21,6 +21,7 @@ from aerogel.io.older import SCHEMA
 from aerogel.io.record import files
 from aerogel.io.record.measures import Metrics
 from aerogel.io.record.schema import RecipeRecord, Record
+from aerogel.io.source import ModelSource
 from aerogel.model.experts import fuse
 from aerogel.model.network import Network
 from aerogel.report import search as page
@@ -118,7 +119,7 @@ def search(
         raise AerogelError(f"rounds is {rounds}; it is at least 1")
     made = TASKS[task](budget, only, overrides, rounds, tell, clock)
     watch = Watch(tell)
-    with watch.stage("load", str(model) if isinstance(model, str | Path) else ""):
+    with watch.stage("load", str(model) if isinstance(model, str | Path | ModelSource) else ""):
         network = load(model, lazy=False, unfuse_experts=False)
         if network is not model:
             fuse(network.module)  # experts run as transformers runs them
@@ -131,11 +132,10 @@ def search(
         made.bring()
     with watch.stage("evaluate"):
         facts = made.judge()
-    name = model if isinstance(model, str) and not Path(model).exists() else None
     facts |= {
         "schema": SCHEMA,
         "task": task,
-        "model": provenance.model_of(network, name).as_dict() | {"fingerprint": save.fingerprint_of(network)},
+        "model": provenance.model_of(network).as_dict() | {"fingerprint": save.fingerprint_of(network)},
         "provenance": provenance.provenance_of(network, seed, shown).as_dict(),
         "timings": watch.seconds,
     }

@@ -20,6 +20,13 @@ class ModelRecord(Part):
     family: str | None = None
     parameters: int | None = None
     dtype: str | None = None
+    """The dtype that float weights have on disk."""
+    source: str | None = None
+    """The folder, hub id or reference model, as it was asked for."""
+    revision: str | None = None
+    """The commit of a model of the hub."""
+    compute_dtype: str | None = None
+    """The dtype that was asked for to compute in."""
     fingerprint: str | None = None
     """Of the weights, where policies are saved without them."""
     quantization: dict[str, Any] | None = None

@@ -1,0 +1,161 @@
+"""Arguments and options that several commands share, with their help, in the sections in which the help shows them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from aerogel.cli import completion
+from aerogel.cli.group import DATA, MODEL, OUTPUT, RECIPE
+
+
+def _option(*names: str, section: str | None = None, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=section, **settings)
+
+
+class DType(StrEnum):
+    """Dtypes to compute in."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+class Kind(StrEnum):
+    """Kinds of names that can be listed."""
+
+    recipes = "recipes"
+    methods = "methods"
+    families = "families"
+    exporters = "exporters"
+    measures = "measures"
+    models = "models"
+
+
+_MODEL_HELP = "Model to open: a folder, a hub id (owner/name), or the name of a reference model."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]
+OptionalModel = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help=f"{_MODEL_HELP} May be in the recipe file instead.", show_default=False)
+]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder written by `aerogel compress`.", show_default=False)]
+HubName = Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Name on the Hugging Face hub.", show_default=False)]
+
+RecipeName = Annotated[
+    str,
+    _option(
+        "--recipe",
+        "-r",
+        section=RECIPE,
+        metavar="RECIPE",
+        autocompletion=completion.names("recipes"),
+        help="Recipe by name (`aerogel list recipes`), or a YAML file, which may also give model, data and output.",
+    ),
+]
+Scheme = Annotated[
+    str | None,
+    _option(
+        "--scheme",
+        section=RECIPE,
+        metavar="SCHEME",
+        autocompletion=completion.words(*completion.SCHEMES),
+        help="Scheme of all steps that quantize, for example W4A16_G64 or FP8_DYNAMIC.",
+    ),
+]
+Targets = Annotated[
+    list[str] | None,
+    _option("--targets", section=RECIPE, metavar="PATTERN", help="Layers to act on, instead of the recipe's; may be repeated."),
+]
+Ignore = Annotated[
+    list[str] | None,
+    _option(
+        "--ignore",
+        section=RECIPE,
+        metavar="PATTERN",
+        help="Layers to leave alone, besides the recipe's: a name, glob or re:regex; may be repeated.",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    _option(
+        "--set",
+        section=RECIPE,
+        metavar="METHOD.OPTION=VALUE",
+        autocompletion=completion.names("methods", suffix="."),
+        help="Override one option of a step; may be repeated.",
+    ),
+]
+
+PolicyOverrides = Annotated[
+    list[str] | None,
+    _option(
+        "--set",
+        metavar="METHOD.OPTION=VALUE",
+        autocompletion=completion.names("methods", suffix="."),
+        help="Override one option of a policy; may be repeated.",
+    ),
+]
+
+ComputeDType = Annotated[
+    DType | None,
+    _option(
+        "--dtype",
+        section=MODEL,
+        metavar="DTYPE",
+        help="Dtype to compute in: bfloat16, float16, float32, or auto for the checkpoint's (float32 on CPUs without it) [auto].",
+    ),
+]
+Revision = Annotated[
+    str | None, _option("--revision", section=MODEL, metavar="REVISION", help="Branch, tag or commit of a model on the hub [main].")
+]
+TrustRemoteCode = Annotated[
+    bool, _option("--trust-remote-code", section=MODEL, help="Run Python files that come with the model [off]; read them first.")
+]
+
+Data = Annotated[
+    str | None,
+    _option(
+        "--data",
+        section=DATA,
+        metavar="DATA",
+        help="Calibration data [sotu]: shipped text by name, .txt, .jsonl (text or chats with images), or a "
+        "datasets folder. Diffusion: file with one prompt per line.",
+    ),
+]
+Count = Annotated[
+    int | None,
+    _option(
+        "--samples", section=DATA, metavar="N", min=1, help="Calibration samples: sequences [128], or images of a diffusion model [64]."
+    ),
+]
+Length = Annotated[int | None, _option("--length", section=DATA, metavar="N", min=1, help="Tokens per calibration sequence [512].")]
+Steps = Annotated[
+    int | None, _option("--steps", section=DATA, metavar="N", min=1, help="Diffusion: sampling steps the model will be used with [20].")
+]
+Guidance = Annotated[
+    float | None, _option("--guidance", section=DATA, metavar="SCALE", help="Diffusion: guidance scale [the pipeline's default].")
+]
+Seed = Annotated[int | None, _option("--seed", section=DATA, metavar="N", help="Random seed [0].")]
+
+Output = Annotated[Path | None, _option("--output", "-o", section=OUTPUT, metavar="FOLDER", help="Output folder; must be new or empty.")]
+PushToHub = Annotated[
+    str | None,
+    _option(
+        "--push-to-hub",
+        section=OUTPUT,
+        metavar="OWNER/NAME",
+        help="Push the output to the hub; private unless --public.",
+    ),
+]
+Public = Annotated[bool, _option("--public", section=OUTPUT, help="Make the pushed model public.")]
+
+Resume = Annotated[bool, _option("--resume", section=OUTPUT, help="Resume an interrupted run.")]
+Evaluate = Annotated[bool, _option("--evaluate/--no-evaluate", section=OUTPUT, help="Measure quality, size and speed after compression.")]
+
+Against = Annotated[str | None, _option("--against", section=MODEL, metavar="MODEL", help="Original model to compare with.")]
+Threads = Annotated[int | None, _option("--threads", metavar="N", min=1, help="CPU threads of torch [all cores].")]
+Quiet = Annotated[bool, _option("--quiet", "-q", help="No progress bars.")]
+AsJson = Annotated[bool, _option("--json", help="Print only JSON on standard output, and no progress bars.")]

@@ -1,0 +1,109 @@
+"""The command that searches for the best policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aerogel.cli import arguments as given
+from aerogel.cli import completion
+from aerogel.cli.app import command, print_json, start
+from aerogel.cli.group import COMPRESS, DATA, FAILED, OUTPUT
+
+Task = Annotated[
+    str,
+    typer.Option(
+        "--task",
+        metavar="TASK",
+        autocompletion=completion.words("cache", "skip"),
+        help="cache: feature-caching policies of a diffusion pipeline; skip: expert-skipping policies of an MoE model.",
+    ),
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="BUDGET",
+        help="cache: speed-up of denoising [1.5x]; skip: share of token-expert assignments to drop [0.67].",
+    ),
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--only",
+        metavar="METHOD",
+        autocompletion=completion.names("methods"),
+        help="Policy to try; may be repeated [all].",
+    ),
+]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        "--data", metavar="DATA", rich_help_panel=DATA, help="cache: file with one prompt per line; skip: chats (.jsonl) or text."
+    ),
+]
+Count = Annotated[
+    int | None,
+    typer.Option(
+        "--samples",
+        metavar="N",
+        min=1,
+        rich_help_panel=DATA,
+        help="Calibration samples (images, chats or sequences); as many again are held out to compare policies.",
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FOLDER", rich_help_panel=OUTPUT, help="Output folder for the best policy and the report."),
+]
+
+
+@command(COMPRESS, "Compare all feature-caching or expert-skipping policies at one budget.")
+def search(
+    model: given.Model,
+    task: Task = "cache",
+    budget: Budget = None,
+    only: Only = None,
+    overrides: given.PolicyOverrides = None,
+    dtype: given.ComputeDType = None,
+    revision: given.Revision = None,
+    trust_remote_code: given.TrustRemoteCode = False,
+    data: Prompts = None,
+    samples: Count = None,
+    length: given.Length = None,
+    steps: given.Steps = None,
+    guidance: given.Guidance = None,
+    seed: given.Seed = None,
+    output: Output = None,
+    threads: given.Threads = None,
+    quiet: given.Quiet = False,
+    as_json: given.AsJson = False,
+) -> None:
+    """Compare all feature-caching or expert-skipping policies at one budget and keep the best."""
+    start(threads)
+    from aerogel.cli import terminal
+    from aerogel.engine.calibration import CalibrationRequest
+    from aerogel.engine.requests import ModelOptions
+    from aerogel.engine.search import searching
+
+    with terminal.downloads(quiet or as_json):
+        source = ModelOptions(dtype, revision, trust_remote_code).locate(model)
+    with terminal.progress(quiet or as_json) as tell:
+        findings = searching.search(
+            source,
+            task,
+            budget,
+            samples=CalibrationRequest(data, samples, length, steps, guidance),
+            only=only or (),
+            overrides=overrides or (),
+            output=output,
+            seed=seed or 0,
+            tell=tell,
+        )
+    print_json(findings.facts) if as_json else terminal.print_search(findings.facts)
+    if output is not None and not as_json:
+        typer.echo(f"folder  {output}\nreport  {output / 'report.html'}")
+    if findings.best is None:
+        raise typer.Exit(FAILED)

@@ -1,0 +1,37 @@
+"""How much calibration data there is, before any work: a text or a file of chats may hold less than is asked for."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import TypeVar
+
+from aerogel.data import chats, text
+from aerogel.data.chats import Chats
+from aerogel.engine.calibration import Samples, Shown
+from aerogel.model.network import Network
+
+_Counted = TypeVar("_Counted", Samples, Chats)
+
+
+def available(network: Network, asked: Shown) -> Shown:
+    """Return the calibration data as it will be: with fewer sequences or chats where there are no more, and a warning.
+
+    Raises AerogelError, as the run itself would, when the source cannot be read or is too short for one sequence.
+    """
+    if isinstance(asked, Chats):
+        return _at_most(asked, len(chats.read(asked.source)), "chats")
+    tokenizer = getattr(network.processor, "tokenizer", network.processor)
+    if not isinstance(asked, Samples) or tokenizer is None:
+        return asked
+    body = asked.length - len(text.opening(tokenizer))
+    found = len(text.tokens(tokenizer, asked.source, limit=asked.count * body)) // body if body > 0 else 0
+    if not found:
+        text.samples(tokenizer, asked.source, asked.count, asked.length)  # says what is wrong
+    return _at_most(asked, found, f"sequences of {asked.length} tokens")
+
+
+def _at_most(asked: _Counted, found: int, what: str) -> _Counted:
+    if found < asked.count:
+        warnings.warn(f"{str(asked.source)!r} gives {found} of the {asked.count} {what} asked for", stacklevel=2)
+    return replace(asked, count=min(asked.count, found))

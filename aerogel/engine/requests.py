@@ -1,0 +1,175 @@
+"""A run as it is asked for: what its recipe file says about model, data and output, and the arguments of the command line, which win.
+
+`recipe_file_of` goes the other way: from the record of a run to a file that repeats it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from aerogel.data.denoising import Denoising
+from aerogel.engine.calibration import CalibrationRequest
+from aerogel.errors import AerogelError
+from aerogel.io import save
+from aerogel.io.record.schema import Record
+from aerogel.io.source import ModelSource, locate
+from aerogel.recipe import DataSettings, ModelSettings, Recipe
+
+DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""Dtypes to compute in by the names that users give; auto is that of the checkpoint, or float32 where a CPU does not compute in it."""
+_DATA = {"source": "source", "samples": "count", "length": "length", "steps": "steps", "guidance": "guidance", "prompts": "prompts"}
+"""Keys of `data` in a recipe file, and the fields of CalibrationRequest."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Arguments that say how a model is opened."""
+
+    dtype: str | None = None
+    """A name of DTYPES; None leaves it to the recipe file."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def locate(self, name: str) -> ModelSource:
+        """Find a model, and fetch it from the hub where it is not here; raises AerogelError where it cannot be had."""
+        return locate(name, revision=self.revision, dtype=DTYPES[self.dtype or "auto"], trust_remote_code=self.trust_remote_code)
+
+    def locate_pair(self, name: str, against: str | None) -> tuple[ModelSource, ModelSource | None]:
+        """Find a model and the one it is compared with; the revision is that of the one which is from the hub.
+
+        Raises AerogelError where either cannot be had, and for a revision where both are from the hub.
+        """
+        if against is None:
+            return self.locate(name), None
+        here = dataclasses.replace(self, revision=None)
+        if self.revision is None:
+            return here.locate(name), here.locate(against)
+        local = [Path(each).expanduser().exists() for each in (name, against)]
+        if not any(local):
+            raise AerogelError(f"--revision could be of {name} or of {against}; download one of them, and give its folder")
+        return (here.locate(name), self.locate(against)) if local[0] else (self.locate(name), here.locate(against))
+
+
+@dataclass(frozen=True)
+class Adjustments:
+    """Arguments that change a recipe."""
+
+    overrides: Iterable[str] = ()
+    """method.option=value"""
+    scheme: str | None = None
+    targets: Iterable[str] = ()
+    ignore: Iterable[str] = ()
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """One run: the recipe, the model, the calibration data, the output folder and the seed."""
+
+    recipe: Recipe
+    model: str
+    options: ModelOptions
+    samples: CalibrationRequest = field(default_factory=CalibrationRequest)
+    seed: int = 0
+    output: Path | None = None
+
+    @classmethod
+    def of(
+        cls,
+        recipe: str,
+        *,
+        model: str | None = None,
+        options: ModelOptions = ModelOptions(),
+        adjustments: Adjustments = Adjustments(),
+        samples: CalibrationRequest | None = None,
+        seed: int | None = None,
+        output: Path | None = None,
+    ) -> RunRequest:
+        """Put a recipe, by name or from a file, and the arguments together; None is what was not given.
+
+        Raises AerogelError for a recipe that cannot be read or adjusted, and when neither names a model.
+        """
+        parsed, settings = Recipe.parse_run(recipe, adjustments.overrides)
+        parsed = parsed.adjusted(adjustments.scheme, adjustments.targets, adjustments.ignore)
+        named = settings.model
+        name = model or (named.name if named else None)
+        if name is None:
+            raise AerogelError(f"no model is given: add MODEL, or `model` to the recipe file (recipe {parsed.name!r} has none)")
+        return cls(
+            parsed,
+            name,
+            _model_options(options, named, name),
+            _samples(samples or CalibrationRequest(), settings.data),
+            seed if seed is not None else settings.data.seed or 0,
+            output or (Path(settings.output).expanduser() if settings.output else None),
+        )
+
+    def locate(self) -> ModelSource:
+        """Find the model, and fetch it from the hub where it is not here; raises AerogelError where it cannot be had."""
+        return self.options.locate(self.model)
+
+    def require_output(self) -> Path:
+        """Return the output folder; raises AerogelError when neither the file nor the command line names one."""
+        if self.output is None:
+            raise AerogelError(f"no output is given: add --output, or `output` to the recipe file (recipe {self.recipe.name!r} has none)")
+        return self.output
+
+    def check_output(self) -> None:
+        """Make sure, before anything is downloaded, that the output can be written; raises AerogelError that says what is in the way."""
+        save.preflight(self.require_output())
+
+
+def _model_options(given: ModelOptions, named: ModelSettings | None, name: str) -> ModelOptions:
+    """The arguments, and from the file what they leave open; a revision there is of the model there."""
+    if named is None:
+        return given
+    revision = given.revision or (named.revision if named.name == name else None)
+    return dataclasses.replace(given, dtype=given.dtype or named.dtype, revision=revision)
+
+
+def _samples(given: CalibrationRequest, data: DataSettings) -> CalibrationRequest:
+    found = {ours: getattr(data, theirs) for theirs, ours in _DATA.items()}
+    found["prompts"] = None if data.prompts is None or given.source is not None else tuple(data.prompts)
+    return CalibrationRequest(**{**found, **{key: value for key, value in vars(given).items() if value is not None}})
+
+
+def recipe_file_of(record: Record) -> str:
+    """Return a recipe file (YAML) that repeats a recorded run once an output is added; its recipe has every option spelled out.
+
+    Raises AerogelError for a run that was calibrated on what no file can name.
+    """
+    model = record.model
+    settings = {
+        "name": record.recipe.name,
+        "model": None if model.source is None else _said(name=model.source, revision=model.revision, dtype=model.compute_dtype),
+        "data": _said(**_data(record.provenance.calibration), seed=record.provenance.seed),
+        "steps": record.recipe.steps,
+    }
+    versions = ", ".join(f"{name} {version}" for name, version in record.provenance.versions.items())
+    lines = [f"# A run of {record.provenance.date or 'an unknown date'} with {versions or 'unknown versions'}."]
+    lines += ["# It repeats with: aerogel compress --recipe THIS_FILE --output OUT"]
+    lines += ["# The model was an object in Python: add MODEL to the command."] if model.source is None else []
+    text = yaml.safe_dump(_said(**settings), sort_keys=False, width=120, allow_unicode=True)
+    return "\n".join([*lines, text])
+
+
+def _data(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The calibration data of a run as a recipe file names it."""
+    if facts.get("source") == "given calls":
+        raise AerogelError("this run was calibrated on calls that were given in Python, which no recipe file can name")
+    if "sampler" not in facts:
+        return {"source": facts.get("source"), "samples": facts.get("count"), "length": facts.get("length")}
+    if facts.get("batch", Denoising.batch) != Denoising.batch:
+        raise AerogelError(f"this run was calibrated on images made {facts['batch']} at once, which only Python can ask for")
+    given = {key: facts.get(key) for key in ("steps", "guidance")}
+    return {"prompts": facts.get("prompts") or None, "samples": facts.get("count"), **given}
+
+
+def _said(**values: Any) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
