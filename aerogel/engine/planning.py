@@ -20,6 +20,7 @@ from aerogel.layers.linear import QuantLinear
 from aerogel.methods.base import Before, CalibrationSize, Method, WeightMethod
 from aerogel.model.match import matches
 from aerogel.model.network import Network
+from aerogel.model.placement import AUTO, Device
 from aerogel.model.walk import blocks_of
 from aerogel.numerics.scheme import Scheme
 from aerogel.recipe import Recipe
@@ -86,13 +87,14 @@ def plan(
     *,
     overrides: Iterable[str] = (),
     samples: CalibrationInput | None = None,
+    device: Device = AUTO,
     flops_a_second: Callable[[], float] = measured_flops_a_second,
 ) -> Plan:
     """Say what a recipe will do to a model without changing a weight; raises AerogelError when either cannot be read.
 
     `flops_a_second` gives the matrix-product rate from which seconds are estimated: that of this machine, measured for a moment.
     """
-    network = open_model(model)
+    network = open_model(model, device=device)
     return plan_network(network, Recipe.parse(recipe, overrides), reading(network, shown(network, samples)), flops_a_second)
 
 

@@ -15,6 +15,7 @@ from aerogel.io import save
 from aerogel.io.record import files
 from aerogel.io.record.schema import Record
 from aerogel.model.network import Network
+from aerogel.model.placement import AUTO, Device
 from aerogel.recipe import Recipe
 from aerogel.report import page
 
@@ -31,6 +32,7 @@ class Result:
         network: Network | None = None,
         folder: Path | None = None,
         keep: Path | None = None,
+        device: Device = AUTO,
     ) -> None:
         self.recipe = recipe
         self.record = record
@@ -40,6 +42,7 @@ class Result:
         self.folder = folder
         """Folder in which it is saved, or None when it is in memory only."""
         self._network = network
+        self._device = device
         # What holds the folder of a result that was not asked to be saved lives as long as the result does.
         if keep is not None:
             weakref.finalize(self, shutil.rmtree, keep, ignore_errors=True)
@@ -49,7 +52,7 @@ class Result:
         """The compressed network with its weights in memory."""
         if self._network is None:
             assert self.folder is not None
-            self._network = open_model(self.folder, lazy=False)
+            self._network = open_model(self.folder, lazy=False, device=self._device)
         return self._network
 
     @property

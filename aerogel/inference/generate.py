@@ -50,7 +50,7 @@ class Generator:
         if not hasattr(self.module, "lm_head") and not hasattr(self.module, "generate"):
             raise AerogelError(f"{type(self.module).__name__} is no causal language model; text can be generated from those only")
         if network.checkpoint is not None:
-            network.checkpoint.materialise(self.module)
+            network.checkpoint.materialise(self.module, device=network.device)
         self.batch, self.length = batch, length
         self.reason = refuse(self.module, length) if fast_decoder else "not asked for"
         self._decoder: FastDecoder | None = None

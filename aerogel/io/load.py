@@ -29,6 +29,7 @@ from aerogel.layers.slots import Slot, replace, slots
 from aerogel.model.experts import unfuse
 from aerogel.model.family import Family
 from aerogel.model.network import Network
+from aerogel.model.placement import HOST, Placement, move
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -41,6 +42,7 @@ def load(
     source: Any,
     families: Sequence[Family],
     *,
+    device: torch.device = HOST,
     dtype: torch.dtype | None = None,
     lazy: bool = True,
     trust_remote_code: bool = False,
@@ -59,7 +61,7 @@ def load(
     if _is_pipeline(source):
         return _live(families, _denoiser(source), source, dtype, unfuse_experts)
     if isinstance(source, str | Path):
-        return _open(families, _find(str(source), trust_remote_code), dtype, lazy, trust_remote_code)
+        return _open(families, _find(str(source), trust_remote_code), device, dtype, lazy, trust_remote_code)
     raise AerogelError(
         f"cannot open a {type(source).__name__}; give a name, a folder, a hub id, a module, a pipeline or (module, processor)"
     )
@@ -78,9 +80,9 @@ def family_of(families: Sequence[Family], *names: str | None) -> Family:
     raise AerogelError(f"no known family has the model type {given}; known: {known}; a new one is one file in aerogel/families")
 
 
-def computing_dtype(stored: torch.dtype) -> torch.dtype:
-    """The dtype to compute in on this CPU for weights stored in `stored`: the same, or float32 where that is emulated."""
-    if stored in (torch.bfloat16, torch.float16):
+def computing_dtype(stored: torch.dtype, device: torch.device = HOST) -> torch.dtype:
+    """The dtype to compute in for weights stored in `stored`: the same, or float32 on a CPU where that is emulated."""
+    if device.type == HOST.type and stored in (torch.bfloat16, torch.float16):
         kind = "bf16" if stored == torch.bfloat16 else "fp16"
         # Without such instructions a bfloat16 product takes 5 and a float16 product 10 times as long as a float32 one.
         if not any(kind in name and value is True for name, value in torch.cpu.get_capabilities().items()):
@@ -150,12 +152,15 @@ def _find(source: str, trust_remote_code: bool) -> Path:
         ) from error
 
 
-def _open(families: Sequence[Family], folder: Path, dtype: torch.dtype | None, lazy: bool, trust_remote_code: bool) -> Network:
+def _open(
+    families: Sequence[Family], folder: Path, device: torch.device, dtype: torch.dtype | None, lazy: bool, trust_remote_code: bool
+) -> Network:
     if (folder / "model_index.json").is_file():
-        return _open_pipeline(families, folder, dtype)
-    given = _Folder.read(folder, families, dtype)
+        return _open_pipeline(families, folder, device, dtype)
+    given = _Folder.read(folder, families, device, dtype)
+    placed = Placement.at(device)
     if "_class_name" in given.settings:
-        return Network(_denoiser_in(given), given.family, folder, stored_dtype=given.stored)
+        return Network(_denoiser_in(given), given.family, folder, stored_dtype=given.stored, placed=placed)
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     config.__dict__.pop("quantization_config", None)
     auto = transformers.AutoModelForImageTextToText if given.family.modality == "image-text" else transformers.AutoModelForCausalLM
@@ -163,18 +168,19 @@ def _open(families: Sequence[Family], folder: Path, dtype: torch.dtype | None, l
     module = _skeleton(given, lambda: auto.from_config(config, **options))
     fits = _fits(module, given)
     if fits:
-        given.checkpoint.materialise(module, skip=list(Network(module, given.family).blocks().values()) if lazy else [])
+        given.checkpoint.materialise(module, device=device, skip=list(Network(module, given.family).blocks().values()) if lazy else [])
     else:
         module = _whole(given, auto, config=config, **options)
     with suppress(OSError):  # a folder may do without
         module.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     processor = _processor(folder, given.family, trust_remote_code)
-    return Network(module.eval(), given.family, folder, processor, given.checkpoint if lazy and fits else None, given.stored)
+    move(module, device)
+    return Network(module.eval(), given.family, folder, processor, given.checkpoint if lazy and fits else None, given.stored, placed)
 
 
-def _open_pipeline(families: Sequence[Family], folder: Path, dtype: torch.dtype | None) -> Network:
+def _open_pipeline(families: Sequence[Family], folder: Path, device: torch.device, dtype: torch.dtype | None) -> Network:
     part = part_of(folder)
-    given = _Folder.read(part, families, dtype)
+    given = _Folder.read(part, families, device, dtype)
     module = _denoiser_in(given)
     diffusers = _diffusers(folder)
     try:
@@ -185,7 +191,9 @@ def _open_pipeline(families: Sequence[Family], folder: Path, dtype: torch.dtype 
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise AerogelError(f"{folder}: diffusers cannot open this pipeline ({reason}); add what it lacks, or open {part} alone") from error
-    return Network(module, given.family, folder, pipeline, stored_dtype=given.stored)
+    if device != HOST:
+        pipeline.to(device)
+    return Network(module, given.family, folder, pipeline, stored_dtype=given.stored, placed=Placement.at(device))
 
 
 @contextmanager
@@ -209,17 +217,18 @@ class _Folder:
     family: Family
     checkpoint: Checkpoint
     stored: torch.dtype
+    device: torch.device
     dtype: torch.dtype
     """The dtype to compute in."""
 
     @classmethod
-    def read(cls, path: Path, families: Sequence[Family], dtype: torch.dtype | None) -> _Folder:
+    def read(cls, path: Path, families: Sequence[Family], device: torch.device, dtype: torch.dtype | None) -> _Folder:
         settings = _read_json(path / "config.json")
         family = family_of(families, settings.get("model_type"), settings.get("_class_name"))
         checkpoint = Checkpoint.open(path, family.in_memory, partial(pieces, family))
         checkpoint.verify()
         stored = checkpoint.main_dtype()
-        return cls(path, settings, family, checkpoint, stored, dtype or computing_dtype(stored))
+        return cls(path, settings, family, checkpoint, stored, device, dtype or computing_dtype(stored, device))
 
 
 def _denoiser_in(given: _Folder) -> nn.Module:
@@ -228,8 +237,10 @@ def _denoiser_in(given: _Folder) -> nn.Module:
     settings = {key: value for key, value in given.settings.items() if key != "quantization_config"}
     module = _skeleton(given, lambda: cls.from_config(settings))
     if not _fits(module, given):
-        return _whole(given, cls, dtype=given.dtype).eval()
-    given.checkpoint.materialise(module)
+        module = _whole(given, cls, dtype=given.dtype)
+    else:
+        given.checkpoint.materialise(module, device=given.device)
+    move(module, given.device)
     return module.eval()
 
 
