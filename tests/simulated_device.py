@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -44,6 +45,12 @@ class _Module:
 
     def _is_in_bad_fork(self) -> bool:
         return False
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return torch.zeros(0)
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        pass
 
     def manual_seed_all(self, seed: int) -> None:
         pass
@@ -97,6 +104,12 @@ class Placed(Tensor):
             memo[id(self)] = Placed(self.raw.clone()).requires_grad_(self.requires_grad)
         return memo[id(self)]
 
+    def tolist(self) -> Any:
+        return self.raw.tolist()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.raw.untyped_storage()
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Placed({self.raw!r})"
 
@@ -149,6 +162,17 @@ def _require_placed(op: Any, operands: list[Tensor]) -> None:
         )
 
 
+class _Constructors(TorchFunctionMode):
+    """Lets `torch.tensor` and `torch.as_tensor` make tensors on the device, which a backend in Python cannot."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None and torch.device(kwargs["device"]).type == NAME:
+            target = kwargs.pop("device")
+            return func(*args, **kwargs).to(target)
+        return func(*args, **kwargs)
+
+
 @cache
 def _register() -> torch.library.Library:
     _setup_privateuseone_for_python_backend(NAME, _module)
@@ -172,7 +196,8 @@ def present() -> Iterator[Watch]:
     before, _watch = _watch, Watch()
     _module.available = True
     try:
-        yield _watch
+        with _Constructors():
+            yield _watch
     finally:
         _module.available = False
         _watch = before

@@ -64,7 +64,7 @@ class Network:
 
     def glue_on_device(self) -> AbstractContextManager[None]:
         """Hold what is around the blocks on the computing device for a while."""
-        return self.placement.resident(self.module, list(self.blocks().values()))
+        return self.placement.glue_resident(self.module, list(self.blocks().values()))
 
     def blocks(self) -> dict[str, nn.Module]:
         """The blocks of every tower by full dotted name, in list order."""

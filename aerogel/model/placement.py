@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -91,21 +91,38 @@ class Placement:
         """Move a module's weights and buffers to the computing device, without those below modules in `skip`."""
         move(module, self.device, skip)
 
-    def return_weights(self, module: nn.Module, skip: Collection[nn.Module] = ()) -> None:
-        """Move a module's weights and buffers to where they rest, without those below modules in `skip`."""
-        move(module, self.storage, skip)
+    def return_weights(self, module: nn.Module) -> None:
+        """Move a module's weights and buffers to where they rest."""
+        move(module, self.storage)
 
     @contextmanager
-    def resident(self, module: nn.Module, skip: Collection[nn.Module] = ()) -> Iterator[None]:
-        """Hold a module on the computing device for a while, without what is below modules in `skip`."""
+    def resident(self, module: nn.Module) -> Iterator[None]:
+        """Hold a module on the computing device for a while."""
         if not self.moves_weights:
             yield
             return
-        self.bring_weights(module, skip)
         try:
+            self.bring_weights(module)
             yield
         finally:
-            self.return_weights(module, skip)
+            self.return_weights(module)
+
+    @contextmanager
+    def glue_resident(self, module: nn.Module, blocks: Collection[nn.Module]) -> Iterator[None]:
+        """Hold what is around the blocks on the computing device for a while, and the parts of blocks that it calls (as DiT's does)."""
+        if not self.moves_weights:
+            yield
+            return
+
+        def bring(part: nn.Module, _: Any) -> None:
+            self.bring_weights(part)
+
+        with ExitStack() as stack:
+            stack.callback(self.return_weights, module)
+            self.bring_weights(module, blocks)
+            for part in {part for block in blocks for part in block.modules()} - set(blocks):
+                stack.callback(part.register_forward_pre_hook(bring).remove)
+            yield
 
     def memory(self) -> int | None:
         """Return the bytes of memory that the computing device has; None where it does not tell."""
