@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -101,8 +101,12 @@ class Placed(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
-            memo[id(self)] = Placed(self.raw.clone()).requires_grad_(self.requires_grad)
+            copied = Placed(self.raw.clone())
+            memo[id(self)] = nn.Parameter(copied, self.requires_grad) if isinstance(self, nn.Parameter) else copied
         return memo[id(self)]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return super().__getitem__(torch.tensor(index) if isinstance(index, list) else index)
 
     def tolist(self) -> Any:
         return self.raw.tolist()
@@ -126,7 +130,7 @@ def _run(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     _watch.operations[str(op)] += 1
     if op is torch.ops.aten.histc.default:  # on an accelerator it also counts integers
         args = (args[0].to(torch.float32), *args[1:])
-    raw_args, raw_kwargs = pytree.tree_map(lambda leaf: leaf.raw if isinstance(leaf, Placed) else leaf, (args, kwargs))
+    raw_args, raw_kwargs = _values((args, kwargs))
     if target is not None and torch.device(target).type == NAME:
         raw_kwargs["device"] = torch.device("cpu")
     made = op(*raw_args, **raw_kwargs)
@@ -139,6 +143,10 @@ def _run(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return made
     placed = pytree.tree_map(lambda leaf: Placed(leaf) if isinstance(leaf, Tensor) else leaf, made)
     return return_and_correct_aliasing(op, args, kwargs, placed) if any(isinstance(one, Placed) for one in operands) else placed
+
+
+def _values(tree: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.raw if isinstance(leaf, Placed) else leaf, tree)
 
 
 def _count_copy(to: Any, source: Tensor) -> None:
@@ -163,13 +171,16 @@ def _require_placed(op: Any, operands: list[Tensor]) -> None:
 
 
 class _Constructors(TorchFunctionMode):
-    """Lets `torch.tensor` and `torch.as_tensor` make tensors on the device, which a backend in Python cannot."""
+    """Makes tensors on the device that a backend in Python cannot: from Python values, and by operations that resize their output."""
+
+    made = (torch.tensor, torch.as_tensor, torch.arange, torch.linspace, torch.eye, torch.randperm)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None and torch.device(kwargs["device"]).type == NAME:
-            target = kwargs.pop("device")
-            return func(*args, **kwargs).to(target)
+        target = kwargs.get("device")
+        if func in self.made and target is not None and torch.device(target).type == NAME:
+            args, kwargs = _values((args, {**kwargs, "device": torch.device("cpu")}))
+            return Placed(func(*args, **kwargs))
         return func(*args, **kwargs)
 
 
