@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, Self
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -74,6 +75,20 @@ class Watch:
         self.limit: Callable[[Any, list[Tensor]], bool] = lambda op, operands: False
         """Return True for an operation that does not fit into memory."""
         self.refused = 0
+        """Operations that did not fit."""
+        self.memory = 1 << 40
+        """Bytes that the device says it has."""
+
+    def of_accelerator(self) -> dict[str, Callable[..., Any]]:
+        """Return the functions of torch.accelerator that a backend in Python does not have."""
+        return {
+            "synchronize": lambda device=None: None,
+            "empty_cache": lambda: None,
+            "get_memory_info": lambda device=None: (self.memory, self.memory),
+            "memory_allocated": lambda device=None: 0,
+            "max_memory_allocated": lambda device=None: 0,
+            "reset_peak_memory_stats": lambda device=None: None,
+        }
 
 
 _watch = Watch()
@@ -106,7 +121,9 @@ class Placed(Tensor):
         return memo[id(self)]
 
     def __getitem__(self, index: Any) -> Tensor:
-        return super().__getitem__(torch.tensor(index) if isinstance(index, list) else index)
+        parts = index if isinstance(index, tuple) else (index,)
+        parts = tuple(torch.tensor(part) if isinstance(part, list) else part for part in parts)
+        return super().__getitem__(parts if isinstance(index, tuple) else parts[0])
 
     def tolist(self) -> Any:
         return self.raw.tolist()
@@ -207,7 +224,9 @@ def present() -> Iterator[Watch]:
     before, _watch = _watch, Watch()
     _module.available = True
     try:
-        with _Constructors():
+        with _Constructors(), pytest.MonkeyPatch.context() as patch:
+            for name, function in _watch.of_accelerator().items():
+                patch.setattr(torch.accelerator, name, function)
             yield _watch
     finally:
         _module.available = False

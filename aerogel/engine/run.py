@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from aerogel.engine import policies, provenance
-from aerogel.engine.block_state import BlockState
 from aerogel.engine.calibration import Calibration, CalibrationInput, Shown, prepare, reading, shown, with_batch_size
 from aerogel.engine.coverage import coverage
 from aerogel.engine.estimates import needs_calls, needs_teacher
@@ -34,6 +33,7 @@ from aerogel.engine.resume import Progress, Stage, fingerprint_of
 from aerogel.engine.scores import Scores, measure
 from aerogel.engine.stages import reaches_around, seeded, stages_of
 from aerogel.engine.teacher import TeacherWalk, resident, teacher_of
+from aerogel.engine.visits import before_again, compress_block
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure
 from aerogel.io import save
@@ -43,8 +43,6 @@ from aerogel.io.record import files
 from aerogel.io.record.measures import Metrics
 from aerogel.io.record.schema import KeptModule, PlanRecord, RecipeRecord, Record
 from aerogel.kernels.malloc import limit_fragmentation
-from aerogel.layers.linear import QuantLinear
-from aerogel.layers.scaled_input import ScaledInput
 from aerogel.methods.base import BlockMethod, Method, RuntimePolicy
 from aerogel.model.batches import Batches
 from aerogel.model.block import Block
@@ -99,11 +97,14 @@ def compress(
         warnings.warn(run.batches.told, stacklevel=2)
     result.add(timings=watch.seconds)
     if measures is None or measures:
-        with watch.stage("evaluate"):
-            original = open_model(origin, lazy=False, device=network.device) if origin is not None else None
-            with policies.on(result.network, result.policies):
-                scores = measure(result.network, original, measures, tell, speed=True)
-        result.add(metrics={**before, **scores})
+        try:
+            with watch.stage("evaluate"):
+                original = open_model(origin, lazy=False, device=network.device) if origin is not None else None
+                with policies.on(result.network, result.policies):
+                    scores = measure(result.network, original, measures, tell, speed=True)
+            result.add(metrics={**before, **scores})
+        except torch.OutOfMemoryError:
+            warnings.warn(f"not measured: the whole models do not fit into the memory of {network.device}", stacklevel=2)
     result.add(timings=watch.seconds)
     return result
 
@@ -281,14 +282,7 @@ class Run:
             at = Event("compress", number * block.total + block.position, stages * block.total, block.name or "around the blocks")
             self.tell(at)
             block.parameters = self.parameters.of(block.name)
-            state = BlockState(block) if self.network.placement.on_accelerator else None
-
-            def again(block: Block = block, state: BlockState | None = state) -> None:
-                if state is not None:
-                    state.restore()
-                if isinstance(visits, TeacherWalk):
-                    visits.again(block)
-
+            again = before_again(block, visits.again if isinstance(visits, TeacherWalk) else None)
             self.batches.fit(partial(self._change_block, block, steps, number, at), again)
         self.policies = [self.parameters.taken_over(measured) for measured in self.policies]
 
@@ -296,7 +290,7 @@ class Run:
         with seeded(self.seed, number, block.position):
             for place, step in enumerate(steps):
                 with watched(partial(self._inside, at, place, len(steps))):
-                    _compress(block, step)
+                    compress_block(block, step)
 
     def _restore(self, stage: Stage, names: Iterable[str]) -> None:
         """Take over blocks that an earlier process finished: structure, journal, learned parameters of policies."""
@@ -391,23 +385,3 @@ def _warn_of_fallbacks(journal: Sequence[Mapping[str, Any]]) -> None:
     for reason, names in fallen.items():
         more = f" and {len(names) - 1} other linear layers" if len(names) > 1 else ""
         warnings.warn(f"{names[0]}{more}: {reason}", stacklevel=3)
-
-
-def _compress(block: Block, step: Step) -> None:
-    assert isinstance(step.method, BlockMethod)
-    before = len(block.notes)
-    block.outputs = None  # of the step before
-    with torch.set_grad_enabled("gradients" in step.method.requires):
-        step.method.compress(block)
-    block.notes[before:] = [
-        {"block": block.name, "method": step.name, **_scheme_of(block, note["name"]), **note} for note in block.notes[before:]
-    ]
-
-
-def _scheme_of(block: Block, name: str) -> dict[str, str]:
-    """Return the scheme of a part of the block, if it is quantized by now; a note may also be of a parameter, which has none."""
-    if name in block.parameters:
-        return {}
-    part = block.module.get_submodule(name.removeprefix(f"{block.name}."))
-    part = part.inner if isinstance(part, ScaledInput) else part
-    return {"scheme": str(part.scheme)} if isinstance(part, QuantLinear) else {}
