@@ -95,8 +95,8 @@ class Batches:
         self.placement.release_memory()
         if 2**self.halvings >= self.most_rows:
             raise AerogelError(
-                f"{self.placement.device} has too little memory for one sample at a time ({reason}); give shorter samples, another device, "
-                "or device cpu"
+                f"{self.placement.device} has too little memory for one sample at a time ({reason}); give shorter samples, a smaller "
+                "`batch` to a method that has one, another device, or device cpu"
             )
         self.halvings += 1
 
