@@ -123,6 +123,15 @@ def test_every_method_gives_the_numbers_of_the_cpu(method: str, family: str) -> 
         require_alike(method, family, there=True)
 
 
+def test_a_folder_with_its_teacher_gives_the_bits_of_the_cpu(folder: Path, tmp_path: Path, watch: Watch) -> None:
+    recipe = {"steps": [{"brecq": {"scheme": "W8A16_G32", "targets": ["*_proj"], "steps": 2, "batch": 2}}]}
+    made = [
+        aerogel.compress(folder, recipe, samples=samples(folder), output=tmp_path / device, measures=(), device=device)
+        for device in ("cpu", "auto")
+    ]
+    assert made[0].facts["checksums"] == made[1].facts["checksums"]
+
+
 def test_a_folder_gives_the_bits_of_the_cpu(folder: Path, tmp_path: Path, watch: Watch) -> None:
     on_cpu = aerogel.compress(folder, GPTQ, samples=samples(folder), output=tmp_path / "cpu", measures=(), device="cpu")
     assert not watch.operations
