@@ -11,13 +11,12 @@ import torch
 import transformers
 from torch import nn
 
-from aerogel import catalog
 from aerogel.io.save import new_folder, write
 from aerogel.layers.linear import QuantLinear, stored_grid
 from aerogel.model.network import Network
 from aerogel.numerics.quantize import Grid, quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
-from tests.tiny import FAMILIES, VOCABULARY
+from tests.tiny import FAMILIES, VOCABULARY, family_of
 
 SchemeOf = Callable[[str], str | None]
 
@@ -58,7 +57,7 @@ def network(
     module = FAMILIES[kind].build()
     for parameter in module.parameters():  # buffers of rotary embeddings stay float32, as in transformers
         parameter.data = parameter.data.to(dtype)
-    return Network(round_to_nearest(module, scheme, act_order), catalog.find("families", FAMILIES[kind].family), **fields)
+    return Network(round_to_nearest(module, scheme, act_order), family_of(kind), **fields)
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:

@@ -15,10 +15,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from aerogel import catalog
+from aerogel.engine.opening import families
+from aerogel.io.load import family_of_module
 from aerogel.io.names import Names
 from aerogel.model.calls import Call
 from aerogel.model.experts import unfuse
+from aerogel.model.family import Family
 from aerogel.model.network import Network
 
 WIDTH, INNER, HEADS, KV_HEADS, VOCABULARY = 64, 128, 4, 2, 128
@@ -32,7 +34,7 @@ class Tiny:
     """One small network and real inputs for it."""
 
     family: str
-    """File name of the family in aerogel/families that describes it."""
+    """File name of its family in aerogel/families where it has one, else what it is a member of."""
     make: Callable[[], nn.Module]
     inputs: Inputs
     """(number of the call, generator) -> keyword arguments of one forward."""
@@ -362,7 +364,12 @@ VARIANTS: dict[str, Tiny] = {
 def opened(name: str) -> Network:
     """A tiny network with its family, its experts one by one, as `aerogel.load` opens it."""
     tiny = (FAMILIES | VARIANTS)[name]
-    module, family = tiny.build(), catalog.find("families", tiny.family)
+    module = tiny.build()
     names = Names.of(module)
     unfuse(module, names.experts)
-    return Network(module, family, names=names)
+    return Network(module, family_of_module(families(), module), names=names)
+
+
+def family_of(name: str) -> Family:
+    """The family of a tiny network, as `aerogel.load` finds it."""
+    return family_of_module(families(), (FAMILIES | VARIANTS)[name].build())

@@ -100,14 +100,15 @@ def _live(families: Sequence[Family], module: nn.Module, processor: Any, dtype: 
         )
     if dtype is not None:
         module.to(dtype)
-    family = _family_of_module(families, module)
+    family = family_of_module(families, module)
     names = Names.of(module)
     if unfuse_experts:
         unfuse(module, names.experts)
     return Network(module.eval(), family, processor=processor, stored_dtype=stored, names=names)
 
 
-def _family_of_module(families: Sequence[Family], module: nn.Module) -> Family:
+def family_of_module(families: Sequence[Family], module: nn.Module) -> Family:
+    """Return the same for a module; one of neither transformers nor diffusers reads text, for all that is known."""
     if isinstance(module, transformers.PreTrainedModel):
         return family_of(families, module.config.model_type, None, module.config.to_dict())
     denoises = hasattr(module, "save_config")  # a model of diffusers

@@ -4,33 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from aerogel.errors import AerogelError
 
 Modality = Literal["text", "image-text", "image", "video"]
-When = tuple[tuple[str, Any], ...]
-
-
-@dataclass(frozen=True)
-class Residual:
-    """The stream that blocks read from and add to, for methods that rotate it."""
-
-    embeddings: tuple[str, ...]
-    """Modules whose rows enter the stream, by full name."""
-    writers: tuple[str, ...]
-    """Linear layers of a block whose outputs are added to the stream, relative to the block."""
-    final_norm: str
-    head: str
-    """The linear that reads the stream after the final norm, by full name."""
-    inner: tuple[str, ...] = ()
-    """Norms of a block that read something else, though no writer reads them, relative to the block."""
-    when: When = ()
-    """Values in the network's config without which there is no such stream."""
-
-    def holds(self, config: Any) -> bool:
-        """Return True if a model with this config has the stream."""
-        return _agrees(config, self.when)
 
 
 @dataclass(frozen=True)
@@ -82,7 +60,6 @@ class Family:
     """Values of `config.model_type`, or diffusers class names, that belong to the family."""
     never_quantize: tuple[str, ...] = ()
     """Globs of linear layers that no method quantizes unless asked by name, such as router gates."""
-    residual: Residual | None = None
     time: TimePath | None = None
     cached_modules: tuple[CachedModule, ...] = ()
     """Of a denoiser, in the order in which a block runs them."""
@@ -115,7 +92,3 @@ class Family:
     def _pattern_sets(self) -> dict[str, tuple[str, ...]]:
         time = {} if self.time is None else {"time_path": (*(f"{glob}.*" for glob in self.time.embedders), *self.time.projections)}
         return time | dict(self.pattern_sets)
-
-
-def _agrees(config: Any, when: When) -> bool:
-    return all(getattr(config, key, None) == value for key, value in when)

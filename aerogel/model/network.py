@@ -20,6 +20,8 @@ from aerogel.model.placement import Placement
 from aerogel.model.structure.edges import BlockEdges, edges_by_block
 from aerogel.model.structure.examples import Example, examples_of
 from aerogel.model.structure.moe import gates_of
+from aerogel.model.structure.probe import Refused
+from aerogel.model.structure.residual import Residual, residual_of
 from aerogel.model.structure.towers import Tower, towers_of
 
 if TYPE_CHECKING:
@@ -94,6 +96,14 @@ class Network:
     def edges(self) -> dict[str, BlockEdges]:
         """The edges of each block and why other layers are no sources, found with random weights on one block of each kind."""
         return edges_by_block(self.module, tuple(self.blocks()), self._examples)
+
+    @cached_property
+    def residual(self) -> Residual | str:
+        """The residual stream, found with random weights; the reason where there is none that a rotation passes."""
+        try:
+            return residual_of(self.module, self.towers, self.edges, self._examples)
+        except Refused as refused:
+            return str(refused)
 
     @cached_property
     def gates(self) -> frozenset[str]:

@@ -15,6 +15,7 @@ from aerogel import catalog
 from aerogel.data.denoising import Denoising, generate_images, record
 from aerogel.engine.calibration import CalibrationRequest, Samples, shown
 from aerogel.errors import AerogelError
+from aerogel.model.family import Family
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from tests.image_pipelines import classes, unconditional
@@ -117,7 +118,7 @@ def test_a_denoiser_without_its_pipeline_says_so() -> None:
 
 def test_what_is_asked_becomes_pictures_or_text(tmp_path: Path) -> None:
     images = Network(FAMILIES["unet"].build(), catalog.find("families", "unet"))
-    words = Network(FAMILIES["llama"].build(), catalog.find("families", "llama"))
+    words = Network(FAMILIES["llama"].build(), Family("llama", ("llama",)))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a boot\n\na bag \n")
     asked = CalibrationRequest(source=str(prompts), count=3, steps=7, guidance=1.5)

@@ -19,7 +19,7 @@ from aerogel.model.calls import Call, record, tensors_in
 from aerogel.model.edges import Edge, fold
 from aerogel.model.network import Network
 from aerogel.model.walk import Walk
-from tests.tiny import FAMILIES, VARIANTS, opened, output
+from tests.tiny import FAMILIES, VARIANTS, family_of, opened, output
 
 TINY = FAMILIES | VARIANTS
 EVERY = pytest.mark.parametrize("name", sorted(TINY))
@@ -29,14 +29,6 @@ UNREAD = {"model.vision_tower.encoder.layers.2"}
 
 # The share of the weights of linears in blocks, routers and experts included, that a method with default patterns reaches.
 SHARE = dict.fromkeys(("qwen3_moe", "qwen3_moe_dense", "mixtral", "deepseek_v3", "gpt_oss", "internvl", "qwen3_vl_moe"), 0.995)
-
-DENOISERS = {
-    *("dit", "unet", "unet_pixels", "pixart", "sd3", "sd3_medium", "flux", "flux_schnell"),
-    *("wan", "wan_i2v", "cogvideox", "cogvideox_i2v"),
-}
-
-# Norms stand between what a block writes and the stream, or other towers write into it, or its norms depend on the time step.
-NO_STREAM = {"gemma2", "gemma3", "opt_350m", "qwen2_5_vl", "llava", "internvl", "qwen3_vl_moe", *DENOISERS}
 
 
 def blocks_of(network: Network) -> list[Block]:
@@ -103,7 +95,7 @@ class OneAtATime:
         self._checkpoint.release(self._blocks[name])
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(TINY) if name not in DENOISERS])
+@pytest.mark.parametrize("name", [name for name in sorted(TINY) if TINY[name].family not in catalog.names("families")])
 def test_one_block_in_memory_is_enough(name: str, tmp_path: Path) -> None:
     calls = TINY[name].calls(3)
     expected = plain_calls(opened(name), calls)
@@ -140,7 +132,7 @@ def test_text_alone_does_not_reach_the_vision_tower(name: str) -> None:
 @EVERY
 def test_padded_rows_are_among_the_calls_of_language_models(name: str) -> None:
     masks = [call.kwargs["attention_mask"] for call in TINY[name].calls(2) if "attention_mask" in call.kwargs]
-    language = catalog.find("families", TINY[name].family).modality in ("text", "image-text")
+    language = family_of(name).modality in ("text", "image-text")
     assert [bool((mask == 0).any()) for mask in masks] == ([False, True] if language else [])
 
 
@@ -218,50 +210,3 @@ def test_every_linear_is_reached_or_kept(name: str) -> None:
     assert missed == {key for key in weights if key.endswith((".mlp.gate.weight", ".mlp.router.weight"))}
     assert reached.keys() <= weights.keys()
     assert sum(reached.values()) / sum(weights.values()) >= SHARE.get(name, 1.0)
-
-
-@EVERY
-def test_the_stream_is_written_and_read_where_the_family_says(name: str) -> None:
-    """Turning the stream at every writer and undoing it at every reader changes nothing: the definition of a residual stream."""
-    network, calls = opened(name), TINY[name].calls(2)
-    residual = network.family.residual
-    if residual is None or not residual.holds(network.config):
-        assert name in NO_STREAM
-        return
-    turn_HH = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
-    before = [output(network.module, call) for call in calls]
-    with ExitStack() as stack:
-        turned(network, turn_HH, stack)
-        for call, expected in zip(calls, before, strict=True):
-            torch.testing.assert_close(output(network.module, call), expected, rtol=0, atol=5e-5)
-
-
-def turned(network: Network, turn_HH: Tensor, stack: ExitStack) -> None:
-    """Turn what enters the stream; turn it back before every norm that reads it."""
-    residual = network.family.residual
-    assert residual is not None
-    modules = dict(network.module.named_modules())
-
-    def after(_: nn.Module, __: Any, result: Tensor) -> Tensor:
-        return result @ turn_HH
-
-    def back(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0] @ turn_HH.T, *args[1:])
-
-    writers = [modules[embedding] for embedding in residual.embeddings]
-    readers = [modules[residual.final_norm]]
-    for block in blocks_of(network):
-        parts = dict(block.module.named_modules())
-        writers += [parts[part] for part in parts if any(matches_part(part, writer) for writer in residual.writers)]
-        sources = [source for edge in block.edges() for source in edge.sources if source not in residual.inner]
-        readers += [parts[source] for source in sources if not isinstance(parts[source], nn.Linear)]
-    for writer in writers:
-        stack.callback(writer.register_forward_hook(after).remove)
-    for reader in readers:
-        stack.callback(reader.register_forward_pre_hook(back).remove)
-
-
-def matches_part(name: str, glob: str) -> bool:
-    return len(name.split(".")) == len(glob.split(".")) and all(
-        theirs in ("*", ours) for ours, theirs in zip(name.split("."), glob.split("."), strict=True)
-    )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -19,11 +18,10 @@ from torch import Tensor, nn
 
 from aerogel.errors import AerogelError, reasons
 from aerogel.methods.base import Before, Method, Requirement
-from aerogel.model.block import Block
 from aerogel.model.calls import Call
-from aerogel.model.family import Residual
+from aerogel.model.edges import Edge
 from aerogel.model.network import Network
-from aerogel.model.walk import blocks_of
+from aerogel.model.structure.residual import Residual
 from aerogel.numerics.rotation import ROTATIONS, apply_rotation
 
 
@@ -40,29 +38,37 @@ class Rotate(Method):
 
     def problems(self, network: Network, before: Before) -> Iterator[str]:
         """Look for the stream, and for a part of it that is quantized by then."""
-        found = list(reasons(lambda: _stream(network)))
-        if quantized := [] if found else sorted({*before.quantized} & _names(network, _stream(network))):
+        found = list(reasons(lambda: stream_of(network)))
+        if quantized := [] if found else sorted({*before.quantized} & {*stream_of(network).writers, *stream_of(network).readers}):
             found = [f"cannot rotate: {quantized[0]} is quantized by then; put rotate first"]
         yield from found
 
     @torch.no_grad()
     def apply(self, network: Network, calls: Sequence[Call]) -> None:
         """Rotate in place; raises AerogelError, before anything is changed, when the stream cannot be rotated exactly."""
-        stream = _stream(network)
-        offset = next((edge.offset for block in blocks_of(network) for edge in block.edges() if edge.offset), 0.0)
-        width = _width(stream, offset)
-        rotation_CC = ROTATIONS[self.kind](width, torch.Generator().manual_seed(self.seed))
-        if any(isinstance(norm, nn.LayerNorm) for norm, _ in stream.norms):
+        stream, find = stream_of(network), network.module.get_submodule
+        norms = [_Norm.of(network.module, edge) for edge in stream.norms]
+        weights = {name: _weight(find(name)) for name in (*stream.writers, *stream.readers)}
+        rotation_CC = ROTATIONS[self.kind](stream.width, torch.Generator().manual_seed(self.seed))
+        if stream.keeps_mean:
             rotation_CC = keep_mean(rotation_CC)
         _untie(network, stream)
-        for embedding in stream.embeddings:
-            _weight(embedding).copy_(apply_rotation(_weight(embedding), rotation_CC))
-        for writer in stream.writers:
-            writer.weight.copy_(apply_rotation(writer.weight.T, rotation_CC).T)
-            if writer.bias is not None:
-                writer.bias.copy_(apply_rotation(writer.bias, rotation_CC))
-        for norm, readers in stream.norms:
-            _fold(norm, readers, rotation_CC, offset)
+        for name in (*stream.tables, *stream.vectors):
+            parameter = network.module.get_parameter(name)
+            parameter.copy_(apply_rotation(parameter, rotation_CC))
+        for name in stream.writers:
+            bias_O = getattr(find(name), "bias", None)
+            weights[name].copy_(apply_rotation(weights[name].T, rotation_CC).T)
+            if bias_O is not None:
+                bias_O.copy_(apply_rotation(bias_O, rotation_CC))
+        gains = {name: norm.gain_C for norm in norms for name in norm.readers}
+        for name in stream.readers:
+            weight_OC, gain_C = _weight(find(name)), gains.get(name)
+            # The norm's gain and the rotation in one product, rounded once.
+            matrix_CC = rotation_CC if gain_C is None else gain_C[:, None] * rotation_CC.to(gain_C.device)
+            weight_OC.copy_(apply_rotation(weight_OC, matrix_CC))
+        for norm in norms:
+            norm.unfold(rotation_CC)
 
 
 def keep_mean(rotation_CC: Tensor) -> Tensor:
@@ -79,56 +85,39 @@ def keep_mean(rotation_CC: Tensor) -> Tensor:
     return rotation_CC - torch.outer(rotation_CC @ axis_C, axis_C) * (2 / power)
 
 
-class _Stream(NamedTuple):
-    """Everything that touches the residual stream."""
-
-    embeddings: list[nn.Module]
-    writers: list[nn.Linear]
-    norms: list[tuple[nn.Module, list[nn.Module]]]
-    """Each norm that reads the stream, with the modules that read the norm."""
-    head: nn.Module
-
-
-def _stream(network: Network) -> _Stream:
-    """Find the parts that the family names; raises AerogelError when the family or a block names too few."""
-    residual, family = network.family.residual, network.family.name
-    if residual is None or not residual.holds(network.config):
-        raise AerogelError(f"cannot rotate: family {family!r} names no residual stream that a rotation passes exactly; leave this step out")
-    writers: list[nn.Linear] = []
-    norms: list[tuple[nn.Module, list[nn.Module]]] = []
-    for name, module in network.blocks().items():
-        block = Block(name, module, 0, 1, (), network)
-        writing = _writers(block, residual)
-        reading = _norms(block, set(writing), residual.inner)
-        if not writing or not reading:
-            raise AerogelError(
-                f"cannot rotate: {name} has no {'norm' if writing else 'linear'} by which family {family!r} knows its stream"
-            )
-        writers += writing.values()
-        norms += reading
-    find = network.module.get_submodule
-    norms.append((find(residual.final_norm), [find(residual.head)]))
-    return _Stream([find(name) for name in residual.embeddings], writers, norms, find(residual.head))
+def stream_of(network: Network) -> Residual:
+    """Return the stream of a model; raises AerogelError with the reason why it has none that a rotation passes."""
+    found = network.residual
+    if isinstance(found, str):
+        raise AerogelError(
+            f"cannot rotate: this {network.family.name} model has no residual stream that a rotation passes ({found}); leave this step out"
+        )
+    return found
 
 
-def _names(network: Network, stream: _Stream) -> set[str]:
-    """The full names of the modules that a rotation changes."""
-    parts = [*stream.embeddings, *stream.writers, *(reader for _, readers in stream.norms for reader in readers), stream.head]
-    own = set(map(id, parts))
-    return {name for name, module in network.module.named_modules() if id(module) in own}
+class _Norm(NamedTuple):
+    """A norm that reads the stream."""
 
+    module: nn.Module
+    gain_C: Tensor
+    offset: float
+    readers: tuple[str, ...]
 
-def _writers(block: Block, residual: Residual) -> dict[str, nn.Linear]:
-    linears = {name: module for name, module in block.module.named_modules() if isinstance(module, nn.Linear)}
-    return {name: linear for name, linear in linears.items() if any(fnmatchcase(name, pattern) for pattern in residual.writers)}
+    @classmethod
+    def of(cls, module: nn.Module, edge: Edge) -> _Norm:
+        """Read a norm; raises AerogelError for a channel that cannot be expressed without its gain."""
+        norm = module.get_submodule(edge.sources[0])
+        gain_C = _weight(norm).double() + edge.offset
+        if getattr(norm, "bias", None) is not None and bool((gain_C == 0).any()):
+            raise AerogelError("cannot rotate: a norm has a channel with weight 0 and a bias, which no rotated norm can express")
+        return cls(norm, gain_C, edge.offset, edge.sinks)
 
-
-def _norms(block: Block, writers: set[str], inner: tuple[str, ...]) -> list[tuple[nn.Module, list[nn.Module]]]:
-    """The block's norms on the stream and their readers; a norm that a writer reads lies inside the block."""
-    find = block.module.get_submodule
-    edges = [edge for edge in block.edges() if not writers & set(edge.sinks) and not set(inner) & set(edge.sources)]
-    edges = [edge for edge in edges if not any(isinstance(find(name), nn.Linear) for name in edge.sources)]
-    return [(find(edge.sources[0]), [find(name) for name in edge.sinks]) for edge in edges]
+    def unfold(self, rotation_CC: Tensor) -> None:
+        """Leave no gain in the norm; a bias stays, divided by the gain and rotated."""
+        bias_C = getattr(self.module, "bias", None)
+        if bias_C is not None:
+            bias_C.copy_(apply_rotation(bias_C.double() / self.gain_C, rotation_CC))
+        _weight(self.module).fill_(1 - self.offset)
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -138,39 +127,12 @@ def _weight(module: nn.Module) -> Tensor:
     return weight
 
 
-def _bias(module: nn.Module) -> Tensor | None:
-    return getattr(module, "bias", None)
-
-
-def _width(stream: _Stream, offset: float) -> int:
-    """Return the stream's width; raises AerogelError when a tensor cannot be rotated: absent, quantized or of another width."""
-    width = _weight(stream.embeddings[0]).shape[-1]
-    readers = [reader for _, readers in stream.norms for reader in readers]
-    widths = {_weight(module).shape[-1] for module in (*stream.embeddings, *readers)} | {
-        _weight(writer).shape[0] for writer in stream.writers
-    }
-    if widths != {width}:
-        raise AerogelError(f"cannot rotate: the stream is {width} wide, but parts of it are {sorted(widths - {width})} wide")
-    for norm, _ in stream.norms:
-        if _bias(norm) is not None and bool((_weight(norm) + offset == 0).any()):
-            raise AerogelError("cannot rotate: a norm has a channel with weight 0 and a bias, which no rotated norm can express")
-    return width
-
-
-def _untie(network: Network, stream: _Stream) -> None:
-    """Give the head its own weight: it takes in the final norm, the embedding does not."""
-    weight = _weight(stream.head)
-    if any(weight is _weight(embedding) for embedding in stream.embeddings):
-        stream.head.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-        network.config.tie_word_embeddings = False
-
-
-def _fold(norm: nn.Module, readers: list[nn.Module], rotation_CC: Tensor, offset: float) -> None:
-    """Move the norm's gain into its readers and rotate what they read; a bias stays in the norm, divided by the gain and rotated."""
-    gain_C, bias_C = _weight(norm).double() + offset, _bias(norm)
-    for reader in readers:
-        weight_OC = _weight(reader)
-        weight_OC.copy_(apply_rotation(weight_OC, gain_C[:, None] * rotation_CC.to(gain_C.device)))
-    if bias_C is not None:
-        bias_C.copy_(apply_rotation(bias_C.double() / gain_C, rotation_CC))
-    _weight(norm).fill_(1 - offset)
+def _untie(network: Network, stream: Residual) -> None:
+    """Give layers that share their weight with an embedding one of their own: they take in the final norm, the embedding does not."""
+    tables = [network.module.get_parameter(name) for name in stream.tables]
+    for name in stream.readers:
+        layer = network.module.get_submodule(name)
+        weight = _weight(layer)
+        if any(weight is table for table in tables):
+            layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            network.config.tie_word_embeddings = False

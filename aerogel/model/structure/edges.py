@@ -23,6 +23,7 @@ from aerogel.model.structure.fused_rows import rows_read_linearly
 from aerogel.model.structure.gains import Gain, gains_in
 from aerogel.model.structure.placeholders import placeholder_weights, replaced_tensors
 from aerogel.model.structure.probe import Probe, Refused, Sink
+from aerogel.model.structure.stream import BlockStream, StreamSearch
 
 
 @dataclass
@@ -31,6 +32,10 @@ class BlockEdges:
 
     edges: list[Edge] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    stream: BlockStream | None = None
+    """Its part in the residual stream; None where a rotation does not pass."""
+    no_stream: str = "the block did not run in an example"
+    """The reason why there is none."""
 
 
 def edges_by_block(module: nn.Module, blocks: Sequence[str], examples: Sequence[Example]) -> dict[str, BlockEdges]:
@@ -45,7 +50,7 @@ def edges_by_block(module: nn.Module, blocks: Sequence[str], examples: Sequence[
     found: dict[str, BlockEdges] = {name: BlockEdges() for name in blocks}
     calls: dict[str, Call] = {}
     for example in examples:
-        handles = [module.get_submodule(name).register_forward_pre_hook(_keeping(calls, name), with_kwargs=True) for name in blocks]
+        handles = [module.get_submodule(name).register_forward_pre_hook(keeping(calls, name), with_kwargs=True) for name in blocks]
         try:
             with placeholder_weights(module):
                 run(module, example)
@@ -55,8 +60,16 @@ def edges_by_block(module: nn.Module, blocks: Sequence[str], examples: Sequence[
     for names in kinds.values():
         first = next((name for name in names if name in calls), None)
         if first is not None:
-            found |= dict.fromkeys(names, edges_of(module.get_submodule(first), calls[first]))
+            found |= dict.fromkeys(names, _edges_or_reason(module.get_submodule(first), calls[first]))
     return found
+
+
+def _edges_or_reason(block: nn.Module, call: Call) -> BlockEdges:
+    try:
+        return edges_of(block, call)
+    except Exception as error:  # noqa: BLE001  whatever the code of a block raises when it runs by itself
+        reason = str(error).strip().partition("\n")[0]
+        return BlockEdges(no_stream=f"the block cannot be run by itself ({type(error).__name__}: {reason})")
 
 
 def _kind(block: nn.Module) -> Any:
@@ -71,20 +84,31 @@ def edges_of(block: nn.Module, call: Call, seed: int = 0) -> BlockEdges:
     with _random_weights(block, seed):
         parameters = _parameters(block)
         inputs: dict[str, Call] = {}
-        handles = [part.register_forward_pre_hook(_keeping(inputs, name), with_kwargs=True) for name, part in block.named_modules() if name]
+        handles = [part.register_forward_pre_hook(keeping(inputs, name), with_kwargs=True) for name, part in block.named_modules() if name]
         call = call.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
         try:
-            probe = Probe(lambda: block(*call.args, **call.kwargs), parameters)
+            probe = Probe(lambda: _run(block, call), parameters)
         finally:
             for handle in handles:
                 handle.remove()
+        gains = list(gains_in(block, inputs))
         search = _Search(block, probe, found)
-        search.norms(list(gains_in(block, inputs)))
+        search.norms(gains)
         search.linears()
         search.pairs()
         search.verify()
+        try:
+            found.stream = StreamSearch(block, probe, call, gains, found.edges).found()
+        except Refused as refused:
+            found.no_stream = str(refused)
     found.edges = [copy for edge in found.edges for copy in _of_every_expert(block, edge)]
     return found
+
+
+def _run(block: nn.Module, call: Call) -> Any:
+    """One forward on copies of the inputs: the block's code may change them in place."""
+    copied = call.map(torch.clone)
+    return block(*copied.args, **copied.kwargs)
 
 
 class _Search:
@@ -190,7 +214,7 @@ def _is_final(why: str) -> bool:
     return why.startswith(("no layer", "the block's output", "its weight"))
 
 
-def _keeping(inputs: dict[str, Call], name: str) -> Any:
+def keeping(inputs: dict[str, Call], name: str) -> Any:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs.setdefault(name, Call(args, kwargs).map(torch.clone))
 
@@ -250,9 +274,15 @@ def _of_every_expert(block: nn.Module, edge: Edge) -> Iterator[Edge]:
             renamed = [tuple(name.replace(f"{home}.0.", f"{home}.{number}.") for name in names) for names in (edge.sources, edge.sinks)]
             yield replace(edge, sources=renamed[0], sinks=renamed[1])
         return
-    sinks: list[str] = []
-    for name in edge.sinks:
-        home = next((home for home in lists if name.startswith(f"{home}.")), None)
-        count = len(block.get_submodule(home)) if home is not None else 1  # type: ignore[arg-type]
-        sinks += [name.replace(f"{home}.0.", f"{home}.{number}.") for number in range(count)] if home is not None else [name]
-    yield replace(edge, sinks=tuple(sinks))
+    yield replace(edge, sinks=names_of_every_expert(block, edge.sinks))
+
+
+def names_of_every_expert(block: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """Names with those of the first expert of a list written out for all of them."""
+    lists = {name: len(part) for name, part in block.named_modules() if isinstance(part, ExpertList)}
+    found: list[str] = []
+    for name in names:
+        home = next((home for home in lists if name.startswith(f"{home}.0.")), None)
+        count = lists[home] if home is not None else 1
+        found += [name.replace(f"{home}.0.", f"{home}.{number}.", 1) for number in range(count)] if home is not None else [name]
+    return tuple(found)

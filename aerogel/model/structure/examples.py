@@ -112,6 +112,10 @@ def _texts(taken: set[str], config: Any) -> Iterator[Call]:
     kwargs: dict[str, Any] = {"input_ids": ids}
     if "decoder_input_ids" in taken and _setting(config, ("is_encoder_decoder",), False):
         kwargs["decoder_input_ids"] = ids.flip(0)
+    width = _setting(text, ("cross_attention_hidden_size", "d_model", "hidden_size"), None)
+    if "encoder_hidden_states" in taken and width is not None:
+        # Where there is cross-attention; a model without refuses it, or leaves it.
+        yield Call((), {**kwargs, "use_cache": False, "encoder_hidden_states": _random(ROWS, TOKENS, width)})
     if {"use_cache", "kwargs"} & taken:
         yield Call((), {**kwargs, "use_cache": False})
     yield Call((), kwargs)

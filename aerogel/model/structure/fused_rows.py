@@ -21,6 +21,7 @@ _REPEATS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 _TRIED = 12
 
 
+@torch.enable_grad()
 def rows_read_linearly(probe: Probe, name: str) -> Tensor | None:
     """Return rows_R, True for the rows of a source that its first reader reads as they are; None where there are none."""
     found = _first_reader(probe, name)
@@ -55,11 +56,11 @@ def _first_reader(probe: Probe, name: str) -> tuple[Tensor, Tensor] | None:
             raise stop
         recorded = probe.reads[read.key]
         if read.name != name or held:
-            return recorded.y
+            return recorded.y.clone()
         held.append(recorded.y.movedim(read.y_dim, -1).clone().requires_grad_())
         return held[0].movedim(-1, read.y_dim) * 1
 
-    with until(stop), torch.enable_grad():
+    with until(stop):
         probe.run(answer=answer)
     return (held[0], reader[0]) if reader else None
 

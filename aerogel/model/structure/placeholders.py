@@ -22,8 +22,8 @@ Fill = Callable[[str, Tensor], Tensor]
 
 
 @contextmanager
-def replaced_tensors(module: nn.Module, fill: Fill) -> Iterator[None]:
-    """Put `fill(name, tensor)` in the place of every parameter and buffer for a while; what was shared stays shared."""
+def replaced_tensors(module: nn.Module, fill: Fill, untie: bool = False) -> Iterator[None]:
+    """Put `fill(name, tensor)` in the place of every parameter and buffer for a while; what was shared stays shared, unless `untie`."""
     made: dict[int, Tensor] = {}
     parameters: dict[int, nn.Parameter] = {}
     before: list[tuple[dict[str, Any], str, Tensor]] = []
@@ -33,7 +33,7 @@ def replaced_tensors(module: nn.Module, fill: Fill) -> Iterator[None]:
                 for key, tensor in table.items():
                     if tensor is None:
                         continue
-                    if id(tensor) not in made:
+                    if untie or id(tensor) not in made:
                         made[id(tensor)] = fill(f"{name}.{key}" if name else key, tensor)
                     before.append((table, key, tensor))
                     new = made[id(tensor)]

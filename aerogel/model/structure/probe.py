@@ -50,12 +50,15 @@ class Sink:
 class Probe:
     """A part of a network in float64 with inputs, what it gave for them, and every product on the way."""
 
-    def __init__(self, run: Callable[[], Any], parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, run: Callable[[], Any], parameters: Mapping[str, nn.Parameter], answer: Callable[[Read], Tensor] | None = None
+    ) -> None:
+        """Run and record; with `answer` products are not computed, it gives their results."""
         self._forward, self.parameters = run, parameters
         self.reads: dict[tuple[str, tuple[int, ...], int], Recorded] = {}
         self._generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
-            self.base = _floats(map_tensors(lambda tensor: tensor.clone(), self.run(after=self._record)))
+            self.base = _floats(map_tensors(lambda tensor: tensor.clone(), self.run(after=self._record, answer=answer)))
 
     def _record(self, read: Read, y: Tensor) -> None:
         self.reads[read.key] = Recorded(read, read.x.detach().clone(), y.detach().clone())
@@ -117,7 +120,7 @@ class _Trial:
             known = self._sinks.get(read.name)
             self._sinks[read.name] = sink if known is None else _agreeing(known, sink)
         if read.name not in self._scaled:
-            return recorded.y
+            return recorded.y.clone()  # the model's code may add to it in place
         first = read.start[read.out_dim] if read.out_dim is not None else 0
         shape = [1] * recorded.y.ndim
         shape[read.y_dim] = read.outputs
