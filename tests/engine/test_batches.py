@@ -16,6 +16,7 @@ from aerogel.data.chats import Chats
 from aerogel.data.denoising import Denoising
 from aerogel.engine.calibration import Samples, prepare, with_batch_size
 from aerogel.engine.opening import open_model
+from aerogel.engine.scores import measure_models
 from aerogel.engine.visits import before_again
 from aerogel.errors import AerogelError
 from aerogel.model.block import Block
@@ -166,6 +167,18 @@ def test_models_that_do_not_fit_as_a_whole_are_not_measured(folder: Path, tmp_pa
         result = aerogel.compress(folder, recipe, output=tmp_path / "out", measures=["perplexity"])
     assert not result.metrics.get("compressed")
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_what_runs_the_whole_model_says_that_it_does_not_fit(folder: Path, watch: Watch) -> None:
+    read = Samples(folder.parent / "text.txt", count=2, length=LENGTH)
+    watch.limit = no_more_than(0)
+    with pytest.raises(AerogelError, match=r"what is measured does not fit into the memory of the device \(.*\); give device cpu"):
+        measure_models(str(folder), None, ["perplexity"])
+    with pytest.raises(AerogelError, match="a step of this recipe does not fit into the memory of the device"):
+        aerogel.compress(folder, {"steps": [{"attention_quant": {}}]}, samples=read, measures=())
+    watch.limit = lambda op, operands: "copy" in str(op)
+    with pytest.raises(AerogelError, match="the model does not fit into the memory of the device"):
+        aerogel.load(folder)
 
 
 @pytest.mark.parametrize(("size", "sequences"), [("auto", [6]), (4, [4, 2]), (1, [1] * 6)])
