@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-from aerogel.engine.calibration import CalibrationInput, reading, shown
+from aerogel.engine.calibration import CalibrationInput, reading, shown, with_batch_size
 from aerogel.engine.estimates import (
     Sizes,
     activations,
@@ -102,15 +102,17 @@ def plan(
     overrides: Iterable[str] = (),
     samples: CalibrationInput | None = None,
     device: Device = AUTO,
+    batch_size: int | Literal["auto"] = AUTO,
     flops_a_second: Callable[[], float] | None = None,
 ) -> Plan:
     """Say what a recipe will do to a model without changing a weight; raises AerogelError when either cannot be read.
 
-    `device` computes (see `load`). `flops_a_second` gives the matrix-product rate from which seconds are estimated: that of the device,
+    `device` and `batch_size` are those of `compress`. `flops_a_second` gives the matrix-product rate from which seconds are estimated: that of the device,
     measured for a moment.
     """
     network = open_model(model, device=device)
-    return plan_network(network, Recipe.parse(recipe, overrides), reading(network, shown(network, samples)), flops_a_second)
+    read = with_batch_size(shown(network, samples), batch_size)
+    return plan_network(network, Recipe.parse(recipe, overrides), reading(network, read), flops_a_second)
 
 
 def plan_network(network: Network, recipe: Recipe, read: CalibrationSize, flops_a_second: Callable[[], float] | None = None) -> Plan:
