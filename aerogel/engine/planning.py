@@ -107,8 +107,8 @@ def plan(
 ) -> Plan:
     """Say what a recipe will do to a model without changing a weight; raises AerogelError when either cannot be read.
 
-    `device` and `batch_size` are those of `compress`. `flops_a_second` gives the matrix-product rate from which seconds are estimated: that of the device,
-    measured for a moment.
+    `device` and `batch_size` are those of `compress`. `flops_a_second` gives the matrix-product rate from which seconds are estimated:
+    that of the device, measured for a moment.
     """
     network = open_model(model, device=device)
     read = with_batch_size(shown(network, samples), batch_size)
