@@ -15,7 +15,7 @@ from aerogel.io.record import files
 from aerogel.layers.linear import timestep_index_of
 from aerogel.model.family import Family
 from aerogel.model.network import Network
-from aerogel.model.placement import AUTO, Device, Placement, find_device, move
+from aerogel.model.placement import AUTO, Device, Placement, find_device, fitting, move
 
 
 class _PutOn(ExitStack):
@@ -91,15 +91,16 @@ def load(
     compared with their checksums. Raises AerogelError when the source is not found, damaged, changed, pickled or of an unknown family, and
     when the device is not here.
     """
-    network = open_model(
-        source,
-        device=device,
-        dtype=dtype,
-        lazy=lazy,
-        trust_remote_code=trust_remote_code,
-        unfuse_experts=unfuse_experts,
-        revision=revision,
-    )
+    with fitting("the model"):
+        network = open_model(
+            source,
+            device=device,
+            dtype=dtype,
+            lazy=lazy,
+            trust_remote_code=trust_remote_code,
+            unfuse_experts=unfuse_experts,
+            revision=revision,
+        )
     if network is not source and (index := timestep_index_of(network.module)) is not None:
         index.set_pipeline(network.processor)
     if network is not source and network.origin is not None:

@@ -110,14 +110,14 @@ def plan(
 ) -> Plan:
     """Say what a recipe will do to a model without changing a weight; raises AerogelError when either cannot be read.
 
-    `device` computes and `batch_size` is the size of a call (see `load` and `compress`). `flops_a_second` gives the matrix-product rate
-    from which seconds are estimated: that of the device, measured for a moment.
+    `device` and `batch_size` are those of `compress`. `flops_a_second` gives the matrix-product rate from which seconds are estimated:
+    that of the device, measured for a moment.
     """
     network = open_model(model, device=device)
-    parsed, given = Recipe.parse(recipe, overrides), with_batch_size(shown(network, samples), batch_size)
+    parsed, read = Recipe.parse(recipe, overrides), with_batch_size(shown(network, samples), batch_size)
     if needs_calls(parsed):
-        given = available(network, given)
-    return plan_network(network, parsed, reading(network, given), flops_a_second)
+        read = available(network, read)
+    return plan_network(network, parsed, reading(network, read), flops_a_second)
 
 
 def plan_network(network: Network, recipe: Recipe, read: CalibrationSize, flops_a_second: Callable[[], float] | None = None) -> Plan:

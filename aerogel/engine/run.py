@@ -48,7 +48,7 @@ from aerogel.methods.base import BlockMethod, Method, RuntimePolicy
 from aerogel.model.batches import Batches
 from aerogel.model.block import Block
 from aerogel.model.network import Network
-from aerogel.model.placement import AUTO, Device
+from aerogel.model.placement import AUTO, Device, fitting
 from aerogel.model.walk import InMemory, Walk, blocks_of
 from aerogel.recipe import Recipe, Step
 from aerogel.training.fit import watched
@@ -79,7 +79,7 @@ def compress(
     watch = Watch(tell)
     checked = Recipe.parse(recipe, overrides)
     named = isinstance(model, str | Path | ModelSource)  # what lives already is in memory anyway, and its speed is measured on the way
-    with limit_fragmentation() if named else nullcontext():
+    with limit_fragmentation() if named else nullcontext(), fitting("a step of this recipe"):
         with watch.stage("load", str(model) if named else ""):
             network = open_model(model, device=device)
         job = _Job(network, checked, Path(output).absolute() if output is not None else None, seed)
@@ -100,15 +100,19 @@ def compress(
     if measures is None or measures:
         try:
             with watch.stage("evaluate"):
-                source = network.source or origin
-                original = open_model(source, lazy=False, device=network.device) if source is not None else None
-                with policies.on(result.network, result.policies):
-                    scores = measure(result.network, original, measures, tell, speed=True)
-            result.add(metrics={**before, **scores})
+                result.add(metrics={**before, **_scores(result, network.source or origin, measures, tell)})
         except torch.OutOfMemoryError:
             warnings.warn(f"not measured: the whole models do not fit into the memory of {network.device}", stacklevel=2)
     result.add(timings=watch.seconds)
     return result
+
+
+def _scores(result: Result, source: ModelSource | Path | None, measures: Sequence[str | Measure] | None, tell: Tell) -> dict[str, Scores]:
+    """Measure what a run made, beside the original where that is in a folder."""
+    network = result.network
+    original = open_model(source, lazy=False, device=network.device) if source is not None else None
+    with policies.on(network, result.policies):
+        return measure(network, original, measures, tell, speed=True)
 
 
 @dataclass
@@ -158,6 +162,7 @@ class _Job:
                 share_reached=self.plan.share_reached,
                 predicted_bytes=self.plan.predicted_bytes,
                 peak_memory_bytes=self.plan.peak_memory_bytes,
+                device_memory_bytes=self.plan.device_memory_bytes,
             ),
         )
 

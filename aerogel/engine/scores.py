@@ -20,7 +20,7 @@ from aerogel.evaluate.timing import Timed
 from aerogel.io.record import files
 from aerogel.io.source import ModelSource
 from aerogel.model.network import Network
-from aerogel.model.placement import AUTO, Device
+from aerogel.model.placement import AUTO, Device, fitting
 from aerogel.recipe import build, options_of
 
 Scores = dict[str, dict[str, Any]]
@@ -80,12 +80,13 @@ def measure_models(
     device: Device = AUTO,
 ) -> dict[str, Scores]:
     """Open models on a device and measure them; the numbers are added to the record of a compressed folder."""
-    network = open_model(model, lazy=False, device=device)
-    if network.origin is not None:
-        files.verify(network.origin)
-    original = open_model(against, lazy=False, device=device) if against is not None else None
-    with policies.on(network, policies.load(network.origin)):
-        metrics = measure(network, original, measures(network) if callable(measures) else measures, tell, overrides=overrides)
+    with fitting("what is measured"):
+        network = open_model(model, lazy=False, device=device)
+        if network.origin is not None:
+            files.verify(network.origin)
+        original = open_model(against, lazy=False, device=device) if against is not None else None
+        with policies.on(network, policies.load(network.origin)):
+            metrics = measure(network, original, measures(network) if callable(measures) else measures, tell, overrides=overrides)
     add_metrics(network.origin, metrics)
     return metrics
 

@@ -134,6 +134,16 @@ class Placement:
             torch.accelerator.empty_cache()
 
 
+@contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """Turn the end of a device's memory into an AerogelError that says what does not fit there."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise AerogelError(f"{what} does not fit into the memory of the device ({reason}); give device cpu, or another device") from error
+
+
 def host_memory() -> int:
     """Return the bytes of memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -9,19 +9,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import aerogel
 from aerogel.data.chats import Chats
 from aerogel.data.denoising import Denoising
 from aerogel.engine.calibration import Samples, prepare, with_batch_size
 from aerogel.engine.opening import open_model
+from aerogel.engine.scores import measure_models
+from aerogel.engine.visits import before_again
 from aerogel.errors import AerogelError
+from aerogel.model.block import Block
 from aerogel.model.calls import Call
+from aerogel.model.placement import HOST, Placement
+from aerogel.model.walk import blocks_of
 from tests import simulated_device
 from tests.folders import model_folder, text_file
 from tests.simulated_device import Watch
-from tests.tiny import FAMILIES, output
+from tests.tiny import FAMILIES, opened, output
 
 LENGTH = 16
 
@@ -63,7 +68,7 @@ def no_more_than(sequences: int, after: int = 0) -> Callable[[Any, list[Tensor]]
 def test_halves_give_what_whole_calls_give(method: str, watch: Watch) -> None:
     options = {
         "smoothquant": {},
-        "brecq": {"scheme": "W8A16_G32", "targets": ["Linear"], "steps": 0, "batch": 1},
+        "brecq": {"scheme": "W8A16_G32", "targets": ["Linear"], "steps": 2, "batch": 1},
         "awq": {"scheme": "W8A16_G32", "search_space": 2},
     }
     recipe = {"steps": [{method: options.get(method, {"scheme": "W8A16_G32"})}]}
@@ -101,6 +106,37 @@ def test_wherever_the_memory_ends(watch: Watch, stage: str, after: int) -> None:
     torch.testing.assert_close(output(halved, asked), output(whole, asked), rtol=1e-4, atol=1e-4)
 
 
+def test_a_block_is_put_back_as_it_was(watch: Watch) -> None:
+    """Values, modules, notes and what was pruned or learned; and its targets are made anew."""
+    network = opened("llama")
+    network.placed = Placement(simulated_device.device(), HOST)
+    network.pruned.add("another")
+    step_size, asked = torch.tensor(1.0), rows(2)
+    expected = output(network.module, asked)
+    block = next(blocks_of(network))
+    block.parameters = {"step_size": step_size}
+    block.note("before")
+    told: list[Block] = []
+    again = before_again(block, told.append)
+    linear = block.module.get_submodule("mlp.up_proj")
+    with torch.no_grad():
+        linear.weight *= 2
+    block.module.get_submodule("input_layernorm").weight = nn.Parameter(torch.zeros(64))
+    block.replace("mlp.down_proj", nn.Identity())
+    block.prune("self_attn.q_proj", torch.zeros(64, 64, dtype=torch.bool))
+    block.note("after")
+    block.outputs = []
+    block.parameters["step_size"] = torch.tensor(2.0)
+    again()
+    assert torch.equal(output(network.module, asked), expected)
+    assert block.module.get_submodule("mlp.up_proj") is linear
+    assert [note["name"] for note in block.notes] == [f"{block.name}.before"]
+    assert network.pruned == {"another"}
+    assert block.parameters["step_size"] is step_size
+    assert block.outputs is None
+    assert told == [block]
+
+
 def test_one_sample_that_does_not_fit_is_refused(watch: Watch) -> None:
     watch.limit = no_more_than(0)
     with pytest.raises(AerogelError, match=r"simulated:0 has too little memory for one sample at a time \(.*\); give shorter samples"):
@@ -131,6 +167,18 @@ def test_models_that_do_not_fit_as_a_whole_are_not_measured(folder: Path, tmp_pa
         result = aerogel.compress(folder, recipe, output=tmp_path / "out", measures=["perplexity"])
     assert not result.metrics.get("compressed")
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_what_runs_the_whole_model_says_that_it_does_not_fit(folder: Path, watch: Watch) -> None:
+    read = Samples(folder.parent / "text.txt", count=2, length=LENGTH)
+    watch.limit = no_more_than(0)
+    with pytest.raises(AerogelError, match=r"what is measured does not fit into the memory of the device \(.*\); give device cpu"):
+        measure_models(str(folder), None, ["perplexity"])
+    with pytest.raises(AerogelError, match="a step of this recipe does not fit into the memory of the device"):
+        aerogel.compress(folder, {"steps": [{"attention_quant": {}}]}, samples=read, measures=())
+    watch.limit = lambda op, operands: "copy" in str(op)
+    with pytest.raises(AerogelError, match="the model does not fit into the memory of the device"):
+        aerogel.load(folder)
 
 
 @pytest.mark.parametrize(("size", "sequences"), [("auto", [6]), (4, [4, 2]), (1, [1] * 6)])

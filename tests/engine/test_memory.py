@@ -92,7 +92,7 @@ def test_what_does_not_fit_on_the_device_is_refused(folders: dict[int, Path], wa
 
 
 def test_a_batch_that_can_be_halved_is_not(folders: dict[int, Path], watch: Watch) -> None:
-    wide, narrow = planned(folders[2]), planned(folders[2], samples=Samples("sotu", count=8, length=32, batch_size=1))
+    wide, narrow = planned(folders[2]), planned(folders[2], batch_size=1)
     assert narrow.device_memory_bytes < wide.device_memory_bytes
     watch.memory = (narrow.device_memory_bytes + wide.device_memory_bytes) // 2
     assert planned(folders[2]).problems == ()
