@@ -85,6 +85,8 @@ class Plan:
     """By stage, from a matrix product timed on the device: an estimate."""
     touched: tuple[Touched, ...] = ()
     kept: tuple[Kept, ...] = ()
+    remarks: tuple[str, ...] = ()
+    """What steps will leave undone, though they can run."""
     problems: tuple[str, ...] = field(default=())
     """Why the recipe cannot run on this network; empty when it can."""
 
@@ -139,6 +141,7 @@ def plan_network(network: Network, recipe: Recipe, read: CalibrationSize, flops_
         seconds=seconds(recipe, sizes, [(linear.inputs, linear.outputs) for linear in touched], read, rate),
         touched=tuple(touched),
         kept=tuple(_kept(network, recipe, {linear.name for linear in touched})),
+        remarks=() if problems else tuple(f"{step.name}: {line}" for step in recipe.steps for line in step.method.remarks(network)),
         problems=tuple(problems),
     )
 

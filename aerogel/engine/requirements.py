@@ -63,9 +63,16 @@ def _dense(network: Network, step: Step, earlier: Sequence[Step]) -> None:
 def _edges(network: Network, step: Step, earlier: Sequence[Step]) -> None:
     if not any(block.edges() for block in blocks_of(network)):
         raise AerogelError(
-            f"this {network.family.name} model has no norm or linear layer of which it is known that linear layers read its channels; "
-            "leave this step out"
+            f"{step.name} needs a norm or a linear layer whose channels other layers read as they are; "
+            f"this {network.family.name} model has none ({_why_no_edges(network)}); leave this step out"
         )
+
+
+def _why_no_edges(network: Network) -> str:
+    found = next((edges for edges in network.edges.values()), None)
+    if found is None:
+        return "it has no blocks"
+    return next((f"{name}: {why}" for name, why in found.refused.items()), found.no_stream)
 
 
 def _trajectories(network: Network, step: Step, earlier: Sequence[Step]) -> None:

@@ -70,11 +70,11 @@ class _Quantizer:
 
     def check_if_quantized_param(self, model: nn.Module, param_value: torch.Tensor, param_name: str, *_: Any, **__: Any) -> bool:
         """Codes and scales keep the dtype they are stored in; everything else takes that of the pipeline."""
-        owner, name = param_name.rsplit(".", 1)
+        owner, name = param_name.rpartition(".")[::2]
         return name in model.get_submodule(owner)._buffers
 
     def create_quantized_param(
         self, model: nn.Module, param_value: torch.Tensor, param_name: str, target_device: Any, *_: Any, **__: Any
     ) -> None:
-        owner, name = param_name.rsplit(".", 1)
+        owner, name = param_name.rpartition(".")[::2]
         model.get_submodule(owner)._buffers[name] = param_value.to(target_device)

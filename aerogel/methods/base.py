@@ -89,6 +89,10 @@ class _Method(Options, ABC):
         """Say why its options do not suit the model, beside what `requires` says; decided without calls and without reading a weight."""
         yield from ()
 
+    def remarks(self, network: Network) -> Iterator[str]:
+        """Say what it will leave undone in the model, though it can run."""
+        yield from ()
+
     def unsuitable(self, network: Network, calls: Sequence[Call]) -> Iterator[str]:
         """Say why the calls of the calibration do not serve it; decided without a forward."""
         yield from ()

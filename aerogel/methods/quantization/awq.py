@@ -8,7 +8,7 @@ their inputs alone, tr(D M D^T) with D the weight's error: exact, for all batche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal, NamedTuple
@@ -23,8 +23,10 @@ from aerogel.methods.base import Requirement, WeightMethod
 from aerogel.model.block import Block
 from aerogel.model.edges import Edge, fold, gather, spread
 from aerogel.model.match import matches
+from aerogel.model.network import Network
 from aerogel.model.rounding import InputRange, output_error, round_to_nearest, static_inputs
 from aerogel.model.statistics import InputStatistics, collect
+from aerogel.model.walk import blocks_of
 from aerogel.numerics.quantize import Grid, fake_quantize, grouped, weight_grid
 from aerogel.numerics.scheme import PerChannel, PerGroup, Scheme
 from aerogel.numerics.search import least_error
@@ -99,6 +101,16 @@ class Awq(WeightMethod):
     """Rounds in which all scales are searched, each from where the last ended."""
     input_range: InputRange = "absmax"
     """Range of static inputs: absmax (extremes of all calls) or average (mean over the calls)."""
+
+    def remarks(self, network: Network) -> Iterator[str]:
+        """Count the layers that no edge feeds."""
+        layers = fed = 0
+        for block in blocks_of(network):
+            names = self.assign(block).keys()
+            layers, fed = layers + len(names), fed + len(names & {sink for edge in block.edges() for sink in edge.sinks})
+        if fed < layers:
+            kept = "divide their inputs at run time" if self.unmapped == "keep" else "are rounded without a scale"
+            yield f"{layers - fed} of {layers} linear layers are fed by no edge and {kept}"
 
     @torch.no_grad()
     def compress(self, block: Block) -> None:

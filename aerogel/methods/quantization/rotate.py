@@ -48,7 +48,8 @@ class Rotate(Method):
         """Rotate in place; raises AerogelError, before anything is changed, when the stream cannot be rotated exactly."""
         stream, find = stream_of(network), network.module.get_submodule
         norms = [_Norm.of(network.module, edge) for edge in stream.norms]
-        weights = {name: _weight(find(name)) for name in (*stream.writers, *stream.readers)}
+        for name in (*stream.writers, *stream.readers):
+            _weight(find(name))
         rotation_CC = ROTATIONS[self.kind](stream.width, torch.Generator().manual_seed(self.seed))
         if stream.keeps_mean:
             rotation_CC = keep_mean(rotation_CC)
@@ -58,7 +59,8 @@ class Rotate(Method):
             parameter.copy_(apply_rotation(parameter, rotation_CC))
         for name in stream.writers:
             bias_O = getattr(find(name), "bias", None)
-            weights[name].copy_(apply_rotation(weights[name].T, rotation_CC).T)
+            weight_CI = _weight(find(name))
+            weight_CI.copy_(apply_rotation(weight_CI.T, rotation_CC).T)
             if bias_O is not None:
                 bias_O.copy_(apply_rotation(bias_O, rotation_CC))
         gains = {name: norm.gain_C for norm in norms for name in norm.readers}
@@ -128,11 +130,10 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _untie(network: Network, stream: Residual) -> None:
-    """Give layers that share their weight with an embedding one of their own: they take in the final norm, the embedding does not."""
-    tables = [network.module.get_parameter(name) for name in stream.tables]
-    for name in stream.readers:
-        layer = network.module.get_submodule(name)
-        weight = _weight(layer)
-        if any(weight is table for table in tables):
-            layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-            network.config.tie_word_embeddings = False
+    """Give layers that share their weight with an embedding one of their own: what they read is not what the embedding gives."""
+    tables = {id(network.module.get_parameter(name)): name for name in stream.tables}
+    for name, layer in list(network.module.named_modules()):
+        for key, weight in layer.named_parameters(recurse=False):
+            if tables.get(id(weight), full := f"{name}.{key}") != full:
+                setattr(layer, key, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+                network.config.tie_word_embeddings = False

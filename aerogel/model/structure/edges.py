@@ -32,6 +32,8 @@ class BlockEdges:
 
     edges: list[Edge] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    fused: tuple[tuple[str, ...], ...] = ()
+    """Sets of linear layers of one module that read the same input, which engines load as one: query, key and value; gate and up."""
     stream: BlockStream | None = None
     """Its part in the residual stream; None where a rotation does not pass."""
     no_stream: str = "the block did not run in an example"
@@ -61,7 +63,31 @@ def edges_by_block(module: nn.Module, blocks: Sequence[str], examples: Sequence[
         first = next((name for name in names if name in calls), None)
         if first is not None:
             found |= dict.fromkeys(names, _edges_or_reason(module.get_submodule(first), calls[first]))
-    return found
+    shared = _shared_layers(module, blocks)
+    return {name: _without(edges, shared[name]) if shared[name] else edges for name, edges in found.items()}
+
+
+def _shared_layers(module: nn.Module, blocks: Sequence[str]) -> dict[str, set[str]]:
+    """Layers of each block whose weights another block has too: what is folded into them would be folded twice."""
+    owners: dict[int, set[str]] = {}
+    for block in blocks:
+        for parameter in module.get_submodule(block).parameters():
+            owners.setdefault(id(parameter), set()).add(block)
+    return {
+        block: {
+            name.rpartition(".")[0]
+            for name, parameter in module.get_submodule(block).named_parameters(remove_duplicate=False)
+            if len(owners[id(parameter)]) > 1
+        }
+        for block in blocks
+    }
+
+
+def _without(found: BlockEdges, layers: set[str]) -> BlockEdges:
+    """The same without the edges of some layers, and without a stream, which passes them all."""
+    kept = [edge for edge in found.edges if not layers & {*edge.sources, *edge.sinks}]
+    refused = {source: "its weight is shared with another block" for edge in found.edges if edge not in kept for source in edge.sources}
+    return BlockEdges(kept, found.refused | refused, found.fused, None, "its weights are shared with another block")
 
 
 def _edges_or_reason(block: nn.Module, call: Call) -> BlockEdges:
@@ -97,6 +123,7 @@ def edges_of(block: nn.Module, call: Call, seed: int = 0) -> BlockEdges:
         search.linears()
         search.pairs()
         search.verify()
+        found.fused = tuple(names_of_every_expert(block, names) for names in _reading_together(probe))
         try:
             found.stream = StreamSearch(block, probe, call, gains, found.edges).found()
         except Refused as refused:
@@ -109,6 +136,22 @@ def _run(block: nn.Module, call: Call) -> Any:
     """One forward on copies of the inputs: the block's code may change them in place."""
     copied = call.map(torch.clone)
     return block(*copied.args, **copied.kwargs)
+
+
+def _reading_together(probe: Probe) -> list[tuple[str, ...]]:
+    """Layers of one module whose products have the same input."""
+    groups: list[tuple[str, Tensor, list[str]]] = []
+    for name in dict.fromkeys(name for name, *_ in probe.reads):
+        layer, home = name.removesuffix(".weight"), name.removesuffix(".weight").rpartition(".")[0]
+        (recorded, *_) = probe.of(name)
+        if layer == name or probe.parameters[name].ndim != 2:
+            continue
+        group = next((names for other, x, names in groups if other == home and torch.equal(x, recorded.x)), None)
+        if group is None:
+            groups.append((home, recorded.x, [layer]))
+        else:
+            group.append(layer)
+    return [tuple(names) for _, _, names in groups if len(names) > 1]
 
 
 class _Search:

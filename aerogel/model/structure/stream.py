@@ -70,10 +70,12 @@ class StreamSearch:
         self._place, self._result = stream_places(self._inputs, probe.base)
         self._x = self._inputs[self._place]
         self._width = self._x.shape[-1]
+        self._silent: Sequence[str] = ()
         self._delta = torch.randn(self._width, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
         read = dict.fromkeys(name for name, *_ in probe.reads)
         self._wide = [name for name in read if probe.of(name)[0].read.outputs == self._width]
         layers = {name.rpartition(".")[0] for name in read} | {gain.module for gain in gains}
+        self._silent = self._wide
         self._vectors = [
             name
             for name, parameter in probe.parameters.items()
@@ -95,6 +97,7 @@ class StreamSearch:
         vectors = [name for name in self._vectors if self._writes(silent, lambda name=name: self._silenced(adding=name), name)]  # type: ignore[misc]
         if not writers:
             raise Refused("no layer of a block adds to what passes it")
+        self._silent = writers  # a gate as wide as the stream is no writer, and must not be taken away when the stream is turned
         for name in norms:
             if name not in self._edges:
                 raise Refused(f"{name} reads the stream, and its gain cannot move into what reads it")
@@ -106,14 +109,14 @@ class StreamSearch:
         return BlockStream(self._width, layers[0], tuple(vectors), tuple(norms), layers[1], keeps_mean)
 
     def _silenced(self, giving: str = "", adding: str = "", seen: Callable[[Read], None] = lambda read: None) -> Tensor:
-        """The stream behind the block when nothing is written but a constant, by one product or one vector."""
+        """The stream behind the block when `self._silent` products write nothing, but one product or one vector a constant."""
 
         def answer(read: Read) -> Tensor:
             seen(read)
             recorded = self._probe.reads.get(read.key)
             if recorded is None:
                 raise Refused("tokens take another way when nothing is written")
-            if read.name not in self._wide:
+            if read.name not in self._silent:
                 return recorded.y.clone()
             y = torch.zeros_like(recorded.y)
             shape = [1] * y.ndim
