@@ -113,7 +113,10 @@ CalibrationInput = Shown | CalibrationRequest
 def shown(network: Network, samples: CalibrationInput | None) -> Shown:
     """Return the calibration data for a model; the default is text, or generations of a diffusion model."""
     samples = CalibrationRequest() if samples is None else samples
-    return samples.shown(network) if isinstance(samples, CalibrationRequest) else samples
+    found = samples.shown(network) if isinstance(samples, CalibrationRequest) else samples
+    if isinstance(found, Sequence):
+        network.discover(found)  # a module of the user's own is known by the user's calls only
+    return found
 
 
 def with_batch_size(samples: Shown, batch_size: int | Literal["auto"]) -> Shown:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import nn
+
 from aerogel.engine.planning import Plan
 from aerogel.engine.requirements import unmet, unmet_by_calls
 from aerogel.engine.resume import RUN
@@ -56,9 +58,11 @@ def check_weights(network: Network) -> None:
     """Make sure that every weight is a number; raises AerogelError that names the first tensor that has NaN or infinity."""
     checkpoint = network.checkpoint
     if checkpoint is not None:
-        bad = checkpoint.nonfinite()
+        limits = {name for name, _ in network.module.named_buffers()}  # clamps that were never set are infinite
+        bad = checkpoint.nonfinite(name for name in checkpoint.names() if name not in limits)
     else:
-        floats = (slot for slot in slots(network.module) if slot.tensor.is_floating_point() and slot.tensor.element_size() > 1)
+        weights = (slot for slot in slots(network.module) if isinstance(slot.tensor, nn.Parameter) or "weight" in slot.key)
+        floats = (slot for slot in weights if slot.tensor.is_floating_point() and slot.tensor.element_size() > 1)
         bad = [slot.name for slot in floats if not bool(slot.tensor.isfinite().all())]
     if bad:
         more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""

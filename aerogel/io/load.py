@@ -104,7 +104,7 @@ def _live(families: Sequence[Family], module: nn.Module, processor: Any, dtype: 
     names = Names.of(module)
     if unfuse_experts:
         unfuse(module, names.experts)
-    return Network(module.eval(), family, processor=processor, stored_dtype=stored, names=names)
+    return _discovered(Network(module.eval(), family, processor=processor, stored_dtype=stored, names=names))
 
 
 def family_of_module(families: Sequence[Family], module: nn.Module) -> Family:
@@ -144,23 +144,29 @@ def _open(
     placed = Placement.at(device)
     if "_class_name" in given.settings:
         module, names = _denoiser_in(given, device)
-        return Network(module, given.family, folder, stored_dtype=given.stored, names=names, placed=placed)
+        return _discovered(Network(module, given.family, folder, stored_dtype=given.stored, names=names, placed=placed))
     config = read_config(folder, trust_remote_code)
     cls = model_class(config, given.settings, trust_remote_code)
     options = {"dtype": given.dtype} | ({"trust_remote_code": trust_remote_code} if hasattr(cls, "from_config") else {})
     made = skeleton_of(given, lambda: build(cls, config, **options))
     module = made.module
+    network = Network(module, given.family, folder, stored_dtype=given.stored, names=made.names, placed=placed)
     if made.fits:
-        blocks = list(Network(module, given.family).blocks().values()) if lazy else []
-        made.checkpoint.materialise(module, device=device, skip=blocks)
+        made.checkpoint.materialise(module, device=device, skip=list(network.blocks().values()) if lazy else [])
     else:
-        module = whole(given, cls, made.names, config=config, **options)
+        network.module = module = whole(given, cls, made.names, config=config, **options)
     with suppress(OSError):  # a folder may do without
         module.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
-    processor = _processor(folder, given.family, trust_remote_code)
     move(module, device)
-    checkpoint = made.checkpoint if lazy and made.fits else None
-    return Network(module.eval(), given.family, folder, processor, checkpoint, given.stored, names=made.names, placed=placed)
+    module.eval()
+    network.processor = _processor(folder, given.family, trust_remote_code)
+    network.checkpoint = made.checkpoint if lazy and made.fits else None
+    return _discovered(network)
+
+
+def _discovered(network: Network) -> Network:
+    network.discover()
+    return network
 
 
 def _require_trust(folder: Path, trust_remote_code: bool) -> None:
@@ -187,7 +193,8 @@ def _open_pipeline(families: Sequence[Family], folder: Path, device: torch.devic
         raise AerogelError(f"{folder}: diffusers cannot open this pipeline ({reason}); add what it lacks, or open {part} alone") from error
     if device != HOST:
         pipeline.to(device)
-    return Network(module, given.family, folder, pipeline, stored_dtype=given.stored, names=names, placed=Placement.at(device))
+    placed = Placement.at(device)
+    return _discovered(Network(module, given.family, folder, pipeline, stored_dtype=given.stored, names=names, placed=placed))
 
 
 @contextmanager

@@ -124,6 +124,8 @@ class QuantLinear(Replacement):
     def weight(self) -> Tensor:
         """The float weight_OI, made anew for whoever reads it: code of models that multiplies by itself, or asks for the type."""
         dtype = self.compute_dtype
+        if next(iter(self._tensors().values())).is_meta:
+            return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
         if self.dequantized_cache is not None and dtype not in self.dequantized_cache:
             self.dequantized_cache[dtype] = self.dequantized(dtype)
         return self.dequantized(dtype) if self.dequantized_cache is None else self.dequantized_cache[dtype]

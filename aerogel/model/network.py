@@ -49,7 +49,7 @@ class Network:
     names: Names | None = None
     """Conversions between the names of its tensors on disk and in memory; None where they are the same."""
     examples: Sequence[Call] = ()
-    """Calls that the structure is discovered with; made up from the configuration where there are none."""
+    """Calls that the structure is discovered with where inputs made up from the configuration do not run."""
 
     placed: Placement | None = None
     """Where it computes and where its weights rest; None means where its weights are."""
@@ -88,9 +88,17 @@ class Network:
         """The lists of blocks, found by watching the network run; later changes of its layers do not move them."""
         return towers_of(self.module, self._examples)
 
+    def discover(self, calls: Sequence[Call] = ()) -> None:
+        """Find the blocks now, while nothing changes what runs; with calls where inputs made up from the configuration did not run."""
+        if calls and not self._examples:
+            self.examples = calls
+            for name in ("_examples", "towers", "edges", "residual"):
+                self.__dict__.pop(name, None)
+        _ = self.towers
+
     @cached_property
     def _examples(self) -> list[Example]:
-        return [Example("", call) for call in self.examples[:1]] or examples_of(self.module)
+        return examples_of(self.module) or [Example("", call) for call in self.examples[:1]]
 
     @cached_property
     def edges(self) -> dict[str, BlockEdges]:

@@ -15,6 +15,9 @@ from aerogel.model.calls import tensors_in
 from aerogel.model.structure.examples import Example, run
 from aerogel.model.structure.placeholders import placeholder_weights
 
+_MATRICES = 4
+"""Matrices that make a single element of a list a block: attention or an MLP with something beside it."""
+
 
 @dataclass(frozen=True)
 class Tower:
@@ -107,14 +110,21 @@ class _Search:
     def towers(self) -> tuple[Tower, ...]:
         """All towers, in the order of the modules."""
         found = self._outermost(self._lists, least=2)
-        kinds = {type(self._parts[block]) for blocks in found.values() for block in blocks}
-        inside = tuple(f"{block}." for blocks in found.values() for block in blocks)
         for name in self._lists:
-            # A list of one, such as that in the middle of a UNet, is known by its class.
             blocks = self._blocks(name, least=1)
-            if name not in found and blocks and not name.startswith(inside) and all(type(self._parts[block]) in kinds for block in blocks):
+            inside = tuple(f"{block}." for others in found.values() for block in others)
+            if name not in found and blocks and not name.startswith(inside) and self._is_short_tower(name, blocks, found):
                 found = {other: value for other, value in found.items() if not other.startswith(f"{name}.")} | {name: blocks}
         return tuple(Tower(name, found[name]) for name in self._lists if name in found)
+
+    def _is_short_tower(self, name: str, blocks: Sequence[str], found: Mapping[str, Sequence[str]]) -> bool:
+        """Return True for a list of one such as that in the middle of a UNet, known by its class, or of a model of one layer."""
+        kinds = {type(self._parts[block]) for others in found.values() for block in others}
+        if all(type(self._parts[block]) in kinds for block in blocks):
+            return True
+        matrices = sum(tensor.ndim >= 2 for block in blocks for tensor in self._parts[block].parameters())
+        alone = isinstance(self._parts[name], nn.ModuleList) and any(block in self._passes for block in blocks)
+        return alone and matrices >= _MATRICES and self._passes_on(blocks)
 
     def _outermost(self, lists: Sequence[str], least: int) -> dict[str, tuple[str, ...]]:
         """Lists whose blocks pass a shape on; where they change it (the levels of a UNet, the stages of a Swin), the lists inside them."""
