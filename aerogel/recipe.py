@@ -149,6 +149,8 @@ class DataSettings(_Settings):
     """Sampling steps of a diffusion model."""
     guidance: float | None = None
     """Guidance scale of a diffusion model."""
+    batch_size: Count | None = None
+    """Sequences, chats or images in one call."""
     seed: int | None = None
     """Seed of the run."""
 

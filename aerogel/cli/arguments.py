@@ -99,6 +99,17 @@ PolicyOverrides = Annotated[
     ),
 ]
 
+Device = Annotated[
+    str,
+    _option(
+        "--device",
+        section=MODEL,
+        metavar="DEVICE",
+        show_default=False,
+        autocompletion=completion.words("auto", "cpu", "cuda", "mps", "xpu"),
+        help="Device that computes: cpu, cuda, cuda:1, mps, xpu, or auto for the accelerator if there is one [auto].",
+    ),
+]
 ComputeDType = Annotated[
     DType | None,
     _option(
@@ -137,6 +148,16 @@ Steps = Annotated[
 ]
 Guidance = Annotated[
     float | None, _option("--guidance", section=DATA, metavar="SCALE", help="Diffusion: guidance scale [the pipeline's default].")
+]
+BatchSize = Annotated[
+    str | None,
+    _option(
+        "--batch-size",
+        section=DATA,
+        metavar="N",
+        show_default=False,
+        help="Sequences, chats or images in one call of the calibration; halved where memory is short [auto].",
+    ),
 ]
 Seed = Annotated[int | None, _option("--seed", section=DATA, metavar="N", help="Random seed [0].")]
 

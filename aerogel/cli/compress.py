@@ -27,6 +27,7 @@ def compress(
     targets: given.Targets = None,
     ignore: given.Ignore = None,
     overrides: given.Overrides = None,
+    device: given.Device = "auto",
     dtype: given.ComputeDType = None,
     revision: given.Revision = None,
     trust_remote_code: given.TrustRemoteCode = False,
@@ -35,6 +36,7 @@ def compress(
     length: given.Length = None,
     steps: given.Steps = None,
     guidance: given.Guidance = None,
+    batch_size: given.BatchSize = None,
     seed: given.Seed = None,
     resume: given.Resume = False,
     evaluate: given.Evaluate = True,
@@ -55,9 +57,10 @@ def compress(
     request = RunRequest.of(
         recipe,
         model=model,
-        options=ModelOptions(dtype, revision, trust_remote_code),
+        options=ModelOptions(dtype, revision, trust_remote_code, device),
         adjustments=Adjustments(overrides or (), scheme, targets or (), ignore or ()),
         samples=CalibrationRequest(data, samples, length, steps, guidance),
+        batch_size=batch_size,
         seed=seed,
         output=output,
     )
@@ -98,6 +101,8 @@ def _compressed(request: RunRequest, push_to_hub: str | None, evaluate: bool, re
             measures=None if evaluate else (),
             seed=request.seed,
             resume=resume,
+            device=request.options.device,
+            batch_size=request.batch_size,
             tell=tell,
         )
 
@@ -119,6 +124,7 @@ def plan(
     targets: given.Targets = None,
     ignore: given.Ignore = None,
     overrides: given.Overrides = None,
+    device: given.Device = "auto",
     dtype: given.ComputeDType = None,
     revision: given.Revision = None,
     trust_remote_code: given.TrustRemoteCode = False,
@@ -127,6 +133,7 @@ def plan(
     length: given.Length = None,
     steps: given.Steps = None,
     guidance: given.Guidance = None,
+    batch_size: given.BatchSize = None,
     seed: given.Seed = None,
     quiet: given.Quiet = False,
     as_json: given.AsJson = False,
@@ -144,14 +151,15 @@ def plan(
     request = RunRequest.of(
         recipe,
         model=model,
-        options=ModelOptions(dtype, revision, trust_remote_code),
+        options=ModelOptions(dtype, revision, trust_remote_code, device),
         adjustments=Adjustments(overrides or (), scheme, targets or (), ignore or ()),
         samples=CalibrationRequest(data, samples, length, steps, guidance),
+        batch_size=batch_size,
         seed=seed,
     )
     with terminal.downloads(quiet or as_json):
         source = request.locate()
-    made = planning.plan(source, request.recipe, samples=request.samples)
+    made = planning.plan(source, request.recipe, samples=request.samples, device=device, batch_size=request.batch_size)
     print_json(made.as_dict()) if as_json else terminal.print_plan(made)
     if made.problems:
         raise typer.Exit(FAILED)

@@ -35,6 +35,7 @@ def evaluate(
             help="Set an option of a measure; may be repeated.",
         ),
     ] = None,
+    device: given.Device = "auto",
     dtype: given.ComputeDType = None,
     revision: given.Revision = None,
     trust_remote_code: given.TrustRemoteCode = False,
@@ -49,9 +50,9 @@ def evaluate(
     from aerogel.engine.requests import ModelOptions
 
     with terminal.downloads(quiet or as_json):
-        source, original = ModelOptions(dtype, revision, trust_remote_code).locate_pair(model, against)
+        source, original = ModelOptions(dtype, revision, trust_remote_code, device).locate_pair(model, against)
     with terminal.progress(quiet or as_json) as tell:
-        metrics = scores.measure_models(source, original, measures or None, tell, overrides or ())
+        metrics = scores.measure_models(source, original, measures or None, tell, overrides or (), device=device)
     print_json(metrics) if as_json else terminal.print_comparison(metrics)
 
 
@@ -67,6 +68,7 @@ def bench(
         float | None, typer.Option("--guidance", metavar="SCALE", help="Images: guidance scale [the pipeline's default].")
     ] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", metavar="N", min=1, help="Timed rounds per model [3].")] = None,
+    device: given.Device = "auto",
     dtype: given.ComputeDType = None,
     revision: given.Revision = None,
     trust_remote_code: given.TrustRemoteCode = False,
@@ -81,9 +83,9 @@ def bench(
     from aerogel.engine.requests import ModelOptions
 
     with terminal.downloads(quiet or as_json):
-        source, original = ModelOptions(dtype, revision, trust_remote_code).locate_pair(model, against)
+        source, original = ModelOptions(dtype, revision, trust_remote_code, device).locate_pair(model, against)
     asked = {"batch": batch, "prompt": prompt, "new_tokens": new_tokens, "steps": steps, "guidance": guidance, "rounds": rounds}
-    metrics = scores.time_models(source, original, asked)
+    metrics = scores.time_models(source, original, asked, device)
     print_json(metrics) if as_json else terminal.print_comparison(metrics)
 
 

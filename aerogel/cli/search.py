@@ -67,6 +67,7 @@ def search(
     budget: Budget = None,
     only: Only = None,
     overrides: given.PolicyOverrides = None,
+    device: given.Device = "auto",
     dtype: given.ComputeDType = None,
     revision: given.Revision = None,
     trust_remote_code: given.TrustRemoteCode = False,
@@ -89,7 +90,7 @@ def search(
     from aerogel.engine.search import searching
 
     with terminal.downloads(quiet or as_json):
-        source = ModelOptions(dtype, revision, trust_remote_code).locate(model)
+        source = ModelOptions(dtype, revision, trust_remote_code, device).locate(model)
     with terminal.progress(quiet or as_json) as tell:
         findings = searching.search(
             source,
@@ -99,6 +100,7 @@ def search(
             only=only or (),
             overrides=overrides or (),
             output=output,
+            device=device,
             seed=seed or 0,
             tell=tell,
         )

@@ -97,6 +97,8 @@ def print_plan(plan: Plan) -> None:
     table.add_row("weights reached", f"{phrases.percent(plan.share_reached)} of {phrases.number(plan.parameters)}")
     table.add_row("size on disk", f"{phrases.size(plan.source_bytes)} -> {phrases.size(plan.predicted_bytes)}")
     table.add_row("peak memory", f"about {phrases.size(plan.peak_memory_bytes)} above the memory of the interpreter (an estimate)")
+    if plan.device_memory_bytes:
+        table.add_row(f"peak memory on {plan.device}", f"about {phrases.size(plan.device_memory_bytes)} (an estimate)")
     table.add_row("time", f"about {phrases.seconds(sum(plan.seconds.values()))} with evaluation (an estimate)")
     console.print(table)
     for problem in plan.problems:

@@ -6,9 +6,9 @@ import hashlib
 import inspect
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.base import CalibrationSize
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
+from aerogel.model.placement import AUTO
 from aerogel.model.trajectories import Trajectories
 
 TOKENS_OF_A_CALL = 4096
@@ -35,11 +36,13 @@ class Samples:
     """Sequences."""
     length: int = 512
     """Tokens of a sequence."""
+    batch_size: int | None = None
+    """Sequences in one call; None: as many as have TOKENS_OF_A_CALL tokens."""
 
     @property
     def batch(self) -> int:
         """Sequences in one call."""
-        return min(self.count, max(1, TOKENS_OF_A_CALL // self.length))
+        return min(self.count, self.batch_size or max(1, TOKENS_OF_A_CALL // self.length))
 
 
 Shown = Samples | Chats | Denoising | Sequence[Call]
@@ -116,6 +119,22 @@ def shown(network: Network, samples: CalibrationInput | None) -> Shown:
     return found
 
 
+def with_batch_size(samples: Shown, batch_size: int | Literal["auto"]) -> Shown:
+    """Return the calibration data with so many sequences, chats or images in a call; `auto` leaves it as it is.
+
+    Raises AerogelError for a number below 1, and for recorded calls, which have the size that they have.
+    """
+    if batch_size == AUTO:
+        return samples
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise AerogelError(f"batch_size is {batch_size!r}; give auto, or how many sequences one call has, at least 1")
+    if isinstance(samples, Samples):
+        return replace(samples, batch_size=batch_size)
+    if isinstance(samples, Chats | Denoising):
+        return replace(samples, batch=batch_size)
+    raise AerogelError("batch_size does not apply to recorded calls, which have the size they were given with; leave it at auto")
+
+
 def reading(network: Network, samples: Shown) -> CalibrationSize:
     """Return the size of the calibration data."""
     if isinstance(samples, Denoising):
@@ -156,7 +175,7 @@ def prepare(network: Network, samples: Shown, seed: int, head: bool) -> Calibrat
         raise AerogelError(f"this {network.family.name} model has no tokenizer for calibration text; give recorded calls as samples")
     tokens_NL = text.samples(tokenizer, samples.source, samples.count, samples.length, seed)
     facts = {"source": str(samples.source), "count": len(tokens_NL), "length": samples.length, "fingerprint": text.fingerprint(tokens_NL)}
-    calls = text.calls(tokens_NL.to(network.device), samples.batch)
+    calls = text.calls(tokens_NL, samples.batch)
     # Logits of every token are the largest tensor of a forward, and nobody reads them.
     if not head and "logits_to_keep" in inspect.signature(network.module.forward).parameters:
         calls = [Call(call.args, {**call.kwargs, "logits_to_keep": 1}) for call in calls]
@@ -165,7 +184,7 @@ def prepare(network: Network, samples: Shown, seed: int, head: bool) -> Calibrat
 
 def _read(network: Network, wanted: Chats, seed: int) -> Calibration:
     found = chats.drawn(chats.read(wanted.source), wanted.count, seed)
-    calls = chats.calls(found, network.processor, wanted.batch, network.device)
+    calls = chats.calls(found, network.processor, wanted.batch)
     return Calibration(calls, {"source": str(wanted.source), "count": len(found), "fingerprint": chats.fingerprint(found)})
 
 
@@ -175,7 +194,8 @@ def _recorded(network: Network, wanted: Denoising, seed: int) -> Calibration:
             f"this {network.family.name} model came without its pipeline, so no generations can be recorded; "
             "open the folder of the pipeline, or give recorded calls as samples"
         )
-    calls = denoising.record(network.processor, network.module, wanted, seed)
+    with network.on_device():
+        calls = denoising.record(network.processor, network.module, wanted, seed)
     facts = {"source": type(network.processor).__name__, "sampler": type(network.processor.scheduler).__name__, **asdict(wanted)}
     return Calibration(calls, facts | {"fingerprint": _fingerprint(calls)})
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +20,9 @@ from aerogel.layers.linear import QuantLinear
 from aerogel.layers.slots import Slot, slots
 from aerogel.methods.base import BlockMethod, CalibrationSize, RuntimePolicy
 from aerogel.model.network import Network
+from aerogel.model.placement import HOST, host_memory
 from aerogel.recipe import Recipe
+from aerogel.report import phrases
 from aerogel.runtime.expert_skipping.routing import shape_of
 
 _BYTES_A_SECOND = 300e6
@@ -28,6 +31,8 @@ _MAPPED = 32 << 20
 # Matrices of the size of a Hessian that are alive while one is factored, and of the size of a weight while it is rounded.
 _FACTORING = 5
 _ROUNDING = 6
+# Sides of the matrices that are multiplied to see how fast a device is: large enough to keep it busy.
+_CPU_PRODUCT, _ACCELERATOR_PRODUCT = 768, 4096
 # Forwards that an optimiser step is worth: one, and twice that for its gradients.
 _FITTING = 3
 # Perplexity and agreement both read both networks, in windows that overlap.
@@ -82,20 +87,58 @@ def _coded_weights(network: Network) -> int:
     return sum(part.in_features * part.out_features for part in network.module.modules() if isinstance(part, QuantLinear))
 
 
-def peak_memory(network: Network, recipe: Recipe, read: CalibrationSize) -> int:
+class Memory(NamedTuple):
+    """Bytes that a run takes at its peak, over the interpreter's own: estimates."""
+
+    host: int
+    device: int
+    """On the accelerator; 0 where the CPU computes."""
+
+
+def peak_memory(network: Network, recipe: Recipe, read: CalibrationSize) -> Memory:
     """Add up what stays resident, the block in hand twice, and what calibrating it or rounding its largest weight takes."""
     blocks = network.blocks()
     sizes = {name: sum(p.numel() * p.element_size() for p in module.parameters()) for name, module in blocks.items()}
-    total = sum(slot.tensor.nbytes for slot in _unique_slots(network))
-    if network.checkpoint is not None:
-        total += min(_MAPPED, network.checkpoint.bytes()) - sum(sizes.values())
-    largest = max((inputs * outputs for module in blocks.values() for inputs, outputs in _shapes(module)), default=0)
+    weights, held = sum(slot.tensor.nbytes for slot in _unique_slots(network)), sum(sizes.values())
+    in_hand = 2 * max(sizes.values(), default=0)
+    mapped = 0 if network.checkpoint is None else min(_MAPPED, network.checkpoint.bytes())
+    working = _working(network, recipe, read)
+    sides = 2 if needs_teacher(recipe) else 1
+    if not network.placement.on_accelerator:
+        resident = weights + in_hand + (mapped - held if network.checkpoint is not None else 0)
+        return Memory(resident * sides + working, 0)
+    there = network.checkpoint is None and not network.placement.moves_weights
+    of_network = weights if there or any(not isinstance(step.method, BlockMethod) for step in recipe.steps) else weights - held
+    at_rest = weights if network.placement.moves_weights else 0
+    copied = weights if sides > 1 and network.checkpoint is None else 0  # a teacher in memory rests on the host
+    outputs = 2 * sides * activations(network, read) if network.checkpoint is None and needs_calls(recipe) else 0
+    device = of_network + (sides - 1) * (weights - held) + sides * in_hand + working
+    return Memory(mapped + at_rest + copied + outputs + in_hand, device)
+
+
+def too_large(network: Network, recipe: Recipe, read: CalibrationSize) -> Iterator[str]:
+    """Say which memory cannot hold the run, even with calls of one sample."""
+    least = peak_memory(network, recipe, read._replace(at_once=min(read.sample, read.at_once)))
+    place, host = network.placement, host_memory()
+    there = place.memory()
+    if place.on_accelerator and there is not None and least.device > there:
+        yield (
+            f"it needs about {phrases.size(least.device)} on {place.device}, which has {phrases.size(there)}; give device cpu, "
+            "another device, or shorter samples"
+        )
+    if least.host > host:
+        yield f"it needs about {phrases.size(least.host)} of memory, and this machine has {phrases.size(host)}; give a larger machine"
+
+
+def _working(network: Network, recipe: Recipe, read: CalibrationSize) -> int:
+    """Bytes that rounding the largest weight of a block or calibrating it takes."""
+    blocks = network.blocks().values()
+    largest = max((inputs * outputs for module in blocks for inputs, outputs in _shapes(module)), default=0)
     working = 4 * _ROUNDING * largest
     if needs_calls(recipe):
         held = max((step.method.cost(read).activation_bytes for step in recipe.steps), default=0.0)
-        working = max([working, *(_calibrating(module, read, held) for module in blocks.values())])
-    resident = total + 2 * max(sizes.values(), default=0)
-    return resident * (2 if needs_teacher(recipe) else 1) + working
+        working = max([working, *(_calibrating(module, read, held) for module in blocks)])
+    return working
 
 
 def _calibrating(block: nn.Module, read: CalibrationSize, held: float) -> int:
@@ -152,13 +195,14 @@ def seconds(
     }
 
 
-def measured_flops_a_second(size: int = 768, seconds: float = 0.05) -> float:
-    """Matrix-product rate of this machine in float32, timed for a moment."""
-    a, b = torch.ones(size, size), torch.ones(size, size)
+def measured_flops_a_second(device: torch.device = HOST, seconds: float = 0.05) -> float:
+    """Matrix-product rate of a device in float32, timed for a moment."""
+    size = _CPU_PRODUCT if device.type == HOST.type else _ACCELERATOR_PRODUCT
+    a, b = torch.ones(size, size, device=device), torch.ones(size, size, device=device)
     a @ b
-    count, elapsed, start = 0, 0.0, synchronized_clock.host_clock()
+    count, elapsed, start = 0, 0.0, synchronized_clock.now(device)
     while elapsed < seconds:
         a @ b
         count += 1
-        elapsed = synchronized_clock.host_clock() - start
+        elapsed = synchronized_clock.now(device) - start
     return 2 * size**3 * count / elapsed

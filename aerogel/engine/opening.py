@@ -15,6 +15,7 @@ from aerogel.io.record import files
 from aerogel.layers.linear import timestep_index_of
 from aerogel.model.family import Family
 from aerogel.model.network import Network
+from aerogel.model.placement import AUTO, Device, Placement, find_device, fitting, move
 
 
 class _PutOn(ExitStack):
@@ -32,6 +33,7 @@ def families() -> Sequence[Family]:
 def open_model(
     source: Any,
     *,
+    device: Device = AUTO,
     dtype: torch.dtype | None = None,
     lazy: bool = True,
     trust_remote_code: bool = False,
@@ -39,20 +41,38 @@ def open_model(
     revision: str | None = None,
 ) -> Network:
     """Open a network without its runtime policies; the arguments are those of `load`."""
-    return weights.load(
+    found = find_device(device)
+    network = weights.load(
         source,
         families(),
+        device=found,
         dtype=dtype,
         lazy=lazy,
         trust_remote_code=trust_remote_code,
         unfuse_experts=unfuse_experts,
         revision=revision,
     )
+    if device != AUTO and network.device != found:
+        _compute_on(network, found)
+    return network
+
+
+def _compute_on(network: Network, device: torch.device) -> None:
+    """Have a network computed on a device: a live module goes there block by block when it is needed, anything else right away."""
+    if hasattr(network.processor, "components"):
+        network.processor.to(device)
+        network.placed = Placement.at(device)
+    elif network.origin is not None:
+        move(network.module, device)
+        network.placed = Placement.at(device)
+    else:
+        network.placed = Placement(device, network.placement.storage)
 
 
 def load(
     source: Any,
     *,
+    device: Device = AUTO,
     dtype: torch.dtype | None = None,
     lazy: bool = True,
     trust_remote_code: bool = False,
@@ -62,16 +82,25 @@ def load(
     """Open a network and put its runtime policies on for good.
 
     `source` is the name of a reference model, a Hugging Face or diffusers folder, a hub id, an `nn.Module`, a diffusers
-    pipeline, or a pair (module, processor). With `lazy` the weights of blocks stay on disk where the checkpoint allows it;
-    `network.checkpoint.materialise(network.module)` brings them in. `dtype` is what is computed in: by default the
-    checkpoint's, or float32 on a CPU that has no instructions for it. `revision` is a branch, tag or commit of a model on the hub.
-    With `trust_remote_code` Python files of the model are run where transformers has no class of its own. A live module's fused experts
-    become linear layers in place, unless `unfuse_experts` is false. The files of a folder that `compress` wrote are compared with their
-    checksums. Raises AerogelError when the source is not found, damaged, changed, pickled or of an unknown family.
+    pipeline, or a pair (module, processor). `device` computes: the accelerator that torch reports by default, else the CPU; a live module
+    is computed where its weights are, or given a device goes there block by block. With `lazy` the weights of blocks stay on disk where
+    the checkpoint allows it; `network.checkpoint.materialise(network.module, device=network.device)` brings them in. `dtype` is what is
+    computed in: by default the checkpoint's, or float32 on a CPU that has no instructions for it. `revision` is a branch, tag or commit
+    of a model on the hub. With `trust_remote_code` Python files of the model are run where transformers has no class of its own. A live
+    module's fused experts become linear layers in place, unless `unfuse_experts` is false. The files of a folder that `compress` wrote are
+    compared with their checksums. Raises AerogelError when the source is not found, damaged, changed, pickled or of an unknown family, and
+    when the device is not here.
     """
-    network = open_model(
-        source, dtype=dtype, lazy=lazy, trust_remote_code=trust_remote_code, unfuse_experts=unfuse_experts, revision=revision
-    )
+    with fitting("the model"):
+        network = open_model(
+            source,
+            device=device,
+            dtype=dtype,
+            lazy=lazy,
+            trust_remote_code=trust_remote_code,
+            unfuse_experts=unfuse_experts,
+            revision=revision,
+        )
     if network is not source and (index := timestep_index_of(network.module)) is not None:
         index.set_pipeline(network.processor)
     if network is not source and network.origin is not None:

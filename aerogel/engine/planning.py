@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from aerogel.engine.available import available
-from aerogel.engine.calibration import CalibrationInput, reading, shown
-from aerogel.engine.estimates import Sizes, activations, measured_flops_a_second, needs_calls, peak_memory, seconds, stored_dtype
+from aerogel.engine.calibration import CalibrationInput, reading, shown, with_batch_size
+from aerogel.engine.estimates import (
+    Sizes,
+    activations,
+    measured_flops_a_second,
+    needs_calls,
+    peak_memory,
+    seconds,
+    stored_dtype,
+    too_large,
+)
 from aerogel.engine.opening import open_model
 from aerogel.engine.patterns import unmatched
 from aerogel.engine.progress import StageName
@@ -23,6 +33,7 @@ from aerogel.layers.linear import QuantLinear
 from aerogel.methods.base import Before, CalibrationSize, Method, WeightMethod
 from aerogel.model.match import matches
 from aerogel.model.network import Network
+from aerogel.model.placement import AUTO, Device
 from aerogel.model.walk import blocks_of
 from aerogel.numerics.scheme import Scheme
 from aerogel.recipe import Recipe
@@ -63,11 +74,15 @@ class Plan:
     predicted_bytes: int
     """All tensors on disk after compression; exact, save for the headers of the files."""
     peak_memory_bytes: int
-    """Over the interpreter's own: an estimate."""
+    """Of the host, over the interpreter's own: an estimate."""
+    device: str
+    """Name of the device that computes."""
+    device_memory_bytes: int
+    """Of the accelerator: an estimate; 0 where the CPU computes."""
     activation_bytes: int
     """Bytes that the outputs of two blocks take beside the output while the run lasts; an estimate."""
     seconds: dict[StageName, float]
-    """By stage, from a matrix product timed on this machine: an estimate."""
+    """By stage, from a matrix product timed on the device: an estimate."""
     touched: tuple[Touched, ...] = ()
     kept: tuple[Kept, ...] = ()
     remarks: tuple[str, ...] = ()
@@ -91,33 +106,39 @@ def plan(
     *,
     overrides: Iterable[str] = (),
     samples: CalibrationInput | None = None,
-    flops_a_second: Callable[[], float] = measured_flops_a_second,
+    device: Device = AUTO,
+    batch_size: int | Literal["auto"] = AUTO,
+    flops_a_second: Callable[[], float] | None = None,
 ) -> Plan:
     """Say what a recipe will do to a model without changing a weight; raises AerogelError when either cannot be read.
 
-    `flops_a_second` gives the matrix-product rate from which seconds are estimated: that of this machine, measured for a moment.
+    `device` and `batch_size` are those of `compress`. `flops_a_second` gives the matrix-product rate from which seconds are estimated:
+    that of the device, measured for a moment.
     """
-    network = open_model(model)
-    parsed, given = Recipe.parse(recipe, overrides), shown(network, samples)
+    network = open_model(model, device=device)
+    parsed, read = Recipe.parse(recipe, overrides), with_batch_size(shown(network, samples), batch_size)
     if needs_calls(parsed):
-        given = available(network, given)
-    return plan_network(network, parsed, reading(network, given), flops_a_second)
+        read = available(network, read)
+    return plan_network(network, parsed, reading(network, read), flops_a_second)
 
 
-def plan_network(
-    network: Network, recipe: Recipe, read: CalibrationSize, flops_a_second: Callable[[], float] = measured_flops_a_second
-) -> Plan:
+def plan_network(network: Network, recipe: Recipe, read: CalibrationSize, flops_a_second: Callable[[], float] | None = None) -> Plan:
     """Return the plan for a network that is open already."""
     touched, problems = _touched(network, recipe, read)
+    problems += too_large(network, recipe, read)
     sizes = Sizes.of(network, {linear.name for linear in touched})
+    memory = peak_memory(network, recipe, read)
+    rate = flops_a_second or partial(measured_flops_a_second, network.device)
     return Plan(
         recipe=recipe.name,
         parameters=sizes.parameters,
         source_bytes=sizes.source,
         predicted_bytes=sizes.untouched + sum(linear.bytes for linear in touched),
-        peak_memory_bytes=peak_memory(network, recipe, read),
+        peak_memory_bytes=memory.host,
+        device=str(network.device),
+        device_memory_bytes=memory.device,
         activation_bytes=activations(network, read) if needs_calls(recipe) else 0,
-        seconds=seconds(recipe, sizes, [(linear.inputs, linear.outputs) for linear in touched], read, flops_a_second),
+        seconds=seconds(recipe, sizes, [(linear.inputs, linear.outputs) for linear in touched], read, rate),
         touched=tuple(touched),
         kept=tuple(_kept(network, recipe, {linear.name for linear in touched})),
         remarks=() if problems else tuple(f"{step.name}: {line}" for step in recipe.steps for line in step.method.remarks(network)),

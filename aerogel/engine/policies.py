@@ -44,7 +44,8 @@ def calibrated(network: Network, step: Step, calls: Sequence[Call], before: Cali
     assert isinstance(method, RuntimePolicy)
     if before is not None and (why := method.refusal(before.policy)):
         raise AerogelError(why)
-    return CalibratedPolicy(step, method.calibrated(network, calls, None if before is None else before.state))
+    on_device = network.placement.bring_calls(calls)
+    return CalibratedPolicy(step, method.calibrated(network, on_device, None if before is None else before.state))
 
 
 def superseded(step: Step, before: Sequence[CalibratedPolicy]) -> CalibratedPolicy | None:

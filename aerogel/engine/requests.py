@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -20,6 +20,7 @@ from aerogel.errors import AerogelError
 from aerogel.io import save
 from aerogel.io.record.schema import Record
 from aerogel.io.source import ModelSource, locate
+from aerogel.model.placement import AUTO, find_device
 from aerogel.recipe import DataSettings, ModelSettings, Recipe
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -36,9 +37,15 @@ class ModelOptions:
     """A name of DTYPES; None leaves it to the recipe file."""
     revision: str | None = None
     trust_remote_code: bool = False
+    device: str = AUTO
+    """The device that computes: auto, cpu, cuda, cuda:1, mps, xpu."""
 
     def locate(self, name: str) -> ModelSource:
-        """Find a model, and fetch it from the hub where it is not here; raises AerogelError where it cannot be had."""
+        """Find a model, and fetch it from the hub where it is not here.
+
+        Raises AerogelError where it cannot be had, and before that where the device is not here.
+        """
+        find_device(self.device)
         return locate(name, revision=self.revision, dtype=DTYPES[self.dtype or "auto"], trust_remote_code=self.trust_remote_code)
 
     def locate_pair(self, name: str, against: str | None) -> tuple[ModelSource, ModelSource | None]:
@@ -76,6 +83,8 @@ class RunRequest:
     model: str
     options: ModelOptions
     samples: CalibrationRequest = field(default_factory=CalibrationRequest)
+    batch_size: int | Literal["auto"] = AUTO
+    """Sequences, chats or images in one call of the calibration."""
     seed: int = 0
     output: Path | None = None
 
@@ -88,6 +97,7 @@ class RunRequest:
         options: ModelOptions = ModelOptions(),
         adjustments: Adjustments = Adjustments(),
         samples: CalibrationRequest | None = None,
+        batch_size: str | None = None,
         seed: int | None = None,
         output: Path | None = None,
     ) -> RunRequest:
@@ -106,6 +116,7 @@ class RunRequest:
             name,
             _model_options(options, named, name),
             _samples(samples or CalibrationRequest(), settings.data),
+            _batch_size(batch_size, settings.data),
             seed if seed is not None else settings.data.seed or 0,
             output or (Path(settings.output).expanduser() if settings.output else None),
         )
@@ -165,10 +176,21 @@ def _data(facts: Mapping[str, Any]) -> dict[str, Any]:
         raise AerogelError("this run was calibrated on calls that were given in Python, which no recipe file can name")
     if "sampler" not in facts:
         return {"source": facts.get("source"), "samples": facts.get("count"), "length": facts.get("length")}
-    if facts.get("batch", Denoising.batch) != Denoising.batch:
-        raise AerogelError(f"this run was calibrated on images made {facts['batch']} at once, which only Python can ask for")
     given = {key: facts.get(key) for key in ("steps", "guidance")}
+    batch = facts.get("batch", Denoising.batch)
+    given["batch_size"] = None if batch == Denoising.batch else batch
     return {"prompts": facts.get("prompts") or None, "samples": facts.get("count"), **given}
+
+
+def _batch_size(given: str | None, data: DataSettings) -> int | Literal["auto"]:
+    """The calls of the calibration: the argument, else what the file says; raises AerogelError for what is neither auto nor a count."""
+    if given is None:
+        return data.batch_size or AUTO
+    if given == AUTO:
+        return AUTO
+    if not given.isdecimal() or int(given) < 1:
+        raise AerogelError(f"--batch-size {given} is neither auto nor a whole number of at least 1")
+    return int(given)
 
 
 def _said(**values: Any) -> dict[str, Any]:

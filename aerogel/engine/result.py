@@ -16,6 +16,7 @@ from aerogel.io.record import files
 from aerogel.io.record.schema import Record
 from aerogel.io.source import ModelSource
 from aerogel.model.network import Network
+from aerogel.model.placement import AUTO, Device
 from aerogel.recipe import Recipe
 from aerogel.report import page
 
@@ -32,6 +33,7 @@ class Result:
         network: Network | None = None,
         folder: Path | None = None,
         keep: Path | None = None,
+        device: Device = AUTO,
         source: ModelSource | None = None,
     ) -> None:
         self.recipe = recipe
@@ -42,6 +44,7 @@ class Result:
         self.folder = folder
         """Folder in which it is saved, or None when it is in memory only."""
         self._network = network
+        self._device = device
         self._source = source
         # What holds the folder of a result that was not asked to be saved lives as long as the result does.
         if keep is not None:
@@ -52,7 +55,8 @@ class Result:
         """The compressed network with its weights in memory."""
         if self._network is None:
             assert self.folder is not None
-            self._network = open_model(self._source.at(self.folder) if self._source else self.folder, lazy=False)
+            source = self._source.at(self.folder) if self._source else self.folder
+            self._network = open_model(source, lazy=False, device=self._device)
         return self._network
 
     @property

@@ -70,7 +70,7 @@ class Progress:
     def enter(self, name: str) -> None:
         """Make the newest weights of a block resident."""
         home = self.homes.get(name, self._source)
-        home.materialise(self.network.module.get_submodule(name), name, device=self.network.device)
+        home.materialise(self.network.module.get_submodule(name), name, device=self.network.placement.device)
 
     def release(self, name: str) -> None:
         """Let the weights of a block go; they lie in this folder or in the source."""
@@ -114,10 +114,12 @@ class Stage:
         """Store a finished block durably, with what its methods noted and learned of parameters of policies."""
         folder = self._folder_of(block.name)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {block.full_name(name): tensor.contiguous() for name, tensor in block.module.state_dict().items()}
+        on_host = block.network.placement.take_back(dict(block.module.state_dict()))
+        tensors = {block.full_name(name): tensor.contiguous() for name, tensor in on_host.items()}
         _save(tensors, folder / "model.safetensors")
         if block.parameters:
-            _save({name: value.detach().contiguous() for name, value in block.parameters.items()}, folder / PARAMETERS)
+            values = block.network.placement.take_back(block.parameters)
+            _save({name: value.detach().contiguous() for name, value in values.items()}, folder / PARAMETERS)
         pruned = sorted(name for name in block.network.pruned if name.startswith(f"{block.name}."))
         _write(folder / JOURNAL, json.dumps({"structure": quantized.describe(block.module), "pruned": pruned, "notes": block.notes}))
         self._progress.homes[block.name] = Checkpoint.open(folder)

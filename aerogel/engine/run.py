@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from aerogel.engine import policies, provenance
-from aerogel.engine.calibration import Calibration, CalibrationInput, prepare, reading, shown
+from aerogel.engine.calibration import Calibration, CalibrationInput, Shown, prepare, reading, shown, with_batch_size
 from aerogel.engine.coverage import coverage
 from aerogel.engine.estimates import needs_calls, needs_teacher
 from aerogel.engine.opening import open_model
@@ -32,7 +32,8 @@ from aerogel.engine.result import Result, write
 from aerogel.engine.resume import Progress, Stage, fingerprint_of
 from aerogel.engine.scores import Scores, measure
 from aerogel.engine.stages import reaches_around, seeded, stages_of
-from aerogel.engine.teacher import resident, teacher_of, walk_with_teacher
+from aerogel.engine.teacher import TeacherWalk, resident, teacher_of
+from aerogel.engine.visits import before_again, compress_block
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure
 from aerogel.io import save
@@ -43,12 +44,12 @@ from aerogel.io.record.measures import Metrics
 from aerogel.io.record.schema import KeptModule, PlanRecord, RecipeRecord, Record
 from aerogel.io.source import ModelSource
 from aerogel.kernels.malloc import limit_fragmentation
-from aerogel.layers.linear import QuantLinear
-from aerogel.layers.scaled_input import ScaledInput
 from aerogel.methods.base import BlockMethod, Method, RuntimePolicy
+from aerogel.model.batches import Batches
 from aerogel.model.block import Block
 from aerogel.model.network import Network
-from aerogel.model.walk import Walk, blocks_of
+from aerogel.model.placement import AUTO, Device, fitting
+from aerogel.model.walk import InMemory, Walk, blocks_of
 from aerogel.recipe import Recipe, Step
 from aerogel.training.fit import watched
 
@@ -63,25 +64,29 @@ def compress(
     measures: Sequence[str | Measure] | None = None,
     seed: int = 0,
     resume: bool = False,
+    device: Device = AUTO,
+    batch_size: int | Literal["auto"] = AUTO,
     tell: Tell = lambda event: None,
 ) -> Result:
     """Compress a model by a recipe; with `output` the result is saved there.
 
     A live module is changed in place; a model opened from a folder is not held in memory, and its source is only read. `measures`
     are names or Measure values (all that fit by default, none if empty). With `resume` an unfinished run for the same output goes on
-    and ends with the same bits. Raises AerogelError before any work when the run could not end well.
+    and ends with the same bits. `device` computes (see `load`); `batch_size` is how many sequences, chats or images one call of the
+    calibration has, which a device with too little memory takes in halves. Raises AerogelError before any work when the run could not end
+    well.
     """
     watch = Watch(tell)
     checked = Recipe.parse(recipe, overrides)
     named = isinstance(model, str | Path | ModelSource)  # what lives already is in memory anyway, and its speed is measured on the way
-    with limit_fragmentation() if named else nullcontext():
+    with limit_fragmentation() if named else nullcontext(), fitting("a step of this recipe"):
         with watch.stage("load", str(model) if named else ""):
-            network = open_model(model)
+            network = open_model(model, device=device)
         job = _Job(network, checked, Path(output).absolute() if output is not None else None, seed)
         with watch.stage("check"):
             if network.origin is not None:
                 files.verify(network.origin)
-            calibration = job.check(samples, resume)
+            calibration = job.check(with_batch_size(shown(network, samples), batch_size), resume)
         tell(Event("check", 1, 1, expected=job.expected(measures)))
         record = job.record(calibration)
         origin = network.origin
@@ -89,15 +94,25 @@ def compress(
         run = Run(network, checked, calibration, seed, tell)
         result = job.run(run, record, watch)
     _warn_of_fallbacks(run.journal)
+    if run.batches.halvings:
+        warnings.warn(run.batches.told, stacklevel=2)
     result.add(timings=watch.seconds)
     if measures is None or measures:
-        with watch.stage("evaluate"):
-            original = open_model(network.source or origin, lazy=False) if origin is not None else None
-            with policies.on(result.network, result.policies):
-                scores = measure(result.network, original, measures, tell, speed=True)
-        result.add(metrics={**before, **scores})
+        try:
+            with watch.stage("evaluate"):
+                result.add(metrics={**before, **_scores(result, network.source or origin, measures, tell)})
+        except torch.OutOfMemoryError:
+            warnings.warn(f"not measured: the whole models do not fit into the memory of {network.device}", stacklevel=2)
     result.add(timings=watch.seconds)
     return result
+
+
+def _scores(result: Result, source: ModelSource | Path | None, measures: Sequence[str | Measure] | None, tell: Tell) -> dict[str, Scores]:
+    """Measure what a run made, beside the original where that is in a folder."""
+    network = result.network
+    original = open_model(source, lazy=False, device=network.device) if source is not None else None
+    with policies.on(network, result.policies):
+        return measure(network, original, measures, tell, speed=True)
 
 
 @dataclass
@@ -110,9 +125,9 @@ class _Job:
     seed: int
     plan: Plan = field(init=False)
 
-    def check(self, samples: CalibrationInput | None, resume: bool) -> Calibration:
+    def check(self, read: Shown, resume: bool) -> Calibration:
         """Look for everything that would make the run fail; the quick looks come first."""
-        network, read = self.network, shown(self.network, samples)
+        network = self.network
         if resume and (network.checkpoint is None or self.output is None):
             raise AerogelError("only a model opened from a folder and saved to an output can be resumed")
         self.plan = plan_network(network, self.recipe, reading(network, read))
@@ -147,6 +162,7 @@ class _Job:
                 share_reached=self.plan.share_reached,
                 predicted_bytes=self.plan.predicted_bytes,
                 peak_memory_bytes=self.plan.peak_memory_bytes,
+                device_memory_bytes=self.plan.device_memory_bytes,
             ),
         )
 
@@ -156,18 +172,22 @@ class _Job:
             return self._run_live(run, record, watch)
         if self.output is not None:
             record = self._run_lazily(run, record, watch, self.output)
-            return Result(self.recipe, record, run.policies, folder=self.output, source=self.network.source)
+            return Result(self.recipe, record, run.policies, folder=self.output, device=self.network.device, source=self.network.source)
         keep = Path(mkdtemp(prefix="aerogel-"))
         with ExitStack() as stack:
             stack.callback(shutil.rmtree, keep, ignore_errors=True)
             record = self._run_lazily(run, record, watch, keep / "model")
             stack.pop_all()
-        return Result(self.recipe, record, run.policies, folder=keep / "model", keep=keep, source=self.network.source)
+        device, source = self.network.device, self.network.source
+        return Result(self.recipe, record, run.policies, folder=keep / "model", keep=keep, device=device, source=source)
 
     def _go(self, run: Run, record: Record, watch: Watch) -> Record:
         with watch.stage("compress"):
             run.go()
-        return record.replaced(journal=run.journal, coverage=coverage(self.network, run.policies))
+        made_with = record.provenance.as_dict()
+        if run.batches.halvings:
+            made_with["calibration"] = {**made_with["calibration"], "memory": run.batches.told}
+        return record.replaced(journal=run.journal, coverage=coverage(self.network, run.policies), provenance=made_with)
 
     def _run_lazily(self, run: Run, record: Record, watch: Watch, output: Path) -> Record:
         source, partial = self.network.checkpoint, partial_of(output)
@@ -180,6 +200,8 @@ class _Job:
             "data": run.calibration.facts.get("fingerprint"),
             "versions": provenance.versions(),
             "threads": torch.get_num_threads(),
+            "device": self.network.device.type,
+            "calls": len(run.calibration.calls),
         }
         run.progress = Progress.open(partial, self.network, source, made_of)
         record = self._go(run, record, watch)
@@ -218,9 +240,11 @@ class Run:
     journal: list[dict[str, Any]] = field(default_factory=list)
     policies: list[CalibratedPolicy] = field(default_factory=list)
     parameters: Parameters = field(init=False)
+    batches: Batches = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameters = Parameters(self.network.blocks())
+        self.batches = Batches(self.network.placement)
 
     def go(self) -> None:
         """Do every step; neighbouring block methods share one walk, and the policies calibrated so far are on."""
@@ -266,11 +290,15 @@ class Run:
             at = Event("compress", number * block.total + block.position, stages * block.total, block.name or "around the blocks")
             self.tell(at)
             block.parameters = self.parameters.of(block.name)
-            with seeded(self.seed, number, block.position):
-                for place, step in enumerate(steps):
-                    with watched(partial(self._inside, at, place, len(steps))):
-                        _compress(block, step)
+            again = before_again(block, visits.again if isinstance(visits, TeacherWalk) else None)
+            self.batches.fit(partial(self._change_block, block, steps, number, at), again)
         self.policies = [self.parameters.taken_over(measured) for measured in self.policies]
+
+    def _change_block(self, block: Block, steps: Sequence[Step], number: int, at: Event) -> None:
+        with seeded(self.seed, number, block.position):
+            for place, step in enumerate(steps):
+                with watched(partial(self._inside, at, place, len(steps))):
+                    compress_block(block, step)
 
     def _restore(self, stage: Stage, names: Iterable[str]) -> None:
         """Take over blocks that an earlier process finished: structure, journal, learned parameters of policies."""
@@ -282,7 +310,7 @@ class Run:
         """Tell how far the step in hand has come with the part in hand."""
         self.tell(replace(at, inside=(place + share) / places))
 
-    def _walk(self, stage: Stage | None, steps: Sequence[Step]) -> Iterator[Block]:
+    def _walk(self, stage: Stage | None, steps: Sequence[Step]) -> Iterable[Block]:
         """The blocks with their calls, each put away when it is finished."""
         walk = Walk(
             self.network,
@@ -291,13 +319,15 @@ class Run:
             folder=stage.folder if stage else None,
             finished=self._finish(stage),
             around=reaches_around(self.network, steps),
+            batches=self.batches,
         )
         if stage:
             self._restore(stage, walk.order[: walk.position])
         if any("teacher" in step.method.requires for step in steps):
             assert self.network.teacher is not None, "go() makes one"
-            return walk_with_teacher(walk, self.network.teacher, self.calibration.calls, stage.folder / "teacher" if stage else None)
-        return iter(walk)
+            folder = stage.folder / "teacher" if stage else None
+            return TeacherWalk(walk, self.network.teacher, self.calibration.calls, folder, self.batches)
+        return walk
 
     def _tour(self, stage: Stage | None) -> Iterator[Block]:
         """The blocks without calls, for methods that look at weights only."""
@@ -305,15 +335,17 @@ class Run:
         done = stage.committed() if stage else set()
         if stage:
             self._restore(stage, (name for name in self.network.blocks() if name in done))
-        for block in blocks_of(self.network):
-            if block.name in done:
-                continue
-            if self.progress and block.name:
-                self.progress.enter(block.name)
-            yield block
-            finish(block)
-            if self.progress and block.name:
-                self.progress.release(block.name)
+        residency = self.progress or InMemory(self.network)
+        with self.network.glue_on_device():
+            for block in blocks_of(self.network):
+                if block.name in done:
+                    continue
+                if block.name:
+                    residency.enter(block.name)
+                yield block
+                finish(block)
+                if block.name:
+                    residency.release(block.name)
 
     def _finish(self, stage: Stage | None) -> Callable[[Block], None]:
         def finish(block: Block) -> None:
@@ -332,14 +364,15 @@ class Run:
             resident(self._teacher(method)),
             torch.set_grad_enabled("gradients" in method.requires),
         ):
-            method.apply(self.network, self.calibration.calls)
+            method.apply(self.network, self.network.placement.bring_calls(self.calibration.calls))
         self.journal += [{"method": step, **note} for note in self.network.take_notes()]
 
     @contextmanager
     def _resident(self, stage: Stage | None = None) -> Iterator[None]:
-        """Hold the whole network in memory for a while; with a stage, blocks are put away as they are afterwards."""
+        """Hold the whole network on the device for a while; with a stage, blocks are put away as they are afterwards."""
         if self.progress is None:
-            yield
+            with self.network.on_device():
+                yield
             return
         for name in self.network.blocks():
             self.progress.enter(name)
@@ -360,23 +393,3 @@ def _warn_of_fallbacks(journal: Sequence[Mapping[str, Any]]) -> None:
     for reason, names in fallen.items():
         more = f" and {len(names) - 1} other linear layers" if len(names) > 1 else ""
         warnings.warn(f"{names[0]}{more}: {reason}", stacklevel=3)
-
-
-def _compress(block: Block, step: Step) -> None:
-    assert isinstance(step.method, BlockMethod)
-    before = len(block.notes)
-    block.outputs = None  # of the step before
-    with torch.set_grad_enabled("gradients" in step.method.requires):
-        step.method.compress(block)
-    block.notes[before:] = [
-        {"block": block.name, "method": step.name, **_scheme_of(block, note["name"]), **note} for note in block.notes[before:]
-    ]
-
-
-def _scheme_of(block: Block, name: str) -> dict[str, str]:
-    """Return the scheme of a part of the block, if it is quantized by now; a note may also be of a parameter, which has none."""
-    if name in block.parameters:
-        return {}
-    part = block.module.get_submodule(name.removeprefix(f"{block.name}."))
-    part = part.inner if isinstance(part, ScaledInput) else part
-    return {"scheme": str(part.scheme)} if isinstance(part, QuantLinear) else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from aerogel.evaluate.timing import Timed
 from aerogel.io.record import files
 from aerogel.io.source import ModelSource
 from aerogel.model.network import Network
+from aerogel.model.placement import AUTO, Device, fitting
 from aerogel.recipe import build, options_of
 
 Scores = dict[str, dict[str, Any]]
@@ -45,11 +47,12 @@ def measure(
     takes = [take for name, found in chosen for take in _takes(name, found, network, against, must=measures is not None)]
     scores: dict[str, Scores] = {"original": {}, "compressed": {}} if against is not None else {"compressed": {}}
     done, total = 0, sum(take.passes for take in takes)
-    for take in takes:
-        tell(Event("evaluate", done, total, take.what))
-        for whose, facts in take.measure().items():
-            scores[whose][take.name] = facts
-        done += take.passes
+    with network.on_device(), nullcontext() if against is None else against.on_device():
+        for take in takes:
+            tell(Event("evaluate", done, total, take.what))
+            for whose, facts in take.measure().items():
+                scores[whose][take.name] = facts
+            done += take.passes
     tell(Event("evaluate", total, total))
     return scores
 
@@ -74,24 +77,29 @@ def measure_models(
     measures: Sequence[str | Measure] | Callable[[Network], Sequence[Measure]] | None = None,
     tell: Tell = lambda event: None,
     overrides: Iterable[str] = (),
+    device: Device = AUTO,
 ) -> dict[str, Scores]:
-    """Open models and measure them; the numbers are added to the record of a compressed folder."""
-    network = open_model(model, lazy=False)
-    if network.origin is not None:
-        files.verify(network.origin)
-    original = open_model(against, lazy=False) if against is not None else None
-    with policies.on(network, policies.load(network.origin)):
-        metrics = measure(network, original, measures(network) if callable(measures) else measures, tell, overrides=overrides)
+    """Open models on a device and measure them; the numbers are added to the record of a compressed folder."""
+    with fitting("what is measured"):
+        network = open_model(model, lazy=False, device=device)
+        if network.origin is not None:
+            files.verify(network.origin)
+        original = open_model(against, lazy=False, device=device) if against is not None else None
+        with policies.on(network, policies.load(network.origin)):
+            metrics = measure(network, original, measures(network) if callable(measures) else measures, tell, overrides=overrides)
     add_metrics(network.origin, metrics)
     return metrics
 
 
-def time_models(model: str | ModelSource, against: str | ModelSource | None, options: Mapping[str, Any]) -> dict[str, Scores]:
-    """Open models and time them in turns; the numbers are added to the record of a compressed folder.
+def time_models(
+    model: str | ModelSource, against: str | ModelSource | None, options: Mapping[str, Any], device: Device = AUTO
+) -> dict[str, Scores]:
+    """Open models on a device and time them in turns; the numbers are added to the record of a compressed folder.
 
     `options` are those of the measure that fits the model, of which None stands for its own. Raises AerogelError for an unknown option.
     """
-    return measure_models(model, against, partial(_timing, {name: value for name, value in options.items() if value is not None}))
+    given = {name: value for name, value in options.items() if value is not None}
+    return measure_models(model, against, partial(_timing, given), device=device)
 
 
 def _timing(options: Mapping[str, Any], network: Network) -> list[Measure]:

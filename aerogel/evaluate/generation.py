@@ -57,7 +57,7 @@ class Generation(Measure):
         chat = bool(tokenizer.chat_template) if self.chat is None else self.chat
         turn = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) if chat else prompt
-        ids_1L = tokenizer(text, add_special_tokens=not chat, return_tensors="pt")["input_ids"].to(network.device)
+        ids_1L = network.placement.bring(tokenizer(text, add_special_tokens=not chat, return_tensors="pt")["input_ids"])
         return continued(network, {"input_ids": ids_1L, "attention_mask": torch.ones_like(ids_1L)}, self.new_tokens)[0]
 
 

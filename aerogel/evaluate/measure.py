@@ -100,7 +100,7 @@ class TextMeasure(Measure):
         for (_, scored), group in groupby(pieces, key=lambda piece: (len(piece[0]), piece[1])):
             ids = [ids_L for ids_L, _ in group]
             for start in range(0, len(ids), self.batch):
-                yield Window(torch.stack(ids[start : start + self.batch]).to(network.device), scored)
+                yield Window(network.placement.bring(torch.stack(ids[start : start + self.batch])), scored)
 
 
 @dataclass(frozen=True)

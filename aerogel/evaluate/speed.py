@@ -65,7 +65,7 @@ class _Runner:
         self.generator = Generator(network, options.batch, options.prompt + options.new_tokens)
         vocabulary = network.config.get_text_config().vocab_size
         make = torch.Generator().manual_seed(0)
-        self.tokens_BT = torch.randint(vocabulary, (options.batch, options.prompt), generator=make).to(network.device)
+        self.tokens_BT = network.placement.bring(torch.randint(vocabulary, (options.batch, options.prompt), generator=make))
 
     def warm(self) -> None:
         """The turn in which kernels are chosen and weights packed; memory grows to its peak here."""

@@ -93,11 +93,11 @@ def limited(count: int | None) -> Iterator[None]:
 def growth_of(device: torch.device) -> Iterator[list[int]]:
     """Put into the yielded list, at the end, by how many bytes memory grew at most; 0 where the system does not tell."""
     grown = [0]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        taken = torch.accelerator.memory_allocated(device)
         yield grown
-        grown[0] = torch.cuda.max_memory_allocated(device) - before
+        grown[0] = torch.accelerator.max_memory_allocated(device) - taken
         return
     before = _resident("VmRSS")
     with suppress(OSError):  # where it is refused, the peak of the whole process is what is told

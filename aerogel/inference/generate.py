@@ -50,7 +50,7 @@ class Generator:
         if not hasattr(self.module, "lm_head") and not hasattr(self.module, "generate"):
             raise AerogelError(f"{type(self.module).__name__} is no causal language model; text can be generated from those only")
         if network.checkpoint is not None:
-            network.checkpoint.materialise(self.module)
+            network.checkpoint.materialise(self.module, device=network.device)
         self.batch, self.length = batch, length
         self.reason = refuse(self.module, length) if fast_decoder else "not asked for"
         self._decoder: FastDecoder | None = None
@@ -69,7 +69,7 @@ class Generator:
                 f"prompts of shape {tuple(tokens_BT.shape)} and {new_tokens} new tokens do not fit a generator of {self.batch} rows "
                 f"and {self.length} tokens"
             )
-        random = torch.Generator(tokens_BT.device).manual_seed(seed)
+        random = torch.Generator().manual_seed(seed)
         start = now(tokens_BT.device)
         cache = DynamicCache(config=self.module.config)
         logits_BV = self._forward(tokens_BT, cache)
@@ -129,7 +129,8 @@ def _advance(
 
 
 def _pick(logits_BV: Tensor, temperature: float, random: torch.Generator) -> Tensor:
-    """The likeliest tokens (B) at temperature 0, otherwise a sample."""
+    """The likeliest tokens (B) at temperature 0, otherwise a sample, drawn on the host: of one seed the same on every device."""
     if temperature == 0:
         return logits_BV.argmax(dim=-1)
-    return torch.multinomial(torch.softmax(logits_BV.float() / temperature, dim=-1), 1, generator=random)[:, 0]
+    chances_BV = torch.softmax(logits_BV.float() / temperature, dim=-1).to(random.device)
+    return torch.multinomial(chances_BV, 1, generator=random)[:, 0].to(logits_BV.device)

@@ -23,6 +23,7 @@ from aerogel.io.source import ModelSource, locate
 from aerogel.model.experts import unfuse
 from aerogel.model.family import Family
 from aerogel.model.network import Network
+from aerogel.model.placement import HOST, Placement, move
 
 _DENOISERS = ("transformer", "transformer_2", "unet")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -32,6 +33,7 @@ def load(
     source: Any,
     families: Sequence[Family],
     *,
+    device: torch.device = HOST,
     dtype: torch.dtype | None = None,
     lazy: bool = True,
     trust_remote_code: bool = False,
@@ -53,7 +55,7 @@ def load(
     if isinstance(source, str | Path):
         source = locate(source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     if isinstance(source, ModelSource):
-        network = _open(families, source.folder, source.dtype, lazy, source.trust_remote_code)
+        network = _open(families, source.folder, device, source.dtype, lazy, source.trust_remote_code)
         network.source = source
         return network
     raise AerogelError(
@@ -70,9 +72,9 @@ def family_of(families: Sequence[Family], model_type: str | None, class_name: st
     return Family(name, (name,), modality=modality_of(model_type, class_name, settings or {}))
 
 
-def computing_dtype(stored: torch.dtype) -> torch.dtype:
-    """The dtype to compute in on this CPU for weights stored in `stored`: the same, or float32 where that is emulated."""
-    if stored in (torch.bfloat16, torch.float16):
+def computing_dtype(stored: torch.dtype, device: torch.device = HOST) -> torch.dtype:
+    """The dtype to compute in for weights stored in `stored`: the same, or float32 on a CPU where that is emulated."""
+    if device.type == HOST.type and stored in (torch.bfloat16, torch.float16):
         kind = "bf16" if stored == torch.bfloat16 else "fp16"
         # Without such instructions a bfloat16 product takes 5 and a float16 product 10 times as long as a float32 one.
         if not any(kind in name and value is True for name, value in torch.cpu.get_capabilities().items()):
@@ -132,26 +134,30 @@ def _require_one(denoisers: list[str], owner: Any) -> None:
         raise AerogelError(f"{owner} has {found}, expected one; open one by itself: its sub-folder, or pipeline.transformer")
 
 
-def _open(families: Sequence[Family], folder: Path, dtype: torch.dtype | None, lazy: bool, trust_remote_code: bool) -> Network:
+def _open(
+    families: Sequence[Family], folder: Path, device: torch.device, dtype: torch.dtype | None, lazy: bool, trust_remote_code: bool
+) -> Network:
     if (folder / "model_index.json").is_file():
-        return _open_pipeline(families, folder, dtype)
+        return _open_pipeline(families, folder, device, dtype)
     _require_trust(folder, trust_remote_code)
-    given = _read_folder(folder, families, dtype)
+    given = _read_folder(folder, families, device, dtype)
+    placed = Placement.at(device)
     if "_class_name" in given.settings:
-        module, names = _denoiser_in(given)
-        return _discovered(Network(module, given.family, folder, stored_dtype=given.stored, names=names))
+        module, names = _denoiser_in(given, device)
+        return _discovered(Network(module, given.family, folder, stored_dtype=given.stored, names=names, placed=placed))
     config = read_config(folder, trust_remote_code)
     cls = model_class(config, given.settings, trust_remote_code)
     options = {"dtype": given.dtype} | ({"trust_remote_code": trust_remote_code} if hasattr(cls, "from_config") else {})
     made = skeleton_of(given, lambda: build(cls, config, **options))
     module = made.module
-    network = Network(module, given.family, folder, stored_dtype=given.stored, names=made.names)
+    network = Network(module, given.family, folder, stored_dtype=given.stored, names=made.names, placed=placed)
     if made.fits:
-        made.checkpoint.materialise(module, skip=list(network.blocks().values()) if lazy else [])
+        made.checkpoint.materialise(module, device=device, skip=list(network.blocks().values()) if lazy else [])
     else:
         network.module = module = whole(given, cls, made.names, config=config, **options)
     with suppress(OSError):  # a folder may do without
         module.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    move(module, device)
     module.eval()
     network.processor = _processor(folder, given.family, trust_remote_code)
     network.checkpoint = made.checkpoint if lazy and made.fits else None
@@ -172,10 +178,10 @@ def _require_trust(folder: Path, trust_remote_code: bool) -> None:
         raise AerogelError(f"{folder} has a model class of its own ({file}.py); read that file, and add --trust-remote-code to run it")
 
 
-def _open_pipeline(families: Sequence[Family], folder: Path, dtype: torch.dtype | None) -> Network:
+def _open_pipeline(families: Sequence[Family], folder: Path, device: torch.device, dtype: torch.dtype | None) -> Network:
     part = part_of(folder)
-    given = _read_folder(part, families, dtype)
-    module, names = _denoiser_in(given)
+    given = _read_folder(part, families, device, dtype)
+    module, names = _denoiser_in(given, device)
     diffusers = _diffusers(folder)
     try:
         with _without_bars(diffusers.utils.logging), _without_bars(transformers.utils.logging):
@@ -185,7 +191,10 @@ def _open_pipeline(families: Sequence[Family], folder: Path, dtype: torch.dtype 
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise AerogelError(f"{folder}: diffusers cannot open this pipeline ({reason}); add what it lacks, or open {part} alone") from error
-    return _discovered(Network(module, given.family, folder, pipeline, stored_dtype=given.stored, names=names))
+    if device != HOST:
+        pipeline.to(device)
+    placed = Placement.at(device)
+    return _discovered(Network(module, given.family, folder, pipeline, stored_dtype=given.stored, names=names, placed=placed))
 
 
 @contextmanager
@@ -200,16 +209,16 @@ def _without_bars(logging: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _read_folder(path: Path, families: Sequence[Family], dtype: torch.dtype | None) -> Folder:
+def _read_folder(path: Path, families: Sequence[Family], device: torch.device, dtype: torch.dtype | None) -> Folder:
     settings = _read_json(path / "config.json")
     family = family_of(families, settings.get("model_type"), settings.get("_class_name"), settings)
     checkpoint = Checkpoint.open(path)
     checkpoint.verify()
     stored = checkpoint.main_dtype()
-    return Folder(path, settings, family, stored, dtype or computing_dtype(stored))
+    return Folder(path, settings, family, stored, dtype or computing_dtype(stored, device))
 
 
-def _denoiser_in(given: Folder) -> tuple[nn.Module, Names]:
+def _denoiser_in(given: Folder, device: torch.device) -> tuple[nn.Module, Names]:
     """The denoiser of a diffusers folder, all of it: glue may call into a block, as DiT's does."""
     name = given.settings["_class_name"]
     cls = getattr(_diffusers(given.path), name, None)
@@ -218,9 +227,12 @@ def _denoiser_in(given: Folder) -> tuple[nn.Module, Names]:
     settings = {key: value for key, value in given.settings.items() if key != "quantization_config"}
     made = skeleton_of(given, lambda: cls.from_config(settings))
     if not made.fits:
-        return whole(given, cls, made.names, dtype=given.dtype).eval(), made.names
-    made.checkpoint.materialise(made.module)
-    return made.module.eval(), made.names
+        module = whole(given, cls, made.names, dtype=given.dtype)
+    else:
+        module = made.module
+        made.checkpoint.materialise(module, device=device)
+    move(module, device)
+    return module.eval(), made.names
 
 
 def _processor(folder: Path, family: Family, trust_remote_code: bool) -> Any:

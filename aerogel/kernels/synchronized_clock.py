@@ -13,6 +13,6 @@ host_clock: Callable[[], float] = time.perf_counter
 
 def now(device: torch.device, clock: Callable[[], float] | None = None) -> float:
     """Return the seconds on `clock`, else on the host's, once the device has finished all queued work; a CPU has nothing queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
     return (clock or host_clock)()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,35 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from aerogel.model.calls import map_tensors, tensors_in
+from aerogel.model.placement import Placement
 
 
 class Activations:
-    """Outputs by block and call; with a folder they live on disk and outlast the process.
+    """Outputs by block and call, on the host; with a folder they live on disk and outlast the process.
 
     A faded output has only its shape left: it answers with zeros, for glue that computes what nobody reads.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, placement: Placement | None = None) -> None:
+        """`placement` says where outputs are computed with; the host by default."""
         self._folder = folder
+        self._placement = placement or Placement()
         self._held: dict[tuple[str, int], Any] = {}
 
     def put(self, block: str, call: int, output: Any) -> None:
         """Store the output of a block for a call."""
+        output = self._placement.take_back(output)
         if self._folder is None:
             self._held[block, call] = output
         else:
             _write(self._path(block, call), output)
 
-    def get(self, block: str, call: int) -> Any:
-        """Return a copy of the output of a block for a call; raises KeyError when the call did not reach the block."""
-        return map_tensors(_zeros_for_meta, self._look(block, call))
+    def get(self, block: str, call: int, part: Callable[[Any], Any] = lambda output: output) -> Any:
+        """Return a copy of the output of a block for a call, or of a `part` of it, where it is computed with.
+
+        Raises KeyError when the call did not reach the block.
+        """
+        return map_tensors(self._copied, part(self._look(block, call)))
 
     def fade(self, block: str, calls: int) -> None:
         """Drop the outputs of a block for calls 0 to `calls`, except their shapes."""
@@ -53,13 +61,14 @@ class Activations:
             raise KeyError((block, call))
         return _read(path)
 
+    def _copied(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta:
+            return torch.zeros(tensor.shape, dtype=tensor.dtype, device=self._placement.device)
+        return tensor.to(self._placement.device, copy=True)
+
     def _path(self, block: str, call: int) -> Path:
         assert self._folder is not None
         return self._folder / block / f"{call}.safetensors"
-
-
-def _zeros_for_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.clone()
 
 
 def _write(path: Path, output: Any) -> None:

@@ -70,7 +70,8 @@ class Block:
         if clocked:
             raise AerogelError(f"{self.full_name(clocked[0])} has one scale a step already: put steps like fsc after those that fit blocks")
         assert self.targets is not None, "the engine gives them to methods that need a teacher"
-        return Samples(list(self.calls), self.targets)
+        place = self.network.placement  # all calls are kept on the host, a batch of them goes to the device
+        return Samples([Call(*place.take_back((call.args, call.kwargs))) for call in self.calls], self.targets, place)
 
     def linears(self, targets: Iterable[str] = ("Linear",), ignore: Iterable[str] = ()) -> dict[str, Layer | QuantLinear]:
         """The block's linear layers and convolutions (`Conv2d`), float or quantized, that the patterns mean, by name in the block.

@@ -47,7 +47,7 @@ def bytes_in(tree: Any) -> int:
 
 
 def record(module: nn.Module, runs: Iterable[Callable[[], object]]) -> list[Call]:
-    """Watch real generations and keep every call that `module` gets, with copies of its tensors.
+    """Watch real generations and keep every call that `module` gets, with copies of its tensors on the host.
 
     A tensor equal to the last call's in the same place is kept once, such as the text of a denoiser's steps.
     """
@@ -76,5 +76,7 @@ def _copied(call: Call, before: Call | None) -> Call:
 def _kept(leaf: Any, old: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
-    alike = isinstance(old, torch.Tensor) and (old.shape, old.dtype, old.device) == (leaf.shape, leaf.dtype, leaf.device)
-    return old if alike and torch.equal(old, leaf) else leaf.detach().clone()
+    # A copy even where it is on the host already: pipelines write into their tensors.
+    copied = leaf.detach().to("cpu", copy=True)
+    alike = isinstance(old, torch.Tensor) and (old.shape, old.dtype) == (copied.shape, copied.dtype)
+    return old if alike and torch.equal(old, copied) else copied

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from aerogel.model.calls import Call
 from aerogel.model.family import Family
 from aerogel.model.match import matches
+from aerogel.model.placement import Placement
 from aerogel.model.structure.edges import BlockEdges, edges_by_block
 from aerogel.model.structure.examples import Example, examples_of
 from aerogel.model.structure.moe import gates_of
@@ -49,6 +51,8 @@ class Network:
     examples: Sequence[Call] = ()
     """Calls that the structure is discovered with where inputs made up from the configuration do not run."""
 
+    placed: Placement | None = None
+    """Where it computes and where its weights rest; None means where its weights are."""
     pruned: set[str] = field(default_factory=set)
     """Full names of the layers whose zeros every later step keeps."""
     notes: list[dict[str, Any]] = field(default_factory=list)
@@ -62,9 +66,22 @@ class Network:
         return getattr(self.module, "config", None)
 
     @property
+    def placement(self) -> Placement:
+        """The devices that it computes on and rests on."""
+        return self.placed or Placement.of(self.module)
+
+    @property
     def device(self) -> torch.device:
-        """The device of the resident weights."""
-        return next((p.device for p in self.module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        """The device that computes."""
+        return self.placement.device
+
+    def on_device(self) -> AbstractContextManager[None]:
+        """Hold all its weights on the computing device for a while; they are there anyway unless it was given another than theirs."""
+        return self.placement.resident(self.module)
+
+    def glue_on_device(self) -> AbstractContextManager[None]:
+        """Hold what is around the blocks on the computing device for a while."""
+        return self.placement.glue_resident(self.module, list(self.blocks().values()))
 
     @cached_property
     def towers(self) -> tuple[Tower, ...]:
@@ -139,9 +156,10 @@ class Network:
         return notes
 
     def run(self, call: Call) -> Any:
-        """One forward of the whole network, without gradients."""
+        """One forward of the whole network, without gradients; the call comes to the computing device, and its output stays there."""
+        args, kwargs = self.placement.bring((call.args, call.kwargs))
         with torch.no_grad():
-            return self.module(*call.args, **call.kwargs)
+            return self.module(*args, **kwargs)
 
 
 def _one_part(glob: str) -> str:

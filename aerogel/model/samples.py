@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call, tensors_in
+from aerogel.model.placement import Placement
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,9 @@ class _Pair:
 class Samples:
     """The samples of calls by number; raises AerogelError when there is none."""
 
-    def __init__(self, calls: Sequence[Call], outputs: Sequence[Any]) -> None:
+    def __init__(self, calls: Sequence[Call], outputs: Sequence[Any], placement: Placement | None = None) -> None:
+        """`placement` says where batches go to; by default they stay where the calls are."""
+        self._placement = placement
         self._pairs = [_pair(call, output) for call, output in zip(calls, outputs, strict=True)]
         if not self._pairs:
             raise AerogelError("no call reached this block: calibrate with calls that do, or leave it out with `ignore`")
@@ -70,6 +73,8 @@ class Samples:
             chosen = [(self._pairs[call], sample) for call, sample in group]
             pair = chosen[0][0]
             leaves = [_gather(chosen, position) for position in range(len(pair.leaves))]
+            if self._placement is not None:
+                leaves = self._placement.bring(leaves)
             args, kwargs, output = pytree.tree_unflatten(leaves, pair.spec)
             yield Call(args, kwargs), output, len(chosen) / len(numbers)
 

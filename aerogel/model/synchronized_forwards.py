@@ -42,7 +42,7 @@ def synchronized_forwards(
             forwards.drop_dequantized()
             change(group)
             forwards.let_pass(group)
-        return [forwards.finish(forward) for forward in forwards.each]
+        return [block.network.placement.take_back(forwards.finish(forward)) for forward in forwards.each]
 
 
 class _Forward:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch import nn
 from aerogel.errors import AerogelError
 from aerogel.layers.linear import cache_dequantized
 from aerogel.model.activations import Activations
+from aerogel.model.batches import Batches, Part, joined
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.hooks import Stop, patch_forward, until
@@ -42,12 +43,21 @@ class Residency(Protocol):
         """Let the weights of this block go."""
 
 
-class _AlwaysResident:
+class InMemory:
+    """Moves the blocks of a network that is in memory to the computing device and back; where they rest there, nothing moves."""
+
+    def __init__(self, network: Network) -> None:
+        self._placement, self._blocks = network.placement, network.blocks()
+
     def enter(self, name: str) -> None:
-        pass
+        """Bring a block's weights to the computing device."""
+        if self._placement.moves_weights:
+            self._placement.bring_weights(self._blocks[name])
 
     def release(self, name: str) -> None:
-        pass
+        """Return a block's weights to where they rest."""
+        if self._placement.moves_weights:
+            self._placement.return_weights(self._blocks[name])
 
 
 class Walk:
@@ -56,6 +66,8 @@ class Walk:
     With a `folder`, outputs of blocks live there, the position is committed after every block, and a new walk over the same
     folder goes on where the last one ended. `finished(block)` is called when the outputs of a block are computed and before
     its weights are released and the position is committed. With `around`, the network around its blocks comes last, as a block named ''.
+    Calls and outputs are kept on the host; one block and one call at a time are on the computing device, which `batches` halves when its
+    memory does not suffice.
     """
 
     def __init__(
@@ -67,18 +79,21 @@ class Walk:
         folder: Path | None = None,
         finished: Callable[[Block], None] | None = None,
         around: bool = False,
+        batches: Batches | None = None,
     ) -> None:
         if not calls:
             raise AerogelError("a walk needs at least one call; give calibration samples")
         self._network = network
         self._calls = calls
-        self._residency = residency or _AlwaysResident()
+        self._residency = residency or InMemory(network)
+        self._batches = batches or Batches(network.placement)
         self._folder = folder
         self._finished = finished or (lambda block: None)
         self._around = around
-        self._outputs = Activations(folder / "activations" if folder else None)
+        self._outputs = Activations(folder / "activations" if folder else None, network.placement)
         self._modules = network.blocks()
-        self.route = trace(network, calls, self._visiting)
+        with network.glue_on_device():
+            self.route = self._batches.fit(lambda: trace(network, self._first_parts(), self._visiting))
         self.position = self._committed_position()
 
     @property
@@ -90,36 +105,58 @@ class Walk:
         return len(self.order) + self._around
 
     def __iter__(self) -> Iterator[Block]:
-        for position in range(self.position, len(self.order)):
-            name = self.order[position]
-            with self._visiting(name):
-                block = self._block(name, position)
+        with self._network.glue_on_device():
+            for position in range(self.position, len(self.order)):
+                name = self.order[position]
+                with self._visiting(name):
+                    block = self._block(name, position)
+                    yield block
+                    self._batches.fit(lambda block=block: self._keep_outputs(block), lambda block=block: self._drop_outputs(block))  # type: ignore[misc]
+                    block.outputs = None
+                    self._finished(block)
+                self._advance(position)
+            if self._around:
+                block = self._block(NON_BLOCK, len(self.order))
                 yield block
-                with cache_dequantized(block.module):
-                    for number, (index, call) in enumerate(self._inputs(name)):
-                        self._outputs.put(name, index, block.outputs[number] if block.outputs else block.run(call))
-                block.outputs = None
                 self._finished(block)
-            self._advance(position)
-        if self._around:
-            block = self._block(NON_BLOCK, len(self.order))
-            yield block
-            self._finished(block)
+
+    def _first_parts(self) -> list[Call]:
+        return [next(self._batches.parts(index, call)).call(call) for index, call in enumerate(self._calls)]
+
+    def _keep_outputs(self, block: Block) -> None:
+        """Store what the block gives for each call, put together from its parts."""
+        parts: list[Part] = []
+        outputs: list[Any] = []
+        with cache_dequantized(block.module):
+            for number, (part, call) in enumerate(self._inputs(block.name)):
+                output = block.outputs[number] if block.outputs else block.run(call)
+                parts.append(part)
+                outputs.append(self._network.placement.take_back(output))
+                if part.last:
+                    self._outputs.put(block.name, part.call_index, joined(parts, outputs))
+                    parts, outputs = [], []
+
+    @staticmethod
+    def _drop_outputs(block: Block) -> None:
+        block.outputs = None  # they are of calls that were halved less often
 
     def _block(self, name: str, position: int) -> Block:
         module = self._modules[name] if name else self._network.module
         return Block(name, module, position, len(self), _Inputs(self, name), self._network)
 
-    def _inputs(self, name: str) -> Iterator[tuple[int, Call]]:
-        """The calls of this block with their numbers; calls that do not reach it are left out."""
-        for index, call in enumerate(self._calls):
-            if name == NON_BLOCK:
-                with patch_forward(self._answers(index)):
-                    yield index, call
-            elif (inputs := self._inputs_of(name, index)) is not None:
-                yield index, inputs
+    def _parts(self) -> Iterator[Part]:
+        return (part for index, call in enumerate(self._calls) for part in self._batches.parts(index, call))
 
-    def _inputs_of(self, name: str, index: int) -> Call | None:
+    def _inputs(self, name: str) -> Iterator[tuple[Part, Call]]:
+        """The parts of calls that reach this block, with its inputs on the computing device."""
+        for part in self._parts():
+            if name == NON_BLOCK:
+                with patch_forward(self._answers(part)):
+                    yield part, self._network.placement.bring_calls([part.call(self._calls[part.call_index])])[0]
+            elif (inputs := self._inputs_of(name, part)) is not None:
+                yield part, inputs
+
+    def _inputs_of(self, name: str, part: Part) -> Call | None:
         stop = Stop()
         caught: list[Call] = []
 
@@ -132,25 +169,24 @@ class Walk:
 
         # A call that comes to a later block passes this one by; the later one's weights may not be here.
         later = {self._modules[other]: too_far for other in self.order[self.order.index(name) + 1 :]}
-        with until(stop), patch_forward({**self._answers(index), **later, self._modules[name]: hand_over}):
-            self._network.run(self._calls[index])
+        with until(stop), patch_forward({**self._answers(part), **later, self._modules[name]: hand_over}):
+            self._network.run(part.call(self._calls[part.call_index]))
         return caught[0] if caught else None
 
-    def _answers(self, index: int) -> dict[nn.Module, Callable[..., Any]]:
-        """Return the outputs that finished blocks give in this call."""
+    def _answers(self, part: Part) -> dict[nn.Module, Callable[..., Any]]:
+        """Return the outputs that finished blocks give in this part of a call."""
 
         def answer_of(name: str) -> Callable[..., Any]:
-            return lambda *args, **kwargs: self._outputs.get(name, index)
+            return lambda *args, **kwargs: self._outputs.get(name, part.call_index, part.of)
 
         return {self._modules[name]: answer_of(name) for name in self.order[: self.position]}
 
     @contextmanager
     def _visiting(self, name: str) -> Iterator[None]:
-        self._residency.enter(name)
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._residency.release, name)  # also when the memory ends while it comes in
+            self._residency.enter(name)
             yield
-        finally:
-            self._residency.release(name)
 
     def _advance(self, position: int) -> None:
         """Commit a finished block, then let outputs fade that nobody reads any more."""
@@ -194,4 +230,4 @@ class _Inputs:
         return (call for _, call in self._walk._inputs(self._name))
 
     def __len__(self) -> int:
-        return len(self._walk._calls)
+        return sum(1 for _ in self._walk._parts())

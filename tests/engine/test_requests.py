@@ -96,7 +96,10 @@ def test_a_plain_recipe_asks_for_a_model_and_an_output() -> None:
             r"model\.dtype: Input should be 'auto', 'bfloat16', 'float16' or 'float32', got 'int8'",
         ),
         ({"model": ["m"]}, r"model: .*; expected `model` to be a name or"),
-        ({"data": "sotu"}, r"data: .*; expected `data` to be a mapping of source, prompts, samples, length, steps, guidance, seed"),
+        (
+            {"data": "sotu"},
+            r"data: .*; expected `data` to be a mapping of source, prompts, samples",
+        ),
         ({"data": {"samples": 0}}, r"data\.samples: Input should be greater than or equal to 1, got 0"),
         ({"data": {"samples": "12"}}, r"data\.samples: Input should be a valid integer, got '12'"),
         ({"data": {"seed": 1.5}}, r"data\.seed: .*integer, got 1\.5"),
@@ -147,8 +150,23 @@ def test_generations_of_a_diffusion_model_are_named_by_their_prompts(tmp_path: P
     facts = {"source": "DiTPipeline", "sampler": "DDIM", "count": 4, "steps": 5, "guidance": None, "prompts": ["a cat"], "batch": 8}
     request = asked(record(provenance={"seed": 0, "calibration": facts}), tmp_path)
     assert request.samples == CalibrationRequest(count=4, steps=5, prompts=("a cat",))
-    with pytest.raises(AerogelError, match="images made 2 at once, which only Python can ask for"):
-        recipe_file_of(record(provenance={"calibration": {**facts, "batch": 2}}))
+    assert request.batch_size == "auto"
+    assert asked(record(provenance={"calibration": {**facts, "batch": 2}}), tmp_path).batch_size == 2
+
+
+def test_the_size_of_a_call_is_a_number_or_auto(tmp_path: Path) -> None:
+    path = written(tmp_path, RUN | {"data": {"batch_size": 4}})
+    assert RunRequest.of(path).batch_size == 4
+    assert RunRequest.of(path, batch_size="2").batch_size == 2
+    assert RunRequest.of(path, batch_size="auto").batch_size == "auto"
+    for wrong in ("0", "-1", "many", "1.5"):
+        with pytest.raises(AerogelError, match=f"^--batch-size {wrong} is neither auto nor a whole number of at least 1$"):
+            RunRequest.of(path, batch_size=wrong)
+
+
+def test_a_device_that_is_not_here_is_refused_before_anything_is_fetched() -> None:
+    with pytest.raises(AerogelError, match="device 'warp' is unknown; give auto, cpu"):
+        ModelOptions(device="warp").locate("owner/model")
 
 
 def test_what_no_file_can_name_is_refused_or_said(tmp_path: Path) -> None:

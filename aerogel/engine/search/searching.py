@@ -24,6 +24,7 @@ from aerogel.io.record.schema import RecipeRecord, Record
 from aerogel.io.source import ModelSource
 from aerogel.model.experts import fuse
 from aerogel.model.network import Network
+from aerogel.model.placement import AUTO, Device
 from aerogel.report import search as page
 
 
@@ -102,6 +103,7 @@ def search(
     overrides: Iterable[str] = (),
     output: str | Path | None = None,
     seed: int = 0,
+    device: Device = AUTO,
     rounds: int = 3,
     tell: Tell = lambda event: None,
     clock: Callable[[], float] = time.perf_counter,
@@ -110,6 +112,7 @@ def search(
 
     `cache`: policies of reuse on a pipeline; the budget says how many times faster denoising has to be, "1.5x" unless told otherwise.
     `skip`: policies that skip experts of an MoE model; the budget is the share of dropped token-expert assignments, 0.67.
+    `device` computes (see `load`).
     Speeds are measured by `rounds` turns with and without a policy. Raises AerogelError for an unknown task, a model that has nothing of
     the kind and a budget that is none; a policy that refuses the network or misses the budget is among the facts with its reason.
     """
@@ -120,7 +123,7 @@ def search(
     made = TASKS[task](budget, only, overrides, rounds, tell, clock)
     watch = Watch(tell)
     with watch.stage("load", str(model) if isinstance(model, str | Path | ModelSource) else ""):
-        network = load(model, lazy=False, unfuse_experts=False)
+        network = load(model, lazy=False, unfuse_experts=False, device=device)
         if network is not model:
             fuse(network.module)  # experts run as transformers runs them
     made.check(network, samples)

@@ -61,6 +61,9 @@ class PlanRecord(Part):
     """Share of the parameters that the recipe changes."""
     predicted_bytes: int | None = None
     peak_memory_bytes: int | None = None
+    """Of the host."""
+    device_memory_bytes: int | None = None
+    """Of the accelerator."""
 
 
 class KeptModule(Part):
