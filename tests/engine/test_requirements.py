@@ -47,7 +47,7 @@ REFUSED: list[tuple[str, list[dict[str, Any]], str]] = [
     ("llama", [{"tiar": {}}], "tiar: the llama family names no temporal path"),
     ("dit", [{"temporal_cache": {}}], "also depend on the class label"),
     ("llama", [{"split_shortcut": {}}], "no float layer of this llama model reads concatenated channels"),
-    ("dit", [{"rotate": {}}], "rotate: cannot rotate: this dit model has no residual stream that a rotation passes (transformer_blocks.0: what attn1.to_out.0.weight"),
+    ("dit", [{"rotate": {}}], "rotate: cannot rotate: this dit model has no residual stream that a rotation passes"),
     ("dit", [{"split_shortcut": {}}], "no float layer of this dit model reads concatenated channels"),
     ("dit", [{"harmonica": {}}], "harmonica: the denoiser came without its pipeline"),
     ("sd3", [{"toca": {}}], "toca: transformer_blocks.0.attn attends to text and image together"),

@@ -51,8 +51,9 @@ class PruneExperts(Method):
         ]  # all are chosen before the first is removed: a layer's input would change
         for (name, experts), stay in zip(experts_of(network).items(), chosen, strict=True):
             assert isinstance(experts, ExpertList), "a model that is compressed has its experts one by one"
+            router = router_of(network, name)  # it is known by having a row for each expert
             experts.keep(stay)
-            narrow(router_of(network, name), stay)
+            narrow(router, stay)
         config = network.config.get_text_config()
         for key in _COUNTS:
             if hasattr(config, key):

@@ -160,7 +160,7 @@ class _Search:
     def __init__(self, block: nn.Module, probe: Probe, found: BlockEdges) -> None:
         self._block, self._probe, self._found = block, probe, found
         self._linears: list[str] = []
-        read = {name.rpartition(".")[0] for name, *_ in probe.reads}
+        read = {name.rpartition(".")[0] for (name, *_), recorded in probe.reads.items() if recorded.x.numel()}
         self._unread = [name for name, part in block.named_modules() if isinstance(part, nn.Linear | nn.Conv2d) and name not in read]
         self._unread = [name for name in self._unread if _first_expert(block, name) == name]
 
@@ -224,11 +224,13 @@ class _Search:
                 raise Refused(f"{name} reads it and is laid out otherwise than linear layers are")
             if not torch.equal(sink.rows_I, first.rows_I) or sink.power != first.power:
                 raise Refused("layers read it in unlike ways")
-        width = len(first.rows_I)
+        width, rows = len(first.rows_I), len(self._block.get_submodule(sources[0]).get_parameter("weight"))
         for name in self._unread:
             layer = self._block.get_submodule(name)
             if isinstance(layer, nn.Linear) and layer.in_features == width:
                 raise Refused(f"{name} did not run and may read it")
+            if gain is None and isinstance(layer, nn.Linear) and layer.out_features == rows and _home(name) == _home(sources[0]):
+                raise Refused(f"{name} did not run and may be read with it")
         return Edge(sources, tuple(name.removesuffix(".weight") for name in sinks), first.rows_I, gain.offset if gain else 0.0, first.power)
 
     def _source(self, name: str) -> tuple[str | None, int]:
@@ -250,6 +252,10 @@ class _Search:
         for edge, scale_C in zip(edges, scales, strict=True):
             fold(self._block, edge, 1 / scale_C)
         return same
+
+
+def _home(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _is_final(why: str) -> bool:

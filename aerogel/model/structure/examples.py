@@ -172,7 +172,8 @@ def _denoising(part: nn.Module, config: Any) -> Iterator[Call]:
     if "3D" in type(part).__name__ or hasattr(config, "num_frames"):
         shapes = shapes[2:] + shapes[:2]
     for shape in shapes:
-        for tokens in (7, 512):
+        # With an image, Wan takes what stands before the last 512 tokens for those of the image.
+        for tokens in (512,) if config.get("image_dim") else (7, 512):
             others = {name: _conditioning(name, config, shape, tokens) for name in list(parameters)[1:]}
             for steps in (torch.tensor([500.0, 40.0])[: shape[0]], torch.tensor([0.9, 0.1])[: shape[0]]):
                 given = {name: steps if value is STEPS else value for name, value in others.items() if value is not None}

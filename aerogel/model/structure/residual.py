@@ -75,7 +75,7 @@ def residual_of(module: nn.Module, towers: Sequence[Tower], edges: Mapping[str, 
         try:
             return _Around(module, blocks, edges, seen, example).found()
         except RuntimeError as error:
-            raise Refused(f"the network cannot be run around its blocks ({str(error).strip().splitlines()[0]})") from error
+            raise Refused(f"the model cannot be run around its blocks ({str(error).strip().splitlines()[0]})") from error
 
 
 @dataclass
@@ -286,7 +286,7 @@ class _Around:
             if len(changed) > 1:
                 raise Refused(f"{name} gets the stream in two arguments")
         if any(not close(other, one) for one, other in zip(output, output_after, strict=True)):
-            raise Refused("the network gives the stream itself")
+            raise Refused("the model gives the stream itself")
         return turned_reads(before, after, turn)
 
     def _together(

@@ -185,7 +185,7 @@ def stream_places(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[
 
 
 def close(mine: Tensor, theirs: Tensor) -> bool:
-    return bool((mine - theirs).abs().max() <= _SAME * theirs.abs().max())
+    return not theirs.numel() or bool((mine - theirs).abs().max() <= _SAME * theirs.abs().max())
 
 
 def along(change: Tensor, vector: Tensor) -> bool:
