@@ -18,7 +18,7 @@ from aerogel.engine.calibration import Samples
 from aerogel.engine.opening import load, open_model
 from aerogel.engine.progress import Event
 from aerogel.engine.result import Result
-from aerogel.engine.scores import measure_models, time_models
+from aerogel.engine.scores import measure, measure_models, time_models
 from aerogel.engine.search.searching import search
 from aerogel.evaluate.generation import Generation
 from aerogel.evaluate.image_similarity import ImageSimilarity
@@ -32,6 +32,7 @@ from tests.image_pipelines import classes, classifier
 from tests.methods.matrix import METHODS, Case, answers, case
 from tests.simulated_device import Watch
 from tests.tiny import FAMILIES
+from tests.words import tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' samplers
 
@@ -208,6 +209,15 @@ def test_a_pipeline_is_recorded_compressed_and_measured_there(tmp_path: Path, wa
     assert watch.operations["aten.convolution.default"] > 0
     facts = time_models(str(tmp_path / "simulated"), str(tmp_path / "dit"), {"steps": 3, "rounds": 1})
     assert facts["compressed"]["sampling"]["device"] == "simulated:0"
+
+
+def test_a_live_module_is_measured_there_and_comes_back(folder: Path, watch: Watch) -> None:
+    network = open_model((FAMILIES["llama"].build(), tokenizer()), device="simulated")
+    found = measure(network, None, measures(folder)[:1])
+    assert watch.operations["aten.mm.default"] > 0
+    assert {parameter.device.type for parameter in network.module.parameters()} == {"cpu"}
+    here = measure(open_model((FAMILIES["llama"].build(), tokenizer())), None, measures(folder)[:1])
+    assert found["compressed"]["perplexity"]["perplexity"] == pytest.approx(here["compressed"]["perplexity"]["perplexity"], rel=1e-4)
 
 
 def test_text_is_generated_and_timed_there(folder: Path, tmp_path: Path, watch: Watch) -> None:
