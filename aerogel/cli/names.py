@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,14 +31,14 @@ def list_(
         typer.echo(f"{name:<{width}}  {summary}".rstrip())
 
 
-@command(LOOK_UP, "Show a method, recipe, family, exporter or measure, or the recipe of a folder.")
+@command(LOOK_UP, "Show a method, recipe, family, exporter or measure, the structure of a model, or the recipe of a folder.")
 def show(
     name: Annotated[
         str,
         typer.Argument(
             metavar="NAME",
             autocompletion=completion.names(*catalog.KINDS),
-            help="Name from `aerogel list`, or with --recipe a folder written by `aerogel compress`.",
+            help="Name from `aerogel list`, a model (folder, hub id), or with --recipe a folder written by `aerogel compress`.",
             show_default=False,
         ),
     ],
@@ -46,7 +47,10 @@ def show(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print only JSON.")] = False,
 ) -> None:
-    """Show a method, recipe, family, exporter or measure: description, paper, options with defaults, requirements."""
+    """Show a method, recipe, family, exporter or measure: description, paper, options with defaults, requirements.
+
+    Of a model show its structure: blocks, edges, sets that engines load as one, experts, residual stream. No weight of a block is read.
+    """
     if recipe:
         from aerogel.engine import requests
         from aerogel.io.record import files
@@ -55,5 +59,13 @@ def show(
         return
     from aerogel.cli import cards
 
+    if "/" in name or Path(name).is_dir() or name in cards.summaries(cards.MODELS):
+        from aerogel.cli import structure
+        from aerogel.engine.opening import open_model
+        from aerogel.engine.structure import structure_of
+
+        found = structure_of(open_model(name))
+        print_json(found) if as_json else typer.echo(structure.as_text(found))
+        return
     shown = cards.show(name)
     print_json(shown) if as_json else typer.echo("\n\n\n".join(map(cards.as_text, shown)))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from aerogel.layers.conv import Layer
+from aerogel.layers.experts import ExpertList
 from aerogel.model.edges import Edge
 from aerogel.model.network import Network
 from aerogel.model.structure.edges import BlockEdges
@@ -35,27 +38,31 @@ def structure_of(network: Network) -> dict[str, Any]:
 
 
 def _kind(block: nn.Module, names: list[str], found: BlockEdges) -> dict[str, Any]:
+    lists = [name for name, part in block.named_modules() if isinstance(part, ExpertList)]
+    edges = [_edge(edge, lists) for edge in found.edges]
     return {
         "class": type(block).__name__,
         "first": names[0],
         "count": len(names),
-        "edges": [_edge(edge) for edge in found.edges if not _of_another_expert(edge)],
-        "fused": [list(names) for names in found.fused],
+        "edges": [edge for place, edge in enumerate(edges) if edge not in edges[:place]],
+        "fused": [_patterns(names, lists) for names in found.fused],
         "no_edge_from": found.refused,
         "residual": "passes" if found.stream is not None else found.no_stream,
     }
 
 
-def _of_another_expert(edge: Edge) -> bool:
-    """Return True inside an expert that is not the first of its list: it is like the first."""
-    return ".experts." in edge.sources[0] and ".experts.0." not in edge.sources[0]
-
-
-def _edge(edge: Edge) -> dict[str, Any]:
-    facts: dict[str, Any] = {"from": list(edge.sources), "to": list(edge.sinks), "channels": len(edge.rows_C)}
+def _edge(edge: Edge, lists: list[str]) -> dict[str, Any]:
+    facts: dict[str, Any] = {"from": _patterns(edge.sources, lists), "to": _patterns(edge.sinks, lists), "channels": len(edge.rows_C)}
     if edge.offset:
         facts["offset"] = edge.offset
     return facts | ({"power": edge.power} if edge.power > 1 else {})
+
+
+def _patterns(names: Sequence[str], lists: list[str]) -> list[str]:
+    """Names with `*` for the number of an expert, each once."""
+    for home in lists:
+        names = [re.sub(rf"^{re.escape(home)}\.\d+\.", f"{home}.*.", name) for name in names]
+    return list(dict.fromkeys(names))
 
 
 def _residual(found: Residual | str) -> dict[str, Any] | str:
