@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from torch import nn
 
 from tests.architectures.cases import NOT_BUILT, SAMPLE, Case, cases, output
-from tests.architectures.through import RECIPES, TOLERANCE, difference, open_with_library, through
+from tests.architectures.through import RECIPES, TOLERANCE, difference, open_with_library, rows, through
 
 CASES = {str(case): case for case in cases()}
 NOT_OPENED = {"image-text-shieldgemma2"}
@@ -29,24 +30,46 @@ def test_the_library_opens_what_it_saves(name: str, tmp_path: Path) -> None:
     assert difference([output(opened, call) for call in calls], [output(module, call) for call in calls]) < TOLERANCE
 
 
+NOT_REACHED = {
+    "causal-gpt2": "reaches no linear layer",
+    "causal-openai-gpt": "reaches no linear layer",
+    "causal-gpt-sw3": "reaches no linear",
+}
+"""Types whose weights lie in Conv1D, (inputs, outputs), which compressed-tensors has no layout for."""
+NOT_REOPENED = {
+    "causal-gpt_oss": "missing_keys",  # their checkpoints hold fused experts, and transformers has no converter from single ones
+    **dict.fromkeys(("causal-mamba", "causal-mamba2", "causal-rwkv"), "no attribute 'weight'"),  # their _init_weights reads packed layers
+}
+"""Types of the sample that transformers 5.23 does not open with packed weights; `aerogel.load` opens them all."""
+SHARE = {"causal-mamba": 0.94, "causal-jamba": 0.97, "denoiser-UNet2DConditionModel": 0.39}
+"""Part of the weights in blocks that is quantized where it is below 99 %: A_log multiplies no matrix, convolutions are not targeted."""
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    "name",
-    [
-        "causal-llama",
-        "causal-qwen3_moe",
-        "image-text-qwen2_5_vl",
-        "denoiser-SD3Transformer2DModel",
-        "denoiser-WanTransformer3DModel",  # has a parameter of its own, which no layer owns
-    ],
-)
-def test_answers_as_in_memory(name: str) -> None:
-    row = through(CASES[name], RECIPES["rtn"])
-    assert (row.stage, row.reason) == ("same", "")
-    assert row.share > 0.8
-    assert "lm_head.weight" in row.left or row.kind == "denoiser"
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("name", SAMPLE)
+def test_answers_as_in_memory(name: str, method: str) -> None:
+    row = through(CASES[name], RECIPES[method])
+    if name in NOT_REACHED:
+        assert (row.stage, NOT_REACHED[name] in row.reason) == ("compress", True)
+        return
+    assert row.stage == ("open" if name in NOT_REOPENED else "same"), row.reason
+    assert NOT_REOPENED.get(name, "") in row.reason
+    assert row.share >= SHARE.get(name, 0.99), row.left
     assert 0.01 < row.change < 1
     assert max(row.library, row.loaded) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_most_types_answer_as_in_memory() -> None:
+    """transformers 5.23 opens neither single experts of fused checkpoints nor packed layers that its own `_init_weights` reads."""
+    found = list(rows([case for case in CASES.values() if str(case) not in NOT_BUILT], RECIPES["gptq"]))
+    count = Counter((row.kind, row.stage) for row in found)
+    assert count["causal", "same"] >= 150
+    assert count["image-text", "same"] >= 65
+    assert count["denoiser", "same"] >= 80
+    assert {f"{row.kind}-{row.name}" for row in found if row.stage == "compress" and row.kind == "causal"} <= NOT_REACHED.keys()
 
 
 def test_an_error_is_the_reason_of_its_stage() -> None:
