@@ -18,6 +18,7 @@ PAGES = {
     "Saving and exporting": "export.md",
     "Diffusion": "diffusion.md",
     "MoE models": "moe.md",
+    "Models": "models.md",
     "Speed": "speed.md",
     "Figures": "figures.md",
     "Architecture": "architecture.md",
