@@ -367,7 +367,9 @@ def opened(name: str) -> Network:
     module = tiny.build()
     names = Names.of(module)
     unfuse(module, names.experts)
-    return Network(module, family_of_module(families(), module), names=names)
+    network = Network(module, family_of_module(families(), module), names=names)
+    network.discover()
+    return network
 
 
 def family_of(name: str) -> Family:
