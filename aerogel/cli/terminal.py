@@ -101,6 +101,8 @@ def print_plan(plan: Plan) -> None:
         table.add_row(f"peak memory on {plan.device}", f"about {phrases.size(plan.device_memory_bytes)} (an estimate)")
     table.add_row("time", f"about {phrases.seconds(sum(plan.seconds.values()))} with evaluation (an estimate)")
     console.print(table)
+    for remark in plan.remarks:
+        console.print(f"note: {remark}", markup=False)
     for problem in plan.problems:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {problem}", markup=False)
 

@@ -67,7 +67,7 @@ def family_of(families: Sequence[Family], model_type: str | None, class_name: st
     """Return the family file's data for a model type or a class of diffusers, or what can be said of an architecture without one."""
     for family in families:
         if {model_type, class_name} & set(family.matches):
-            return family
+            return family if class_name else replace(family, modality=modality_of(model_type, None, settings or {}))
     name = class_name or model_type or "model"
     return Family(name, (name,), modality=modality_of(model_type, class_name, settings or {}))
 
