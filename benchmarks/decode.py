@@ -28,10 +28,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from aerogel.engine.opening import open_model
 from aerogel.evaluate.speed import Speed
-from aerogel.families.llama import FAMILY
 from aerogel.inference.generate import Generator
 from aerogel.io.reference import REFERENCES
 from aerogel.layers.linear import QuantLinear, stored_grid
+from aerogel.model.family import Family
 from aerogel.model.network import Network
 from aerogel.numerics.quantize import quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
@@ -97,7 +97,7 @@ def shape(options: argparse.Namespace) -> None:
     modules: dict[str, nn.Module] = {"float32": base}
     modules |= {name: copy.deepcopy(base).to(dtype) for name, dtype in FLOATS.items() if name != "float32"}
     modules |= {"W4A16 (groups of 128)": rounded(base, "W4A16"), "W8A8": rounded(base, "W8A8")} | torchao_twins(base)
-    networks = {name: Network(module, FAMILY) for name, module in modules.items()}
+    networks = {name: Network(module, Family("llama", ("llama",))) for name, module in modules.items()}
     options = Speed(prompt=options.prompt, new_tokens=options.new_tokens, rounds=options.rounds, threads=options.threads)
     found = options.compare(networks)
     fastest = {kind: max(found[name][f"{kind}_tokens_per_second"] for name in FLOATS) for kind in ("prefill", "decode")}

@@ -64,7 +64,10 @@ def no_more_than(sequences: int, after: int = 0) -> Callable[[Any, list[Tensor]]
     return limit
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant", "brecq"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("method", ["gptq", pytest.param("awq", marks=SLOW), "smoothquant", pytest.param("brecq", marks=SLOW)])
 def test_halves_give_what_whole_calls_give(method: str, watch: Watch) -> None:
     options = {
         "smoothquant": {},
@@ -90,7 +93,13 @@ def test_halves_give_what_whole_calls_give(method: str, watch: Watch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "after"), [("the trace", 0), ("the first look of the visit", 2), ("when three layers are quantized", 3), ("the last pass", 6)]
+    ("stage", "after"),
+    [
+        ("the trace", 0),
+        pytest.param("the first look of the visit", 2, marks=SLOW),
+        ("when three layers are quantized", 3),
+        pytest.param("the last pass", 6, marks=SLOW),
+    ],
 )
 def test_wherever_the_memory_ends(watch: Watch, stage: str, after: int) -> None:
     """Also in the middle of a method that has changed half of a block: what it did is undone."""
@@ -145,6 +154,7 @@ def test_one_sample_that_does_not_fit_is_refused(watch: Watch) -> None:
         )
 
 
+@SLOW
 def test_a_run_from_a_folder_halves_and_is_saved(folder: Path, tmp_path: Path, watch: Watch) -> None:
     recipe = {"steps": [{"gptq": {"scheme": "W4A16_G32"}}]}
     read = Samples(folder.parent / "text.txt", count=4, length=LENGTH)

@@ -176,6 +176,7 @@ def test_outputs_of_blocks_come_back_once_for_each_call(watch: Watch) -> None:
         assert watch.moved_in[shape] <= 4 * 2
 
 
+@pytest.mark.slow
 def test_a_run_on_the_device_is_resumed_with_the_same_bits(folder: Path, tmp_path: Path, watch: Watch) -> None:
     class Killed(BaseException):
         pass
@@ -227,6 +228,7 @@ def test_text_is_generated_and_timed_there(folder: Path, tmp_path: Path, watch: 
     assert facts["original"]["speed"]["path"] == "fast_decoder"
 
 
+@pytest.mark.slow
 def test_caches_and_rules_are_searched_there(tmp_path: Path, watch: Watch) -> None:
     network = open_model(classes(), device="auto")
     assert network.device.type == "cpu"

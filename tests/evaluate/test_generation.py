@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aerogel.evaluate.generation import Generation, continued, together
-from aerogel.families.llama import FAMILY
+from aerogel.model.family import Family
 from aerogel.model.network import Network
 from tests.tiny import FAMILIES
 from tests.words import tokenizer
@@ -25,7 +25,7 @@ def greedy(net: Network, text: str, count: int) -> str:
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_samples_are_greedy_and_side_by_side(chat: bool) -> None:
-    ours, theirs = (Network(FAMILIES["llama"].build(seed), FAMILY, processor=tokenizer(chat=chat)) for seed in (0, 1))
+    ours, theirs = (Network(FAMILIES["llama"].build(seed), Family("llama", ("llama",)), processor=tokenizer(chat=chat)) for seed in (0, 1))
     found = Generation(prompts=("we the people", "war and peace"), new_tokens=6).measure(ours, against=theirs)
     for sample in found["samples"]:
         seen = f"user {sample['prompt']} " if chat else sample["prompt"]
@@ -35,7 +35,7 @@ def test_samples_are_greedy_and_side_by_side(chat: bool) -> None:
 
 
 def test_without_an_original_there_is_one_side() -> None:
-    net = Network(FAMILIES["llama"].build(), FAMILY, processor=tokenizer())
+    net = Network(FAMILIES["llama"].build(), Family("llama", ("llama",)), processor=tokenizer())
     found = Generation(prompts=("the world",), new_tokens=4).measure(net)
     assert set(found) == {"samples"}
     assert set(found["samples"][0]) == {"prompt", "compressed"}
@@ -48,7 +48,7 @@ def test_together_counts_until_they_part(ours: list[int], theirs: list[int], sha
 
 
 def test_just_as_many_tokens_are_written_where_a_clock_asks_for_them() -> None:
-    net = Network(FAMILIES["llama"].build(), FAMILY, processor=tokenizer())
+    net = Network(FAMILIES["llama"].build(), Family("llama", ("llama",)), processor=tokenizer())
     inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     net.module.generation_config.eos_token_id = int(continued(net, inputs, 1)[0, 0])
     assert continued(net, inputs, 5).shape == (1, 1), "the first token is the end"

@@ -11,7 +11,7 @@ import torch
 
 from aerogel.errors import AerogelError
 from aerogel.evaluate.lm_eval import LmEval
-from aerogel.families.llama import FAMILY
+from aerogel.model.family import Family
 from aerogel.model.network import Network
 from tests.tiny import FAMILIES
 from tests.words import tokenizer
@@ -24,7 +24,7 @@ QUESTIONS = [
 
 
 def tiny() -> Network:
-    return Network(FAMILIES["llama"].build(), FAMILY, processor=tokenizer())
+    return Network(FAMILIES["llama"].build(), Family("llama", ("llama",)), processor=tokenizer())
 
 
 def test_absent_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

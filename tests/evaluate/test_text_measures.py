@@ -12,9 +12,9 @@ from aerogel.errors import AerogelError
 from aerogel.evaluate.kl_divergence import KlDivergence
 from aerogel.evaluate.measure import slide
 from aerogel.evaluate.perplexity import Perplexity
-from aerogel.families.llama import FAMILY
 from aerogel.layers.linear import QuantLinear
 from aerogel.methods.quantization.rtn import Rtn
+from aerogel.model.family import Family
 from aerogel.model.network import Network
 from aerogel.model.walk import Walk
 from tests.tiny import FAMILIES, VOCABULARY
@@ -31,7 +31,7 @@ def book(tmp_path: Path) -> str:
 
 
 def network(kind: str = "llama", seed: int = 0, bos: bool = False) -> Network:
-    return Network(FAMILIES[kind].build(seed), FAMILY, processor=tokenizer(bos=bos))
+    return Network(FAMILIES[kind].build(seed), Family("llama", ("llama",)), processor=tokenizer(bos=bos))
 
 
 def literal(net: Network, ids: list[int], length: int, stride: int, prefix: list[int]) -> list[torch.Tensor]:
@@ -122,14 +122,16 @@ def test_logits_of_all_windows_are_never_held(book: str) -> None:
 
 def test_mistakes_are_named(book: str, tmp_path: Path) -> None:
     with pytest.raises(AerogelError, match="has no tokenizer"):
-        Perplexity(source=book).measure(Network(FAMILIES["llama"].build(), FAMILY))
+        Perplexity(source=book).measure(Network(FAMILIES["llama"].build(), Family("llama", ("llama",))))
     with pytest.raises(AerogelError, match="kl_divergence compares with the original; give it"):
         KlDivergence(source=book).measure(network())
     with pytest.raises(AerogelError, match="stride 0"):
         Perplexity(source=book, stride=0).measure(network())
     (tmp_path / "one.txt").write_text("the")
     with pytest.raises(AerogelError, match="has 1 tokens and a measure needs at least 2"):
-        Perplexity(source=str(tmp_path / "one.txt")).measure(Network(FAMILIES["llama"].build(), FAMILY, processor=tokenizer(eos=False)))
+        Perplexity(source=str(tmp_path / "one.txt")).measure(
+            Network(FAMILIES["llama"].build(), Family("llama", ("llama",)), processor=tokenizer(eos=False))
+        )
 
 
 @pytest.mark.parametrize("scheme", ["W4A16_G32", "W8A8"])
