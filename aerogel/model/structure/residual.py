@@ -156,6 +156,7 @@ class _Around:
         """Return the stream; raises Refused with the reason."""
         if len(self._widths) > 1:
             raise Refused("its width changes from block to block")
+        self._require_all_read()
         base = self._run()[0]
         layers = {name.rpartition(".")[0] for name, *_ in self._probe.reads} | {gain.module for gain in self._gains}
         lookups = [name for name in self._read() if not self._probe.of(name)[0].x.is_floating_point() and self._enters(name, base)]
@@ -179,6 +180,13 @@ class _Around:
             keeps_mean = True
             readers = self._readers([gain for gain, _ in norms], (*lookups, *writers), others, Turn(self._width, keeps_mean))
         return self._together(keeps_mean, (*lookups, *others), writers, [edge for _, edge in norms], readers)
+
+    def _require_all_read(self) -> None:
+        """Raise Refused for a layer as wide as the stream that did not run: with images, say, it may touch the stream."""
+        inside, read = tuple(f"{name}." for name in self._blocks), {name.rpartition(".")[0] for name, *_ in self._probe.reads}
+        for name, part in self._module.named_modules():
+            if isinstance(part, nn.Linear) and not name.startswith(inside) and name not in read and self._width in part.weight.shape:
+                raise Refused(f"{name} did not run and may touch it")
 
     def _streams(self) -> list[Any]:
         return [self._edges[name].stream for name in self._blocks]

@@ -61,6 +61,12 @@ def test_the_reason_is_named_where_there_is_none(name: str, why: str) -> None:
     assert why in str(opened(name).residual)
 
 
+def test_a_layer_that_did_not_run_may_touch_it() -> None:
+    network = opened("llama")
+    network.module.model.image_projector = nn.Linear(32, 64)
+    assert network.residual == "model.image_projector did not run and may touch it"
+
+
 def test_names_are_those_of_the_paper() -> None:
     stream = opened("llama").residual
     assert isinstance(stream, Residual)
