@@ -12,6 +12,8 @@ from aerogel.engine.requirements import unmet, unmet_by_calls
 from aerogel.engine.resume import RUN
 from aerogel.errors import AerogelError
 from aerogel.io import save
+from aerogel.io.checkpoint import is_sound
+from aerogel.layers.replacement import Replacement
 from aerogel.layers.slots import slots
 from aerogel.methods.base import Before, CalibrationSize
 from aerogel.model.calls import Call
@@ -56,15 +58,19 @@ def check_output(output: Path, needed_bytes: int, origin: Path | None, resume: b
 
 def check_weights(network: Network) -> None:
     """Make sure that every weight is a number; raises AerogelError that names the first tensor that has NaN or infinity."""
-    checkpoint = network.checkpoint
+    checkpoint, limits = network.checkpoint, _limits(network.module)
     if checkpoint is not None:
-        limits = {name for name, _ in network.module.named_buffers()}  # clamps that were never set are infinite
-        bad = checkpoint.nonfinite(name for name in checkpoint.names() if name not in limits)
+        bad = checkpoint.nonfinite(limits=limits)
     else:
-        weights = (slot for slot in slots(network.module) if isinstance(slot.tensor, nn.Parameter) or "weight" in slot.key)
-        floats = (slot for slot in weights if slot.tensor.is_floating_point() and slot.tensor.element_size() > 1)
-        bad = [slot.name for slot in floats if not bool(slot.tensor.isfinite().all())]
+        floats = (slot for slot in slots(network.module) if slot.tensor.is_floating_point() and slot.tensor.element_size() > 1)
+        bad = [slot.name for slot in floats if not is_sound(slot.tensor, slot.name in limits)]
     if bad:
         more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
         where = f"{checkpoint.file(bad[0])}: " if checkpoint is not None else ""
         raise AerogelError(f"{where}{bad[0]}{more} holds NaN or infinity; such weights cannot be compressed, get a sound copy of the model")
+
+
+def _limits(module: nn.Module) -> set[str]:
+    """Names of the buffers of a model's own code: clamps that were never set are infinite. Those of replaced layers are weights."""
+    parts = ((name, part) for name, part in module.named_modules() if not isinstance(part, Replacement))
+    return {f"{name}.{key}" if name else key for name, part in parts for key, _ in part.named_buffers(recurse=False)}

@@ -114,10 +114,10 @@ class Checkpoint:
         for name in self.names():
             self._entry(name)
 
-    def nonfinite(self, names: Iterable[str] | None = None) -> list[str]:
-        """Names of the float tensors that hold a NaN or an infinity, read tensor by tensor; by default among all."""
+    def nonfinite(self, names: Iterable[str] | None = None, limits: Collection[str] = ()) -> list[str]:
+        """Names of the float tensors that hold a NaN, or an infinity where they are no `limits`; by default among all, read one by one."""
         wanted = [name for name in (self.names() if names is None else names) if self.dtype(name).is_floating_point]
-        return [name for name, tensor in self._read(wanted) if not _finite(tensor)]
+        return [name for name, tensor in self._read(wanted) if not is_sound(tensor, name in limits)]
 
     def names(self) -> list[str]:
         """Names of all tensors, file by file."""
@@ -260,12 +260,13 @@ class Checkpoint:
         return self._headers[file]
 
 
-def _finite(tensor: Tensor) -> bool:
+def is_sound(tensor: Tensor, limit: bool = False) -> bool:
+    """Return True for numbers without a NaN, and without an infinity unless they are a limit such as that of a clamp."""
     if not tensor.numel():
         return True
     # The extremes are NaN when any number is; they need no memory, and float8 has none of its own.
     extremes = torch.aminmax(tensor.to(torch.bfloat16) if tensor.element_size() == 1 else tensor)
-    return all(math.isfinite(extreme.item()) for extreme in extremes)
+    return all(math.isfinite(extreme.item()) or (limit and not math.isnan(extreme.item())) for extreme in extremes)
 
 
 def read_index(index: Path) -> dict[str, str]:
