@@ -88,8 +88,8 @@ def load(
     computed in: by default the checkpoint's, or float32 on a CPU that has no instructions for it. `revision` is a branch, tag or commit
     of a model on the hub. With `trust_remote_code` Python files of the model are run where transformers has no class of its own. A live
     module's fused experts become linear layers in place, unless `unfuse_experts` is false. The files of a folder that `compress` wrote are
-    compared with their checksums. Raises AerogelError when the source is not found, damaged, changed, pickled or of an unknown family, and
-    when the device is not here.
+    compared with their checksums. Raises AerogelError when the source is not found, damaged, changed, pickled or of a type
+    that its library does not know, and when the device is not here.
     """
     with fitting("the model"):
         network = open_model(

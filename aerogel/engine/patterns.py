@@ -60,7 +60,7 @@ def _candidates(network: Network, step: Step, option: str) -> dict[str, nn.Modul
 
 
 def _advice(network: Network, pattern: str, names: Sequence[str]) -> str:
-    """What the pattern may have meant, else what there is."""
+    """Names that the pattern may have meant, else those that there are."""
     kinds = list(dict.fromkeys(map(kind_of, names)))
     known = f"names are like {', '.join(kinds[:_SHOWN])}{', ...' if len(kinds) > _SHOWN else ''}"
     if pattern.startswith("re:"):

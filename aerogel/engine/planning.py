@@ -86,7 +86,7 @@ class Plan:
     touched: tuple[Touched, ...] = ()
     kept: tuple[Kept, ...] = ()
     remarks: tuple[str, ...] = ()
-    """What steps will leave undone, though they can run."""
+    """Notes on what steps will leave undone, though they can run."""
     problems: tuple[str, ...] = field(default=())
     """Why the recipe cannot run on this network; empty when it can."""
 

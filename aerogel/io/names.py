@@ -64,9 +64,11 @@ class Names:
 
     def _merged(self, name: str) -> list[str]:
         """Names of the single experts' weights that transformers merges into a fused parameter; none where it merges none."""
+        from transformers.core_model_loading import MergeModulelist
+
         for converter in self.converters:
             (target, *others), sources = converter.target_patterns, converter.source_patterns
-            merges = any(type(operation).__name__ == "MergeModulelist" for operation in converter.operations)
+            merges = any(isinstance(operation, MergeModulelist) for operation in converter.operations)
             if merges and not others and re.search(rf"(^|\.){_plain(target).lstrip('.')}$", name):
                 return [_plain(source).rpartition("*.")[2].removesuffix("$").removesuffix(".weight") for source in sources]
         return []

@@ -25,7 +25,7 @@ class Edge:
     rows_I: Tensor
     """For each column of a sink the row of the source that feeds it; -1 for a column that something else feeds."""
     offset: float = 0.0
-    """What is added to a norm's weight before it multiplies."""
+    """Number added to a norm's weight before it multiplies."""
     power: int = 1
     """2 where sinks read the square of the source."""
 

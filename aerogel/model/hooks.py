@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Stop(BaseException):
@@ -28,6 +29,16 @@ def until(stop: Stop) -> Iterator[None]:
 
 
 @contextmanager
+def temporary_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks afterwards, whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def capture_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
     """Call `see(name, input)` with the first argument of every forward of these modules, before it runs."""
 
@@ -37,10 +48,7 @@ def capture_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, torch.T
 
         return hook
 
-    with ExitStack() as stack:
-        for name, module in modules.items():
-            handle = module.register_forward_pre_hook(hook_for(name), with_kwargs=True)
-            stack.callback(handle.remove)
+    with temporary_hooks([module.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, module in modules.items()]):
         yield
 
 

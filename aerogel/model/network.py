@@ -45,7 +45,7 @@ class Network:
     stored_dtype: torch.dtype | None = None
     """The dtype that float weights have on disk; None means that of the module."""
     source: ModelSource | None = None
-    """What it was opened from and how, to open it again; None for a live module."""
+    """Source it was opened from and how, to open it again; None for a live module."""
     names: Names | None = None
     """Conversions between the names of its tensors on disk and in memory; None where they are the same."""
     examples: Sequence[Call] = ()

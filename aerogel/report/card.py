@@ -46,7 +46,7 @@ def card(run: Record, name: str, library: str, modality: str = "text") -> str:
 
 
 def _metadata(run: Record, library: str) -> dict[str, Any]:
-    """What the hub reads; the base model only where the model came from there."""
+    """Settings that the hub reads; the base model only where the model came from there."""
     found: dict[str, Any] = {}
     if run.model.revision is not None:
         found["base_model"] = run.model.name

@@ -18,6 +18,7 @@ from aerogel.layers.experts import ExpertList
 from aerogel.layers.replacement import Replacement
 from aerogel.model.calls import Call
 from aerogel.model.edges import Edge, fold
+from aerogel.model.hooks import temporary_hooks
 from aerogel.model.structure.examples import Example, run
 from aerogel.model.structure.fused_rows import rows_read_linearly
 from aerogel.model.structure.gains import Gain, gains_in
@@ -53,12 +54,8 @@ def edges_by_block(module: nn.Module, blocks: Sequence[str], examples: Sequence[
     calls: dict[str, Call] = {}
     for example in examples:
         handles = [module.get_submodule(name).register_forward_pre_hook(keeping(calls, name), with_kwargs=True) for name in blocks]
-        try:
-            with placeholder_weights(module):
-                run(module, example)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with temporary_hooks(handles), placeholder_weights(module):
+            run(module, example)
     for names in kinds.values():
         first = next((name for name in names if name in calls), None)
         if first is not None:
@@ -68,11 +65,11 @@ def edges_by_block(module: nn.Module, blocks: Sequence[str], examples: Sequence[
 
 
 def _shared_layers(module: nn.Module, blocks: Sequence[str]) -> dict[str, set[str]]:
-    """Layers of each block whose weights another block has too: what is folded into them would be folded twice."""
+    """Layers of each block whose weights something outside of it has too: what is folded into them would act there as well."""
     owners: dict[int, set[str]] = {}
-    for block in blocks:
-        for parameter in module.get_submodule(block).parameters():
-            owners.setdefault(id(parameter), set()).add(block)
+    own = {name: block for block in blocks for name, _ in module.get_submodule(block).named_parameters(block, remove_duplicate=False)}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(own.get(name, ""))
     return {
         block: {
             name.rpartition(".")[0]
@@ -86,8 +83,10 @@ def _shared_layers(module: nn.Module, blocks: Sequence[str]) -> dict[str, set[st
 def _without(found: BlockEdges, layers: set[str]) -> BlockEdges:
     """The same without the edges of some layers, and without a stream, which passes them all."""
     kept = [edge for edge in found.edges if not layers & {*edge.sources, *edge.sinks}]
-    refused = {source: "its weight is shared with another block" for edge in found.edges if edge not in kept for source in edge.sources}
-    return BlockEdges(kept, found.refused | refused, found.fused, None, "its weights are shared with another block")
+    refused = {
+        source: "its weight is shared with another part of the model" for edge in found.edges if edge not in kept for source in edge.sources
+    }
+    return BlockEdges(kept, found.refused | refused, found.fused, None, "its weights are shared with another part of the model")
 
 
 def _edges_or_reason(block: nn.Module, call: Call) -> BlockEdges:
@@ -112,11 +111,8 @@ def edges_of(block: nn.Module, call: Call, seed: int = 0) -> BlockEdges:
         inputs: dict[str, Call] = {}
         handles = [part.register_forward_pre_hook(keeping(inputs, name), with_kwargs=True) for name, part in block.named_modules() if name]
         call = call.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
-        try:
+        with temporary_hooks(handles):
             probe = Probe(lambda: _run(block, call), parameters)
-        finally:
-            for handle in handles:
-                handle.remove()
         gains = list(gains_in(block, inputs))
         search = _Search(block, probe, found)
         search.norms(gains)

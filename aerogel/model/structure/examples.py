@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.model.calls import Call
+from aerogel.model.hooks import temporary_hooks
 from aerogel.model.structure.placeholders import placeholder_weights
 
 ROWS, TOKENS = 2, 16
@@ -34,9 +35,10 @@ def examples_of(module: nn.Module) -> list[Example]:
     for name, part in module.named_modules():
         if (name and not _is_model(part)) or name in ran or not any(p.ndim > 1 for p in part.parameters()):
             continue
-        if (call := _working(part)) is not None:
+        call, reached = _working(part)
+        if call is not None:
             found.append(Example(name, call))
-            ran |= _reached(module, found[-1])
+            ran |= {f"{name}.{inner}".strip(".") for inner in reached}
     return found
 
 
@@ -51,10 +53,16 @@ def _is_model(part: nn.Module) -> bool:
     return hasattr(part, "main_input_name")
 
 
-def _working(part: nn.Module) -> Call | None:
-    """The first candidate that runs; None where there is none."""
-    with placeholder_weights(part):
-        return next((call for call in _candidates(part) if _takes(part, call)), None)
+def _working(part: nn.Module) -> tuple[Call | None, set[str]]:
+    """The first candidate that runs, with the names of the modules that ran; None where there is none."""
+    ran: set[str] = set()
+    handles = [inner.register_forward_pre_hook(lambda *_, name=name: ran.add(name)) for name, inner in part.named_modules()]
+    with temporary_hooks(handles), placeholder_weights(part):
+        for call in _candidates(part):
+            ran.clear()
+            if _takes(part, call):
+                return call, ran
+    return None, ran
 
 
 def _takes(part: nn.Module, call: Call) -> bool:
@@ -63,19 +71,6 @@ def _takes(part: nn.Module, call: Call) -> bool:
     except Exception:  # noqa: BLE001  whatever the code of a model raises on inputs that it does not take
         return False
     return True
-
-
-def _reached(module: nn.Module, example: Example) -> set[str]:
-    """Names of the modules that run in an example."""
-    ran: set[str] = set()
-    handles = [part.register_forward_pre_hook(lambda *_, name=name: ran.add(name)) for name, part in module.named_modules()]
-    try:
-        with placeholder_weights(module):
-            run(module, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return ran
 
 
 def _candidates(part: nn.Module) -> Iterator[Call]:

@@ -21,7 +21,7 @@ class Gain:
     """Name of the module in the block."""
     parameter: nn.Parameter
     offset: float
-    """What is added to the vector before it multiplies: 1 in Gemma."""
+    """Number added to the vector before it multiplies: 1 in Gemma."""
     bias: nn.Parameter | None
 
     def scaled(self, s_R: Tensor) -> dict[nn.Parameter, Tensor]:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.edges import Edge
-from aerogel.model.hooks import patch_forward
+from aerogel.model.hooks import patch_forward, temporary_hooks
 from aerogel.model.structure.edges import BlockEdges, keeping, names_of_every_expert
 from aerogel.model.structure.examples import Example, run
 from aerogel.model.structure.gains import Gain, gains_in
@@ -97,11 +97,8 @@ class _Seen:
             block = module.get_submodule(name)
             handles.append(block.register_forward_pre_hook(keeping(found.calls, name), with_kwargs=True))
             handles.append(block.register_forward_hook(lambda _, args, output, name=name: found.outputs.update({name: output})))
-        try:
+        with temporary_hooks(handles):
             run(module, example)
-        finally:
-            for handle in handles:
-                handle.remove()
         return found
 
     @contextmanager
@@ -140,11 +137,8 @@ class _Around:
         def random(read: Read) -> Tensor:
             return torch.randn(read.shape(), generator=generator, dtype=torch.float64)
 
-        try:
+        with temporary_hooks(handles):
             self._probe = Probe(lambda: run(module, example), self._parameters, answer=random)
-        finally:
-            for handle in handles:
-                handle.remove()
         self._gains = [gain for gain in gains_in(module, inputs) if not f"{gain.module}.".startswith(inside)]
         self._inputs = inputs
         streams = [edges[name].stream for name in blocks]

@@ -45,7 +45,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class BlockStream:
-    """What of a block touches the stream, by names in the block."""
+    """Parts of a block that touch the stream, by names in the block."""
 
     width: int
     writers: tuple[str, ...]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from aerogel.layers.experts import ExpertList
 from aerogel.model.calls import tensors_in
+from aerogel.model.hooks import temporary_hooks
 from aerogel.model.structure.examples import Example, run
 from aerogel.model.structure.placeholders import placeholder_weights
 
@@ -73,11 +74,8 @@ def _watched(module: nn.Module) -> Iterator[dict[str, _Passes]]:
     for name, part in _with_matrices(module):
         handles.append(part.register_forward_pre_hook(before(name), with_kwargs=True))
         handles.append(part.register_forward_hook(after(name), with_kwargs=True))
-    try:
+    with temporary_hooks(handles):
         yield passes
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _matrices(tree: Any) -> list[Tensor]:
