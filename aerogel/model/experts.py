@@ -33,13 +33,15 @@ def unfuse(module: nn.Module, names: ExpertNames = lambda name: ExpertLayout()) 
 
 
 def layout_of(module: nn.Module, names: ExpertLayout) -> ExpertLayout | None:
-    """Return how a module holds fused experts; None where it holds none, or in an unknown way.
+    """Return how a module holds fused experts; None where it holds none, in an unknown way, or beside weights of another kind.
 
-    The flags are those of transformers' `use_experts_implementation`; a module without them is known by its shapes where it gives every
-    expert all tokens, as in Llama 4.
+    The flags are those of transformers' `use_experts_implementation`; a module without them is known by the convention's `_apply_gate`, or
+    by its shapes where it gives every expert all tokens, as in Llama 4.
     """
     shapes = {key: tuple(parameter.shape) for key, parameter in module.named_parameters(recurse=False)}
-    if not any(len(shape) == 3 for shape in shapes.values()) or not isinstance(getattr(module, "down_proj", None), nn.Parameter):
+    if not any(len(shape) == 3 for shape in shapes.values()) or "down_proj" not in shapes:
+        return None
+    if len(module.state_dict()) > len(shapes):  # a norm behind each expert, say, which single experts would not run
         return None
     if hasattr(module, "is_transposed"):
         layout = replace(
@@ -49,6 +51,8 @@ def layout_of(module: nn.Module, names: ExpertLayout) -> ExpertLayout | None:
             transposed=bool(module.is_transposed),
             biased=bool(module.has_bias),
         )
+    elif hasattr(module, "_apply_gate"):  # by the same convention, without its flags
+        layout = names
     else:
         layout = replace(names, transposed=True, dense=True)
         if not hasattr(module, "act_fn") or len(inspect.signature(module.forward).parameters) != 1:

@@ -116,7 +116,7 @@ class Network:
     @cached_property
     def gates(self) -> frozenset[str]:
         """Full names of the linear layers that weigh experts, such as routers."""
-        return gates_of(self.module)
+        return gates_of(self.module, tuple(self.blocks()))
 
     def never_quantizes(self, name: str) -> bool:
         """Return True for a layer that no method quantizes unless asked by name: a router, or one that the family names."""

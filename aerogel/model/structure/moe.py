@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -26,17 +26,25 @@ def router_of(module: nn.Module, experts: str) -> nn.Module:
     raise AerogelError(f"no router is known beside {experts}: no module there has one output for each of the {count} experts")
 
 
-def gates_of(module: nn.Module) -> frozenset[str]:
+def gates_of(module: nn.Module, blocks: Sequence[str]) -> frozenset[str]:
     """Return full names of the linear layers beside experts that weigh experts, routed or shared: small, and decisive for all else."""
-    lists = [(name, count_of(part)) for name, part in routed_experts(module).items()]
-    # Models with code of their own list their experts; elements of one shape make a list of experts where a gate stands beside it.
-    lists += [(name, len(part)) for name, part in module.named_modules() if type(part) is nn.ModuleList and len(part) > 1]
     found = set()
-    for experts, count in lists:
-        for name, part in _beside(module, experts):
-            if isinstance(part, nn.Linear) and part.out_features in (1, count):
-                found.add(name)
+    for experts, part in routed_experts(module).items():
+        found |= {name for name, beside in _beside(module, experts) if _gives(beside, 1, count_of(part))}
+    inside = tuple(f"{name}." for name in blocks)
+    for name, part in module.named_modules():
+        # Models with code of their own list their experts: alike elements, with a gate right beside the list.
+        if type(part) is nn.ModuleList and name.startswith(inside) and len(part) > 1 and len({type(element) for element in part}) == 1:
+            home = name.rpartition(".")[0]
+            siblings = [(f"{home}.{key}", child) for key, child in module.get_submodule(home).named_children()]
+            gates = {sibling for sibling, child in siblings if _gives(child, len(part))}
+            # Beside a list with a gate, a layer with one output weighs the shared expert.
+            found |= gates | ({sibling for sibling, child in siblings if _gives(child, 1)} if gates else set())
     return frozenset(found)
+
+
+def _gives(part: nn.Module, *counts: int) -> bool:
+    return isinstance(part, nn.Linear) and part.out_features in counts
 
 
 def attention_before(module: nn.Module, block: str, experts: str) -> nn.Module:
