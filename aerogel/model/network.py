@@ -18,7 +18,7 @@ from aerogel.model.family import Family
 from aerogel.model.match import matches
 from aerogel.model.placement import Placement
 from aerogel.model.structure.edges import BlockEdges, edges_by_block
-from aerogel.model.structure.examples import Example, examples_of
+from aerogel.model.structure.examples import Example, examples_of, usable
 from aerogel.model.structure.moe import gates_of
 from aerogel.model.structure.probe import Refused
 from aerogel.model.structure.residual import Residual, residual_of
@@ -98,7 +98,7 @@ class Network:
 
     @cached_property
     def _examples(self) -> list[Example]:
-        return examples_of(self.module) or [Example("", call) for call in self.examples[:1]]
+        return examples_of(self.module) or (usable(self.module, self.examples[0]) if self.examples else [])
 
     @cached_property
     def edges(self) -> dict[str, BlockEdges]:

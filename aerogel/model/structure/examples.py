@@ -42,6 +42,12 @@ def examples_of(module: nn.Module) -> list[Example]:
     return found
 
 
+def usable(module: nn.Module, call: Call) -> list[Example]:
+    """Return a given call as an example where it runs without the weights; code that changes weights in place does not."""
+    with placeholder_weights(module):
+        return [Example("", call)] if _takes(module, call) else []
+
+
 def run(module: nn.Module, example: Example) -> Any:
     """Run an example; the caller sees to weights and gradients."""
     part = module.get_submodule(example.part)
