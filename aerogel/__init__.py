@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from aerogel.engine.run import compress
     from aerogel.engine.scores import measure
     from aerogel.errors import AerogelError
-    from aerogel.io.pipelines import register_diffusers
+    from aerogel.io.register import register_diffusers, register_transformers
     from aerogel.recipe import Recipe
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "measure",
     "plan",
     "register_diffusers",
+    "register_transformers",
     "skipping",
 ]
 
@@ -43,7 +44,8 @@ _MODULES = {
     "load": "aerogel.engine.opening",
     "measure": "aerogel.engine.scores",
     "plan": "aerogel.engine.planning",
-    "register_diffusers": "aerogel.io.pipelines",
+    "register_diffusers": "aerogel.io.register",
+    "register_transformers": "aerogel.io.register",
     "skipping": "aerogel.engine.cached",
 }
 

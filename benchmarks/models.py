@@ -27,7 +27,8 @@ NAMES = {
 }  # fmt: skip
 WORKS = {
     "same": "yes",
-    "open": "opens in aerogel; not in transformers",
+    "open": "yes, in transformers after `register_transformers()`",
+    "register": "in aerogel only",
     "load": "no",
     "compress": "no",
     "build": "not built here",
@@ -44,14 +45,18 @@ def main(every: bool) -> None:
             continue
         row = through(case, RECIPES["gptq"])
         table.append([case.name, NAMES[case.kind], WORKS[row.stage], *_structure(case, row), _reason(row)])
-        total = counts.setdefault(NAMES[case.kind], [0, 0, 0])
+        total = counts.setdefault(NAMES[case.kind], [0, 0, 0, 0])
         total[0] += 1
-        total[1] += row.stage in ("same", "open")
-        total[2] += row.stage == "same"
+        total[1] += row.stage in ("same", "open", "register")
+        total[2] += row.stage in ("same", "open")
+        total[3] += row.stage == "same"
         sys.stderr.write(f"{case}: {table[-1][2:]}\n")
     notes = ["Each is built tiny from its configuration class with random weights; nothing is known about it beforehand."]
-    for kind, (types, here, there) in counts.items():
-        notes.append(f"{kind}: of {types} types {here} give the same answers after `aerogel.load`, {there} in their own library too.")
+    for kind, (types, here, there, alone) in counts.items():
+        by_itself = "" if kind == NAMES["denoiser"] else f", {alone} in transformers by itself"
+        notes.append(
+            f"{kind}: of {types} types {here} answer as before after `aerogel.load`, {there} in their library with our layers{by_itself}."
+        )
     notes.append("AWQ edges: norms and layers whose channels can be scaled. Rotates: the residual stream can be rotated exactly.")
     columns = ["type", "kind", "saved, reopened, same answers", "AWQ edges", "rotates", "note"]
     title = "Architectures through GPTQ, 4 bits in groups of 32"

@@ -31,6 +31,7 @@ def test_the_face_is_exactly_what_is_intended() -> None:
         "measure",
         "plan",
         "register_diffusers",
+        "register_transformers",
         "skipping",
     ]
     assert sorted(aerogel.__all__) == intended == dir(aerogel)

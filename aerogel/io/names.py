@@ -44,12 +44,20 @@ class Names:
 
     def in_memory(self, name: str) -> str:
         """The name in memory of the tensor that a checkpoint calls `name`; of an expert that of its own projection."""
-        return name if name in self.known else _renamed(name, self.renamings)
+        if name in self.known:
+            return name
+        found = _renamed(name, self.renamings)
+        # Codes and scales have names that patterns do not count on.
+        return name if self._of_a_layer(name) and not (found in self.known or self._of_a_layer(found)) else found
 
     def on_disk(self, name: str) -> str:
         """The name that checkpoints have for a tensor; that in memory where there is no way back."""
         found = _renamed(name, self.backwards)
         return found if self.in_memory(found) == name else name
+
+    def _of_a_layer(self, name: str) -> bool:
+        """Return True for a tensor of a layer that has a weight."""
+        return f"{name.rpartition('.')[0]}.weight" in self.known
 
     def experts(self, name: str) -> ExpertLayout:
         """The names on disk of the projections of the experts that are fused in the module called `name`."""

@@ -104,9 +104,9 @@ class QuantLinear(Replacement):
         """Return the quantized twin of a linear with nothing in it."""
         assert isinstance(layer, nn.Linear)
         assert assigned is not None
-        weight = layer.weight
-        shape = (layer.in_features, layer.out_features, layer.bias is not None)
-        made = QuantLinear.empty(*shape, assigned.scheme, weight.dtype, weight.device, assigned.act_order)
+        weight, shape = layer.weight, (layer.in_features, layer.out_features)
+        tensors = blank(*shape, assigned.scheme, weight.dtype, weight.device, assigned.act_order)
+        made = cls(*shape, assigned.scheme, tensors, layer.bias)  # which may be another layer's too
         made.compute_dtype = weight.dtype
         return made
 

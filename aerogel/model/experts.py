@@ -62,10 +62,10 @@ def layout_of(module: nn.Module, names: ExpertLayout) -> ExpertLayout | None:
     return layout if shapes == layout.shapes(experts, inner, hidden) else None
 
 
-def fuse(module: nn.Module) -> list[str]:
-    """Put the fused modules back, in place, bit for bit, and return their names; experts that were quantized stay apart."""
+def fuse(module: nn.Module, keep: Sequence[nn.Module] = ()) -> list[str]:
+    """Put the fused modules back, in place, bit for bit, and return their names; those in `keep` and quantized experts stay apart."""
     found = {name: part for name, part in module.named_modules() if isinstance(part, ExpertList)}
-    whole = {name: experts for name, experts in found.items() if all_float(experts)}
+    whole = {name: experts for name, experts in found.items() if experts not in keep and all_float(experts)}
     for name, experts in whole.items():
         module.set_submodule(name, _join(experts))
     return list(whole)

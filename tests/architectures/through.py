@@ -27,8 +27,9 @@ from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from tests.architectures.cases import Case, cases, output, reason
 
-STAGES = ("build", "compress", "load", "open", "same")
-"""What is done with a case, in order: it is built, compressed, loaded by aerogel, opened by its library, and all answers are the same."""
+STAGES = ("build", "compress", "load", "register", "open", "same")
+"""What is done with a case, in order: it is built, compressed, loaded by aerogel, opened by its library with our layers and then without
+them, and all answers are the same."""
 RECIPES: dict[str, dict[str, Any]] = {
     method: {"name": f"{method}-groups-of-32", "steps": [{method: {"scheme": "W4A16_G32"}}]} for method in ("rtn", "gptq", "awq")
 }
@@ -59,8 +60,10 @@ class Row:
     """Names of the largest of the other weights, `*` for numbers."""
     change: float = 0.0
     """Largest relative change of an answer by compression."""
+    registered: float = 0.0
+    """Largest relative difference of the answers of transformers or diffusers, with our layers, to those of the model in memory."""
     library: float = 0.0
-    """Largest relative difference of the answers of transformers or diffusers to those of the model in memory."""
+    """The same of transformers by itself; diffusers by itself opens none."""
     loaded: float = 0.0
     """Largest relative difference of the answers after `aerogel.load`."""
 
@@ -98,11 +101,33 @@ def _stages(case: Case, recipe: str | Mapping[str, Any], folder: Path) -> Iterat
     row = replace(row, loaded=difference(_answers(aerogel.load(folder, lazy=False).module, calls), expected))
     if row.loaded > TOLERANCE:
         raise ValueError("the answers differ")
+    yield (row := replace(row, stage="register"))
+    with _registered():
+        row = replace(row, registered=difference(_answers(open_with_library(case, folder), calls), expected))
+    if row.registered > TOLERANCE:
+        raise ValueError("the answers differ")
     yield (row := replace(row, stage="open"))
-    row = replace(row, library=difference(_answers(open_with_library(case, folder), calls), expected))
+    if case.kind != "denoiser":
+        row = replace(row, library=difference(_answers(open_with_library(case, folder), calls), expected))
     if row.library > TOLERANCE:
         raise ValueError("the answers differ")
     yield replace(row, stage="same")
+
+
+@contextmanager
+def _registered() -> Iterator[None]:
+    """Let the libraries open folders with our layers for a while."""
+    from transformers.quantizers import auto
+
+    aerogel.register_diffusers()
+    before = dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+    aerogel.register_transformers()
+    try:
+        yield
+    finally:
+        for mapping, entries in zip((auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING), before, strict=True):
+            mapping.clear()
+            mapping.update(entries)
 
 
 def open_with_library(case: Case, folder: Path) -> nn.Module:
@@ -110,7 +135,6 @@ def open_with_library(case: Case, folder: Path) -> nn.Module:
     if case.kind == "denoiser":
         import diffusers
 
-        aerogel.register_diffusers()
         return getattr(diffusers, case.name.partition("-")[0]).from_pretrained(folder).eval()
     import transformers
 

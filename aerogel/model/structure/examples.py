@@ -174,7 +174,7 @@ def _denoising(part: nn.Module, config: Any) -> Iterator[Call]:
         shapes = shapes[2:] + shapes[:2]
     for shape in shapes:
         # With an image, Wan takes what stands before the last 512 tokens for those of the image.
-        for tokens in (512,) if config.get("image_dim") else (7, 512):
+        for tokens in (512,) if getattr(config, "image_dim", None) else (7, 512):
             others = {name: _conditioning(name, config, shape, tokens) for name in list(parameters)[1:]}
             for steps in (torch.tensor([500.0, 40.0])[: shape[0]], torch.tensor([0.9, 0.1])[: shape[0]]):
                 given = {name: steps if value is STEPS else value for name, value in others.items() if value is not None}
@@ -192,31 +192,31 @@ def _conditioning(name: str, config: Any, shape: tuple[int, ...], tokens: int) -
     if name in ("timestep", "timesteps", "t"):
         return STEPS
     if name in ("img_ids", "txt_ids"):
-        places = torch.zeros(positions if name == "img_ids" else tokens, len(config.get("axes_dims_rope", (0, 0, 0))))
+        places = torch.zeros(positions if name == "img_ids" else tokens, len(getattr(config, "axes_dims_rope", (0, 0, 0))))
         return places + torch.arange(len(places))[:, None]
     if name in ("original_size", "target_size", "crop_coords"):
         return torch.full((rows, 2), 64.0)
     makers: dict[str, Any] = {
         "encoder_hidden_states": lambda: _random(rows, tokens, width),
         "encoder_attention_mask": lambda: torch.ones(rows, tokens, dtype=torch.bool),
-        "encoder_hidden_states_image": lambda: _random(rows, 5, config["image_dim"]) if config.get("image_dim") else None,
+        "encoder_hidden_states_image": lambda: _random(rows, 5, config.image_dim) if getattr(config, "image_dim", None) else None,
         "pooled_projections": lambda: _random(rows, pooled),
         "pooled_embeds": lambda: _random(rows, pooled),
-        "guidance": lambda: torch.full((rows,), 3.5) if config.get("guidance_embeds") else None,
+        "guidance": lambda: torch.full((rows,), 3.5) if getattr(config, "guidance_embeds", None) else None,
         "class_labels": lambda: torch.zeros(rows, dtype=torch.long) if _has_classes(config) else None,
-        "ofs": lambda: torch.full((1,), 2.0) if config.get("ofs_embed_dim") else None,
+        "ofs": lambda: torch.full((1,), 2.0) if getattr(config, "ofs_embed_dim", None) else None,
         "added_cond_kwargs": lambda: _sizes_and_text(config, rows),
     }
     return makers[name]() if name in makers else None
 
 
 def _has_classes(config: Any) -> bool:
-    return any(config.get(key) is not None for key in ("num_class_embeds", "num_embeds_ada_norm", "class_embed_type"))
+    return any(getattr(config, key, None) is not None for key in ("num_class_embeds", "num_embeds_ada_norm", "class_embed_type"))
 
 
 def _sizes_and_text(config: Any, rows: int) -> dict[str, Tensor] | None:
     """The pooled text and six sizes that Stable Diffusion XL adds to the time step."""
-    if config.get("addition_embed_type") != "text_time":
+    if getattr(config, "addition_embed_type", None) != "text_time":
         return None
-    width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     return {"text_embeds": _random(rows, width), "time_ids": torch.full((rows, 6), 64.0)}
