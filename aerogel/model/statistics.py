@@ -149,7 +149,10 @@ def collect(block: Block, names: Iterable[str], *, moment: bool = False, ranges:
 
 
 def sharing(block: Block, names: Iterable[str]) -> list[tuple[str, ...]]:
-    """The linear layers that get the same tensor, in the order in which they run; nothing where calls differ in that."""
+    """The linear layers that get the same tensor, in the order in which they run; those that run twice in a forward, twice.
+
+    Nothing where calls differ in that.
+    """
     linears = {name: block.module.get_submodule(name) for name in names}
     routes: dict[str, list[tuple[str, ...]]] = {}
     for call in block.calls:
@@ -159,7 +162,7 @@ def sharing(block: Block, names: Iterable[str]) -> list[tuple[str, ...]]:
             with capture_inputs(linears, seen.see):
                 block.run(call)
             seen.flush()
-            routes[call.shape] = list(dict.fromkeys(together))
+            routes[call.shape] = together
     first, *others = routes.values()
     return first if all(route == first for route in others) else []
 

@@ -18,6 +18,7 @@ from aerogel.layers.linear import QuantLinear
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.hooks import patch_forward
 from aerogel.model.network import Network
+from aerogel.model.shared_entries import Watched, mappings_in
 
 NON_BLOCK = ""
 """The name under which the network around its blocks stands in a route."""
@@ -67,10 +68,11 @@ def _trace_one(network: Network, call: Call, visiting: Callable[[str], AbstractC
             if name in needs:
                 raise AerogelError(f"block {name} runs twice in one call; the walk visits each block once")
             order.append(name)
-            needs[name] = sources.of((args, kwargs))
-            with sources.paused(), visiting(name):
+            shared = [dict(mapping) for mapping in mappings_in(args, kwargs).values()]
+            needs[name] = sources.of((args, kwargs, shared))
+            with sources.paused(), visiting(name), Watched(args, kwargs) as watched:
                 output = own(*args, **kwargs)
-            sources.mark(output, frozenset({name}))
+            sources.mark((output, watched.written), frozenset({name}))
             return output
 
         return forward

@@ -23,6 +23,7 @@ from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.hooks import Stop, patch_forward, until
 from aerogel.model.network import Network
+from aerogel.model.shared_entries import Watched, mappings_in, write
 from aerogel.model.trace import NON_BLOCK, trace
 
 
@@ -129,12 +130,20 @@ class Walk:
         outputs: list[Any] = []
         with cache_dequantized(block.module):
             for number, (part, call) in enumerate(self._inputs(block.name)):
-                output = block.outputs[number] if block.outputs else block.run(call)
                 parts.append(part)
-                outputs.append(self._network.placement.take_back(output))
+                outputs.append(self._network.placement.take_back(self._answer(block, number, call)))
                 if part.last:
                     self._outputs.put(block.name, part.call_index, joined(parts, outputs))
                     parts, outputs = [], []
+
+    @staticmethod
+    def _answer(block: Block, number: int, call: Call) -> dict[str, Any]:
+        """Return the output of a block, and what it writes for later blocks; where it might, an output alone is not enough."""
+        if block.outputs and not mappings_in(call.args, call.kwargs):
+            return {"output": block.outputs[number], "written": []}
+        with Watched(call.args, call.kwargs) as watched:
+            output = block.run(call)
+        return {"output": output, "written": watched.written}
 
     @staticmethod
     def _drop_outputs(block: Block) -> None:
@@ -177,7 +186,12 @@ class Walk:
         """Return the outputs that finished blocks give in this part of a call."""
 
         def answer_of(name: str) -> Callable[..., Any]:
-            return lambda *args, **kwargs: self._outputs.get(name, part.call_index, part.of)
+            def answer(*args: Any, **kwargs: Any) -> Any:
+                found = self._outputs.get(name, part.call_index, part.of)
+                write(found["written"], args, kwargs)
+                return found["output"]
+
+            return answer
 
         return {self._modules[name]: answer_of(name) for name in self.order[: self.position]}
 

@@ -65,10 +65,12 @@ class Gptq(WeightMethod):
         if self.true_sequential is False or not block.name or not jobs:
             self._quantize(block, jobs)
             return
-        input_groups = sharing(block, jobs)
+        visits = sharing(block, jobs)
+        input_groups = list(dict.fromkeys(visits))
         stages = stages_of(input_groups)
         missed = set(jobs).difference(*input_groups)
-        if len(stages) == len(input_groups) and not missed and _paused_bytes(block, jobs) <= self.max_activation_gb * 1e9:
+        once = len(set().union(*input_groups)) == sum(map(len, visits))
+        if once and len(stages) == len(input_groups) and not missed and _paused_bytes(block, jobs) <= self.max_activation_gb * 1e9:
             self._in_one_pass(block, jobs, input_groups)
         elif self.true_sequential:
             for stage in (*stages, tuple(missed)):
