@@ -93,6 +93,9 @@ class _TransformersQuantizer:
         kept = dict(model.named_parameters(remove_duplicate=False)).keys()
         for pair in [pair for pair in tied.items() if not kept >= set(pair)]:
             del tied[pair[0]]  # quantized, both of them: each has codes of its own
+        for name in [name for name, part in model.named_modules() if isinstance(part, ExpertList)]:
+            owner: Any = model.get_submodule(name.rpartition(".")[0])
+            owner._is_hf_initialized = True  # its code would initialize fused experts
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:

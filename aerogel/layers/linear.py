@@ -175,15 +175,15 @@ class QuantLinear(Replacement):
             return x
         return fake_quantize(x, self.input_grid() or dynamic_grid(x, inputs), inputs)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - code of models may give it by the name that nn.Linear has
         """Quantize the input if the scheme says so, and multiply; samples of different steps one by one, each with its own scale."""
         inputs, index = self.scheme.inputs, self.timestep_index
         if index is None or inputs is None or not isinstance(inputs.granularity, PerStep) or len(set(index.rows)) == 1:
-            return self._multiply(x)
+            return self._multiply(input)
         parts = []
         for number, row in enumerate(index.rows):
             with index.at((row,)):
-                parts.append(self._multiply(x[number : number + 1]))
+                parts.append(self._multiply(input[number : number + 1]))
         return torch.cat(parts)
 
     def followed(self, x: Tensor, after: str) -> Tensor:

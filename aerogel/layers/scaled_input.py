@@ -23,9 +23,9 @@ class ScaledInput(Replacement):
         self.register_buffer("scale", scale_I)
         self.scale: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return inner(x / scale)."""
-        out: Tensor = self.inner(x / self.scale.to(x.dtype))
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - code of models may give it by the name that nn.Linear has
+        """Return inner(input / scale)."""
+        out: Tensor = self.inner(input / self.scale.to(input.dtype))
         return out
 
     def describe(self) -> dict[str, Any]:

@@ -30,10 +30,10 @@ class Split(Replacement):
         for number, weight in enumerate(layer.weight.detach().split(self.widths, dim=1)):
             self.add_module(str(number), _part(layer, weight, bias=number == 0))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - code of models may give it by the name that nn.Linear has
         """Return the sum of the parts."""
         first, *rest = self.children()
-        pieces = x.split(self.widths, dim=1 if x.ndim == 4 else -1)
+        pieces = input.split(self.widths, dim=1 if input.ndim == 4 else -1)
         total: Tensor = first(pieces[0])
         for part, piece in zip(rest, pieces[1:], strict=True):
             total = total + part(piece)

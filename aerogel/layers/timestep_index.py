@@ -135,4 +135,7 @@ def timestep_of(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
     names = arguments_of(denoiser)
     if "timestep" not in names:
         raise AerogelError(f"{type(denoiser).__name__} takes no timestep; temporal features are those of diffusion denoisers")
-    return kwargs["timestep"] if "timestep" in kwargs else args[names.index("timestep")]
+    place = names.index("timestep")
+    if "timestep" not in kwargs and len(args) <= place:
+        raise AerogelError(f"a call gives {type(denoiser).__name__} no timestep; temporal features are those of diffusion denoisers")
+    return kwargs["timestep"] if "timestep" in kwargs else args[place]

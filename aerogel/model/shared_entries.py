@@ -30,8 +30,8 @@ class Watched:
 
 def mappings_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[int | str, MutableMapping[Any, Any]]:
     """Return the arguments that can be written into by key."""
-    given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
-    return {place: value for place, value in given.items() if isinstance(value, MutableMapping)}
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return {place: value for place, value in given if isinstance(value, MutableMapping)}
 
 
 def write(entries: Entries, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -128,11 +128,11 @@ class _Forwards:
         return {module: self._pausing(name, module) for name, module in modules.items()}
 
     def _pausing(self, name: str, before: nn.Module) -> Callable[[Tensor], Any]:
-        def forward(x: Tensor) -> Any:
+        def forward(input: Tensor) -> Any:  # noqa: A002 - code of models may give it by the name that nn.Linear has
             if name in self._group_of and self.running is not None:
-                self.running.pause(self._group_of[name], x)
+                self.running.pause(self._group_of[name], input)
             now = self._block.module.get_submodule(name)
-            return type(now).forward(now, x) if now is before else now(x)
+            return type(now).forward(now, input) if now is before else now(input)
 
         return forward
 

@@ -198,3 +198,11 @@ def test_scaled_input_divides_before_the_linear() -> None:
     x = torch.randn(3, INPUTS)
     with cache_dequantized(ours):
         assert same(ScaledInput(ours, scale_I)(x), ours(x / scale_I))
+
+
+def test_the_input_has_the_name_that_it_has_in_torch() -> None:
+    ours, _ = quantized("W4A16_G32")
+    x = torch.randn(3, INPUTS)
+    assert same(ours(input=x), ours(x))
+    scaled = ScaledInput(ours, torch.ones(INPUTS))
+    assert same(scaled(input=x), ours(x))

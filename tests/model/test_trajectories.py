@@ -27,6 +27,8 @@ def test_steps_are_those_of_one_generation() -> None:
         _ = given().steps
     with pytest.raises(AerogelError, match="no recorded calls"):
         _ = given().first
+    with pytest.raises(AerogelError, match="no timestep"):
+        _ = given(Call(own[0].args[:1], {})).steps
 
 
 def test_runs_are_whole_generations() -> None:
