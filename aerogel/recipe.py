@@ -149,6 +149,12 @@ class DataSettings(_Settings):
     """Sampling steps of a diffusion model."""
     guidance: float | None = None
     """Guidance scale of a diffusion model."""
+    height: Count | None = None
+    """Pixels of what a diffusion model makes."""
+    width: Count | None = None
+    """Pixels of what a diffusion model makes."""
+    num_frames: Count | None = None
+    """Frames of what a video model makes."""
     batch_size: Count | None = None
     """Sequences, chats or images in one call."""
     seed: int | None = None

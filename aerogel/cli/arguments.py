@@ -139,7 +139,11 @@ Data = Annotated[
 Count = Annotated[
     int | None,
     _option(
-        "--samples", section=DATA, metavar="N", min=1, help="Calibration samples: sequences [128], or images of a diffusion model [64]."
+        "--samples",
+        section=DATA,
+        metavar="N",
+        min=1,
+        help="Calibration samples: sequences [128], or images [64] or videos [8] of a diffusion model.",
     ),
 ]
 Length = Annotated[int | None, _option("--length", section=DATA, metavar="N", min=1, help="Tokens per calibration sequence [512].")]
@@ -149,6 +153,11 @@ Steps = Annotated[
 Guidance = Annotated[
     float | None, _option("--guidance", section=DATA, metavar="SCALE", help="Diffusion: guidance scale [the pipeline's default].")
 ]
+Height = Annotated[
+    int | None, _option("--height", section=DATA, metavar="PIXELS", min=1, help="Diffusion: height [the pipeline's default].")
+]
+Width = Annotated[int | None, _option("--width", section=DATA, metavar="PIXELS", min=1, help="Diffusion: width [the pipeline's default].")]
+NumFrames = Annotated[int | None, _option("--num-frames", section=DATA, metavar="N", min=1, help="Video: frames [the pipeline's default].")]
 BatchSize = Annotated[
     str | None,
     _option(

@@ -31,6 +31,12 @@ class Denoising:
     """Requests to text-to-image pipelines."""
     batch: int = 8
     """Images made at once; a call has twice as many samples under guidance."""
+    height: int | None = None
+    """Pixels; None leaves the pipeline's own."""
+    width: int | None = None
+    """Pixels; None leaves the pipeline's own."""
+    num_frames: int | None = None
+    """Frames of a video; None leaves the pipeline's own."""
 
 
 class ImageBatch(NamedTuple):
@@ -87,6 +93,16 @@ def _quiet(pipeline: Any) -> Iterator[None]:
         pipeline.set_progress_bar_config(**shown)
 
 
+def _settings(pipeline: Any, wanted: Denoising, takes: Any) -> dict[str, Any]:
+    """The arguments for what is not left to the pipeline; raises AerogelError for one that it does not take."""
+    given = {"guidance_scale": wanted.guidance, "height": wanted.height, "width": wanted.width, "num_frames": wanted.num_frames}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if name not in takes:
+            raise AerogelError(f"{type(pipeline).__name__} knows no {name}; leave it out")
+    return given
+
+
 class _Run(NamedTuple):
     """One call of a pipeline."""
 
@@ -99,10 +115,7 @@ def _runs(pipeline: Any, wanted: Denoising, seed: int, output: str) -> Iterator[
     takes = inspect.signature(type(pipeline).__call__).parameters
     subjects = _subjects(pipeline, wanted, takes)
     fixed: dict[str, Any] = {"num_inference_steps": wanted.steps, "output_type": output if "latents" in takes else "pt"}
-    if wanted.guidance is not None:
-        if "guidance_scale" not in takes:
-            raise AerogelError(f"{type(pipeline).__name__} knows no guidance; leave it out")
-        fixed["guidance_scale"] = wanted.guidance
+    fixed |= _settings(pipeline, wanted, takes)
     for start in range(0, wanted.count, wanted.batch):
         numbers = range(start, min(start + wanted.batch, wanted.count))
         generator = [torch.Generator().manual_seed(seed * 1_000_003 + number) for number in numbers]

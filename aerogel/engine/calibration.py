@@ -21,6 +21,7 @@ from aerogel.model.calls import Call, tensors_in
 from aerogel.model.network import Network
 from aerogel.model.placement import AUTO
 from aerogel.model.trajectories import Trajectories
+from aerogel.numerics.packing import raw_bytes
 
 TOKENS_OF_A_CALL = 4096
 """Sequences are batched up to this many tokens, so that activations stay small and matrix products stay efficient."""
@@ -60,6 +61,10 @@ class Calibration:
     """Source, count and length if known, and the fingerprint."""
 
 
+_VIDEOS = {"count": 8, "batch": 1}
+"""Generations of a video model by default: each has the tokens of dozens of images."""
+
+
 @dataclass(frozen=True)
 class CalibrationRequest:
     """Calibration options given by the user, before the modality of the model is known; None is the default."""
@@ -76,17 +81,25 @@ class CalibrationRequest:
     """Guidance scale."""
     prompts: tuple[str, ...] | None = None
     """Prompts of a diffusion model, instead of a file with them."""
+    height: int | None = None
+    """Pixels of an image or a video."""
+    width: int | None = None
+    """Pixels of an image or a video."""
+    num_frames: int | None = None
+    """Frames of a video."""
 
     def shown(self, network: Network) -> Shown:
         """Return the calibration data for this model; raises AerogelError for an option of the other modality."""
         is_diffusion = network.family.modality in ("image", "video")
-        unfit = {"length": self.length} if is_diffusion else {"steps": self.steps, "guidance": self.guidance, "prompts": self.prompts}
+        generated = {name: getattr(self, name) for name in ("steps", "guidance", "height", "width", "num_frames")}
+        unfit = {"length": self.length} if is_diffusion else {**generated, "prompts": self.prompts}
         if wrong := [name for name, value in unfit.items() if value is not None]:
             kind = "diffusion" if is_diffusion else "language"
             raise AerogelError(f"{wrong[0]} does not apply to a {kind} model ({network.family.name}); remove it")
         if is_diffusion:
             prompts = self.prompts if self.source is None else _prompts(Path(self.source))
-            return Denoising(**_said(count=self.count, steps=self.steps, guidance=self.guidance, prompts=prompts))
+            usual = _VIDEOS if network.family.modality == "video" else {}
+            return Denoising(**usual | _said(count=self.count, prompts=prompts, **generated))
         if network.family.modality == "image-text" and self.source is not None and chats.are_at(self.source):
             if self.length is not None:
                 raise AerogelError("length does not apply to chats, which are read completely; remove it")
@@ -210,5 +223,5 @@ def _fingerprint(calls: Sequence[Call]) -> str:
         digest.update(call.shape.encode())
         for tensor in tensors_in((call.args, call.kwargs)):
             digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(raw_bytes(tensor).cpu().numpy().data)
     return f"sha256:{digest.hexdigest()}"

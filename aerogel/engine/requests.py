@@ -25,7 +25,8 @@ from aerogel.recipe import DataSettings, ModelSettings, Recipe
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """Dtypes to compute in by the names that users give; auto is that of the checkpoint, or float32 where a CPU does not compute in it."""
-_DATA = {"source": "source", "samples": "count", "length": "length", "steps": "steps", "guidance": "guidance", "prompts": "prompts"}
+_GENERATED = ("steps", "guidance", "height", "width", "num_frames")
+_DATA = {"source": "source", "samples": "count", "length": "length", "prompts": "prompts", **{name: name for name in _GENERATED}}
 """Keys of `data` in a recipe file, and the fields of CalibrationRequest."""
 
 
@@ -176,7 +177,7 @@ def _data(facts: Mapping[str, Any]) -> dict[str, Any]:
         raise AerogelError("this run was calibrated on calls that were given in Python, which no recipe file can name")
     if "sampler" not in facts:
         return {"source": facts.get("source"), "samples": facts.get("count"), "length": facts.get("length")}
-    given = {key: facts.get(key) for key in ("steps", "guidance")}
+    given = {key: facts.get(key) for key in _GENERATED}
     batch = facts.get("batch", Denoising.batch)
     given["batch_size"] = None if batch == Denoising.batch else batch
     return {"prompts": facts.get("prompts") or None, "samples": facts.get("count"), **given}

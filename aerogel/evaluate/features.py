@@ -30,6 +30,7 @@ from transformers import AutoModelForImageClassification
 from aerogel.errors import AerogelError
 from aerogel.evaluate.inception import Inception, resized
 from aerogel.numerics.images import map_distance
+from aerogel.numerics.packing import raw_bytes
 
 CHANNELS = 7
 """Channels of the map that spatial features are taken from, the first ones: as many as the published spatial distance takes."""
@@ -84,7 +85,7 @@ class FeatureNetwork:
         tensors = {**self.module.state_dict(), **({} if self.turn_DP is None else {"turn": self.turn_DP})}
         for name, tensor in sorted(tensors.items()):
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(raw_bytes(tensor).cpu().numpy().data)
         return f"sha256:{digest.hexdigest()}"
 
 

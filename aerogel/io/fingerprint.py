@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from aerogel.numerics.packing import raw_bytes
+
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """`sha256:` over names, shapes and values of (full name, tensor) pairs that come in any order, one in memory at a time.
@@ -24,5 +26,5 @@ def _digest(tensor: Tensor) -> str:
     if tensor.is_floating_point() and tensor.element_size() > 1:
         tensor = tensor.to(torch.bfloat16)
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(raw_bytes(tensor).cpu().numpy().data)
     return digest.hexdigest()

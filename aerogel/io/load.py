@@ -20,6 +20,7 @@ from aerogel.io.names import Names
 from aerogel.io.processors import Pair
 from aerogel.io.skeleton import Folder, build, modality_of, model_class, read_config, skeleton_of, whole
 from aerogel.io.source import ModelSource, locate
+from aerogel.model.denoisers import Denoisers, family_of_all
 from aerogel.model.experts import unfuse
 from aerogel.model.family import Family
 from aerogel.model.network import Network
@@ -51,7 +52,7 @@ def load(
     if isinstance(source, nn.Module):
         return _live(families, source, None, dtype, unfuse_experts)
     if _is_pipeline(source):
-        return _live(families, _denoiser(source), source, dtype, unfuse_experts)
+        return _live(families, _denoisers(source), source, dtype, unfuse_experts)
     if isinstance(source, str | Path):
         source = locate(source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     if isinstance(source, ModelSource):
@@ -86,10 +87,20 @@ def part_of(folder: Path) -> Path:
     """The sub-folder of a pipeline that holds its denoiser, or any other folder itself; raises AerogelError for several denoisers."""
     if not (folder / "model_index.json").is_file():
         return folder
+    first, *others = _parts_of(folder)
+    if others:
+        names = ", ".join(part.name for part in (first, *others))
+        raise AerogelError(f"{folder} has {len(others) + 1} denoisers ({names}), expected one; give the sub-folder of one")
+    return first
+
+
+def _parts_of(folder: Path) -> list[Path]:
+    """The sub-folders of a pipeline that hold denoisers."""
     index = _read_json(folder / "model_index.json")
-    parts = [name for name in _DENOISERS if (index.get(name) or [None])[0] is not None]
-    _require_one(parts, folder)
-    return folder / parts[0]
+    parts = [folder / name for name in _DENOISERS if (index.get(name) or [None])[0] is not None]
+    if not parts:
+        raise AerogelError(f"{folder} has no denoiser ({', '.join(_DENOISERS)}); give the folder of a model of it")
+    return parts
 
 
 def _live(families: Sequence[Family], module: nn.Module, processor: Any, dtype: torch.dtype | None, unfuse_experts: bool) -> Network:
@@ -109,6 +120,9 @@ def _live(families: Sequence[Family], module: nn.Module, processor: Any, dtype: 
 
 def family_of_module(families: Sequence[Family], module: nn.Module) -> Family:
     """Return the same for a module; one of neither transformers nor diffusers reads text, for all that is known."""
+    if isinstance(module, Denoisers):
+        parts = dict(module.named_children())
+        return family_of_all(family_of_module(families, next(iter(parts.values()))), parts)
     if isinstance(module, transformers.PreTrainedModel):
         return family_of(families, module.config.model_type, None, module.config.to_dict())
     denoises = hasattr(module, "save_config")  # a model of diffusers
@@ -121,17 +135,16 @@ def _is_pipeline(source: Any) -> bool:
     return diffusers is not None and isinstance(source, diffusers.DiffusionPipeline)
 
 
-def _denoiser(pipeline: Any) -> nn.Module:
-    found = [name for name in _DENOISERS if pipeline.components.get(name) is not None]
-    _require_one(found, type(pipeline).__name__)
-    module: nn.Module = pipeline.components[found[0]]
-    return module
+def _denoisers(pipeline: Any) -> nn.Module:
+    """The denoiser of a pipeline, or all of several."""
+    found = {name: pipeline.components[name] for name in _DENOISERS if pipeline.components.get(name) is not None}
+    if not found:
+        raise AerogelError(f"{type(pipeline).__name__} has no denoiser ({', '.join(_DENOISERS)}); give a model of it")
+    return _together(found)
 
 
-def _require_one(denoisers: list[str], owner: Any) -> None:
-    if len(denoisers) != 1:
-        found = f"{len(denoisers)} denoisers ({', '.join(denoisers)})" if denoisers else "no denoiser"
-        raise AerogelError(f"{owner} has {found}, expected one; open one by itself: its sub-folder, or pipeline.transformer")
+def _together(denoisers: dict[str, nn.Module]) -> nn.Module:
+    return Denoisers(denoisers) if len(denoisers) > 1 else next(iter(denoisers.values()))
 
 
 def _open(
@@ -179,22 +192,31 @@ def _require_trust(folder: Path, trust_remote_code: bool) -> None:
 
 
 def _open_pipeline(families: Sequence[Family], folder: Path, device: torch.device, dtype: torch.dtype | None) -> Network:
-    part = part_of(folder)
-    given = _read_folder(part, families, device, dtype)
-    module, names = _denoiser_in(given, device)
+    parts = _parts_of(folder)
+    given = [_read_folder(part, families, device, dtype) for part in parts]
+    opened = [_denoiser_in(each, device) for each in given]
+    modules = {part.name: module for part, (module, _) in zip(parts, opened, strict=True)}
     diffusers = _diffusers(folder)
     try:
         with _without_bars(diffusers.utils.logging), _without_bars(transformers.utils.logging):
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                folder, dtype=given.dtype, use_safetensors=True, local_files_only=True, **{part.name: module}
+            pipeline = _pipeline_class(diffusers, folder).from_pretrained(
+                folder, dtype=given[0].dtype, use_safetensors=True, local_files_only=True, **modules
             )
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise AerogelError(f"{folder}: diffusers cannot open this pipeline ({reason}); add what it lacks, or open {part} alone") from error
+        raise AerogelError(
+            f"{folder}: diffusers cannot open this pipeline ({reason}); add what it lacks, or open {parts[0]} alone"
+        ) from error
     if device != HOST:
         pipeline.to(device)
-    placed = Placement.at(device)
-    return _discovered(Network(module, given.family, folder, pipeline, stored_dtype=given.stored, names=names, placed=placed))
+    module, placed = _together(modules), Placement.at(device)
+    family = family_of_all(given[0].family, modules) if len(modules) > 1 else given[0].family
+    return _discovered(Network(module, family, folder, pipeline, stored_dtype=given[0].stored, names=opened[0][1], placed=placed))
+
+
+def _pipeline_class(diffusers: Any, folder: Path) -> Any:
+    """The class by name: DiffusionPipeline would itself load what is given to it where the class does without, as Wan's denoisers."""
+    return getattr(diffusers, _read_json(folder / "model_index.json").get("_class_name", ""), diffusers.DiffusionPipeline)
 
 
 @contextmanager

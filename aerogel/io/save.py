@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from aerogel.io.fingerprint import fingerprint
 from aerogel.io.quantized import describe
 from aerogel.io.shards import write_shards
 from aerogel.layers.slots import slots
+from aerogel.model.denoisers import entries
 from aerogel.model.network import Network
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot")
@@ -82,15 +83,18 @@ def write(
     the dtype that the original checkpoint has for them. Files beside the weights are copied from where the network came from; the
     other models of a pipeline too. The quantization_config is read off the module.
     """
-    part = _part(network)
+    parts = _parts(network)
     if network.origin is None:
-        _write_companions(network, folder, part)
+        _write_companions(network, folder, parts)
     else:
-        copy_companions(network.origin, folder, part)
-    _write_config(network, folder / part)
+        copy_companions(network.origin, folder, parts)
     stem = "diffusion_pytorch_model" if network.family.modality in ("image", "video") else "model"
-    stream = _as_on_disk(network, resident(network.module) if tensors is None else tensors)
-    return {str(Path(part, file)): checksum for file, checksum in write_shards(folder / part, stream, stem, max_shard_size).items()}
+    checksums: dict[str, str] = {}
+    for part, module in parts.items():
+        _write_config(network, module, folder / part)
+        stream = _as_on_disk(network, module, resident(module) if tensors is None or len(parts) > 1 else tensors)
+        checksums |= {str(Path(part, file)): sum_ for file, sum_ in write_shards(folder / part, stream, stem, max_shard_size).items()}
+    return checksums
 
 
 def resident(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -107,8 +111,8 @@ def fingerprint_of(network: Network) -> str:
     return fingerprint(joined(network.module, resident(network.module), always=True))
 
 
-def _as_on_disk(network: Network, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for given, tensor in joined(network.module, tensors):
+def _as_on_disk(network: Network, module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for given, tensor in joined(module, tensors):
         if tensor.is_meta:
             raise AerogelError(f"{given}: its values are not in memory; give save the stream of tensors")
         name = _name_on_disk(network, given)
@@ -132,31 +136,33 @@ def _stored_dtype(network: Network, given: str, name: str, tensor: Tensor) -> to
     return network.stored_dtype or tensor.dtype
 
 
-def _part(network: Network) -> str:
-    """The sub-folder of a pipeline that holds this network, or "" when the network has a folder of its own."""
+def _parts(network: Network) -> dict[str, nn.Module]:
+    """The modules by the sub-folders of a pipeline that hold them; "" is the folder itself."""
     components = getattr(network.processor, "components", {})
-    return next((name for name, component in components.items() if component is network.module), "")
+    modules = [part for part, _ in entries(network.module)]
+    found = {name: component for name, component in components.items() if any(component is module for module in modules)}
+    return found or {"": network.module}
 
 
-def copy_companions(origin: Path, folder: Path, part: str = "") -> None:
-    """Copy everything but weights (of a pipeline: of this part), what another run of this package left, and hidden files."""
-    own = origin / part
-    for path in sorted(origin.rglob("*") if part else origin.iterdir()):
+def copy_companions(origin: Path, folder: Path, parts: Collection[str] = ("",)) -> None:
+    """Copy everything but weights (of a pipeline: of these parts), what another run of this package left, and hidden files."""
+    own = [origin / part for part in parts]
+    for path in sorted(origin.iterdir() if own == [origin] else origin.rglob("*")):
         if not path.is_file() or any(name.startswith(".") for name in path.relative_to(origin).parts) or path.name in _OURS:
             continue
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
-        if not (weights and path.parent == own):
+        if not (weights and path.parent in own):
             target = folder / path.relative_to(origin)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)  # follows links: hub caches are made of them
 
 
-def _write_companions(network: Network, folder: Path, part: str) -> None:
+def _write_companions(network: Network, folder: Path, parts: Mapping[str, nn.Module]) -> None:
     """Write the files of a network that is in memory only; of a pipeline, its other parts too."""
     module: Any = network.module
-    if part:
+    if "" not in parts:
         network.processor.save_config(folder)
-        sources = {folder / name: component for name, component in network.processor.components.items() if name != part}
+        sources = {folder / name: component for name, component in network.processor.components.items() if name not in parts}
     else:
         sources = {folder: network.processor}
         if network.config is not None and hasattr(network.config, "save_pretrained"):
@@ -166,17 +172,19 @@ def _write_companions(network: Network, folder: Path, part: str) -> None:
     for place, source in sources.items():
         if hasattr(source, "save_pretrained"):
             source.save_pretrained(place)
-    if hasattr(module, "save_config"):  # diffusers
-        module.save_config(folder / part)
+    for part, each in parts.items():
+        denoiser: Any = each
+        if hasattr(denoiser, "save_config"):  # diffusers
+            denoiser.save_config(folder / part)
 
 
-def _write_config(network: Network, folder: Path) -> None:
+def _write_config(network: Network, module: nn.Module, folder: Path) -> None:
     """Bring config.json up to date: what changed in memory, and how the weights are quantized."""
     path = folder / "config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
     config |= _changes(network)
     config.pop("quantization_config", None)
-    if (quantization := describe(network.module)) is not None:
+    if (quantization := describe(module)) is not None:
         config["quantization_config"] = quantization
     if "_class_name" not in config and not config.get("architectures") and hasattr(network.module, "main_input_name"):
         config["architectures"] = [type(network.module).__name__]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aerogel.errors import AerogelError
 from aerogel.io.checkpoint import DTYPES
+from aerogel.numerics.packing import raw_bytes
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 16 << 20
@@ -68,7 +69,7 @@ class _Spool:
         Path(self._file.name).unlink()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
+        flat = raw_bytes(tensor).cpu()
         self.entries.append(_Entry(name, tensor.dtype, tuple(tensor.shape), self.size, flat.numel()))
         self._file.write(flat.numpy().data)
         self.size += flat.numel()

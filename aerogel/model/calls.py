@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from aerogel.model.denoisers import entries
+from aerogel.model.hooks import temporary_hooks
+
 
 @dataclass(frozen=True)
 class Call:
@@ -49,19 +52,20 @@ def bytes_in(tree: Any) -> int:
 def record(module: nn.Module, runs: Iterable[Callable[[], object]]) -> list[Call]:
     """Watch real generations and keep every call that `module` gets, with copies of its tensors on the host.
 
-    A tensor equal to the last call's in the same place is kept once, such as the text of a denoiser's steps.
+    Several denoisers are watched one by one, each call names its own. A tensor equal to the last call's in the same place is kept once,
+    such as the text of a denoiser's steps.
     """
     calls: list[Call] = []
 
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(_copied(Call(args, kwargs), calls[-1] if calls else None))
+    def keeping(more: dict[str, Any]) -> Callable[..., None]:
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(_copied(Call(args, kwargs | more), calls[-1] if calls else None))
 
-    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
+        return keep
+
+    with temporary_hooks([part.register_forward_pre_hook(keeping(more), with_kwargs=True) for part, more in entries(module)]):
         for run in runs:
             run()
-    finally:
-        handle.remove()
     return calls
 
 

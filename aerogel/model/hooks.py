@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ def until(stop: Stop) -> Iterator[None]:
 
 
 @contextmanager
-def temporary_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+def temporary_hooks(handles: Sequence[RemovableHandle]) -> Iterator[None]:
     """Remove hooks afterwards, whatever happens."""
     try:
         yield

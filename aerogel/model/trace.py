@@ -44,15 +44,25 @@ def trace(network: Network, calls: Sequence[Call], visiting: Callable[[str], Abs
     Raises AerogelError when a block runs twice in a call, or when calls of different shapes run blocks in different order.
     """
     routes = [_trace_one(network, call, visiting) for call in {call.shape: call for call in reversed(calls)}.values()]
-    longest = max(routes, key=lambda route: len(route.order))
-    for route in routes:
-        if [name for name in longest.order if name in route.order] != list(route.order):
+    order: list[str] = []
+    for route in sorted(routes, key=lambda route: -len(route.order)):
+        _put_among(order, route.order)
+    needs = {name: frozenset().union(*(route.needs.get(name, frozenset()) for route in routes)) for name in (*order, NON_BLOCK)}
+    return Route(tuple(order), needs)
+
+
+def _put_among(order: list[str], others: Sequence[str]) -> None:
+    """Add the blocks of a route to an order that does not have them yet, each behind the one that runs before it."""
+    place = 0
+    for name in others:
+        if name not in order:
+            order.insert(place, name)
+        elif order.index(name) < place:
             raise AerogelError(
-                f"calls of different shapes run the blocks in different order ({longest.order} and {route.order}); "
-                "calibrate with calls of one shape, or put a call that reaches every block among them"
+                f"calls of different shapes run the blocks in different order ({tuple(order)} and {tuple(others)}); "
+                "calibrate with calls of one shape"
             )
-    needs = {name: frozenset().union(*(route.needs.get(name, frozenset()) for route in routes)) for name in (*longest.order, NON_BLOCK)}
-    return Route(longest.order, needs)
+        place = order.index(name) + 1
 
 
 def _trace_one(network: Network, call: Call, visiting: Callable[[str], AbstractContextManager[None]]) -> Route:

@@ -70,3 +70,12 @@ def pack_e8m0(scale: Tensor) -> Tensor:
 def unpack_e8m0(exponent: Tensor) -> Tensor:
     """Return the float32 scales of `pack_e8m0`."""
     return torch.ldexp(torch.ones(exponent.shape, device=exponent.device), exponent.int() - 127)
+
+
+def raw_bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor in the order of its values, as uint8 in one dimension, where it is."""
+    flat = tensor.detach().reshape(-1)
+    # A single value that was expanded keeps a stride of 0, also through .contiguous(), and cannot be viewed as bytes.
+    if flat.stride(0) != 1:
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)

@@ -241,6 +241,6 @@ def test_every_option_is_explained() -> None:
 def test_help_shows_the_defaults() -> None:
     """Rich markup would drop a default in brackets, such as [sotu], as an unknown style."""
     shown = " ".join(run("compress", "--help").split())
-    for default in ("sequences [128]", "diffusion model [64]", "sequence [512]", "data [sotu]", "with [20]", "seed [0]"):
+    for default in ("sequences [128]", "or images [64] or videos [8]", "sequence [512]", "data [sotu]", "with [20]", "seed [0]"):
         assert default in shown
     assert "may be repeated [all]" in " ".join(run("search", "--help").split())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from aerogel.errors import AerogelError
 from aerogel.numerics.formats import FORMATS
-from aerogel.numerics.packing import pack, pack_e8m0, pack_fp4, unpack, unpack_e8m0, unpack_fp4
+from aerogel.numerics.packing import pack, pack_e8m0, pack_fp4, raw_bytes, unpack, unpack_e8m0, unpack_fp4
 from aerogel.numerics.quantize import to_codes, to_values
 
 
@@ -62,3 +62,19 @@ def test_exponents_match_compressed_tensors() -> None:
     assert scale.tolist() == [2.0 ** (e - 127) for e in range(1, 255)]
     assert torch.equal(pack_e8m0(scale), exponent)
     assert torch.equal(compress_mx_scale(scale, torch.uint8), exponent)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.tensor(7),
+        torch.tensor(7).expand(1),
+        torch.arange(3).expand(2, 3),
+        torch.arange(8)[::2],
+        torch.arange(6).view(2, 3).T,
+        torch.empty(0),
+    ],
+    ids=["scalar", "one expanded", "expanded", "sliced", "transposed", "empty"],
+)
+def test_bytes_are_those_of_the_values_in_order(tensor: torch.Tensor) -> None:
+    assert raw_bytes(tensor).numpy().tobytes() == tensor.numpy().tobytes()

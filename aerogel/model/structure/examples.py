@@ -56,7 +56,7 @@ def run(module: nn.Module, example: Example) -> Any:
 
 def _is_model(part: nn.Module) -> bool:
     """Return True for a part that is a model by itself, such as the vision encoder of a larger one."""
-    return hasattr(part, "main_input_name")
+    return hasattr(part, "main_input_name") or hasattr(part, "save_config")
 
 
 def _working(part: nn.Module) -> tuple[Call | None, set[str]]:
