@@ -41,7 +41,18 @@ def test_every_recipe_is_tested() -> None:
     assert set(catalog.names("recipes")) == CLOSE.keys() | set(LANGUAGE) | RECIPES.keys()
 
 
-@pytest.mark.parametrize("recipe", [name for name in CLOSE if name != "brecq-w4a8-token" and "harmonica" not in name])
+SLOW = ("tfm-w4a8-select", "tfmq-w8a8", "tfmq-w4a32")
+"""Recipes that differ from one in the default run in a number or an option only."""
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name in CLOSE
+        if name != "brecq-w4a8-token" and "harmonica" not in name
+    ],
+)
 def test_recipe_on_a_unet(recipe: str, tmp_path: Path) -> None:
     tiny = FAMILIES["unet"]
     result = aerogel.compress(tiny.build(), recipe, samples=calls(), overrides=quicker(recipe), output=tmp_path / "out", measures=())

@@ -23,6 +23,7 @@ from aerogel.engine import policies
 from aerogel.engine.calibration import Samples
 from aerogel.engine.opening import open_model
 from aerogel.engine.policies import CalibratedPolicy
+from aerogel.engine.search import judging_answers
 from aerogel.engine.search.searching import Findings, search
 from aerogel.engine.search.skips import BUDGET, RATIOS, SkipSearch
 from aerogel.errors import AerogelError
@@ -68,6 +69,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def moe_model() -> Network:
     torch.manual_seed(0)
     model, pair = untrained()
+    model.generation_config.eos_token_id = list(range(0, model.config.text_config.vocab_size, 4))  # random replies end after a few tokens
     return open_model((model, pair), dtype=torch.float32, unfuse_experts=False)
 
 
@@ -81,7 +83,9 @@ def found(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Netwo
         "clock": Ticks(network),
         "output": folder,
     }
-    return network, search(network, "skip", **options), folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging_answers, "NEW_TOKENS", 4)
+        return network, search(network, "skip", **options), folder
 
 
 def halves(source: Path) -> tuple[list[chats.Chat], list[chats.Chat]]:

@@ -75,6 +75,7 @@ def test_every_layer_gets_a_storable_range_and_images_stay_close(start: str) -> 
     assert image_error(network) / powers < 0.02
 
 
+@pytest.mark.slow
 def test_learned_step_sizes_are_better() -> None:
     narrow = {"start": "average", "batch": 8}
     first = image_error(compressed(narrow | {"steps": 0}))

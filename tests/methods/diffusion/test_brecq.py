@@ -46,6 +46,7 @@ def test_the_loss_is_summed_over_channels_and_averaged_over_the_rest() -> None:
     assert float(reconstruction_error((tokens, None), (others, None))) == pytest.approx(total / 21, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_learned_rounding_beats_the_nearest() -> None:
     nearest = image_error(compressed(FAMILIES["unet"].build(), {"brecq": {"scheme": W4, "steps": 0}}))
     learned = image_error(compressed(FAMILIES["unet"].build(), {"brecq": {"scheme": W4, "steps": 150, "rate": 0.02, "batch": 8}}))
