@@ -16,6 +16,7 @@ from typing import Any, Literal
 import diffusers
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from aerogel import catalog
