@@ -90,7 +90,7 @@ class Network:
 
     def discover(self, calls: Sequence[Call] = ()) -> None:
         """Find the blocks now, while nothing changes what runs; with calls where inputs made up from the configuration did not run."""
-        if calls and not self._examples:
+        if calls and all(example.part for example in self._examples):
             self.examples = calls
             for name in ("_examples", "towers", "edges", "residual"):
                 self.__dict__.pop(name, None)
@@ -98,7 +98,8 @@ class Network:
 
     @cached_property
     def _examples(self) -> list[Example]:
-        return examples_of(self.module) or (usable(self.module, self.examples[0]) if self.examples else [])
+        found = examples_of(self.module)
+        return (usable(self.module, self.examples[0]) if self.examples else []) + found
 
     @cached_property
     def edges(self) -> dict[str, BlockEdges]:

@@ -1,9 +1,14 @@
-"""Entries that a block writes into mappings it is given: keys and values that later layers share, as in Gemma 3n and Gemma 4."""
+"""Tensors that a block writes for others into what it is given: mappings of shared keys and values (Gemma 3n and 4), caches (Pi0)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+import copy
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, Self
+
+from torch import Tensor, nn
+
+from aerogel.model.calls import tensors_in
 
 Entries = list[tuple[int | str, Any, Any]]
 """The place or name of the argument, the key, and what was written."""
@@ -39,3 +44,21 @@ def write(entries: Entries, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     mappings = mappings_in(args, kwargs)
     for place, key, value in entries:
         mappings[place][key] = value
+
+
+def own_copy(value: Any) -> Any:
+    """Return a copy of a mapping or of a cache, which a forward may write into; anything else as it is."""
+    return copy.deepcopy(value) if _layers(value) is not None or isinstance(value, MutableMapping) else value
+
+
+def tensors_kept_by(value: Any) -> list[Tensor]:
+    """Return the tensors in a mapping or in the layers of a cache of transformers."""
+    if isinstance(value, MutableMapping):
+        return tensors_in(list(value.values()))
+    return [kept for layer in _layers(value) or () for kept in vars(layer).values() if isinstance(kept, Tensor)]
+
+
+def _layers(value: Any) -> Sequence[Any] | None:
+    """The layers of a cache: objects that hold tensors of keys and values."""
+    layers = getattr(value, "layers", None)
+    return layers if isinstance(layers, list) and not isinstance(value, nn.Module) else None

@@ -19,6 +19,7 @@ from aerogel.layers.replacement import Replacement
 from aerogel.model.calls import Call
 from aerogel.model.edges import Edge, fold
 from aerogel.model.hooks import temporary_hooks
+from aerogel.model.shared_entries import own_copy, tensors_kept_by
 from aerogel.model.structure.examples import Example, run
 from aerogel.model.structure.fused_rows import rows_read_linearly
 from aerogel.model.structure.gains import Gain, gains_in
@@ -121,7 +122,7 @@ def edges_of(block: nn.Module, call: Call, seed: int = 0) -> BlockEdges:
         search.verify()
         found.fused = tuple(names_of_every_expert(block, names) for names in _reading_together(probe))
         try:
-            found.stream = StreamSearch(block, probe, call, gains, found.edges).found()
+            found.stream = StreamSearch(block, probe, call, gains, found.edges).found(search.unread)
         except Refused as refused:
             found.no_stream = str(refused)
     found.edges = [copy for edge in found.edges for copy in _of_every_expert(block, edge)]
@@ -129,9 +130,12 @@ def edges_of(block: nn.Module, call: Call, seed: int = 0) -> BlockEdges:
 
 
 def _run(block: nn.Module, call: Call) -> Any:
-    """One forward on copies of the inputs: the block's code may change them in place."""
+    """One forward on copies of the inputs, which code may change in place: what it writes for others is given like an output."""
     copied = call.map(torch.clone)
-    return block(*copied.args, **copied.kwargs)
+    args = tuple(own_copy(value) for value in copied.args)
+    kwargs = {name: own_copy(value) for name, value in copied.kwargs.items()}
+    output = block(*args, **kwargs)
+    return output, [tensors_kept_by(value) for value in (*args, *kwargs.values())]
 
 
 def _reading_together(probe: Probe) -> list[tuple[str, ...]]:
@@ -157,8 +161,9 @@ class _Search:
         self._block, self._probe, self._found = block, probe, found
         self._linears: list[str] = []
         read = {name.rpartition(".")[0] for (name, *_), recorded in probe.reads.items() if recorded.x.numel()}
-        self._unread = [name for name, part in block.named_modules() if isinstance(part, nn.Linear | nn.Conv2d) and name not in read]
-        self._unread = [name for name in self._unread if _first_expert(block, name) == name]
+        unread = [name for name, part in block.named_modules() if isinstance(part, nn.Linear | nn.Conv2d) and name not in read]
+        self.unread = [name for name in unread if _first_expert(block, name) == name]
+        """Layers that did not run; of the experts of a list the first one stands for all."""
 
     def norms(self, gains: Sequence[Gain]) -> None:
         """Try the norms, and whatever else multiplies by a vector."""
@@ -221,7 +226,7 @@ class _Search:
             if not torch.equal(sink.rows_I, first.rows_I) or sink.power != first.power:
                 raise Refused("layers read it in unlike ways")
         width, rows = len(first.rows_I), len(self._block.get_submodule(sources[0]).get_parameter("weight"))
-        for name in self._unread:
+        for name in self.unread:
             layer = self._block.get_submodule(name)
             if isinstance(layer, nn.Linear) and layer.in_features == width:
                 raise Refused(f"{name} did not run and may read it")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from aerogel.model.calls import Call
 from aerogel.model.hooks import temporary_hooks
+from aerogel.model.structure.image_text import with_images
 from aerogel.model.structure.placeholders import placeholder_weights
 
 ROWS, TOKENS = 2, 16
@@ -83,6 +84,7 @@ def _candidates(part: nn.Module) -> Iterator[Call]:
     taken = set(inspect.signature(part.forward).parameters)
     config = getattr(part, "config", None)
     if "input_ids" in taken:
+        yield from with_images(part, _images(taken, getattr(config, "vision_config", None) or config))
         yield from _texts(taken, config)
     if taken & {"timestep", "timesteps", "t"}:
         yield from _denoising(part, config)

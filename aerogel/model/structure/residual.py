@@ -49,13 +49,11 @@ class Residual:
 
 
 def residual_of(module: nn.Module, towers: Sequence[Tower], edges: Mapping[str, BlockEdges], examples: Sequence[Example]) -> Residual:
-    """Find the stream of a network with one tower; raises Refused with the reason why no rotation of a stream passes."""
+    """Find the stream of the tower that runs last, which gives the logits; raises Refused with the reason why no rotation of it passes."""
     example = next((example for example in examples if not example.part), None)
-    if example is None or len(towers) != 1:
-        raise Refused(
-            "several towers share it" if len(towers) > 1 else "it could not be watched with inputs made up from its configuration"
-        )
-    blocks = towers[0].blocks
+    if example is None or not towers:
+        raise Refused("it could not be watched with inputs made up from its configuration")
+    blocks = _last_to_run(module, towers, example).blocks
     for name in blocks:
         if edges[name].stream is None:
             raise Refused(f"{name}: {edges[name].no_stream}")
@@ -73,9 +71,26 @@ def residual_of(module: nn.Module, towers: Sequence[Tower], edges: Mapping[str, 
 
     with replaced_tensors(module, fill, untie=True), seen.passing(module):
         try:
-            return _Around(module, blocks, edges, seen, example).found()
+            exact = Example("", example.call.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor))
+            return _Around(module, blocks, edges, seen, exact).found()
         except RuntimeError as error:
             raise Refused(f"the model cannot be run around its blocks ({str(error).strip().splitlines()[0]})") from error
+
+
+def _last_to_run(module: nn.Module, towers: Sequence[Tower], example: Example) -> Tower:
+    ran: list[Tower] = []
+    handles = [
+        module.get_submodule(name).register_forward_pre_hook(lambda *_, tower=tower: ran.append(tower))
+        for tower in towers
+        for name in tower.blocks
+    ]
+    with temporary_hooks(handles), placeholder_weights(module):
+        run(module, example)
+    if not ran:
+        raise Refused("no block runs with inputs made up from its configuration")
+    if ran.count(ran[-1]) < len(ran[-1].blocks):
+        raise Refused(f"not all blocks of {ran[-1].name} run with inputs made up from its configuration")
+    return ran[-1]
 
 
 @dataclass
@@ -152,12 +167,15 @@ class _Around:
             raise Refused("its width changes from block to block")
         self._require_all_read()
         base = self._run()[0]
+        self._require_untied()
         layers = {name.rpartition(".")[0] for name, *_ in self._probe.reads} | {gain.module for gain in self._gains}
         lookups = [name for name in self._read() if not self._probe.of(name)[0].x.is_floating_point() and self._enters(name, base)]
         writers = [name for name in self._read() if self._probe.of(name)[0].x.is_floating_point() and self._enters(name, base)]
         others = [name for name in self._tables(layers) if self._moves(name, base)]
         if not (lookups or writers or others):
             raise Refused("nothing is known that enters it before the first block")
+        for name in (*lookups, *writers, *others):
+            self._require_one_place(name)
         silent = self._run(
             zero=(*lookups, *writers),
             changes={self._tensor(name): torch.zeros(1).double().expand_as(self._tensor(name)) for name in others},
@@ -181,6 +199,29 @@ class _Around:
         for name, part in self._module.named_modules():
             if isinstance(part, nn.Linear) and not name.startswith(inside) and name not in read and self._width in part.weight.shape:
                 raise Refused(f"{name} did not run and may touch it")
+
+    def _require_one_place(self, name: str) -> None:
+        """Raise Refused for a module that the model has in several places, as encoder and decoder share an embedding."""
+        owner = self._module.get_submodule(name.rpartition(".")[0])
+        places = [place for place, part in self._module.named_modules(remove_duplicate=False) if part is owner]
+        if len(places) > 1:
+            raise Refused(f"{places[0]} is {places[1]} too, and what reads it there would change")
+
+    def _require_untied(self) -> None:
+        """Raise Refused where the code asks whether the head is tied to the embedding, which it is not in a rotated model."""
+        config: Any = getattr(self._module, "config", None)
+        if not getattr(config, "tie_word_embeddings", False):
+            return
+        tied: dict[Any, tuple[Tensor, int]] = {}
+        untied: dict[Any, tuple[Tensor, int]] = {}
+        self._run(seen=tied)
+        config.tie_word_embeddings = False
+        try:
+            self._run(seen=untied)
+        finally:
+            config.tie_word_embeddings = True
+        if other := next((key[0] for key, (x, _) in tied.items() if not close(untied[key][0].double(), x.double())), ""):
+            raise Refused(f"{other} reads something else when tie_word_embeddings is false, as it is for a rotated model")
 
     def _streams(self) -> list[Any]:
         return [self._edges[name].stream for name in self._blocks]
@@ -238,7 +279,9 @@ class _Around:
         with torch.no_grad(), holding(changes or {}):
             output = self._probe.run(answer=answer)
         assert self._seen.stream is not None, "a block was reached, or it would have no stream"
-        return self._seen.stream.clone(), [tensor.clone() for tensor in tensors_in(output) if tensor.is_floating_point()]
+        # What lies beside logits, such as features of images that enter the stream, is nothing that anybody reads in another basis.
+        read = output if getattr(output, "logits", None) is None else output.logits
+        return self._seen.stream.clone(), [tensor.clone() for tensor in tensors_in(read) if tensor.is_floating_point()]
 
     def _enters(self, name: str, base: Tensor) -> bool:
         return self._is_linear(self._run(giving=name)[0] - base, name)

@@ -82,8 +82,14 @@ class StreamSearch:
             if name not in read and name.rpartition(".")[0] not in layers and parameter.ndim <= 2 and parameter.shape[-1] == self._width
         ]
 
-    def found(self) -> BlockStream:
-        """Return the block's part in the stream; raises Refused with the reason why a rotation does not pass."""
+    def found(self, unread: Sequence[str] = ()) -> BlockStream:
+        """Return the block's part in the stream; raises Refused with the reason why a rotation does not pass.
+
+        `unread` are layers that did not run: of one as wide as the stream nobody knows whether it touches it.
+        """
+        for name in unread:
+            if self._width in self._block.get_submodule(name).get_parameter("weight").shape[:2]:
+                raise Refused(f"{name} did not run and may touch it")
         norms, gains = list[str](), {gain.module: gain for gain in self._gains}
         seen: dict[str, Tensor] = {}
         with capture_inputs({name: self._block.get_submodule(name) for name in gains}, seen.setdefault):  # type: ignore[arg-type]
