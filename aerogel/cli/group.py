@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from aerogel.cli.interrupts import interruptible
+from aerogel.cli.launched import in_processes, may_report
 from aerogel.errors import AerogelError
 
 FAILED = 2
@@ -89,5 +91,6 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _fail(reason: str) -> None:
-    typer.echo(f"error: {' '.join(reason.split())}", err=True)
+    if may_report():
+        typer.echo(f"error: {' '.join(reason.split())}", file=sys.__stderr__ if in_processes() else None, err=True)
     raise typer.Exit(FAILED)
