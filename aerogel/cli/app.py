@@ -34,9 +34,7 @@ def start(threads: int | None = None, in_several: bool = False) -> None:
     Raises AerogelError where torchrun started several processes for a command that does not run `in_several`.
     """
     if in_processes() and not in_several:
-        raise AerogelError(
-            "torchrun started several processes, but only `aerogel compress` and `plan` run in several; leave it out"
-        )
+        raise AerogelError("torchrun started several processes, but only `aerogel compress` and `plan` run in several; leave it out")
     import torch
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging

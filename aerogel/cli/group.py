@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from aerogel.cli.interrupts import interruptible
-from aerogel.cli.launched import in_processes, may_report
+from aerogel.cli.launched import report
 from aerogel.errors import AerogelError
 
 FAILED = 2
@@ -91,6 +90,5 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _fail(reason: str) -> None:
-    if may_report():
-        typer.echo(f"error: {' '.join(reason.split())}", file=sys.__stderr__ if in_processes() else None, err=True)
+    report(f"error: {' '.join(reason.split())}")
     raise typer.Exit(FAILED)

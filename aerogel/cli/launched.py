@@ -5,8 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
+
+import typer
+
+_CLAIMED, _SHOWN = "aerogel/claimed", "aerogel/shown"
+_PATIENCE = timedelta(seconds=20)
+"""How long a process that failed lives on at most until the error is printed: torchrun ends all once one of them has ended."""
 
 
 def in_processes() -> bool:
@@ -17,26 +25,54 @@ def in_processes() -> bool:
 @contextmanager
 def one_prints() -> Iterator[None]:
     """Let only the first of several processes write to the terminal while this lasts; a crash is shown wherever it happens."""
-    if not in_processes() or os.environ.get("RANK") == "0":
+    if not in_processes():
         yield
         return
-    before = sys.stdout, sys.stderr
-    with Path(os.devnull).open("w") as nowhere:
-        sys.stdout = sys.stderr = nowhere
+    first = os.environ["RANK"] == "0"
+    with Path(os.devnull).open("w") as nowhere, _writing(None if first else nowhere):
         try:
             yield
-        finally:
-            sys.stdout, sys.stderr = before
+        except SystemExit as ended:
+            if ended.code:
+                _shown(first)
+            raise
 
 
-def may_report() -> bool:
-    """Return True in the process that reports an error: the first to fail, where several do or lose touch with one that did."""
+def report(line: str) -> None:
+    """Print an error on standard error, once where several processes fail or lose touch with one that did."""
     if not in_processes():
-        return True
+        typer.echo(line, err=True)
+        return
+    with suppress(RuntimeError):  # torchrun is ending
+        claimed = _store().add(_CLAIMED, 1) == 1
+        if claimed:
+            typer.echo(line, file=sys.__stderr__)
+        _shown(claimed)
+
+
+def _shown(here: bool) -> None:
+    """Note that the error is printed, or wait until it is."""
+    with suppress(RuntimeError):
+        if here:
+            _store().set(_SHOWN, "1")
+        else:
+            _store().wait([_SHOWN], _PATIENCE)
+
+
+def _store() -> Any:
+    """What all processes read and write; torchrun keeps it."""
     from torch.distributed import rendezvous
 
+    return next(rendezvous("env://"))[0]
+
+
+@contextmanager
+def _writing(file: Any) -> Iterator[None]:
+    """Send what is printed to a file for a while, if one is given."""
+    before = sys.stdout, sys.stderr
+    if file is not None:
+        sys.stdout = sys.stderr = file
     try:
-        store, _, _ = next(rendezvous("env://"))
-        return store.add("aerogel/reported", 1) == 1
-    except RuntimeError:  # torchrun is ending
-        return False
+        yield
+    finally:
+        sys.stdout, sys.stderr = before

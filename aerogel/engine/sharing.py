@@ -48,6 +48,6 @@ def check_shares(recipe: Recipe, calls: Sequence[Call], processes: Processes) ->
     walks = (steps for steps in stages_of(recipe) if isinstance(steps[0].method, BlockMethod))
     if len(calls) < processes.count and any(map(shares_calls, walks)):
         raise AerogelError(
-            f"the calibration has {len(calls)} calls, too few for {processes.count} processes to share; give more samples, a smaller "
-            f"batch_size, or at most {len(calls)} processes"
+            f"the calibration has fewer calls ({len(calls)}) than there are processes to share them ({processes.count}); give more "
+            "samples, a smaller batch_size, or start fewer processes"
         )
