@@ -33,7 +33,7 @@ class Ended(NamedTuple):
     """What it wrote to its standard output and standard error."""
 
 
-def run(folder: Path, work: Callable[..., Any], *given: Any, count: int = 2) -> list[Ended]:
+def run(folder: Path, work: Callable[..., Any], *given: Any, count: int = 2, patience: int = 180) -> list[Ended]:
     """Do `work(*given)` in `count` processes, which join each other where it calls Processes.join(); none may hang."""
     folder.mkdir(parents=True, exist_ok=True)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
@@ -41,7 +41,7 @@ def run(folder: Path, work: Callable[..., Any], *given: Any, count: int = 2) -> 
     for child in children:
         child.start()
     for child in children:
-        child.join(180)
+        child.join(patience)
         child.kill()
         child.join()
     return [_ended(child, folder, rank) for rank, child in enumerate(children)]
