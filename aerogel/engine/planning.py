@@ -123,7 +123,7 @@ def plan(
     are estimated: that of the device, measured for a moment.
     """
     network = open_model(model, device=device)
-    parsed, read = Recipe.parse(recipe, overrides), with_batch_size(shown(network, samples), batch_size)
+    parsed, read = Recipe.parse(recipe, overrides), with_batch_size(shown(network, samples), batch_size, processes.count)
     if needs_calls(parsed):
         read = available(network, read)
     return plan_network(network, parsed, reading(network, read), flops_a_second, processes)

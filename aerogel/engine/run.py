@@ -80,7 +80,7 @@ def compress(
         with watch.stage("check"):
             if (origin := network.origin) is not None:
                 processes.of_first(partial(files.verify, origin))
-            calibration = job.check(with_batch_size(shown(network, samples), batch_size), resume)
+            calibration = job.check(with_batch_size(shown(network, samples), batch_size, processes.count), resume)
         tell(Event("check", 1, 1, expected=job.expected(measures)))
         record = job.record(calibration)
         before = _scores_of_live(network, measures) if origin is None and processes.first else {}

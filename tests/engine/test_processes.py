@@ -14,7 +14,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from aerogel.cli.commands import app
+from aerogel.data.chats import Chats
+from aerogel.data.denoising import Denoising
 from aerogel.engine import planning
+from aerogel.engine.calibration import Samples, with_batch_size
 from aerogel.engine.opening import open_model
 from aerogel.engine.preflight import partial_of
 from aerogel.engine.run import compress
@@ -125,6 +128,17 @@ def test_an_error_that_all_find_is_printed_once(desk: Path, tmp_path: Path) -> N
     assert line.startswith("error: the calibration has fewer calls (1) than there are processes to share them (2); give more samples")
     assert not (tmp_path / "out").exists()
     assert not partial_of(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 9])
+def test_each_process_gets_a_call(count: int) -> None:
+    for samples in (Samples(count=9, length=512), Samples(count=128), Chats("chats.jsonl", count=9)):
+        made = with_batch_size(samples, "auto", count)
+        batch = made.batch if isinstance(made, Samples | Chats) else 0
+        assert -(-samples.count // batch) >= count
+        assert batch <= samples.batch
+    assert with_batch_size(Samples(batch_size=64), "auto", count) == Samples(batch_size=64), "as it was asked for"
+    assert with_batch_size(Denoising(), "auto", count) == Denoising(), "other noise would be drawn"
 
 
 def test_the_plan_says_what_is_not_shared(desk: Path) -> None:
