@@ -19,6 +19,8 @@ from aerogel.engine.progress import Event
 from aerogel.engine.run import compress
 from aerogel.errors import AerogelError
 from aerogel.layers.linear import cache_dequantized
+from aerogel.methods.quantization.gptq import Gptq
+from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.processes import ALONE, Processes
@@ -157,6 +159,19 @@ def resumed(desk: Path, folder: Path) -> list[str]:
     compress(desk / "model", recipe, output=folder, resume=True, tell=seen.append, processes=processes, **options(desk))
     processes.leave()
     return [event.what for event in seen if event.stage == "compress" and event.what]
+
+
+def failing(arguments: list[str], error: Exception) -> int:
+    """Run a command line that fails in the second process alone, in the middle of a block; returns its exit code."""
+    finish = Gptq._store
+
+    def store(method: Gptq, block: Block, *given: Any) -> None:
+        if os.environ["RANK"] == "1" and block.position == 1:
+            raise error
+        finish(method, block, *given)
+
+    Gptq._store = store  # type: ignore[method-assign]
+    return run_command(arguments)
 
 
 def run_command(arguments: list[str]) -> int:

@@ -141,6 +141,24 @@ def test_each_process_gets_a_call(count: int) -> None:
     assert with_batch_size(Denoising(), "auto", count) == Denoising(), "other noise would be drawn"
 
 
+@SLOW
+@pytest.mark.parametrize("error", [AerogelError("it cannot be done"), OSError(28, "No space left", "file"), KeyError("a mistake of ours")])
+def test_an_error_of_one_process_ends_all(error: Exception, desk: Path, tmp_path: Path) -> None:
+    asked = command(desk, "--samples", "4", "--output", str(tmp_path / "out"))
+    first, second = process_group.run(tmp_path / "group", process_work.failing, asked, error)
+    assert first.answer == 2
+    if isinstance(error, KeyError):
+        assert second.code == 1
+        assert "KeyError: 'a mistake of ours'" in second.printed
+        assert first.printed.startswith("error: another process of this run has ended")
+    else:
+        assert second.answer == 2
+        assert second.printed.startswith("error: ")
+        assert first.printed == ""
+    assert len(first.printed.splitlines()) <= 1
+    assert (partial_of(tmp_path / "out") / "run.json").exists()
+
+
 def test_the_plan_says_what_is_not_shared(desk: Path) -> None:
     two = Processes(count=2, on_machine=2)
     steps = [{"rotate": {}}, *RECIPES["brecq"], {"attention_quant": {}}]
