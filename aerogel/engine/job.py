@@ -21,7 +21,7 @@ from aerogel.engine.preflight import check_calls, check_output, check_plan, chec
 from aerogel.engine.progress import Watch
 from aerogel.engine.result import Result, write
 from aerogel.engine.resume import Progress, fingerprint_of
-from aerogel.engine.sharing import check_shares
+from aerogel.engine.sharing import check_shares, in_full
 from aerogel.engine.stages import reaches_around
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure
@@ -80,7 +80,7 @@ class Job:
             schema_number=SCHEMA,
             model=provenance.model_of(self.network),
             recipe=RecipeRecord(**self.recipe.as_dict()),
-            provenance=provenance.provenance_of(self.network, self.seed, calibration.facts, self.processes),
+            provenance=provenance.provenance_of(self.network, self.seed, calibration.facts | self._of_processes()),
             metrics=Metrics(),
             journal=[],
             kept=[KeptModule(**vars(kept)) for kept in self.plan.kept],
@@ -92,6 +92,11 @@ class Job:
                 device_memory_bytes=self.plan.device_memory_bytes,
             ),
         )
+
+    def _of_processes(self) -> dict[str, str]:
+        """How several processes shared the run, for the report."""
+        told = [f"{self.processes.count} processes", *in_full(self.recipe, self.processes)]
+        return {} if self.processes.alone else {"processes": "; ".join(told)}
 
     def run(self, run: Run, record: Record, watch: Watch) -> Result:
         """Do the steps and save what comes out."""

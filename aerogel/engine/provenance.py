@@ -15,7 +15,6 @@ from torch import nn
 from aerogel.io.record.schema import ModelRecord, Provenance
 from aerogel.layers.slots import slots
 from aerogel.model.network import Network
-from aerogel.model.processes import ALONE, Processes
 from aerogel.version import __version__
 
 
@@ -24,13 +23,13 @@ def versions() -> dict[str, str]:
     return {"aerogel": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")}}
 
 
-def provenance_of(network: Network, seed: int, calibration: dict[str, Any], processes: Processes = ALONE) -> Provenance:
+def provenance_of(network: Network, seed: int, calibration: dict[str, Any]) -> Provenance:
     """Return when, with what and on what a run is made."""
     return Provenance(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         seed=seed,
         versions=versions(),
-        machine=_machine(network) | ({} if processes.alone else {"processes": processes.count}),
+        machine=_machine(network),
         calibration=calibration,
     )
 

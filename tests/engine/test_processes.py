@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -21,8 +22,10 @@ from aerogel.engine.calibration import Samples, with_batch_size
 from aerogel.engine.opening import open_model
 from aerogel.engine.preflight import partial_of
 from aerogel.engine.run import compress
+from aerogel.engine.sharing import in_full
 from aerogel.errors import AerogelError
 from aerogel.model.processes import ALONE, Processes, _take_device
+from aerogel.recipe import Recipe
 from tests import process_group, process_work, simulated_device
 from tests.folders import digests, model_folder, text_file
 from tests.methods.matrix import METHODS, case
@@ -72,6 +75,9 @@ def require_same_folder(desk: Path, name: str, steps: Any, both: list[dict[str, 
     for mine, theirs in zip(first, result.journal, strict=True):
         assert (mine["name"], mine["method"]) == (theirs["name"], theirs["method"])
         assert mine.get("error", 0) == pytest.approx(theirs.get("error", 0), rel=0.01)
+    told = ["2 processes", *in_full(Recipe.parse({"steps": steps}), Processes(count=2))]
+    assert json.loads((desk / f"two-{name}" / "aerogel.json").read_text())["provenance"]["calibration"]["processes"] == "; ".join(told)
+    assert "processes" not in result.facts["provenance"]["calibration"]
     assert not partial_of(desk / f"two-{name}").exists()
     assert digests(desk / f"two-{name}").keys() == digests(desk / f"one-{name}").keys()
 
