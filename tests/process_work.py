@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from aerogel.engine.run import compress
 from aerogel.errors import AerogelError
 from aerogel.layers.linear import cache_dequantized
 from aerogel.methods.quantization.gptq import Gptq
+from aerogel.model.batches import Batches
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.placement import Placement
 from aerogel.model.processes import ALONE, Processes
 from aerogel.model.structure.towers import Tower
 from tests import simulated_device
@@ -58,7 +61,7 @@ def in_folders(desk: Path, recipes: dict[str, Any]) -> dict[str, Any]:
         "journals": journals,
         "experts": with_experts(desk, processes),
         "short": with_short_calls(processes),
-        "memory": with_little_memory(desk, processes),
+        "again": done_again(processes),
     }
     processes.leave()
     return found
@@ -95,6 +98,31 @@ def with_short_calls(processes: Processes = ALONE) -> Tensor:
         return network.run(calls[0])
 
 
+def done_again(processes: Processes) -> tuple[int, int, list[int]]:
+    """Return how often work was done that two exchanges are part of, and what came out, when the second process first has no memory."""
+    batches, tried = Batches(Placement()), 0
+    batches.most_rows = 4
+
+    def work() -> list[int]:
+        nonlocal tried
+        tried += 1
+        processes.add_up(torch.zeros(1))
+        if processes.rank == 1 and tried < 3:
+            raise torch.OutOfMemoryError("too little memory")
+        return processes.gather(10 * tried)
+
+    found = batches.fit(work, processes=processes)
+    return tried, batches.halvings, found
+
+
+def in_little_memory(desk: Path) -> tuple[dict[str, Tensor], str]:
+    """Compress while the memory of the second process ends."""
+    processes = Processes.join()
+    found = with_little_memory(desk, processes)
+    processes.leave()
+    return found
+
+
 def with_little_memory(desk: Path, processes: Processes = ALONE) -> tuple[dict[str, Tensor], str]:
     """Return weights after the memory of the second process ended in the middle of a block, and how the report tells of that."""
     seen = 0
@@ -103,19 +131,15 @@ def with_little_memory(desk: Path, processes: Processes = ALONE) -> tuple[dict[s
         nonlocal seen
         large = processes.rank == 1 and "softmax" in str(op) and operands[0].ndim == 4 and len(operands[0]) > 1
         seen += large
-        return large and seen > 3
+        return large and seen > 2  # in the trace, in the search for shared inputs, and then with three layers quantized
 
-    module = aerogel.load(desk / "model", lazy=False).module
-    with simulated_device.present() as watch:
-        watch.limit = limit
-        result = compress(
-            module,
-            {"steps": [{"gptq": {"scheme": "W8A16_G32"}}]},
-            samples=calls_of(2),
-            measures=(),
-            device="simulated",
-            processes=processes,
-        )
+    module = aerogel.load(desk / "small", lazy=False).module
+    recipe, given = {"steps": [{"gptq": {"scheme": "W8A16_G32"}}]}, {"samples": calls_of(2), "measures": ()}
+    with nullcontext() if processes.alone else simulated_device.present() as watch:
+        if watch is not None:
+            watch.limit = limit
+        device = "cpu" if processes.alone else simulated_device.NAME
+        result = compress(module, recipe, device=device, processes=processes, **given)
     return weights_of(module), str(result.facts["provenance"]["calibration"].get("memory"))
 
 

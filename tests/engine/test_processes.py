@@ -41,6 +41,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     text_file(folder / "text.txt", 20000)
     model_folder(folder / "model", num_hidden_layers=BLOCKS)
+    model_folder(folder / "small", num_hidden_layers=1)
     model_folder(folder / "moe", "qwen3_moe", num_hidden_layers=1)
     (folder / "own.yaml").write_text("steps:\n  - gptq: {scheme: W4A16_G32}\n")
     return folder
@@ -99,10 +100,15 @@ def test_a_block_that_no_call_of_a_process_reaches(both: list[dict[str, Any]]) -
         torch.testing.assert_close(found["short"], wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_all_halve_their_calls_when_the_memory_of_one_ends(desk: Path, both: list[dict[str, Any]]) -> None:
+def test_all_do_their_work_again_when_the_memory_of_one_ends(both: list[dict[str, Any]]) -> None:
+    assert [found["again"] for found in both] == [(3, 2, [30, 30])] * 2
+
+
+@SLOW
+def test_all_halve_their_calls_when_the_memory_of_one_ends(desk: Path, tmp_path: Path) -> None:
     wanted, told = with_little_memory(desk)
     assert told == "None"
-    for weights, told in (found["memory"] for found in both):
+    for weights, told in require_ended(process_group.run(tmp_path / "group", process_work.in_little_memory, desk)):
         assert told.startswith("calls of the calibration ran in up to 2 parts")
         require_alike(weights, wanted)
 
