@@ -35,12 +35,13 @@ RECIPES: dict[str, Any] = {
     "gptq": [{"gptq": {"scheme": "W4A16_G32", "overrides": {"*.down_proj": "W8A8_STATIC", "*.up_proj": "NVFP4A16"}}}],
     "awq": [{"awq": {"scheme": "W4A16_G32", "search_space": 4}}],
     "smoothquant": [{"smoothquant": {"alpha": "search"}}, {"rtn": {"scheme": "W8A8_STATIC", "input_range": "average"}}],
+    "rtn": [{"rtn": {"scheme": "W4A16_G32"}}],
     "brecq": [{"smoothquant": {}}, {"brecq": {"scheme": "W4A16_G32", "targets": ["Linear"], "steps": 2, "batch": 2}}],
 }
 MORE_RECIPES: dict[str, Any] = {
     "passes": [{"gptq": {"scheme": "W4A16_G32_ASYM", "act_order": "group", "true_sequential": True, "max_activation_gb": 0}}],
     "kept": [{"awq": {"scheme": "W4A16_G32", "search_space": 4, "unmapped": "keep"}}],
-    "rotated": [{"rotate": {}}, {"rtn": {"scheme": "W4A16_G32"}}, {"attention_quant": {}}],
+    "rotated": [{"rotate": {}}, {"rtn": {"scheme": "W4A16_G32"}}, {"attention_quant": {}}, {"gptq": {"scheme": "W4A16_G32"}}],
     "pruned": [{"magnitude": {}}, {"gptq": {"scheme": "W4A16_G32"}}],
 }
 
@@ -161,7 +162,7 @@ def of_tiny(method: str, family: str, processes: Processes = ALONE) -> list[Tens
         return answers(result.network, found.example.calls)
 
 
-def killed(desk: Path, folder: Path, dying: int) -> str:
+def killed(desk: Path, folder: Path, name: str, dying: int) -> str:
     """Start a run in which one process kills itself at the second block; returns what the other says."""
     processes = Processes.join()
 
@@ -170,16 +171,16 @@ def killed(desk: Path, folder: Path, dying: int) -> str:
             os.kill(os.getpid(), signal.SIGKILL)
 
     try:
-        compress(desk / "model", {"steps": RECIPES["gptq"]}, output=folder, tell=tell, processes=processes, **options(desk))
+        compress(desk / "model", {"steps": RECIPES[name]}, output=folder, tell=tell, processes=processes, **options(desk))
     except AerogelError as error:
         return str(error)
     return "it ended"
 
 
-def resumed(desk: Path, folder: Path) -> list[str]:
+def resumed(desk: Path, folder: Path, name: str) -> list[str]:
     """Resume that run; returns the blocks that were still to do."""
     processes, seen = Processes.join(), list[Event]()
-    recipe = {"steps": RECIPES["gptq"]}
+    recipe = {"steps": RECIPES[name]}
     compress(desk / "model", recipe, output=folder, resume=True, tell=seen.append, processes=processes, **options(desk))
     processes.leave()
     return [event.what for event in seen if event.stage == "compress" and event.what]

@@ -95,7 +95,7 @@ class Job:
 
     def _of_processes(self) -> dict[str, str]:
         """How several processes shared the run, for the report."""
-        told = [f"{self.processes.count} processes", *in_full(self.recipe, self.processes)]
+        told = [f"{self.processes.count} processes", *in_full(self.network, self.recipe, self.processes)]
         return {} if self.processes.alone else {"processes": "; ".join(told)}
 
     def run(self, run: Run, record: Record, watch: Watch) -> Result:

@@ -155,7 +155,7 @@ def plan_network(
         seconds=seconds(recipe, sizes, [(linear.inputs, linear.outputs) for linear in touched], read, rate),
         touched=tuple(touched),
         kept=tuple(_kept(network, recipe, {linear.name for linear in touched})),
-        remarks=() if problems else (*_remarks(network, recipe), *in_full(recipe, processes)),
+        remarks=() if problems else (*_remarks(network, recipe), *in_full(network, recipe, processes)),
         problems=tuple(problems),
         processes=processes.count,
         processes_on_machine=processes.on_machine,

@@ -116,15 +116,17 @@ class Stage:
         """The folder of this process's walk: its position and its activations."""
         return self.folder if self._processes.alone else self.folder / f"process-{self._processes.rank}"
 
-    def commit(self, block: Block) -> None:
+    def commit(self, block: Block, apart: bool = False) -> None:
         """Store a finished block durably, with what its methods noted and learned of parameters of policies.
 
-        No process goes on before it is stored: each has the outputs of this block by then, so that all can resume after it.
+        Processes that do blocks `apart` each store their own. Else all have done this one, the first stores it, and none goes on before:
+        each has the outputs of the block by then, so that all can resume after it.
         """
         folder = self._folder_of(block.name)
-        if self._processes.first:
+        if apart or self._processes.first:
             self._store(block, folder)
-        self._processes.wait()
+        if not apart:
+            self._processes.wait()
         self._progress.homes[block.name] = Checkpoint.open(folder)
 
     def _store(self, block: Block, folder: Path) -> None:

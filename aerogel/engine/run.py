@@ -176,6 +176,7 @@ class Run:
 
     def _visit_blocks(self, number: int, steps: Sequence[Step], stages: int) -> None:
         stage = self.progress.stage(number) if self.progress else None
+        apart = not reads_calls(steps) and stage is not None and not self.processes.alone
         visits = self._walk(stage, steps) if reads_calls(steps) else self._tour(stage)
         for block in visits:
             at = Event("compress", number * block.total + block.position, stages * block.total, block.name or "around the blocks")
@@ -183,7 +184,8 @@ class Run:
             block.parameters = self.parameters.of(block.name)
             again = before_again(block, visits.again if isinstance(visits, TeacherWalk) else None)
             self.batches.fit(partial(self._change_block, block, steps, number, at), again, block.processes)
-            block.copy_first(self.processes)
+            if not (apart and block.name):
+                block.copy_first(self.processes)
         self.policies = [self.parameters.taken_over(measured) for measured in self.policies]
 
     def _change_block(self, block: Block, steps: Sequence[Step], number: int, at: Event) -> None:
@@ -224,28 +226,33 @@ class Run:
         return walk
 
     def _tour(self, stage: Stage | None) -> Iterator[Block]:
-        """The blocks without calls, for methods that look at weights only."""
-        finish = self._finish(stage)
+        """The blocks without calls, for methods that look at weights only; processes that have them in files each do some of them."""
+        finish, start = self._finish(stage, apart=True), len(self.journal)
         done = stage.committed() if stage else set()
         if stage:
             self._restore(stage, (name for name in self.network.blocks() if name in done))
         residency = self.progress or InMemory(self.network)
+        *left, around = (block for block in blocks_of(self.network) if block.name not in done)
+        mine = left[self.processes.rank :: self.processes.count] if stage else left
         with self.network.glue_on_device():
-            for block in blocks_of(self.network):
-                if block.name in done:
-                    continue
-                if block.name:
-                    residency.enter(block.name)
+            for block in mine:
+                residency.enter(block.name)
                 yield block
                 finish(block)
-                if block.name:
-                    residency.release(block.name)
+                residency.release(block.name)
+            if stage and not self.processes.alone:
+                self.processes.wait()
+                self._restore(stage, (block.name for block in left if block not in mine))
+                place = {name: position for position, name in enumerate(self.network.blocks())}
+                self.journal[start:] = sorted(self.journal[start:], key=lambda line: place[line["block"]])
+            yield around
+            finish(around)
 
-    def _finish(self, stage: Stage | None) -> Callable[[Block], None]:
+    def _finish(self, stage: Stage | None, apart: bool = False) -> Callable[[Block], None]:
         def finish(block: Block) -> None:
             self.journal += block.notes
             if stage and block.name:
-                stage.commit(block)
+                stage.commit(block, apart)
 
         return finish
 
@@ -259,7 +266,7 @@ class Run:
             torch.set_grad_enabled("gradients" in method.requires),
         ):
             method.apply(self.network, self.network.placement.bring_calls(self.calibration.calls))
-            self.processes.copy_first(self.network.module.state_dict().values())
+            self.processes.copy_first(self.network.module.state_dict())
         self.journal += [{"method": step, **note} for note in self.network.take_notes()]
 
     @contextmanager

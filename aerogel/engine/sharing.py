@@ -8,6 +8,7 @@ from aerogel.engine.stages import stages_of
 from aerogel.errors import AerogelError
 from aerogel.methods.base import BlockMethod, CalibrationSize
 from aerogel.model.calls import Call
+from aerogel.model.network import Network
 from aerogel.model.processes import Processes
 from aerogel.recipe import Recipe, Step
 
@@ -22,12 +23,13 @@ def shares_calls(steps: Sequence[Step]) -> bool:
     return reads_calls(steps) and all(step.method.shares_calls for step in steps if "calls" in step.method.requires)
 
 
-def in_full(recipe: Recipe, processes: Processes) -> Iterator[str]:
-    """Say which steps every process does in full, for the plan."""
+def in_full(network: Network, recipe: Recipe, processes: Processes) -> Iterator[str]:
+    """Say which steps every process does in full, for the plan; blocks that are in files are divided where no step reads calls."""
     if processes.alone:
         return
     for steps in stages_of(recipe):
-        if shares_calls(steps):
+        by_blocks = isinstance(steps[0].method, BlockMethod) and not reads_calls(steps) and network.checkpoint is not None
+        if shares_calls(steps) or by_blocks:
             continue
         alone = [step.name for step in steps if "calls" in step.method.requires and not step.method.shares_calls]
         for step in steps:

@@ -113,7 +113,7 @@ class Block:
     def copy_first(self, processes: Processes) -> None:
         """Take the values that the block has in the first process: devices may differ in the last bits."""
         inside = tuple(f"{name}." for name in self.network.blocks()) if not self.name else ()
-        processes.copy_first(tensor for name, tensor in self.module.state_dict().items() if not name.startswith(inside))
+        processes.copy_first({name: tensor for name, tensor in self.module.state_dict().items() if not name.startswith(inside)})
 
     def note(self, name: str, **facts: Any) -> None:
         """Write down facts about a part of the block for the report: numbers and short texts."""

@@ -8,7 +8,7 @@ hand once more (see model/batches.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -160,13 +160,13 @@ class Processes:
             found.append(pytree.tree_map(lambda leaf, sent=sent: sent[leaf.value] if isinstance(leaf, _Number) else leaf, other))
         return found
 
-    def copy_first(self, tensors: Iterable[Tensor]) -> None:
-        """Give tensors the values that they have in the first process; those without values are left out."""
+    def copy_first(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give tensors the values that those of the same name have in the first process; those without values are left out."""
         if self.alone:
             return
         self.wait()
         with torch.no_grad():
-            for tensor in tensors:
+            for _, tensor in sorted(tensors.items()):  # layers that were restored have theirs in another order
                 if not tensor.is_meta and (theirs := self._sent(tensor.detach(), 0)).data_ptr() != tensor.data_ptr():
                     tensor.copy_(theirs)
 

@@ -76,7 +76,7 @@ def require_same_folder(desk: Path, name: str, steps: Any, both: list[dict[str, 
     for mine, theirs in zip(first, result.journal, strict=True):
         assert (mine["name"], mine["method"]) == (theirs["name"], theirs["method"])
         assert mine.get("error", 0) == pytest.approx(theirs.get("error", 0), rel=0.01)
-    told = ["2 processes", *in_full(Recipe.parse({"steps": steps}), Processes(count=2))]
+    told = ["2 processes", *in_full(open_model(desk / "model"), Recipe.parse({"steps": steps}), Processes(count=2))]
     assert json.loads((desk / f"two-{name}" / "aerogel.json").read_text())["provenance"]["calibration"]["processes"] == "; ".join(told)
     assert "processes" not in result.facts["provenance"]["calibration"]
     assert not partial_of(desk / f"two-{name}").exists()
@@ -113,18 +113,28 @@ def test_all_halve_their_calls_when_the_memory_of_one_ends(desk: Path, tmp_path:
         require_alike(weights, wanted)
 
 
-@pytest.mark.parametrize("dying", [1, pytest.param(0, marks=SLOW)])
-def test_a_run_resumes_after_one_process_was_killed(dying: int, desk: Path, tmp_path: Path, both: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(
+    ("name", "dying", "left"),
+    [
+        ("gptq", 1, [["model.layers.1"]] * 2),
+        pytest.param("gptq", 0, [["model.layers.1"]] * 2, marks=SLOW),
+        pytest.param("rtn", 1, [["model.layers.1", "around the blocks"], ["around the blocks"]], marks=SLOW),
+    ],
+)
+def test_a_run_resumes_after_one_process_was_killed(
+    name: str, dying: int, left: list[list[str]], desk: Path, tmp_path: Path, both: list[dict[str, Any]]
+) -> None:
     folder = tmp_path / "out"
-    ended = process_group.run(tmp_path / "killed", process_work.killed, desk, folder, dying)
+    ended = process_group.run(tmp_path / "killed", process_work.killed, desk, folder, name, dying)
     assert ended[dying].code == -signal.SIGKILL
     assert "another process of this run has ended" in ended[1 - dying].answer
-    assert {path.name for path in (partial_of(folder) / "stage-0").iterdir()} == {"blocks", "process-0", "process-1"}
+    own = {"process-0", "process-1"} if name == "gptq" else set()
+    assert {path.name for path in (partial_of(folder) / "stage-0").iterdir()} == {"blocks"} | own
     with pytest.raises(AerogelError, match=r"was started with another number of processes \(2, now 1\); give the same"):
-        compress(desk / "model", {"steps": RECIPES["gptq"]}, output=folder, resume=True, **options(desk))
-    again = require_ended(process_group.run(tmp_path / "resumed", process_work.resumed, desk, folder))
-    assert again == [["model.layers.1"]] * 2
-    assert (folder / "model.safetensors").read_bytes() == (desk / "two-gptq" / "model.safetensors").read_bytes()
+        compress(desk / "model", {"steps": RECIPES[name]}, output=folder, resume=True, **options(desk))
+    again = require_ended(process_group.run(tmp_path / "resumed", process_work.resumed, desk, folder, name))
+    assert again == left
+    assert (folder / "model.safetensors").read_bytes() == (desk / f"two-{name}" / "model.safetensors").read_bytes()
 
 
 def command(desk: Path, *others: str) -> list[str]:
@@ -211,7 +221,7 @@ def test_one_process_exchanges_nothing() -> None:
     assert Processes.join() == ALONE
     x = torch.tensor([1.0, float("nan")])
     before = x.clone()
-    for exchange in (ALONE.add_up, ALONE.take_largest, lambda x: ALONE.copy_first([x])):
+    for exchange in (ALONE.add_up, ALONE.take_largest, lambda x: ALONE.copy_first({"x": x})):
         exchange(x)
     ALONE.wait()
     ALONE.leave()
