@@ -51,6 +51,16 @@ def options(desk: Path) -> dict[str, Any]:
     return {"samples": Samples(desk / "text.txt", count=13, length=64, batch_size=2), "measures": ()}
 
 
+def joined_twice() -> str:
+    """Return the reason why processes do not join twice."""
+    Processes.join()
+    try:
+        Processes.join()
+    except AerogelError as error:
+        return str(error)
+    return ""
+
+
 def in_folders(desk: Path, recipes: dict[str, Any]) -> dict[str, Any]:
     """Compress folders; returns what was noted by recipe, and what models in memory answer."""
     processes = Processes.join()

@@ -167,7 +167,7 @@ def plan(
         batch_size=batch_size,
         seed=seed,
     )
-    shared_by = Processes.join(device) if processes is None else Processes(count=processes, on_machine=processes)
+    shared_by = Processes.started() if processes is None else Processes(count=processes, on_machine=processes)
     if not shared_by.first:
         return
     with terminal.downloads(quiet or as_json):

@@ -8,9 +8,10 @@ hand once more (see model/batches.py).
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -50,22 +51,30 @@ class Processes:
     """Types of the devices from which tensors are sent directly; others go through the host."""
 
     @classmethod
+    def started(cls) -> Processes:
+        """Return the processes that torchrun started, which exchange nothing before they join; one process where it did not."""
+        if not distributed.is_torchelastic_launched():
+            return cls()
+        return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+
+    @classmethod
     def join(cls, device: Device = AUTO) -> Processes:
         """Join the processes that torchrun started; one process alone where this was not started by torchrun.
 
         From then on `auto` and the plain name of an accelerator mean the device with this process's number on its machine. Raises
-        AerogelError for a numbered device, and where a machine has fewer devices than processes.
+        AerogelError for a numbered device, where a machine has fewer devices than processes, and where they joined already.
         """
-        if not distributed.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
-            return cls()
-        on_machine = int(os.environ["LOCAL_WORLD_SIZE"])
-        accelerator = _take_device(device, int(os.environ["LOCAL_RANK"]), on_machine)
+        found = cls.started()
+        if found.alone:
+            return found
+        if distributed.is_initialized():
+            raise AerogelError("torch.distributed has a process group already; join before anything else makes one, and once")
+        accelerator = _take_device(device, int(os.environ["LOCAL_RANK"]), found.on_machine)
         backend = "gloo"
         if accelerator:
             backend = f"cpu:gloo,{accelerator}:{distributed.get_default_backend_for_device(accelerator)}"
         distributed.init_process_group(backend, timeout=_PATIENCE)
-        direct = frozenset({HOST.type, accelerator or HOST.type})
-        return cls(distributed.get_rank(), distributed.get_world_size(), on_machine, direct)
+        return replace(found, direct=frozenset({HOST.type, accelerator or HOST.type}))
 
     def leave(self) -> None:
         """End the exchange in good order, once nothing more will be exchanged."""
@@ -83,8 +92,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Return the numbers of the calls, of so many, that are this process's: one run of them, so that results in order of processes are
-        in order of calls."""
+        """Return the numbers of this process's calls, of so many: neighbours, so that what is put together is in order of calls."""
         return range(count * self.rank // self.count, count * (self.rank + 1) // self.count)
 
     def wait(self) -> None:
@@ -165,9 +173,10 @@ class Processes:
         if self.alone:
             return
         self.wait()
+        own = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor) and not tensor.is_meta}
         with torch.no_grad():
-            for _, tensor in sorted(tensors.items()):  # layers that were restored have theirs in another order
-                if not tensor.is_meta and (theirs := self._sent(tensor.detach(), 0)).data_ptr() != tensor.data_ptr():
+            for _, tensor in sorted(own.items()):  # layers that were restored have theirs in another order
+                if (theirs := self._sent(tensor.detach(), 0)).data_ptr() != tensor.data_ptr():
                     tensor.copy_(theirs)
 
     def _meet(self, again: bool) -> None:
@@ -236,7 +245,7 @@ def _exchanging() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = re.sub(r"^\[\S+\] ", "", str(error).strip()).partition("\n")[0].partition(". ")[0]
         raise ProcessEndedError(
             f"another process of this run has ended ({reason}); see what torchrun says of it, then resume the run or start it again"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -127,7 +128,9 @@ def test_a_run_resumes_after_one_process_was_killed(
     folder = tmp_path / "out"
     ended = process_group.run(tmp_path / "killed", process_work.killed, desk, folder, name, dying)
     assert ended[dying].code == -signal.SIGKILL
-    assert "another process of this run has ended" in ended[1 - dying].answer
+    assert re.fullmatch(
+        r"another process of this run has ended \([^\n.]*\[[\d.]+\]:\d+: Connection .*\); see what .*", ended[1 - dying].answer
+    )
     own = {"process-0", "process-1"} if name == "gptq" else set()
     assert {path.name for path in (partial_of(folder) / "stage-0").iterdir()} == {"blocks"} | own
     with pytest.raises(AerogelError, match=r"was started with another number of processes \(2, now 1\); give the same"):
@@ -271,12 +274,31 @@ def test_all_methods_on_tiny_models(tmp_path: Path) -> None:
                 torch.testing.assert_close(answer, wanted, rtol=1e-3, atol={"awq": 5e-2, "gptq": 5e-3}.get(pair[0], 1e-3), msg=str(pair))
 
 
+def torchrun(*command: str, count: int = 2) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "aerogel"]
+    return subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=300, check=False)
+
+
+@SLOW
+def test_processes_join_once(tmp_path: Path) -> None:
+    for one in process_group.run(tmp_path / "group", process_work.joined_twice):
+        assert one.answer.startswith("torch.distributed has a process group already")
+
+
+@pytest.mark.gpu
+def test_each_accelerator_has_a_process(desk: Path, tmp_path: Path) -> None:
+    count = torch.accelerator.device_count()
+    if count < 2:
+        pytest.skip("one accelerator")
+    done = torchrun(*command(desk, "--samples", "16", "--output", str(tmp_path / "all")), count=count)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "all" / "aerogel.json").read_text())["provenance"]["machine"]["device"].endswith(":0")
+    assert CliRunner().invoke(app, command(desk, "--samples", "16", "--output", str(tmp_path / "one"))).exit_code == 0
+    require_alike(*(weights_of(open_model(tmp_path / name, lazy=False).module) for name in ("all", "one")))
+
+
 @SLOW
 def test_torchrun(desk: Path, tmp_path: Path) -> None:
-    def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "aerogel"]
-        return subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=300, check=False)
-
     done = torchrun(*command(desk, "--samples", "6", "--output", str(tmp_path / "out")))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("folder ") == 1
