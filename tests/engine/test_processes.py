@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -129,7 +128,9 @@ def test_a_run_resumes_after_one_process_was_killed(
     ended = process_group.run(tmp_path / "killed", process_work.killed, desk, folder, name, dying)
     assert ended[dying].code == -signal.SIGKILL
     said = ended[1 - dying].answer
-    assert re.fullmatch(r"another process of this run has ended \(.*\[[\d.]+\]:\d+: Connection [\w ]+\); see what .*", said), said
+    assert said.startswith("another process of this run has ended (")
+    assert said.endswith("); see what torchrun says of it, then resume the run or start it again")
+    assert "\n" not in said
     own = {"process-0", "process-1"} if name == "gptq" else set()
     assert {path.name for path in (partial_of(folder) / "stage-0").iterdir()} == {"blocks"} | own
     with pytest.raises(AerogelError, match=r"was started with another number of processes \(2, now 1\); give the same"):
