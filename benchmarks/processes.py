@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from results import write
 
+from aerogel.engine.calibration import TOKENS_OF_A_CALL
 from aerogel.engine.opening import open_model
 from aerogel.layers.linear import QuantLinear
 
@@ -53,6 +54,7 @@ def main() -> None:
 def compressed(output: Path, processes: int, samples: int, length: int) -> dict[str, Any]:
     """Run the command; returns its seconds, those of the compression alone, and the peak of its largest process."""
     command = ["compress", MODEL, "--recipe", RECIPE, "--output", str(output), "--samples", str(samples), "--length", str(length)]
+    command += ["--batch-size", str(max(1, min(TOKENS_OF_A_CALL // length, samples // max(LAUNCHERS))))]  # the same calls for both
     threads = str(CORES // processes)
     start = time.perf_counter()
     started = subprocess.Popen(
@@ -114,7 +116,7 @@ def save(made: list[list[Any]], settings: dict[str, Any]) -> None:
         made,
         [
             "Commands run in turn. Both use two CPU threads in all; two processes exchange through gloo on one machine.",
-            "Weights differ where sums in another order round a weight to its other neighbour. The peak is of the largest process.",
+            "Both have the same calls. Weights differ where sums in another order round a weight to its other neighbour. The peak is of the largest process.",
         ],
     )
 
