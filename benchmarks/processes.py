@@ -116,7 +116,8 @@ def save(made: list[list[Any]], settings: dict[str, Any]) -> None:
         made,
         [
             "Commands run in turn. Both use two CPU threads in all; two processes exchange through gloo on one machine.",
-            "Both have the same calls. Weights differ where sums in another order round a weight to its other neighbour. The peak is of the largest process.",
+            "Both have the same calls. Weights differ where sums in another order round one to its other neighbour.",
+            "The peak is of the largest process.",
         ],
     )
 
