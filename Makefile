@@ -42,6 +42,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/rivals.py build
 	$(BIN)/python benchmarks/gptq_rivals.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/processes.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/diffusion_speed.py
 	$(BIN)/python benchmarks/diffusion_time.py

@@ -209,6 +209,9 @@ def _register() -> torch.library.Library:
     return library
 
 
+_register()  # before the first backward of any test: autograd has queues for the devices that it knows by then
+
+
 @cache
 def device() -> torch.device:
     """Return the device; torch knows it from then on, and reports it as an accelerator only while `present` lasts."""

@@ -9,6 +9,8 @@ import typer
 
 import aerogel
 from aerogel.cli.group import Command, Group
+from aerogel.cli.launched import in_processes
+from aerogel.errors import AerogelError
 
 # Without rich markup: it would take a default in brackets, such as [sotu], for a style and drop it from the help text.
 app = typer.Typer(
@@ -26,8 +28,13 @@ def command(section: str, summary: str, name: str | None = None) -> Any:
     return app.command(name, cls=Command, rich_help_panel=section, short_help=summary)
 
 
-def start(threads: int | None = None) -> None:
-    """Prepare the libraries for a command: number of threads, no log output of transformers and the hub."""
+def start(threads: int | None = None, in_several: bool = False) -> None:
+    """Prepare the libraries for a command: number of threads, no log output of transformers and the hub.
+
+    Raises AerogelError where torchrun started several processes for a command that does not run `in_several`.
+    """
+    if in_processes() and not in_several:
+        raise AerogelError("torchrun started several processes, but only `aerogel compress` and `plan` run in several; leave it out")
     import torch
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging

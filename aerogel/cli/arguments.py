@@ -187,5 +187,9 @@ Evaluate = Annotated[bool, _option("--evaluate/--no-evaluate", section=OUTPUT, h
 
 Against = Annotated[str | None, _option("--against", section=MODEL, metavar="MODEL", help="Original model to compare with.")]
 Threads = Annotated[int | None, _option("--threads", metavar="N", min=1, help="CPU threads of torch [all cores].")]
+ProcessCount = Annotated[
+    int | None,
+    _option("--processes", metavar="N", min=1, help="Processes of one machine that torchrun will start, each with its own device [1]."),
+]
 Quiet = Annotated[bool, _option("--quiet", "-q", help="No progress bars.")]
 AsJson = Annotated[bool, _option("--json", help="Print only JSON on standard output, and no progress bars.")]

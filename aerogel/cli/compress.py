@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from aerogel.cli.share import push_folder
 if TYPE_CHECKING:
     from aerogel.engine.requests import RunRequest
     from aerogel.engine.result import Result
+    from aerogel.model.processes import Processes
 
 
 @command(COMPRESS, "Compress a model with a recipe and save it, with a report.")
@@ -53,9 +55,10 @@ def compress(
 
     A recipe file may also give the model, the data and the output; arguments here win over the file.
     """
-    start(threads)
+    start(threads, in_several=True)
     from aerogel.engine.calibration import CalibrationRequest
     from aerogel.engine.requests import Adjustments, ModelOptions, RunRequest
+    from aerogel.model.processes import Processes
 
     request = RunRequest.of(
         recipe,
@@ -67,7 +70,11 @@ def compress(
         seed=seed,
         output=output,
     )
-    result = _compressed(request, push_to_hub, evaluate, resume, quiet or as_json)
+    processes = Processes.join(device)
+    result = _compressed(request, push_to_hub, evaluate, resume, quiet or as_json, processes)
+    processes.leave()
+    if not processes.first:
+        return
     folder, report = request.require_output(), result.report()
     if not as_json:
         _print_result(result, folder, report)
@@ -78,24 +85,24 @@ def compress(
         print_json({"folder": str(folder), "report": str(report), **hub, **result.facts})
 
 
-def _compressed(request: RunRequest, push_to_hub: str | None, evaluate: bool, resume: bool, quiet: bool) -> Result:
+def _compressed(request: RunRequest, push_to_hub: str | None, evaluate: bool, resume: bool, quiet: bool, processes: Processes) -> Result:
     """Do the run after the checks that need no model; returns its result."""
     from aerogel.cli import terminal
     from aerogel.engine import pushing, run
     from aerogel.engine.preflight import partial_of
 
     folder = request.require_output()
-    request.check_output()
+    processes.of_first(request.check_output)
     if push_to_hub is not None:
-        pushing.check(push_to_hub)
+        processes.of_first(partial(pushing.check, push_to_hub))
     with terminal.downloads(quiet):
-        source = request.locate()
+        source = processes.first_then_others(request.locate)
 
     def left() -> str:
         partial = partial_of(folder)
         return f"{partial} keeps the finished blocks: add --resume to continue" if partial.exists() else "nothing was changed"
 
-    with interruptible(left), terminal.progress(quiet) as tell:
+    with interruptible(left), terminal.progress(quiet or not processes.first) as tell:
         return run.compress(
             source,
             request.recipe,
@@ -106,6 +113,7 @@ def _compressed(request: RunRequest, push_to_hub: str | None, evaluate: bool, re
             resume=resume,
             device=request.options.device,
             batch_size=request.batch_size,
+            processes=processes,
             tell=tell,
         )
 
@@ -141,6 +149,7 @@ def plan(
     num_frames: given.NumFrames = None,
     batch_size: given.BatchSize = None,
     seed: given.Seed = None,
+    processes: given.ProcessCount = None,
     quiet: given.Quiet = False,
     as_json: given.AsJson = False,
 ) -> None:
@@ -148,11 +157,12 @@ def plan(
 
     The options of recipe, model and data are those of compress, so that the estimates are for what will be used.
     """
-    start()
+    start(in_several=True)
     from aerogel.cli import terminal
     from aerogel.engine import planning
     from aerogel.engine.calibration import CalibrationRequest
     from aerogel.engine.requests import Adjustments, ModelOptions, RunRequest
+    from aerogel.model.processes import Processes
 
     request = RunRequest.of(
         recipe,
@@ -163,9 +173,12 @@ def plan(
         batch_size=batch_size,
         seed=seed,
     )
+    shared_by = Processes.started() if processes is None else Processes(count=processes, on_machine=processes)
+    if not shared_by.first:
+        return
     with terminal.downloads(quiet or as_json):
         source = request.locate()
-    made = planning.plan(source, request.recipe, samples=request.samples, device=device, batch_size=request.batch_size)
+    made = planning.plan(source, request.recipe, samples=request.samples, device=device, batch_size=request.batch_size, processes=shared_by)
     print_json(made.as_dict()) if as_json else terminal.print_plan(made)
     if made.problems:
         raise typer.Exit(FAILED)

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from aerogel.cli.interrupts import interruptible
+from aerogel.cli.launched import report
 from aerogel.errors import AerogelError
 
 FAILED = 2
@@ -89,5 +90,5 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _fail(reason: str) -> None:
-    typer.echo(f"error: {' '.join(reason.split())}", err=True)
+    report(f"error: {' '.join(reason.split())}")
     raise typer.Exit(FAILED)

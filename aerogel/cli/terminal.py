@@ -96,7 +96,11 @@ def print_plan(plan: Plan) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("weights reached", f"{phrases.percent(plan.share_reached)} of {phrases.number(plan.parameters)}")
     table.add_row("size on disk", f"{phrases.size(plan.source_bytes)} -> {phrases.size(plan.predicted_bytes)}")
-    table.add_row("peak memory", f"about {phrases.size(plan.peak_memory_bytes)} above the memory of the interpreter (an estimate)")
+    each = "" if plan.processes == 1 else f" in each of {plan.processes} processes"
+    table.add_row("peak memory", f"about {phrases.size(plan.peak_memory_bytes)} above the memory of the interpreter{each} (an estimate)")
+    if plan.processes_on_machine > 1:
+        together = phrases.size(plan.processes_on_machine * plan.peak_memory_bytes)
+        table.add_row("", f"about {together} of a machine, for its {plan.processes_on_machine} processes")
     if plan.device_memory_bytes:
         table.add_row(f"peak memory on {plan.device}", f"about {phrases.size(plan.device_memory_bytes)} (an estimate)")
     table.add_row("time", f"about {phrases.seconds(sum(plan.seconds.values()))} with evaluation (an estimate)")

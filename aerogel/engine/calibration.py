@@ -132,13 +132,14 @@ def shown(network: Network, samples: CalibrationInput | None) -> Shown:
     return found
 
 
-def with_batch_size(samples: Shown, batch_size: int | Literal["auto"]) -> Shown:
+def with_batch_size(samples: Shown, batch_size: int | Literal["auto"], processes: int = 1) -> Shown:
     """Return the calibration data with so many sequences, chats or images in a call; `auto` leaves it as it is.
 
-    Raises AerogelError for a number below 1, and for recorded calls, which have the size that they have.
+    Sequences and chats are then so many in a call that each of the processes has one. Raises AerogelError for a number below 1, and for
+    recorded calls, which have the size that they have.
     """
     if batch_size == AUTO:
-        return samples
+        return samples if processes == 1 else _with_calls(samples, processes)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise AerogelError(f"batch_size is {batch_size!r}; give auto, or how many sequences one call has, at least 1")
     if isinstance(samples, Samples):
@@ -146,6 +147,13 @@ def with_batch_size(samples: Shown, batch_size: int | Literal["auto"]) -> Shown:
     if isinstance(samples, Chats | Denoising):
         return replace(samples, batch=batch_size)
     raise AerogelError("batch_size does not apply to recorded calls, which have the size they were given with; leave it at auto")
+
+
+def _with_calls(samples: Shown, count: int) -> Shown:
+    """Return sequences or chats with as few in a call as it takes for so many calls."""
+    if isinstance(samples, Samples) and samples.batch_size is None:
+        return replace(samples, batch_size=min(samples.batch, max(1, samples.count // count)))
+    return replace(samples, batch=min(samples.batch, max(1, samples.count // count))) if isinstance(samples, Chats) else samples
 
 
 def reading(network: Network, samples: Shown) -> CalibrationSize:

@@ -116,8 +116,8 @@ def peak_memory(network: Network, recipe: Recipe, read: CalibrationSize) -> Memo
     return Memory(mapped + at_rest + copied + outputs + in_hand, device)
 
 
-def too_large(network: Network, recipe: Recipe, read: CalibrationSize) -> Iterator[str]:
-    """Say which memory cannot hold the run, even with calls of one sample."""
+def too_large(network: Network, recipe: Recipe, read: CalibrationSize, processes: int = 1) -> Iterator[str]:
+    """Say which memory cannot hold the run, even with calls of one sample; a machine's memory has to hold all its processes."""
     least = peak_memory(network, recipe, read._replace(at_once=min(read.sample, read.at_once)))
     place, host = network.placement, host_memory()
     there = place.memory()
@@ -126,8 +126,13 @@ def too_large(network: Network, recipe: Recipe, read: CalibrationSize) -> Iterat
             f"it needs about {phrases.size(least.device)} on {place.device}, which has {phrases.size(there)}; give device cpu, "
             "another device, or shorter samples"
         )
-    if least.host > host:
-        yield f"it needs about {phrases.size(least.host)} of memory, and this machine has {phrases.size(host)}; give a larger machine"
+    if processes * least.host > host:
+        needed = phrases.size(processes * least.host)
+        if processes == 1:
+            yield f"it needs about {needed} of memory, and this machine has {phrases.size(host)}; give a larger machine"
+        else:
+            of_each = f"{processes} processes with {phrases.size(least.host)} each"
+            yield f"it needs about {needed} of memory ({of_each}), and this machine has {phrases.size(host)}; start fewer processes"
 
 
 def _working(network: Network, recipe: Recipe, read: CalibrationSize) -> int:

@@ -26,6 +26,7 @@ from aerogel.engine.opening import open_model
 from aerogel.engine.patterns import unmatched
 from aerogel.engine.progress import StageName
 from aerogel.engine.requirements import unmet
+from aerogel.engine.sharing import in_full, share_of
 from aerogel.io.source import ModelSource
 from aerogel.layers import layout
 from aerogel.layers.conv import Layer, is_plain, refuse, size
@@ -34,6 +35,7 @@ from aerogel.methods.base import Before, CalibrationSize, Method, WeightMethod
 from aerogel.model.match import matches
 from aerogel.model.network import Network
 from aerogel.model.placement import AUTO, Device
+from aerogel.model.processes import ALONE, Processes
 from aerogel.model.walk import blocks_of
 from aerogel.numerics.scheme import Scheme
 from aerogel.recipe import Recipe
@@ -74,11 +76,11 @@ class Plan:
     predicted_bytes: int
     """All tensors on disk after compression; exact, save for the headers of the files."""
     peak_memory_bytes: int
-    """Of the host, over the interpreter's own: an estimate."""
+    """Of the host, over the interpreter's own: an estimate. Each of several processes takes as much."""
     device: str
     """Name of the device that computes."""
     device_memory_bytes: int
-    """Of the accelerator: an estimate; 0 where the CPU computes."""
+    """Of the accelerator of a process: an estimate; 0 where the CPU computes."""
     activation_bytes: int
     """Bytes that the outputs of two blocks take beside the output while the run lasts; an estimate."""
     seconds: dict[StageName, float]
@@ -89,6 +91,10 @@ class Plan:
     """Notes on what steps will leave undone, though they can run."""
     problems: tuple[str, ...] = field(default=())
     """Why the recipe cannot run on this network; empty when it can."""
+    processes: int = 1
+    """Processes that share the run."""
+    processes_on_machine: int = 1
+    """Processes on one machine, which share its memory."""
 
     @property
     def share_reached(self) -> float:
@@ -108,24 +114,32 @@ def plan(
     samples: CalibrationInput | None = None,
     device: Device = AUTO,
     batch_size: int | Literal["auto"] = AUTO,
+    processes: Processes = ALONE,
     flops_a_second: Callable[[], float] | None = None,
 ) -> Plan:
     """Say what a recipe will do to a model without changing a weight; raises AerogelError when either cannot be read.
 
-    `device` and `batch_size` are those of `compress`. `flops_a_second` gives the matrix-product rate from which seconds are estimated:
-    that of the device, measured for a moment.
+    `device`, `batch_size` and `processes` are those of `compress`. `flops_a_second` gives the matrix-product rate from which seconds
+    are estimated: that of the device, measured for a moment.
     """
     network = open_model(model, device=device)
-    parsed, read = Recipe.parse(recipe, overrides), with_batch_size(shown(network, samples), batch_size)
+    parsed, read = Recipe.parse(recipe, overrides), with_batch_size(shown(network, samples), batch_size, processes.count)
     if needs_calls(parsed):
         read = available(network, read)
-    return plan_network(network, parsed, reading(network, read), flops_a_second)
+    return plan_network(network, parsed, reading(network, read), flops_a_second, processes)
 
 
-def plan_network(network: Network, recipe: Recipe, read: CalibrationSize, flops_a_second: Callable[[], float] | None = None) -> Plan:
+def plan_network(
+    network: Network,
+    recipe: Recipe,
+    read: CalibrationSize,
+    flops_a_second: Callable[[], float] | None = None,
+    processes: Processes = ALONE,
+) -> Plan:
     """Return the plan for a network that is open already."""
     touched, problems = _touched(network, recipe, read)
-    problems += too_large(network, recipe, read)
+    read = share_of(recipe, read, processes)
+    problems += too_large(network, recipe, read, processes.on_machine)
     sizes = Sizes.of(network, {linear.name for linear in touched})
     memory = peak_memory(network, recipe, read)
     rate = flops_a_second or partial(measured_flops_a_second, network.device)
@@ -137,13 +151,19 @@ def plan_network(network: Network, recipe: Recipe, read: CalibrationSize, flops_
         peak_memory_bytes=memory.host,
         device=str(network.device),
         device_memory_bytes=memory.device,
-        activation_bytes=activations(network, read) if needs_calls(recipe) else 0,
+        activation_bytes=processes.count * activations(network, read) if needs_calls(recipe) else 0,
         seconds=seconds(recipe, sizes, [(linear.inputs, linear.outputs) for linear in touched], read, rate),
         touched=tuple(touched),
         kept=tuple(_kept(network, recipe, {linear.name for linear in touched})),
-        remarks=() if problems else tuple(f"{step.name}: {line}" for step in recipe.steps for line in step.method.remarks(network)),
+        remarks=() if problems else (*_remarks(network, recipe), *in_full(network, recipe, processes)),
         problems=tuple(problems),
+        processes=processes.count,
+        processes_on_machine=processes.on_machine,
     )
+
+
+def _remarks(network: Network, recipe: Recipe) -> Iterator[str]:
+    return (f"{step.name}: {line}" for step in recipe.steps for line in step.method.remarks(network))
 
 
 def _touched(network: Network, recipe: Recipe, read: CalibrationSize) -> tuple[list[Touched], list[str]]:

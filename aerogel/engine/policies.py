@@ -18,6 +18,7 @@ from aerogel.io.states import STATES, stored
 from aerogel.methods.base import RuntimePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.processes import ALONE, Processes
 from aerogel.model.trace import NON_BLOCK
 from aerogel.recipe import Recipe, Step
 from aerogel.runtime.policy_state import PolicyState
@@ -38,14 +39,22 @@ class CalibratedPolicy:
         return self.step.method
 
 
-def calibrated(network: Network, step: Step, calls: Sequence[Call], before: CalibratedPolicy | None = None) -> CalibratedPolicy:
-    """Calibrate a policy, from the state of the one before where it supersedes that; raises AerogelError where it cannot follow it."""
+def calibrated(
+    network: Network, step: Step, calls: Sequence[Call], before: CalibratedPolicy | None = None, processes: Processes = ALONE
+) -> CalibratedPolicy:
+    """Calibrate a policy, from the state of the one before where it supersedes that; raises AerogelError where it cannot follow it.
+
+    Each of several processes does that, and all take the state of the first one: it may depend on measured times.
+    """
     method = step.method
     assert isinstance(method, RuntimePolicy)
     if before is not None and (why := method.refusal(before.policy)):
         raise AerogelError(why)
     on_device = network.placement.bring_calls(calls)
-    return CalibratedPolicy(step, method.calibrated(network, on_device, None if before is None else before.state))
+    state = method.calibrated(network, on_device, None if before is None else before.state)
+    if not processes.alone:
+        state = method.read(processes.of_first(lambda: network.placement.take_back(state.as_dict())))
+    return CalibratedPolicy(step, state)
 
 
 def superseded(step: Step, before: Sequence[CalibratedPolicy]) -> CalibratedPolicy | None:

@@ -1,7 +1,7 @@
 """The progress folder: what is finished lies on disk, so that memory holds one block and a killed run goes on where it stopped.
 
 out.partial/run.json                      what the run is made of; a run goes on only with the same
-out.partial/stage-0/walk.json, activations/      the walk's own state
+out.partial/stage-0/walk.json, activations/      the walk's own state; of several processes each has a folder process-N with its own
 out.partial/stage-0/blocks/NAME/          model.safetensors (the finished block), block.json (its structure and journal),
                                           parameters.safetensors (those of policies inside the block, as they were learned)
 """
@@ -23,6 +23,7 @@ from aerogel.io import quantized
 from aerogel.io.checkpoint import Checkpoint
 from aerogel.model.block import Block
 from aerogel.model.network import Network
+from aerogel.model.processes import ALONE, Processes
 
 JOURNAL = "block.json"
 PARAMETERS = "parameters.safetensors"
@@ -42,30 +43,29 @@ def fingerprint_of(checkpoint: Checkpoint) -> str:
 class Progress:
     """One run's folder; brings blocks in for their visit and lets them go."""
 
-    def __init__(self, folder: Path, network: Network, source: Checkpoint) -> None:
+    def __init__(self, folder: Path, network: Network, source: Checkpoint, processes: Processes = ALONE) -> None:
         self.folder = folder
+        self.processes = processes
         self.network = network
         self._source = source
         self.homes: dict[str, Checkpoint] = {}
         """Files with the newest tensors of each finished block."""
 
     @classmethod
-    def open(cls, folder: Path, network: Network, source: Checkpoint, fingerprint: Mapping[str, Any]) -> Progress:
+    def open(
+        cls, folder: Path, network: Network, source: Checkpoint, fingerprint: Mapping[str, Any], processes: Processes = ALONE
+    ) -> Progress:
         """Start a run, or resume the one in the folder; raises AerogelError when that one is made of something else.
 
-        `source` has the network's weights; `fingerprint` is JSON that says part by part what the run is made of.
+        `source` has the network's weights; `fingerprint` is JSON that says part by part what the run is made of. Of several processes the
+        first one writes what all have in common, and each the activations of its own calls.
         """
-        path = folder / RUN
-        if path.exists():
-            _require_same(folder, json.loads(path.read_text()), json.loads(json.dumps(fingerprint)))
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(path, json.dumps(fingerprint))
-        return cls(folder, network, source)
+        processes.of_first(lambda: _begin(folder, fingerprint))
+        return cls(folder, network, source, processes)
 
     def stage(self, number: int) -> Stage:
         """The part of the folder that belongs to one stage of the recipe."""
-        return Stage(self, self.folder / f"stage-{number}")
+        return Stage(self, self.folder / f"stage-{number}", self.processes)
 
     def enter(self, name: str) -> None:
         """Make the newest weights of a block resident."""
@@ -106,13 +106,30 @@ class FinishedBlock(NamedTuple):
 class Stage:
     """Finished blocks of one stage of a recipe."""
 
-    def __init__(self, progress: Progress, folder: Path) -> None:
+    def __init__(self, progress: Progress, folder: Path, processes: Processes) -> None:
         self.folder = folder
         self._progress = progress
+        self._processes = processes
 
-    def commit(self, block: Block) -> None:
-        """Store a finished block durably, with what its methods noted and learned of parameters of policies."""
+    @property
+    def walk(self) -> Path:
+        """The folder of this process's walk: its position and its activations."""
+        return self.folder if self._processes.alone else self.folder / f"process-{self._processes.rank}"
+
+    def commit(self, block: Block, apart: bool = False) -> None:
+        """Store a finished block durably, with what its methods noted and learned of parameters of policies.
+
+        Processes that do blocks `apart` each store their own. Else all have done this one, the first stores it, and none goes on before:
+        each has the outputs of the block by then, so that all can resume after it.
+        """
         folder = self._folder_of(block.name)
+        if apart or self._processes.first:
+            self._store(block, folder)
+        if not apart:
+            self._processes.wait()
+        self._progress.homes[block.name] = Checkpoint.open(folder)
+
+    def _store(self, block: Block, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         on_host = block.network.placement.take_back(dict(block.module.state_dict()))
         tensors = {block.full_name(name): tensor.contiguous() for name, tensor in on_host.items()}
@@ -122,11 +139,10 @@ class Stage:
             _save({name: value.detach().contiguous() for name, value in values.items()}, folder / PARAMETERS)
         pruned = sorted(name for name in block.network.pruned if name.startswith(f"{block.name}."))
         _write(folder / JOURNAL, json.dumps({"structure": quantized.describe(block.module), "pruned": pruned, "notes": block.notes}))
-        self._progress.homes[block.name] = Checkpoint.open(folder)
 
     def committed(self) -> set[str]:
         """Names of the blocks that are put away."""
-        return {path.parent.name for path in self.folder.glob(f"blocks/*/{JOURNAL}")}
+        return self._processes.of_first(lambda: {path.parent.name for path in self.folder.glob(f"blocks/*/{JOURNAL}")})
 
     def restore(self, names: Iterable[str]) -> list[FinishedBlock]:
         """Rebuild the structure of blocks that an earlier process finished, and return what else it stored of them."""
@@ -144,6 +160,15 @@ class Stage:
 
     def _folder_of(self, name: str) -> Path:
         return self.folder / "blocks" / name
+
+
+def _begin(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    path = folder / RUN
+    if path.exists():
+        _require_same(folder, json.loads(path.read_text()), json.loads(json.dumps(fingerprint)))
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(path, json.dumps(fingerprint))
 
 
 def _require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

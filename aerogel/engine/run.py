@@ -6,42 +6,33 @@ folder beside the output: memory holds about two blocks, and a killed run goes o
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from aerogel.engine import policies, provenance
-from aerogel.engine.calibration import Calibration, CalibrationInput, Shown, prepare, reading, shown, with_batch_size
-from aerogel.engine.coverage import coverage
-from aerogel.engine.estimates import needs_calls, needs_teacher
+from aerogel.engine import policies
+from aerogel.engine.calibration import Calibration, CalibrationInput, shown, with_batch_size
+from aerogel.engine.estimates import needs_teacher
+from aerogel.engine.job import Job
 from aerogel.engine.opening import open_model
-from aerogel.engine.planning import Plan, plan_network
 from aerogel.engine.policies import CalibratedPolicy, Parameters
-from aerogel.engine.preflight import check_calls, check_output, check_plan, check_weights, partial_of
 from aerogel.engine.progress import Event, Tell, Watch
-from aerogel.engine.result import Result, write
-from aerogel.engine.resume import Progress, Stage, fingerprint_of
+from aerogel.engine.result import Result
+from aerogel.engine.resume import Progress, Stage
 from aerogel.engine.scores import Scores, measure
+from aerogel.engine.sharing import reads_calls, shares_calls
 from aerogel.engine.stages import reaches_around, seeded, stages_of
 from aerogel.engine.teacher import TeacherWalk, resident, teacher_of
 from aerogel.engine.visits import before_again, compress_block
-from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure
-from aerogel.io import save
-from aerogel.io.older import SCHEMA
-from aerogel.io.quantized import fuse_activations
 from aerogel.io.record import files
-from aerogel.io.record.measures import Metrics
-from aerogel.io.record.schema import KeptModule, PlanRecord, RecipeRecord, Record
 from aerogel.io.source import ModelSource
 from aerogel.kernels.malloc import limit_fragmentation
 from aerogel.methods.base import BlockMethod, Method, RuntimePolicy
@@ -49,6 +40,7 @@ from aerogel.model.batches import Batches
 from aerogel.model.block import Block
 from aerogel.model.network import Network
 from aerogel.model.placement import AUTO, Device, fitting
+from aerogel.model.processes import ALONE, Processes
 from aerogel.model.walk import InMemory, Walk, blocks_of
 from aerogel.recipe import Recipe, Step
 from aerogel.training.fit import watched
@@ -66,6 +58,7 @@ def compress(
     resume: bool = False,
     device: Device = AUTO,
     batch_size: int | Literal["auto"] = AUTO,
+    processes: Processes = ALONE,
     tell: Tell = lambda event: None,
 ) -> Result:
     """Compress a model by a recipe; with `output` the result is saved there.
@@ -73,8 +66,9 @@ def compress(
     A live module is changed in place; a model opened from a folder is not held in memory, and its source is only read. `measures`
     are names or Measure values (all that fit by default, none if empty). With `resume` an unfinished run for the same output goes on
     and ends with the same bits. `device` computes (see `load`); `batch_size` is how many sequences, chats or images one call of the
-    calibration has, which a device with too little memory takes in halves. Raises AerogelError before any work when the run could not end
-    well.
+    calibration has, which a device with too little memory takes in halves. With several `processes` (`Processes.join()` under torchrun),
+    each calls this with the same arguments, and the first one writes and measures. Raises AerogelError before any work when the run could
+    not end well.
     """
     watch = Watch(tell)
     checked = Recipe.parse(recipe, overrides)
@@ -82,17 +76,18 @@ def compress(
     with limit_fragmentation() if named else nullcontext(), fitting("a step of this recipe"):
         with watch.stage("load", str(model) if named else ""):
             network = open_model(model, device=device)
-        job = _Job(network, checked, Path(output).absolute() if output is not None else None, seed)
+        job = Job(network, checked, Path(output).absolute() if output is not None else None, seed, processes)
         with watch.stage("check"):
-            if network.origin is not None:
-                files.verify(network.origin)
-            calibration = job.check(with_batch_size(shown(network, samples), batch_size), resume)
+            if (origin := network.origin) is not None:
+                processes.of_first(partial(files.verify, origin))
+            calibration = job.check(with_batch_size(shown(network, samples), batch_size, processes.count), resume)
         tell(Event("check", 1, 1, expected=job.expected(measures)))
         record = job.record(calibration)
-        origin = network.origin
-        before = _scores_of_live(network, measures) if origin is None else {}
-        run = Run(network, checked, calibration, seed, tell)
+        before = _scores_of_live(network, measures) if origin is None and processes.first else {}
+        run = Run(network, checked, calibration, seed, tell, processes)
         result = job.run(run, record, watch)
+    if not processes.first:
+        return result
     _warn_of_fallbacks(run.journal)
     if run.batches.halvings:
         warnings.warn(run.batches.told, stacklevel=2)
@@ -115,111 +110,6 @@ def _scores(result: Result, source: ModelSource | Path | None, measures: Sequenc
         return measure(network, original, measures, tell, speed=True)
 
 
-@dataclass
-class _Job:
-    """A run from its checks to its result."""
-
-    network: Network
-    recipe: Recipe
-    output: Path | None
-    seed: int
-    plan: Plan = field(init=False)
-
-    def check(self, read: Shown, resume: bool) -> Calibration:
-        """Look for everything that would make the run fail; the quick looks come first."""
-        network = self.network
-        if resume and (network.checkpoint is None or self.output is None):
-            raise AerogelError("only a model opened from a folder and saved to an output can be resumed")
-        self.plan = plan_network(network, self.recipe, reading(network, read))
-        check_plan(self.plan)
-        if self.output is not None:
-            check_output(self.output, 2 * self.plan.predicted_bytes + self.plan.activation_bytes, network.origin, resume)
-        steps = self.recipe.steps
-        calibration = Calibration(())
-        if needs_calls(self.recipe):
-            calibration = prepare(network, read, self.seed, head=reaches_around(network, steps))
-            check_calls(network, self.recipe, calibration.calls)
-        check_weights(network)
-        return calibration
-
-    def expected(self, measures: Sequence[str | Measure] | None) -> dict[Any, float]:
-        """Seconds that the stages will take, as far as the plan can tell."""
-        unmeasured = measures is not None and not measures
-        return {**self.plan.seconds, **({"evaluate": 0.0} if unmeasured else {}), **({} if self.output else {"save": 0.0})}
-
-    def record(self, calibration: Calibration) -> Record:
-        """Return the record as it is before the run."""
-        return Record(
-            schema_number=SCHEMA,
-            model=provenance.model_of(self.network),
-            recipe=RecipeRecord(**self.recipe.as_dict()),
-            provenance=provenance.provenance_of(self.network, self.seed, calibration.facts),
-            metrics=Metrics(),
-            journal=[],
-            kept=[KeptModule(**vars(kept)) for kept in self.plan.kept],
-            plan=PlanRecord(
-                layers=len(self.plan.touched),
-                share_reached=self.plan.share_reached,
-                predicted_bytes=self.plan.predicted_bytes,
-                peak_memory_bytes=self.plan.peak_memory_bytes,
-                device_memory_bytes=self.plan.device_memory_bytes,
-            ),
-        )
-
-    def run(self, run: Run, record: Record, watch: Watch) -> Result:
-        """Do the steps and save what comes out."""
-        if self.network.checkpoint is None:
-            return self._run_live(run, record, watch)
-        if self.output is not None:
-            record = self._run_lazily(run, record, watch, self.output)
-            return Result(self.recipe, record, run.policies, folder=self.output, device=self.network.device, source=self.network.source)
-        keep = Path(mkdtemp(prefix="aerogel-"))
-        with ExitStack() as stack:
-            stack.callback(shutil.rmtree, keep, ignore_errors=True)
-            record = self._run_lazily(run, record, watch, keep / "model")
-            stack.pop_all()
-        device, source = self.network.device, self.network.source
-        return Result(self.recipe, record, run.policies, folder=keep / "model", keep=keep, device=device, source=source)
-
-    def _go(self, run: Run, record: Record, watch: Watch) -> Record:
-        with watch.stage("compress"):
-            run.go()
-        made_with = record.provenance.as_dict()
-        if run.batches.halvings:
-            made_with["calibration"] = {**made_with["calibration"], "memory": run.batches.told}
-        return record.replaced(journal=run.journal, coverage=coverage(self.network, run.policies), provenance=made_with)
-
-    def _run_lazily(self, run: Run, record: Record, watch: Watch, output: Path) -> Record:
-        source, partial = self.network.checkpoint, partial_of(output)
-        assert source is not None
-        made_of = {
-            "model": fingerprint_of(source),
-            "recipe": self.recipe.as_dict(),
-            "seed": self.seed,
-            "dtype": provenance.dtype_name(self.network.source.dtype) if self.network.source else None,
-            "data": run.calibration.facts.get("fingerprint"),
-            "versions": provenance.versions(),
-            "threads": torch.get_num_threads(),
-            "device": self.network.device.type,
-            "calls": len(run.calibration.calls),
-        }
-        run.progress = Progress.open(partial, self.network, source, made_of)
-        record = self._go(run, record, watch)
-        with watch.stage("save"), save.new_folder(output) as folder:
-            record = write(folder, self.network, record, run.policies, run.progress.tensors())
-        shutil.rmtree(partial)
-        return record
-
-    def _run_live(self, run: Run, record: Record, watch: Watch) -> Result:
-        record = self._go(run, record, watch)
-        fuse_activations(self.network.module)
-        result = Result(self.recipe, record, run.policies, network=self.network)
-        if self.output is not None:
-            with watch.stage("save"):
-                result.save(self.output)
-        return result
-
-
 def _scores_of_live(network: Network, measures: Sequence[str | Measure] | None) -> dict[str, Scores]:
     """A module changed in place is measured before; afterwards there is no original to compare with."""
     if measures is not None and not measures:
@@ -236,6 +126,7 @@ class Run:
     calibration: Calibration
     seed: int
     tell: Tell
+    processes: Processes = ALONE
     progress: Progress | None = None
     journal: list[dict[str, Any]] = field(default_factory=list)
     policies: list[CalibratedPolicy] = field(default_factory=list)
@@ -278,20 +169,23 @@ class Run:
 
     def _calibrate(self, number: int, step: Step, policy: RuntimePolicy[Any], before: CalibratedPolicy | None) -> CalibratedPolicy:
         with self._resident(), resident(self._teacher(policy)), seeded(self.seed, number):
-            return policies.calibrated(self.network, step, self.calibration.calls, before)
+            return policies.calibrated(self.network, step, self.calibration.calls, before, self.processes)
 
     def _teacher(self, method: Method | RuntimePolicy[Any]) -> Network | None:
         return self.network.teacher if "teacher" in method.requires else None
 
     def _visit_blocks(self, number: int, steps: Sequence[Step], stages: int) -> None:
         stage = self.progress.stage(number) if self.progress else None
-        visits = self._walk(stage, steps) if any("calls" in step.method.requires for step in steps) else self._tour(stage)
+        apart = not reads_calls(steps) and stage is not None and not self.processes.alone
+        visits = self._walk(stage, steps) if reads_calls(steps) else self._tour(stage)
         for block in visits:
             at = Event("compress", number * block.total + block.position, stages * block.total, block.name or "around the blocks")
             self.tell(at)
             block.parameters = self.parameters.of(block.name)
             again = before_again(block, visits.again if isinstance(visits, TeacherWalk) else None)
-            self.batches.fit(partial(self._change_block, block, steps, number, at), again)
+            self.batches.fit(partial(self._change_block, block, steps, number, at), again, block.processes)
+            if not (apart and block.name):
+                block.copy_first(self.processes)
         self.policies = [self.parameters.taken_over(measured) for measured in self.policies]
 
     def _change_block(self, block: Block, steps: Sequence[Step], number: int, at: Event) -> None:
@@ -316,42 +210,49 @@ class Run:
             self.network,
             self.calibration.calls,
             residency=self.progress,
-            folder=stage.folder if stage else None,
+            folder=stage.walk if stage else None,
             finished=self._finish(stage),
             around=reaches_around(self.network, steps),
             batches=self.batches,
+            processes=self.processes,
+            shares_calls=shares_calls(steps),
         )
         if stage:
             self._restore(stage, walk.order[: walk.position])
         if any("teacher" in step.method.requires for step in steps):
             assert self.network.teacher is not None, "go() makes one"
-            folder = stage.folder / "teacher" if stage else None
+            folder = stage.walk / "teacher" if stage else None
             return TeacherWalk(walk, self.network.teacher, self.calibration.calls, folder, self.batches)
         return walk
 
     def _tour(self, stage: Stage | None) -> Iterator[Block]:
-        """The blocks without calls, for methods that look at weights only."""
-        finish = self._finish(stage)
+        """The blocks without calls, for methods that look at weights only; processes that have them in files each do some of them."""
+        finish, start = self._finish(stage, apart=True), len(self.journal)
         done = stage.committed() if stage else set()
         if stage:
             self._restore(stage, (name for name in self.network.blocks() if name in done))
         residency = self.progress or InMemory(self.network)
+        *left, around = (block for block in blocks_of(self.network) if block.name not in done)
+        mine = left[self.processes.rank :: self.processes.count] if stage else left
         with self.network.glue_on_device():
-            for block in blocks_of(self.network):
-                if block.name in done:
-                    continue
-                if block.name:
-                    residency.enter(block.name)
+            for block in mine:
+                residency.enter(block.name)
                 yield block
                 finish(block)
-                if block.name:
-                    residency.release(block.name)
+                residency.release(block.name)
+            if stage and not self.processes.alone:
+                self.processes.wait()
+                self._restore(stage, (block.name for block in left if block not in mine))
+                place = {name: position for position, name in enumerate(self.network.blocks())}
+                self.journal[start:] = sorted(self.journal[start:], key=lambda line: place[line["block"]])
+            yield around
+            finish(around)
 
-    def _finish(self, stage: Stage | None) -> Callable[[Block], None]:
+    def _finish(self, stage: Stage | None, apart: bool = False) -> Callable[[Block], None]:
         def finish(block: Block) -> None:
             self.journal += block.notes
             if stage and block.name:
-                stage.commit(block)
+                stage.commit(block, apart)
 
         return finish
 
@@ -365,6 +266,7 @@ class Run:
             torch.set_grad_enabled("gradients" in method.requires),
         ):
             method.apply(self.network, self.network.placement.bring_calls(self.calibration.calls))
+            self.processes.copy_first(self.network.module.state_dict())
         self.journal += [{"method": step, **note} for note in self.network.take_notes()]
 
     @contextmanager

@@ -84,6 +84,9 @@ class _Method(Options, ABC):
 
     prunes: ClassVar[bool] = False
     """True where it sets weights to zero for good: steps that require `dense` cannot come after it."""
+    shares_calls: ClassVar[bool] = False
+    """True where several processes may each have a part of the calls, because what it takes from them is added up over processes; else
+    every process has all of them and does the same."""
 
     def problems(self, network: Network, before: Before) -> Iterator[str]:
         """Say why its options do not suit the model, beside what `requires` says; decided without calls and without reading a weight."""

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call, map_tensors, tensors_in
 from aerogel.model.placement import Placement
+from aerogel.model.processes import ALONE, OtherOutOfMemoryError, Processes
 
 Result = TypeVar("Result")
 
@@ -78,15 +79,19 @@ class Batches:
         for start, stop in spans:
             yield Part(index, start, stop, rows)
 
-    def fit(self, work: Callable[[], Result], before_again: Callable[[], None] = lambda: None) -> Result:
+    def fit(self, work: Callable[[], Result], before_again: Callable[[], None] = lambda: None, processes: Processes = ALONE) -> Result:
         """Do some work; where the device has too little memory for it, halve all calls and do it again after `before_again`.
 
-        Raises AerogelError where a call of one sample is too large already.
+        Where `processes` do the work together, all of them do it again. Raises AerogelError where a call of one sample is too large.
         """
         while True:
             try:
-                return work()
+                result = work()
+                processes.wait()
+                return result
             except torch.OutOfMemoryError as error:
+                if not isinstance(error, OtherOutOfMemoryError):
+                    processes.ask_again()
                 reason = str(error).strip().partition("\n")[0]
             self._halve(reason)
             before_again()

@@ -17,6 +17,7 @@ from aerogel.model.calls import Call
 from aerogel.model.edges import Edge
 from aerogel.model.match import matches, names_exactly
 from aerogel.model.network import Network
+from aerogel.model.processes import ALONE, Processes
 from aerogel.model.samples import Samples
 
 
@@ -46,6 +47,8 @@ class Block:
     value that it puts in the place of another acts from the next forward on, and the engine takes over what stands here in the end."""
     outputs: list[Any] | None = None
     """Outputs of the block as it is now for its calls, where a method has computed them; None when it has to be run."""
+    processes: Processes = ALONE
+    """The processes that share the calls of this block; one process where all its calls are here."""
 
     def full_name(self, name: str) -> str:
         """The dotted name in the network of a part of the block."""
@@ -106,6 +109,11 @@ class Block:
     def kept_mask(self, name: str) -> Tensor | None:
         """Return where the weight_OI of a layer that an earlier step pruned is not zero; None for a layer that is not pruned."""
         return matrix(self.module.get_submodule(name)) != 0 if self.full_name(name) in self.network.pruned else None  # type: ignore[arg-type]
+
+    def copy_first(self, processes: Processes) -> None:
+        """Take the values that the block has in the first process: devices may differ in the last bits."""
+        inside = tuple(f"{name}." for name in self.network.blocks()) if not self.name else ()
+        processes.copy_first({name: tensor for name, tensor in self.module.state_dict().items() if not name.startswith(inside)})
 
     def note(self, name: str, **facts: Any) -> None:
         """Write down facts about a part of the block for the report: numbers and short texts."""

@@ -7,7 +7,7 @@ one set of statistics. Nothing is kept but the sums, so memory does not grow wit
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any
@@ -19,6 +19,7 @@ from aerogel.errors import AerogelError
 from aerogel.layers.linear import cache_dequantized
 from aerogel.model.block import Block
 from aerogel.model.hooks import Stop, capture_inputs, until
+from aerogel.model.processes import Processes
 
 _PANEL = 256
 """Columns of a Hessian that are computed at once; its lower half is never computed."""
@@ -29,6 +30,7 @@ class InputStatistics:
 
     def __init__(self, columns: int, device: torch.device, moment: bool = False, ranges: bool = False, rows_per_call: int = 0) -> None:
         self.tokens = 0
+        self.columns = columns
         self._sum_II = torch.zeros(columns, columns, device=device) if moment else None
         self._absolute_I = torch.zeros(columns, device=device) if ranges else None
         self._absmax_I = torch.zeros(columns, device=device) if ranges else None
@@ -69,6 +71,16 @@ class InputStatistics:
             torch.maximum(self._absmax_I, other._absmax_I, out=self._absmax_I)
         self.extremes += other.extremes
         self._rows += other._rows
+
+    def add_others(self, processes: Processes, device: torch.device) -> None:
+        """Take in what all processes have seen of the same inputs; sampled rows are in the order of calls."""
+        for total in (self._sum_II, self._absolute_I):
+            if total is not None:
+                processes.add_up(total)
+        if self._absmax_I is not None:
+            processes.take_largest(self._absmax_I)
+        if self._rows_per_call:
+            self._rows = [rows for part in processes.gather_nested(self._rows, device) for rows in part]
 
     def moment(self) -> Tensor:
         """Mean of x x^T over all tokens: moment_II in float32, not to be changed; raises AerogelError when it is not finite.
@@ -129,7 +141,7 @@ def collect(block: Block, names: Iterable[str], *, moment: bool = False, ranges:
     Raises AerogelError when an input is not finite.
     """
     linears = {name: block.module.get_submodule(name) for name in names}
-    rows_per_call = -(-rows // max(len(block.calls), 1))
+    rows_per_call = -(-rows // max(sum(block.processes.gather(len(block.calls))), 1))
     parts: dict[tuple[str, ...], InputStatistics] = {}
 
     def take(names: tuple[str, ...], x: Tensor) -> None:
@@ -145,7 +157,24 @@ def collect(block: Block, names: Iterable[str], *, moment: bool = False, ranges:
                 block.run(call)
             seen.flush()
             visits |= seen.count | Counter(list(linears))
-    return _total(parts)
+    return _total(together(block, parts, moment=moment, ranges=ranges, rows_per_call=rows_per_call))
+
+
+def together(
+    block: Block, parts: Mapping[tuple[str, ...], InputStatistics], *, moment: bool = False, ranges: bool = False, rows_per_call: int = 0
+) -> dict[tuple[str, ...], InputStatistics]:
+    """Add up, over the processes that share the block's calls, what each has seen of the inputs of these linear layers."""
+    if block.processes.alone:
+        return dict(parts)
+    seen = block.processes.gather({names: (part.columns, part.tokens, part.extremes) for names, part in parts.items()})
+    totals: dict[tuple[str, ...], InputStatistics] = {}
+    for names, (columns, _, _) in {names: facts for one in seen for names, facts in one.items()}.items():
+        device = block.network.device
+        total = totals[names] = parts.get(names) or InputStatistics(columns, device, moment, ranges, rows_per_call)
+        total.add_others(block.processes, device)
+        total.tokens = sum(one[names][1] for one in seen if names in one)
+        total.extremes = [pair for one in seen if names in one for pair in one[names][2]]
+    return totals
 
 
 def sharing(block: Block, names: Iterable[str]) -> list[tuple[str, ...]]:
@@ -157,13 +186,13 @@ def sharing(block: Block, names: Iterable[str]) -> list[tuple[str, ...]]:
     routes: dict[str, list[tuple[str, ...]]] = {}
     for call in block.calls:
         if call.shape not in routes:
-            together: list[tuple[str, ...]] = []
-            seen = _Seen(lambda names, _, route=together: route.append(names), Counter())  # type: ignore[misc]
+            run: list[tuple[str, ...]] = []
+            seen = _Seen(lambda names, _, route=run: route.append(names), Counter())  # type: ignore[misc]
             with capture_inputs(linears, seen.see):
                 block.run(call)
             seen.flush()
-            routes[call.shape] = together
-    first, *others = routes.values()
+            routes[call.shape] = run
+    first, *others = {shape: route for part in block.processes.gather(routes) for shape, route in part.items()}.values()
     return first if all(route == first for route in others) else []
 
 

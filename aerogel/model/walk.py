@@ -23,6 +23,7 @@ from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.hooks import Stop, patch_forward, until
 from aerogel.model.network import Network
+from aerogel.model.processes import ALONE, Processes
 from aerogel.model.shared_entries import Watched, mappings_in, write
 from aerogel.model.trace import NON_BLOCK, trace
 
@@ -69,6 +70,9 @@ class Walk:
     its weights are released and the position is committed. With `around`, the network around its blocks comes last, as a block named ''.
     Calls and outputs are kept on the host; one block and one call at a time are on the computing device, which `batches` halves when its
     memory does not suffice.
+
+    Several `processes` visit the same blocks together, each with its part of the calls unless `shares_calls` is False, and with a folder
+    of its own. They go on from the farthest position of all: none passes a block before all have its outputs.
     """
 
     def __init__(
@@ -81,9 +85,12 @@ class Walk:
         finished: Callable[[Block], None] | None = None,
         around: bool = False,
         batches: Batches | None = None,
+        processes: Processes = ALONE,
+        shares_calls: bool = True,
     ) -> None:
         if not calls:
             raise AerogelError("a walk needs at least one call; give calibration samples")
+        self._processes = processes if shares_calls else ALONE
         self._network = network
         self._calls = calls
         self._residency = residency or InMemory(network)
@@ -94,8 +101,9 @@ class Walk:
         self._outputs = Activations(folder / "activations" if folder else None, network.placement)
         self._modules = network.blocks()
         with network.glue_on_device():
+            # Of all calls: every process has to visit the same blocks.
             self.route = self._batches.fit(lambda: trace(network, self._first_parts(), self._visiting))
-        self.position = self._committed_position()
+        self.position = max(processes.gather(self._committed_position()))
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -112,7 +120,11 @@ class Walk:
                 with self._visiting(name):
                     block = self._block(name, position)
                     yield block
-                    self._batches.fit(lambda block=block: self._keep_outputs(block), lambda block=block: self._drop_outputs(block))  # type: ignore[misc]
+                    self._batches.fit(
+                        lambda block=block: self._keep_outputs(block),  # type: ignore[misc]
+                        lambda block=block: self._drop_outputs(block),  # type: ignore[misc]
+                        self._processes,
+                    )
                     block.outputs = None
                     self._finished(block)
                 self._advance(position)
@@ -151,10 +163,11 @@ class Walk:
 
     def _block(self, name: str, position: int) -> Block:
         module = self._modules[name] if name else self._network.module
-        return Block(name, module, position, len(self), _Inputs(self, name), self._network)
+        return Block(name, module, position, len(self), _Inputs(self, name), self._network, processes=self._processes)
 
     def _parts(self) -> Iterator[Part]:
-        return (part for index, call in enumerate(self._calls) for part in self._batches.parts(index, call))
+        mine = self._processes.share(len(self._calls))
+        return (part for index in mine for part in self._batches.parts(index, self._calls[index]))
 
     def _inputs(self, name: str) -> Iterator[tuple[Part, Call]]:
         """The parts of calls that reach this block, with its inputs on the computing device."""

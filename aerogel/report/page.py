@@ -339,6 +339,8 @@ def provenance(given: Provenance, timings: Mapping[str, float]) -> Iterator[tupl
             yield "Calibration fingerprint", str(text["fingerprint"])
         if "memory" in text:
             yield "Device memory", str(text["memory"])
+        if "processes" in text:
+            yield "Processes", str(text["processes"])
     yield from ((name, _joined(facts)) for name, facts in (("Machine", given.machine), ("Versions", given.versions)) if facts)
     if timings:
         yield "Time", ", ".join(f"{name} {phrases.seconds(value)}" for name, value in timings.items())

@@ -13,7 +13,7 @@ from torch import nn
 
 from aerogel.engine import policies
 from aerogel.engine import run as engine
-from aerogel.engine.calibration import Samples
+from aerogel.engine.calibration import Samples, prepare
 from aerogel.engine.opening import open_model
 from aerogel.engine.planning import plan
 from aerogel.engine.progress import Event
@@ -281,8 +281,8 @@ def test_only_folders_resume(source: Path, tmp_path: Path) -> None:
 def test_given_calls_have_a_fingerprint() -> None:
     calls = [Call((torch.arange(4),), {"scale": torch.tensor([0.5], dtype=torch.bfloat16)})]
     network = open_model(FAMILIES["llama"].build())
-    first = engine.prepare(network, calls, 0, head=False).facts
+    first = prepare(network, calls, 0, head=False).facts
     changed = [call.map(lambda tensor: tensor + 1) for call in calls]
     assert first["count"] == 1
-    assert first == engine.prepare(network, calls, 1, head=True).facts
-    assert first != engine.prepare(network, changed, 0, head=False).facts
+    assert first == prepare(network, calls, 1, head=True).facts
+    assert first != prepare(network, changed, 0, head=False).facts

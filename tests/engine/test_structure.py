@@ -35,7 +35,7 @@ def test_experts_are_written_once() -> None:
     assert "mlp.experts.*.up_proj -> mlp.experts.*.down_proj (64 channels)" in structure.as_text(found)
 
 
-@pytest.mark.parametrize("name", ["dit", "llava", "flux", "unet"])
+@pytest.mark.parametrize("name", ["dit", "gemma3", "flux", "unet"])
 def test_what_does_not_hold_is_named(name: str) -> None:
     text = structure.as_text(structure_of(opened(name)))
     assert "residual stream: cannot be rotated: " in text

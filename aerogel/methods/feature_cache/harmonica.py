@@ -68,6 +68,7 @@ class Harmonica(BudgetedCachePolicy[HarmonicaState]):
     Without a budget (neither `ratio` nor `target_speedup`) the penalty stays as it is and the threshold decides, as published.
     """
 
+    shares_calls: ClassVar[bool] = True
     state: ClassVar[type[PolicyState]] = HarmonicaState
 
     trajectories: Count = 200

@@ -24,6 +24,7 @@ from aerogel.model.block import Block
 from aerogel.model.edges import Edge, fold, gather, spread
 from aerogel.model.match import matches
 from aerogel.model.network import Network
+from aerogel.model.processes import Processes
 from aerogel.model.rounding import InputRange, output_error, round_to_nearest, static_inputs
 from aerogel.model.statistics import InputStatistics, collect
 from aerogel.model.walk import blocks_of
@@ -72,6 +73,12 @@ class _Job:
         importance = grouped(energy_I[None], weights.granularity)
         return stored_grid(least_error(grouped(weight_OI, weights.granularity), weights, importance=importance), self.dtype)
 
+    def last_grid(self) -> Grid:
+        """The grid for the weight as it is now."""
+        if self.clip and self.inputs is not None:
+            return clipped(self.linear.weight, self.scheme, self.inputs.moment_II)
+        return weight_grid(self.linear.weight, self.scheme.weights)
+
     def cost(self, scale_I: Tensor) -> float:
         """Squared error of the output when the weight is rounded in this scaling."""
         if self.inputs is None:
@@ -86,6 +93,7 @@ class Awq(WeightMethod):
     """Activation-aware scaling and clipping, then rounding to nearest."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "edges", "uncached"})
+    shares_calls: ClassVar[bool] = True
 
     search_space: CountOrZero = 20
     """In how many steps exponents of the scale between 0 and 1 are told apart; about half of them are tried."""
@@ -128,20 +136,23 @@ class Awq(WeightMethod):
             for edge in edges:
                 self._scale_edge(block, edge, jobs)
         fed = {sink for edge in edges for sink in edge.sinks}
-        kept = self._scale_inputs(jobs[name] for name in jobs if name not in fed) if self.unmapped == "keep" else {}
+        unfed = [jobs[name] for name in jobs if name not in fed]
+        kept = self._scale_inputs(unfed, block.processes) if self.unmapped == "keep" else {}
+        place = block.network.placement
+        found = block.processes.each({name: lambda job=job: place.take_back(job.last_grid()) for name, job in jobs.items()})  # type: ignore[misc]
         for name, job in jobs.items():
-            self._finish(block, name, job, statistics.get(name), kept.get(job))
+            self._finish(block, name, job, place.bring(found[name]), statistics.get(name), kept.get(job))
 
     def _scale_edge(self, block: Block, edge: Edge, jobs: dict[str, _Job]) -> None:
         """Find the scale of an edge's channels and move it there."""
         readers = [jobs[name] for name in edge.sinks if name in jobs and jobs[name].inputs is not None]
         if not readers:
             return
-        scale_C = self._search(readers, partial(gather, edge), partial(spread, edge))
+        scale_C = self._search(readers, partial(gather, edge), partial(spread, edge), block.processes)
         fold(block.module, edge, scale_C)
         _divide(readers, spread(edge, scale_C))
 
-    def _scale_inputs(self, jobs: Iterable[_Job]) -> dict[_Job, Tensor]:
+    def _scale_inputs(self, jobs: Iterable[_Job], processes: Processes) -> dict[_Job, Tensor]:
         """Find scales for linear layers that must divide their inputs themselves, and multiply their weights."""
         together: dict[int, list[_Job]] = {}
         for job in jobs:
@@ -149,39 +160,41 @@ class Awq(WeightMethod):
                 together.setdefault(id(job.inputs), []).append(job)
         kept = {}
         for readers in together.values():
-            scale_I = self._search(readers, torch.clone, torch.clone)
+            scale_I = self._search(readers, torch.clone, torch.clone, processes)
             for job in readers:
                 job.linear.weight *= scale_I
                 kept[job] = scale_I
             _divide(readers, scale_I)
         return kept
 
-    def _search(self, readers: Sequence[_Job], gather: Callable[[Tensor], Tensor], spread: Callable[[Tensor], Tensor]) -> Tensor:
-        """The scale_C, or ones, with which rounding the readers costs least."""
+    def _search(
+        self, readers: Sequence[_Job], gather: Callable[[Tensor], Tensor], spread: Callable[[Tensor], Tensor], processes: Processes
+    ) -> Tensor:
+        """The scale_C, or ones, with which rounding the readers costs least; processes share the candidates."""
         magnitude_C = gather(torch.stack([job.inputs.magnitude_I for job in readers if job.inputs]).mean(0))
         weight_C = gather(_weight_magnitude(readers)) if self.duo_scaling else None
-        best_C, at = torch.ones_like(magnitude_C), 0
-        least = sum(job.cost(spread(best_C)) for job in readers)
+
+        def scale(step: int | None) -> Tensor:
+            if step is None:
+                return torch.ones_like(magnitude_C)
+            return scale_of(magnitude_C, weight_C, min(max(step, 0), self.search_space) / self.search_space)
+
+        def cost(step: int | None) -> float:
+            scale_I = spread(scale(step))
+            return sum(job.cost(scale_I) for job in readers)
+
         # Every other strength, then the neighbours of the best: the cost has one valley, as far as it has been seen.
-        for steps in (range(0, self.search_space + 1, 2), (-1, 1)):
-            around = at if steps == (-1, 1) else 0
-            for step in steps:
-                scale_C = scale_of(magnitude_C, weight_C, min(max(around + step, 0), self.search_space) / self.search_space)
-                cost = sum(job.cost(spread(scale_C)) for job in readers)
-                if cost < least:
-                    least, best_C, at = cost, scale_C, around + step
-        return best_C
+        costs = processes.each({step: partial(cost, step) for step in (None, *range(0, self.search_space + 1, 2))})
+        at = min(costs, key=lambda step: costs[step]) or 0
+        costs |= processes.each({step: partial(cost, step) for step in (at - 1, at + 1)})
+        return scale(min(costs, key=lambda step: costs[step]))
 
     def _clips(self, name: str) -> bool:
         return self.clip and not matches(name, self.unclipped)
 
-    def _finish(self, block: Block, name: str, job: _Job, seen: InputStatistics | None, scale_I: Tensor | None) -> None:
-        """Round a linear and put it in place."""
+    def _finish(self, block: Block, name: str, job: _Job, grid: Grid, seen: InputStatistics | None, scale_I: Tensor | None) -> None:
+        """Round a linear to its grid and put it in place."""
         weight_OI = job.linear.weight
-        if job.clip and job.inputs is not None:
-            grid = clipped(weight_OI, job.scheme, job.inputs.moment_II)
-        else:
-            grid = weight_grid(weight_OI, job.scheme.weights)
         inputs = static_inputs(job.scheme, seen, self.input_range, job.dtype)
         quantized = round_to_nearest(job.linear, job.scheme, grid, job.dtype, inputs)
         error_OI = weight_OI.float() - quantized.dequantized(torch.float32)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,10 @@ from aerogel.kernels.malloc import release_pages
 from aerogel.layers.linear import QuantLinear, stored_grid
 from aerogel.methods.base import CalibrationSize, CostEstimate, WeightMethod
 from aerogel.model.block import Block
-from aerogel.model.calls import tensors_in
+from aerogel.model.calls import Call, tensors_in
 from aerogel.model.rounding import InputRange, has_static_inputs, output_error, static_inputs
-from aerogel.model.statistics import InputStatistics, collect, sharing
+from aerogel.model.solutions import Share, Solution, has_scales_of_rows
+from aerogel.model.statistics import InputStatistics, collect, sharing, together
 from aerogel.model.synchronized_forwards import InputGroup, synchronized_forwards
 from aerogel.numerics.feedback import feedback, round_columns
 from aerogel.numerics.quantize import Grid, dequantize, grouped
@@ -40,6 +41,8 @@ BATCH_VALUES = 1 << 26
 @dataclass(frozen=True)
 class Gptq(WeightMethod):
     """Second-order rounding of weights: compensates the error of each column in the columns that follow."""
+
+    shares_calls: ClassVar[bool] = True
 
     percdamp: NonNegative = 0.01
     """This times the mean of the Hessian's diagonal is added to the diagonal; increased tenfold if that is too little."""
@@ -89,7 +92,8 @@ class Gptq(WeightMethod):
             seen[names].update(x)
 
         def change(names: InputGroup) -> None:
-            statistics = seen.pop(names)
+            here = {names: seen.pop(names)} if names in seen else {}  # no call of this process may have come here
+            statistics = together(block, here, moment=True, ranges=ranges)[names]
             self._quantize(block, {name: jobs[name] for name in names}, dict.fromkeys(names, statistics))
 
         block.outputs = synchronized_forwards(block, input_groups, see, change)
@@ -102,7 +106,7 @@ class Gptq(WeightMethod):
         for name, (linear, scheme) in jobs.items():
             dtype = block.stored_dtype or linear.weight.dtype
             seen = statistics.get(name)
-            alone = name if seen is None or not _by_rows(scheme.weights) else ""
+            alone = name if seen is None or not has_scales_of_rows(scheme.weights) else ""
             problem = problems.setdefault((seen, scheme, dtype, alone), _Problem({}, seen, scheme, dtype))
             problem.linears[name] = linear
         for batch in _batches(problems.values()):
@@ -115,51 +119,42 @@ class Gptq(WeightMethod):
         fit = partial(self._fit, scheme=scheme, dtype=dtype)
         moves = self.act_order != "static" and isinstance(scheme.granularity, PerGroup) and scheme.scale_format == "float"
         weight_BOI = _stack([problem.weight() for problem in problems])
+        mine = Share.of(block.processes, weight_BOI, scheme)
+        weight_BOI = weight_BOI[mine.problems, mine.rows]
         pruned = {block.full_name(name) for problem in problems for name in problem.linears} & block.network.pruned
         kept_BOI = weight_BOI != 0 if pruned else None  # what is not pruned has next to no zeros
         # Without a name here, the Hessians are freed as soon as they are factorised.
-        solution = solve(
+        solution = None if not len(weight_BOI) else solve(
             weight_BOI,
-            _stack([problem.hessian(block) for problem in problems]),
+            _stack([problem.hessian(block) for problem in problems[mine.problems]]),
             scheme,
             fit,
             moves,
             self.act_order,
             self.percdamp,
             kept_BOI,
-        )
-        for index, problem in enumerate(problems):
-            self._store(block, problem, solution, index)
+        )  # fmt: skip
+        self._store(block, problems, mine.together(solution, block.network.device))
 
     def _fit(self, weight: Tensor, importance: Tensor, scheme: TensorScheme, dtype: torch.dtype) -> Grid:
         if self.observer == "output":
             return stored_grid(observe(weight, scheme, "mse", importance), dtype)
         return stored_grid(observe(weight, scheme, self.observer), dtype)
 
-    def _store(self, block: Block, problem: _Problem, solution: _Solution, index: int) -> None:
-        """Put the quantized layers of a solved problem in place and note how it went."""
-        scheme, seen = problem.scheme, problem.statistics
-        hessian_II = seen.moment() if seen else None
-        g_idx = None if solution.g_idx_BI is None else solution.g_idx_BI[index]
-        fallback = None
-        if seen is None:
-            fallback = "rounded to nearest: no token reached it"
-        elif solution.failed_B[index]:
-            fallback = "rounded to nearest: the Hessian is not positive definite"
-        first = 0
-        for name, linear in problem.linears.items():
-            rows = slice(first, first + linear.out_features)
-            first = rows.stop
-            grid = solution.grids[index]
-            if len(problem.linears) > 1:
-                grid = Grid(grid.scale[rows], None if grid.zero is None else grid.zero[rows])
-            codes_OI = solution.codes_BOI[index, rows]
-            inputs = static_inputs(scheme, seen, self.input_range, problem.dtype)
-            error_OI = linear.weight.float() - dequantize(codes_OI, grid, scheme.weights, g_idx=g_idx)
-            error = output_error(error_OI, linear.weight, hessian_II)
-            del error_OI
-            block.replace(name, QuantLinear.from_codes(linear, scheme, codes_OI, grid, g_idx, inputs, problem.dtype))
-            block.note(name, error=error, damping=float(solution.damping_B[index]), **({"fallback": fallback} if fallback else {}))
+    def _store(self, block: Block, problems: Sequence[_Problem], solution: Solution) -> None:
+        """Put the quantized layers of solved problems in place and note how it went."""
+        layers = {name: layer for index, problem in enumerate(problems) for name, layer in problem.solved(solution, index)}
+        errors = block.processes.each({name: layer.error for name, layer in layers.items()})
+        for name, layer in layers.items():
+            scheme, seen, dtype = layer.problem.scheme, layer.problem.statistics, layer.problem.dtype
+            fallback = {}
+            if seen is None:
+                fallback = {"fallback": "rounded to nearest: no token reached it"}
+            elif layer.failed:
+                fallback = {"fallback": "rounded to nearest: the Hessian is not positive definite"}
+            inputs = static_inputs(scheme, seen, self.input_range, dtype)
+            block.replace(name, QuantLinear.from_codes(layer.linear, scheme, layer.codes_OI, layer.grid, layer.g_idx, inputs, dtype))
+            block.note(name, error=errors[name], damping=layer.damping, **fallback)
 
 
 @dataclass(eq=False)
@@ -191,16 +186,35 @@ class _Problem:
         except AerogelError as error:
             raise AerogelError(f"{block.full_name(next(iter(self.linears)))}: {error}") from error
 
+    def solved(self, solution: Solution, index: int) -> Iterator[tuple[str, _Layer]]:
+        """Yield the layers by name, each with its rows of a solution."""
+        g_idx = None if solution.g_idx_BI is None else solution.g_idx_BI[index]
+        first = 0
+        for name, linear in self.linears.items():
+            rows = slice(first, first + linear.out_features)
+            first = rows.stop
+            grid = solution.grids[index]
+            if len(self.linears) > 1:
+                grid = Grid(grid.scale[rows], None if grid.zero is None else grid.zero[rows])
+            damping, failed = float(solution.damping_B[index]), bool(solution.failed_B[index])
+            yield name, _Layer(linear, self, solution.codes_BOI[index, rows], grid, g_idx, damping, failed)
 
-class _Solution(NamedTuple):
-    """Integer codes and grids of problems of one shape."""
 
-    codes_BOI: Tensor
-    grids: list[Grid]
-    g_idx_BI: Tensor | None
-    """Group of each column, where groups follow the new order."""
-    damping_B: Tensor
-    failed_B: Tensor
+class _Layer(NamedTuple):
+    """A linear layer with its quantized values."""
+
+    linear: nn.Linear
+    problem: _Problem
+    codes_OI: Tensor
+    grid: Grid
+    g_idx: Tensor | None
+    damping: float
+    failed: bool
+
+    def error(self) -> float:
+        """Relative squared error of its output."""
+        error_OI = self.linear.weight.float() - dequantize(self.codes_OI, self.grid, self.problem.scheme.weights, g_idx=self.g_idx)
+        return output_error(error_OI, self.linear.weight, self.problem.statistics.moment() if self.problem.statistics else None)
 
 
 def solve(
@@ -212,7 +226,7 @@ def solve(
     act_order: ActOrder = "static",
     damping: float = 0.01,
     kept_BOI: Tensor | None = None,
-) -> _Solution:
+) -> Solution:
     """Round weights so that the outputs for inputs with these Hessians change little.
 
     `fit` makes a stored grid from weights laid out by `quantize.grouped` and the importance of their errors. With `moves` (groups
@@ -252,7 +266,7 @@ def solve(
         grids = [Grid(grid.scale[b], None if grid.zero is None else grid.zero[b]) for b in range(len(weight_BOI))]
     g_idx_BI = place_BI // width if moves and act_order == "group" else None
     codes_BOI = codes_BOI.view(torch.uint8).take_along_dim(place_BI[:, None, :], 2).view(codes_BOI.dtype)  # fp8 cannot be gathered
-    return _Solution(codes_BOI, grids, g_idx_BI, found.damping_B, found.failed_B)
+    return Solution(codes_BOI, grids, g_idx_BI, found.damping_B, found.failed_B)
 
 
 def _laid_out(importance_I: Tensor, weight_OI: Tensor, scheme: TensorScheme) -> Tensor:
@@ -275,11 +289,6 @@ def _width(scheme: TensorScheme, columns: int) -> int:
             return width
         case _:
             return columns
-
-
-def _by_rows(scheme: TensorScheme) -> bool:
-    """Return True where every row has scales of its own, so that rows of several layers can be stacked."""
-    return isinstance(scheme.granularity, PerGroup | PerChannel) and scheme.scale_format != "e4m3"
 
 
 def _rows_of(grids: Sequence[Grid], scheme: TensorScheme, rows: int) -> Grid:
@@ -314,8 +323,10 @@ def stages_of(input_groups: Iterable[InputGroup]) -> list[InputGroup]:
 
 
 def _paused_bytes(block: Block, jobs: _Jobs) -> int:
-    """About how much all calls hold when they pause at the widest layer: its input, and the residual stream three times."""
-    call = next(iter(block.calls))
-    rows = max(tensor.numel() // tensor.shape[-1] for tensor in tensors_in((call.args, call.kwargs)) if tensor.ndim > 1 and tensor.numel())
+    """About how much all calls of a process hold when they pause at the widest layer: its input, and the residual stream three times."""
+    call = next(iter(block.calls), Call())
+    tensors = [tensor for tensor in tensors_in((call.args, call.kwargs)) if tensor.ndim > 1 and tensor.numel()]
+    rows = max((tensor.numel() // tensor.shape[-1] for tensor in tensors), default=0)
     widths = [linear.in_features for linear, _ in jobs.values()]
-    return len(block.calls) * rows * (3 * min(widths) + max(widths)) * next(iter(jobs.values()))[0].weight.element_size()
+    held = len(block.calls) * rows * (3 * min(widths) + max(widths)) * next(iter(jobs.values()))[0].weight.element_size()
+    return max(block.processes.gather(held))

@@ -23,6 +23,7 @@ class Rtn(WeightMethod):
     """Rounds every weight to the nearest grid point."""
 
     layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d)
+    shares_calls: ClassVar[bool] = True
 
     observer: Observer = "minmax"
     """Search for ranges: minmax (cover every weight) or mse (least squared error)."""

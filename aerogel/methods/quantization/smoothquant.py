@@ -19,6 +19,7 @@ from aerogel.errors import AerogelError
 from aerogel.methods.base import BlockMethod, Requirement
 from aerogel.model.block import Block
 from aerogel.model.edges import Edge, fold, gather, spread
+from aerogel.model.processes import Processes
 from aerogel.model.statistics import InputStatistics, collect
 from aerogel.numerics.quantize import dynamic_grid, fake_quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
@@ -30,6 +31,7 @@ class Smoothquant(BlockMethod):
     """Smooths the inputs of linear layers with scales that the preceding norms absorb."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "edges", "uncached"})
+    shares_calls: ClassVar[bool] = True
 
     alpha: Share | Literal["search"] = 0.5
     """Share of the difficulty that moves from activations to weights, 0 to 1; or search it for every edge by the output's error."""
@@ -72,7 +74,7 @@ class Smoothquant(BlockMethod):
         alpha = (
             self.alpha
             if self.alpha != "search"
-            else self._best_alpha(inputs_C, weights_C, partial(spread, edge), list(readers.values()), seen)
+            else self._best_alpha(inputs_C, weights_C, partial(spread, edge), list(readers.values()), seen, block.processes)
         )
         if alpha is not None:
             fold(block.module, edge, smoothing(inputs_C, weights_C, alpha))
@@ -86,17 +88,22 @@ class Smoothquant(BlockMethod):
         spread: Callable[[Tensor], Tensor],
         readers: Sequence[nn.Linear],
         seen: InputStatistics,
+        processes: Processes,
     ) -> float | None:
-        """The alpha with the least error of the readers' outputs; None when it is best to leave things as they are."""
+        """The alpha with the least error of the readers' outputs; None when it is best to leave things as they are.
+
+        Processes share the candidates: all have the same rows.
+        """
         scheme = Scheme.parse(self.scheme)
         x_TI, weight_OI = seen.sample().float(), torch.cat([linear.weight.float() for linear in readers])
         exact_TO = x_TI @ weight_OI.T
-        best, least = None, _cost(x_TI, weight_OI, exact_TO, torch.ones_like(x_TI[0]), scheme)
-        for alpha in (step / 20 for step in range(21)):
-            cost = _cost(x_TI, weight_OI, exact_TO, spread(smoothing(inputs_C, weights_C, alpha)), scheme)
-            if cost < least:
-                best, least = alpha, cost
-        return best
+
+        def cost(alpha: float | None) -> float:
+            scale_I = torch.ones_like(x_TI[0]) if alpha is None else spread(smoothing(inputs_C, weights_C, alpha))
+            return _cost(x_TI, weight_OI, exact_TO, scale_I, scheme)
+
+        costs = processes.each({alpha: partial(cost, alpha) for alpha in (None, *(step / 20 for step in range(21)))})
+        return min(costs, key=lambda alpha: costs[alpha])
 
 
 def _together(parts: Iterable[InputStatistics]) -> InputStatistics:

@@ -16,9 +16,11 @@ from aerogel.model.network import Network
 from aerogel.numerics.rotation import randomized_hadamard
 from tests.tiny import FAMILIES, opened, output
 
-EXACT = ("llama", "mistral", "qwen2", "smollm3", "qwen3", "opt", "phi3", "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss")
+EXACT = (
+    "llama", "mistral", "qwen2", "smollm3", "qwen3", "opt", "phi3", "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "llava", "qwen2_5_vl",
+)  # fmt: skip
 GATED = r"\S+: what \S+ writes passes a norm or a gate before it is added"
-REFUSED = dict.fromkeys(("gemma2", "gemma3", "dit", "wan"), GATED) | dict.fromkeys(("llava", "qwen2_5_vl"), "several towers share it")
+REFUSED = dict.fromkeys(("gemma2", "gemma3", "dit", "wan"), GATED)
 
 
 def difference(name: str, network: Network, rotate: Rotate) -> float:

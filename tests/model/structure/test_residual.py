@@ -17,7 +17,8 @@ TINY = FAMILIES | VARIANTS
 WITHOUT = {
     **dict.fromkeys(("gemma2", "gemma3", "dit", "pixart", "wan", "wan_i2v", "cogvideox", "cogvideox_i2v"), "passes a norm or a gate"),
     **dict.fromkeys(("sd3", "sd3_medium"), "passes a norm or a gate"),
-    **dict.fromkeys(("qwen2_5_vl", "llava", "internvl", "qwen3_vl_moe", "unet", "unet_pixels", "flux", "flux_schnell"), "several towers"),
+    **dict.fromkeys(("flux", "flux_schnell"), "passes a norm or a gate"),
+    **dict.fromkeys(("unet", "unet_pixels"), "no input of a block has the shape of an output"),
     "opt_350m": "a norm comes after the sum",
 }
 
