@@ -15,7 +15,9 @@ from aerogel.model.structure.observer import Observer, double_by_default
 from tests.architectures.cases import NOT_BUILT, SAMPLE, cases, output
 from tests.architectures.through import difference
 
-CASES = {str(case): case for case in cases() if str(case) not in NOT_BUILT}
+NOT_IN_FLOAT64 = {"image-text-muse_spark"}
+"""Types that answer by a product of groups, which torch has in 32 bits and less only."""
+CASES = {str(case): case for case in cases() if str(case) not in NOT_BUILT.keys() | NOT_IN_FLOAT64}
 EXACT = 1e-6
 
 

@@ -59,7 +59,7 @@ class Rotate(Method):
             parameter.copy_(apply_rotation(parameter, rotation_CC))
         for name in stream.writers:
             bias_O = getattr(find(name), "bias", None)
-            weight_CI = _weight(find(name))
+            weight_CI = _weight(find(name)).flatten(1)  # of a convolution too
             weight_CI.copy_(apply_rotation(weight_CI.T, rotation_CC).T)
             if bias_O is not None:
                 bias_O.copy_(apply_rotation(bias_O, rotation_CC))
@@ -68,7 +68,7 @@ class Rotate(Method):
             weight_OC, gain_C = _weight(find(name)), gains.get(name)
             # The norm's gain and the rotation in one product, rounded once.
             matrix_CC = rotation_CC if gain_C is None else gain_C[:, None] * rotation_CC.to(gain_C.device)
-            weight_OC.copy_(apply_rotation(weight_OC, matrix_CC))
+            weight_OC.copy_(apply_rotation(weight_OC.movedim(1, -1), matrix_CC).movedim(-1, 1))
         for norm in norms:
             norm.unfold(rotation_CC)
 

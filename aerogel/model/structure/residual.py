@@ -170,7 +170,9 @@ class _Around:
         self._require_untied()
         layers = {name.rpartition(".")[0] for name, *_ in self._probe.reads} | {gain.module for gain in self._gains}
         lookups = [name for name in self._read() if not self._probe.of(name)[0].x.is_floating_point() and self._enters(name, base)]
-        writers = [name for name in self._read() if self._probe.of(name)[0].x.is_floating_point() and self._enters(name, base)]
+        entering = [name for name in self._read() if self._probe.of(name)[0].x.is_floating_point() and self._enters(name, base)]
+        writers = [name for name in entering if self._probe.of(name)[0].read.out_dim == 0]
+        lookups += [name for name in entering if name not in writers]  # a matrix of vectors that are mixed, one in each row
         others = [name for name in self._tables(layers) if self._moves(name, base)]
         if not (lookups or writers or others):
             raise Refused("nothing is known that enters it before the first block")
