@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,33 @@ def test_an_encoder_decoder_is_compressed_and_opens(tmp_path: Path) -> None:
     opened = aerogel.load(tmp_path / "out", lazy=False)
     with cache_dequantized(opened.module), cache_dequantized(module):
         torch.testing.assert_close(output(opened.module, call), output(module, call))
+
+
+class Curved(nn.Module):
+    """An MLP without a norm: no scale passes its activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+class Row(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Curved() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_what_needs_edges_is_refused_where_there_are_none() -> None:
+    module, calls = Row(), [Call((torch.randn(2, 4, 64),))]
+    needs = r"awq needs a norm or a linear layer .* this Row model has none \(up: .*\); leave this step out"
+    assert re.search(needs, " ".join(aerogel.plan(module, RECIPE, samples=calls).problems))
+    with pytest.raises(AerogelError, match=needs):
+        aerogel.compress(module, RECIPE, samples=calls, measures=())
