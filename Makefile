@@ -30,6 +30,8 @@ test: lint
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/models.py
+	$(BIN)/python benchmarks/results.py
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu

@@ -1,13 +1,14 @@
 """Architectures that transformers and diffusers build tiny: what is found in them, and how far GPTQ takes them.
 
-python benchmarks/models.py            # 24 types that differ in kind
-python benchmarks/models.py all        # every type, about twenty minutes on two cores
+python benchmarks/models.py             # every type, about half an hour on one core
+python benchmarks/models.py CASE ...    # some, as `causal-llama`, printed only
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 
 from aerogel.engine.opening import open_model
 from aerogel.engine.structure import structure_of
-from tests.architectures.cases import SAMPLE, Case, cases
+from tests.architectures.cases import Case, cases
 from tests.architectures.through import RECIPES, Row, through
 
 NAMES = {
@@ -35,13 +36,13 @@ WORKS = {
 }
 
 
-def main(every: bool) -> None:
-    """Measure, and write benchmarks/results/models.json."""
+def main(chosen: Sequence[str]) -> None:
+    """Measure, and write benchmarks/results/models.json where all are measured."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     table, counts = [], dict[str, list[int]]()
     for case in cases():
-        if not every and str(case) not in SAMPLE:
+        if chosen and str(case) not in chosen:
             continue
         row = through(case, RECIPES["gptq"])
         table.append([case.name, NAMES[case.kind], WORKS[row.stage], *_structure(case, row), _reason(row)])
@@ -60,7 +61,8 @@ def main(every: bool) -> None:
     notes.append("AWQ edges: norms and layers whose channels can be scaled. Rotates: the residual stream can be rotated exactly.")
     columns = ["type", "kind", "saved, reopened, same answers", "AWQ edges", "rotates", "note"]
     title = "Architectures through GPTQ, 4 bits in groups of 32"
-    results.write("models", title, {"recipe": "gptq W4A16_G32", "threads": 1}, columns, table, notes)
+    if not chosen:
+        results.write("models", title, {"recipe": "gptq W4A16_G32", "threads": 1}, columns, table, notes)
 
 
 def _structure(case: Case, row: Row) -> list[Any]:
@@ -83,4 +85,4 @@ def _reason(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] == ["all"])
+    main(sys.argv[1:])
