@@ -13,11 +13,12 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
 from aerogel.layers.linear import cache_dequantized
 from aerogel.model.block import Block
+from aerogel.model.calls import Call
 from aerogel.model.hooks import Stop, capture_inputs, until
 
 _PANEL = 256
@@ -154,8 +155,17 @@ def sharing(block: Block, names: Iterable[str]) -> list[tuple[str, ...]]:
     Nothing where calls differ in that.
     """
     linears = {name: block.module.get_submodule(name) for name in names}
+    if block.one_row_each is not None:
+        routes = _routes(block, linears, block.one_row_each)
+        if all({*linears} <= {name for group in route for name in group} for route in routes):
+            return _one_route(routes)
+    return _one_route(_routes(block, linears, block.calls))  # experts that one sample does not reach
+
+
+def _routes(block: Block, linears: dict[str, nn.Module], calls: Iterable[Call]) -> list[list[tuple[str, ...]]]:
+    """The groups of layers that get the same tensor, in order, for every shape of call."""
     routes: dict[str, list[tuple[str, ...]]] = {}
-    for call in block.calls:
+    for call in calls:
         if call.shape not in routes:
             together: list[tuple[str, ...]] = []
             seen = _Seen(lambda names, _, route=together: route.append(names), Counter())  # type: ignore[misc]
@@ -163,8 +173,11 @@ def sharing(block: Block, names: Iterable[str]) -> list[tuple[str, ...]]:
                 block.run(call)
             seen.flush()
             routes[call.shape] = together
-    first, *others = routes.values()
-    return first if all(route == first for route in others) else []
+    return list(routes.values())
+
+
+def _one_route(routes: list[list[tuple[str, ...]]]) -> list[tuple[str, ...]]:
+    return routes[0] if routes and all(route == routes[0] for route in routes) else []
 
 
 class _Seen:

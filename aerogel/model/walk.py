@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from torch import nn
 from aerogel.errors import AerogelError
 from aerogel.layers.linear import cache_dequantized
 from aerogel.model.activations import Activations
-from aerogel.model.batches import Batches, Part, joined
+from aerogel.model.batches import Batches, Part, batch_rows, joined
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.hooks import Stop, patch_forward, until
@@ -122,7 +122,11 @@ class Walk:
                 self._finished(block)
 
     def _first_parts(self) -> list[Call]:
-        return [next(self._batches.parts(index, call)).call(call) for index, call in enumerate(self._calls)]
+        return [part.call(self._calls[part.call_index]) for part in self._one_row_each()]
+
+    def _one_row_each(self) -> Iterator[Part]:
+        """The first sample of every call: which way a call takes does not depend on how many it has."""
+        return (Part(index, 0, 1, batch_rows(call)) for index, call in enumerate(self._calls))
 
     def _keep_outputs(self, block: Block) -> None:
         """Store what the block gives for each call, put together from its parts."""
@@ -151,14 +155,14 @@ class Walk:
 
     def _block(self, name: str, position: int) -> Block:
         module = self._modules[name] if name else self._network.module
-        return Block(name, module, position, len(self), _Inputs(self, name), self._network)
+        return Block(name, module, position, len(self), _Inputs(self, name), self._network, one_row_each=_FirstRows(self, name))
 
     def _parts(self) -> Iterator[Part]:
         return (part for index, call in enumerate(self._calls) for part in self._batches.parts(index, call))
 
-    def _inputs(self, name: str) -> Iterator[tuple[Part, Call]]:
-        """The parts of calls that reach this block, with its inputs on the computing device."""
-        for part in self._parts():
+    def _inputs(self, name: str, parts: Iterable[Part] | None = None) -> Iterator[tuple[Part, Call]]:
+        """The parts of calls that reach this block, by default of all calls, with its inputs on the computing device."""
+        for part in self._parts() if parts is None else parts:
             if name == NON_BLOCK:
                 with patch_forward(self._answers(part)):
                     yield part, self._network.placement.bring_calls([part.call(self._calls[part.call_index])])[0]
@@ -245,3 +249,13 @@ class _Inputs:
 
     def __len__(self) -> int:
         return sum(1 for _ in self._walk._parts())
+
+
+class _FirstRows(_Inputs):
+    """The inputs of one block for the first sample of every call."""
+
+    def __iter__(self) -> Iterator[Call]:
+        return (call for _, call in self._walk._inputs(self._name, self._walk._one_row_each()))
+
+    def __len__(self) -> int:
+        return len(self._walk._calls)

@@ -17,10 +17,11 @@ from aerogel.numerics.scheme import TensorScheme
 Observer = Literal["minmax", "mse"]
 """Searches for a weight's range: it covers every number, or it makes the squared error least."""
 
-COARSE = tuple(factor / 100 for factor in range(104, 30, -6))
-"""Shares of the full range that are tried first; a little more than all of it, since a symmetric grid reaches less far up than down."""
-FINE = (-0.04, -0.02, 0.02, 0.04)
-"""Factors tried around the best of them."""
+COARSE = (1.0, *(factor / 100 for factor in range(104, 30, -8)))
+"""Shares of the full range that are tried first; also a little more than all of it, since a symmetric grid reaches less far up than
+down."""
+FINE = ((-0.04, 0.04), (-0.02, 0.02))
+"""What is added to the best of them, and then to the best of those: the error is within 0.5 % of that with all steps of 0.01 (4 bits)."""
 
 _CHUNK = 1 << 17
 """Numbers that are worked on at a time: a cache's worth."""
@@ -64,25 +65,33 @@ def _least_error_factor(
     moment: Tensor | None,
     importance: Tensor | None,
 ) -> Tensor:
-    scaled, error = torch.empty_like(weight), torch.empty_like(weight)
+    full = grid_from_range(low, high, scheme, outer)
+    # In steps of the full range, so that a candidate that shrinks it by a factor is one product away: its zero point is the same.
+    unit = weight / full.step[..., None]
+    zero = None if full.zero is None else full.zero[..., None].float()
+    scaled, error = torch.empty_like(unit), torch.empty_like(unit)
+    even = scheme.scale_format == "float" or not scheme.symmetric
 
     def cost(factor: Tensor) -> Tensor:
-        grid = grid_from_range(low * factor, high * factor, scheme, outer)
-        torch.div(weight, grid.step[..., None], out=scaled)
-        if grid.zero is not None:
-            scaled.add_(grid.zero[..., None])
+        """The error in squares of the full range's steps."""
+        step = factor if even else grid_from_range(low * factor, high * factor, scheme, outer).step / full.step
+        torch.mul(unit, step.reciprocal()[..., None], out=scaled)
+        if zero is not None:
+            scaled.add_(zero)
         if scheme.format.kind == "int":
             torch.round(scaled, out=error).clamp_(scheme.format.low, scheme.format.high)
         else:
             error.copy_(to_values(to_codes(scaled, scheme.format), scheme.format))
         error.sub_(scaled)
-        felt = error if importance is None else error * importance
         if moment is not None:
-            felt = (felt.transpose(0, 1) @ moment).transpose(0, 1)
-        return torch.linalg.vecdot(error, felt) * grid.step.square()
+            return torch.linalg.vecdot(error, (error.transpose(0, 1) @ moment).transpose(0, 1)) * step.square()
+        error.square_()
+        if importance is not None:
+            error.mul_(importance)
+        return error.sum(-1) * step.square()
 
-    full = torch.ones_like(low)
-    best, least = best_factor(cost, (full * factor for factor in COARSE), full, cost(full))
-    coarse = best
-    best, _ = best_factor(cost, (coarse + factor for factor in FINE), best, least)
+    one = torch.ones_like(low)
+    best, least = best_factor(cost, (one * factor for factor in COARSE), one, torch.full_like(one, torch.inf))
+    for offsets in FINE:
+        best, least = best_factor(cost, [best + offset for offset in offsets], best, least)
     return best
