@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from aerogel.layers.conv import Layer, matrix, quantized
 from aerogel.layers.linear import QuantLinear, stored_grid
-from aerogel.model.statistics import InputStatistics
+from aerogel.model.statistics import InputStatistics, bfloat16_products
 from aerogel.numerics.observers import mse_search
 from aerogel.numerics.quantize import Grid, grid_from_range, grouped, quantize
 from aerogel.numerics.scheme import Scheme
@@ -53,10 +54,21 @@ def has_static_inputs(scheme: Scheme) -> bool:
 @torch.no_grad()
 def output_error(error_OI: Tensor, weight_OI: Tensor, moment_II: Tensor | None) -> float:
     """Relative squared error of a linear's output, tr(E M E^T) / tr(W M W^T); of its weight when no moment is known."""
+    return relative_error(float(_energy(error_OI, moment_II)), weight_OI, moment_II)
+
+
+@torch.no_grad()
+def relative_error(loss: float, weight_OI: Tensor, moment_II: Tensor | None) -> float:
+    """Squared error of a linear's output, tr(E M E^T), as a share of tr(W M W^T); of its weight when no moment is known."""
     size = float(_energy(weight_OI, moment_II))
-    return float(_energy(error_OI, moment_II)) / size if size > 0 else 0.0
+    return loss / size if size > 0 else 0.0
 
 
 def _energy(weight_OI: Tensor, moment_II: Tensor | None) -> Tensor:
-    weight_OI = weight_OI.float()
-    return torch.vdot(weight_OI.flatten(), (weight_OI if moment_II is None else weight_OI @ moment_II).flatten())
+    """Return tr(W M W^T); a bfloat16 weight is multiplied as such, which changes it by less than 0.1 % (all terms are of one sign)."""
+    exact_OI = weight_OI.float()
+    if moment_II is None:
+        return exact_OI.square().sum()
+    with bfloat16_products() if weight_OI.dtype == torch.bfloat16 else nullcontext():
+        felt_OI = exact_OI @ moment_II
+    return torch.vdot(exact_OI.flatten(), felt_OI.flatten())

@@ -21,7 +21,7 @@ from aerogel.layers.linear import QuantLinear, stored_grid
 from aerogel.methods.base import CalibrationSize, CostEstimate, WeightMethod
 from aerogel.model.block import Block
 from aerogel.model.calls import tensors_in
-from aerogel.model.rounding import InputRange, has_static_inputs, output_error, static_inputs
+from aerogel.model.rounding import InputRange, has_static_inputs, output_error, relative_error, static_inputs
 from aerogel.model.statistics import InputStatistics, collect, sharing
 from aerogel.model.synchronized_forwards import InputGroup, synchronized_forwards
 from aerogel.numerics.feedback import feedback, round_columns
@@ -35,6 +35,8 @@ _Jobs = Mapping[str, tuple[nn.Linear, Scheme]]
 
 BATCH_VALUES = 1 << 26
 """About how many numbers the problems that are solved together may hold."""
+_ROWS = 512
+"""Rows of a Hessian that are reordered at once."""
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,10 @@ class Gptq(WeightMethod):
                 grid = Grid(grid.scale[rows], None if grid.zero is None else grid.zero[rows])
             codes_OI = solution.codes_BOI[index, rows]
             inputs = static_inputs(scheme, seen, self.input_range, problem.dtype)
-            error_OI = linear.weight.float() - dequantize(codes_OI, grid, scheme.weights, g_idx=g_idx)
-            error = output_error(error_OI, linear.weight, hessian_II)
-            del error_OI
+            if fallback is None:
+                error = relative_error(float(solution.loss_BO[index, rows].sum()), linear.weight, hessian_II)
+            else:
+                error = output_error(linear.weight.float() - dequantize(codes_OI, grid, scheme.weights, g_idx=g_idx), linear.weight, hessian_II)
             block.replace(name, QuantLinear.from_codes(linear, scheme, codes_OI, grid, g_idx, inputs, problem.dtype))
             block.note(name, error=error, damping=float(solution.damping_B[index]), **({"fallback": fallback} if fallback else {}))
 
@@ -196,6 +199,8 @@ class _Solution(NamedTuple):
     """Integer codes and grids of problems of one shape."""
 
     codes_BOI: Tensor
+    loss_BO: Tensor
+    """Squared error of each output."""
     grids: list[Grid]
     g_idx_BI: Tensor | None
     """Group of each column, where groups follow the new order."""
@@ -226,8 +231,7 @@ def solve(
     if act_order != "none":
         order_BI = hessian_BII.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
     place_BI = order_BI.argsort(dim=-1)
-    problem_B11 = torch.arange(len(hessian_BII), device=hessian_BII.device)[:, None, None]
-    hessian_BII = hessian_BII[problem_B11, order_BI[:, :, None], order_BI[:, None, :]]
+    hessian_BII = _reordered(hessian_BII, order_BI)
     found = feedback(hessian_BII, damping)
     del hessian_BII
     if moves:
@@ -244,15 +248,29 @@ def solve(
     def fit_now(weight_BOn: Tensor, low: int, high: int) -> Grid:
         return fit(weight_BOn, found.importance_BI[:, None, low:high])
 
-    ordered_BOI = weight_BOI.take_along_dim(order_BI[:, None, :], 2)
+    ordered_BOI = _columns(weight_BOI, order_BI)
     if kept_BOI is not None:
-        kept_BOI = kept_BOI.take_along_dim(order_BI[:, None, :], 2)
-    codes_BOI = round_columns(ordered_BOI, found.weights_BII, scheme.format, grid, group_BI, fit_now if moves else None, width, kept_BOI)
+        kept_BOI = _columns(kept_BOI, order_BI)
+    rounded = round_columns(ordered_BOI, found, scheme.format, grid, group_BI, fit_now if moves else None, width, kept_BOI)
     if moves:
         grids = [Grid(grid.scale[b], None if grid.zero is None else grid.zero[b]) for b in range(len(weight_BOI))]
     g_idx_BI = place_BI // width if moves and act_order == "group" else None
-    codes_BOI = codes_BOI.view(torch.uint8).take_along_dim(place_BI[:, None, :], 2).view(codes_BOI.dtype)  # fp8 cannot be gathered
-    return _Solution(codes_BOI, grids, g_idx_BI, found.damping_B, found.failed_B)
+    return _Solution(_columns(rounded.codes_BOI, place_BI), rounded.loss_BO, grids, g_idx_BI, found.damping_B, found.failed_B)
+
+
+def _columns(x_BOI: Tensor, order_BI: Tensor) -> Tensor:
+    """Return the columns of each problem in its order; one problem after another takes a quarter of the time of one gather."""
+    bytes_BOI = x_BOI if x_BOI.element_size() > 1 else x_BOI.view(torch.uint8)  # fp8 cannot be gathered
+    return _stack([x_OI.index_select(1, order_I) for x_OI, order_I in zip(bytes_BOI, order_BI, strict=True)]).view(x_BOI.dtype)
+
+
+def _reordered(hessian_BII: Tensor, order_BI: Tensor) -> Tensor:
+    """Return Hessians with rows and columns in the order of their problem."""
+    made_BII = torch.empty_like(hessian_BII)
+    for made_II, hessian_II, order_I in zip(made_BII, hessian_BII, order_BI, strict=True):
+        for made_NI, rows_N in zip(made_II.split(_ROWS), order_I.split(_ROWS), strict=True):
+            torch.index_select(hessian_II.index_select(0, rows_N), 1, order_I, out=made_NI)
+    return made_BII
 
 
 def _laid_out(importance_I: Tensor, weight_OI: Tensor, scheme: TensorScheme) -> Tensor:
