@@ -150,6 +150,7 @@ class _Loop:
         self.zeros = None if self.zero_GBO is None else _rows(self.zero_GBO, group_BI)
         self.columns = self.weight_IBO.unbind(0)
         self.losses = self.lost_IBO.unbind(0)
+        self.values = self.values_NBO.unbind(0)
 
     def span(self, low: int, high: int, unit: int, finish: Callable[[int, int], None]) -> None:
         """Round columns that have heard of all errors before them; halves meet at multiples of `unit`."""
@@ -181,10 +182,9 @@ class _Loop:
     def few(self, low: int, high: int) -> None:
         """Round a few columns one by one."""
         push_NNB1 = self.weights_BII[:, low:high, low:high].permute(1, 2, 0)[..., None]
-        values = self.values_NBO.unbind(0)
         before_NBO = self.lost_IBO[low:high].clone()
         for index, column in enumerate(range(low, high)):
-            value, scale, lost = values[index], self.scales[column], self.losses[column]
+            value, scale, lost = self.values[index], self.scales[column], self.losses[column]
             torch.div(self.columns[column], scale, out=value)
             if self.zeros is None:
                 _round(value, self.format)
@@ -196,10 +196,12 @@ class _Loop:
                 if self.kept_IBO is not None:
                     torch.lerp(self.zeros[column], value, self.kept_IBO[column], out=value)
                 lost.addcmul_(value - self.zeros[column], scale, value=-1)
-            self.weight_IBO[column + 1 : high].addcmul_(push_NNB1[index, index + 1 :], lost)
+            if column + 1 < high:
+                self.weight_IBO[column + 1 : high].addcmul_(push_NNB1[index, index + 1 :], lost)
         # What stood before, less what is lost, is what the columns were rounded to.
         self.weight_IBO[low:high] -= before_NBO.sub_(self.lost_IBO[low:high])
-        self.codes_IBO[low:high] = to_codes(self.values_NBO[: high - low], self.format)
+        values_NBO = self.values_NBO[: high - low]
+        self.codes_IBO[low:high] = values_NBO if self.format.kind == "int" else to_codes(values_NBO, self.format)
 
     def loss(self, found: Feedback) -> Tensor:
         """Return the loss_BO of all columns, when they are rounded."""
@@ -230,5 +232,6 @@ def _round(scaled: Tensor, fmt: Format) -> Tensor:
 def _rows(grid_GBO: Tensor, group_BI: Tensor) -> list[Tensor]:
     """The scales_BO of every column; views of `grid_GBO` where all problems have their groups in one order."""
     if bool((group_BI == group_BI[:1]).all()):
-        return [grid_GBO[group] for group in group_BI[0].tolist()]
+        groups = grid_GBO.unbind(0)
+        return [groups[group] for group in group_BI[0].tolist()]
     return list(torch.stack([grid_GBO[group_I, problem] for problem, group_I in enumerate(group_BI)], 1))
