@@ -160,7 +160,9 @@ class Gptq(WeightMethod):
             if fallback is None:
                 error = relative_error(float(solution.loss_BO[index, rows].sum()), linear.weight, hessian_II)
             else:
-                error = output_error(linear.weight.float() - dequantize(codes_OI, grid, scheme.weights, g_idx=g_idx), linear.weight, hessian_II)
+                error = output_error(
+                    linear.weight.float() - dequantize(codes_OI, grid, scheme.weights, g_idx=g_idx), linear.weight, hessian_II
+                )
             block.replace(name, QuantLinear.from_codes(linear, scheme, codes_OI, grid, g_idx, inputs, problem.dtype))
             block.note(name, error=error, damping=float(solution.damping_B[index]), **({"fallback": fallback} if fallback else {}))
 
