@@ -22,6 +22,8 @@ COARSE = (1.0, *(factor / 100 for factor in range(104, 30, -8)))
 down."""
 FINE = ((-0.04, 0.04), (-0.02, 0.02))
 """What is added to the best of them, and then to the best of those: the error is within 0.5 % of that with all steps of 0.01 (4 bits)."""
+ROUGH = tuple(factor / 10 for factor in range(10, 4, -1))
+"""Shares that are tried where only the order of several searches counts."""
 
 _CHUNK = 1 << 17
 """Numbers that are worked on at a time: a cache's worth."""
@@ -33,17 +35,19 @@ def observe(weight: Tensor, scheme: TensorScheme, observer: Observer, importance
 
 
 @torch.no_grad()
-def least_error(weight: Tensor, scheme: TensorScheme, moment: Tensor | None = None, importance: Tensor | None = None) -> Grid:
+def least_error(
+    weight: Tensor, scheme: TensorScheme, moment: Tensor | None = None, importance: Tensor | None = None, rough: bool = False
+) -> Grid:
     """Return the grid with the least squared error for each scale, among ranges that are shrunk by a factor.
 
     `weight` is laid out by `quantize.grouped`: (..., n). With `moment`, the Hessian of the inputs in each group (G, n, n), the
     error is that of the output, e^T M e, for weights of shape (O, G, n). With `importance`, laid out as the weight or with a first
-    dimension of one, it is a weighted sum of squares.
+    dimension of one, it is a weighted sum of squares. `rough` tries few factors.
     """
     low, high = torch.aminmax(weight.float(), dim=-1)
     outer = grid_from_range(low, high, scheme).outer  # block scales of every candidate share it
     if weight.ndim == 1:
-        best = _least_error_factor(weight.float(), low, high, scheme, outer, moment, importance)
+        best = _least_error_factor(weight.float(), low, high, scheme, outer, moment, importance, rough)
     else:
         rows = max(1, _CHUNK // weight[0].numel())
         shared = importance is None or len(importance) == 1
@@ -51,7 +55,7 @@ def least_error(weight: Tensor, scheme: TensorScheme, moment: Tensor | None = No
         for first in range(0, len(weight), rows):
             here = slice(first, first + rows)
             matters = importance if shared or importance is None else importance[here]
-            parts.append(_least_error_factor(weight[here].float(), low[here], high[here], scheme, outer, moment, matters))
+            parts.append(_least_error_factor(weight[here].float(), low[here], high[here], scheme, outer, moment, matters, rough))
         best = torch.cat(parts)
     return grid_from_range(low * best, high * best, scheme, outer)
 
@@ -64,6 +68,7 @@ def _least_error_factor(
     outer: Tensor | None,
     moment: Tensor | None,
     importance: Tensor | None,
+    rough: bool,
 ) -> Tensor:
     full = grid_from_range(low, high, scheme, outer)
     # In steps of the full range, so that a candidate that shrinks it by a factor is one product away: its zero point is the same.
@@ -91,7 +96,7 @@ def _least_error_factor(
         return error.sum(-1) * step.square()
 
     one = torch.ones_like(low)
-    best, least = best_factor(cost, (one * factor for factor in COARSE), one, torch.full_like(one, torch.inf))
-    for offsets in FINE:
+    best, least = best_factor(cost, (one * factor for factor in (ROUGH if rough else COARSE)), one, torch.full_like(one, torch.inf))
+    for offsets in () if rough else FINE:
         best, least = best_factor(cost, [best + offset for offset in offsets], best, least)
     return best

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aerogel.numerics.quantize import Grid, dequantize, fake_quantize, grid_from_range, grouped, quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
-from aerogel.numerics.search import COARSE, least_error, observe
+from aerogel.numerics.search import COARSE, ROUGH, least_error, observe
 
 
 def weight(rows: int = 9, columns: int = 80) -> Tensor:
@@ -81,3 +81,16 @@ def test_a_weight_of_zeros_gets_a_finite_grid() -> None:
     grid = least_error(torch.zeros(3, 2, 16), scheme)
     assert torch.isfinite(grid.scale).all()
     assert (grid.scale > 0).all()
+
+
+def test_a_rough_search_finds_the_best_of_its_few_factors() -> None:
+    scheme, weight_OI = Scheme.parse("W3A16_G16").weights, weight(40, 48)
+    laid_out = grouped(weight_OI, scheme.granularity)
+    low, high = torch.aminmax(laid_out, dim=-1)
+
+    def cost(grid: Grid) -> Tensor:
+        return grouped(fake_quantize(weight_OI, grid, scheme) - weight_OI, scheme.granularity).square().sum(-1)
+
+    found = cost(least_error(laid_out, scheme, rough=True))
+    best = torch.stack([cost(grid_from_range(low * factor, high * factor, scheme)) for factor in ROUGH]).amin(0)
+    torch.testing.assert_close(found, best, rtol=1e-4, atol=1e-6)
