@@ -93,6 +93,15 @@ def test_blocks_get_the_tensors_of_a_plain_forward(network: Network, calls: list
     assert tuple(seen) == ORDER
 
 
+def test_the_first_sample_of_every_call_can_be_had_alone(network: Network, calls: list[Call]) -> None:
+    expected = plain_inputs(network, calls)
+    for block in Walk(network, calls):
+        assert block.one_row_each is not None
+        assert len(block.one_row_each) == len(calls)
+        for ours, theirs in zip(block.one_row_each, expected[block.name], strict=True):
+            torch.testing.assert_close(ours.args, theirs.map(lambda x: x[:1]).args)  # one row is multiplied by another kernel
+
+
 def test_blocks_see_what_was_done_to_those_before(network: Network, calls: list[Call]) -> None:
     for block in Walk(network, calls):
         torch.nn.init.constant_(block.module.linear.weight, 0.1)
