@@ -78,6 +78,8 @@ class Activations:
 
     def _zeros_like(self, faded: torch.Tensor) -> torch.Tensor:
         """Return zeros, the same tensor as before unless somebody wrote to it: one for every block would take longer than all glue."""
+        if torch.is_inference_mode_enabled():  # nobody counts what is written to
+            return torch.zeros(faded.shape, dtype=faded.dtype, device=self._placement.device)
         zeros, version = self._zeros.get((faded.shape, faded.dtype), (faded, -1))
         if zeros._version != version:
             zeros = torch.zeros(faded.shape, dtype=faded.dtype, device=self._placement.device)

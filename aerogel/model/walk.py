@@ -18,7 +18,7 @@ from torch import nn
 from aerogel.errors import AerogelError
 from aerogel.layers.linear import cache_dequantized
 from aerogel.model.activations import Activations
-from aerogel.model.batches import Batches, Part, batch_rows, joined
+from aerogel.model.batches import Batches, Part, joined
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.hooks import Stop, patch_forward, until
@@ -125,8 +125,8 @@ class Walk:
         return [part.call(self._calls[part.call_index]) for part in self._one_row_each()]
 
     def _one_row_each(self) -> Iterator[Part]:
-        """The first sample of every call: which way a call takes does not depend on how many it has."""
-        return (Part(index, 0, 1, batch_rows(call)) for index, call in enumerate(self._calls))
+        """The first sample of every call of tokens: which way a call takes does not depend on how many it has."""
+        return (self._batches.first_sample(index, call) for index, call in enumerate(self._calls))
 
     def _keep_outputs(self, block: Block) -> None:
         """Store what the block gives for each call, put together from its parts."""
@@ -252,7 +252,7 @@ class _Inputs:
 
 
 class _FirstRows(_Inputs):
-    """The inputs of one block for the first sample of every call."""
+    """The inputs of one block for the first sample of every call of tokens."""
 
     def __iter__(self) -> Iterator[Call]:
         return (call for _, call in self._walk._inputs(self._name, self._walk._one_row_each()))

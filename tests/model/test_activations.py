@@ -69,6 +69,14 @@ def test_faded_outputs_share_zeros_until_somebody_writes_to_them(activations: Ac
     assert torch.equal(activations.get("block.0", 0), torch.zeros(2, 3))
 
 
+def test_in_inference_mode_faded_outputs_share_nothing(activations: Activations) -> None:
+    activations.put("block.0", 0, torch.ones(2, 3))
+    activations.fade("block.0", 1)
+    with torch.inference_mode():
+        activations.get("block.0", 0).add_(1)
+        assert not activations.get("block.0", 0).any()
+
+
 def test_an_output_that_is_put_again_is_faded_no_longer(activations: Activations) -> None:
     activations.put("block.0", 0, torch.ones(2))
     activations.fade("block.0", 1)
