@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aerogel.numerics.quantize import Grid, dequantize, fake_quantize, grid_from_range, grouped, quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
-from aerogel.numerics.search import COARSE, ROUGH, least_error, observe
+from aerogel.numerics.search import COARSE, FINE, ROUGH, least_error, observe
 
 
 def weight(rows: int = 9, columns: int = 80) -> Tensor:
@@ -27,7 +27,7 @@ def test_the_search_finds_what_a_finer_one_over_everything_finds(name: str) -> N
     scheme, weight_OI = Scheme.parse(name).weights, weight()
     found = error(weight_OI, least_error(grouped(weight_OI, scheme.granularity), scheme), name)
     low, high = weight_OI.amin(1, keepdim=True), weight_OI.amax(1, keepdim=True)
-    costs = {f: error(weight_OI, grid_from_range(low * f / 100, high * f / 100, scheme), name) for f in range(104, 31, -1)}
+    costs = {f: error(weight_OI, grid_from_range(low * f / 100, high * f / 100, scheme), name) for f in range(108, 31, -1)}
     assert (found <= torch.stack([costs[round(100 * factor)] for factor in COARSE]).amin(0) * (1 + 1e-5)).all()
     assert float(found.sum()) <= 1.02 * float(torch.stack(list(costs.values())).amin(0).sum())
 
@@ -81,6 +81,15 @@ def test_a_weight_of_zeros_gets_a_finite_grid() -> None:
     grid = least_error(torch.zeros(3, 2, 16), scheme)
     assert torch.isfinite(grid.scale).all()
     assert (grid.scale > 0).all()
+
+
+def test_no_factor_is_tried_twice() -> None:
+    for coarse in COARSE:
+        first = [coarse + offset for offset in FINE[0]]
+        for best in (coarse, *first):
+            tried = torch.tensor([*COARSE, *first, *(best + offset for offset in FINE[1])], dtype=torch.float64)
+            apart = (tried[:, None] - tried).abs() + torch.eye(len(tried))
+            assert float(apart.amin()) > 0.01
 
 
 def test_a_rough_search_finds_the_best_of_its_few_factors() -> None:
