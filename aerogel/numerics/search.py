@@ -20,7 +20,7 @@ Observer = Literal["minmax", "mse"]
 COARSE = tuple(factor / 100 for factor in range(108, 30, -8))
 """Shares of the full range that are tried first; also a little more than all of it, since a symmetric grid reaches less far up than
 down. None is tried twice, also not by way of `FINE`: which of two equal ones is taken would depend on the last bits of the sums."""
-FINE = ((-0.04, 0.04), (-0.02, 0.02))
+FINE = ((-0.04, 0.04), (-0.02, 0.02), (-0.01, 0.01))
 """What is added to the best of them, and then to the best of those: the error is within 0.5 % of that with all steps of 0.01 (4 bits)."""
 ROUGH = tuple(factor / 10 for factor in range(10, 4, -1))
 """Shares that are tried where only the order of several searches counts."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -84,12 +86,12 @@ def test_a_weight_of_zeros_gets_a_finite_grid() -> None:
 
 
 def test_no_factor_is_tried_twice() -> None:
-    for coarse in COARSE:
-        first = [coarse + offset for offset in FINE[0]]
-        for best in (coarse, *first):
-            tried = torch.tensor([*COARSE, *first, *(best + offset for offset in FINE[1])], dtype=torch.float64)
-            apart = (tried[:, None] - tried).abs() + torch.eye(len(tried))
-            assert float(apart.amin()) > 0.01
+    for best, *moves in product(COARSE, *((0.0, *offsets) for offsets in FINE)):
+        tried = list(COARSE)
+        for offsets, move in zip(FINE, moves, strict=True):
+            tried += [best + offset for offset in offsets]
+            best += move
+        assert len({round(1000 * factor) for factor in tried}) == len(tried)
 
 
 def test_a_rough_search_finds_the_best_of_its_few_factors() -> None:
