@@ -48,9 +48,8 @@ def config_of(blocks: int, width: int) -> transformers.LlamaConfig:
     )
 
 
-def make_checkpoint(folder: Path, blocks: int, width: int) -> int:
+def make_checkpoint(folder: Path, config: transformers.LlamaConfig) -> int:
     """Write random weights without ever holding more than one tensor; returns their bytes."""
-    config = config_of(blocks, width)
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in transformers.LlamaForCausalLM(config).named_parameters()}
     generator = torch.Generator().manual_seed(SEED)
@@ -102,7 +101,7 @@ def measure(width: int, depths: list[int], recipes: list[str], rounds: int) -> N
     with tempfile.TemporaryDirectory() as scratch:
         for blocks in depths:
             source = Path(scratch, f"blocks-{blocks}")
-            size = make_checkpoint(source, blocks, width)
+            size = make_checkpoint(source, config_of(blocks, width))
             for recipe in recipes:
                 found = [compress_apart(source, recipe, Path(scratch, f"{recipe}-{blocks}-{number}")) for number in range(rounds)]
                 middle = {key: statistics.median(one[key] for one in found) for key in found[0]}

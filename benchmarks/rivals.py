@@ -80,7 +80,7 @@ def run(name: str, model: Path, tokens: Path, output: Path, *options: str, threa
         "GOMP_SPINCOUNT": "1000",
         "GPTQMODEL_CPU_WORKERS": "2",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": "",
+        "PYTHONPATH": str(ROOT) if name == "aerogel" else "",  # this checkout, whichever is installed
     }
     command = [build(name), driver, model.absolute(), tokens.absolute(), output.absolute(), *options]
     subprocess.run(command, check=True, env=environment, cwd=output.absolute().parent)

@@ -27,10 +27,15 @@ class Activations:
         self._folder = folder
         self._placement = placement or Placement()
         self._held: dict[tuple[str, int], Any] = {}
+        self._faded: dict[tuple[str, int], Any] = {}
+        """Outputs on disk of which only the shape is left: a walk asks for all of them again and again."""
+        self._zeros: dict[tuple[torch.Size, torch.dtype], tuple[torch.Tensor, int]] = {}
+        """For each shape the zeros that faded outputs answer with, and the version at which they were zeros."""
 
     def put(self, block: str, call: int, output: Any) -> None:
         """Store the output of a block for a call."""
         output = self._placement.take_back(output)
+        self._faded.pop((block, call), None)
         if self._folder is None:
             self._held[block, call] = output
         else:
@@ -50,25 +55,44 @@ class Activations:
                 output = self._look(block, call)
             except KeyError:
                 continue
-            if not all(tensor.is_meta for tensor in tensors_in(output)):
+            if not _is_faded(output):
                 self.put(block, call, map_tensors(lambda tensor: tensor.to("meta"), output))
 
     def _look(self, block: str, call: int) -> Any:
         if self._folder is None:
             return self._held[block, call]
+        if (block, call) in self._faded:
+            return self._faded[block, call]
         path = self._path(block, call)
         if not path.exists():
             raise KeyError((block, call))
-        return _read(path)
+        output = _read(path)
+        if _is_faded(output):
+            self._faded[block, call] = output
+        return output
 
     def _copied(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_meta:
-            return torch.zeros(tensor.shape, dtype=tensor.dtype, device=self._placement.device)
+            return self._zeros_like(tensor)
         return tensor.to(self._placement.device, copy=True)
+
+    def _zeros_like(self, faded: torch.Tensor) -> torch.Tensor:
+        """Return zeros, the same tensor as before unless somebody wrote to it: one for every block would take longer than all glue."""
+        if torch.is_inference_mode_enabled():  # nobody counts what is written to
+            return torch.zeros(faded.shape, dtype=faded.dtype, device=self._placement.device)
+        zeros, version = self._zeros.get((faded.shape, faded.dtype), (faded, -1))
+        if zeros._version != version:
+            zeros = torch.zeros(faded.shape, dtype=faded.dtype, device=self._placement.device)
+            self._zeros[faded.shape, faded.dtype] = zeros, zeros._version
+        return zeros
 
     def _path(self, block: str, call: int) -> Path:
         assert self._folder is not None
         return self._folder / block / f"{call}.safetensors"
+
+
+def _is_faded(output: Any) -> bool:
+    return all(tensor.is_meta for tensor in tensors_in(output))
 
 
 def _write(path: Path, output: Any) -> None:

@@ -79,6 +79,11 @@ class Batches:
         for start, stop in spans:
             yield Part(index, start, stop, rows)
 
+    def first_sample(self, index: int, call: Call) -> Part:
+        """Return the first sample of a call of tokens, and the first part of any other: only for tokens it is sure what a sample is."""
+        part = next(self.parts(index, call))
+        return part if _tokens_of(call) is None else part._replace(stop=1)
+
     def fit(self, work: Callable[[], Result], before_again: Callable[[], None] = lambda: None, processes: Processes = ALONE) -> Result:
         """Do some work; where the device has too little memory for it, halve all calls and do it again after `before_again`.
 
@@ -115,10 +120,16 @@ def batch_rows(call: Call) -> int:
     tensors = [tensor for tensor in tensors_in((call.args, call.kwargs)) if tensor.ndim]
     if not tensors:
         return 1
-    tokens = next((call.kwargs[name] for name in _TOKEN_INPUTS if isinstance(call.kwargs.get(name), Tensor)), None)
+    tokens = _tokens_of(call)
     rows = len(tensors[0] if tokens is None else tokens)
-    of_tokens = tokens is not None or not tensors[0].is_floating_point()
-    return 1 if of_tokens and any(len(tensor) != rows for tensor in tensors) else rows
+    return 1 if tokens is not None and any(len(tensor) != rows for tensor in tensors) else rows
+
+
+def _tokens_of(call: Call) -> Tensor | None:
+    """Return the tensor of tokens, which has a row for each sample; None in a call that has no tokens."""
+    named = next((call.kwargs[name] for name in _TOKEN_INPUTS if isinstance(call.kwargs.get(name), Tensor)), None)
+    first = next((tensor for tensor in tensors_in((call.args, call.kwargs)) if tensor.ndim), None)
+    return named if named is not None or first is None or first.is_floating_point() else first
 
 
 def _halves(start: int, stop: int) -> list[tuple[int, int]]:

@@ -45,6 +45,8 @@ class Block:
     parameters: dict[str, Tensor] = field(default_factory=dict)
     """Parameters that act inside this block and are not its own, those of policies that are on, by full name. A method may learn them: a
     value that it puts in the place of another acts from the next forward on, and the engine takes over what stands here in the end."""
+    one_row_each: Inputs | None = None
+    """The calls, those of tokens with their first sample only: enough to see which way they take through the block."""
     outputs: list[Any] | None = None
     """Outputs of the block as it is now for its calls, where a method has computed them; None when it has to be run."""
     processes: Processes = ALONE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -9,10 +10,13 @@ from torch import Tensor
 
 from aerogel.layers.conv import Layer, matrix, quantized
 from aerogel.layers.linear import QuantLinear, stored_grid
-from aerogel.model.statistics import InputStatistics
+from aerogel.model.statistics import InputStatistics, bfloat16_products
 from aerogel.numerics.observers import mse_search
 from aerogel.numerics.quantize import Grid, grid_from_range, grouped, quantize
 from aerogel.numerics.scheme import Scheme
+
+_PANEL = 1024
+"""Columns of a Hessian whose products with a weight are made at once."""
 
 InputRange = Literal["absmax", "average"]
 """Estimators of the range of static inputs: the extremes of all calls, or their mean over the calls."""
@@ -53,10 +57,29 @@ def has_static_inputs(scheme: Scheme) -> bool:
 @torch.no_grad()
 def output_error(error_OI: Tensor, weight_OI: Tensor, moment_II: Tensor | None) -> float:
     """Relative squared error of a linear's output, tr(E M E^T) / tr(W M W^T); of its weight when no moment is known."""
-    size = float(_energy(weight_OI, moment_II))
-    return float(_energy(error_OI, moment_II)) / size if size > 0 else 0.0
+    return relative_error(output_energy(error_OI, moment_II), weight_OI, moment_II)
 
 
-def _energy(weight_OI: Tensor, moment_II: Tensor | None) -> Tensor:
+@torch.no_grad()
+def relative_error(loss: float, weight_OI: Tensor, moment_II: Tensor | None) -> float:
+    """Squared error of a linear's output, tr(E M E^T), as a share of tr(W M W^T); of its weight when no moment is known."""
+    size = output_energy(weight_OI, moment_II, coarse=weight_OI.dtype == torch.bfloat16)
+    return loss / size if size > 0 else 0.0
+
+
+@torch.no_grad()
+def output_energy(weight_OI: Tensor, moment_II: Tensor | None, coarse: bool = False) -> float:
+    """Return tr(W M W^T), from one half of M; the squares of W when no moment is known.
+
+    `coarse` rounds factors to bfloat16 where that is faster: about 0.1 % off, since what counts in the sum is of one sign.
+    """
     weight_OI = weight_OI.float()
-    return torch.vdot(weight_OI.flatten(), (weight_OI if moment_II is None else weight_OI @ moment_II).flatten())
+    if moment_II is None:
+        return float(weight_OI.square().sum())
+    energy = weight_OI.new_zeros(())
+    with bfloat16_products() if coarse else nullcontext():
+        for start in range(0, len(moment_II), _PANEL):
+            panel, behind = slice(start, start + _PANEL), slice(start + _PANEL, None)
+            felt_OP = torch.addmm(weight_OI[:, panel] @ moment_II[panel, panel], weight_OI[:, behind], moment_II[behind, panel], alpha=2)
+            energy += felt_OP.mul_(weight_OI[:, panel]).sum()
+    return float(energy)

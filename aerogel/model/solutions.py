@@ -20,6 +20,8 @@ class Solution(NamedTuple):
     """Integer codes and grids of problems of one shape."""
 
     codes_BOI: Tensor
+    loss_BO: Tensor
+    """Squared error of each output."""
     grids: list[Grid]
     g_idx_BI: Tensor | None
     """Group of each column, where groups follow the new order."""
@@ -60,10 +62,12 @@ class Share(NamedTuple):
             return parts[0]
         if self.by_rows:
             grids = [_rows_together(grids) for grids in zip(*(part.grids for part in parts), strict=True)]
-            return parts[0]._replace(codes_BOI=_cat([part.codes_BOI for part in parts], 1), grids=grids)
+            codes_BOI, loss_BO = _cat([part.codes_BOI for part in parts], 1), torch.cat([part.loss_BO for part in parts], 1)
+            return parts[0]._replace(codes_BOI=codes_BOI, loss_BO=loss_BO, grids=grids)
         g_idx = [part.g_idx_BI for part in parts if part.g_idx_BI is not None]
         return Solution(
             _cat([part.codes_BOI for part in parts], 0),
+            torch.cat([part.loss_BO for part in parts]),
             [grid for part in parts for grid in part.grids],
             torch.cat(g_idx) if g_idx else None,
             torch.cat([part.damping_B for part in parts]),

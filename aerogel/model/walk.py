@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -134,7 +134,15 @@ class Walk:
                 self._finished(block)
 
     def _first_parts(self) -> list[Call]:
-        return [next(self._batches.parts(index, call)).call(call) for index, call in enumerate(self._calls)]
+        return [part.call(self._calls[part.call_index]) for part in self._one_row_each(range(len(self._calls)))]
+
+    def _one_row_each(self, numbers: Iterable[int]) -> Iterator[Part]:
+        """The first sample of every call of tokens: which way a call takes does not depend on how many it has."""
+        return (self._batches.first_sample(number, self._calls[number]) for number in numbers)
+
+    def _mine(self) -> range:
+        """Numbers of the calls of this process, whose outputs it keeps."""
+        return self._processes.share(len(self._calls))
 
     def _keep_outputs(self, block: Block) -> None:
         """Store what the block gives for each call, put together from its parts."""
@@ -163,15 +171,15 @@ class Walk:
 
     def _block(self, name: str, position: int) -> Block:
         module = self._modules[name] if name else self._network.module
-        return Block(name, module, position, len(self), _Inputs(self, name), self._network, processes=self._processes)
+        inputs, first = _Inputs(self, name), _FirstRows(self, name)
+        return Block(name, module, position, len(self), inputs, self._network, processes=self._processes, one_row_each=first)
 
     def _parts(self) -> Iterator[Part]:
-        mine = self._processes.share(len(self._calls))
-        return (part for index in mine for part in self._batches.parts(index, self._calls[index]))
+        return (part for index in self._mine() for part in self._batches.parts(index, self._calls[index]))
 
-    def _inputs(self, name: str) -> Iterator[tuple[Part, Call]]:
-        """The parts of calls that reach this block, with its inputs on the computing device."""
-        for part in self._parts():
+    def _inputs(self, name: str, parts: Iterable[Part] | None = None) -> Iterator[tuple[Part, Call]]:
+        """The parts of calls that reach this block, by default of all calls, with its inputs on the computing device."""
+        for part in self._parts() if parts is None else parts:
             if name == NON_BLOCK:
                 with patch_forward(self._answers(part)):
                     yield part, self._network.placement.bring_calls([part.call(self._calls[part.call_index])])[0]
@@ -258,3 +266,13 @@ class _Inputs:
 
     def __len__(self) -> int:
         return sum(1 for _ in self._walk._parts())
+
+
+class _FirstRows(_Inputs):
+    """The inputs of one block for the first sample of every call of tokens."""
+
+    def __iter__(self) -> Iterator[Call]:
+        return (call for _, call in self._walk._inputs(self._name, self._walk._one_row_each(self._walk._mine())))
+
+    def __len__(self) -> int:
+        return len(self._walk._mine())

@@ -2,10 +2,12 @@
 
 Letters in names: B independent problems of one shape, O outputs, I inputs, G groups of a row.
 
-GPTQ pushes the error of column i to the columns j behind it by U_ij / U_ii, where H^-1 = U^T U. U is the inverse of R in H = R R^T
-with both upper triangular, so one factorisation of H itself and one triangular inverse will do, instead of an inverse of H
-between two factorisations. Updates are lazy by halving: the first half of the columns is finished before the second half hears of
-it, in one matrix product, and so on down to a few columns.
+GPTQ pushes the error of column i to the columns j behind it by U_ij / U_ii, where H^-1 = U^T U. With H = R R^T, R upper triangular as
+well, column j moves by the same amount when the total errors w_i - q_i of all columns before it are added, each times R_ij / R_jj: the
+output error is the sum of squares of (W - Q) R, and each column makes its own column of that as small as it can. So one factorisation
+of H is enough, without an inverse (2.5 times as fast on the layers of Llama 1B), and the output error is known when the last column is
+rounded. Updates are lazy by halving: the first half of the columns is finished before the second half hears of it, in one matrix
+product, and so on down to a few columns.
 """
 
 from __future__ import annotations
@@ -21,19 +23,31 @@ from aerogel.numerics.quantize import Grid, to_codes, to_values
 
 _FEW = 16
 """Columns that are updated one by one."""
+_MANY = 256
+"""Columns whose loss is summed at once: temporaries of a cache's size."""
 
 
 class Feedback(NamedTuple):
-    """Factors by which the error of a column moves the columns behind it."""
+    """Factors by which the errors of columns move the columns behind them."""
 
     weights_BII: Tensor
-    """Unit upper triangular: U_ij / U_ii; the identity where the factorisation failed, which is plain rounding."""
+    """Unit upper triangular: R_ij / R_jj; the identity where the factorisation failed, which is plain rounding."""
     importance_BI: Tensor
     """R_jj squared: the cost of a squared error of column j after the columns behind it have compensated what they can."""
+    added_BI: Tensor
+    """Added to the diagonal; zeros where the factorisation failed."""
     damping_B: Tensor
     """Share of the mean diagonal that was added to the diagonal."""
     failed_B: Tensor
     """True where no damping up to the bound made the Hessian positive definite."""
+
+
+class Rounded(NamedTuple):
+    """Integer codes of a weight, and what rounding cost."""
+
+    codes_BOI: Tensor
+    loss_BO: Tensor
+    """The squared error of each output, e H e^T, without what was added to the diagonal of H."""
 
 
 @torch.no_grad()
@@ -46,7 +60,7 @@ def feedback(hessian_BII: Tensor, damping: float = 0.01, bound: float = 1.0) -> 
     mean_B1 = diagonal_BI.mean(-1, keepdim=True)
     dead_BI = diagonal_BI <= 0
     weights_BII: Tensor | None = None
-    importance_BI = torch.ones_like(diagonal_BI)
+    importance_BI, all_added_BI = torch.ones_like(diagonal_BI), torch.zeros_like(diagonal_BI)
     damping_B = torch.full_like(mean_B1[:, 0], damping)
     unsolved = (torch.isfinite(mean_B1[:, 0]) & (mean_B1[:, 0] > 0)).nonzero()[:, 0]
     failed_B = torch.ones_like(damping_B, dtype=torch.bool)
@@ -55,17 +69,19 @@ def feedback(hessian_BII: Tensor, damping: float = 0.01, bound: float = 1.0) -> 
         added_BI = mean_B1[unsolved] * (damping_B[unsolved, None] + dead_BI[unsolved])
         unit, diagonal, good = _unit_root(hessian_BII if len(unsolved) == len(hessian_BII) else hessian_BII[unsolved], added_BI)
         if len(unit) == len(hessian_BII):
-            weights_BII = _inverse(unit)
+            weights_BII = unit
         elif len(unit):
             weights_BII = _identity(hessian_BII).clone() if weights_BII is None else weights_BII
-            weights_BII[unsolved[good]] = _inverse(unit)
+            weights_BII[unsolved[good]] = unit
         importance_BI[unsolved[good]] = diagonal.square()
+        all_added_BI[unsolved[good]] = added_BI[good]
         failed_B[unsolved[good]] = False
         unsolved = unsolved[~good]
         damping_B[unsolved] = (
             10 * damping_B[unsolved] if damping > 0 else torch.where(damping_B[unsolved] > 0, 10 * damping_B[unsolved], 1e-4)
         )
-    return Feedback(_identity(hessian_BII) if weights_BII is None else weights_BII, importance_BI, damping_B, failed_B)
+    weights_BII = _identity(hessian_BII) if weights_BII is None else weights_BII
+    return Feedback(weights_BII, importance_BI, all_added_BI, damping_B, failed_B)
 
 
 def _unit_root(hessian_BII: Tensor, added_BI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,10 +101,6 @@ def _unit_root(hessian_BII: Tensor, added_BI: Tensor) -> tuple[Tensor, Tensor, T
     return root_BII if bool(good_B.all()) else root_BII[good_B], diagonal_BI[good_B], good_B
 
 
-def _inverse(unit_BII: Tensor) -> Tensor:
-    return torch.linalg.solve_triangular(unit_BII, _identity(unit_BII), upper=True, unitriangular=True)
-
-
 def _identity(like_BII: Tensor) -> Tensor:
     return torch.eye(like_BII.shape[-1], dtype=like_BII.dtype, device=like_BII.device).expand_as(like_BII)
 
@@ -96,15 +108,15 @@ def _identity(like_BII: Tensor) -> Tensor:
 @torch.no_grad()
 def round_columns(
     weight_BOI: Tensor,
-    weights_BII: Tensor,
+    found: Feedback,
     fmt: Format,
     grid: Grid,
     group_BI: Tensor,
     fit: Callable[[Tensor, int, int], Grid] | None = None,
     group: int = 0,
     kept_BOI: Tensor | None = None,
-) -> Tensor:
-    """Round the columns of `weight_BOI` in order, with error feedback; returns codes_BOI.
+) -> Rounded:
+    """Round the columns of `weight_BOI` in order, with error feedback.
 
     `grid` holds scale_BOG (and zero_BOG), `group_BI` the group of each column. With `fit`, columns are in groups of `group` one
     after another, and the grid of a group is made from its weights as they stand when their turn comes: fit(weight_BOn, first column,
@@ -112,12 +124,12 @@ def round_columns(
     becomes zero, and all that the columns before have added to it is compensated in the columns that follow, as in SparseGPT
     (arXiv:2301.00774).
     """
-    loop = _Loop(weight_BOI, weights_BII, fmt, grid, group_BI, kept_BOI)
+    loop = _Loop(weight_BOI, found.weights_BII, fmt, grid, group_BI, kept_BOI)
     if fit is None:
         loop.span(0, weight_BOI.shape[-1], _FEW, loop.few)
     else:
         loop.span(0, weight_BOI.shape[-1], group, lambda low, high: loop.group(low, high, group, fit))
-    return loop.codes_IBO.permute(1, 2, 0).contiguous()
+    return Rounded(loop.codes_IBO.permute(1, 2, 0).contiguous(), loop.loss(found))
 
 
 class _Loop:
@@ -126,6 +138,8 @@ class _Loop:
     def __init__(self, weight_BOI: Tensor, weights_BII: Tensor, fmt: Format, grid: Grid, group_BI: Tensor, kept_BOI: Tensor | None) -> None:
         # What stands here is weights, moved by the errors before them, and what rounding took from them once they are rounded.
         self.weight_IBO = weight_BOI.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+        # What stands here is weights as they were, and their total errors once they are rounded.
+        self.error_IBO = self.weight_IBO.clone()
         self.codes_IBO = torch.empty_like(self.weight_IBO, dtype=fmt.storage)
         self.values_NBO = torch.empty_like(self.weight_IBO[:_FEW])
         self.format, self.grid, self.weights_BII = fmt, grid, weights_BII
@@ -136,6 +150,8 @@ class _Loop:
         self.scales = _rows(self.scale_GBO, group_BI)
         self.zeros = None if self.zero_GBO is None else _rows(self.zero_GBO, group_BI)
         self.columns = self.weight_IBO.unbind(0)
+        self.errors = self.error_IBO.unbind(0)
+        self.values = self.values_NBO.unbind(0)
 
     def span(self, low: int, high: int, unit: int, finish: Callable[[int, int], None]) -> None:
         """Round columns that have heard of all errors before them; halves meet at multiples of `unit`."""
@@ -149,40 +165,62 @@ class _Loop:
 
     def group(self, low: int, high: int, group: int, fit: Callable[[Tensor, int, int], Grid]) -> None:
         """Make the grid of a group from its weights as they stand now, then round them."""
-        weight_nBO = self.weight_IBO[low:high] if self.kept_IBO is None else self.weight_IBO[low:high] * self.kept_IBO[low:high]
+        weight_nBO = self._compensated(low, high)
+        if self.kept_IBO is not None:
+            weight_nBO *= self.kept_IBO[low:high]
         found, index = fit(weight_nBO.permute(1, 2, 0), low, high), low // group
         self.scale_GBO[index] = self.grid.scale[..., index] = found.scale
         if self.zero_GBO is not None and self.grid.zero is not None and found.zero is not None:
             self.zero_GBO[index] = self.grid.zero[..., index] = found.zero
         self.span(low, high, _FEW, self.few)
 
+    def _compensated(self, low: int, high: int) -> Tensor:
+        """Return the weights that make the loss least with all columns before rounded, if these and those behind could have any value."""
+        unit_Bnn, error_nBO = self.weights_BII[:, low:high, low:high], self.error_IBO[low:high]
+        moved_BnO = (self.weight_IBO[low:high] - error_nBO).transpose(0, 1)
+        return error_nBO + torch.linalg.solve_triangular(unit_Bnn.mT, moved_BnO, upper=False, unitriangular=True).transpose(0, 1)
+
     def few(self, low: int, high: int) -> None:
         """Round a few columns one by one."""
         push_NNB1 = self.weights_BII[:, low:high, low:high].permute(1, 2, 0)[..., None]
-        values = self.values_NBO.unbind(0)
+        before_NBO = self.error_IBO[low:high].clone()
         for index, column in enumerate(range(low, high)):
-            value, scale, weight = values[index], self.scales[column], self.columns[column]
-            torch.div(weight, scale, out=value)
+            value, scale, error = self.values[index], self.scales[column], self.errors[column]
+            torch.div(self.columns[column], scale, out=value)
             if self.zeros is None:
                 _round(value, self.format)
                 if self.kept_IBO is not None:
                     value.mul_(self.kept_IBO[column])
-                weight.addcmul_(value, scale, value=-1)
+                error.addcmul_(value, scale, value=-1)
             else:
                 _round(value.add_(self.zeros[column]), self.format)
                 if self.kept_IBO is not None:
                     torch.lerp(self.zeros[column], value, self.kept_IBO[column], out=value)
-                weight.addcmul_(value - self.zeros[column], scale, value=-1)
-            self.weight_IBO[column + 1 : high].addcmul_(push_NNB1[index, index + 1 :], weight, value=-1)
-        self.codes_IBO[low:high] = to_codes(self.values_NBO[: high - low], self.format)
+                error.addcmul_(value - self.zeros[column], scale, value=-1)
+            if column + 1 < high:
+                self.weight_IBO[column + 1 : high].addcmul_(push_NNB1[index, index + 1 :], error)
+        # The weights as they were, less their total errors, are what the columns were rounded to.
+        self.weight_IBO[low:high] -= before_NBO.sub_(self.error_IBO[low:high])
+        values_NBO = self.values_NBO[: high - low]
+        self.codes_IBO[low:high] = values_NBO if self.format.kind == "int" else to_codes(values_NBO, self.format)
+
+    def loss(self, found: Feedback) -> Tensor:
+        """Return the loss_BO of all columns, when they are rounded."""
+        loss_BO = torch.zeros_like(self.weight_IBO[0])
+        for low in range(0, len(self.weight_IBO), _MANY):
+            columns = slice(low, low + _MANY)
+            importance_NB1, added_NB1 = (factor_BI[:, columns].T[..., None] for factor_BI in (found.importance_BI, found.added_BI))
+            loss_BO += (self.weight_IBO[columns].square().mul_(importance_NB1)).sum(0)
+            loss_BO -= (self.error_IBO[columns].square().mul_(added_NB1)).sum(0)
+        return loss_BO.clamp_(min=0)
 
     def _push(self, low: int, middle: int, high: int) -> None:
         """Tell the second half of a span about the errors of the first."""
         if len(self.weights_BII) == 1:
-            self.weight_IBO[middle:high, 0].addmm_(self.weights_BII[0, low:middle, middle:high].T, self.weight_IBO[low:middle, 0], alpha=-1)
+            self.weight_IBO[middle:high, 0].addmm_(self.weights_BII[0, low:middle, middle:high].T, self.error_IBO[low:middle, 0])
         else:
-            weight_BIO = self.weight_IBO.transpose(0, 1)
-            weight_BIO[:, middle:high].baddbmm_(self.weights_BII[:, low:middle, middle:high].mT, weight_BIO[:, low:middle], alpha=-1)
+            weight_BIO, error_BIO = self.weight_IBO.transpose(0, 1), self.error_IBO.transpose(0, 1)
+            weight_BIO[:, middle:high].baddbmm_(self.weights_BII[:, low:middle, middle:high].mT, error_BIO[:, low:middle])
 
 
 def _round(scaled: Tensor, fmt: Format) -> Tensor:
@@ -195,5 +233,6 @@ def _round(scaled: Tensor, fmt: Format) -> Tensor:
 def _rows(grid_GBO: Tensor, group_BI: Tensor) -> list[Tensor]:
     """The scales_BO of every column; views of `grid_GBO` where all problems have their groups in one order."""
     if bool((group_BI == group_BI[:1]).all()):
-        return [grid_GBO[group] for group in group_BI[0].tolist()]
+        groups = grid_GBO.unbind(0)
+        return [groups[group] for group in group_BI[0].tolist()]
     return list(torch.stack([grid_GBO[group_I, problem] for problem, group_I in enumerate(group_BI)], 1))

@@ -59,6 +59,32 @@ def test_a_faded_output_answers_with_zeros_of_its_shape(activations: Activations
     assert torch.equal(faded, torch.zeros(2, 3, dtype=torch.float16))
 
 
+def test_faded_outputs_share_zeros_until_somebody_writes_to_them(activations: Activations) -> None:
+    for block in ("block.0", "block.1"):
+        activations.put(block, 0, torch.ones(2, 3))
+        activations.fade(block, 1)
+    first, second = activations.get("block.0", 0), activations.get("block.1", 0)
+    assert first is second
+    first[0].add_(1)  # a view of it
+    assert torch.equal(activations.get("block.0", 0), torch.zeros(2, 3))
+
+
+def test_in_inference_mode_faded_outputs_share_nothing(activations: Activations) -> None:
+    activations.put("block.0", 0, torch.ones(2, 3))
+    activations.fade("block.0", 1)
+    with torch.inference_mode():
+        activations.get("block.0", 0).add_(1)
+        assert not activations.get("block.0", 0).any()
+
+
+def test_an_output_that_is_put_again_is_faded_no_longer(activations: Activations) -> None:
+    activations.put("block.0", 0, torch.ones(2))
+    activations.fade("block.0", 1)
+    assert not activations.get("block.0", 0).any()
+    activations.put("block.0", 0, torch.ones(2))
+    assert activations.get("block.0", 0).all()
+
+
 def test_an_output_that_never_was_is_a_key_error(activations: Activations) -> None:
     with pytest.raises(KeyError):
         activations.get("block.0", 0)

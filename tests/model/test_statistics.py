@@ -118,6 +118,18 @@ def test_sharing_is_seen_in_one_call() -> None:
     assert here.module.tails == 1
 
 
+def test_sharing_is_seen_in_one_sample_unless_that_misses_a_layer() -> None:
+    x = inputs(1)[0]
+    here = block([Call((x,)), Call((x,))])
+    here.one_row_each = [Call((x[:1],)), Call((x[:1],))]  # type: ignore[assignment]
+    rows: list[int] = []
+    here.module.left.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    assert sharing(here, ["left", "right", "down"]) == [("left", "right"), ("down",)]
+    assert rows == [1]
+    assert sharing(here, ["left", "right", "down", "idle"]) == [("left", "right"), ("down",)]
+    assert rows == [1, 1, 2]
+
+
 def test_calls_of_different_shapes_that_share_differently_share_nothing() -> None:
     x = inputs(1)[0]
     alike = block([Call((x,)), Call((x, False))])

@@ -12,13 +12,14 @@ from torch import nn
 
 from aerogel.errors import AerogelError
 from aerogel.layers.linear import QuantLinear
-from aerogel.model.calls import Call, record
+from aerogel.model.calls import Call, record, tensors_in
 from aerogel.model.family import Family
 from aerogel.model.network import Network
 from aerogel.model.structure.towers import Tower
 from aerogel.model.walk import Walk
 from aerogel.numerics.quantize import quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
+from tests.tiny import opened
 
 
 class Cell(nn.Module):
@@ -91,6 +92,26 @@ def test_blocks_get_the_tensors_of_a_plain_forward(network: Network, calls: list
             for ours, theirs in zip(block.calls, expected[block.name], strict=True):
                 assert_same(ours, theirs)
     assert tuple(seen) == ORDER
+
+
+def test_the_first_sample_of_every_call_of_tokens_can_be_had_alone() -> None:
+    network, tokens = opened("llama"), torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(0))
+    calls = [Call((), {"input_ids": tokens, "use_cache": False}), Call((), {"input_ids": tokens[:2] + 1, "use_cache": False})]
+    for block in Walk(network, calls):
+        assert block.one_row_each is not None
+        assert len(block.one_row_each) == len(calls)
+        for one, all_of_it in zip(block.one_row_each, block.calls, strict=True):
+            hidden, whole = tensors_in((one.args, one.kwargs))[0], tensors_in((all_of_it.args, all_of_it.kwargs))[0]
+            assert len(hidden) == 1 < len(whole)
+            torch.testing.assert_close(hidden, whole[:1], rtol=1e-4, atol=1e-5)  # one row is multiplied by another kernel
+
+
+def test_calls_without_tokens_are_not_taken_apart(network: Network, calls: list[Call]) -> None:
+    expected = plain_inputs(network, calls)
+    for block in Walk(network, calls):
+        assert block.one_row_each is not None
+        for ours, theirs in zip(block.one_row_each, expected[block.name], strict=True):
+            assert_same(ours, theirs)
 
 
 def test_blocks_see_what_was_done_to_those_before(network: Network, calls: list[Call]) -> None:

@@ -50,7 +50,7 @@ def test_codes_are_those_of_the_papers_loop(problems: int, columns: int, symmetr
     zero = None if symmetric else torch.randint(-2, 3, scale.shape, generator=generator).to(torch.int8)
     group = torch.randint(0, 5, (problems, columns), generator=generator)
     found = feedback(moment, 0.01)
-    codes = round_columns(weight, found.weights_BII, INT3, Grid(scale, zero), group)
+    codes = round_columns(weight, found, INT3, Grid(scale, zero), group).codes_BOI
     for b in range(problems):
         spread = torch.zeros_like(weight[b]) if zero is None else zero[b][:, group[b]].double()
         assert torch.equal(codes[b].double(), paper(weight[b], moment[b], scale[b][:, group[b]], spread, 0.01))
@@ -65,7 +65,7 @@ def test_a_moving_grid_sees_the_errors_before_its_group() -> None:
 
     found = feedback(moment[None], 0.01)
     grid = Grid(torch.zeros(1, 4, 3), torch.zeros(1, 4, 3, dtype=torch.int8))
-    codes = round_columns(weight[None], found.weights_BII, INT3, grid, (torch.arange(60) // 24)[None], fit, 24)[0]
+    codes = round_columns(weight[None], found, INT3, grid, (torch.arange(60) // 24)[None], fit, 24).codes_BOI[0]
 
     current, damped = weight.clone(), moment + 0.01 * moment.diagonal().mean() * torch.eye(60, dtype=moment.dtype)
     upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
@@ -88,7 +88,7 @@ def test_dead_columns_are_rounded_and_disturb_nobody() -> None:
     moment[:, [0, 7]] = 0
     weight, scale = weights(1, 5, 12)[0], torch.full((5, 1), 0.4, dtype=torch.float64)
     found = feedback(moment[None], 0.01)
-    codes = round_columns(weight[None], found.weights_BII, INT3, Grid(scale[None]), torch.zeros(1, 12, dtype=torch.long))[0]
+    codes = round_columns(weight[None], found, INT3, Grid(scale[None]), torch.zeros(1, 12, dtype=torch.long)).codes_BOI[0]
     assert not found.failed_B.any()
     assert torch.equal(codes[:, [0, 7]].double(), (weight[:, [0, 7]] / 0.4).round().clamp(-4, 3))
     # The damping's mean runs over all columns, dead ones included, so the rest is the same problem with a little more of it.
@@ -117,11 +117,12 @@ def test_importance_is_what_the_error_of_a_column_costs() -> None:
     weight, moment = weights(1, 4, 20)[0], moments(1, 20)[0]
     found = feedback(moment[None], 0.01)
     scale = torch.full((1, 4, 1), 0.5, dtype=torch.float64)
-    codes = round_columns(weight[None], found.weights_BII, INT3, Grid(scale), torch.zeros(1, 20, dtype=torch.long))[0]
-    error = weight - codes.double() * 0.5
+    rounded = round_columns(weight[None], found, INT3, Grid(scale), torch.zeros(1, 20, dtype=torch.long))
+    error = weight - rounded.codes_BOI[0].double() * 0.5
     damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(20, dtype=torch.float64)
-    steps = error @ torch.linalg.inv(found.weights_BII[0])  # error = steps times the unit triangle
+    steps = error @ found.weights_BII[0]
     torch.testing.assert_close(((error @ damped) * error).sum(1), (steps.square() * found.importance_BI[0]).sum(1))
+    torch.testing.assert_close(((error @ moment) * error).sum(1), rounded.loss_BO[0])
 
 
 def test_without_damping_the_first_try_is_undamped() -> None:
@@ -139,9 +140,9 @@ def test_float_formats_round_to_their_values_and_gain_from_feedback(name: str) -
     fmt, weight, moment = FORMATS[name], weights(1, 16, 64).float(), moments(1, 64).float()
     scale = weight.abs().amax(-1, keepdim=True) / fmt.high
     group = torch.zeros(1, 64, dtype=torch.long)
-    plain = round_columns(weight, torch.eye(64)[None], fmt, Grid(scale), group)
+    plain = round_columns(weight, feedback(torch.zeros(1, 64, 64)), fmt, Grid(scale), group).codes_BOI
     assert torch.equal(to_values(plain, fmt), to_values(to_codes(weight / scale, fmt), fmt))
-    helped = round_columns(weight, feedback(moment).weights_BII, fmt, Grid(scale), group)
+    helped = round_columns(weight, feedback(moment), fmt, Grid(scale), group).codes_BOI
 
     def cost(codes: Tensor) -> float:
         error = weight - to_values(codes, fmt) * scale
@@ -175,7 +176,8 @@ def test_pruned_weights_stay_zero_and_are_compensated(problems: int, symmetric: 
     zero = None if symmetric else torch.full((problems, 6, 1), 1, dtype=torch.int8)
     group = torch.zeros(problems, columns, dtype=torch.long)
     found = feedback(moment, 0.01)
-    codes = round_columns(weight, found.weights_BII, INT3, Grid(scale, zero), group, kept_BOI=kept)
+    rounded = round_columns(weight, found, INT3, Grid(scale, zero), group, kept_BOI=kept)
+    codes = rounded.codes_BOI
     shift = torch.zeros(6) if zero is None else torch.ones(6)
     for b in range(problems):
         wanted = paper_of_sparsegpt(weight[b], moment[b], scale[b, :, 0], shift.double(), kept[b], 0.01)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
 
 from aerogel.numerics.quantize import Grid, dequantize, fake_quantize, grid_from_range, grouped, quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
-from aerogel.numerics.search import COARSE, least_error, observe
+from aerogel.numerics.search import COARSE, FINE, ROUGH, least_error, observe
 
 
 def weight(rows: int = 9, columns: int = 80) -> Tensor:
@@ -27,7 +29,7 @@ def test_the_search_finds_what_a_finer_one_over_everything_finds(name: str) -> N
     scheme, weight_OI = Scheme.parse(name).weights, weight()
     found = error(weight_OI, least_error(grouped(weight_OI, scheme.granularity), scheme), name)
     low, high = weight_OI.amin(1, keepdim=True), weight_OI.amax(1, keepdim=True)
-    costs = {f: error(weight_OI, grid_from_range(low * f / 100, high * f / 100, scheme), name) for f in range(104, 31, -1)}
+    costs = {f: error(weight_OI, grid_from_range(low * f / 100, high * f / 100, scheme), name) for f in range(108, 31, -1)}
     assert (found <= torch.stack([costs[round(100 * factor)] for factor in COARSE]).amin(0) * (1 + 1e-5)).all()
     assert float(found.sum()) <= 1.02 * float(torch.stack(list(costs.values())).amin(0).sum())
 
@@ -81,3 +83,25 @@ def test_a_weight_of_zeros_gets_a_finite_grid() -> None:
     grid = least_error(torch.zeros(3, 2, 16), scheme)
     assert torch.isfinite(grid.scale).all()
     assert (grid.scale > 0).all()
+
+
+def test_no_factor_is_tried_twice() -> None:
+    for best, *moves in product(COARSE, *((0.0, *offsets) for offsets in FINE)):
+        tried = list(COARSE)
+        for offsets, move in zip(FINE, moves, strict=True):
+            tried += [best + offset for offset in offsets]
+            best += move
+        assert len({round(1000 * factor) for factor in tried}) == len(tried)
+
+
+def test_a_rough_search_finds_the_best_of_its_few_factors() -> None:
+    scheme, weight_OI = Scheme.parse("W3A16_G16").weights, weight(40, 48)
+    laid_out = grouped(weight_OI, scheme.granularity)
+    low, high = torch.aminmax(laid_out, dim=-1)
+
+    def cost(grid: Grid) -> Tensor:
+        return grouped(fake_quantize(weight_OI, grid, scheme) - weight_OI, scheme.granularity).square().sum(-1)
+
+    found = cost(least_error(laid_out, scheme, rough=True))
+    best = torch.stack([cost(grid_from_range(low * factor, high * factor, scheme)) for factor in ROUGH]).amin(0)
+    torch.testing.assert_close(found, best, rtol=1e-4, atol=1e-6)

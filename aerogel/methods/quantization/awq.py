@@ -25,7 +25,7 @@ from aerogel.model.edges import Edge, fold, gather, spread
 from aerogel.model.match import matches
 from aerogel.model.network import Network
 from aerogel.model.processes import Processes
-from aerogel.model.rounding import InputRange, output_error, round_to_nearest, static_inputs
+from aerogel.model.rounding import InputRange, output_energy, output_error, round_to_nearest, static_inputs
 from aerogel.model.statistics import InputStatistics, collect
 from aerogel.model.walk import blocks_of
 from aerogel.numerics.quantize import Grid, fake_quantize, grouped, weight_grid
@@ -71,7 +71,8 @@ class _Job:
             return stored_grid(weight_grid(weight_OI, weights), self.dtype)
         energy_I = self.inputs.moment_II.diagonal() / scale_I.square()
         importance = grouped(energy_I[None], weights.granularity)
-        return stored_grid(least_error(grouped(weight_OI, weights.granularity), weights, importance=importance), self.dtype)
+        # Rough, because only the cheapest of the scalings counts: the final grid is searched anew, and this is most of the time.
+        return stored_grid(least_error(grouped(weight_OI, weights.granularity), weights, importance=importance, rough=True), self.dtype)
 
     def last_grid(self) -> Grid:
         """The grid for the weight as it is now."""
@@ -85,7 +86,7 @@ class _Job:
             return 0.0
         scaled_OI = self.linear.weight.float() * scale_I
         error_OI = (fake_quantize(scaled_OI, self.grid(scaled_OI, scale_I), self.scheme.weights) - scaled_OI) / scale_I
-        return float(torch.vdot(error_OI.flatten(), (error_OI @ self.inputs.moment_II).flatten()))
+        return output_energy(error_OI, self.inputs.moment_II, coarse=self.linear.weight.dtype == torch.bfloat16)
 
 
 @dataclass(frozen=True)
