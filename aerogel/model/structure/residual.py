@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils import _pytree as pytree
 
 from aerogel.model.calls import Call, tensors_in
@@ -171,8 +172,9 @@ class _Around:
         layers = {name.rpartition(".")[0] for name, *_ in self._probe.reads} | {gain.module for gain in self._gains}
         lookups = [name for name in self._read() if not self._probe.of(name)[0].x.is_floating_point() and self._enters(name, base)]
         entering = [name for name in self._read() if self._probe.of(name)[0].x.is_floating_point() and self._enters(name, base)]
-        writers = [name for name in entering if self._probe.of(name)[0].read.out_dim == 0]
-        lookups += [name for name in entering if name not in writers]  # a matrix of vectors that are mixed, one in each row
+        # A matrix of vectors that are mixed, one in each row; dimensions cannot be told apart where the weight of a linear layer is square.
+        mixed = [name for name in entering if (read := self._probe.of(name)[0].read).func is not linear and read.out_dim == 1]
+        writers, lookups = [name for name in entering if name not in mixed], lookups + mixed
         others = [name for name in self._tables(layers) if self._moves(name, base)]
         if not (lookups or writers or others):
             raise Refused("nothing is known that enters it before the first block")
