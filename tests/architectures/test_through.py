@@ -41,7 +41,10 @@ REGISTERED_ONLY = {
     **dict.fromkeys(("causal-mamba", "causal-mamba2", "causal-rwkv"), "no attribute 'weight'"),  # their _init_weights reads packed layers
 }
 """Types of the sample that transformers 5.23 opens after `aerogel.register_transformers()` only."""
-SHARE = {"causal-qwen3_next": 0.98, "causal-mamba": 0.94, "causal-jamba": 0.97, "denoiser-UNet2DConditionModel": 0.39}
+SHARE = {
+    "causal-qwen3_next": 0.98, "causal-mamba": 0.94, "causal-jamba": 0.97, "image-text-florence2": 0.98,
+    "denoiser-UNet2DConditionModel": 0.39,
+}  # fmt: skip
 """Part of the weights in blocks that is quantized where it is below 99 %: A_log multiplies no matrix, convolutions are not
 targeted, gates of DeltaNet stay in 16 bits."""
 

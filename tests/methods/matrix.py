@@ -341,7 +341,7 @@ LACKING: dict[str, Callable[[Case], bool]] = {
     "skips": lambda case: not named(case, "up_blocks"),
     "concatenations": lambda case: not named(case, "up_blocks", "single_transformer_blocks"),
     "edges": lambda case: False,  # each of these families has some
-    "residual": lambda case: denoises(case) or named(case, "visual", "vision_tower", "pre_feedforward_layernorm"),
+    "residual": lambda case: denoises(case) or named(case, "pre_feedforward_layernorm"),
     # Elsewhere class labels, pooled text or the guidance scale enter beside the step.
     "time_path": lambda case: case.family not in ("unet", "pixart", "cogvideox"),
     "replays": lambda case: case.source != "pipeline",
