@@ -80,9 +80,9 @@ class Batches:
             yield Part(index, start, stop, rows)
 
     def first_sample(self, index: int, call: Call) -> Part:
-        """Return the first sample of a call of tokens, and the first part of any other: only for tokens it is sure what a sample is."""
+        """Return the first sample of a call of tokens alone, else the first part: inside, images may have rows of another kind."""
         part = next(self.parts(index, call))
-        return part if _tokens_of(call) is None else part._replace(stop=1)
+        return part if any(tensor.is_floating_point() for tensor in tensors_in((call.args, call.kwargs))) else part._replace(stop=1)
 
     def fit(self, work: Callable[[], Result], before_again: Callable[[], None] = lambda: None, processes: Processes = ALONE) -> Result:
         """Do some work; where the device has too little memory for it, halve all calls and do it again after `before_again`.

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from aerogel.errors import AerogelError
@@ -25,7 +26,7 @@ from aerogel.model.hooks import Stop, patch_forward, until
 from aerogel.model.network import Network
 from aerogel.model.processes import ALONE, Processes
 from aerogel.model.shared_entries import Watched, mappings_in, write
-from aerogel.model.trace import NON_BLOCK, trace
+from aerogel.model.trace import NON_BLOCK, Route, trace
 
 
 def blocks_of(network: Network) -> Iterator[Block]:
@@ -100,9 +101,10 @@ class Walk:
         self._around = around
         self._outputs = Activations(folder / "activations" if folder else None, network.placement)
         self._modules = network.blocks()
+        self._one_sample_shows_the_way = True
         with network.glue_on_device():
             # Of all calls: every process has to visit the same blocks.
-            self.route = self._batches.fit(lambda: trace(network, self._first_parts(), self._visiting))
+            self.route = self._batches.fit(self._traced)
         self.position = max(processes.gather(self._committed_position()))
 
     @property
@@ -133,12 +135,23 @@ class Walk:
                 yield block
                 self._finished(block)
 
+    def _traced(self) -> Route:
+        if self._one_sample_shows_the_way:
+            try:
+                return trace(self._network, self._first_parts(), self._visiting)
+            except (AerogelError, torch.OutOfMemoryError):
+                raise
+            except Exception:  # noqa: BLE001  whatever a model raises that takes several rows for one sample, as Musicgen does
+                self._one_sample_shows_the_way = False
+        return trace(self._network, self._first_parts(), self._visiting)
+
     def _first_parts(self) -> list[Call]:
         return [part.call(self._calls[part.call_index]) for part in self._one_row_each(range(len(self._calls)))]
 
     def _one_row_each(self, numbers: Iterable[int]) -> Iterator[Part]:
         """The first sample of every call of tokens: which way a call takes does not depend on how many it has."""
-        return (self._batches.first_sample(number, self._calls[number]) for number in numbers)
+        first = self._batches.first_sample if self._one_sample_shows_the_way else lambda *of: next(self._batches.parts(*of))
+        return (first(number, self._calls[number]) for number in numbers)
 
     def _mine(self) -> range:
         """Numbers of the calls of this process, whose outputs it keeps."""

@@ -227,3 +227,27 @@ def test_a_block_that_runs_twice_is_refused(network: Network, calls: list[Call])
 def test_no_calls_is_an_error(network: Network) -> None:
     with pytest.raises(AerogelError, match="at least one call"):
         Walk(network, [])
+
+
+class Codebooks(nn.Module):
+    """Four rows of tokens are one sample, as in Musicgen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.cells = nn.Embedding(16, 8), nn.ModuleList([Cell(8, 8), Cell(8, 8)])
+
+    def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        x = self.table(codes.reshape(-1, 4, codes.shape[-1])).sum(1)
+        for cell in self.cells:
+            x, _ = cell(x)
+        return x
+
+
+def test_rows_that_belong_together_stay_together() -> None:
+    network = Network(Codebooks(), HOURGLASS)
+    network.towers = (Tower("cells", ("cells.0", "cells.1")),)
+    calls = [Call((torch.randint(0, 16, (8, 3)),))]
+    expected = plain_inputs(network, calls)
+    for block in Walk(network, calls):
+        for ours, theirs in zip(block.calls, expected[block.name], strict=True):
+            assert_same(ours, theirs)
