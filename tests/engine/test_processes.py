@@ -70,8 +70,8 @@ def require_alike(found: dict[str, Tensor], wanted: dict[str, Tensor], moved: fl
 def require_same_folder(desk: Path, name: str, steps: Any, both: list[dict[str, Any]]) -> None:
     result = compress(desk / "model", {"steps": steps}, output=desk / f"one-{name}", **options(desk))
     one, two = (weights_of(open_model(desk / f"{count}-{name}", lazy=False).module) for count in ("one", "two"))
-    # Of two ranges that cost the same AWQ may take the other one, for a group of 32 of the 4,096 weights of a layer at once.
-    require_alike(two, one, moved=0.04 if name == "awq" else 0.01)
+    # Of two ranges that cost the same AWQ may take the other one for a whole group, and the next block reads what comes out.
+    require_alike(two, one, moved=0.1 if name == "awq" else 0.01)
     first, second = (found["journals"][name] for found in both)
     assert first == second
     for mine, theirs in zip(first, result.journal, strict=True):
