@@ -106,6 +106,8 @@ class QuantLinear(Replacement):
         assert assigned is not None
         weight, shape = layer.weight, (layer.in_features, layer.out_features)
         tensors = blank(*shape, assigned.scheme, weight.dtype, weight.device, assigned.act_order)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(False)
         made = cls(*shape, assigned.scheme, tensors, layer.bias)  # which may be another layer's too
         made.compute_dtype = weight.dtype
         return made
