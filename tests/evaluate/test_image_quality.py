@@ -123,7 +123,7 @@ def test_a_broken_network_is_called_that(folder: Path, file: Path) -> None:
 
 
 @pytest.mark.quality
-@pytest.mark.parametrize("name", ["fashion-judge", "efficientnet-lite0@128"])
+@pytest.mark.parametrize("name", ["fashion-judge", pytest.param("efficientnet-lite0@128", marks=pytest.mark.slow)])
 def test_real_images_lie_among_those_of_the_zoo_and_noise_does_not(name: str) -> None:
     real = Reference.load(ZOO / "reference" / f"{name}.safetensors")
     network = features.load(str(ZOO / name) if name == "fashion-judge" else name)

@@ -147,6 +147,7 @@ def test_ranges_of_their_own_quantize_inputs_of_the_path_better() -> None:
     assert min(ratios) >= 1.2
 
 
+@pytest.mark.slow
 def test_ranges_of_their_own_keep_the_features_of_8_bit_weights() -> None:
     rounded = {"rtn": {"scheme": "W8A16_CHANNEL", "targets": PATH}}
     per_step = compressed(rounded, {"fsc": {}})
