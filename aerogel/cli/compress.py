@@ -73,9 +73,13 @@ def compress(
     processes = Processes.join(device)
     result = _compressed(request, push_to_hub, evaluate, resume, quiet or as_json, processes)
     processes.leave()
-    if not processes.first:
-        return
-    folder, report = request.require_output(), result.report()
+    if processes.first:
+        _tell(result, request.require_output(), push_to_hub, public, quiet, as_json)
+
+
+def _tell(result: Result, folder: Path, push_to_hub: str | None, public: bool, quiet: bool, as_json: bool) -> None:
+    """Write the report, print what came out, and push it where that is asked for."""
+    report = result.report()
     if not as_json:
         _print_result(result, folder, report)
     hub = {}

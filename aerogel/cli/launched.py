@@ -60,7 +60,7 @@ def _shown(here: bool) -> None:
 
 
 def _store() -> Any:
-    """What all processes read and write; torchrun keeps it."""
+    """Return the key-value store that all processes read and write; torchrun keeps it."""
     from torch.distributed import rendezvous
 
     return next(rendezvous("env://"))[0]

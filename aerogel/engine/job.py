@@ -138,7 +138,7 @@ class Job:
         return self.processes.of_first(saved)
 
     def _made_of(self, source: Checkpoint, calibration: Calibration) -> dict[str, Any]:
-        """What an unfinished run is compared with when it is resumed, part by part."""
+        """Return the parts that a resumed run is compared with the unfinished one by."""
         return {
             "model": fingerprint_of(source),
             "recipe": self.recipe.as_dict(),

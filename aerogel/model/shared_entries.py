@@ -21,7 +21,7 @@ class Watched:
         self._mappings = mappings_in(args, kwargs)
         self._before: dict[int | str, dict[Any, Any]] = {}
         self.written: Entries = []
-        """What is in the mappings that was not there before."""
+        """Entries of the mappings that were not there before."""
 
     def __enter__(self) -> Self:
         self._before = {place: dict(mapping) for place, mapping in self._mappings.items()}

@@ -59,21 +59,24 @@ def both(desk: Path) -> list[dict[str, Any]]:
     return require_ended(process_group.run(desk / "both", process_work.in_folders, desk, RECIPES))
 
 
-def require_alike(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def require_alike(found: dict[str, Tensor], wanted: dict[str, Tensor], moved: float = 0.01) -> None:
     """Raise AssertionError unless weights are the same: sums in another order may move a few to the next value."""
     assert found.keys() == wanted.keys()
     for name, weight in wanted.items():
         torch.testing.assert_close(found[name].norm(), weight.norm(), rtol=1e-3, atol=1e-5, msg=name)
-        assert (~torch.isclose(found[name], weight, rtol=1e-3, atol=1e-5)).float().mean() <= 0.01, name
+        assert (~torch.isclose(found[name], weight, rtol=1e-3, atol=1e-5)).float().mean() <= moved, name
 
 
 def require_same_folder(desk: Path, name: str, steps: Any, both: list[dict[str, Any]]) -> None:
     result = compress(desk / "model", {"steps": steps}, output=desk / f"one-{name}", **options(desk))
     one, two = (weights_of(open_model(desk / f"{count}-{name}", lazy=False).module) for count in ("one", "two"))
-    if name == "awq":  # of two scales that cost the same it may take the other one: the errors say that they do
-        assert two.keys() == one.keys()
-    else:
-        require_alike(two, one)
+    # AWQ decides between scales and ranges that cost nearly the same: what another order of sums decides otherwise in the first block
+    # reaches all behind it (a change of the Hessians by 1e-7 moves a tenth of the weights of the second block, in one process too).
+    first_block = {key for key in one if "layers.0." in key}
+    assert two.keys() == one.keys() > first_block
+    if name == "awq":
+        one, two = ({key: weights[key] for key in first_block} for weights in (one, two))
+    require_alike(two, one, moved=0.03 if name == "awq" else 0.01)
     first, second = (found["journals"][name] for found in both)
     assert first == second
     for mine, theirs in zip(first, result.journal, strict=True):
