@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+COMPILED = "_compiled_call_impl"
+"""Attribute in which nn.Module keeps what `module.compile()` made of it."""
+
 
 class Stop(BaseException):
     """Ends a forward early; not an Exception, so that no model code can swallow it by accident."""
@@ -72,3 +75,21 @@ def patched(module: nn.Module) -> Callable[..., Any] | None:
     """Return what `patch_forward` has put in place of a module's forward; None where its own runs."""
     found: Callable[..., Any] | None = module.__dict__.get("forward")
     return found
+
+
+def compiled(module: nn.Module) -> Callable[..., Any] | None:
+    """Return what torch.compile made of the module, if it was compiled in place."""
+    return module.__dict__.get(COMPILED)
+
+
+@contextmanager
+def uncompiled(network: nn.Module) -> Iterator[None]:
+    """Run everything in a network as it is written for a while, such as to watch what happens inside of its blocks."""
+    before = {module: call for module in network.modules() if (call := compiled(module))}
+    for module in before:
+        del module.__dict__[COMPILED]
+    try:
+        yield
+    finally:
+        for module, call in before.items():
+            module.__dict__[COMPILED] = call

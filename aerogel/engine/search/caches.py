@@ -20,9 +20,9 @@ from aerogel.engine.search.pacing import Attempt, SpeedBudget, TunedPolicy, cand
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import pipeline_of
 from aerogel.methods.feature_cache.policy import FeatureCachePolicy
+from aerogel.model.hooks import uncompiled
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
-from aerogel.runtime.feature_cache.compiled import uncompiled
 from aerogel.training.fit import watched
 
 BUDGET = 1.5

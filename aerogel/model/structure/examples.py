@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,15 +31,19 @@ class Example:
 
 
 def examples_of(module: nn.Module) -> list[Example]:
-    """Return calls that reach as much of a network as can be made up: one of the whole, then one of each model in it that did not run."""
+    """Return calls that reach as much of a network as can be made up: of the whole, then of each model in it that did not run.
+
+    A vision-language model gets a text first, so that what reads text is tried out on a few tokens, and then a text with an image.
+    """
     found, ran = [], set[str]()
     for name, part in module.named_modules():
         if (name and not _is_model(part)) or name in ran or not any(p.ndim > 1 for p in part.parameters()):
             continue
-        call, reached = _working(part)
-        if call is not None:
-            found.append(Example(name, call))
-            ran |= {f"{name}.{inner}".strip(".") for inner in reached}
+        for candidates in (_candidates(part), _with_images(part)):
+            call, reached = _working(part, candidates)
+            if call is not None:
+                found.append(Example(name, call))
+                ran |= {f"{name}.{inner}".strip(".") for inner in reached}
     return found
 
 
@@ -60,12 +64,12 @@ def _is_model(part: nn.Module) -> bool:
     return hasattr(part, "main_input_name") or hasattr(part, "save_config")
 
 
-def _working(part: nn.Module) -> tuple[Call | None, set[str]]:
+def _working(part: nn.Module, candidates: Iterable[Call]) -> tuple[Call | None, set[str]]:
     """The first candidate that runs, with the names of the modules that ran; None where there is none."""
     ran: set[str] = set()
     handles = [inner.register_forward_pre_hook(lambda *_, name=name: ran.add(name)) for name, inner in part.named_modules()]
     with temporary_hooks(handles), placeholder_weights(part):
-        for call in _candidates(part):
+        for call in candidates:
             ran.clear()
             if _takes(part, call):
                 return call, ran
@@ -84,13 +88,18 @@ def _candidates(part: nn.Module) -> Iterator[Call]:
     taken = set(inspect.signature(part.forward).parameters)
     config = getattr(part, "config", None)
     if "input_ids" in taken:
-        yield from with_images(part, _images(taken, getattr(config, "vision_config", None) or config))
         yield from _texts(taken, config)
     if taken & {"timestep", "timesteps", "t"}:
         yield from _denoising(part, config)
     else:
         yield from _images(taken, config)
         yield from _sounds(config)
+
+
+def _with_images(part: nn.Module) -> Iterator[Call]:
+    taken, config = set(inspect.signature(part.forward).parameters), getattr(part, "config", None)
+    if "input_ids" in taken:
+        yield from with_images(part, _images(taken, getattr(config, "vision_config", None) or config, rows=1))
 
 
 def _random(*shape: int) -> Tensor:
@@ -125,27 +134,27 @@ def _texts(taken: set[str], config: Any) -> Iterator[Call]:
     yield Call((), {**kwargs, "attention_mask": torch.ones_like(ids)})
 
 
-def _images(taken: set[str], config: Any) -> Iterator[Call]:
+def _images(taken: set[str], config: Any, rows: int = ROWS) -> Iterator[Call]:
     """Images as the vision encoders of transformers take them: whole, in patches of a grid, in crops with a mask."""
     size, patch = _setting(config, ("image_size",), 32), _setting(config, ("patch_size", "spatial_patch_size"), 8)
     channels, frames = _setting(config, ("num_channels", "in_channels", "in_chans"), 3), _setting(config, ("temporal_patch_size",), 1)
     size = size if size <= 4 * patch or "grid_thw" not in taken else 4 * patch
-    pixels, rows = _random(ROWS, channels, size, size), _random(ROWS, 16, channels * patch * patch)
-    grid, packed = torch.tensor([[1, 4, 8]] * ROWS), _random(64, channels * patch * patch * frames)
-    tiles, one_grid = _random(32, channels, patch, patch), torch.tensor([[1, 4, 4]] * ROWS)
-    ones, positions = torch.ones(ROWS, 16, dtype=torch.long), torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(ROWS, -1, -1)
+    pixels, patches = _random(rows, channels, size, size), _random(rows, 16, channels * patch * patch)
+    grid, packed = torch.tensor([[1, 4, 8]] * rows), _random(32 * rows, channels * patch * patch * frames)
+    tiles, one_grid = _random(16 * rows, channels, patch, patch), torch.tensor([[1, 4, 4]] * rows)
+    ones, positions = torch.ones(rows, 16, dtype=torch.long), torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(rows, -1, -1)
     yield Call((), {"pixel_values": pixels})
     yield Call((), {"pixel_values": pixels[:1], "image_sizes": torch.tensor([[size, size]])})
     for mask in ("attention_mask", "pixel_attention_mask"):
-        yield Call((), {"pixel_values": rows, mask: ones, "spatial_shapes": torch.tensor([[4, 4]] * ROWS)})
+        yield Call((), {"pixel_values": patches, mask: ones, "spatial_shapes": torch.tensor([[4, 4]] * rows)})
     yield Call((packed, grid))
     for name in ("image_grid_thw", "grid_thw", "grid_thws"):
         yield Call((), {"pixel_values": packed, name: grid})
         yield Call((), {"pixel_values": tiles, name: one_grid})
     yield Call((tiles, one_grid))
-    yield Call((), {"pixel_values": rows, "pixel_position_ids": positions})
-    yield Call((), {"pixel_values": packed, "grid_thw": grid, "merge_sizes": torch.tensor([2] * ROWS)})
-    yield Call((), {"pixel_values": pixels, "patch_attention_mask": torch.ones(ROWS, size // patch, size // patch, dtype=torch.bool)})
+    yield Call((), {"pixel_values": patches, "pixel_position_ids": positions})
+    yield Call((), {"pixel_values": packed, "grid_thw": grid, "merge_sizes": torch.tensor([2] * rows)})
+    yield Call((), {"pixel_values": pixels, "patch_attention_mask": torch.ones(rows, size // patch, size // patch, dtype=torch.bool)})
     tile = {"aspect_ratio_ids": torch.tensor([[1]]), "aspect_ratio_mask": torch.tensor([[[1]]])}
     yield Call((), {"pixel_values": pixels[None, None, :1], **tile})
 

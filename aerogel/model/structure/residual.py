@@ -2,14 +2,15 @@
 
 Legend: D width of the stream.
 
-Around the blocks nothing is computed: products are answered with random numbers, drawn once, and a block gives the stream that it gets.
+Around the blocks nothing is computed: products are answered with random numbers, drawn once, a block gives the stream that it gets, and
+a block of another tower what it gave before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils import _pytree as pytree
 
-from aerogel.model.calls import Call, tensors_in
+from aerogel.model.calls import Call, map_tensors, tensors_in
 from aerogel.model.edges import Edge
 from aerogel.model.hooks import patch_forward, temporary_hooks
 from aerogel.model.structure.edges import BlockEdges, keeping, names_of_every_expert
@@ -51,15 +52,14 @@ class Residual:
 
 def residual_of(module: nn.Module, towers: Sequence[Tower], edges: Mapping[str, BlockEdges], examples: Sequence[Example]) -> Residual:
     """Find the stream of the tower that runs last, which gives the logits; raises Refused with the reason why no rotation of it passes."""
-    example = next((example for example in examples if not example.part), None)
+    example = next((example for example in reversed(examples) if not example.part), None)  # the one that reaches most
     if example is None or not towers:
         raise Refused("it could not be watched with inputs made up from its configuration")
-    blocks = _last_to_run(module, towers, example).blocks
+    seen = _Seen.of(module, towers, example)
+    blocks = seen.last.blocks
     for name in blocks:
         if edges[name].stream is None:
             raise Refused(f"{name}: {edges[name].no_stream}")
-    with placeholder_weights(module):
-        seen = _Seen.of(module, blocks, example)
     generator = torch.Generator().manual_seed(3)
 
     def fill(name: str, tensor: Tensor) -> Tensor:
@@ -72,58 +72,66 @@ def residual_of(module: nn.Module, towers: Sequence[Tower], edges: Mapping[str, 
 
     with replaced_tensors(module, fill, untie=True), seen.passing(module):
         try:
-            exact = Example("", example.call.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor))
+            exact = Example("", example.call.map(_exact_copy))
             return _Around(module, blocks, edges, seen, exact).found()
         except RuntimeError as error:
             raise Refused(f"the model cannot be run around its blocks ({str(error).strip().splitlines()[0]})") from error
-
-
-def _last_to_run(module: nn.Module, towers: Sequence[Tower], example: Example) -> Tower:
-    ran: list[Tower] = []
-    handles = [
-        module.get_submodule(name).register_forward_pre_hook(lambda *_, tower=tower: ran.append(tower))
-        for tower in towers
-        for name in tower.blocks
-    ]
-    with temporary_hooks(handles), placeholder_weights(module):
-        run(module, example)
-    if not ran:
-        raise Refused("no block runs with inputs made up from its configuration")
-    if ran.count(ran[-1]) < len(ran[-1].blocks):
-        raise Refused(f"not all blocks of {ran[-1].name} run with inputs made up from its configuration")
-    return ran[-1]
 
 
 @dataclass
 class _Seen:
     """Calls and outputs of blocks, and the stream as it passed the last one."""
 
-    calls: dict[str, Call]
-    outputs: dict[str, Any]
-    arguments: dict[str, list[Tensor]]
+    last: Tower
+    """The tower that ran last, whose stream it is."""
+    calls: dict[str, Call] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    """Blocks as they ran, those of all towers."""
+    arguments: dict[str, list[Tensor]] = field(default_factory=dict)
     """Float inputs of each block in the last run, the stream among them."""
     stream: Tensor | None = None
 
     @classmethod
-    def of(cls, module: nn.Module, blocks: Sequence[str], example: Example) -> _Seen:
-        """Watch one run with placeholder weights."""
-        found = cls({}, {}, {})
+    def of(cls, module: nn.Module, towers: Sequence[Tower], example: Example) -> _Seen:
+        """Watch one run with placeholder weights; raises Refused where not all blocks of the last tower ran."""
+        tower_of = {name: tower for tower in towers for name in tower.blocks}
+        found = cls(towers[-1])
         handles = []
-        for name in blocks:
+        for name in tower_of:
             block = module.get_submodule(name)
             handles.append(block.register_forward_pre_hook(keeping(found.calls, name), with_kwargs=True))
-            handles.append(block.register_forward_hook(lambda _, args, output, name=name: found.outputs.update({name: output})))
-        with temporary_hooks(handles):
+            handles.append(block.register_forward_hook(found._keeping_output(name)))
+        with temporary_hooks(handles), placeholder_weights(module):
             run(module, example)
+        if not found.order:
+            raise Refused("no block runs with inputs made up from its configuration")
+        found.last = tower_of[found.order[-1]]
+        if not set(found.last.blocks) <= set(found.order):
+            raise Refused(f"not all blocks of {found.last.name} run with inputs made up from its configuration")
         return found
+
+    def _keeping_output(self, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            self.order.append(name)
+            self.outputs[name] = map_tensors(torch.clone, output)
+
+        return hook
+
+    @property
+    def passed(self) -> list[str]:
+        """Blocks that nothing looks into: those of the last tower, and others that ran once, so that it is known what they give."""
+        return [name for name in self.calls if name in self.last.blocks or self.order.count(name) == 1]
 
     @contextmanager
     def passing(self, module: nn.Module) -> Iterator[None]:
-        """Let every block give the stream that it gets, and beside it what it gave when it was watched."""
-        with patch_forward({module.get_submodule(name): self._forward(name) for name in self.calls}):
+        """Let every block give the stream that it gets, and beside it, as blocks of other towers, what it gave when it was watched."""
+        with patch_forward({module.get_submodule(name): self._forward(name) for name in self.passed}):
             yield
 
     def _forward(self, name: str) -> Callable[..., Any]:
+        if name not in self.last.blocks:
+            return self._constant(name)
         leaves, spec = pytree.tree_flatten(self.outputs[name])
         floats = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         place_in, place_out = stream_places(_floats(self.calls[name]), [leaves[place] for place in floats])
@@ -137,13 +145,20 @@ class _Seen:
 
         return forward
 
+    def _constant(self, name: str) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.arguments[name] = _floats(Call(args, kwargs))
+            return map_tensors(_exact_copy, self.outputs[name])
+
+        return forward
+
 
 class _Around:
     """Search around the blocks, whose weights are not needed."""
 
     def __init__(self, module: nn.Module, blocks: Sequence[str], edges: Mapping[str, BlockEdges], seen: _Seen, example: Example) -> None:
         self._module, self._blocks, self._edges, self._seen = module, blocks, edges, seen
-        inside = tuple(f"{name}." for name in blocks)
+        self._inside = inside = tuple(f"{name}." for name in seen.passed)
         self._parameters = {name: p for name, p in module.named_parameters(remove_duplicate=False) if not name.startswith(inside)}
         inputs: dict[str, Call] = {}
         parts = [(name, part) for name, part in module.named_modules() if name and not f"{name}.".startswith(inside)]
@@ -199,9 +214,9 @@ class _Around:
 
     def _require_all_read(self) -> None:
         """Raise Refused for a layer as wide as the stream that did not run: with images, say, it may touch the stream."""
-        inside, read = tuple(f"{name}." for name in self._blocks), {name.rpartition(".")[0] for name, *_ in self._probe.reads}
+        read = {name.rpartition(".")[0] for name, *_ in self._probe.reads}
         for name, part in self._module.named_modules():
-            if isinstance(part, nn.Linear) and not name.startswith(inside) and name not in read and self._width in part.weight.shape:
+            if isinstance(part, nn.Linear) and not name.startswith(self._inside) and name not in read and self._width in part.weight.shape:
                 raise Refused(f"{name} did not run and may touch it")
 
     def _require_one_place(self, name: str) -> None:
@@ -238,8 +253,8 @@ class _Around:
     def _tables(self, layers: set[str]) -> list[str]:
         """Parameters and buffers as wide as the stream that no product reads."""
         read = {name for name, *_ in self._probe.reads}
-        inside = tuple(f"{name}." for name in self._blocks)
-        tensors = {**self._parameters, **{name: buffer for name, buffer in self._module.named_buffers() if not name.startswith(inside)}}
+        buffers = {name: buffer for name, buffer in self._module.named_buffers() if not name.startswith(self._inside)}
+        tensors = {**self._parameters, **buffers}
         return [
             name
             for name, tensor in tensors.items()
@@ -332,6 +347,8 @@ class _Around:
             changed = [
                 place for place, (one, other) in enumerate(zip(given, self._seen.arguments[name], strict=True)) if not close(other, one)
             ]
+            if changed and name not in self._blocks:
+                raise Refused(f"{name} of another tower reads it")
             if len(changed) > 1:
                 raise Refused(f"{name} gets the stream in two arguments")
         if any(not close(other, one) for one, other in zip(output, output_after, strict=True)):
@@ -362,6 +379,10 @@ def _layer(name: str) -> str:
     if not name.endswith(".weight"):
         raise Refused(f"{name} touches it and is laid out otherwise than linear layers are")
     return name.removesuffix(".weight")
+
+
+def _exact_copy(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def _floats(call: Call) -> list[Tensor]:

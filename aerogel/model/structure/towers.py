@@ -61,7 +61,7 @@ def towers_of(module: nn.Module, examples: Sequence[Example]) -> tuple[Tower, ..
 
 @contextmanager
 def _watched(module: nn.Module) -> Iterator[dict[str, _Passes]]:
-    """Keep what goes into and comes out of every module with matrices; tensors stay alive, so that their addresses stay theirs."""
+    """Keep what goes into and comes out of elements of lists; tensors stay alive, so that their addresses stay theirs."""
     passes: dict[str, _Passes] = defaultdict(_Passes)
     handles = []
 
@@ -71,7 +71,10 @@ def _watched(module: nn.Module) -> Iterator[dict[str, _Passes]]:
     def after(name: str) -> Any:
         return lambda _, args, kwargs, output: passes[name].outputs.append(_matrices(output))
 
-    for name, part in _with_matrices(module):
+    parts = dict(_with_matrices(module))
+    for name, part in parts.items():
+        if not isinstance(parts.get(name.rpartition(".")[0]), nn.ModuleList | nn.Sequential):
+            continue
         handles.append(part.register_forward_pre_hook(before(name), with_kwargs=True))
         handles.append(part.register_forward_hook(after(name), with_kwargs=True))
     with temporary_hooks(handles):

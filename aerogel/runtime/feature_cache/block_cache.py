@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from aerogel.errors import AerogelError
 from aerogel.layers.signature import arguments_of
 from aerogel.model.calls import bytes_in
-from aerogel.model.hooks import Stop, until
+from aerogel.model.hooks import Stop, compiled, until
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from aerogel.runtime.feature_cache.cache_dtype import CacheDtype, cache_format, versions
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
-from aerogel.runtime.feature_cache.compiled import called, compiled, compiled_around, patch_compiled
+from aerogel.runtime.feature_cache.compiled import called, compiled_around, patch_compiled
 from aerogel.runtime.feature_cache.streams import FeatureCacheState, StreamTracker, tracked
 
 BlockRange = tuple[int, int]

@@ -18,9 +18,8 @@ from aerogel.kernels.synchronized_clock import now
 from aerogel.layers.conv import QuantConv2d
 from aerogel.layers.linear import QuantLinear
 from aerogel.model.calls import Call, bytes_in
-from aerogel.model.hooks import patch_forward
+from aerogel.model.hooks import patch_forward, uncompiled
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.compiled import uncompiled
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

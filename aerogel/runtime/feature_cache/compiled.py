@@ -18,15 +18,7 @@ from typing import Any
 from torch import nn
 
 from aerogel.errors import AerogelError
-from aerogel.model.hooks import patch_forward
-
-_CALL = "_compiled_call_impl"
-"""Attribute in which nn.Module keeps what torch.compile made of it."""
-
-
-def compiled(module: nn.Module) -> Callable[..., Any] | None:
-    """Return what torch.compile made of the module, if it was compiled."""
-    return module.__dict__.get(_CALL)
+from aerogel.model.hooks import COMPILED, compiled, patch_forward
 
 
 def called(module: nn.Module) -> Callable[..., Any]:
@@ -62,8 +54,8 @@ def patch_compiled(denoiser: nn.Module, answers: Mapping[nn.Module, Callable[...
     with ExitStack() as stack:
         stack.enter_context(patch_forward({module: answer for module, answer in answers.items() if module not in before}))
         for module, call in before.items():
-            stack.callback(module.__dict__.__setitem__, _CALL, call)
-            module.__dict__[_CALL] = _Front(answers[module])
+            stack.callback(module.__dict__.__setitem__, COMPILED, call)
+            module.__dict__[COMPILED] = _Front(answers[module])
         stack.callback(denoiser.register_forward_pre_hook(_unless_compiled_since(denoiser, answers)).remove)
         yield
 
@@ -77,19 +69,6 @@ class _Front:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Answer."""
         return self.answer(*args, **kwargs)
-
-
-@contextmanager
-def uncompiled(denoiser: nn.Module) -> Iterator[None]:
-    """Run everything in a denoiser as it is written for a while, such as to watch what happens inside of its blocks."""
-    before = {module: call for module in denoiser.modules() if (call := compiled(module))}
-    for module in before:
-        del module.__dict__[_CALL]
-    try:
-        yield
-    finally:
-        for module, call in before.items():
-            module.__dict__[_CALL] = call
 
 
 @contextmanager

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from aerogel.model.calls import Call, map_tensors
-from aerogel.model.hooks import patch_forward
+from aerogel.model.hooks import patch_forward, uncompiled
 from aerogel.model.network import Network
-from aerogel.runtime.feature_cache.compiled import uncompiled
 from aerogel.runtime.feature_cache.schedule import CacheEntry, make_entries
 
 CacheContents = tuple[Any, ...]

@@ -18,10 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from aerogel.errors import AerogelError
 from aerogel.kernels import onepass
+from aerogel.model.hooks import uncompiled
 from aerogel.model.network import Network
 from aerogel.runtime.feature_cache.block_cache import TableRule, caching_blocks
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of, costs_of
-from aerogel.runtime.feature_cache.compiled import uncompiled
 from aerogel.runtime.feature_cache.schedule import CacheEntry, Schedule, caching
 from aerogel.runtime.feature_cache.taylor import TaylorSeries
 from tests.runtime.feature_cache.test_block_cache import AT, DEPTH, _Odd, deep
@@ -274,9 +274,11 @@ def test_a_rule_that_sees_what_the_first_unit_reads_runs_one_block_eagerly() -> 
 @pytest.mark.parametrize("policy", ["modules", "block_ranges"])
 def test_a_denoiser_that_is_compiled_as_a_whole_is_refused(policy: str) -> None:
     network = deep("dit") if policy == "block_ranges" else opened("dit")
-    network.module.compile()
+    graphs = Graphs()
+    network.module.compile(backend=graphs)
     with pytest.raises(AerogelError, match="DiTTransformer2DModel is compiled as a whole"), _on(network, policy):
         pass
+    assert not graphs.made, "nothing is compiled to find its blocks"
 
 
 @pytest.mark.parametrize("policy", ["modules", "block_ranges"])
