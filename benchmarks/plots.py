@@ -27,7 +27,7 @@ class Plot:
 
 PLOTS = {
     "quality": Plot(("weights", "scheme", "method"), "nats lost", "nats per token above the original, lower is better", True, ("float",)),
-    "gptq_rivals": Plot(("GPTQ W4 g64 symmetric",), "seconds", "seconds for the whole model, lower is better", skip=("float",)),
+    "gptq_rivals": Plot(("GPTQ W4 g64 symmetric", "sequences"), "seconds", "seconds for the whole model, lower is better", skip=("float",)),
     "memory": Plot(("recipe", "blocks"), "peak MB above the interpreter", "peak MB above the interpreter, lower is better"),
     "generation": Plot(("engine",), "tok/s", "tokens per second, higher is better"),
     "expert_skipping": Plot(

@@ -55,6 +55,8 @@ def _edge(edge: Edge, lists: list[str]) -> dict[str, Any]:
     facts: dict[str, Any] = {"from": _patterns(edge.sources, lists), "to": _patterns(edge.sinks, lists), "channels": len(edge.rows_C)}
     if edge.offset:
         facts["offset"] = edge.offset
+    if edge.added_I is not None:
+        facts["modulates"] = True
     return facts | ({"power": edge.power} if edge.power > 1 else {})
 
 

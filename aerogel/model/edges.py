@@ -25,14 +25,25 @@ class Edge:
     rows_I: Tensor
     """For each column of a sink the row of the source that feeds it; -1 for a column that something else feeds."""
     offset: float = 0.0
-    """Number added to a norm's weight before it multiplies."""
+    """Number added to a norm's weight, or to the rows of a modulation, before it multiplies."""
     power: int = 1
     """2 where sinks read the square of the source."""
+    added_I: Tensor | None = None
+    """For each column of a sink the row of the source that is added to it, where the source is a modulation of adaLN, whose other rows
+    multiply; None for every other source."""
 
     @property
     def rows_C(self) -> Tensor:  # noqa: N802
         """The rows of the source that take a scale, in order."""
         return self.rows_I[self.rows_I >= 0].unique()
+
+    @property
+    def added_C(self) -> Tensor | None:  # noqa: N802
+        """The rows of the source that are added, one for each channel."""
+        if self.added_I is None:
+            return None
+        fed_I = self.rows_I >= 0
+        return self.added_I.new_zeros(len(self.rows_C)).scatter(0, self.channels_I[fed_I], self.added_I[fed_I])
 
     @property
     def channels_I(self) -> Tensor:  # noqa: N802
@@ -51,14 +62,7 @@ def fold(block: nn.Module, edge: Edge, scale_C: Tensor) -> None:
             raise AerogelError(f"{name} is quantized already and cannot be scaled; fold before the block is quantized")
     root_C = scale_C ** (1 / edge.power)
     for name in edge.sources:
-        source = block.get_submodule(name)
-        for key in ("weight", "bias"):
-            parameter = getattr(source, key, None)
-            if parameter is not None:
-                data, offset, rows_C = parameter.data, edge.offset if key == "weight" else 0.0, edge.rows_C.to(parameter.device)
-                part = _wide(data[rows_C])
-                divisor = root_C.to(part).view(-1, *[1] * (part.ndim - 1))
-                data[rows_C] = ((part + offset) / divisor - offset).to(data.dtype)
+        _divide(block.get_submodule(name), edge, root_C)
     scale_I = spread(edge, scale_C)
     for name in edge.sinks:
         columns: Tensor = block.get_submodule(name).get_parameter("weight").data
@@ -67,6 +71,22 @@ def fold(block: nn.Module, edge: Edge, scale_C: Tensor) -> None:
             columns.mul_(factor)
         else:
             columns.copy_(columns.float() * factor.float())
+
+
+def _divide(source: nn.Module, edge: Edge, root_C: Tensor) -> None:
+    """Divide what a source gives, in place."""
+    added_C = edge.added_C
+    for key in ("weight", "bias"):
+        parameter = getattr(source, key, None)
+        if parameter is None:
+            continue
+        # The offset of a norm is added to its weight, that of a modulation to what the layer gives.
+        offset = edge.offset if (key == "bias") == (added_C is not None) else 0.0
+        for rows_C, of_these in ((edge.rows_C, offset), *([] if added_C is None else [(added_C, 0.0)])):
+            data, rows_C = parameter.data, rows_C.to(parameter.device)
+            part = _wide(data[rows_C])
+            divisor = root_C.to(part).view(-1, *[1] * (part.ndim - 1))
+            data[rows_C] = ((part + of_these) / divisor - of_these).to(data.dtype)
 
 
 def spread(edge: Edge, values_C: Tensor, missing: float = 1.0) -> Tensor:

@@ -148,7 +148,16 @@ def scaled_by_hooks(block: Block, edge: Edge, scale_C: Tensor, stack: ExitStack,
 
     def multiply(module: nn.Module, _: Any, result: Tensor) -> Tensor:
         size = result.shape[1 if isinstance(module, nn.GroupNorm | nn.Conv2d) else -1]
+        if edge.added_I is not None:
+            return modulating_more(result)
         return result * along(module, result, torch.tensor([scale_of.get(row, 1.0) for row in range(size)]))
+
+    def modulating_more(result: Tensor) -> Tensor:
+        result = result.clone()
+        for row, added in dict(zip(edge.rows_I.tolist(), edge.added_I.tolist(), strict=True)).items():  # type: ignore[union-attr]
+            result[..., row] = (result[..., row] + edge.offset) * scale_of[row] - edge.offset
+            result[..., added] *= scale_of[row]
+        return result
 
     def divide(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0] / along(module, args[0], wide), *args[1:])

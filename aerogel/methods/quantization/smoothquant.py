@@ -28,7 +28,7 @@ from aerogel.options import Count, Share
 
 @dataclass(frozen=True)
 class Smoothquant(BlockMethod):
-    """Smooths the inputs of linear layers with scales that the preceding norms absorb."""
+    """Smooths the inputs of linear layers with scales that the preceding norms, or the modulation behind them, absorb."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "edges", "uncached"})
     shares_calls: ClassVar[bool] = True
@@ -65,7 +65,7 @@ class Smoothquant(BlockMethod):
                 self._smooth(block, edge, {name: linears[name] for name in readers}, seen)
 
     def _smooths(self, block: Block, edge: Edge, linears: dict[str, nn.Linear]) -> bool:
-        linear = any(isinstance(block.module.get_submodule(name), nn.Linear) for name in edge.sources)
+        linear = edge.added_I is None and any(isinstance(block.module.get_submodule(name), nn.Linear) for name in edge.sources)
         return any(name in linears for name in edge.sinks) and (self.include_linear_sources or not linear)
 
     def _smooth(self, block: Block, edge: Edge, readers: dict[str, nn.Linear], seen: InputStatistics) -> None:

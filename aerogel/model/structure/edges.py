@@ -23,6 +23,7 @@ from aerogel.model.shared_entries import own_copy, tensors_kept_by
 from aerogel.model.structure.examples import Example, run
 from aerogel.model.structure.fused_rows import rows_read_linearly
 from aerogel.model.structure.gains import Gain, gains_in
+from aerogel.model.structure.modulation import Modulation, modulations_in
 from aerogel.model.structure.placeholders import placeholder_weights, replaced_tensors
 from aerogel.model.structure.probe import Probe, Refused, Sink
 from aerogel.model.structure.stream import BlockStream, StreamSearch
@@ -119,6 +120,7 @@ def edges_of(block: nn.Module, call: Call, seed: int = 0) -> BlockEdges:
         search.norms(gains)
         search.linears()
         search.pairs()
+        search.modulations()
         search.verify()
         found.fused = tuple(names_of_every_expert(block, names) for names in _reading_together(probe))
         try:
@@ -195,6 +197,18 @@ class _Search:
             if beside and {one, other} <= before.keys() and not self._try((one, other), torch.ones(rows[0], dtype=torch.bool)):
                 self._found.refused.update(before)
 
+    def modulations(self) -> None:
+        """Try parts of refused layers that multiply what a norm gives, with those that are added to it."""
+        for name in [name for name in self._linears if name in self._found.refused]:
+            parameter = f"{name}.weight"
+            for modulation in modulations_in(self._probe, parameter):
+                if modulation.offset and getattr(self._block.get_submodule(name), "bias", None) is None:
+                    self._found.refused[name] = "it modulates without a bias, which would have to take up the one that is added"
+                    continue
+                rows_R = torch.zeros(self._source(parameter)[1], dtype=torch.bool)
+                rows_R[modulation.rows_I] = True
+                self._try((name,), rows_R, modulation=modulation)
+
     def verify(self) -> None:
         """Fold random scales into all edges at once and run the block; edges that change what it gives are dropped and named."""
         if self._holds(self._found.edges):
@@ -204,11 +218,16 @@ class _Search:
                 self._found.edges.remove(edge)
                 self._found.refused[edge.sources[0]] = "folding a scale changes what the block gives"
 
-    def _try(self, sources: tuple[str, ...], rows_R: Tensor, gain: Gain | None = None) -> bool:
+    def _try(self, sources: tuple[str, ...], rows_R: Tensor, gain: Gain | None = None, modulation: Modulation | None = None) -> bool:
         names = tuple(f"{source}.weight" for source in sources)
         try:
-            sinks = self._probe.sinks(rows_R, changed=gain.scaled) if gain is not None else self._probe.sinks(rows_R, of=names)
+            if gain is not None:
+                sinks = self._probe.sinks(rows_R, changed=gain.scaled)
+            else:
+                sinks = self._probe.sinks(rows_R, of=names, scaled=modulation.scaled if modulation is not None else None)
             edge = self._edge(sources, sinks, gain)
+            if modulation is not None:
+                edge = modulation.completed(edge)
         except Refused as refused:
             self._found.refused.update(dict.fromkeys(sources, str(refused)))
             return False

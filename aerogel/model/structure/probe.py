@@ -81,16 +81,22 @@ class Probe:
         return 0.5 + 1.5 * torch.rand(size, generator=self._generator, dtype=torch.float64)
 
     def sinks(
-        self, rows_R: Tensor, *, of: tuple[str, ...] = (), changed: Callable[[Tensor], dict[nn.Parameter, Tensor]] | None = None
+        self,
+        rows_R: Tensor,
+        *,
+        of: tuple[str, ...] = (),
+        changed: Callable[[Tensor], dict[nn.Parameter, Tensor]] | None = None,
+        scaled: Callable[[Tensor, int, Tensor], Tensor] | None = None,
     ) -> dict[str, Sink]:
         """Return what reads these rows, of products with the parameters `of` or of a source that `changed(s_R)` scales by itself.
 
+        Of products what they give is multiplied by s_R, or is `scaled(y, dim, s_R)`, where outputs lie in that dimension.
         Scales are drawn for three sizes of the source; all must find the same. Raises Refused with the reason.
         """
         found: dict[str, Sink] | None = None
         for loud in _LOUD:
             s_R = torch.where(rows_R, loud * self.scales(len(rows_R)), 1.0)
-            trial = _Trial(self, s_R, frozenset(of))
+            trial = _Trial(self, s_R, frozenset(of), scaled or _multiplied)
             with torch.no_grad(), holding(changed(s_R) if changed is not None else {}):
                 output = _floats(self.run(answer=trial.answer))
             now = trial.finished(output)
@@ -104,8 +110,8 @@ class Probe:
 class _Trial:
     """One run with a scaled source."""
 
-    def __init__(self, probe: Probe, s_R: Tensor, scaled: frozenset[str]) -> None:
-        self._probe, self._s_R, self._scaled = probe, s_R, scaled
+    def __init__(self, probe: Probe, s_R: Tensor, of: frozenset[str], scaled: Callable[[Tensor, int, Tensor], Tensor]) -> None:
+        self._probe, self._s_R, self._of, self._scaled = probe, s_R, of, scaled
         self._sinks: dict[str, Sink] = {}
         self._hit: set[tuple[str, tuple[int, ...], int]] = set()
 
@@ -119,12 +125,10 @@ class _Trial:
             self._hit.add(read.key)
             known = self._sinks.get(read.name)
             self._sinks[read.name] = sink if known is None else _agreeing(known, sink)
-        if read.name not in self._scaled:
+        if read.name not in self._of:
             return recorded.y.clone()  # the model's code may add to it in place
         first = read.start[read.out_dim] if read.out_dim is not None else 0
-        shape = [1] * recorded.y.ndim
-        shape[read.y_dim] = read.outputs
-        return recorded.y * self._s_R[first : first + read.outputs].view(shape)
+        return self._scaled(recorded.y, read.y_dim, self._s_R[first : first + read.outputs])
 
     def finished(self, output: list[Tensor]) -> dict[str, Sink]:
         """Return the sinks; raises Refused where something else reads the source, or a sink reads something else too."""
@@ -159,6 +163,12 @@ class _Trial:
                 rows_I = torch.where(hit_I & ~unscaled_I, rows_I, -1)
                 return Sink(rows_I.masked_fill(top_I == 0, UNSEEN), power)
         raise Refused(f"{read.name} reads it scaled by something else")
+
+
+def _multiplied(y: Tensor, dim: int, s_R: Tensor) -> Tensor:
+    shape = [1] * y.ndim
+    shape[dim] = len(s_R)
+    return y * s_R.view(shape)
 
 
 UNSEEN = -2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ from tests.questions import ZOO, untrained, written
 from tests.tiny import output
 
 COUNT = 6
+REPLY = 12
+"""Tokens of a reply at most."""
 OPTIONS = ("modes.points=6", "diep.tokens=16")
 ALL = [name for name in catalog.names("methods") if issubclass(catalog.find("methods", name), ExpertSkippingPolicy)]
 
@@ -85,6 +88,7 @@ def found(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Netwo
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judging_answers, "NEW_TOKENS", 4)
+        patch.setattr(judging_answers, "ExactMatch", partial(ExactMatch, new_tokens=REPLY))
         return network, search(network, "skip", **options), folder
 
 
@@ -149,7 +153,7 @@ def test_replies_and_shares_are_those_of_the_measure(found: Any, source: Path, t
     network, findings, _ = found
     for policy in ("modes", "reduced_topk"):
         with policies.on(network, [made(findings, network, policy, BUDGET, source)]):
-            theirs = ExactMatch(source=str(_file(source, tmp_path / policy)), count=COUNT).measure(network)
+            theirs = ExactMatch(source=str(_file(source, tmp_path / policy)), count=COUNT, new_tokens=REPLY).measure(network)
         ours = row(findings, policy, BUDGET)
         assert ours["right"] == theirs["right"]
         assert ours["skipped"]["decode"] == pytest.approx(theirs["skipped"]["decode"], abs=1e-3)
