@@ -54,7 +54,8 @@ def modulations_in(probe: Probe, name: str) -> Iterator[Modulation]:
     """Find what the rows of a layer that is read once a sample modulate."""
     (recorded, *more) = probe.of(name)
     rows = recorded.read.outputs
-    if more or rows != len(probe.parameters[name]):
+    most = max(_tokens(other.x, other.read.x_dim) for other in probe.reads.values())
+    if more or rows != len(probe.parameters[name]) or _tokens(recorded.y, recorded.read.y_dim) == most:
         return
     y = recorded.y.movedim(recorded.read.y_dim, -1).clone().requires_grad_()
     seen: list[tuple[int, int, float, int]] = []
@@ -68,6 +69,10 @@ def modulations_in(probe: Probe, name: str) -> Iterator[Modulation]:
             multiplies, added, offset = found
             index_I = torch.arange(columns)
             yield Modulation(index_I + multiplies * columns, index_I + added * columns, offset)
+
+
+def _tokens(tensor: Tensor, dim: int) -> int:
+    return tensor.numel() // max(tensor.shape[dim], 1)
 
 
 def _readers(probe: Probe, name: str, y: Tensor) -> list[Tensor]:
