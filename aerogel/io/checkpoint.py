@@ -62,9 +62,10 @@ def _whole(name: str, shape: Callable[[], tuple[int, ...]]) -> Mapping[str, Piec
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor that lies on disk as a part of a larger one: what `take` makes of the larger one's entry `number`."""
+    """A tensor that lies on disk as a part of a larger one, or otherwise: what `take` makes of the larger one's entry `number`."""
 
-    number: int
+    number: int | slice
+    """`slice(None)` for all of it."""
     take: Callable[[Tensor], Tensor]
 
 
@@ -84,9 +85,9 @@ class Checkpoint:
         self._pieces: dict[str, Piece] = {}
         for name, on_disk in list(self._on_disk.items()):
             if pieces := apart(name, lambda name=name: self.shape(name)):  # type: ignore[misc]
+                del self._on_disk[name]
                 self._on_disk |= dict.fromkeys(pieces, on_disk)
                 self._pieces |= pieces
-                del self._on_disk[name]
 
     @classmethod
     def open(cls, folder: str | Path, rename: Callable[[str], str] = str, apart: Apart = _whole) -> Checkpoint:
@@ -251,7 +252,7 @@ class Checkpoint:
         entry, piece = header[on_disk], self._pieces.get(name)
         if piece is None:
             return entry
-        shape = tuple(piece.take(torch.empty(entry.shape[1:], device="meta")).shape)
+        shape = tuple(piece.take(torch.empty(entry.shape, device="meta")[piece.number]).shape)
         return Entry(entry.dtype, shape, math.prod(shape) * entry.dtype.itemsize)
 
     def _header(self, file: str) -> dict[str, Entry]:

@@ -20,6 +20,7 @@ from aerogel.io.names import Names
 from aerogel.io.processors import Pair
 from aerogel.io.skeleton import Folder, build, modality_of, model_class, read_config, skeleton_of, whole
 from aerogel.io.source import ModelSource, locate
+from aerogel.layers.transposed import as_linears
 from aerogel.model.denoisers import Denoisers, family_of_all
 from aerogel.model.experts import unfuse
 from aerogel.model.family import Family
@@ -115,6 +116,7 @@ def _live(families: Sequence[Family], module: nn.Module, processor: Any, dtype: 
     names = Names.of(module)
     if unfuse_experts:
         unfuse(module, names.experts)
+    as_linears(module)
     return _discovered(Network(module.eval(), family, processor=processor, stored_dtype=stored, names=names))
 
 

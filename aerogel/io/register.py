@@ -12,6 +12,7 @@ from aerogel.errors import AerogelError
 from aerogel.io.names import Names
 from aerogel.io.quantized import attach
 from aerogel.layers.experts import ExpertList, all_float
+from aerogel.layers.transposed import as_conv1d, as_linears
 from aerogel.model.experts import fuse, unfuse
 
 
@@ -85,7 +86,9 @@ class _TransformersQuantizer:
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         unfuse(model, Names.of(model).experts)
+        as_linears(model)
         attach(model, self.quantization_config.settings)
+        as_conv1d(model)
         apart = _single_on_disk(model)
         # One rule of transformers puts the experts of all layers together: either all can take it or none.
         fuse(model, keep=() if all(map(all_float, apart)) else apart)

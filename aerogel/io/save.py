@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
-from aerogel.io.experts import joined
 from aerogel.io.fingerprint import fingerprint
+from aerogel.io.layouts import as_on_disk
 from aerogel.io.quantized import describe
 from aerogel.io.shards import write_shards
 from aerogel.layers.slots import slots
@@ -108,11 +108,11 @@ def resident(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def fingerprint_of(network: Network) -> str:
     """Return what identifies the resident weights, the same whether experts are fused or apart."""
-    return fingerprint(joined(network.module, resident(network.module), always=True))
+    return fingerprint(as_on_disk(network.module, resident(network.module), always=True))
 
 
 def _as_on_disk(network: Network, module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for given, tensor in joined(module, tensors):
+    for given, tensor in as_on_disk(module, tensors):
         if tensor.is_meta:
             raise AerogelError(f"{given}: its values are not in memory; give save the stream of tensors")
         name = _name_on_disk(network, given)

@@ -19,10 +19,11 @@ from transformers.models.auto import modeling_auto
 
 from aerogel.errors import AerogelError
 from aerogel.io.checkpoint import Checkpoint
-from aerogel.io.experts import pieces
+from aerogel.io.layouts import pieces
 from aerogel.io.names import Names
 from aerogel.io.quantized import attach
 from aerogel.layers.slots import Slot, replace, slots
+from aerogel.layers.transposed import as_linears
 from aerogel.model.experts import unfuse
 from aerogel.model.family import Family, Modality
 
@@ -72,6 +73,7 @@ def skeleton_of(folder: Folder, build: Callable[[], nn.Module]) -> Skeleton:
     replace(module, declare)
     names = Names.of(module)
     unfuse(module, names.experts)
+    as_linears(module)
     if quantization := folder.settings.get("quantization_config"):
         attach(module, quantization)
     checkpoint = Checkpoint.open(folder.path, names.in_memory, partial(pieces, module))
@@ -153,6 +155,7 @@ def whole(folder: Folder, cls: Any, names: Names, **options: Any) -> nn.Module:
             f"{folder.path}: no weights for {lacking[0]} and {len(lacking) - 1} more; it is no checkpoint of a {type(module).__name__}"
         )
     unfuse(module, names.experts)
+    as_linears(module)
     opened: nn.Module = module
     return opened
 

@@ -97,7 +97,7 @@ def quantized(
 ) -> QuantLinear:
     """Return the quantized twin of a linear or a convolution; the arguments are those of QuantLinear.from_codes."""
     if isinstance(layer, nn.Linear):
-        return QuantLinear.from_codes(layer, scheme, codes_OI, grid, g_idx, input_grid, dtype)
+        return getattr(layer, "twin", QuantLinear).from_codes(layer, scheme, codes_OI, grid, g_idx, input_grid, dtype)
     tensors = encode(Stored(codes_OI, grid, g_idx, input_grid), scheme, dtype or layer.weight.dtype)
     return QuantConv2d.of(layer, scheme, tensors, cast(nn.Parameter | None, layer.bias))
 

@@ -102,7 +102,7 @@ def _stages(case: Case, recipe: str | Mapping[str, Any], folder: Path) -> Iterat
     if row.loaded > TOLERANCE:
         raise ValueError("the answers differ")
     yield (row := replace(row, stage="register"))
-    with _registered():
+    with registered():
         row = replace(row, registered=difference(_answers(open_with_library(case, folder), calls), expected))
     if row.registered > TOLERANCE:
         raise ValueError("the answers differ")
@@ -115,7 +115,7 @@ def _stages(case: Case, recipe: str | Mapping[str, Any], folder: Path) -> Iterat
 
 
 @contextmanager
-def _registered() -> Iterator[None]:
+def registered() -> Iterator[None]:
     """Let the libraries open folders with our layers for a while."""
     from transformers.quantizers import auto
 

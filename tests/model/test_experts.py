@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from aerogel.io.experts import joined
+from aerogel.io.layouts import as_on_disk
 from aerogel.io.names import Names
 from aerogel.layers.experts import ExpertList
 from aerogel.model.experts import fuse, unfuse
@@ -57,7 +57,7 @@ def test_names_on_disk_are_those_of_save_pretrained(name: str, tmp_path: Path) -
     with safe_open(next(tmp_path.glob("*.safetensors")), "pt") as file:
         stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     unfuse(network, names.experts)
-    ours = dict(joined(network, network.state_dict().items()))
+    ours = dict(as_on_disk(network, network.state_dict().items()))
     tied = {"lm_head.weight"} - {names.in_memory(key) for key in stored}
     assert {names.on_disk(key) for key in ours.keys() - tied} == stored.keys()
     for key, tensor in stored.items():
