@@ -37,11 +37,24 @@ def _kind(kind: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield f"{kind['class']}: {_several(kind['count'], 'block')} like {kind['first']}"
     for edge in kind["edges"]:
-        notes = "".join([f", offset {edge['offset']:g}" if "offset" in edge else "", ", squared" if edge.get("power") == 2 else ""])
+        notes = "".join(
+            [
+                ", modulation" if "modulates" in edge else "",
+                f", offset {edge['offset']:g}" if "offset" in edge else "",
+                ", squared" if edge.get("power") == 2 else "",
+            ]
+        )
         yield f"  {' + '.join(edge['from'])} -> {_some(edge['to'])} ({edge['channels']} channels{notes})"
+    yield from map(_attention, kind["attention"])
     yield from (f"  loaded as one: {_some(names)}" for names in kind["fused"])
     if not kind["edges"]:
         yield f"  no edges: {next(iter(kind['no_edge_from'].values()), kind['residual'])}"
+
+
+def _attention(found: dict[str, Any]) -> str:
+    shared = f", {found['key_heads']} of keys and values" if found["key_heads"] != found["heads"] else ""
+    parts = "; ".join(f"{part} {_some(list(found[part]))}" for part in ("queries", "keys", "values", "outputs"))
+    return f"  attention {found['module']}: {found['heads']} heads, {found['head_width']} wide{shared} ({parts})"
 
 
 def _several(count: int, what: str) -> str:

@@ -18,7 +18,7 @@ from aerogel.model.structure.residual import Residual
 
 
 def structure_of(network: Network) -> dict[str, Any]:
-    """Return towers, edges and fused sets of each kind of block, experts, head and residual stream of a model, as JSON holds them."""
+    """Return towers, edges, attention and fused sets of each kind of block, experts, head and residual stream, as JSON holds them."""
     blocks = network.blocks()
     kinds: dict[int, list[str]] = {}
     for name in blocks:
@@ -45,6 +45,10 @@ def _kind(block: nn.Module, names: list[str], found: BlockEdges) -> dict[str, An
         "first": names[0],
         "count": len(names),
         "edges": [edge for place, edge in enumerate(edges) if edge not in edges[:place]],
+        "attention": [
+            {key: list(value) if isinstance(value, tuple) else value for key, value in vars(attention).items()}
+            for attention in found.attentions
+        ],
         "fused": [_patterns(names, lists) for names in found.fused],
         "no_edge_from": found.refused,
         "residual": "passes" if found.stream is not None else found.no_stream,

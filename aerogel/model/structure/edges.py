@@ -20,6 +20,7 @@ from aerogel.model.calls import Call
 from aerogel.model.edges import Edge, fold
 from aerogel.model.hooks import temporary_hooks
 from aerogel.model.shared_entries import own_copy, tensors_kept_by
+from aerogel.model.structure.attention import Attention, attentions_in
 from aerogel.model.structure.examples import Example, run
 from aerogel.model.structure.fused_rows import rows_read_linearly
 from aerogel.model.structure.gains import Gain, gains_in
@@ -37,6 +38,7 @@ class BlockEdges:
     refused: dict[str, str] = field(default_factory=dict)
     fused: tuple[tuple[str, ...], ...] = ()
     """Sets of linear layers of one module that read the same input, which engines load as one: query, key and value; gate and up."""
+    attentions: tuple[Attention, ...] = ()
     stream: BlockStream | None = None
     """Its part in the residual stream; None where a rotation does not pass."""
     no_stream: str = "the block did not run in an example"
@@ -88,7 +90,9 @@ def _without(found: BlockEdges, layers: set[str]) -> BlockEdges:
     refused = {
         source: "its weight is shared with another part of the model" for edge in found.edges if edge not in kept for source in edge.sources
     }
-    return BlockEdges(kept, found.refused | refused, found.fused, None, "its weights are shared with another part of the model")
+    return BlockEdges(
+        kept, found.refused | refused, found.fused, found.attentions, None, "its weights are shared with another part of the model"
+    )
 
 
 def _edges_or_reason(block: nn.Module, call: Call) -> BlockEdges:
@@ -122,6 +126,7 @@ def edges_of(block: nn.Module, call: Call, seed: int = 0) -> BlockEdges:
         search.pairs()
         search.modulations()
         search.verify()
+        found.attentions = tuple(attentions_in(block, probe))
         found.fused = tuple(names_of_every_expert(block, names) for names in _reading_together(probe))
         try:
             found.stream = StreamSearch(block, probe, call, gains, found.edges).found(search.unread)
