@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 import typer
 
@@ -16,6 +17,7 @@ from aerogel.cli.commands import app
 from aerogel.io import reference
 
 ROOT = Path(__file__).resolve().parents[1]
+WIDTH = 64
 README = (ROOT / "README.md").read_text("utf-8")
 
 
@@ -33,24 +35,27 @@ def run_example(model: str) -> dict[str, Any]:
     return metrics
 
 
-def first_layers(count: int, folder: Path) -> str:
-    """Save the first layers of the reference model, which read text with its tokenizer."""
+def narrow_model(folder: Path) -> str:
+    """Save a model of two narrow layers with random weights, which reads text with the tokenizer of the reference model."""
     source = reference.folder_of("smollm2-135m")
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, num_hidden_layers=count, dtype="auto")
-    model.save_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(source)
+    for name, value in {"num_hidden_layers": 2, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "head_dim": 16}.items():
+        setattr(config, name, value)
+    config.num_attention_heads, config.num_key_value_heads = 4, 2
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return str(folder)
 
 
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    model = first_layers(2, tmp_path / "model")
+    model = narrow_model(tmp_path / "model")
     metrics = run_example(model)
     assert 0 < metrics["compressed"]["kl_divergence"]["kl"] < 0.5
     saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.quantization_config
     assert saved.quantization_config.config_groups["group_0"].weights.num_bits == 4
-    parameters = metrics["original"]["size"]["disk_bytes"] / 2
-    layers = parameters - 49152 * 576 - 5 * 576  # all but the embedding and the norms
+    layers = 2 * (2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 2 + 3 * WIDTH * 2 * WIDTH)  # all but the embedding and the norms
     saving = metrics["original"]["size"]["disk_bytes"] - metrics["compressed"]["size"]["disk_bytes"]
     assert 1.4 * layers < saving < 1.5 * layers, "of 16 bits a weight 4 and a scale for each group stay"
     assert "perplexity" in capsys.readouterr().out

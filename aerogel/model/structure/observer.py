@@ -62,7 +62,7 @@ class Read:
         """Shape of the result, which is not computed."""
         if self.func is functional.embedding:
             return torch.Size((*self.x.shape, self.outputs))
-        if self.func in _GROUPED:  # on meta they take bfloat16 only
+        if self.func is functional.linear or self.func in _GROUPED:  # the latter take bfloat16 only on meta
             return torch.Size((*self.x.shape[:-1], self.outputs))
         args, kwargs = map_tensors(lambda tensor: tensor.to("meta"), (self.given(self.x), dict(self.kwargs)))
         result: Tensor = self.func(*args, **kwargs)
