@@ -11,7 +11,7 @@ import pytest
 
 from aerogel import catalog
 from aerogel.kernels import selection, synchronized_clock
-from tests import simulated_device
+from tests import discovery, simulated_device
 from tests.clocks import Counter
 
 simulated_device.device()  # autograd counts devices at the first backward of a process, whichever test that is in
@@ -28,6 +28,14 @@ def no_measured_time() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "fastest", _reference)
         patch.setattr(synchronized_clock, "host_clock", Counter())
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def discovery_once() -> Iterator[None]:
+    """The structure of an architecture is discovered once; tests of discovery itself do without this."""
+    with pytest.MonkeyPatch.context() as patch:
+        discovery.remember(patch)
         yield
 
 

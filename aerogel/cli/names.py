@@ -61,10 +61,13 @@ def show(
 
     if "/" in name or Path(name).is_dir() or name in cards.summaries(cards.MODELS):
         from aerogel.cli import structure
+        from aerogel.engine import structure_file
         from aerogel.engine.opening import open_model
         from aerogel.engine.structure import structure_of
 
-        found = structure_of(open_model(name))
+        network = open_model(name)
+        before = network.origin is not None and structure_file.recall(network, network.origin, compressed=True)
+        found = structure_of(network) | ({"found": "before it was compressed"} if before else {})
         print_json(found) if as_json else typer.echo(structure.as_text(found))
         return
     shown = cards.show(name)

@@ -12,7 +12,7 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
-    yield f"{found['model']} ({found['modality']})"
+    yield f"{found['model']} ({found['modality']})" + (f", as found {found['found']}" if "found" in found else "")
     yield from (f"  {tower['name']}: {_several(tower['blocks'], 'block')}" for tower in found["towers"])
     for kind in found["blocks"]:
         yield from _kind(kind)

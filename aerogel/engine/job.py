@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aerogel.engine import provenance
+from aerogel.engine import provenance, structure_file
 from aerogel.engine.calibration import Calibration, Shown, prepare, reading
 from aerogel.engine.coverage import coverage
 from aerogel.engine.estimates import needs_calls
@@ -49,6 +49,11 @@ class Job:
     seed: int
     processes: Processes
     plan: Plan = field(init=False)
+
+    def recall_structure(self) -> None:
+        """Take over the structure that an unfinished run has found."""
+        if self.output is not None:
+            structure_file.recall(self.network, partial_of(self.output))
 
     def check(self, read: Shown, resume: bool) -> Calibration:
         """Look for everything that would make the run fail; the quick looks come first. What is in files is looked at by one process."""
@@ -127,6 +132,7 @@ class Job:
         assert source is not None
         made_of = self.processes.of_first(lambda: self._made_of(source, run.calibration))
         run.progress = progress = Progress.open(partial, self.network, source, made_of, self.processes)
+        self.processes.of_first(lambda: structure_file.keep(self.network, partial))
         record = self._go(run, record, watch)
 
         def saved() -> Record:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from aerogel import catalog
-from aerogel.engine import policies
+from aerogel.engine import policies, structure_file
 from aerogel.io import load as weights
 from aerogel.io.record import files
 from aerogel.layers.linear import timestep_index_of
@@ -54,6 +54,8 @@ def open_model(
     )
     if device != AUTO and network.device != found:
         _compute_on(network, found)
+    if network.origin is not None and network is not source:
+        structure_file.recall_time(network, network.origin)
     return network
 
 

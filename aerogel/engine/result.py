@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aerogel.engine import policies
+from aerogel.engine import policies, structure_file
 from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
 from aerogel.io import save
@@ -114,6 +114,7 @@ def write(folder: Path, network: Network, record: Record, measured: Sequence[pol
         record = record.replaced(policies=records)
         checksums |= of_states
     record = record.replaced(checksums=checksums)
+    structure_file.keep(network, folder)
     files.write(folder, record)
     return record
 

@@ -77,6 +77,8 @@ def compress(
         with watch.stage("load", str(model) if named else ""):
             network = open_model(model, device=device)
         job = Job(network, checked, Path(output).absolute() if output is not None else None, seed, processes)
+        if resume:
+            job.recall_structure()
         with watch.stage("check"):
             if (origin := network.origin) is not None:
                 processes.of_first(partial(files.verify, origin))

@@ -24,6 +24,13 @@ class TimePath:
     """Globs of the linear layers that project the embedding for the blocks."""
     others: tuple[tuple[str, str], ...] = ()
     """(setting of the config, what else enters before the projections where the setting is given)."""
+    always: tuple[str, ...] = ()
+    """What else enters before them whatever the config says."""
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Patterns of the path's layers."""
+        return (*(f"{glob}.*" for glob in self.embedders), *self.projections)
 
 
 @dataclass(frozen=True)
@@ -90,5 +97,5 @@ class Family:
         return tuple(found)
 
     def _pattern_sets(self) -> dict[str, tuple[str, ...]]:
-        time = {} if self.time is None else {"time_path": (*(f"{glob}.*" for glob in self.time.embedders), *self.time.projections)}
+        time = {} if self.time is None else {"time_path": self.time.patterns}
         return time | dict(self.pattern_sets)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from aerogel.model.calls import Call
-from aerogel.model.family import Family
+from aerogel.model.family import Family, TimePath
 from aerogel.model.match import matches
 from aerogel.model.placement import Placement
 from aerogel.model.structure.edges import BlockEdges, edges_by_block
@@ -22,6 +22,7 @@ from aerogel.model.structure.examples import Example, examples_of, usable
 from aerogel.model.structure.moe import gates_of
 from aerogel.model.structure.probe import Refused
 from aerogel.model.structure.residual import Residual, residual_of
+from aerogel.model.structure.time_layers import time_path_of
 from aerogel.model.structure.towers import Tower, towers_of
 
 if TYPE_CHECKING:
@@ -115,6 +116,11 @@ class Network:
             return str(refused)
 
     @cached_property
+    def time(self) -> TimePath | None:
+        """The path of the time step: the family's, or as it is found by following it; None where there is none."""
+        return self.family.time or time_path_of(self.module, self._examples)
+
+    @cached_property
     def gates(self) -> frozenset[str]:
         """Full names of the linear layers that weigh experts, such as routers."""
         return gates_of(self.module, tuple(self.blocks()))
@@ -135,6 +141,9 @@ class Network:
 
         Raises AerogelError for a list that the family does not have.
         """
+        patterns = tuple(patterns)
+        if "@time_path" in patterns and self.family.time is None and self.time is not None:
+            patterns = tuple(one for pattern in patterns for one in (self.time.patterns if pattern == "@time_path" else (pattern,)))
         found = self.family.expand_patterns(patterns)
         return (*found, self.head) if "lm_head" in found and self.head else found
 

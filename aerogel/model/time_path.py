@@ -20,6 +20,7 @@ from aerogel.layers.signature import arguments_of
 from aerogel.model.calls import Call, map_tensors
 from aerogel.model.hooks import Stop, capture_inputs, until
 from aerogel.model.network import Network
+from aerogel.model.structure.time_layers import STEPS
 
 Given = TypeVar("Given")
 
@@ -71,25 +72,32 @@ class TemporalPath:
         return {name: projection(activated) for name, projection in self.projections.items()}
 
     def require_alone(self) -> None:
-        """Raise AerogelError, with the reason, unless the temporal features depend on the step alone."""
+        """Raise AerogelError, with the reason, unless the temporal features depend on the step alone, and on one embedding of it."""
         if self.others:
             raise AerogelError(
                 f"the temporal features of this model also depend on {' and '.join(self.others)}: they cannot be computed per step; "
                 "leave temporal steps out of the recipe"
             )
+        if len(self.embedders) > 1:
+            raise AerogelError(
+                f"the time step is embedded in {len(self.embedders)} places ({', '.join(self.embedders)}), expected one; "
+                "leave temporal steps out of the recipe"
+            )
 
 
 def find(network: Network) -> TemporalPath:
-    """Find the path by the names that the family gives; raises AerogelError when there is none or a part is missing."""
-    time = network.family.time
+    """Find the path, by the names that the family gives or as it was discovered; raises AerogelError where there is none."""
+    time = network.time
     if time is None:
-        raise AerogelError(f"the {network.family.name} family names no temporal path; expected a diffusion UNet, DiT, PixArt or CogVideoX")
+        raise AerogelError(
+            f"no layer of this {network.family.name} model reads the time step and no image; leave temporal steps out of the recipe"
+        )
     embedders, projections = network.named(*time.embedders), network.named(*time.projections)
     for what, found, names in (("embedder", embedders, time.embedders), ("projection", projections, time.projections)):
         if not found:
             raise AerogelError(f"this {network.family.name} model has no {what} of the time step ({', '.join(names)})")
     config = network.config or {}
-    others = [other for setting, other in time.others if config.get(setting)]
+    others = [*time.always, *(other for setting, other in time.others if config.get(setting))]
     return TemporalPath(embedders, projections, tuple(dict.fromkeys(others)))
 
 
@@ -160,9 +168,7 @@ def _at(network: Network, call: Call, step: float) -> Call:
     """The same call at another step."""
     names = arguments_of(network.module)
     given = dict(zip(names, call.args, strict=False)) | call.kwargs
-    before = given["timestep"]
-    if isinstance(before, Tensor):
-        given["timestep"] = map_tensors(lambda tensor: torch.full_like(tensor, step), before)
-    else:
-        given["timestep"] = type(before)(step)
+    name = next(name for name in STEPS if name in given)
+    before = given[name]
+    given[name] = map_tensors(lambda tensor: torch.full_like(tensor, step), before) if isinstance(before, Tensor) else type(before)(step)
     return Call((), given)

@@ -44,7 +44,7 @@ REFUSED: list[tuple[str, list[dict[str, Any]], str]] = [
     ("llama", [{"fora": {}}], "fora: the llama family names no"),
     ("llama", [{"first_block": {}}], "first_block: the llama family names no"),
     ("dit", [{"deepcache": {}}], "deepcache: the dit family names no skip connections"),
-    ("llama", [{"tiar": {}}], "tiar: the llama family names no temporal path"),
+    ("llama", [{"tiar": {}}], "tiar: no layer of this llama model reads the time step and no image"),
     ("dit", [{"temporal_cache": {}}], "also depend on the class label"),
     ("llama", [{"split_shortcut": {}}], "no float layer of this llama model reads concatenated channels"),
     ("dit", [{"rotate": {}}], "rotate: cannot rotate: this dit model has no residual stream that a rotation passes"),

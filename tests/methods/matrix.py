@@ -343,7 +343,7 @@ LACKING: dict[str, Callable[[Case], bool]] = {
     "edges": lambda case: False,  # each of these families has some
     "residual": lambda case: denoises(case) or named(case, "pre_feedforward_layernorm"),
     # Elsewhere class labels, pooled text or the guidance scale enter beside the step.
-    "time_path": lambda case: case.family not in ("unet", "pixart", "cogvideox"),
+    "time_path": lambda case: case.family not in ("unet", "pixart", "cogvideox", "wan"),
     "replays": lambda case: case.source != "pipeline",
 }
 """How a network shows that it does not have what a method may require."""

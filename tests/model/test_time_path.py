@@ -125,7 +125,7 @@ def test_a_path_that_is_not_of_the_step_alone_is_refused_with_the_reason(build: 
 
 
 def test_a_language_model_has_none() -> None:
-    with pytest.raises(AerogelError, match="llama family names no temporal path"):
+    with pytest.raises(AerogelError, match="no layer of this llama model reads the time step and no image"):
         time_path.find(opened("llama"))
 
 

@@ -50,7 +50,7 @@ class Fsc(Method):
 
     def problems(self, network: Network, before: Before) -> Iterator[str]:
         """Look for quantized layers whose inputs are still in float."""
-        if network.family.time is not None and not self.requantized(network, before):
+        if network.time is not None and not self.requantized(network, before):
             yield _UNQUANTIZED
 
     def requantized(self, network: Network, before: Before) -> dict[str, Scheme]:

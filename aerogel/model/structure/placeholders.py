@@ -20,6 +20,8 @@ from aerogel.model.structure.observer import Observer, Read
 
 Fill = Callable[[str, Tensor], Tensor]
 """(full name, tensor) -> what stands for it."""
+Seen = Callable[[str, Tensor, Tensor], Tensor]
+"""(layer, what it reads, random numbers) -> what it gives."""
 
 
 @contextmanager
@@ -61,10 +63,11 @@ def _numbers() -> Tensor:
 
 
 @contextmanager
-def placeholder_weights(module: nn.Module) -> Iterator[None]:
+def placeholder_weights(module: nn.Module, seen: Seen = lambda name, x, y: y) -> Iterator[None]:
     """Let a network run on the CPU without its weights: products with them give random numbers of the right shape.
 
     A weight takes no memory: all of it is one number. Vectors have random values near one, buffers keep the values that they have.
+    `seen` may give something else for a product.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -85,12 +88,12 @@ def placeholder_weights(module: nn.Module) -> Iterator[None]:
         return numbers[start : start + count].clone().view(shape)
 
     def answer(read: Read) -> Tensor:
-        return random(read.shape())
+        return seen(read.name.removesuffix(".weight"), read.x, random(read.shape()))
 
     with ExitStack() as stack:
         stack.enter_context(replaced_tensors(module, fill))
-        quantized = [part for part in module.modules() if isinstance(part, QuantLinear)]
-        stack.enter_context(patch_forward({part: _answer(part, random) for part in quantized}))
+        quantized = {name: part for name, part in module.named_modules() if isinstance(part, QuantLinear)}
+        stack.enter_context(patch_forward({part: _answer(name, part, random, seen) for name, part in quantized.items()}))
         stack.enter_context(torch.no_grad())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of the model's code, about inputs that are only an example
@@ -98,16 +101,20 @@ def placeholder_weights(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def _answer(layer: QuantLinear, random: Callable[[torch.Size], Tensor]) -> Callable[..., Tensor]:
+def _answer(name: str, layer: QuantLinear, random: Callable[[torch.Size], Tensor], seen: Seen) -> Callable[..., Tensor]:
     """Random numbers in the shape of a quantized layer's output."""
 
     def forward(x: Tensor) -> Tensor:
-        if not isinstance(layer, QuantConv2d):
-            return random(torch.Size((*x.shape[:-1], layer.out_features)))
-        window = layer.window
-        channels = layer.in_features // math.prod(window.kernel)
-        weight = torch.empty((layer.out_features, channels, *window.kernel), device="meta")
-        geometry = (window.stride, window.padding, window.dilation, window.groups)
-        return random(functional.conv2d(x.to("meta"), weight, None, *geometry).shape)
+        return seen(name, x, random(_shape(layer, x)))
 
     return forward
+
+
+def _shape(layer: QuantLinear, x: Tensor) -> torch.Size:
+    if not isinstance(layer, QuantConv2d):
+        return torch.Size((*x.shape[:-1], layer.out_features))
+    window = layer.window
+    channels = layer.in_features // math.prod(window.kernel)
+    weight = torch.empty((layer.out_features, channels, *window.kernel), device="meta")
+    geometry = (window.stride, window.padding, window.dilation, window.groups)
+    return functional.conv2d(x.to("meta"), weight, None, *geometry).shape
