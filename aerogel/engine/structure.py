@@ -10,6 +10,7 @@ from torch import nn
 
 from aerogel.layers.conv import Layer
 from aerogel.layers.experts import ExpertList
+from aerogel.model import time_path
 from aerogel.model.edges import Edge
 from aerogel.model.network import Network
 from aerogel.model.structure.edges import BlockEdges
@@ -18,7 +19,7 @@ from aerogel.model.structure.residual import Residual
 
 
 def structure_of(network: Network) -> dict[str, Any]:
-    """Return towers, edges, attention and fused sets of each kind of block, experts, head and residual stream, as JSON holds them."""
+    """Return what was discovered of a network, and what its family says of the time step, as JSON holds it."""
     blocks = network.blocks()
     kinds: dict[int, list[str]] = {}
     for name in blocks:
@@ -33,6 +34,7 @@ def structure_of(network: Network) -> dict[str, Any]:
         "kept_in_16_bits": sorted(network.gates),
         "head": network.head,
         "residual": _residual(network.residual),
+        "time_path": _time_path(network),
         "not_reached": _not_reached(network),
     }
 
@@ -82,6 +84,13 @@ def _residual(found: Residual | str) -> dict[str, Any] | str:
         "readers": len(found.readers),
         "norms": len(found.norms),
     }
+
+
+def _time_path(network: Network) -> dict[str, Any] | None:
+    if network.time is None:
+        return None
+    path = time_path.find(network)
+    return {"embedders": list(path.embedders), "projections": list(path.projections), "others": list(path.others)}
 
 
 def _not_reached(network: Network) -> dict[str, int]:

@@ -41,6 +41,12 @@ def test_what_does_not_hold_is_named(name: str) -> None:
     assert "residual stream: cannot be rotated: " in text
 
 
+def test_the_time_path_of_a_denoiser_is_shown() -> None:
+    assert structure_of(opened("llama"))["time_path"] is None
+    assert "time path: condition_embedder.time_embedder, then 1 projection" in structure.as_text(structure_of(opened("wan")))
+    assert "the pooled text, the guidance scale enters too" in structure.as_text(structure_of(opened("flux")))
+
+
 def test_the_command_shows_a_folder(tmp_path: Path) -> None:
     FAMILIES["gemma2"].build().save_pretrained(tmp_path)
     shown = CliRunner().invoke(app, ["show", str(tmp_path)])
