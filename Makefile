@@ -44,6 +44,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/rivals.py build
 	$(BIN)/python benchmarks/gptq_rivals.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/llama_1b.py
 	$(BIN)/python benchmarks/processes.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/diffusion_speed.py

@@ -32,6 +32,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"head: {found['head']}"
     if found["experts"]:
         yield f"experts: in {_several(len(found['experts']), 'layer')}; kept in 16 bits: {_some(found['kept_in_16_bits'])}"
+    if found["not_built"]:
+        yield f"kept as it is, the model's class has no module for it: {_some(found['not_built'])}"
     for owner, weights in found["not_reached"].items():
         yield f"not reached by any method: {weights:,} weights of {owner}"
 

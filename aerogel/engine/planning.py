@@ -147,7 +147,7 @@ def plan_network(
         recipe=recipe.name,
         parameters=sizes.parameters,
         source_bytes=sizes.source,
-        predicted_bytes=sizes.untouched + sum(linear.bytes for linear in touched),
+        predicted_bytes=sizes.untouched + sum(linear.bytes for linear in touched) + (network.unbuilt.bytes if network.unbuilt else 0),
         peak_memory_bytes=memory.host,
         device=str(network.device),
         device_memory_bytes=memory.device,
@@ -163,7 +163,11 @@ def plan_network(
 
 
 def _remarks(network: Network, recipe: Recipe) -> Iterator[str]:
-    return (f"{step.name}: {line}" for step in recipe.steps for line in step.method.remarks(network))
+    yield from (f"{step.name}: {line}" for step in recipe.steps for line in step.method.remarks(network))
+    unbuilt = network.unbuilt
+    if unbuilt is not None and not any("residual" in step.method.requires for step in recipe.steps):
+        size = f"{unbuilt.bytes / 1e6:,.0f} MB"
+        yield f"{', '.join(unbuilt.parts)}: the model's class has no module for it; kept as it is ({size})"
 
 
 def _touched(network: Network, recipe: Recipe, read: CalibrationSize) -> tuple[list[Touched], list[str]]:

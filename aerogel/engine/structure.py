@@ -36,6 +36,7 @@ def structure_of(network: Network) -> dict[str, Any]:
         "residual": _residual(network.residual),
         "time_path": _time_path(network),
         "not_reached": _not_reached(network),
+        "not_built": [] if network.unbuilt is None else list(network.unbuilt.parts),
     }
 
 

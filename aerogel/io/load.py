@@ -165,7 +165,7 @@ def _open(
     options = {"dtype": given.dtype} | ({"trust_remote_code": trust_remote_code} if hasattr(cls, "from_config") else {})
     made = skeleton_of(given, lambda: build(cls, config, **options))
     module = made.module
-    network = Network(module, given.family, folder, stored_dtype=given.stored, names=made.names, placed=placed)
+    network = Network(module, given.family, folder, stored_dtype=given.stored, names=made.names, placed=placed, unbuilt=made.unbuilt)
     if made.fits:
         made.checkpoint.materialise(module, device=device, skip=list(network.blocks().values()) if lazy else [])
     else:

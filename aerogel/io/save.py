@@ -117,6 +117,8 @@ def _as_on_disk(network: Network, module: nn.Module, tensors: Iterable[tuple[str
             raise AerogelError(f"{given}: its values are not in memory; give save the stream of tensors")
         name = _name_on_disk(network, given)
         yield name, tensor.to(_stored_dtype(network, given, name, tensor))
+    if network.unbuilt is not None:
+        yield from network.unbuilt.tensors()
 
 
 def _name_on_disk(network: Network, given: str) -> str:
@@ -185,6 +187,8 @@ def _write_config(network: Network, module: nn.Module, folder: Path) -> None:
     config |= _changes(network)
     config.pop("quantization_config", None)
     if (quantization := describe(module)) is not None:
+        if network.unbuilt is not None:
+            quantization["ignore"] += network.unbuilt.ignored
         config["quantization_config"] = quantization
     if "_class_name" not in config and not config.get("architectures") and hasattr(network.module, "main_input_name"):
         config["architectures"] = [type(network.module).__name__]

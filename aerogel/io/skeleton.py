@@ -22,6 +22,7 @@ from aerogel.io.checkpoint import Checkpoint
 from aerogel.io.layouts import pieces
 from aerogel.io.names import Names
 from aerogel.io.quantized import attach
+from aerogel.io.unbuilt import Unbuilt
 from aerogel.layers.slots import Slot, replace, slots
 from aerogel.layers.transposed import as_linears
 from aerogel.model.experts import unfuse
@@ -53,7 +54,12 @@ class Skeleton:
     checkpoint: Checkpoint
     """The folder's tensors by their names in memory."""
     fits: bool
-    """True where the checkpoint has exactly the module's tensors, so that each can be read when it is needed."""
+    """True where the checkpoint has the module's tensors, so that each can be read when it is needed."""
+
+    @property
+    def unbuilt(self) -> Unbuilt | None:
+        """What the checkpoint has beside them."""
+        return Unbuilt.of(self.checkpoint, {slot.name for slot in slots(self.module)}) if self.fits else None
 
 
 def skeleton_of(folder: Folder, build: Callable[[], nn.Module]) -> Skeleton:

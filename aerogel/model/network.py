@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from aerogel.io.checkpoint import Checkpoint
     from aerogel.io.names import Names
     from aerogel.io.source import ModelSource
+    from aerogel.io.unbuilt import Unbuilt
 
 
 @dataclass(eq=False)
@@ -49,6 +50,8 @@ class Network:
     """Source it was opened from and how, to open it again; None for a live module."""
     names: Names | None = None
     """Conversions between the names of its tensors on disk and in memory; None where they are the same."""
+    unbuilt: Unbuilt | None = None
+    """Tensors of its checkpoint that its class has no module for, which are saved as they are."""
     examples: Sequence[Call] = ()
     """Calls that the structure is discovered with where inputs made up from the configuration do not run."""
 

@@ -43,6 +43,12 @@ class Rotate(Method):
             found = [f"cannot rotate: {quantized[0]} is quantized by then; put rotate first"]
         yield from found
 
+    def remarks(self, network: Network) -> Iterator[str]:
+        """Name what reads the stream and cannot be rotated, because the model's class has no module for it."""
+        if network.unbuilt is not None:
+            parts = ", ".join(network.unbuilt.parts)
+            yield f"leaves {parts} out: the model's class has no module for it, and the stream that it reads is another"
+
     @torch.no_grad()
     def apply(self, network: Network, calls: Sequence[Call]) -> None:
         """Rotate in place; raises AerogelError, before anything is changed, when the stream cannot be rotated exactly."""
@@ -53,6 +59,7 @@ class Rotate(Method):
         rotation_CC = ROTATIONS[self.kind](stream.width, torch.Generator().manual_seed(self.seed))
         if stream.keeps_mean:
             rotation_CC = keep_mean(rotation_CC)
+        network.unbuilt = None
         _untie(network, stream)
         for name in (*stream.tables, *stream.vectors):
             parameter = network.module.get_parameter(name)
