@@ -69,8 +69,11 @@ def attentions_in(block: nn.Module, probe: Probe) -> list[Attention]:
         made.setdefault(_layer(product.name), []).append(y)
         return y * 1  # the model's code may add to it in place
 
-    with _running(block) as running, _Watch(running) as watch:
-        probe.run(answer=answer)
+    try:
+        with _running(block) as running, _Watch(running) as watch:
+            probe.run(answer=answer)
+    except Exception:  # noqa: BLE001  code that changes a tensor of a graph in place, or attention without gradients
+        return []
     leaves = [(name, leaf) for name, of_layer in made.items() for leaf in of_layer]
     return list(dict.fromkeys(_described(seen, leaves, read) for seen in watch.seen))
 

@@ -83,3 +83,21 @@ def test_attention_may_be_written_out(by: str) -> None:
 
 def test_blocks_without_attention_have_none() -> None:
     assert not edges_of(nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)), Call((torch.randn(2, 5, 4),))).attentions
+
+
+def test_attention_without_gradients_costs_no_edges() -> None:
+    class Forward(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            made = self.up(x)
+            if made.requires_grad:
+                raise NotImplementedError("no backward")
+            down: Tensor = self.down(made)
+            return down
+
+    found = edges_of(Forward().requires_grad_(False), Call((torch.randn(2, 5, 4),)))
+    assert [(edge.sources, edge.sinks) for edge in found.edges] == [(("up",), ("down",))]
+    assert not found.attentions
