@@ -167,7 +167,7 @@ def _remarks(network: Network, recipe: Recipe) -> Iterator[str]:
     unbuilt = network.unbuilt
     if unbuilt is not None and not any("residual" in step.method.requires for step in recipe.steps):
         size = f"{unbuilt.bytes / 1e6:,.0f} MB"
-        yield f"{', '.join(unbuilt.parts)}: the model's class has no module for it; kept as it is ({size})"
+        yield f"{unbuilt.told}: the model's class has no module for it; kept as it is ({size})"
 
 
 def _touched(network: Network, recipe: Recipe, read: CalibrationSize) -> tuple[list[Touched], list[str]]:

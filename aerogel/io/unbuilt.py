@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from aerogel.io.checkpoint import Checkpoint
+
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -33,18 +35,28 @@ class Unbuilt:
     @property
     def parts(self) -> tuple[str, ...]:
         """The outermost modules, by their names on disk, in which nothing else lies."""
-        others = {self.checkpoint.on_disk(name) for name in self.checkpoint.names()} - {name for name, _ in self._on_disk()}
-        used = {name[:place] for name in others for place, sign in enumerate(name) if sign == "."}
-        found = []
-        for name, _ in self._on_disk():
-            places = [place for place, sign in enumerate(name) if sign == "."]
-            found.append(next((name[:place] for place in places if name[:place] not in used), name))
-        return tuple(dict.fromkeys(found))
+        return self._around(self.names)
+
+    @property
+    def told(self) -> str:
+        """Those modules in a few words."""
+        first, more = self.parts[:_SHOWN], len(self.parts) - _SHOWN
+        return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
     @property
     def ignored(self) -> list[str]:
-        """Patterns for the `ignore` of a quantization_config."""
-        return [f"re:{re.escape(part)}(\\.|$)" for part in self.parts]
+        """Patterns for the `ignore` of a quantization_config, of the modules that hold a matrix."""
+        matrices = [name for name in self.names if len(self.checkpoint.shape(name)) > 1]
+        return [f"re:{re.escape(part)}(\\.|$)" for part in self._around(matrices)]
+
+    def _around(self, names: Sequence[str]) -> tuple[str, ...]:
+        others = {self.checkpoint.on_disk(name) for name in self.checkpoint.names()} - {name for name, _ in self._on_disk()}
+        used = {name[:place] for name in others for place, sign in enumerate(name) if sign == "."}
+        found = []
+        for name in map(self.checkpoint.on_disk, names):
+            places = [place for place, sign in enumerate(name) if sign == "."]
+            found.append(next((name[:place] for place in places if name[:place] not in used), name))
+        return tuple(dict.fromkeys(found))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors by their names on disk, one in memory at a time."""

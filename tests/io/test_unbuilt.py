@@ -85,4 +85,5 @@ def test_the_outermost_modules_are_named(tmp_path: Path) -> None:
     unbuilt = Unbuilt.of(Checkpoint.open(tmp_path), set(names[:2]))
     assert unbuilt is not None
     assert set(unbuilt.parts) == {"model.layers.1.b", "mtp", "lone"}
+    assert not unbuilt.ignored, "none holds a matrix"
     assert Unbuilt.of(Checkpoint.open(tmp_path), set(names)) is None

@@ -46,8 +46,7 @@ class Rotate(Method):
     def remarks(self, network: Network) -> Iterator[str]:
         """Name what reads the stream and cannot be rotated, because the model's class has no module for it."""
         if network.unbuilt is not None:
-            parts = ", ".join(network.unbuilt.parts)
-            yield f"leaves {parts} out: the model's class has no module for it, and the stream that it reads is another"
+            yield f"leaves {network.unbuilt.told} out: the model's class has no module for it, and the stream that it reads is another"
 
     @torch.no_grad()
     def apply(self, network: Network, calls: Sequence[Call]) -> None:

@@ -58,15 +58,10 @@ def modulations_in(probe: Probe, name: str) -> Iterator[Modulation]:
     if more or rows != len(probe.parameters[name]) or _tokens(recorded.y, recorded.read.y_dim) == most:
         return
     y = recorded.y.movedim(recorded.read.y_dim, -1).clone().requires_grad_()
-    seen: list[tuple[int, int, float, int]] = []
-    for z_TI in _readers(probe, name, y):
-        columns = z_TI.shape[1]
-        if rows % columns or rows < 2 * columns or len(z_TI) <= y.numel() // rows:
-            continue
-        found = _places(y, z_TI)
-        if found is not None and (*found, columns) not in seen:
-            seen.append((*found, columns))
-            multiplies, added, offset = found
+    readers = [z_TI for z_TI in _readers(probe, name, y) if rows % z_TI.shape[1] == 0 and len(z_TI) > y.numel() // rows]
+    for columns, places in dict.fromkeys((z_TI.shape[1], _places(y, z_TI)) for z_TI in readers):
+        if places is not None:
+            multiplies, added, offset = places
             index_I = torch.arange(columns)
             yield Modulation(index_I + multiplies * columns, index_I + added * columns, offset)
 

@@ -32,7 +32,8 @@ def time_path_of(module: nn.Module, examples: Sequence[Example]) -> TimePath | N
     step = next((name for name in STEPS if call is not None and name in call.kwargs), None)
     if call is None or step is None or names[0] not in call.kwargs:
         return None
-    rows = max((len(tensor) for tensor in tensors_in(call.kwargs[step]) if tensor.ndim), default=1)
+    steps_and_image = [*tensors_in(call.kwargs[step]), *tensors_in(call.kwargs[names[0]])]
+    rows = next((len(tensor) for tensor in steps_and_image if tensor.ndim), 1)
     try:
         followed = {name: _followed(module, call, name) for name in call.kwargs}
     except Exception:  # noqa: BLE001  attention that has no gradients, say

@@ -52,6 +52,7 @@ class Denoiser(nn.Module):
         self.mixed = mixed
 
     def forward(self, sample: Tensor, timestep: Tensor, label: Tensor | None = None) -> Tensor:
+        timestep = timestep.expand(len(sample))
         embedded = self.embed(torch.stack([torch.sin(timestep * speed) for speed in (1.0, 0.1, 0.01, 0.001)], dim=-1))
         if label is not None:
             embedded = embedded + label
@@ -64,13 +65,14 @@ class Denoiser(nn.Module):
 
 
 def found_in(module: nn.Module, **more: Tensor) -> TimePath | None:
-    call = Call((), {"sample": torch.randn(2, 5, 6), "timestep": torch.tensor([500, 40]), **more})
+    call = Call((), {"sample": torch.randn(2, 5, 6), "timestep": torch.tensor([500, 40])} | more)
     return time_path_of(module.requires_grad_(False), [Example("", call)])
 
 
 def test_layers_that_the_image_reaches_are_none_of_it() -> None:
     assert found_in(Denoiser()) == TimePath(("embed",), ("shift", "more"))
     assert found_in(Denoiser(), label=torch.randn(2, 8)) == TimePath(("embed",), ("shift", "more"), always=("label",))
+    assert found_in(Denoiser(), timestep=torch.tensor(500)) == TimePath(("embed",), ("shift", "more")), "one step for all samples"
     assert found_in(Denoiser(mixed=True)) is None, "the image enters behind the embedder"
 
 
