@@ -117,8 +117,8 @@ def save(made: list[list[Any]], settings: dict[str, Any]) -> None:
         [
             "Commands run in turn. Both use two CPU threads in all; two processes exchange through gloo on one machine.",
             (
-                "Both have the same calls. Weights differ because two threads add in another order; with as many threads a process, two give "
-                "one's bits (tests/engine/test_processes.py)."
+                "Both have the same calls. Weights differ because two threads add in another order; with as many threads a process, "
+                "two give one's bits (tests/engine/test_processes.py)."
             ),
             "The peak is of the largest process.",
         ],
