@@ -79,6 +79,8 @@ def _reason(row: Row) -> str:
     reason = row.reason.split(": ", 1)[-1]
     if "missing_keys" in reason and "experts" in reason:
         return "transformers has no converter from single experts to its fused ones"
+    if "missing_keys" in reason and "weight_packed" in reason:
+        return "transformers by itself quantizes no Conv1D"
     if "has no attribute" in reason and "weight" in reason:
         return "its _init_weights in transformers reads `.weight` of packed layers"
     return reason[:120]
