@@ -25,7 +25,9 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"residual stream: {residual['width']} wide, {rotations}"
         yield f"  {residual['writers']} layers write it, {residual['readers']} read it through {residual['norms']} norms"
         yield f"  tables: {', '.join(residual['tables'])}"
-    if (time := found["time_path"]) is not None:
+    if isinstance(time := found["time_path"], str):
+        yield f"time path: {time}"
+    elif time is not None:
         others = f"; {_some(time['others'])} enters too" if time["others"] else ""
         yield f"time path: {_some(time['embedders'])}, then {_several(len(time['projections']), 'projection')}{others}"
     if found["head"]:

@@ -89,7 +89,8 @@ def load(
     the checkpoint allows it; `network.checkpoint.materialise(network.module, device=network.device)` brings them in. `dtype` is what is
     computed in: by default the checkpoint's, or float32 on a CPU that has no instructions for it. `revision` is a branch, tag or commit
     of a model on the hub. With `trust_remote_code` Python files of the model are run where transformers has no class of its own. A live
-    module's fused experts become linear layers in place, unless `unfuse_experts` is false. The files of a folder that `compress` wrote are
+    module's fused experts become linear layers in place, unless `unfuse_experts` is false, and so does Conv1D of transformers: save it by
+    `Result.save`, not by its own `save_pretrained`. The files of a folder that `compress` wrote are
     compared with their checksums. Raises AerogelError when the source is not found, damaged, changed, pickled or of a type
     that its library does not know, and when the device is not here.
     """

@@ -138,7 +138,7 @@ class Stage:
             values = block.network.placement.take_back(block.parameters)
             _save({name: value.detach().contiguous() for name, value in values.items()}, folder / PARAMETERS)
         pruned = sorted(name for name in block.network.pruned if name.startswith(f"{block.name}."))
-        _write(folder / JOURNAL, json.dumps({"structure": quantized.describe(block.module), "pruned": pruned, "notes": block.notes}))
+        write_durably(folder / JOURNAL, json.dumps({"structure": quantized.describe(block.module), "pruned": pruned, "notes": block.notes}))
 
     def committed(self) -> set[str]:
         """Names of the blocks that are put away."""
@@ -168,7 +168,7 @@ def _begin(folder: Path, fingerprint: Mapping[str, Any]) -> None:
         _require_same(folder, json.loads(path.read_text()), json.loads(json.dumps(fingerprint)))
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(fingerprint))
+        write_durably(path, json.dumps(fingerprint))
 
 
 def _require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -191,7 +191,8 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     replace_durably(beside, path)
 
 
-def _write(path: Path, text: str) -> None:
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
     beside = path.with_name(f"{path.name}.new")
     beside.write_text(text)
     replace_durably(beside, path)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from aerogel.errors import AerogelError
 from aerogel.layers.conv import Layer
 from aerogel.layers.experts import ExpertList
 from aerogel.model import time_path
@@ -87,10 +88,14 @@ def _residual(found: Residual | str) -> dict[str, Any] | str:
     }
 
 
-def _time_path(network: Network) -> dict[str, Any] | None:
+def _time_path(network: Network) -> dict[str, Any] | str | None:
+    """The path of the time step, or the reason why it is not as the family says; None for a model without one."""
     if network.time is None:
         return None
-    path = time_path.find(network)
+    try:
+        path = time_path.find(network)
+    except AerogelError as error:
+        return str(error)
     return {"embedders": list(path.embedders), "projections": list(path.projections), "others": list(path.others)}
 
 

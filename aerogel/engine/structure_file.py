@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aerogel.engine.resume import write_durably
+from aerogel.errors import AerogelError
 from aerogel.model.edges import Edge
 from aerogel.model.family import TimePath
 from aerogel.model.network import Network
@@ -20,7 +22,8 @@ from aerogel.model.structure.residual import Residual
 from aerogel.model.structure.stream import BlockStream
 from aerogel.model.structure.towers import Tower
 
-FILE = "structure.json"
+FILE = "aerogel.structure.json"
+_SCHEMA = 1
 
 
 def keep(network: Network, folder: Path) -> None:
@@ -33,13 +36,14 @@ def keep(network: Network, folder: Path) -> None:
     for block, found in edges.items():
         kinds.setdefault(id(found), []).append(block)
     content = {
+        "schema": _SCHEMA,
         "network": key_of(network.module),
         "towers": _plain(network.towers),
         "edges": [{"blocks": blocks, "found": _plain(edges[blocks[0]])} for blocks in kinds.values()],
         "residual": _plain(network.__dict__.get("residual")),
         "time": _plain(time),
     }
-    (folder / FILE).write_text(json.dumps(content) + "\n")
+    write_durably(folder / FILE, json.dumps(content) + "\n")
 
 
 def recall(network: Network, folder: Path, compressed: bool = False) -> bool:
@@ -69,8 +73,15 @@ def recall_time(network: Network, folder: Path) -> None:
 
 
 def _read(folder: Path) -> dict[str, Any]:
+    """The content of the file; nothing where there is none, or one of another release. Raises AerogelError for a damaged one."""
     path = folder / FILE
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content if content["schema"] == _SCHEMA else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise AerogelError(f"{path}: damaged ({type(error).__name__}); remove it, the structure is found again") from error
 
 
 def key_of(module: nn.Module) -> str:

@@ -23,7 +23,7 @@ from aerogel.model.denoisers import entries
 from aerogel.model.network import Network
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot")
-_OURS = ("aerogel.json", "report.html", "structure.json")
+_OURS = ("aerogel.json", "report.html", "aerogel.structure.json")
 # Not properties of the model: where it was opened from, by what, and in which dtype it was computed.
 _PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "_attn_implementation")
 _SPARE = 64 << 20

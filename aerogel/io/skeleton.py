@@ -58,7 +58,7 @@ class Skeleton:
 
     @property
     def unbuilt(self) -> Unbuilt | None:
-        """What the checkpoint has beside them."""
+        """Tensors of the checkpoint that are not the module's."""
         return Unbuilt.of(self.checkpoint, {slot.name for slot in slots(self.module)}) if self.fits else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -32,7 +33,7 @@ class Unbuilt:
         """Bytes on disk."""
         return self.checkpoint.bytes(self.names)
 
-    @property
+    @cached_property
     def parts(self) -> tuple[str, ...]:
         """The outermost modules, by their names on disk, in which nothing else lies."""
         return self._around(self.names)
@@ -40,8 +41,8 @@ class Unbuilt:
     @property
     def told(self) -> str:
         """Those modules in a few words."""
-        first, more = self.parts[:_SHOWN], len(self.parts) - _SHOWN
-        return ", ".join(first) + (f" and {more} more" if more > 0 else "")
+        parts = self.parts
+        return ", ".join(parts[:_SHOWN]) + (f" and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else "")
 
     @property
     def ignored(self) -> list[str]:

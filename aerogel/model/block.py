@@ -13,6 +13,7 @@ from aerogel.errors import AerogelError
 from aerogel.kernels.malloc import release_pages
 from aerogel.layers.conv import Layer, QuantConv2d, is_plain, matrix
 from aerogel.layers.linear import QuantLinear
+from aerogel.layers.replacement import Replacement
 from aerogel.model.calls import Call
 from aerogel.model.edges import Edge
 from aerogel.model.match import matches, names_exactly
@@ -94,8 +95,15 @@ class Block:
         return found
 
     def edges(self) -> Sequence[Edge]:
-        """The edges of this block, as they were found and verified on one of its kind; none around the blocks."""
-        return self.network.edges[self.name].edges if self.name else ()
+        """The edges of this block, as they were found and verified on one of its kind; none around the blocks.
+
+        An edge of a layer that was replaced is left out: quantized weights cannot be scaled.
+        """
+        found = self.network.edges[self.name].edges if self.name else ()
+        return [edge for edge in found if not any(self._is_replaced(name) for name in (*edge.sources, *edge.sinks))]
+
+    def _is_replaced(self, name: str) -> bool:
+        return isinstance(self.module.get_submodule(name), Replacement)
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put another module in the place of a part of the block."""

@@ -25,7 +25,7 @@ class TimePath:
     others: tuple[tuple[str, str], ...] = ()
     """(setting of the config, what else enters before the projections where the setting is given)."""
     always: tuple[str, ...] = ()
-    """What else enters before them whatever the config says."""
+    """Other inputs that enter before the projections whatever the config says."""
 
     @property
     def patterns(self) -> tuple[str, ...]:

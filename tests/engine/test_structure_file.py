@@ -17,6 +17,7 @@ from aerogel.cli.commands import app
 from aerogel.engine import structure_file
 from aerogel.engine.preflight import partial_of
 from aerogel.engine.structure import structure_of
+from aerogel.errors import AerogelError
 from aerogel.model import network as networks
 from aerogel.model.network import Network
 from tests.tiny import FAMILIES, opened
@@ -96,3 +97,26 @@ def test_an_output_shows_what_it_was_compressed_by(tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert "as found before it was compressed" in shown.stdout
     assert "input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj (64 channels)" in shown.stdout
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 1', "7"])
+def test_a_damaged_file_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / structure_file.FILE).write_text(content)
+    with pytest.raises(AerogelError, match=r"aerogel\.structure\.json: damaged"):
+        structure_file.recall(opened("llama"), tmp_path)
+
+
+def test_a_file_of_another_release_is_left(tmp_path: Path) -> None:
+    network = opened("llama")
+    _ = network.edges
+    structure_file.keep(network, tmp_path)
+    path = tmp_path / structure_file.FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99, "edges": "otherwise"}))
+    assert not structure_file.recall(opened("llama"), tmp_path)
+
+
+def test_a_file_of_the_users_is_neither_read_nor_left_behind(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in")
+    (source / "structure.json").write_text("mine")
+    aerogel.compress(source, AWQ, samples=FAMILIES["llama"].calls(2), measures=(), output=tmp_path / "out")
+    assert (tmp_path / "out" / "structure.json").read_text() == "mine"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from aerogel.layers.linear import QuantLinear, stored_grid
+from aerogel.layers.linear import stored_grid
 from aerogel.layers.scaled_input import ScaledInput
 from aerogel.methods.base import Requirement, WeightMethod
 from aerogel.model.block import Block
@@ -132,7 +132,7 @@ class Awq(WeightMethod):
         inputs = {seen: _Inputs.of(seen) for seen in dict.fromkeys(statistics.values())}
         for name, seen in statistics.items():
             jobs[name].inputs = inputs[seen]
-        edges = [edge for edge in block.edges() if _is_float(block, edge)]
+        edges = block.edges()
         for _ in range(self.rounds):
             for edge in edges:
                 self._scale_edge(block, edge, jobs)
@@ -247,8 +247,3 @@ def _divide(readers: Sequence[_Job], scale_I: Tensor) -> None:
         if job.inputs is not None:
             before = job.inputs
             job.inputs = divided.setdefault(id(before), before.divided(scale_I))
-
-
-def _is_float(block: Block, edge: Edge) -> bool:
-    """Return True where nothing on the edge is quantized already, so that scales can still move."""
-    return not any(isinstance(block.module.get_submodule(name), QuantLinear | ScaledInput) for name in (*edge.sources, *edge.sinks))

@@ -93,7 +93,7 @@ def _described(seen: _Seen, leaves: Sequence[tuple[str, Tensor]], read: Sequence
 
 
 def _depends(tensor: Tensor, leaves: Sequence[Tensor]) -> list[bool]:
-    """Whether a tensor depends on each of these."""
+    """Return for each of the leaves whether the tensor depends on it."""
     if not tensor.requires_grad:
         return [False] * len(leaves)
     slopes = torch.autograd.grad(tensor.square().sum(), leaves, retain_graph=True, allow_unused=True)

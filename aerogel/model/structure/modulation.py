@@ -35,7 +35,7 @@ class Modulation:
     """Number added to the rows that multiply: 1 in adaLN."""
 
     def scaled(self, y: Tensor, dim: int, s_R: Tensor) -> Tensor:
-        """What the layer gives when what it modulates is to be s_R times as large; s_R is read at the rows that multiply."""
+        """Return the layer's output that makes the modulated channels s_R times as large; s_R is read at the rows that multiply."""
         y = y.movedim(dim, -1).clone()
         s_I = s_R[self.rows_I]
         y[..., self.rows_I] = (y[..., self.rows_I] + self.offset) * s_I - self.offset
@@ -87,7 +87,7 @@ def _readers(probe: Probe, name: str, y: Tensor) -> list[Tensor]:
 
 
 def _places(y: Tensor, z_TI: Tensor) -> tuple[int, int, float] | None:
-    """Which of the layer's parts, as wide as the input, multiplies and which is added, with the offset; None where it is otherwise."""
+    """Return the numbers of the chunks, as wide as the input, that multiply and are added, with the offset; None without such a pair."""
     columns = z_TI.shape[1]
     drawn_J = torch.randperm(columns, generator=torch.Generator().manual_seed(3))[:_SAMPLE]
     z_J = z_TI[-1, drawn_J]

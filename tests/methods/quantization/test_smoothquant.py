@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import aerogel
 from aerogel.errors import AerogelError
 from aerogel.methods.quantization.rtn import Rtn
 from aerogel.methods.quantization.smoothquant import Smoothquant
@@ -127,3 +128,14 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], words: 
     block = next(iter(Walk(opened("llama"), FAMILIES["llama"].calls(1))))
     with pytest.raises(AerogelError, match=words):
         Smoothquant(**options).compress(block)
+
+
+def test_what_is_quantized_already_is_left_alone() -> None:
+    """The source of an edge, a modulation here, may be quantized by an earlier step; that ended the run when its block came."""
+    tiny = FAMILIES["dit"]
+    path = {"rtn": {"scheme": "W8A16_CHANNEL", "targets": ["*norm1.linear"]}}
+    rest = {"rtn": {"scheme": "W8A8", "ignore": ["*norm1.linear"]}}
+    result = aerogel.compress(tiny.build(), {"steps": [path, {"smoothquant": {}}, rest]}, samples=tiny.calls(2), measures=())
+    assert not [line for line in result.journal if line["method"] == "smoothquant" and "to_q" in line["name"]]
+    result = aerogel.compress(tiny.build(), {"steps": [{"smoothquant": {}}, path, rest]}, samples=tiny.calls(2), measures=())
+    assert [line for line in result.journal if line["method"] == "smoothquant" and "to_q" in line["name"]]
