@@ -1,8 +1,8 @@
-"""Discovery that is done once for all networks of the same classes, shapes and configuration: most tests are about something else."""
+"""Discovery that is done once for networks of the same classes, shapes, configuration and examples: most tests are about other things."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +10,8 @@ from torch import nn
 
 from aerogel.engine.structure_file import key_of
 from aerogel.model import network as networks
+from aerogel.model.calls import tensors_in
+from aerogel.model.structure.examples import Example
 from aerogel.model.structure.probe import Refused
 
 ORIGINAL: dict[str, Callable[..., Any]] = {
@@ -29,7 +31,8 @@ class Remembered:
         if config is None:
             return self._function(module, *others)
         blocks = others[0] if self._function.__name__ == "edges_by_block" else ()
-        key = key_of(module), next(module.parameters()).dtype, getattr(config, "_attn_implementation", ""), module.training, blocks
+        watched = _shapes(others[-1]) if others else ()
+        key = key_of(module), next(module.parameters()).dtype, getattr(config, "_attn_implementation", ""), module.training, blocks, watched
         if key not in self._found:
             try:
                 self._found[key] = self._function(module, *others)
@@ -38,6 +41,12 @@ class Remembered:
         if isinstance(found := self._found[key], Refused):
             raise Refused(str(found))
         return found
+
+
+def _shapes(examples: Sequence[Example]) -> tuple[Any, ...]:
+    """The parts of a network that examples are of, and the shapes of what they are given."""
+    calls = [(example.part, example.call) for example in examples]
+    return tuple((part, *(tuple(tensor.shape) for tensor in tensors_in((call.args, call.kwargs)))) for part, call in calls)
 
 
 def remember(patch: pytest.MonkeyPatch) -> None:

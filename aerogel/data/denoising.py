@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from aerogel.errors import AerogelError
 from aerogel.model import calls
 from aerogel.model.calls import Call
+from aerogel.model.hooks import Stop, temporary_hooks, until
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,23 @@ def record(pipeline: Any, denoiser: nn.Module, wanted: Denoising, seed: int = 0)
     runs = [run.make for run in _runs(pipeline, wanted, seed, "latent")]
     with _quiet(pipeline):
         return calls.record(denoiser, runs)
+
+
+def first_call(pipeline: Any, denoiser: nn.Module, wanted: Denoising, seed: int = 0) -> Call:
+    """Return the first call that the denoiser gets for one image, without running it.
+
+    Raises AerogelError when the pipeline needs something that is not given.
+    """
+    stop, found = Stop(), list[Call]()
+
+    def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(Call(args, kwargs).map(lambda tensor: tensor.detach().to("cpu", copy=True)))
+        raise stop
+
+    handle = denoiser.register_forward_pre_hook(take, with_kwargs=True)
+    with temporary_hooks([handle]), _quiet(pipeline), until(stop):
+        next(_runs(pipeline, replace(wanted, count=1, batch=1), seed, "latent")).make()
+    return found[0]
 
 
 def generate_images(pipeline: Any, wanted: Denoising, seed: int = 0) -> Iterator[ImageBatch]:

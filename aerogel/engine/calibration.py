@@ -14,10 +14,11 @@ import torch
 
 from aerogel.data import chats, denoising, text
 from aerogel.data.chats import Chats
-from aerogel.data.denoising import Denoising
+from aerogel.data.denoising import Denoising, first_call
 from aerogel.errors import AerogelError
 from aerogel.methods.base import CalibrationSize
 from aerogel.model.calls import Call, tensors_in
+from aerogel.model.denoisers import Denoisers
 from aerogel.model.network import Network
 from aerogel.model.placement import AUTO
 from aerogel.model.trajectories import Trajectories
@@ -129,7 +130,14 @@ def shown(network: Network, samples: CalibrationInput | None) -> Shown:
     found = samples.shown(network) if isinstance(samples, CalibrationRequest) else samples
     if isinstance(found, Sequence):
         network.discover(found)  # a module of the user's own is known by the user's calls only
+    elif isinstance(found, Denoising) and _is_single_pipeline(network) and network.needs_example:
+        with suppress(Exception):  # what the pipeline lacks is said when its calls are recorded
+            network.discover([first_call(network.processor, network.module, found)])
     return found
+
+
+def _is_single_pipeline(network: Network) -> bool:
+    return hasattr(network.processor, "components") and not isinstance(network.module, Denoisers)
 
 
 def with_batch_size(samples: Shown, batch_size: int | Literal["auto"], processes: int = 1) -> Shown:

@@ -94,11 +94,16 @@ class Network:
 
     def discover(self, calls: Sequence[Call] = ()) -> None:
         """Find the blocks now, while nothing changes what runs; with calls where inputs made up from the configuration did not run."""
-        if calls and all(example.part for example in self._examples):
+        if calls and self.needs_example:
             self.examples = calls
-            for name in ("_examples", "towers", "edges", "residual"):
+            for name in ("_examples", "towers", "edges", "residual", "time"):
                 self.__dict__.pop(name, None)
         _ = self.towers
+
+    @property
+    def needs_example(self) -> bool:
+        """True where inputs made up from the configuration do not run the whole network."""
+        return all(example.part for example in self._examples)
 
     @cached_property
     def _examples(self) -> list[Example]:

@@ -12,13 +12,15 @@ from torch import Tensor
 
 import aerogel
 from aerogel import catalog
-from aerogel.data.denoising import Denoising, generate_images, record
+from aerogel.data.denoising import Denoising, first_call, generate_images, record
 from aerogel.engine.calibration import CalibrationRequest, Samples, shown
 from aerogel.errors import AerogelError
+from aerogel.model.calls import tensors_in
 from aerogel.model.family import Family
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from tests.image_pipelines import classes, unconditional
+from tests.runtime.feature_cache.test_replay import dit_pipeline
 from tests.tiny import FAMILIES
 
 
@@ -143,3 +145,16 @@ def test_opening_a_pipeline_is_quiet_and_leaves_the_bars_as_they_were(tmp_path: 
     aerogel.load(tmp_path / "pipeline")
     assert capfd.readouterr().err == ""
     assert diffusers.utils.logging.is_progress_bar_enabled()
+
+
+def test_the_first_call_is_that_of_a_generation_and_nothing_is_computed() -> None:
+    network = dit_pipeline()
+    (first, *_) = record(network.processor, network.module, Denoising(count=1, steps=3, batch=1), seed=5)
+    ran: list[object] = []
+    handle = network.module.get_submodule("transformer_blocks.0").register_forward_pre_hook(lambda *_: ran.append(_))
+    found = first_call(network.processor, network.module, Denoising(count=4, steps=3, batch=2), seed=5)
+    handle.remove()
+    assert not ran
+    assert found.kwargs.keys() == first.kwargs.keys()
+    pairs = zip(tensors_in((found.args, found.kwargs)), tensors_in((first.args, first.kwargs)), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)

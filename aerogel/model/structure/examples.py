@@ -49,6 +49,7 @@ def examples_of(module: nn.Module) -> list[Example]:
 
 def usable(module: nn.Module, call: Call) -> list[Example]:
     """Return a given call as an example where it runs without the weights; code that changes weights in place does not."""
+    call = call.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)  # as what stands for the weights is
     with placeholder_weights(module):
         return [Example("", call)] if _takes(module, call) else []
 
