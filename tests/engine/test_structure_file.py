@@ -47,6 +47,12 @@ def vars_of(value: Any) -> Any:
     return {key: vars_of(one) for key, one in vars(value).items()} if hasattr(value, "__dataclass_fields__") else value
 
 
+def test_why_a_compressed_block_has_no_edges_is_said(tmp_path: Path) -> None:
+    aerogel.compress(folder(tmp_path / "in"), {"steps": [{"rtn": {"scheme": "W4A16_G32"}}]}, measures=(), output=tmp_path / "out")
+    shown = CliRunner().invoke(app, ["show", str(tmp_path / "out")]).stdout
+    assert "2 blocks like model.layers.0\n  no edges: layers in it were replaced already" in shown
+
+
 @given(st.lists(st.integers(-2, 40), max_size=60))
 def test_indices_come_back(values: list[int]) -> None:
     index = torch.tensor(values, dtype=torch.long)

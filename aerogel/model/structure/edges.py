@@ -51,10 +51,13 @@ def edges_by_block(module: nn.Module, blocks: Sequence[str], examples: Sequence[
     A block in which a layer was replaced already has none: quantized weights cannot be scaled.
     """
     kinds: dict[Any, list[str]] = {}
+    replaced, unseen = BlockEdges(no_stream="layers in it were replaced already"), BlockEdges()
+    found: dict[str, BlockEdges] = dict.fromkeys(blocks, unseen)
     for name in blocks:
-        if not any(isinstance(part, Replacement) for part in module.get_submodule(name).modules()):
+        if any(isinstance(part, Replacement) for part in module.get_submodule(name).modules()):
+            found[name] = replaced
+        else:
             kinds.setdefault(_kind(module.get_submodule(name)), []).append(name)
-    found: dict[str, BlockEdges] = {name: BlockEdges() for name in blocks}
     calls: dict[str, Call] = {}
     for example in examples:
         handles = [module.get_submodule(name).register_forward_pre_hook(keeping(calls, name), with_kwargs=True) for name in blocks]
