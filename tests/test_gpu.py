@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 import aerogel
-from aerogel.data.denoising import Denoising
+from aerogel.data.denoising import Denoising, record
 from aerogel.engine import policies
 from aerogel.engine.calibration import Samples
-from aerogel.engine.opening import load
+from aerogel.engine.in_parts import in_parts
+from aerogel.engine.opening import load, open_model
 from aerogel.engine.scores import measure_models, time_models
 from aerogel.evaluate.generation import Generation
 from aerogel.evaluate.image_similarity import ImageSimilarity
@@ -119,6 +121,24 @@ def test_a_pipeline_is_recorded_cached_and_measured(folder: Path, tmp_path: Path
     }
     psnr = {device: result.metrics["compressed"]["image_similarity"]["psnr"] for device, result in made.items()}
     assert psnr["auto"] == pytest.approx(psnr["cpu"], abs=3)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_denoiser_in_parts_answers_the_same(there: bool) -> None:
+    network = open_model(classes().to(accelerator()) if there else classes(), device=accelerator())
+    call = record(classes(), classes().transformer, Denoising(count=2, steps=2, batch=2))[0]
+    with network.on_device():
+        expected = network.run(call)[0]
+    torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for _ in range(2):
+            with in_parts(network, call):
+                assert {type(parameter) for parameter in network.module.parameters()} == {DTensor}
+                torch.testing.assert_close(network.run(call)[0], expected)
+        with network.on_device():
+            torch.testing.assert_close(network.run(call)[0], expected)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_calls_are_halved_until_they_fit(folder: Path) -> None:

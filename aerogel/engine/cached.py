@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from aerogel.engine import policies
 from aerogel.engine.calibration import CalibrationInput, prepare, reading, shown
+from aerogel.engine.in_parts import in_parts, wants_parts
 from aerogel.engine.opening import open_model
 from aerogel.engine.policies import CalibratedPolicy
 from aerogel.engine.preflight import check_calls, check_steps
@@ -102,5 +103,7 @@ def _measured(network: Network, recipe: Recipe, samples: CalibrationInput | None
         before = policies.superseded(step, made)
         made = made if before is None else made[:-1]
         with policies.on(network, made), seeded(seed, number):
-            made.append(policies.calibrated(network, step, calls, before))
+            assert isinstance(step.method, RuntimePolicy), "others were refused"
+            with in_parts(network, calls[0]) if wants_parts(step.method) else nullcontext():
+                made.append(policies.calibrated(network, step, calls, before))
     return made

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,9 +19,10 @@ from aerogel.layers.conv import Layer, size
 from aerogel.layers.experts import ExpertList
 from aerogel.layers.linear import QuantLinear
 from aerogel.layers.slots import Slot, slots
-from aerogel.methods.base import BlockMethod, CalibrationSize, RuntimePolicy
+from aerogel.methods.base import BlockMethod, CalibrationSize, Method, RuntimePolicy
 from aerogel.model.network import Network
 from aerogel.model.placement import HOST, host_memory
+from aerogel.model.processes import ALONE, Processes
 from aerogel.recipe import Recipe
 from aerogel.report import phrases
 from aerogel.runtime.expert_skipping.routing import shape_of
@@ -95,8 +97,11 @@ class Memory(NamedTuple):
     """On the accelerator; 0 where the CPU computes."""
 
 
-def peak_memory(network: Network, recipe: Recipe, read: CalibrationSize) -> Memory:
-    """Add up what stays resident, the block in hand twice, and what calibrating it or rounding its largest weight takes."""
+def peak_memory(network: Network, recipe: Recipe, read: CalibrationSize, processes: int = 1) -> Memory:
+    """Add up what stays resident, the block in hand twice, and what calibrating it or rounding its largest weight takes.
+
+    Steps that run the whole network hold all of it on the device, or one part of its blocks where so many processes share them out.
+    """
     blocks = network.blocks()
     sizes = {name: sum(p.numel() * p.element_size() for p in module.parameters()) for name, module in blocks.items()}
     weights, held = sum(slot.tensor.nbytes for slot in _unique_slots(network)), sum(sizes.values())
@@ -104,21 +109,31 @@ def peak_memory(network: Network, recipe: Recipe, read: CalibrationSize) -> Memo
     mapped = 0 if network.checkpoint is None else min(_MAPPED, network.checkpoint.bytes())
     working = _working(network, recipe, read)
     sides = 2 if needs_teacher(recipe) else 1
+    whole = [step.method for step in recipe.steps if not isinstance(step.method, BlockMethod)]
+    of_blocks = partial(_held_of_blocks, held, processes)
     if not network.placement.on_accelerator:
         resident = weights + in_hand + (mapped - held if network.checkpoint is not None else 0)
         return Memory(resident * sides + working, 0)
     there = network.checkpoint is None and not network.placement.moves_weights
-    of_network = weights if there or any(not isinstance(step.method, BlockMethod) for step in recipe.steps) else weights - held
+    of_network = weights if there else weights - held + of_blocks(whole)
+    of_teacher = weights - held + of_blocks([method for method in whole if "teacher" in method.requires])
     at_rest = weights if network.placement.moves_weights else 0
     copied = weights if sides > 1 and network.checkpoint is None else 0  # a teacher in memory rests on the host
     outputs = 2 * sides * activations(network, read) if network.checkpoint is None and needs_calls(recipe) else 0
-    device = of_network + (sides - 1) * (weights - held) + sides * in_hand + working
+    device = of_network + (sides - 1) * of_teacher + sides * in_hand + working
     return Memory(mapped + at_rest + copied + outputs + in_hand, device)
 
 
-def too_large(network: Network, recipe: Recipe, read: CalibrationSize, processes: int = 1) -> Iterator[str]:
+def _held_of_blocks(held: int, processes: int, methods: Sequence[Method | RuntimePolicy[Any]]) -> int:
+    """Bytes of the blocks that methods hold at once on the device: all, or a part where each of them lets processes share them out."""
+    shared = all(isinstance(method, RuntimePolicy) and method.shards_weights for method in methods)
+    return (held // processes if shared else held) if methods else 0
+
+
+def too_large(network: Network, recipe: Recipe, read: CalibrationSize, processes: Processes = ALONE) -> Iterator[str]:
     """Say which memory cannot hold the run, even with calls of one sample; a machine's memory has to hold all its processes."""
-    least = peak_memory(network, recipe, read._replace(at_once=min(read.sample, read.at_once)))
+    least = peak_memory(network, recipe, read._replace(at_once=min(read.sample, read.at_once)), processes.count)
+    together = processes.on_machine
     place, host = network.placement, host_memory()
     there = place.memory()
     if place.on_accelerator and there is not None and least.device > there:
@@ -126,12 +141,12 @@ def too_large(network: Network, recipe: Recipe, read: CalibrationSize, processes
             f"it needs about {phrases.size(least.device)} on {place.device}, which has {phrases.size(there)}; give device cpu, "
             "another device, or shorter samples"
         )
-    if processes * least.host > host:
-        needed = phrases.size(processes * least.host)
-        if processes == 1:
+    if together * least.host > host:
+        needed = phrases.size(together * least.host)
+        if together == 1:
             yield f"it needs about {needed} of memory, and this machine has {phrases.size(host)}; give a larger machine"
         else:
-            of_each = f"{processes} processes with {phrases.size(least.host)} each"
+            of_each = f"{together} processes with {phrases.size(least.host)} each"
             yield f"it needs about {needed} of memory ({of_each}), and this machine has {phrases.size(host)}; start fewer processes"
 
 

@@ -139,9 +139,9 @@ def plan_network(
     """Return the plan for a network that is open already."""
     touched, problems = _touched(network, recipe, read)
     read = share_of(recipe, read, processes)
-    problems += too_large(network, recipe, read, processes.on_machine)
+    problems += too_large(network, recipe, read, processes)
     sizes = Sizes.of(network, {linear.name for linear in touched})
-    memory = peak_memory(network, recipe, read)
+    memory = peak_memory(network, recipe, read, processes.count)
     rate = flops_a_second or partial(measured_flops_a_second, network.device)
     return Plan(
         recipe=recipe.name,

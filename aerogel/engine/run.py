@@ -20,6 +20,7 @@ from torch import nn
 from aerogel.engine import policies
 from aerogel.engine.calibration import Calibration, CalibrationInput, shown, with_batch_size
 from aerogel.engine.estimates import needs_teacher
+from aerogel.engine.in_parts import in_parts, wants_parts
 from aerogel.engine.job import Job
 from aerogel.engine.opening import open_model
 from aerogel.engine.policies import CalibratedPolicy, Parameters
@@ -29,7 +30,7 @@ from aerogel.engine.resume import Progress, Stage
 from aerogel.engine.scores import Scores, measure
 from aerogel.engine.sharing import reads_calls, shares_calls
 from aerogel.engine.stages import reaches_around, seeded, stages_of
-from aerogel.engine.teacher import TeacherWalk, resident, teacher_of
+from aerogel.engine.teacher import TeacherWalk, residency_of, resident, teacher_of
 from aerogel.engine.visits import before_again, compress_block
 from aerogel.evaluate.measure import Measure
 from aerogel.io.record import files
@@ -170,8 +171,22 @@ class Run:
                     self.policies = [*active, self._calibrate(number, step, step.method, before)]
 
     def _calibrate(self, number: int, step: Step, policy: RuntimePolicy[Any], before: CalibratedPolicy | None) -> CalibratedPolicy:
-        with self._resident(), resident(self._teacher(policy)), seeded(self.seed, number):
+        with self._held(policy), seeded(self.seed, number):
             return policies.calibrated(self.network, step, self.calibration.calls, before, self.processes)
+
+    @contextmanager
+    def _held(self, policy: RuntimePolicy[Any]) -> Iterator[None]:
+        """Hold the network, and the teacher where the policy has one, on the device for a while: whole, or this process's part."""
+        teacher = self._teacher(policy)
+        if not wants_parts(policy):
+            with self._resident(), resident(teacher):
+                yield
+            return
+        with ExitStack() as stack:
+            stack.enter_context(in_parts(self.network, self.calibration.calls[0], self.progress))
+            if teacher is not None:
+                stack.enter_context(in_parts(teacher, self.calibration.calls[0], residency_of(teacher)))
+            yield
 
     def _teacher(self, method: Method | RuntimePolicy[Any]) -> Network | None:
         return self.network.teacher if "teacher" in method.requires else None

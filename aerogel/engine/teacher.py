@@ -54,7 +54,8 @@ class _FromFolder:
         self._checkpoint.release(self._blocks[name])
 
 
-def _residency(teacher: Network) -> Residency:
+def residency_of(teacher: Network) -> Residency:
+    """Return what brings the teacher's blocks in: from its folder, or from memory."""
     return InMemory(teacher) if teacher.checkpoint is None else _FromFolder(teacher, teacher.checkpoint)
 
 
@@ -64,7 +65,7 @@ def resident(teacher: Network | None) -> Iterator[None]:
     if teacher is None:
         yield
         return
-    residency = _residency(teacher)
+    residency = residency_of(teacher)
     with teacher.glue_on_device(), ExitStack() as stack:
         for name in teacher.blocks():
             stack.callback(residency.release, name)
@@ -78,7 +79,7 @@ class TeacherWalk:
     def __init__(self, walk: Walk, teacher: Network, calls: Sequence[Call], folder: Path | None, batches: Batches | None = None) -> None:
         """Raises AerogelError when a folder's two walks do not stand at the same block."""
         self._walk, self._batches = walk, batches or Batches(teacher.placement)
-        self._beside = Walk(teacher, calls, residency=_residency(teacher), folder=folder, batches=self._batches)
+        self._beside = Walk(teacher, calls, residency=residency_of(teacher), folder=folder, batches=self._batches)
         self._own: Block | None = None
         self._halvings = 0
         if self._beside.order != walk.order or not 0 <= walk.position - self._beside.position <= 1:  # a run may be killed between the two

@@ -152,6 +152,11 @@ class RuntimePolicy(_Method, Generic[State]):
     supersedes: ClassVar[bool] = False
     """True where it starts from the state of the policy right before it and takes that one's place."""
 
+    @property
+    def shards_weights(self) -> bool:
+        """True where each of several processes is to hold a part of the weights while it is calibrated (FSDP2)."""
+        return False
+
     def cost(self, size: CalibrationSize) -> CostEstimate:
         """Estimate what calibrating it takes."""
         return CostEstimate()

@@ -9,13 +9,18 @@ from typing import Any
 import pytest
 
 import aerogel
+from aerogel.data.denoising import Denoising
 from aerogel.engine import estimates
 from aerogel.engine.calibration import Samples
 from aerogel.engine.estimates import measured_flops_a_second
+from aerogel.engine.opening import open_model
 from aerogel.engine.planning import Plan, plan
 from aerogel.errors import AerogelError
-from tests import simulated_device
+from aerogel.model.placement import HOST, Placement
+from aerogel.model.processes import Processes
+from tests import image_pipelines, simulated_device
 from tests.folders import model_folder, text_file
+from tests.runtime.feature_cache.test_replay import SAMPLERS
 from tests.simulated_device import Watch
 from tests.tiny import FAMILIES
 
@@ -79,6 +84,27 @@ def test_a_teacher_counts(folders: dict[int, Path], watch: Watch) -> None:
     taught = {"steps": [{"brecq": {"scheme": "W8A16_G32", "targets": ["Linear"], "steps": 1}}]}
     plain = {"steps": [{"awq": {"scheme": "W8A16_G32"}}]}
     assert planned(folders[2], taught).device_memory_bytes > planned(folders[2], plain).device_memory_bytes
+
+
+@pytest.mark.parametrize("where", ["there", "brought"])
+def test_weights_in_parts_take_their_part(watch: Watch, where: str) -> None:
+    pipeline = image_pipelines.classes()
+    pipeline.scheduler = SAMPLERS["ddim"]()
+    device = simulated_device.device()
+    blocks = sum(parameter.nbytes for parameter in pipeline.transformer.transformer_blocks.parameters())
+
+    def device_memory(count: int, fsdp: bool, *before: dict[str, Any]) -> int:
+        network, processes = open_model(pipeline), Processes(count=count, on_machine=1)
+        network.placed = Placement(device, HOST if where == "brought" else device)
+        steps = [*before, {"harmonica": {"ratio": 0.4, "fsdp": fsdp}}]
+        return planned(network, {"steps": steps}, samples=Denoising(4, 5, 2), processes=processes).device_memory_bytes
+
+    whole = device_memory(1, False)
+    assert device_memory(1, True) == device_memory(4, False) == whole
+    saved = blocks - blocks // 4
+    assert whole - device_memory(4, True) == (0 if where == "there" else saved)
+    pruned: dict[str, Any] = {"magnitude": {}}  # it runs on the whole network, but its teacher is for the router alone
+    assert device_memory(4, False, pruned) - device_memory(4, True, pruned) == saved
 
 
 def test_what_does_not_fit_on_the_device_is_refused(folders: dict[int, Path], watch: Watch) -> None:

@@ -93,6 +93,13 @@ class Harmonica(BudgetedCachePolicy[HarmonicaState]):
     checkpointing: bool = False
     """Store only the input of each block in training and recompute the block for gradients: slower, and less memory (published:
     no)."""
+    fsdp: bool = False
+    """Let each of several processes hold a part of the weights only (FSDP2): slower, and less memory. One process holds them all."""
+
+    @property
+    def shards_weights(self) -> bool:
+        """True where `fsdp` asks for it."""
+        return self.fsdp
 
     @property
     def budgeted(self) -> bool:
