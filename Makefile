@@ -7,7 +7,7 @@ READY := .venv/.ready
 # OpenMP threads that spin long at barriers slow each other down on a busy machine.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-all test-gpu bench docs lint
+.PHONY: demo test test-all test-engines test-gpu bench docs lint
 
 $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "error: no virtual environment; on Debian: apt install python3-venv"; exit 1; }
@@ -26,12 +26,15 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not engine"
 
 test-all: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not engine"
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/results.py
+
+test-engines: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from aerogel.export.exporter import Exporter, Master, Source, inexpressible
-from aerogel.io.checkpoint import Checkpoint
+from aerogel.io.packed_words import FIRST, padded
 from aerogel.io.save import copy_companions, new_folder
 from aerogel.io.shards import write_shards
 
@@ -23,9 +24,13 @@ class CompressedTensors(Exporter):
         return [f"{reason}, which compressed-tensors cannot say" for reason in inexpressible(Master.open(source))]
 
     def write(self, source: Source, output: Path) -> None:
-        """Copy tensor by tensor; names and values stay as they are."""
+        """Copy tensor by tensor; names and values stay as they are, but for integer codes in words of an earlier release."""
         self.accept(source)
-        checkpoint = Checkpoint.open(source.folder)
+        master = Master.open(source)
+        tensors = ((master.checkpoint.on_disk(name), master.checkpoint.tensor(name)) for name in master.checkpoint.names())
         with new_folder(output) as target:
             copy_companions(source.folder, target)
-            write_shards(target, ((name, checkpoint.tensor(name)) for name in checkpoint.names()), max_shard_size=self.max_shard_size)
+            if padded(master.quantization):
+                config = master.config | {"quantization_config": master.quantization | {"version": FIRST}}
+                (target / "config.json").write_text(json.dumps(config, indent=2))
+            write_shards(target, tensors, max_shard_size=self.max_shard_size)

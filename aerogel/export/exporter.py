@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.io.checkpoint import Checkpoint
+from aerogel.io.checkpoint import Checkpoint, Piece
 from aerogel.io.load import family_of, part_of
 from aerogel.io.names import Names
+from aerogel.io.packed_words import padded, repacked
 from aerogel.io.quantized import assignments, replacements
 from aerogel.io.skeleton import names_of
 from aerogel.layers.layout import Stored, decode
@@ -100,7 +101,14 @@ class Master:
         names = names_of(folder, config)
         checkpoint = Checkpoint.open(folder, names.in_memory)
         checkpoint.verify()
-        return cls(folder, config, family, names, checkpoint)
+        found = cls(folder, config, family, names, checkpoint)
+        if not padded(found.quantization):
+            return found
+        return replace(found, checkpoint=Checkpoint.open(folder, names.in_memory, found._repacked))
+
+    def _repacked(self, name: str, _: Callable[[], tuple[int, ...]]) -> dict[str, Piece]:
+        layer = name.rpartition(".")[0]
+        return repacked(name, self.linears[layer].scheme, *self.shape(layer)) if layer in self.linears else {}
 
     @property
     def quantization(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from aerogel.io.save import copy_companions, new_folder
 from aerogel.io.shards import write_shards
 from aerogel.layers.layout import Stored, format_of
 from aerogel.layers.replacement import Assigned
+from aerogel.numerics.packing import pack
 from aerogel.numerics.scheme import PerTensor, Scheme
 
 _BITS = (2, 3, 4, 8)
@@ -85,30 +86,16 @@ def _tensors(master: Master) -> Iterator[tuple[str, Tensor]]:
 def layout(stored: Stored, scheme: Scheme, dtype: torch.dtype, zero_offset: int) -> dict[str, Tensor]:
     """Return qweight (I * bits / 32, O), qzeros (G, O * bits / 32), scales (G, O) and g_idx (I) of one linear."""
     codes_OI, grid, g_idx, _ = stored
-    half = 1 << (scheme.bits - 1)
     zero_OG = torch.zeros_like(grid.scale, dtype=torch.int8) if grid.zero is None else grid.zero
     if g_idx is None:
         columns = codes_OI.shape[1]
         g_idx = torch.arange(columns, dtype=torch.int32) // (scheme.group or columns)
     return {
-        "qweight": bit_stream(codes_OI.T.long() + half, scheme.bits),
-        "qzeros": bit_stream(zero_OG.long() + half - zero_offset, scheme.bits).T.contiguous(),
+        "qweight": pack(codes_OI, scheme.bits).T.contiguous(),
+        "qzeros": pack(zero_OG.T - zero_offset, scheme.bits),
         "scales": grid.scale.T.to(dtype).contiguous(),
         "g_idx": g_idx,
     }
-
-
-def bit_stream(values: Tensor, bits: int) -> Tensor:
-    """Pack unsigned values (N, M) along the first dimension into int32 (N * bits / 32, M), lowest bits first, without gaps."""
-    lanes = values.unflatten(0, (-1, _LANES))
-    words = torch.zeros(lanes.shape[0], bits, lanes.shape[2], dtype=torch.int64, device=values.device)
-    for lane in range(_LANES):
-        word, shift = divmod(lane * bits, 32)
-        words[:, word] |= lanes[:, lane] << shift
-        if shift + bits > 32:
-            words[:, word + 1] |= lanes[:, lane] >> (32 - shift)
-    words &= 0xFFFFFFFF
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).flatten(0, 1)
 
 
 def _settings(master: Master) -> dict[str, Any]:

@@ -252,7 +252,7 @@ class Checkpoint:
         entry, piece = header[on_disk], self._pieces.get(name)
         if piece is None:
             return entry
-        shape = tuple(piece.take(torch.empty(entry.shape, device="meta")[piece.number]).shape)
+        shape = tuple(piece.take(torch.empty(entry.shape, dtype=entry.dtype, device="meta")[piece.number]).shape)
         return Entry(entry.dtype, shape, math.prod(shape) * entry.dtype.itemsize)
 
     def _header(self, file: str) -> dict[str, Entry]:

@@ -1,4 +1,4 @@
-"""Tensors that checkpoints hold otherwise than modules: experts are fused there, and weights of Conv1D are (inputs, outputs)."""
+"""Tensors that checkpoints hold otherwise than modules: experts are fused there, weights of Conv1D are (inputs, outputs), words padded."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from functools import partial
 from torch import Tensor, nn
 
 from aerogel.io.checkpoint import Piece
+from aerogel.io.packed_words import repacked
 from aerogel.layers.experts import ExpertList, all_float, fused_parameters, part_of
+from aerogel.layers.linear import QuantLinear
 from aerogel.layers.transposed import TransposedLinear
 
 
-def pieces(module: nn.Module, name: str, shape: Callable[[], tuple[int, ...]]) -> dict[str, Piece]:
-    """Return what becomes of a tensor of a checkpoint, by names in memory; nothing for one that is the same there."""
+def pieces(module: nn.Module, padded: bool, name: str, shape: Callable[[], tuple[int, ...]]) -> dict[str, Piece]:
+    """Return what becomes of a tensor of a checkpoint, by names in memory; nothing for one that is the same there.
+
+    `padded` says that words of integer codes are those of before compressed-tensors 0.18.
+    """
     home, _, key = name.rpartition(".")
+    if padded and isinstance(layer := _at(module, home), QuantLinear):
+        return repacked(name, layer.scheme, layer.out_features, layer.in_features)
     if key == "weight" and isinstance(_at(module, home), TransposedLinear):
         return {name: Piece(slice(None), Tensor.t)}
     experts = _list_at(module, home)

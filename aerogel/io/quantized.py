@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from aerogel.errors import AerogelError
+from aerogel.io.packed_words import FIRST, require_unpadded
 from aerogel.layers.layout import format_of
 from aerogel.layers.linear import set_timestep_index, timestep_index_of
 from aerogel.layers.replacement import Assigned, Replacement, class_of, kind_of
@@ -55,6 +56,7 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
     formats = {group["format"] for group in config_groups.values()} or {"dense"}
     config = {
         "quant_method": "aerogel" if told else "compressed-tensors",
+        "version": FIRST,
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "config_groups": config_groups,
@@ -86,6 +88,12 @@ def attach(module: nn.Module, config: Mapping[str, Any]) -> None:
     if (index := config.get("timestep_index", _clock(config))) is not None:
         set_timestep_index(module, TimestepIndex(index["steps"], index["sampler"]), index["once_per_step"])
     fuse_activations(module)
+
+
+def attach_for_readers(module: nn.Module, config: Mapping[str, Any]) -> None:
+    """Do the same for a reader that fills the layers with the tensors as they are; raises AerogelError also where these are of before."""
+    require_unpadded(config, {name: assigned.scheme for name, assigned in assignments(config, linears(module)).items()})
+    attach(module, config)
 
 
 def _rebuild(module: nn.Module, name: str, cls: type[Replacement], told: Mapping[str, Any], assigned: Assigned | None) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from aerogel.errors import AerogelError
 from aerogel.io.names import Names
-from aerogel.io.quantized import attach
+from aerogel.io.quantized import attach_for_readers
 from aerogel.layers.experts import ExpertList, all_float
 from aerogel.layers.transposed import as_conv1d, as_linears
 from aerogel.model.experts import fuse, unfuse
@@ -87,7 +87,7 @@ class _TransformersQuantizer:
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         unfuse(model, Names.of(model).experts)
         as_linears(model)
-        attach(model, self.quantization_config.settings)
+        attach_for_readers(model, self.quantization_config.settings)
         as_conv1d(model)
         apart = _single_on_disk(model)
         # One rule of transformers puts the experts of all layers together: either all can take it or none.
@@ -129,7 +129,7 @@ class _DiffusersQuantizer:
     is_trainable = False
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        attach(model, self.quantization_config.settings)
+        attach_for_readers(model, self.quantization_config.settings)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:

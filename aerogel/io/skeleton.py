@@ -21,6 +21,7 @@ from aerogel.errors import AerogelError
 from aerogel.io.checkpoint import Checkpoint
 from aerogel.io.layouts import pieces
 from aerogel.io.names import Names
+from aerogel.io.packed_words import padded
 from aerogel.io.quantized import attach
 from aerogel.io.unbuilt import Unbuilt
 from aerogel.layers.slots import Slot, replace, slots
@@ -82,7 +83,7 @@ def skeleton_of(folder: Folder, build: Callable[[], nn.Module]) -> Skeleton:
     as_linears(module)
     if quantization := folder.settings.get("quantization_config"):
         attach(module, quantization)
-    checkpoint = Checkpoint.open(folder.path, names.in_memory, partial(pieces, module))
+    checkpoint = Checkpoint.open(folder.path, names.in_memory, partial(pieces, module, padded(quantization or {})))
     return Skeleton(module, names, checkpoint, _fits(module, folder, checkpoint))
 
 

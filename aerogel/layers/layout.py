@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aerogel.numerics.packing import pack, pack_e8m0, pack_fp4, unpack, unpack_e8m0, unpack_fp4
+from aerogel.numerics.packing import pack, pack_e8m0, pack_fp4, unpack, unpack_e8m0, unpack_fp4, words_of
 from aerogel.numerics.quantize import Grid
 from aerogel.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerStep, PerTensor, Scheme
 
@@ -114,14 +114,14 @@ def blank(
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    weights, per_word = scheme.weights, 32 // scheme.bits
+    weights = scheme.weights
     grid_shape = _grid_shape(weights.granularity, in_features, out_features)
     layout = format_of(scheme)
     scale_dtype, zero_shape, zero_dtype = dtype, grid_shape, weights.format.storage
     if layout == "pack-quantized":
-        tensors = {"weight_packed": empty(out_features, -(-in_features // per_word), dtype=torch.int32)}
+        tensors = {"weight_packed": empty(out_features, words_of(in_features, scheme.bits), dtype=torch.int32)}
         tensors["weight_shape"] = empty(2, dtype=torch.int64)
-        zero_shape, zero_dtype = (-(-out_features // per_word), grid_shape[-1]), torch.int32
+        zero_shape, zero_dtype = (words_of(out_features, scheme.bits), grid_shape[-1]), torch.int32
     elif layout.endswith("fp4-pack-quantized"):
         tensors = {"weight_packed": empty(out_features, in_features // 2, dtype=torch.uint8)}
         scale_dtype = torch.uint8 if weights.scale_format == "e8m0" else torch.float8_e4m3fn

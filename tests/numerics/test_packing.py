@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import pytest
 import torch
 from compressed_tensors.compressors.mx_utils import compress_mx_scale
@@ -9,11 +11,31 @@ from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8, unpa
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.version import Version
 
 from aerogel.errors import AerogelError
+from aerogel.io.packed_words import FIRST
 from aerogel.numerics.formats import FORMATS
-from aerogel.numerics.packing import pack, pack_e8m0, pack_fp4, raw_bytes, unpack, unpack_e8m0, unpack_fp4
+from aerogel.numerics.packing import pack, pack_e8m0, pack_fp4, raw_bytes, unpack, unpack_e8m0, unpack_fp4, unpack_padded
 from aerogel.numerics.quantize import to_codes, to_values
+
+DENSE = Version(version("compressed-tensors")) >= Version(FIRST)
+
+
+def literal(codes: list[int], bits: int) -> list[int]:
+    """The codes as one long number, cut into words of 32 bits."""
+    number = sum((code + 2 ** (bits - 1)) << (bits * place) for place, code in enumerate(codes))
+    return [signed(number >> (32 * word)) for word in range(-(-len(codes) * bits // 32))]
+
+
+def padded(codes: list[int], bits: int) -> list[int]:
+    """The codes word by word, as many whole ones as fit."""
+    return [word for start in range(0, len(codes), 32 // bits) for word in literal(codes[start : start + 32 // bits], bits)]
+
+
+def signed(number: int) -> int:
+    word = number & 0xFFFFFFFF
+    return word - 2**32 if word >= 2**31 else word
 
 
 @given(
@@ -22,22 +44,39 @@ from aerogel.numerics.quantize import to_codes, to_values
 def test_words_match_compressed_tensors(bits: int, rows: int, columns: int, packed_dim: int, seed: int) -> None:
     half = 2 ** (bits - 1)
     codes = torch.randint(-half, half, (rows, columns), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
-    words = pack(codes, bits, packed_dim)
+    words, along = pack(codes, bits, packed_dim), codes if packed_dim else codes.T
     assert words.is_contiguous()
-    assert torch.equal(words, pack_to_int32(codes, bits, packed_dim))
+    assert (words if packed_dim else words.T).tolist() == [literal(row, bits) for row in along.tolist()]
     assert torch.equal(unpack(words, bits, codes.shape[packed_dim], packed_dim), codes)
-    assert torch.equal(unpack_from_int32(words, bits, codes.shape, packed_dim), codes)
+    theirs = pack_to_int32(codes, bits, packed_dim)
+    if DENSE:
+        assert torch.equal(words, theirs)
+        assert torch.equal(unpack_from_int32(words, bits, codes.shape, packed_dim), codes)
+    else:
+        assert torch.equal(unpack_padded(theirs, bits, codes.shape[packed_dim], packed_dim), codes)
+
+
+@given(bits=st.integers(2, 8), columns=st.integers(1, 40), packed_dim=st.sampled_from((0, 1)), seed=st.integers(0, 99))
+def test_words_of_earlier_releases_are_read(bits: int, columns: int, packed_dim: int, seed: int) -> None:
+    half = 2 ** (bits - 1)
+    codes = torch.randint(-half, half, (3, columns), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+    words = torch.tensor([padded(row, bits) for row in codes.tolist()], dtype=torch.int32)
+    given_codes, given_words = (codes, words) if packed_dim else (codes.T, words.T)
+    assert torch.equal(unpack_padded(given_words, bits, columns, packed_dim), given_codes)
 
 
 def test_experts_pack_one_by_one() -> None:
     codes = torch.randint(-8, 8, (3, 4, 20), dtype=torch.int8)
     assert torch.equal(pack(codes, 4), torch.stack([pack(expert, 4) for expert in codes]))
     assert torch.equal(unpack(pack(codes, 4, 0), 4, 4, 0), codes)
+    codes = codes.clamp(-4, 3)
+    assert torch.equal(pack(codes, 3), torch.stack([pack(expert, 3) for expert in codes]))
+    assert torch.equal(unpack(pack(codes, 3, 0), 3, 4, 0), codes)
 
 
-def test_three_bits_leave_two_bits_of_a_word_empty() -> None:
-    words = pack(torch.full((1, 10), 3, dtype=torch.int8), 3)
-    assert words.tolist() == [[2**30 - 1]]
+def test_a_code_of_three_bits_goes_on_in_the_next_word() -> None:
+    words = pack(torch.full((1, 11), 3, dtype=torch.int8), 3)
+    assert words.tolist() == [[-1, 1]]
 
 
 def test_a_code_that_does_not_fit_is_refused() -> None:
