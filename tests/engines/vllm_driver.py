@@ -1,0 +1,32 @@
+"""Serves a folder in vLLM: the first greedy token after each prompt, and the loss of rows of tokens. Runs in vLLM's own environment.
+
+python vllm_driver.py FOLDER ASKED.json ANSWERED.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+
+    folder, asked, answered = sys.argv[1:]
+    given = json.loads(Path(asked).read_text())
+    engine = LLM(folder, max_model_len=512, enforce_eager=True, dtype="bfloat16")
+
+    def ask(rows: list[list[int]], **options: int) -> list:
+        sampling = SamplingParams(temperature=0.0, max_tokens=1, **options)
+        return engine.generate([{"prompt_token_ids": row} for row in rows], sampling)
+
+    first = [answer.outputs[0].token_ids[0] for answer in ask(given["prompts"])]
+    losses = []
+    for row, answer in zip(given["rows"], ask(given["rows"], prompt_logprobs=0), strict=True):
+        losses += [-found[token].logprob for token, found in zip(row[1:], answer.prompt_logprobs[1:], strict=True)]
+    Path(answered).write_text(json.dumps({"first": first, "loss": sum(losses) / len(losses)}))
+
+
+if __name__ == "__main__":
+    main()
