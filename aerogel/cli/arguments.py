@@ -89,6 +89,17 @@ Overrides = Annotated[
     ),
 ]
 
+Engine = Annotated[
+    str | None,
+    _option(
+        "--for",
+        section=RECIPE,
+        metavar="ENGINE",
+        autocompletion=completion.words("vllm", "vllm-cpu", "sglang", "transformers"),
+        help="Refuse what this engine does not open: vllm, vllm-cpu, sglang or transformers; `aerogel plan` shows all of them.",
+    ),
+]
+
 PolicyOverrides = Annotated[
     list[str] | None,
     _option(

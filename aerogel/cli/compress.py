@@ -29,6 +29,7 @@ def compress(
     targets: given.Targets = None,
     ignore: given.Ignore = None,
     overrides: given.Overrides = None,
+    engine: given.Engine = None,
     device: given.Device = "auto",
     dtype: given.ComputeDType = None,
     revision: given.Revision = None,
@@ -71,7 +72,7 @@ def compress(
         output=output,
     )
     processes = Processes.join(device)
-    result = _compressed(request, push_to_hub, evaluate, resume, quiet or as_json, processes)
+    result = _compressed(request, push_to_hub, evaluate, resume, quiet or as_json, processes, engine)
     processes.leave()
     if processes.first:
         _tell(result, request.require_output(), push_to_hub, public, quiet, as_json)
@@ -89,7 +90,9 @@ def _tell(result: Result, folder: Path, push_to_hub: str | None, public: bool, q
         print_json({"folder": str(folder), "report": str(report), **hub, **result.facts})
 
 
-def _compressed(request: RunRequest, push_to_hub: str | None, evaluate: bool, resume: bool, quiet: bool, processes: Processes) -> Result:
+def _compressed(
+    request: RunRequest, push_to_hub: str | None, evaluate: bool, resume: bool, quiet: bool, processes: Processes, engine: str | None
+) -> Result:
     """Do the run after the checks that need no model; returns its result."""
     from aerogel.cli import terminal
     from aerogel.engine import pushing, run
@@ -118,6 +121,7 @@ def _compressed(request: RunRequest, push_to_hub: str | None, evaluate: bool, re
             device=request.options.device,
             batch_size=request.batch_size,
             processes=processes,
+            engine=engine,
             tell=tell,
         )
 
@@ -139,6 +143,7 @@ def plan(
     targets: given.Targets = None,
     ignore: given.Ignore = None,
     overrides: given.Overrides = None,
+    engine: given.Engine = None,
     device: given.Device = "auto",
     dtype: given.ComputeDType = None,
     revision: given.Revision = None,
@@ -182,7 +187,15 @@ def plan(
         return
     with terminal.downloads(quiet or as_json):
         source = request.locate()
-    made = planning.plan(source, request.recipe, samples=request.samples, device=device, batch_size=request.batch_size, processes=shared_by)
+    made = planning.plan(
+        source,
+        request.recipe,
+        samples=request.samples,
+        device=device,
+        batch_size=request.batch_size,
+        processes=shared_by,
+        engine=engine,
+    )
     print_json(made.as_dict()) if as_json else terminal.print_plan(made)
     if made.problems:
         raise typer.Exit(FAILED)

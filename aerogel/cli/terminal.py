@@ -105,6 +105,11 @@ def print_plan(plan: Plan) -> None:
         table.add_row(f"peak memory on {plan.device}", f"about {phrases.size(plan.device_memory_bytes)} (an estimate)")
     table.add_row("time", f"about {phrases.seconds(sum(plan.seconds.values()))} with evaluation (an estimate)")
     console.print(table)
+    if opens := [engine for engine, reasons in plan.engines.items() if not reasons]:
+        console.print(f"opens in: {', '.join(opens)}", markup=False)
+    for engine, reasons in plan.engines.items():
+        for reason in reasons:
+            console.print(f"not in {engine}: {reason}", markup=False)
     for remark in plan.remarks:
         console.print(f"note: {remark}", markup=False)
     for problem in plan.problems:

@@ -25,6 +25,7 @@ from aerogel.engine.sharing import check_shares, in_full
 from aerogel.engine.stages import reaches_around
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure
+from aerogel.export.engines import Engine
 from aerogel.io import save
 from aerogel.io.checkpoint import Checkpoint
 from aerogel.io.older import SCHEMA
@@ -48,6 +49,8 @@ class Job:
     output: Path | None
     seed: int
     processes: Processes
+    engine: Engine | None = None
+    """The engine that has to open the result, if one has to."""
     plan: Plan = field(init=False)
 
     def recall_structure(self) -> None:
@@ -60,7 +63,7 @@ class Job:
         network, of_first = self.network, self.processes.of_first
         if resume and (network.checkpoint is None or self.output is None):
             raise AerogelError("only a model opened from a folder and saved to an output can be resumed")
-        self.plan = plan_network(network, self.recipe, reading(network, read), processes=self.processes)
+        self.plan = plan_network(network, self.recipe, reading(network, read), processes=self.processes, engine=self.engine)
         check_plan(self.plan)
         output, needed = self.output, 2 * self.plan.predicted_bytes + self.plan.activation_bytes
         if output is not None:

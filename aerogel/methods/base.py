@@ -114,6 +114,11 @@ class BlockMethod(_Method):
         """Estimate what a visit to a block takes."""
         return CostEstimate(block_passes=2.0 if "calls" in self.requires else 0.0)
 
+    @property
+    def groups_in_activation_order(self) -> bool:
+        """True where the groups of a weight follow the order of its inputs' activations, which few engines read."""
+        return False
+
     @abstractmethod
     def compress(self, block: Block) -> None:
         """Change the block's weights or modules in place."""

@@ -59,6 +59,11 @@ class Gptq(WeightMethod):
     input_range: InputRange = "absmax"
     """Range of static inputs: absmax (extremes of all calls) or average (mean over the calls)."""
 
+    @property
+    def groups_in_activation_order(self) -> bool:
+        """True where columns and groups are in one order."""
+        return self.act_order == "group"
+
     def cost(self, size: CalibrationSize) -> CostEstimate:
         """One pass for all groups of layers, where the activations of all calls fit into memory."""
         return CostEstimate(block_passes=1.1, activation_bytes=0.0 if self.true_sequential is False else self.max_activation_gb * 1e9)

@@ -1,0 +1,139 @@
+"""What serving engines accept of the layers that are written here, by release: the facts behind "opens in" in plans.
+
+Each engine's facts are those of the source of its release: which scheme its compressed-tensors reader takes, and which kernels it then has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from aerogel.errors import AerogelError
+from aerogel.numerics.scheme import PerChannel, PerGroup, PerStep, PerTensor, Scheme
+
+Reason = str | None
+"""Why something is not accepted; None where it is."""
+
+
+class StoredLayer(NamedTuple):
+    """A quantized linear layer as an engine meets it."""
+
+    scheme: Scheme
+    inputs: int
+    outputs: int
+    act_order: bool = False
+    """True where groups follow activation order."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A release of an engine on a kind of device."""
+
+    label: str
+    refuses: Callable[[StoredLayer], Reason]
+    """Why it does not open a layer."""
+
+
+def _inexpressible(layer: StoredLayer) -> Reason:
+    inputs = layer.scheme.inputs
+    if inputs is not None and isinstance(inputs.granularity, PerStep):
+        return "one input scale per denoising step is not in compressed-tensors"
+    return None
+
+
+def _transformers(layer: StoredLayer) -> Reason:
+    if layer.act_order:
+        return "groups in activation order are gone from compressed-tensors since 0.19; set act_order to static"
+    return _inexpressible(layer)
+
+
+def _weights_only(layer: StoredLayer, bits: Iterable[int]) -> Reason:
+    """Integer weights with float inputs: what both readers ask for."""
+    if not isinstance(layer.scheme.weights.granularity, PerChannel | PerGroup):
+        return "integer weights need a scale per channel or group"
+    known = tuple(bits)
+    if layer.scheme.bits not in known:
+        return f"it has kernels for weights of {' and '.join(map(str, known))} bits"
+    return None
+
+
+def _int8(layer: StoredLayer) -> Reason:
+    """Integer weights and inputs of 8 bits."""
+    weights = layer.scheme.weights
+    if not weights.symmetric or not isinstance(weights.granularity, PerTensor | PerChannel):
+        return "8-bit inputs need symmetric weights with a scale per channel or tensor"
+    return None
+
+
+def _of_compressed_tensors(layer: StoredLayer, bits: Iterable[int], four_bits: Reason, mxfp4: Reason, nvfp4: Reason) -> Reason:
+    """Decide as the readers of vLLM and SGLang do; the last three say why W4A8 and 4-bit floats are refused, if they are."""
+    scheme = layer.scheme
+    if scheme.weights.format.kind == "float":
+        return None if scheme.bits == 8 else mxfp4 if scheme.weights.scale_format == "e8m0" else nvfp4
+    if scheme.inputs is None:
+        return _weights_only(layer, bits)
+    return _int8(layer) if scheme.bits == 8 else four_bits
+
+
+def _vllm(layer: StoredLayer) -> Reason:
+    if layer.act_order:
+        return "its reader has no group indices; set act_order to static"
+    separate = "needs its Humming kernel, which is installed separately"
+    found = _inexpressible(layer) or _of_compressed_tensors(layer, range(2, 9), separate, None, None)
+    if found is None and layer.scheme.inputs is None and layer.scheme.weights.format.kind == "int" and layer.scheme.bits not in (4, 8):
+        return separate
+    return found
+
+
+def _vllm_on_cpu(layer: StoredLayer) -> Reason:
+    if layer.act_order:
+        return "its reader has no group indices; set act_order to static"
+    no_kernel = "it has no kernel for this scheme on a CPU"
+    if found := _inexpressible(layer) or _of_compressed_tensors(layer, (4,), no_kernel, no_kernel, no_kernel):
+        return found
+    if layer.scheme.inputs is None and (layer.inputs % 32 or layer.outputs % 32):
+        return "inputs and outputs have to be multiples of 32"
+    return None
+
+
+def _sglang(layer: StoredLayer) -> Reason:
+    found = _inexpressible(layer) or _of_compressed_tensors(
+        layer, (4, 8), "integer weights below 8 bits need float inputs", "it has no reader for MXFP4 weights with 16-bit inputs", None
+    )
+    if found is None and layer.scheme.inputs is None and layer.scheme.weights.format.kind == "int" and layer.scheme.group:
+        return None if layer.scheme.group in (32, 64, 128) else "groups have to be of 32, 64 or 128"
+    return found
+
+
+ENGINES: Mapping[str, Engine] = {
+    "transformers": Engine("transformers 5.23 (compressed-tensors 0.20)", _transformers),
+    "vllm": Engine("vLLM 0.32 (CUDA)", _vllm),
+    "vllm-cpu": Engine("vLLM 0.32 (CPU)", _vllm_on_cpu),
+    "sglang": Engine("SGLang 0.5.23 (CUDA)", _sglang),
+}
+"""Engines by the name that `--for` takes."""
+
+
+def engine_of(name: str | None) -> Engine | None:
+    """Return the engine of this name, None for none; raises AerogelError for another."""
+    if name is None:
+        return None
+    if name not in ENGINES:
+        raise AerogelError(f"engine {name!r} is unknown; expected one of {', '.join(ENGINES)}")
+    return ENGINES[name]
+
+
+def refusals(engine: Engine, layers: Sequence[StoredLayer], policies: Sequence[str], denoises: bool) -> Iterator[str]:
+    """Say why an engine does not open, or does not run as measured, what a recipe makes: reason by reason, with how many layers have it."""
+    if denoises:
+        yield "it runs language models, and this is a denoiser"
+        return
+    found: dict[tuple[str, str], int] = {}
+    for layer in layers:
+        if reason := engine.refuses(layer):
+            found[str(layer.scheme), reason] = found.get((str(layer.scheme), reason), 0) + 1
+    for (scheme, reason), count in found.items():
+        yield f"{scheme} ({count} layers): {reason}"
+    for policy in policies:
+        yield f"{policy} acts in aerogel only; the weights open without it"

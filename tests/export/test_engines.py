@@ -1,0 +1,115 @@
+"""What engines open: reasons by scheme, and that plans say them and refuse where an engine is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import aerogel
+from aerogel.cli.commands import app
+from aerogel.data.denoising import Denoising
+from aerogel.engine.calibration import Samples
+from aerogel.engine.planning import Plan, plan
+from aerogel.errors import AerogelError
+from aerogel.export.engines import ENGINES, StoredLayer
+from aerogel.numerics.scheme import Scheme
+from tests.folders import model_folder, text_file
+from tests.image_pipelines import classes
+
+OPENS = {
+    "W4A16_G64": {"transformers", "vllm", "vllm-cpu", "sglang"},
+    "W4A16_CHANNEL_ASYM": {"transformers", "vllm", "vllm-cpu", "sglang"},
+    "W4A16_G16": {"transformers", "vllm", "vllm-cpu"},
+    "W8A16_G32": {"transformers", "vllm", "sglang"},
+    "W3A16_G64": {"transformers"},
+    "W6A16_CHANNEL": {"transformers"},
+    "W8A8": {"transformers", "vllm", "vllm-cpu", "sglang"},
+    "W8A8_STATIC": {"transformers", "vllm", "vllm-cpu", "sglang"},
+    "W4A8_G32": {"transformers"},
+    "FP8_DYNAMIC": {"transformers", "vllm", "vllm-cpu", "sglang"},
+    "FP8_STATIC": {"transformers", "vllm", "vllm-cpu", "sglang"},
+    "FP8_BLOCK": {"transformers", "vllm", "vllm-cpu", "sglang"},
+    "NVFP4A16": {"transformers", "vllm", "sglang"},
+    "MXFP4A16": {"transformers", "vllm"},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("engines")
+    text_file(made / "text.txt", 4000)
+    return model_folder(made / "model", num_hidden_layers=1)
+
+
+def planned(folder: Path, *steps: Any, **options: Any) -> Plan:
+    recipe = {"name": "engines", "steps": list(steps)}
+    return plan(folder, recipe, samples=Samples("sotu", count=4, length=32), flops_a_second=lambda: 1e9, **options)
+
+
+@pytest.mark.parametrize("scheme", OPENS)
+def test_each_scheme_opens_where_its_source_says(scheme: str) -> None:
+    layer = StoredLayer(Scheme.parse(scheme), 256, 384)
+    assert {name for name, engine in ENGINES.items() if engine.refuses(layer) is None} == OPENS[scheme]
+
+
+def test_groups_in_activation_order_open_in_sglang_alone() -> None:
+    layer = StoredLayer(Scheme.parse("W4A16_G64"), 256, 384, act_order=True)
+    assert {name for name, engine in ENGINES.items() if engine.refuses(layer) is None} == {"sglang"}
+
+
+def test_a_cpu_kernel_wants_multiples_of_32() -> None:
+    assert (
+        ENGINES["vllm-cpu"].refuses(StoredLayer(Scheme.parse("W4A16_CHANNEL"), 256, 100)) == "inputs and outputs have to be multiples of 32"
+    )
+
+
+def test_a_plan_says_where_the_result_opens(folder: Path) -> None:
+    made = planned(folder, {"gptq": {"scheme": "W4A16_G32", "overrides": {"*.down_proj": "W3A16_G32"}}})
+    (reason,) = made.engines["vLLM 0.32 (CPU)"]
+    assert reason == "W3A16_G32 (1 layers): it has kernels for weights of 4 bits"
+    assert made.engines["transformers 5.23 (compressed-tensors 0.20)"] == ()
+    assert made.problems == ()
+    ordered = planned(folder, {"gptq": {"scheme": "W4A16_G32", "act_order": "group"}})
+    assert [name for name, reasons in ordered.engines.items() if not reasons] == ["SGLang 0.5.23 (CUDA)"]
+    assert planned(folder, {"rotate": {}}).engines == {}
+
+
+def test_a_policy_acts_here_only(folder: Path) -> None:
+    made = planned(folder, {"rtn": {"scheme": "W4A16_G32"}}, {"attention_quant": {}})
+    assert all(reasons == ("attention_quant acts in aerogel only; the weights open without it",) for reasons in made.engines.values())
+
+
+def test_a_denoiser_is_for_no_language_engine() -> None:
+    recipe = {"name": "engines", "steps": [{"rtn": {"scheme": "W8A16_CHANNEL"}}]}
+    made = plan(classes(), recipe, samples=Denoising(2, 2, 2), flops_a_second=lambda: 1e9)  # type: ignore[arg-type]
+    assert set(made.engines.values()) == {("it runs language models, and this is a denoiser",)}
+
+
+def test_a_named_engine_refuses_before_any_work(folder: Path, tmp_path: Path) -> None:
+    three = {"rtn": {"scheme": "W3A16_G32"}}
+    (problem,) = planned(folder, three, engine="vllm-cpu").problems
+    assert problem == "vLLM 0.32 (CPU) does not open the result: W3A16_G32 (7 layers): it has kernels for weights of 4 bits"
+    with pytest.raises(AerogelError, match=r"vLLM 0\.32 \(CPU\) does not open the result"):
+        aerogel.compress(folder, {"steps": [three]}, output=tmp_path / "out", engine="vllm-cpu", measures=())
+    assert not list(tmp_path.iterdir())
+    aerogel.compress(folder, {"steps": [three]}, output=tmp_path / "out", engine="transformers", measures=())
+
+
+def test_the_command_line_takes_an_engine(folder: Path, tmp_path: Path) -> None:
+    def run(command: str, *more: str) -> Any:
+        return CliRunner().invoke(app, [command, str(folder), "--recipe", "rtn-w4a16", "--scheme", "W3A16_G32", *more])
+
+    shown = run("plan")
+    assert "not in vLLM 0.32 (CPU): W3A16_G32 (7 layers): it has kernels for weights of 4 bits" in shown.output
+    assert "opens in: transformers" in shown.output
+    assert shown.exit_code == 0
+    for command, more in (("plan", ()), ("compress", ("--output", str(tmp_path / "out")))):
+        refused = run(command, "--for", "vllm-cpu", *more)
+        assert refused.exit_code == 2
+        assert "vLLM 0.32 (CPU) does not open the result" in refused.output
+    unknown = run("plan", "--for", "vlm")
+    assert unknown.exit_code == 2
+    assert "engine 'vlm' is unknown; expected one of transformers, vllm, vllm-cpu, sglang" in unknown.output
