@@ -69,9 +69,8 @@ def require_alike(desk: Path, served: Path, reference: Path) -> None:
     found, wanted = json.loads(answered.read_text()), answered_by_transformers(reference, json.loads(asked.read_text()))
     same = sum(a == b for a, b in zip(found["first"], wanted["first"], strict=True))
     apart = math.exp(abs(found["loss"] - wanted["loss"])) - 1
-    print(f"{served.name}: {same} of {PROMPTS} first tokens are the same, perplexity is {apart:.2%} apart")
-    assert same >= 0.9 * PROMPTS
-    assert apart <= 0.02
+    assert same >= 0.9 * PROMPTS, f"{same} of {PROMPTS} first tokens are the same"
+    assert apart <= 0.02, f"perplexity is {apart:.2%} apart"
 
 
 @pytest.mark.parametrize("name", RECIPES)
