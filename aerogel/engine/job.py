@@ -25,9 +25,9 @@ from aerogel.engine.sharing import check_shares, in_full
 from aerogel.engine.stages import reaches_around
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure
-from aerogel.export.engines import Engine
 from aerogel.io import save
 from aerogel.io.checkpoint import Checkpoint
+from aerogel.io.engines import Engine
 from aerogel.io.older import SCHEMA
 from aerogel.io.quantized import fuse_activations
 from aerogel.io.record.measures import Metrics

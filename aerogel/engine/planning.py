@@ -27,7 +27,7 @@ from aerogel.engine.patterns import unmatched
 from aerogel.engine.progress import StageName
 from aerogel.engine.requirements import unmet
 from aerogel.engine.sharing import in_full, share_of
-from aerogel.export.engines import ENGINES, Engine, StoredLayer, engine_of, refusals
+from aerogel.io.engines import ENGINES, Engine, StoredLayer, engine_of, refusals
 from aerogel.io.source import ModelSource
 from aerogel.layers import layout
 from aerogel.layers.conv import Layer, is_plain, refuse, size

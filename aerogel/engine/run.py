@@ -33,7 +33,7 @@ from aerogel.engine.stages import reaches_around, seeded, stages_of
 from aerogel.engine.teacher import TeacherWalk, residency_of, resident, teacher_of
 from aerogel.engine.visits import before_again, compress_block
 from aerogel.evaluate.measure import Measure
-from aerogel.export.engines import engine_of
+from aerogel.io.engines import engine_of
 from aerogel.io.record import files
 from aerogel.io.source import ModelSource
 from aerogel.kernels.malloc import limit_fragmentation

@@ -46,6 +46,6 @@ def require_unpadded(config: Mapping[str, Any], schemes: Mapping[str, Scheme]) -
     """Raise AerogelError where a reader that takes tensors as they are would take words for others."""
     if padded(config) and (name := next((name for name, scheme in schemes.items() if differs(scheme)), None)):
         raise AerogelError(
-            f"{name} has {schemes[name].bits}-bit codes in words of before compressed-tensors {FIRST}; "
+            f"{name} has {schemes[name].bits}-bit integer codes, packed as before compressed-tensors {FIRST}; "
             "write the folder anew with `aerogel export FOLDER --format compressed_tensors`"
         )

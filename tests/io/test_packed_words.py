@@ -81,7 +81,7 @@ def test_transformers_is_not_given_words_of_before(folders: tuple[Path, Path]) -
     register_transformers()
     now, before = folders
     assert transformers.AutoModelForCausalLM.from_pretrained(now)
-    with pytest.raises(AerogelError, match=r"3-bit codes in words of before compressed-tensors 0\.18\.0; write the folder anew"):
+    with pytest.raises(AerogelError, match=r"3-bit integer codes, packed as before compressed-tensors 0\.18\.0; write the folder anew"):
         transformers.AutoModelForCausalLM.from_pretrained(before)
 
 

@@ -14,7 +14,7 @@ from aerogel.data.denoising import Denoising
 from aerogel.engine.calibration import Samples
 from aerogel.engine.planning import Plan, plan
 from aerogel.errors import AerogelError
-from aerogel.export.engines import ENGINES, StoredLayer
+from aerogel.io.engines import ENGINES, StoredLayer
 from aerogel.numerics.scheme import Scheme
 from tests.folders import model_folder, text_file
 from tests.image_pipelines import classes
