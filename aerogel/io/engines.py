@@ -5,7 +5,7 @@ Each engine's facts are those of the source of its release: which scheme its com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,14 +48,10 @@ def _transformers(layer: StoredLayer) -> Reason:
     return _inexpressible(layer)
 
 
-def _weights_only(layer: StoredLayer, bits: Iterable[int]) -> Reason:
-    """Integer weights with float inputs: what both readers ask for."""
-    if not isinstance(layer.scheme.weights.granularity, PerChannel | PerGroup):
-        return "integer weights need a scale per channel or group"
-    known = tuple(bits)
-    if layer.scheme.bits not in known:
-        return f"it has kernels for weights of {' and '.join(map(str, known))} bits"
-    return None
+def _weights_only(layer: StoredLayer) -> Reason:
+    """Integer weights with float inputs."""
+    granular = isinstance(layer.scheme.weights.granularity, PerChannel | PerGroup)
+    return None if granular else "integer weights need a scale per channel or group"
 
 
 def _int8(layer: StoredLayer) -> Reason:
@@ -66,44 +62,53 @@ def _int8(layer: StoredLayer) -> Reason:
     return None
 
 
-def _of_compressed_tensors(layer: StoredLayer, bits: Iterable[int], four_bits: Reason, mxfp4: Reason, nvfp4: Reason) -> Reason:
-    """Decide as the readers of vLLM and SGLang do; the last three say why W4A8 and 4-bit floats are refused, if they are."""
-    scheme = layer.scheme
-    if scheme.weights.format.kind == "float":
-        return None if scheme.bits == 8 else mxfp4 if scheme.weights.scale_format == "e8m0" else nvfp4
-    if scheme.inputs is None:
-        return _weights_only(layer, bits)
-    return _int8(layer) if scheme.bits == 8 else four_bits
-
-
 def _vllm(layer: StoredLayer) -> Reason:
-    if layer.act_order:
-        return "its reader has no group indices; set act_order to static"
-    separate = "needs its Humming kernel, which is installed separately"
-    found = _inexpressible(layer) or _of_compressed_tensors(layer, range(2, 9), separate, None, None)
-    if found is None and layer.scheme.inputs is None and layer.scheme.weights.format.kind == "int" and layer.scheme.bits not in (4, 8):
-        return separate
-    return found
+    scheme, separate = layer.scheme, "needs its Humming kernel, which is installed separately"
+    if found := _of_vllm(layer):
+        return found
+    return separate if scheme.weights.format.kind == "int" and scheme.bits not in (4, 8) else None
 
 
 def _vllm_on_cpu(layer: StoredLayer) -> Reason:
+    scheme = layer.scheme
+    if found := _of_vllm(layer):
+        return found
+    if scheme.weights.format.kind == "float":
+        return None if scheme.bits == 8 else "it has no kernel for 4-bit floats on a CPU"
+    if scheme.inputs is not None and scheme.bits == 8:
+        return None
+    if scheme.bits != 4:
+        return "its kernels take weights of 4 bits on a CPU"
+    return "inputs and outputs have to be multiples of 32" if layer.inputs % 32 or layer.outputs % 32 else None
+
+
+def _of_vllm(layer: StoredLayer) -> Reason:
+    """What vLLM refuses on every device."""
+    scheme = layer.scheme
     if layer.act_order:
         return "its reader has no group indices; set act_order to static"
-    no_kernel = "it has no kernel for this scheme on a CPU"
-    if found := _inexpressible(layer) or _of_compressed_tensors(layer, (4,), no_kernel, no_kernel, no_kernel):
+    if found := _inexpressible(layer):
         return found
-    if layer.scheme.inputs is None and (layer.inputs % 32 or layer.outputs % 32):
-        return "inputs and outputs have to be multiples of 32"
-    return None
+    if scheme.weights.format.kind == "float":
+        return None
+    if scheme.inputs is None:
+        return _weights_only(layer)
+    if scheme.bits == 8:
+        return _int8(layer)
+    return None if scheme.inputs.dynamic else "static inputs are for 8-bit weights only"
 
 
 def _sglang(layer: StoredLayer) -> Reason:
-    found = _inexpressible(layer) or _of_compressed_tensors(
-        layer, (4, 8), "integer weights below 8 bits need float inputs", "it has no reader for MXFP4 weights with 16-bit inputs", None
-    )
-    if found is None and layer.scheme.inputs is None and layer.scheme.weights.format.kind == "int" and layer.scheme.group:
-        return None if layer.scheme.group in (32, 64, 128) else "groups have to be of 32, 64 or 128"
-    return found
+    scheme = layer.scheme
+    if found := _inexpressible(layer):
+        return found
+    if scheme.weights.format.kind == "float":
+        return "it has no reader for MXFP4 weights with 16-bit inputs" if scheme.weights.scale_format == "e8m0" else None
+    if scheme.inputs is not None:
+        return _int8(layer) if scheme.bits == 8 else "integer weights below 8 bits need float inputs"
+    if scheme.bits not in (4, 8):
+        return "its kernels take weights of 4 and 8 bits"
+    return _weights_only(layer) or (None if scheme.group in (None, 32, 64, 128) else "groups have to be of 32, 64 or 128")
 
 
 ENGINES: Mapping[str, Engine] = {

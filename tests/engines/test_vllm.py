@@ -28,7 +28,7 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONPATH": "",
 }
-RECIPES = {name: name for name in ("gptq-w4a16", "awq-w4a16", "rtn-w4a16", "rtn-w8a8", "smoothquant-w8a8", "fp8-dynamic")}
+RECIPES = ("gptq-w4a16", "awq-w4a16", "rtn-w4a16", "rtn-w8a8", "smoothquant-w8a8", "fp8-dynamic")
 PROMPTS, LENGTH = 32, 48
 ROWS, ROW_LENGTH = 8, 256
 
@@ -47,7 +47,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compressed(name: str, desk: Path) -> Path:
     """The folder of a recipe, made once."""
     if not (desk / name).exists():
-        aerogel.compress("smollm2-135m", RECIPES[name], output=desk / name, samples=Samples("sotu", count=32, length=256), measures=())
+        aerogel.compress("smollm2-135m", name, output=desk / name, samples=Samples("sotu", count=32, length=256), measures=())
     return desk / name
 
 

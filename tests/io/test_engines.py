@@ -28,7 +28,10 @@ OPENS = {
     "W6A16_CHANNEL": {"transformers"},
     "W8A8": {"transformers", "vllm", "vllm-cpu", "sglang"},
     "W8A8_STATIC": {"transformers", "vllm", "vllm-cpu", "sglang"},
-    "W4A8_G32": {"transformers"},
+    "W8A8_AFFINE": {"transformers", "vllm", "vllm-cpu", "sglang"},
+    "W4A8_G32": {"transformers", "vllm", "vllm-cpu"},
+    "W4A8_G32_STATIC": {"transformers"},
+    "W3A8_G32": {"transformers"},
     "FP8_DYNAMIC": {"transformers", "vllm", "vllm-cpu", "sglang"},
     "FP8_STATIC": {"transformers", "vllm", "vllm-cpu", "sglang"},
     "FP8_BLOCK": {"transformers", "vllm", "vllm-cpu", "sglang"},
@@ -69,7 +72,7 @@ def test_a_cpu_kernel_wants_multiples_of_32() -> None:
 def test_a_plan_says_where_the_result_opens(folder: Path) -> None:
     made = planned(folder, {"gptq": {"scheme": "W4A16_G32", "overrides": {"*.down_proj": "W3A16_G32"}}})
     (reason,) = made.engines["vLLM 0.32 (CPU)"]
-    assert reason == "W3A16_G32 (1 layers): it has kernels for weights of 4 bits"
+    assert reason == "W3A16_G32 (1 layers): its kernels take weights of 4 bits on a CPU"
     assert made.engines["transformers 5.23 (compressed-tensors 0.20)"] == ()
     assert made.problems == ()
     ordered = planned(folder, {"gptq": {"scheme": "W4A16_G32", "act_order": "group"}})
@@ -91,7 +94,7 @@ def test_a_denoiser_is_for_no_language_engine() -> None:
 def test_a_named_engine_refuses_before_any_work(folder: Path, tmp_path: Path) -> None:
     three = {"rtn": {"scheme": "W3A16_G32"}}
     (problem,) = planned(folder, three, engine="vllm-cpu").problems
-    assert problem == "vLLM 0.32 (CPU) does not open the result: W3A16_G32 (7 layers): it has kernels for weights of 4 bits"
+    assert problem == "vLLM 0.32 (CPU) does not open the result: W3A16_G32 (7 layers): its kernels take weights of 4 bits on a CPU"
     with pytest.raises(AerogelError, match=r"vLLM 0\.32 \(CPU\) does not open the result"):
         aerogel.compress(folder, {"steps": [three]}, output=tmp_path / "out", engine="vllm-cpu", measures=())
     assert not list(tmp_path.iterdir())
@@ -103,7 +106,7 @@ def test_the_command_line_takes_an_engine(folder: Path, tmp_path: Path) -> None:
         return CliRunner().invoke(app, [command, str(folder), "--recipe", "rtn-w4a16", "--scheme", "W3A16_G32", *more])
 
     shown = run("plan")
-    assert "not in vLLM 0.32 (CPU): W3A16_G32 (7 layers): it has kernels for weights of 4 bits" in shown.output
+    assert "not in vLLM 0.32 (CPU): W3A16_G32 (7 layers): its kernels take weights of 4 bits on a CPU" in shown.output
     assert "opens in: transformers" in shown.output
     assert shown.exit_code == 0
     for command, more in (("plan", ()), ("compress", ("--output", str(tmp_path / "out")))):

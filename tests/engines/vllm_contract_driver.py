@@ -1,0 +1,40 @@
+"""Asks vLLM which quantization_configs its CPU build has a reader and a kernel for. Runs in vLLM's own environment.
+
+python vllm_contract_driver.py ASKED.json ANSWERED.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+
+def main() -> None:
+    import torch
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+    asked, answered = sys.argv[1:]
+    found, settings = {}, VllmConfig()
+    with set_current_vllm_config(settings):
+        init_distributed_environment(1, 0, f"file://{Path(answered).absolute()}.group", 0, "gloo")
+        initialize_model_parallel()
+        settings.model_config = SimpleNamespace(dtype=torch.bfloat16)  # all that kernels ask of a model
+        for name, (config, inputs, outputs) in json.loads(Path(asked).read_text()).items():
+            try:
+                read = CompressedTensorsConfig.from_config(config)
+                parts = next(iter(read.target_scheme_map.values()))
+                scheme = read._get_scheme_from_parts(parts["weights"], parts["input_activations"], format=parts["format"])
+                made = {"output_partition_sizes": [outputs], "input_size_per_partition": inputs, "params_dtype": torch.bfloat16}
+                scheme.create_weights(torch.nn.Module(), input_size=inputs, output_size=outputs, weight_loader=lambda *_: None, **made)
+                found[name] = None
+            except (ValueError, NotImplementedError, RuntimeError) as error:
+                found[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
+    Path(answered).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
