@@ -185,7 +185,8 @@ def _write_config(network: Network, module: nn.Module, folder: Path) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
     config |= _changes(network)
-    config.pop("quantization_config", None)
+    for each in (config, config.get("text_config") or {}):
+        each.pop("quantization_config", None)
     if (quantization := describe(module)) is not None:
         if network.unbuilt is not None:
             quantization["ignore"] += network.unbuilt.ignored
