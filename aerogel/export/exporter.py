@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aerogel.errors import AerogelError
 from aerogel.io.checkpoint import Checkpoint
+from aerogel.io.dequantize import dequantizer_of
 from aerogel.io.load import family_of, part_of
 from aerogel.io.names import Names
 from aerogel.io.quantized import assignments, replacements
@@ -98,7 +99,7 @@ class Master:
         config: dict[str, Any] = json.loads(path.read_text())
         family = family_of(source.families, config.get("model_type"), config.get("_class_name"), config)
         names = names_of(folder, config)
-        checkpoint = Checkpoint.open(folder, names.in_memory)
+        checkpoint = Checkpoint.open(folder, names.in_memory, dequantize=dequantizer_of(config, folder))
         checkpoint.verify()
         return cls(folder, config, family, names, checkpoint)
 

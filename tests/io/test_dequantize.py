@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -19,13 +21,17 @@ from typer.testing import CliRunner
 
 import aerogel
 from aerogel.cli.commands import app
+from aerogel.engine.exporting import source_of
 from aerogel.engine.opening import open_model
 from aerogel.engine.planning import plan
 from aerogel.engine.resume import fingerprint_of
 from aerogel.errors import AerogelError
+from aerogel.export.compressed_tensors import CompressedTensors
+from aerogel.export.gguf import Gguf
 from aerogel.io.checkpoint import Checkpoint
 from aerogel.io.dequantize import block_of, dequantize_blocks, dequantize_mxfp4, dequantizer_of
 from tests.folders import model_folder
+from tests.saved import network, save, tokenizer
 from tests.tiny import FAMILIES, output
 
 RTN = {"steps": [{"rtn": {"scheme": "W4A16_G32"}}]}
@@ -269,6 +275,20 @@ def test_a_weight_and_its_scale_may_be_in_different_files(tmp_path: Path) -> Non
     before = fingerprint_of(network.checkpoint)
     save_file({name: found[name] * 2 for name in scales}, quantized / "model-00002-of-00002.safetensors", {"format": "pt"})
     assert fingerprint_of(network.checkpoint) != before, "an unfinished run is not resumed with other scales"
+
+
+def test_exporters_read_the_floats_too(tmp_path: Path) -> None:
+    save(network(None, dtype=torch.bfloat16, processor=tokenizer()), tmp_path / "fp8")
+    shutil.copytree(tmp_path / "fp8", tmp_path / "plain")
+    save_file(as_fp8(tmp_path / "fp8"), tmp_path / "plain/model.safetensors", {"format": "pt"})
+    for name in ("fp8", "plain"):
+        Gguf().write(source_of(tmp_path / name), tmp_path / "out" / name)
+    readers = (gguf.GGUFReader(tmp_path / "out" / name / "model.gguf") for name in ("fp8", "plain"))
+    ours, expected = ({one.name: one.data for one in reader.tensors} for reader in readers)
+    assert ours.keys() == expected.keys()
+    assert all((ours[name] == expected[name]).all() for name in ours)
+    assert CompressedTensors().refuse(source_of(tmp_path / "fp8")) == ["it is quantized in another format, fp8; compress it first"]
+    assert not CompressedTensors().refuse(source_of(tmp_path / "plain"))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
