@@ -17,7 +17,7 @@ from torch import Tensor
 from aerogel.errors import AerogelError
 from aerogel.io.checkpoint import Checkpoint, Dequantize, Dequantized
 from aerogel.io.headers import Entry
-from aerogel.io.quantized import quantization_of
+from aerogel.io.quantized import configs_in, quantization_of
 from aerogel.numerics.formats import FORMATS
 from aerogel.numerics.packing import unpack_e8m0, unpack_fp4
 
@@ -29,7 +29,7 @@ _ROWS = 1024
 """Rows that are multiplied at a time, so that float32 copies stay small."""
 
 
-def dequantizer_of(settings: Mapping[str, Any], folder: Path) -> Dequantize | None:
+def dequantizer_of(settings: dict[str, Any], folder: Path) -> Dequantize | None:
     """Return what turns a folder's quantized tensors into floats; None where its config.json names no such format.
 
     Raises AerogelError, like what it returns, on a config or tensors that do not fit together.
@@ -171,9 +171,9 @@ def _block_of(config: Mapping[str, Any], where: Path) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def _dtype_of(settings: Mapping[str, Any]) -> torch.dtype:
+def _dtype_of(settings: dict[str, Any]) -> torch.dtype:
     """The float dtype that the config names for the model, or for the language model in it; else bfloat16."""
-    for part in (settings, settings.get("text_config") or {}):
+    for part in configs_in(settings):
         for key in ("dtype", "torch_dtype"):
             if (named := str(part.get(key)).removeprefix("torch.")) in _FLOATS:
                 return _FLOATS[named]

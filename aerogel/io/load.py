@@ -217,9 +217,9 @@ def _open_pipeline(families: Sequence[Family], folder: Path, device: torch.devic
         pipeline.to(device)
     module, placed = _together(modules), Placement.at(device)
     family = family_of_all(given[0].family, modules) if len(modules) > 1 else given[0].family
-    made = opened[0][1]
-    network = Network(module, family, folder, pipeline, stored_dtype=given[0].stored, names=made.names, placed=placed)
-    network.dequantized = made.dequantized
+    made = [each for _, each in opened]
+    network = Network(module, family, folder, pipeline, stored_dtype=given[0].stored, names=made[0].names, placed=placed)
+    network.dequantized = next((each.dequantized for each in made if each.dequantized), None)
     return _discovered(network)
 
 

@@ -69,12 +69,18 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
     return config
 
 
-def quantization_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+def configs_in(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a config.json and, where it has one, the config of the language model in it."""
+    inner = settings.get("text_config")
+    return [settings, inner] if isinstance(inner, dict) else [settings]
+
+
+def quantization_of(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the quantization_config of a config.json, which may be in that of the language model; empty where there is none.
 
     Raises AerogelError where it is no JSON object.
     """
-    for part in (settings, settings.get("text_config") or {}):
+    for part in configs_in(settings):
         if found := part.get("quantization_config"):
             if not isinstance(found, dict):
                 raise AerogelError(f"quantization_config in config.json is {found!r}, expected a JSON object; fetch config.json again")
