@@ -186,6 +186,8 @@ def _opened_by(network: Network, recipe: Recipe, touched: Sequence[Touched], sch
 
 
 def _remarks(network: Network, recipe: Recipe) -> Iterator[str]:
+    if network.dequantized is not None:
+        yield f"{network.dequantized}; this recipe starts from the dequantized weights"
     yield from (f"{step.name}: {line}" for step in recipe.steps for line in step.method.remarks(network))
     unbuilt = network.unbuilt
     if unbuilt is not None and not any("residual" in step.method.requires for step in recipe.steps):

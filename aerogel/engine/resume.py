@@ -34,7 +34,7 @@ def fingerprint_of(checkpoint: Checkpoint) -> str:
     """Return the fingerprint of a checkpoint: `sha256:` over its files and config.json."""
     digest = hashlib.sha256()
     config = checkpoint.folder / "config.json"
-    for path in sorted({checkpoint.file(name) for name in checkpoint.names()} | ({config} if config.exists() else set())):
+    for path in sorted({*checkpoint.files()} | ({config} if config.exists() else set())):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"sha256:{digest.hexdigest()}"

@@ -11,6 +11,8 @@ from aerogel.io.packed_words import FIRST, padded
 from aerogel.io.save import copy_companions, new_folder
 from aerogel.io.shards import write_shards
 
+_OWN = ("compressed-tensors", "aerogel")
+
 
 @dataclass(frozen=True)
 class CompressedTensors(Exporter):
@@ -20,8 +22,11 @@ class CompressedTensors(Exporter):
     """Largest size of one weight file in bytes."""
 
     def refuse(self, source: Source) -> list[str]:
-        """Return the layers that are more than a quantized linear."""
-        return [f"{reason}, which compressed-tensors cannot say" for reason in inexpressible(Master.open(source))]
+        """Return the layers that are more than a quantized linear, or the other format that the folder is in."""
+        master = Master.open(source)
+        if (method := master.quantization.get("quant_method", _OWN[0])) not in _OWN:
+            return [f"it is quantized in another format, {method}; compress it first"]
+        return [f"{reason}, which compressed-tensors cannot say" for reason in inexpressible(master)]
 
     def write(self, source: Source, output: Path) -> None:
         """Copy tensor by tensor; names and values stay as they are, but for integer codes in words of an earlier release."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aerogel.errors import AerogelError
 from aerogel.io.checkpoint import Checkpoint, Piece
+from aerogel.io.dequantize import dequantizer_of
 from aerogel.io.load import family_of, part_of
 from aerogel.io.names import Names
 from aerogel.io.packed_words import padded, repacked
@@ -99,10 +100,11 @@ class Master:
         config: dict[str, Any] = json.loads(path.read_text())
         family = family_of(source.families, config.get("model_type"), config.get("_class_name"), config)
         names = names_of(folder, config)
-        checkpoint = Checkpoint.open(folder, names.in_memory)
+        dequantize = dequantizer_of(config, folder)
+        checkpoint = Checkpoint.open(folder, names.in_memory, dequantize=dequantize)
         checkpoint.verify()
         found = cls(folder, config, family, names, checkpoint)
-        if not padded(found.quantization):
+        if dequantize is not None or not padded(found.quantization):
             return found
         return replace(found, checkpoint=Checkpoint.open(folder, names.in_memory, found._repacked))
 

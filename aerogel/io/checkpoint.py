@@ -2,54 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
+from aerogel.io.headers import REPAIR, Entry, read_header, read_index
 from aerogel.kernels.malloc import release_pages
 from aerogel.layers.slots import Slot, release, slots
 
 # In the order transformers and diffusers look for them: one file wins over an index.
 STEMS = ("model", "diffusion_pytorch_model")
-DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 # Pages of a mapped file count as resident memory until the file is closed, so a long read closes it this often.
 _MAPPED_BYTES = 32 << 20
-_REPAIR = "fetch or copy the file again"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor in a shard's header."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    bytes: int
 
 
 Apart = Callable[[str, Callable[[], tuple[int, ...]]], Mapping[str, "Piece"]]
@@ -69,19 +42,52 @@ class Piece:
     take: Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Dequantized:
+    """A float tensor that lies on disk as quantized values and their scale, which the checkpoint does not answer to by themselves."""
+
+    values: str
+    """Name on disk of the quantized values."""
+    scale: str
+    """Name on disk of their scale, which may be in another file."""
+    entry: Entry
+    """Description of the float tensor."""
+    make: Callable[[Tensor, Tensor], Tensor]
+    """(values, scale) -> the float tensor; one entry of the values, with its scale, gives the same entry of it."""
+    scale_by_entry: bool
+    """True where each entry of the values has a scale of its own, False where one scale is for all."""
+    format: str
+    """Format of the quantized values in words."""
+
+
+Dequantize = Callable[[Mapping[str, Entry]], Mapping[str, Dequantized | None]]
+"""Tensors on disk by name -> float tensors by the names that float checkpoints have for them; None for a tensor that nobody reads."""
+
+
 class Checkpoint:
     """Named tensors in the safetensors files of one folder; nothing is read before it is asked for."""
 
-    def __init__(self, folder: Path, files: dict[str, str], rename: Callable[[str], str] = str, apart: Apart = _whole) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        files: dict[str, str],
+        rename: Callable[[str], str] = str,
+        apart: Apart = _whole,
+        dequantize: Dequantize | None = None,
+    ) -> None:
         """`files` says which file of the folder holds each tensor by its name on disk; `rename` gives the name it answers to.
 
-        `apart` gives, for a name that it answers to, the pieces that it answers to instead.
+        `apart` gives, for a name that it answers to, the pieces that it answers to instead. `dequantize` says which tensors on disk make
+        float tensors; it sees the headers of all files.
         """
         self.folder = folder
-        self._on_disk = {rename(name): name for name in files}
-        self._modules = {ours.rpartition(".")[0]: theirs.rpartition(".")[0] for ours, theirs in self._on_disk.items()}
         self._files = files
         self._headers: dict[str, dict[str, Entry]] = {}
+        self._dequantized: dict[str, Dequantized] = {}
+        self._unread: tuple[str, ...] = ()
+        floats = list(files) if dequantize is None else self._as_floats(dequantize)
+        self._on_disk = {rename(name): name for name in floats}
+        self._modules = {ours.rpartition(".")[0]: theirs.rpartition(".")[0] for ours, theirs in self._on_disk.items()}
         self._pieces: dict[str, Piece] = {}
         for name, on_disk in list(self._on_disk.items()):
             if pieces := apart(name, lambda name=name: self.shape(name)):  # type: ignore[misc]
@@ -89,17 +95,28 @@ class Checkpoint:
                 self._on_disk |= dict.fromkeys(pieces, on_disk)
                 self._pieces |= pieces
 
+    def _as_floats(self, dequantize: Dequantize) -> list[str]:
+        """Names of the tensors as a float checkpoint has them, file by file."""
+        found = dequantize({name: self._stored(name) for name in self._files})
+        self._dequantized = {name: made for name, made in found.items() if made is not None}
+        named = {made.values: name for name, made in self._dequantized.items()}
+        self._unread = tuple(name for name, made in found.items() if made is None)
+        gone = {*self._unread, *(made.scale for made in self._dequantized.values())}
+        return [named.get(name, name) for name in self._files if name not in gone]
+
     @classmethod
-    def open(cls, folder: str | Path, rename: Callable[[str], str] = str, apart: Apart = _whole) -> Checkpoint:
+    def open(
+        cls, folder: str | Path, rename: Callable[[str], str] = str, apart: Apart = _whole, dequantize: Dequantize | None = None
+    ) -> Checkpoint:
         """Open the checkpoint in `folder`; raises AerogelError when there is none, or only one in pickle format."""
         folder = Path(folder)
         for stem in STEMS:
             if (folder / f"{stem}.safetensors").is_file():
                 file = f"{stem}.safetensors"
-                return cls(folder, dict.fromkeys(_read_header(folder / file), file), rename, apart)
+                return cls(folder, dict.fromkeys(read_header(folder / file), file), rename, apart, dequantize)
             index = folder / f"{stem}.safetensors.index.json"
             if index.is_file():
-                return cls(folder, read_index(index), rename, apart)
+                return cls(folder, read_index(index), rename, apart, dequantize)
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         if pickled:
             raise AerogelError(
@@ -112,8 +129,8 @@ class Checkpoint:
         """Check every file against its header and the index; raises AerogelError that names the bad file."""
         for file in dict.fromkeys(self._files.values()):
             self._header(file)
-        for name in self.names():
-            self._entry(name)
+        for name in self._files:
+            self._stored(name)
 
     def nonfinite(self, names: Iterable[str] | None = None, limits: Collection[str] = ()) -> list[str]:
         """Names of the float tensors that hold a NaN, or an infinity where they are no `limits`; by default among all, read one by one."""
@@ -123,6 +140,14 @@ class Checkpoint:
     def names(self) -> list[str]:
         """Names of all tensors, file by file."""
         return list(self._on_disk)
+
+    def dequantized(self) -> dict[str, Dequantized]:
+        """The float tensors that are made of quantized ones, by their names on disk."""
+        return dict(self._dequantized)
+
+    def unread(self) -> tuple[str, ...]:
+        """Names on disk of the tensors that the checkpoint does not answer to, because they only served the quantized ones."""
+        return self._unread
 
     def __contains__(self, name: object) -> bool:
         return name in self._on_disk
@@ -143,19 +168,25 @@ class Checkpoint:
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor; raises AerogelError on a name that is not in the checkpoint."""
-        return self.folder / self._files[self.on_disk(name)]
+        on_disk = self.on_disk(name)
+        made = self._dequantized.get(on_disk)
+        return self.folder / self._files[on_disk if made is None else made.values]
+
+    def files(self) -> list[Path]:
+        """All files that hold tensors."""
+        return [self.folder / file for file in dict.fromkeys(self._files.values())]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
         return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor, from the header."""
+        """Dtype of a tensor, from the header; of a dequantized one that of the floats."""
         return self._entry(name).dtype
 
     def bytes(self, names: Iterable[str] | None = None) -> int:
-        """Bytes on disk of some tensors, by default of all."""
-        return sum(self._entry(name).bytes for name in (self.names() if names is None else names))
+        """Bytes of some tensors, those of dequantized ones as floats; by default what all take on disk."""
+        return sum(self._stored(name).bytes for name in self._files) if names is None else sum(self._entry(name).bytes for name in names)
 
     def main_dtype(self) -> torch.dtype:
         """The float dtype of 16 bits or more that most elements are stored in; float32 when there is none."""
@@ -205,15 +236,27 @@ class Checkpoint:
         """Send a module's parameters and persistent buffers to meta, and the memory they took back to the system."""
         release(module)
 
+    def check(self, module: nn.Module) -> None:
+        """Raise AerogelError where a tensor does not fit its place in a module, as `materialise` does, from the headers alone."""
+        for slot in slots(module):
+            if slot.name in self:
+                self._check_fits(slot.name, slot.tensor)
+
     def _check_fits(self, name: str, slot: Tensor) -> None:
         entry = self._entry(name)
+        advice = "config.json does not fit the weights"
         if entry.shape != tuple(slot.shape):
             found, expected = str(list(entry.shape)), str(list(slot.shape))
+        elif entry.dtype != slot.dtype and (is_float8(entry.dtype) or is_float8(slot.dtype)):
+            # Wider floats are not rounded to 8 bits on the way either.
+            found, expected = str(entry.dtype), str(slot.dtype)
+            if is_float8(entry.dtype):
+                advice = "config.json says nothing of its scale; get the config.json that belongs to it, or the model in 16 bits"
         elif entry.dtype.is_floating_point != slot.is_floating_point():
             found, expected = str(entry.dtype), str(slot.dtype)
         else:
             return
-        raise AerogelError(f"{self.file(name)}: {name} is {found}, the model expects {expected}; config.json does not fit the weights")
+        raise AerogelError(f"{self.file(name)}: {name} is {found}, the model expects {expected}; {advice}")
 
     def _read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) file by file; the tensor is a view of the mapped file, good until the next one is asked for."""
@@ -223,14 +266,20 @@ class Checkpoint:
         for file, members in by_file.items():
             self._header(file.name)  # a truncated file is named here, before safetensors fails on it
             for batch in self._batches(members):
-                with safe_open(file, framework="pt") as handle:
+                with _Shards(self.folder, self._files) as shards:
                     for name in batch:
                         piece = self._pieces.get(name)
                         if piece is None:
-                            yield name, handle.get_tensor(self.on_disk(name))
+                            yield name, self._read_part(shards, self.on_disk(name), slice(None))
                         else:
-                            yield name, piece.take(handle.get_slice(self.on_disk(name))[piece.number]).contiguous()
+                            yield name, piece.take(self._read_part(shards, self.on_disk(name), piece.number)).contiguous()
                 release_pages()
+
+    def _read_part(self, shards: _Shards, on_disk: str, number: int | slice) -> Tensor:
+        made = self._dequantized.get(on_disk)
+        if made is None:
+            return shards.read(on_disk, number)
+        return made.make(shards.read(made.values, number), shards.read(made.scale, number if made.scale_by_entry else slice(None)))
 
     def _batches(self, names: list[str]) -> Iterator[list[str]]:
         batch: list[str] = []
@@ -245,20 +294,56 @@ class Checkpoint:
             yield batch
 
     def _entry(self, name: str) -> Entry:
-        file = self.file(name)
-        header, on_disk = self._header(file.name), self.on_disk(name)
-        if on_disk not in header:
-            raise AerogelError(f"{file}: the index says that {on_disk!r} is in this file, and it is not; {_REPAIR}, or the index")
-        entry, piece = header[on_disk], self._pieces.get(name)
+        on_disk, piece = self.on_disk(name), self._pieces.get(name)
+        made = self._dequantized.get(on_disk)
+        entry = self._stored(on_disk) if made is None else made.entry
         if piece is None:
             return entry
         shape = tuple(piece.take(torch.empty(entry.shape, dtype=entry.dtype, device="meta")[piece.number]).shape)
-        return Entry(entry.dtype, shape, math.prod(shape) * entry.dtype.itemsize)
+        return Entry.of(entry.dtype, shape)
+
+    def _stored(self, on_disk: str) -> Entry:
+        file = self._files[on_disk]
+        header = self._header(file)
+        if on_disk not in header:
+            raise AerogelError(
+                f"{self.folder / file}: the index says that {on_disk!r} is in this file, and it is not; {REPAIR}, or the index"
+            )
+        return header[on_disk]
 
     def _header(self, file: str) -> dict[str, Entry]:
         if file not in self._headers:
-            self._headers[file] = _read_header(self.folder / file)
+            self._headers[file] = read_header(self.folder / file)
         return self._headers[file]
+
+
+class _Shards:
+    """Files of a folder, each opened when a tensor of it is asked for, all closed together."""
+
+    def __init__(self, folder: Path, files: Mapping[str, str]) -> None:
+        self._folder, self._files = folder, files
+        self._open: dict[str, Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.clear()
+        self._stack.close()
+
+    def read(self, on_disk: str, number: int | slice) -> Tensor:
+        """Return a tensor, or one entry of it."""
+        file = self._files[on_disk]
+        if file not in self._open:
+            self._open[file] = self._stack.enter_context(safe_open(self._folder / file, framework="pt"))
+        found: Tensor = self._open[file].get_slice(on_disk)[number] if isinstance(number, int) else self._open[file].get_tensor(on_disk)
+        return found
+
+
+def is_float8(dtype: torch.dtype) -> bool:
+    """Return True for floats of 8 bits, which mean nothing without a scale."""
+    return dtype.is_floating_point and dtype.itemsize == 1
 
 
 def is_sound(tensor: Tensor, limit: bool = False) -> bool:
@@ -268,44 +353,3 @@ def is_sound(tensor: Tensor, limit: bool = False) -> bool:
     # The extremes are NaN when any number is; they need no memory, and float8 has none of its own.
     extremes = torch.aminmax(tensor.to(torch.bfloat16) if tensor.element_size() == 1 else tensor)
     return all(math.isfinite(extreme.item()) or (limit and not math.isnan(extreme.item())) for extreme in extremes)
-
-
-def read_index(index: Path) -> dict[str, str]:
-    try:
-        files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise AerogelError(f"{index}: not an index of safetensors ({error}); {_REPAIR}") from error
-    outside = [file for file in files.values() if Path(file).name != file]
-    if outside:
-        raise AerogelError(f"{index}: names the file {outside[0]!r}; shards must lie in the index's own folder")
-    return dict(sorted(files.items(), key=lambda item: item[1]))
-
-
-def _read_header(file: Path) -> dict[str, Entry]:
-    """Parse a safetensors header and check it against the file's size."""
-    if not file.is_file():
-        raise AerogelError(f"{file}: this shard is missing; {_REPAIR}")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 + length or length == 0:
-            raise AerogelError(f"{file}: the header does not fit in the file's {size} bytes, it is truncated or not safetensors; {_REPAIR}")
-        raw = stream.read(length)
-    try:
-        items = {name: item for name, item in json.loads(raw).items() if name != "__metadata__"}
-        if unknown := sorted({item["dtype"] for item in items.values()} - set(DTYPES)):
-            raise AerogelError(f"{file}: holds tensors of dtype {unknown[0]}, which cannot be read; known: {', '.join(DTYPES)}")
-        entries = {name: _entry(item) for name, item in items.items()}
-        expected = 8 + length + max((item["data_offsets"][1] for item in items.values()), default=0)
-    except AerogelError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise AerogelError(f"{file}: the safetensors header is corrupt ({type(error).__name__}: {error}); {_REPAIR}") from error
-    if expected != size:
-        raise AerogelError(f"{file}: has {size} bytes where its header promises {expected}, so it is truncated or damaged; {_REPAIR}")
-    return entries
-
-
-def _entry(item: dict[str, Any]) -> Entry:
-    start, end = item["data_offsets"]
-    return Entry(DTYPES[item["dtype"]], tuple(item["shape"]), end - start)

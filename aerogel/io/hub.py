@@ -16,7 +16,8 @@ from huggingface_hub import constants, errors
 from huggingface_hub import utils as hub_utils
 
 from aerogel.errors import AerogelError
-from aerogel.io.checkpoint import STEMS, read_index
+from aerogel.io.checkpoint import STEMS
+from aerogel.io.headers import read_index
 from aerogel.io.states import STATES
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

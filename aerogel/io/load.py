@@ -16,9 +16,10 @@ from torch import nn
 
 from aerogel.errors import AerogelError
 from aerogel.io.checkpoint import Checkpoint
+from aerogel.io.dequantize import dequantizer_of
 from aerogel.io.names import Names
 from aerogel.io.processors import Pair
-from aerogel.io.skeleton import Folder, build, modality_of, model_class, read_config, skeleton_of, whole
+from aerogel.io.skeleton import Folder, Skeleton, build, modality_of, model_class, read_config, skeleton_of, whole
 from aerogel.io.source import ModelSource, locate
 from aerogel.layers.transposed import as_linears
 from aerogel.model.denoisers import Denoisers, family_of_all
@@ -158,14 +159,17 @@ def _open(
     given = _read_folder(folder, families, device, dtype)
     placed = Placement.at(device)
     if "_class_name" in given.settings:
-        module, names = _denoiser_in(given, device)
-        return _discovered(Network(module, given.family, folder, stored_dtype=given.stored, names=names, placed=placed))
+        module, made = _denoiser_in(given, device)
+        network = Network(module, given.family, folder, stored_dtype=given.stored, names=made.names, placed=placed)
+        network.dequantized = made.dequantized
+        return _discovered(network)
     config = read_config(folder, trust_remote_code)
     cls = model_class(config, given.settings, trust_remote_code)
     options = {"dtype": given.dtype} | ({"trust_remote_code": trust_remote_code} if hasattr(cls, "from_config") else {})
     made = skeleton_of(given, lambda: build(cls, config, **options))
     module = made.module
     network = Network(module, given.family, folder, stored_dtype=given.stored, names=made.names, placed=placed, unbuilt=made.unbuilt)
+    network.dequantized = made.dequantized
     if made.fits:
         made.checkpoint.materialise(module, device=device, skip=list(network.blocks().values()) if lazy else [])
     else:
@@ -213,7 +217,10 @@ def _open_pipeline(families: Sequence[Family], folder: Path, device: torch.devic
         pipeline.to(device)
     module, placed = _together(modules), Placement.at(device)
     family = family_of_all(given[0].family, modules) if len(modules) > 1 else given[0].family
-    return _discovered(Network(module, family, folder, pipeline, stored_dtype=given[0].stored, names=opened[0][1], placed=placed))
+    made = [each for _, each in opened]
+    network = Network(module, family, folder, pipeline, stored_dtype=given[0].stored, names=made[0].names, placed=placed)
+    network.dequantized = next((each.dequantized for each in made if each.dequantized), None)
+    return _discovered(network)
 
 
 def _pipeline_class(diffusers: Any, folder: Path) -> Any:
@@ -236,13 +243,13 @@ def _without_bars(logging: Any) -> Iterator[None]:
 def _read_folder(path: Path, families: Sequence[Family], device: torch.device, dtype: torch.dtype | None) -> Folder:
     settings = _read_json(path / "config.json")
     family = family_of(families, settings.get("model_type"), settings.get("_class_name"), settings)
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path, dequantize=dequantizer_of(settings, path))
     checkpoint.verify()
     stored = checkpoint.main_dtype()
     return Folder(path, settings, family, stored, dtype or computing_dtype(stored, device))
 
 
-def _denoiser_in(given: Folder, device: torch.device) -> tuple[nn.Module, Names]:
+def _denoiser_in(given: Folder, device: torch.device) -> tuple[nn.Module, Skeleton]:
     """The denoiser of a diffusers folder, all of it: glue may call into a block, as DiT's does."""
     name = given.settings["_class_name"]
     cls = getattr(_diffusers(given.path), name, None)
@@ -256,7 +263,7 @@ def _denoiser_in(given: Folder, device: torch.device) -> tuple[nn.Module, Names]
         module = made.module
         made.checkpoint.materialise(module, device=device)
     move(module, device)
-    return module.eval(), made.names
+    return module.eval(), made
 
 
 def _processor(folder: Path, family: Family, trust_remote_code: bool) -> Any:

@@ -71,6 +71,25 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
     return config
 
 
+def configs_in(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a config.json and, where it has one, the config of the language model in it."""
+    inner = settings.get("text_config")
+    return [settings, inner] if isinstance(inner, dict) else [settings]
+
+
+def quantization_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the quantization_config of a config.json, which may be in that of the language model; empty where there is none.
+
+    Raises AerogelError where it is no JSON object.
+    """
+    for part in configs_in(settings):
+        if found := part.get("quantization_config"):
+            if not isinstance(found, dict):
+                raise AerogelError(f"quantization_config in config.json is {found!r}, expected a JSON object; fetch config.json again")
+            return found
+    return {}
+
+
 def attach(module: nn.Module, config: Mapping[str, Any]) -> None:
     """Put empty replacement layers where a quantization_config says, ready for the checkpoint's tensors.
 
@@ -136,7 +155,8 @@ def assignments(config: Mapping[str, Any], names: list[str]) -> dict[str, Assign
     """Return which of the linear layers called `names` are quantized, and how; raises AerogelError like `attach`."""
     if config.get("quant_method") not in ("compressed-tensors", "aerogel"):
         raise AerogelError(
-            f"quantization_config says quant_method={config.get('quant_method')!r}; only compressed-tensors folders are opened"
+            f"quantization_config says quant_method={config.get('quant_method')!r}, which is not opened; give the original model "
+            "in 16 bits, or one in compressed-tensors, fp8 or mxfp4"
         )
     if config.get("kv_cache_scheme"):
         warnings.warn("the folder's scales for a quantized KV cache are not used: keys and values are not quantized", stacklevel=3)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from aerogel.errors import AerogelError
 from aerogel.io.fingerprint import fingerprint
 from aerogel.io.layouts import as_on_disk
-from aerogel.io.quantized import describe
+from aerogel.io.quantized import configs_in, describe
 from aerogel.io.shards import write_shards
 from aerogel.layers.slots import slots
 from aerogel.model.denoisers import entries
@@ -185,7 +185,8 @@ def _write_config(network: Network, module: nn.Module, folder: Path) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
     config |= _changes(network)
-    config.pop("quantization_config", None)
+    for each in configs_in(config):
+        each.pop("quantization_config", None)
     if (quantization := describe(module)) is not None:
         if network.unbuilt is not None:
             quantization["ignore"] += network.unbuilt.ignored

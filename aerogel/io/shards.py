@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.io.checkpoint import DTYPES
+from aerogel.io.headers import DTYPES
 from aerogel.numerics.packing import raw_bytes
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -18,11 +18,12 @@ from torch.overrides import TorchFunctionMode
 from transformers.models.auto import modeling_auto
 
 from aerogel.errors import AerogelError
-from aerogel.io.checkpoint import Checkpoint
+from aerogel.io.checkpoint import Checkpoint, is_float8
+from aerogel.io.dequantize import dequantizer_of, told
 from aerogel.io.layouts import pieces
 from aerogel.io.names import Names
 from aerogel.io.packed_words import padded
-from aerogel.io.quantized import attach
+from aerogel.io.quantized import attach, quantization_of
 from aerogel.io.unbuilt import Unbuilt
 from aerogel.layers.slots import Slot, replace, slots
 from aerogel.layers.transposed import as_linears
@@ -62,6 +63,11 @@ class Skeleton:
         """Tensors of the checkpoint that are not the module's."""
         return Unbuilt.of(self.checkpoint, {slot.name for slot in slots(self.module)}) if self.fits else None
 
+    @property
+    def dequantized(self) -> str | None:
+        """A line on how the weights were quantized on disk where they are opened as floats."""
+        return told(self.checkpoint)
+
 
 def skeleton_of(folder: Folder, build: Callable[[], nn.Module]) -> Skeleton:
     """Build the module of a folder on meta and bind the folder's checkpoint to it; raises AerogelError when they do not go together."""
@@ -81,10 +87,14 @@ def skeleton_of(folder: Folder, build: Callable[[], nn.Module]) -> Skeleton:
     names = Names.of(module)
     unfuse(module, names.experts)
     as_linears(module)
-    if quantization := folder.settings.get("quantization_config"):
+    quantization, dequantize = quantization_of(folder.settings), dequantizer_of(folder.settings, folder.path)
+    if quantization and dequantize is None:
         attach(module, quantization)
-    checkpoint = Checkpoint.open(folder.path, names.in_memory, partial(pieces, module, padded(quantization or {})))
-    return Skeleton(module, names, checkpoint, _fits(module, folder, checkpoint))
+    checkpoint = Checkpoint.open(folder.path, names.in_memory, partial(pieces, module, padded(quantization)), dequantize)
+    fits = _fits(module, folder, checkpoint)
+    if fits:
+        checkpoint.check(module)
+    return Skeleton(module, names, checkpoint, fits)
 
 
 class _LargeOnMeta(TorchFunctionMode):
@@ -184,9 +194,13 @@ def _fits(module: nn.Module, folder: Folder, checkpoint: Checkpoint) -> bool:
     obsolete = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
     lacking = [aliases for aliases in names.values() if not any(name in checkpoint for name in aliases)]
     unknown = [name for name in checkpoint.names() if name not in known and not any(re.search(key, name) for key in obsolete)]
-    if (lacking or unknown) and folder.settings.get("quantization_config"):
+    float8 = [name for name in checkpoint.names() if is_float8(checkpoint.dtype(name))]
+    if (lacking or unknown) and (float8 or quantization_of(folder.settings)):
+        if not quantization_of(folder.settings):
+            checkpoint.check(module)
         other = f"lacks {min(lacking[0])}" if lacking else f"has {unknown[0]}, which is unknown"
         raise AerogelError(
-            f"{folder.path}: its quantized checkpoint is not one of a {type(module).__name__}: it {other}; compress the original again"
+            f"{folder.path}: its quantized checkpoint is not one of a {type(module).__name__}: it {other}; compress the original again, "
+            "or get the model in 16 bits"
         )
     return not lacking and not unknown

@@ -52,6 +52,8 @@ class Network:
     """Conversions between the names of its tensors on disk and in memory; None where they are the same."""
     unbuilt: Unbuilt | None = None
     """Tensors of its checkpoint that its class has no module for, which are saved as they are."""
+    dequantized: str | None = None
+    """A line on how its weights were quantized on disk where they were opened as floats."""
     examples: Sequence[Call] = ()
     """Calls that the structure is discovered with where inputs made up from the configuration do not run."""
 
