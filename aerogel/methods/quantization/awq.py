@@ -63,6 +63,8 @@ class _Job:
     """True where its ranges are searched."""
     inputs: _Inputs | None = None
     """None when no token reached it."""
+    outer: Tensor | None = None
+    """The outer scale of its fused set when all scales are found; None for one of its own, or for a format that has none."""
 
     def grid(self, weight_OI: Tensor, scale_I: Tensor) -> Grid:
         """A grid for the weight in this scaling: of all weights, or clipped as far as columns can be looked at one by one."""
@@ -77,8 +79,8 @@ class _Job:
     def last_grid(self) -> Grid:
         """The grid for the weight as it is now."""
         if self.clip and self.inputs is not None:
-            return clipped(self.linear.weight, self.scheme, self.inputs.moment_II)
-        return weight_grid(self.linear.weight, self.scheme.weights)
+            return clipped(self.linear.weight, self.scheme, self.inputs.moment_II, self.outer)
+        return weight_grid(self.linear.weight, self.scheme.weights, self.outer)
 
     def cost(self, scale_I: Tensor) -> float:
         """Squared error of the output when the weight is rounded in this scaling."""
@@ -145,6 +147,8 @@ class Awq(WeightMethod):
         unfed = [jobs[name] for name in jobs if name not in fed]
         kept = self._scale_inputs(unfed, block.processes) if self.unmapped == "keep" else {}
         ranges = self._ranges(block, jobs, kept)
+        for name, job in jobs.items():
+            job.outer = block.outer_scale(name, job.scheme.weights)
         place = block.network.placement
         found = block.processes.each({name: lambda job=job: place.take_back(job.last_grid()) for name, job in jobs.items()})  # type: ignore[misc]
         for name, job in jobs.items():
@@ -233,7 +237,7 @@ def scale_of(magnitude_C: Tensor, weight_C: Tensor | None, strength: float) -> T
     return scale_C / (scale_C.max() * scale_C.min()).sqrt()
 
 
-def clipped(weight_OI: Tensor, scheme: Scheme, moment_II: Tensor) -> Grid:
+def clipped(weight_OI: Tensor, scheme: Scheme, moment_II: Tensor, outer: Tensor | None = None) -> Grid:
     """The grid whose rounding changes the output of each group least; other granularities than groups and channels cover every weight."""
     match scheme.weights.granularity:
         case PerGroup(size):
@@ -243,8 +247,8 @@ def clipped(weight_OI: Tensor, scheme: Scheme, moment_II: Tensor) -> Grid:
         case PerChannel():
             moment_Gnn = moment_II[None]
         case _:
-            return weight_grid(weight_OI, scheme.weights)
-    return least_error(grouped(weight_OI, scheme.weights.granularity), scheme.weights, moment_Gnn)
+            return weight_grid(weight_OI, scheme.weights, outer)
+    return least_error(grouped(weight_OI, scheme.weights.granularity), scheme.weights, moment_Gnn, outer=outer)
 
 
 def _weight_magnitude(readers: Sequence[_Job]) -> Tensor:
