@@ -22,6 +22,7 @@ from aerogel.engine.estimates import (
     stored_dtype,
     too_large,
 )
+from aerogel.engine.fused_sets import mixed_sets, unknown_sets
 from aerogel.engine.opening import open_model
 from aerogel.engine.patterns import unmatched
 from aerogel.engine.progress import StageName
@@ -137,7 +138,7 @@ def plan_network(
     processes: Processes = ALONE,
 ) -> Plan:
     """Return the plan for a network that is open already."""
-    touched, problems = _touched(network, recipe, read)
+    touched, schemes, problems = _touched(network, recipe, read)
     read = share_of(recipe, read, processes)
     problems += too_large(network, recipe, read, processes)
     sizes = Sizes.of(network, {linear.name for linear in touched})
@@ -155,23 +156,25 @@ def plan_network(
         seconds=seconds(recipe, sizes, [(linear.inputs, linear.outputs) for linear in touched], read, rate),
         touched=tuple(touched),
         kept=tuple(_kept(network, recipe, {linear.name for linear in touched})),
-        remarks=() if problems else (*_remarks(network, recipe), *in_full(network, recipe, processes)),
+        remarks=() if problems else (*_remarks(network, recipe, schemes), *in_full(network, recipe, processes)),
         problems=tuple(problems),
         processes=processes.count,
         processes_on_machine=processes.on_machine,
     )
 
 
-def _remarks(network: Network, recipe: Recipe) -> Iterator[str]:
+def _remarks(network: Network, recipe: Recipe, schemes: Mapping[str, Scheme]) -> Iterator[str]:
     yield from (f"{step.name}: {line}" for step in recipe.steps for line in step.method.remarks(network))
+    yield from mixed_sets(network, schemes)
+    yield from unknown_sets(network, schemes)
     unbuilt = network.unbuilt
     if unbuilt is not None and not any("residual" in step.method.requires for step in recipe.steps):
         size = f"{unbuilt.bytes / 1e6:,.0f} MB"
         yield f"{unbuilt.told}: the model's class has no module for it; kept as it is ({size})"
 
 
-def _touched(network: Network, recipe: Recipe, read: CalibrationSize) -> tuple[list[Touched], list[str]]:
-    """The layers that each step quantizes, and why steps cannot be done, in the order of the recipe."""
+def _touched(network: Network, recipe: Recipe, read: CalibrationSize) -> tuple[list[Touched], dict[str, Scheme], list[str]]:
+    """The layers that each step quantizes, the schemes of all in the end, and why steps cannot be done, in the order of the recipe."""
     touched: dict[str, Touched] = {}
     problems: list[str] = []
     refused: dict[str, list[str]] = {}
@@ -197,7 +200,7 @@ def _touched(network: Network, recipe: Recipe, read: CalibrationSize) -> tuple[l
     for reason, names in refused.items():
         more = f" and {len(names) - 1} other linear layers" if len(names) > 1 else ""
         problems.append(f"{names[0]}{more} {reason}")
-    return list(touched.values()), problems
+    return list(touched.values()), quantized, problems
 
 
 def _stored_by(method: Any, network: Network) -> dict[str, tuple[Layer, Scheme]]:
