@@ -15,7 +15,7 @@ from aerogel.model.structure.examples import Example
 from aerogel.model.structure.probe import Refused
 
 ORIGINAL: dict[str, Callable[..., Any]] = {
-    name: getattr(networks, name) for name in ("examples_of", "towers_of", "edges_by_block", "residual_of")
+    name: getattr(networks, name) for name in ("examples_of", "towers_of", "edges_by_block", "fused_sets_of", "residual_of")
 }
 
 
@@ -30,7 +30,7 @@ class Remembered:
         config: Any = getattr(module, "config", None)
         if config is None:
             return self._function(module, *others)
-        blocks = others[0] if self._function.__name__ == "edges_by_block" else ()
+        blocks = others[0] if self._function.__name__ in ("edges_by_block", "fused_sets_of") else ()
         watched = _shapes(others[-1]) if others else ()
         key = key_of(module), next(module.parameters()).dtype, getattr(config, "_attn_implementation", ""), module.training, blocks, watched
         if key not in self._found:

@@ -22,6 +22,7 @@ from aerogel.engine.estimates import (
     stored_dtype,
     too_large,
 )
+from aerogel.engine.fused_sets import mixed_sets, unknown_sets
 from aerogel.engine.opening import open_model
 from aerogel.engine.patterns import unmatched
 from aerogel.engine.progress import StageName
@@ -164,7 +165,7 @@ def plan_network(
         seconds=seconds(recipe, sizes, [(linear.inputs, linear.outputs) for linear in touched], read, rate),
         touched=tuple(touched),
         kept=tuple(_kept(network, recipe, {linear.name for linear in touched})),
-        remarks=() if problems else (*_remarks(network, recipe), *in_full(network, recipe, processes)),
+        remarks=() if problems else (*_remarks(network, recipe, schemes), *in_full(network, recipe, processes)),
         problems=tuple(problems),
         processes=processes.count,
         processes_on_machine=processes.on_machine,
@@ -181,14 +182,17 @@ def _opened_by(network: Network, recipe: Recipe, touched: Sequence[Touched], sch
     ]
     policies = [step.name for step in recipe.steps if isinstance(step.method, RuntimePolicy)]
     denoises = network.family.modality in ("image", "video")
-    found = {engine.label: tuple(refusals(engine, layers, policies, denoises)) for engine in ENGINES.values()}
+    mixed = any(True for _ in mixed_sets(network, schemes))
+    found = {engine.label: tuple(refusals(engine, layers, policies, mixed, denoises)) for engine in ENGINES.values()}
     return found if layers or policies else {}
 
 
-def _remarks(network: Network, recipe: Recipe) -> Iterator[str]:
+def _remarks(network: Network, recipe: Recipe, schemes: Mapping[str, Scheme]) -> Iterator[str]:
     if network.dequantized is not None:
         yield f"{network.dequantized}; this recipe starts from the dequantized weights"
     yield from (f"{step.name}: {line}" for step in recipe.steps for line in step.method.remarks(network))
+    yield from mixed_sets(network, schemes)
+    yield from unknown_sets(network, schemes)
     unbuilt = network.unbuilt
     if unbuilt is not None and not any("residual" in step.method.requires for step in recipe.steps):
         size = f"{unbuilt.bytes / 1e6:,.0f} MB"
@@ -196,7 +200,7 @@ def _remarks(network: Network, recipe: Recipe) -> Iterator[str]:
 
 
 def _touched(network: Network, recipe: Recipe, read: CalibrationSize) -> tuple[list[Touched], dict[str, Scheme], list[str]]:
-    """The layers that each step quantizes, the schemes that quantized layers end with, and why steps cannot be done, in their order."""
+    """The layers that each step quantizes, the schemes of all in the end, and why steps cannot be done, in the order of the recipe."""
     touched: dict[str, Touched] = {}
     problems: list[str] = []
     refused: dict[str, list[str]] = {}

@@ -14,7 +14,6 @@ from aerogel.layers.experts import ExpertList
 from aerogel.model import time_path
 from aerogel.model.edges import Edge
 from aerogel.model.network import Network
-from aerogel.model.structure.edges import BlockEdges
 from aerogel.model.structure.moe import routed_experts
 from aerogel.model.structure.residual import Residual
 
@@ -30,7 +29,7 @@ def structure_of(network: Network) -> dict[str, Any]:
         "model": network.family.name,
         "modality": network.family.modality,
         "towers": [{"name": tower.name, "blocks": len(tower.blocks)} for tower in network.towers],
-        "blocks": [_kind(blocks[names[0]], names, network.edges[names[0]]) for names in kinds.values()],
+        "blocks": [_kind(blocks[names[0]], names, network) for names in kinds.values()],
         "experts": list(experts),
         "kept_in_16_bits": sorted(network.gates),
         "head": network.head,
@@ -41,22 +40,27 @@ def structure_of(network: Network) -> dict[str, Any]:
     }
 
 
-def _kind(block: nn.Module, names: list[str], found: BlockEdges) -> dict[str, Any]:
+def _kind(block: nn.Module, names: list[str], network: Network) -> dict[str, Any]:
+    found = network.edges[names[0]]
     lists = [name for name, part in block.named_modules() if isinstance(part, ExpertList)]
     edges = [_edge(edge, lists) for edge in found.edges]
     return {
         "class": type(block).__name__,
         "first": names[0],
         "count": len(names),
-        "edges": [edge for place, edge in enumerate(edges) if edge not in edges[:place]],
+        "edges": _each_once(edges),
         "attention": [
             {key: list(value) if isinstance(value, tuple) else value for key, value in vars(attention).items()}
             for attention in found.attentions
         ],
-        "fused": [_patterns(names, lists) for names in found.fused],
+        "fused": _each_once([_patterns(names, lists) for names in network.fused_sets.get(names[0], ())]),
         "no_edge_from": found.refused,
         "residual": "passes" if found.stream is not None else found.no_stream,
     }
+
+
+def _each_once(values: list[Any]) -> list[Any]:
+    return [value for place, value in enumerate(values) if value not in values[:place]]
 
 
 def _edge(edge: Edge, lists: list[str]) -> dict[str, Any]:

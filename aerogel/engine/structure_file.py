@@ -120,7 +120,8 @@ def _runs(index: Tensor) -> list[list[int]]:
 
 
 def _edges(plain: dict[str, Any]) -> BlockEdges:
-    found = {name: _value(value) for name, value in plain.items() if name not in ("refused", "stream", "attentions")}
+    known = {field.name for field in dataclasses.fields(BlockEdges)} - {"refused", "stream", "attentions"}
+    found = {name: _value(value) for name, value in plain.items() if name in known}
     stream = None if plain["stream"] is None else _made(BlockStream, plain["stream"])
     attentions = tuple(_made(Attention, one) for one in plain["attentions"])
     return BlockEdges(**found | {"edges": list(found["edges"]), "refused": plain["refused"], "stream": stream, "attentions": attentions})

@@ -33,6 +33,8 @@ class Engine:
     label: str
     refuses: Callable[[StoredLayer], Reason]
     """Why it does not open a layer."""
+    fuses: bool = True
+    """True where it loads some layers as one tensor, such as query, key and value."""
 
 
 def _inexpressible(layer: StoredLayer) -> Reason:
@@ -112,7 +114,7 @@ def _sglang(layer: StoredLayer) -> Reason:
 
 
 ENGINES: Mapping[str, Engine] = {
-    "transformers": Engine("transformers 5.23 (compressed-tensors 0.20)", _transformers),
+    "transformers": Engine("transformers 5.23 (compressed-tensors 0.20)", _transformers, fuses=False),
     "vllm": Engine("vLLM 0.32 (CUDA)", _vllm),
     "vllm-cpu": Engine("vLLM 0.32 (CPU)", _vllm_on_cpu),
     "sglang": Engine("SGLang 0.5.23 (CUDA)", _sglang),
@@ -129,8 +131,11 @@ def engine_of(name: str | None) -> Engine | None:
     return ENGINES[name]
 
 
-def refusals(engine: Engine, layers: Sequence[StoredLayer], policies: Sequence[str], denoises: bool) -> Iterator[str]:
-    """Say why an engine does not open, or does not run as measured, what a recipe makes: reason by reason, with how many layers have it."""
+def refusals(engine: Engine, layers: Sequence[StoredLayer], policies: Sequence[str], mixed: bool, denoises: bool) -> Iterator[str]:
+    """Say why an engine does not open, or does not run as measured, what a recipe makes: reason by reason, with how many layers have it.
+
+    `mixed` says that layers which engines load as one tensor have several schemes.
+    """
     if denoises:
         yield "it runs language models, and this is a denoiser"
         return
@@ -140,5 +145,7 @@ def refusals(engine: Engine, layers: Sequence[StoredLayer], policies: Sequence[s
             found[str(layer.scheme), reason] = found.get((str(layer.scheme), reason), 0) + 1
     for (scheme, reason), count in found.items():
         yield f"{scheme} ({count} layers): {reason}"
+    if mixed and engine.fuses:
+        yield "layers that it loads as one tensor have several schemes"
     for policy in policies:
         yield f"{policy} acts in aerogel only; the weights open without it"

@@ -137,6 +137,12 @@ class QuantLinear(Replacement):
         """The group of each column where groups follow activation order, else None."""
         return self._buffers.get("weight_g_idx")
 
+    @property
+    def outer(self) -> Tensor | None:
+        """The outer scale of the weight, a scalar; None where its format has none."""
+        outer = self._buffers.get("weight_global_scale")
+        return None if outer is None else outer.reshape(())
+
     def stored(self) -> Stored:
         """Unpack everything at once: integer codes, grid, g_idx and the grid of static inputs."""
         return decode(self._tensors(), self.scheme, self.in_features)

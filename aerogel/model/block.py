@@ -14,12 +14,15 @@ from aerogel.kernels.malloc import release_pages
 from aerogel.layers.conv import Layer, QuantConv2d, is_plain, matrix
 from aerogel.layers.linear import QuantLinear
 from aerogel.layers.replacement import Replacement
+from aerogel.layers.scaled_input import ScaledInput
 from aerogel.model.calls import Call
 from aerogel.model.edges import Edge
 from aerogel.model.match import matches, names_exactly
 from aerogel.model.network import Network
 from aerogel.model.processes import ALONE, Processes
 from aerogel.model.samples import Samples
+from aerogel.numerics.quantize import outer_scale
+from aerogel.numerics.scheme import TensorScheme
 
 
 class Inputs(Protocol):
@@ -101,6 +104,25 @@ class Block:
         """
         found = self.network.edges[self.name].edges if self.name else ()
         return [edge for edge in found if not any(self._is_replaced(name) for name in (*edge.sources, *edge.sinks))]
+
+    @torch.no_grad()
+    def outer_scale(self, name: str, scheme: TensorScheme) -> Tensor | None:
+        """Return the outer scale that a layer shares with the others of its fused set: engines keep one for all of them.
+
+        It covers the weights of the whole set as they are now; once one of them is quantized, its outer scale is that of the others too.
+        None where the format has no outer scale, or the layer is in no set: then its weight has one of its own.
+        """
+        sets = self.network.fused_sets.get(self.name, ()) if scheme.scale_format == "e4m3" else ()
+        layers = [self._layer(other) for names in sets if name in names for other in names]
+        decided = [layer.outer for layer in layers if isinstance(layer, QuantLinear) and layer.outer is not None]
+        if decided:
+            return decided[0].clone()  # tensors of one file cannot share memory
+        ends = [torch.stack(torch.aminmax(layer.weight)) for layer in layers if isinstance(layer, Layer)]
+        return outer_scale(torch.stack(ends).abs().amax().float(), scheme) if ends else None
+
+    def _layer(self, name: str) -> nn.Module:
+        part = self.module.get_submodule(name)
+        return part.inner if isinstance(part, ScaledInput) else part
 
     def _is_replaced(self, name: str) -> bool:
         return isinstance(self.module.get_submodule(name), Replacement)

@@ -19,6 +19,7 @@ from aerogel.model.match import matches
 from aerogel.model.placement import Placement
 from aerogel.model.structure.edges import BlockEdges, edges_by_block
 from aerogel.model.structure.examples import Example, examples_of, usable
+from aerogel.model.structure.fused_sets import FusedSet, fused_sets_of
 from aerogel.model.structure.moe import gates_of
 from aerogel.model.structure.probe import Refused
 from aerogel.model.structure.residual import Residual, residual_of
@@ -98,7 +99,7 @@ class Network:
         """Find the blocks now, while nothing changes what runs; with calls where inputs made up from the configuration did not run."""
         if calls and self.needs_example:
             self.examples = calls
-            for name in ("_examples", "towers", "edges", "residual", "time"):
+            for name in ("_examples", "towers", "edges", "fused_sets", "residual", "time"):
                 self.__dict__.pop(name, None)
         _ = self.towers
 
@@ -116,6 +117,11 @@ class Network:
     def edges(self) -> dict[str, BlockEdges]:
         """The edges of each block and why other layers are no sources, found with random weights on one block of each kind."""
         return edges_by_block(self.module, tuple(self.blocks()), self._examples)
+
+    @cached_property
+    def fused_sets(self) -> dict[str, tuple[FusedSet, ...]]:
+        """The layers of each block that engines load as one tensor, by names in the block; without blocks that no example reaches."""
+        return fused_sets_of(self.module, tuple(self.blocks()), self._examples)
 
     @cached_property
     def residual(self) -> Residual | str:

@@ -22,10 +22,10 @@ CHUNK_VALUES = 1 << 16
 
 
 @torch.no_grad()
-def min_max(x: Tensor, scheme: TensorScheme) -> Grid:
-    """Return the grid that covers every number."""
+def min_max(x: Tensor, scheme: TensorScheme, outer: Tensor | None = None) -> Grid:
+    """Return the grid that covers every number; `outer` is that of `grid_from_range`."""
     low, high = torch.aminmax(x, dim=-1)
-    return grid_from_range(low, high, scheme)
+    return grid_from_range(low, high, scheme, outer)
 
 
 @torch.no_grad()

@@ -96,9 +96,8 @@ def to_values(codes: Tensor, fmt: Format) -> Tensor:
 def grid_from_range(low: Tensor, high: Tensor, scheme: TensorScheme, outer: Tensor | None = None) -> Grid:
     """Return the grid that covers [low, high] and zero; an all-zero range gets a tiny scale, never zero or NaN.
 
-    `outer` shares one outer scale between tensors (nv, arXiv:2509.25149); without it the tensor's own is made, so that the largest
-    block scale meets the end of e4m3's range. Block scales in e8m0 are powers of two (OCP MX, arXiv:2310.10537), rounded up from
-    1.75 as compressed-tensors does.
+    `outer` shares one outer scale between tensors (nv, arXiv:2509.25149); without it the tensor's own is made. Block scales in e8m0 are
+    powers of two (OCP MX, arXiv:2310.10537), rounded up from 1.75 as compressed-tensors does.
     """
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     if not scheme.symmetric:
@@ -109,11 +108,15 @@ def grid_from_range(low: Tensor, high: Tensor, scheme: TensorScheme, outer: Tens
     scale = absmax / ((scheme.format.high - scheme.format.low) / 2)
     if scheme.scale_format == "float":
         return Grid(_nonzero(scale, torch.finfo(scale.dtype).eps))
-    if outer is None:
-        outer = _E4M3.high * scheme.format.high / absmax.amax().clamp(min=torch.finfo(absmax.dtype).tiny)
-        outer = outer.nan_to_num(nan=1.0, posinf=1.0)
+    outer = outer_scale(absmax.amax(), scheme) if outer is None else outer
     scale = to_codes(scale * outer, _E4M3).float()
     return Grid(_nonzero(scale, 0.125), None, outer)
+
+
+def outer_scale(absmax: Tensor, scheme: TensorScheme) -> Tensor:
+    """Return the outer scale (nv) of numbers up to `absmax`, a float32 scalar: their largest block scale meets the end of e4m3's range."""
+    outer = _E4M3.high * scheme.format.high / absmax.clamp(min=torch.finfo(absmax.dtype).tiny)
+    return outer.nan_to_num(nan=1.0, posinf=1.0)
 
 
 def _asymmetric(low: Tensor, high: Tensor, fmt: Format) -> Grid:
@@ -134,10 +137,10 @@ def _power_of_two(absmax: Tensor, fmt: Format) -> Tensor:
 
 
 @torch.no_grad()
-def weight_grid(weight_OI: Tensor, scheme: TensorScheme) -> Grid:
-    """Return the min-max grid of a weight; the last group or block of a row may be short."""
+def weight_grid(weight_OI: Tensor, scheme: TensorScheme, outer: Tensor | None = None) -> Grid:
+    """Return the min-max grid of a weight; the last group or block of a row may be short. `outer` is that of `grid_from_range`."""
     low, high = torch.aminmax(grouped(weight_OI, scheme.granularity), dim=-1)
-    return grid_from_range(low, high, scheme)
+    return grid_from_range(low, high, scheme, outer)
 
 
 @torch.no_grad()

@@ -29,23 +29,33 @@ _CHUNK = 1 << 17
 """Numbers that are worked on at a time: a cache's worth."""
 
 
-def observe(weight: Tensor, scheme: TensorScheme, observer: Observer, importance: Tensor | None = None) -> Grid:
-    """Return the grid of a weight laid out by `quantize.grouped`: (..., n); `importance` weighs squared errors, as in `least_error`."""
-    return min_max(weight, scheme) if observer == "minmax" else least_error(weight, scheme, importance=importance)
+def observe(
+    weight: Tensor, scheme: TensorScheme, observer: Observer, importance: Tensor | None = None, outer: Tensor | None = None
+) -> Grid:
+    """Return the grid of a weight laid out by `quantize.grouped`: (..., n); `importance` weighs squared errors, as in `least_error`.
+
+    `outer` is an outer scale that the weight shares with others, for formats that have one; without it the weight gets its own.
+    """
+    return min_max(weight, scheme, outer) if observer == "minmax" else least_error(weight, scheme, importance=importance, outer=outer)
 
 
 @torch.no_grad()
 def least_error(
-    weight: Tensor, scheme: TensorScheme, moment: Tensor | None = None, importance: Tensor | None = None, rough: bool = False
+    weight: Tensor,
+    scheme: TensorScheme,
+    moment: Tensor | None = None,
+    importance: Tensor | None = None,
+    rough: bool = False,
+    outer: Tensor | None = None,
 ) -> Grid:
     """Return the grid with the least squared error for each scale, among ranges that are shrunk by a factor.
 
     `weight` is laid out by `quantize.grouped`: (..., n). With `moment`, the Hessian of the inputs in each group (G, n, n), the
     error is that of the output, e^T M e, for weights of shape (O, G, n). With `importance`, laid out as the weight or with a first
-    dimension of one, it is a weighted sum of squares. `rough` tries few factors.
+    dimension of one, it is a weighted sum of squares. `rough` tries few factors. `outer` is that of `observe`.
     """
     low, high = torch.aminmax(weight.float(), dim=-1)
-    outer = grid_from_range(low, high, scheme).outer  # block scales of every candidate share it
+    outer = grid_from_range(low, high, scheme, outer).outer  # block scales of every candidate share it
     if weight.ndim == 1:
         best = _least_error_factor(weight.float(), low, high, scheme, outer, moment, importance, rough)
     else:

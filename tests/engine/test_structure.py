@@ -33,6 +33,7 @@ def test_experts_are_written_once() -> None:
     assert [edge["to"] for edge in kind["edges"] if edge["from"] == ["mlp.experts.*.up_proj"]] == [["mlp.experts.*.down_proj"]]
     assert found["not_reached"] == {"Qwen3MoeTopKRouter": 2 * 4 * 64}
     assert "mlp.experts.*.up_proj -> mlp.experts.*.down_proj (64 channels)" in structure.as_text(found)
+    assert "  loaded as one: mlp.experts.*.gate_proj, mlp.experts.*.up_proj" in structure.as_text(found).splitlines()
 
 
 @pytest.mark.parametrize("name", ["dit", "gemma3", "flux", "unet"])

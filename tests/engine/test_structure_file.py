@@ -50,7 +50,21 @@ def vars_of(value: Any) -> Any:
 def test_why_a_compressed_block_has_no_edges_is_said(tmp_path: Path) -> None:
     aerogel.compress(folder(tmp_path / "in"), {"steps": [{"rtn": {"scheme": "W4A16_G32"}}]}, measures=(), output=tmp_path / "out")
     shown = CliRunner().invoke(app, ["show", str(tmp_path / "out")]).stdout
-    assert "2 blocks like model.layers.0\n  no edges: layers in it were replaced already" in shown
+    assert "\n  no edges: layers in it were replaced already" in shown
+    assert "2 blocks like model.layers.0\n  loaded as one: self_attn.q_proj, self_attn.k_proj, self_attn.v_proj\n" in shown
+
+
+def test_a_file_that_holds_fused_sets_is_read(tmp_path: Path) -> None:
+    """They were a part of the edges once."""
+    network, other = opened("llama"), opened("llama")
+    found = structure_of(network)
+    structure_file.keep(network, tmp_path)
+    content = json.loads((tmp_path / structure_file.FILE).read_text())
+    for kind in content["edges"]:
+        kind["found"]["fused"] = [["self_attn.q_proj", "self_attn.k_proj"]]
+    (tmp_path / structure_file.FILE).write_text(json.dumps(content))
+    assert structure_file.recall(other, tmp_path)
+    assert structure_of(other) == found
 
 
 @given(st.lists(st.integers(-2, 40), max_size=60))

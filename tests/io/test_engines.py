@@ -85,6 +85,15 @@ def test_a_policy_acts_here_only(folder: Path) -> None:
     assert all(reasons == ("attention_quant acts in aerogel only; the weights open without it",) for reasons in made.engines.values())
 
 
+def test_engines_that_load_layers_as_one_want_one_scheme(folder: Path) -> None:
+    made = planned(folder, {"rtn": {"scheme": "W4A16_G32", "overrides": {"*.q_proj": "W4A16_CHANNEL"}}})
+    assert {name: reasons for name, reasons in made.engines.items() if reasons} == dict.fromkeys(
+        ("vLLM 0.32 (CUDA)", "vLLM 0.32 (CPU)", "SGLang 0.5.23 (CUDA)"), ("layers that it loads as one tensor have several schemes",)
+    )
+    (remark,) = [remark for remark in made.remarks if "q_proj" in remark]
+    assert "W4A16_CHANNEL" in remark
+
+
 def test_a_denoiser_is_for_no_language_engine() -> None:
     recipe = {"name": "engines", "steps": [{"rtn": {"scheme": "W8A16_CHANNEL"}}]}
     made = plan(classes(), recipe, samples=Denoising(2, 2, 2), flops_a_second=lambda: 1e9)  # type: ignore[arg-type]

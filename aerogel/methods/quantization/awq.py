@@ -8,7 +8,7 @@ their inputs alone, tr(D M D^T) with D the weight's error: exact, for all batche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal, NamedTuple
@@ -19,13 +19,13 @@ from torch.nn.functional import pad
 
 from aerogel.layers.linear import stored_grid
 from aerogel.layers.scaled_input import ScaledInput
-from aerogel.methods.base import Requirement, WeightMethod
+from aerogel.methods.base import CalibrationSize, CostEstimate, Requirement, WeightMethod
 from aerogel.model.block import Block
 from aerogel.model.edges import Edge, fold, gather, spread
 from aerogel.model.match import matches
 from aerogel.model.network import Network
 from aerogel.model.processes import Processes
-from aerogel.model.rounding import InputRange, output_energy, output_error, round_to_nearest, static_inputs
+from aerogel.model.rounding import InputRange, has_static_inputs, output_energy, output_error, round_to_nearest, static_inputs
 from aerogel.model.statistics import InputStatistics, collect
 from aerogel.model.walk import blocks_of
 from aerogel.numerics.quantize import Grid, fake_quantize, grouped, weight_grid
@@ -63,6 +63,8 @@ class _Job:
     """True where its ranges are searched."""
     inputs: _Inputs | None = None
     """None when no token reached it."""
+    outer: Tensor | None = None
+    """The outer scale of its fused set when all scales are found; None for one of its own, or for a format that has none."""
 
     def grid(self, weight_OI: Tensor, scale_I: Tensor) -> Grid:
         """A grid for the weight in this scaling: of all weights, or clipped as far as columns can be looked at one by one."""
@@ -77,8 +79,8 @@ class _Job:
     def last_grid(self) -> Grid:
         """The grid for the weight as it is now."""
         if self.clip and self.inputs is not None:
-            return clipped(self.linear.weight, self.scheme, self.inputs.moment_II)
-        return weight_grid(self.linear.weight, self.scheme.weights)
+            return clipped(self.linear.weight, self.scheme, self.inputs.moment_II, self.outer)
+        return weight_grid(self.linear.weight, self.scheme.weights, self.outer)
 
     def cost(self, scale_I: Tensor) -> float:
         """Squared error of the output when the weight is rounded in this scaling."""
@@ -111,6 +113,11 @@ class Awq(WeightMethod):
     input_range: InputRange = "absmax"
     """Range of static inputs: absmax (extremes of all calls) or average (mean over the calls)."""
 
+    def cost(self, size: CalibrationSize) -> CostEstimate:
+        """One more pass where inputs have static ranges, which are measured when all scales are found."""
+        schemes = (self.scheme, *self.overrides.values())
+        return CostEstimate(block_passes=3.0 if any(has_static_inputs(Scheme.parse(scheme)) for scheme in schemes) else 2.0)
+
     def remarks(self, network: Network) -> Iterator[str]:
         """Count the layers that no edge feeds."""
         layers = fed = 0
@@ -139,10 +146,13 @@ class Awq(WeightMethod):
         fed = {sink for edge in edges for sink in edge.sinks}
         unfed = [jobs[name] for name in jobs if name not in fed]
         kept = self._scale_inputs(unfed, block.processes) if self.unmapped == "keep" else {}
+        ranges = self._ranges(block, jobs, kept)
+        for name, job in jobs.items():
+            job.outer = block.outer_scale(name, job.scheme.weights)
         place = block.network.placement
         found = block.processes.each({name: lambda job=job: place.take_back(job.last_grid()) for name, job in jobs.items()})  # type: ignore[misc]
         for name, job in jobs.items():
-            self._finish(block, name, job, place.bring(found[name]), statistics.get(name), kept.get(job))
+            self._finish(block, name, job, place.bring(found[name]), ranges.get(name), kept.get(job))
 
     def _scale_edge(self, block: Block, edge: Edge, jobs: dict[str, _Job]) -> None:
         """Find the scale of an edge's channels and move it there."""
@@ -167,6 +177,18 @@ class Awq(WeightMethod):
                 kept[job] = scale_I
             _divide(readers, scale_I)
         return kept
+
+    def _ranges(self, block: Block, jobs: Mapping[str, _Job], kept: Mapping[_Job, Tensor]) -> dict[str, InputStatistics]:
+        """Measure the ranges of static inputs, with all inputs divided by their scales."""
+        static = [name for name, job in jobs.items() if has_static_inputs(job.scheme)]
+        if not static:
+            return {}
+        for name, job in jobs.items():
+            if job in kept:
+                block.replace(name, ScaledInput(job.linear, kept[job]))
+        read_by = {name: f"{name}.inner" if jobs[name] in kept else name for name in static}
+        seen = collect(block, read_by.values(), ranges=True)
+        return {name: seen[reader] for name, reader in read_by.items() if reader in seen}
 
     def _search(
         self, readers: Sequence[_Job], gather: Callable[[Tensor], Tensor], spread: Callable[[Tensor], Tensor], processes: Processes
@@ -215,7 +237,7 @@ def scale_of(magnitude_C: Tensor, weight_C: Tensor | None, strength: float) -> T
     return scale_C / (scale_C.max() * scale_C.min()).sqrt()
 
 
-def clipped(weight_OI: Tensor, scheme: Scheme, moment_II: Tensor) -> Grid:
+def clipped(weight_OI: Tensor, scheme: Scheme, moment_II: Tensor, outer: Tensor | None = None) -> Grid:
     """The grid whose rounding changes the output of each group least; other granularities than groups and channels cover every weight."""
     match scheme.weights.granularity:
         case PerGroup(size):
@@ -225,8 +247,8 @@ def clipped(weight_OI: Tensor, scheme: Scheme, moment_II: Tensor) -> Grid:
         case PerChannel():
             moment_Gnn = moment_II[None]
         case _:
-            return weight_grid(weight_OI, scheme.weights)
-    return least_error(grouped(weight_OI, scheme.weights.granularity), scheme.weights, moment_Gnn)
+            return weight_grid(weight_OI, scheme.weights, outer)
+    return least_error(grouped(weight_OI, scheme.weights.granularity), scheme.weights, moment_Gnn, outer=outer)
 
 
 def _weight_magnitude(readers: Sequence[_Job]) -> Tensor:

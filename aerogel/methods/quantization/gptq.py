@@ -114,7 +114,8 @@ class Gptq(WeightMethod):
             dtype = block.stored_dtype or linear.weight.dtype
             seen = statistics.get(name)
             alone = name if seen is None or not has_scales_of_rows(scheme.weights) else ""
-            problem = problems.setdefault((seen, scheme, dtype, alone), _Problem({}, seen, scheme, dtype))
+            outer = block.outer_scale(name, scheme.weights)
+            problem = problems.setdefault((seen, scheme, dtype, alone), _Problem({}, seen, scheme, dtype, outer))
             problem.linears[name] = linear
         for batch in _batches(problems.values()):
             release_pages()  # freed in small pieces, memory stays with the process (measured: 290 MB more at the peak)
@@ -140,13 +141,14 @@ class Gptq(WeightMethod):
             self.act_order,
             self.percdamp,
             kept_BOI,
+            [problem.outer for problem in problems[mine.problems]],
         )  # fmt: skip
         self._store(block, problems, mine.together(solution, block.network.device))
 
-    def _fit(self, weight: Tensor, importance: Tensor, scheme: TensorScheme, dtype: torch.dtype) -> Grid:
+    def _fit(self, weight: Tensor, importance: Tensor, outer: Tensor | None, scheme: TensorScheme, dtype: torch.dtype) -> Grid:
         if self.observer == "output":
-            return stored_grid(observe(weight, scheme, "mse", importance), dtype)
-        return stored_grid(observe(weight, scheme, self.observer), dtype)
+            return stored_grid(observe(weight, scheme, "mse", importance, outer), dtype)
+        return stored_grid(observe(weight, scheme, self.observer, outer=outer), dtype)
 
     def _store(self, block: Block, problems: Sequence[_Problem], solution: Solution) -> None:
         """Put the quantized layers of solved problems in place and note how it went."""
@@ -174,6 +176,8 @@ class _Problem:
     scheme: Scheme
     dtype: torch.dtype
     """Of stored scales."""
+    outer: Tensor | None
+    """The outer scale of the fused set that the layer is in; None for one of its own, or for a format that has none."""
 
     @property
     def columns(self) -> int:
@@ -234,17 +238,19 @@ def solve(
     weight_BOI: Tensor,
     hessian_BII: Tensor,
     scheme: TensorScheme,
-    fit: Callable[[Tensor, Tensor], Grid],
+    fit: Callable[[Tensor, Tensor, Tensor | None], Grid],
     moves: bool = False,
     act_order: ActOrder = "static",
     damping: float = 0.01,
     kept_BOI: Tensor | None = None,
+    outer_B: Sequence[Tensor | None] | None = None,
 ) -> Solution:
     """Round weights so that the outputs for inputs with these Hessians change little.
 
-    `fit` makes a stored grid from weights laid out by `quantize.grouped` and the importance of their errors. With `moves` (groups
-    only) the grid of a group is made when its turn comes, from weights that have taken the errors before it; otherwise grids are
-    made from the weights as they are. Where `kept_BOI` is False, weights are pruned and stay zero.
+    `fit` makes a stored grid from weights laid out by `quantize.grouped`, the importance of their errors and the outer scale that they
+    share with others, if any. With `moves` (groups only) the grid of a group is made when its turn comes, from weights that have taken
+    the errors before it; otherwise grids are made from the weights as they are. Where `kept_BOI` is False, weights are pruned and stay
+    zero.
     """
     columns = weight_BOI.shape[-1]
     as_is_BI = torch.arange(columns, device=weight_BOI.device).expand(len(weight_BOI), -1)
@@ -262,13 +268,13 @@ def solve(
     else:
         importance_BI = found.importance_BI.take_along_dim(place_BI, 1)
         grids = [
-            fit(grouped(weight_OI, scheme.granularity), _laid_out(importance_I, weight_OI, scheme))
-            for weight_OI, importance_I in zip(weight_BOI, importance_BI, strict=True)
+            fit(grouped(weight_OI, scheme.granularity), _laid_out(importance_I, weight_OI, scheme), outer)
+            for weight_OI, importance_I, outer in zip(weight_BOI, importance_BI, outer_B or [None] * len(weight_BOI), strict=True)
         ]
         grid, group_BI = _rows_of(grids, scheme, weight_BOI.shape[1]), order_BI // width
 
     def fit_now(weight_BOn: Tensor, low: int, high: int) -> Grid:
-        return fit(weight_BOn, found.importance_BI[:, None, low:high])
+        return fit(weight_BOn, found.importance_BI[:, None, low:high], None)
 
     ordered_BOI = _columns(weight_BOI, order_BI)
     if kept_BOI is not None:

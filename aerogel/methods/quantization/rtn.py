@@ -44,7 +44,8 @@ class Rtn(WeightMethod):
         statistics = collect(block, calibrated, ranges=True) if calibrated else {}
         for name, (linear, scheme) in jobs.items():
             dtype = block.stored_dtype or linear.weight.dtype
-            grid = observe(grouped(matrix(linear), scheme.weights.granularity), scheme.weights, self.observer)
+            weight, outer = grouped(matrix(linear), scheme.weights.granularity), block.outer_scale(name, scheme.weights)
+            grid = observe(weight, scheme.weights, self.observer, outer=outer)
             seen = statistics.get(name)
             quantized = round_to_nearest(linear, scheme, grid, dtype, static_inputs(scheme, seen, self.input_range, dtype))
             error = output_error(matrix(linear).float() - quantized.dequantized(torch.float32), matrix(linear), None)

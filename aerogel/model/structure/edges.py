@@ -36,8 +36,6 @@ class BlockEdges:
 
     edges: list[Edge] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
-    fused: tuple[tuple[str, ...], ...] = ()
-    """Sets of linear layers of one module that read the same input, which engines load as one: query, key and value; gate and up."""
     attentions: tuple[Attention, ...] = ()
     stream: BlockStream | None = None
     """Its part in the residual stream; None where a rotation does not pass."""
@@ -93,9 +91,7 @@ def _without(found: BlockEdges, layers: set[str]) -> BlockEdges:
     refused = {
         source: "its weight is shared with another part of the model" for edge in found.edges if edge not in kept for source in edge.sources
     }
-    return BlockEdges(
-        kept, found.refused | refused, found.fused, found.attentions, None, "its weights are shared with another part of the model"
-    )
+    return BlockEdges(kept, found.refused | refused, found.attentions, None, "its weights are shared with another part of the model")
 
 
 def _edges_or_reason(block: nn.Module, call: Call) -> BlockEdges:
@@ -130,7 +126,6 @@ def edges_of(block: nn.Module, call: Call, seed: int = 0) -> BlockEdges:
         search.modulations()
         search.verify()
         found.attentions = tuple(attentions_in(block, probe))
-        found.fused = tuple(names_of_every_expert(block, names) for names in _reading_together(probe))
         try:
             found.stream = StreamSearch(block, probe, call, gains, found.edges).found(search.unread)
         except Refused as refused:
@@ -146,22 +141,6 @@ def _run(block: nn.Module, call: Call) -> Any:
     kwargs = {name: own_copy(value) for name, value in copied.kwargs.items()}
     output = block(*args, **kwargs)
     return output, [tensors_kept_by(value) for value in (*args, *kwargs.values())]
-
-
-def _reading_together(probe: Probe) -> list[tuple[str, ...]]:
-    """Layers of one module whose products have the same input."""
-    groups: list[tuple[str, Tensor, list[str]]] = []
-    for name in dict.fromkeys(name for name, *_ in probe.reads):
-        layer, home = name.removesuffix(".weight"), name.removesuffix(".weight").rpartition(".")[0]
-        (recorded, *_) = probe.of(name)
-        if layer == name or probe.parameters[name].ndim != 2:
-            continue
-        group = next((names for other, x, names in groups if other == home and torch.equal(x, recorded.x)), None)
-        if group is None:
-            groups.append((home, recorded.x, [layer]))
-        else:
-            group.append(layer)
-    return [tuple(names) for _, _, names in groups if len(names) > 1]
 
 
 class _Search:

@@ -191,6 +191,21 @@ def test_linears_that_no_edge_feeds(rule: Any) -> None:
         assert (output(network.module, call) - exact).norm() < 0.02 * exact.norm()
 
 
+@pytest.mark.parametrize(("family", "rule"), [("llama", "skip"), ("dit", "keep")])
+def test_static_ranges_are_those_of_scaled_inputs(family: str, rule: Any) -> None:
+    block = first_block(family)
+    name = READERS[0] if rule == "skip" else "attn1.to_q"
+    before = inputs_of(block, name)
+    Awq("W8A8_STATIC", unmapped=rule, targets=("*attn*",)).compress(block)  # what comes before the attention stays as it is
+    layer = block.module.get_submodule(name)
+    if isinstance(layer, ScaledInput):
+        name, layer = f"{name}.inner", layer.inner
+    assert isinstance(layer, QuantLinear)
+    x, scale = inputs_of(block, name), 127.5 * float(layer.get_buffer("input_scale"))
+    assert scale == pytest.approx(float(x.abs().max()), rel=1e-5)
+    assert abs(scale / float(before.abs().max()) - 1) > 0.1, "or nothing was scaled"
+
+
 def test_an_edge_that_is_quantized_already_is_left_alone() -> None:
     block = first_block()
     Rtn("W8A16_G32", targets=("*v_proj",)).compress(block)
