@@ -57,6 +57,10 @@ class Brecq(WeightMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         for scheme in map(Scheme.parse, (self.scheme, *self.overrides.values())):
+            if scheme.weights.format.kind == "float":
+                raise AerogelError(
+                    f"brecq learns to round to integers, and {scheme} stores floats; give an integer scheme, or use rtn for it"
+                )
             if scheme.inputs is not None and not scheme.inputs.dynamic:
                 raise AerogelError(f"brecq finds no static ranges of inputs, which {scheme} asks for; put activation_ranges after it")
 

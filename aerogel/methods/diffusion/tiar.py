@@ -50,6 +50,10 @@ class Tiar(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if Scheme.parse(self.scheme).weights.format.kind == "float":
+            raise AerogelError(
+                f"tiar learns to round to integers, and {self.scheme} stores floats; give an integer scheme, or use rtn for it"
+            )
         if Scheme.parse(self.scheme).inputs is not None:
             raise AerogelError(f"tiar learns weights only, and {self.scheme} asks for quantized inputs; put fsc after it")
 

@@ -187,3 +187,10 @@ def test_static_inputs_are_anothers_affair() -> None:
 def test_a_convolution_has_no_tokens() -> None:
     with pytest.raises(AerogelError, match="a convolution reads no tokens"):
         compressed(FAMILIES["unet"].build(), {"brecq": {"scheme": "W4A8"}})
+
+
+@pytest.mark.parametrize("method", [Brecq, Tiar])
+@pytest.mark.parametrize("scheme", ["NVFP4A16", "FP8_DYNAMIC"])
+def test_rounding_is_learned_for_integers_only(method: type[Brecq | Tiar], scheme: str) -> None:
+    with pytest.raises(AerogelError, match=f"learns to round to integers, and {scheme} stores floats; give an integer scheme"):
+        method(scheme=scheme)
