@@ -179,7 +179,7 @@ BatchSize = Annotated[
         help="Sequences, chats or images in one call of the calibration; halved where memory is short [auto].",
     ),
 ]
-Seed = Annotated[int | None, _option("--seed", section=DATA, metavar="N", help="Random seed [0].")]
+Seed = Annotated[int | None, _option("--seed", section=DATA, metavar="N", min=0, max=2**63 - 1, help="Random seed [0].")]
 
 Output = Annotated[Path | None, _option("--output", "-o", section=OUTPUT, metavar="FOLDER", help="Output folder; must be new or empty.")]
 PushToHub = Annotated[
@@ -197,7 +197,7 @@ Resume = Annotated[bool, _option("--resume", section=OUTPUT, help="Resume an int
 Evaluate = Annotated[bool, _option("--evaluate/--no-evaluate", section=OUTPUT, help="Measure quality, size and speed after compression.")]
 
 Against = Annotated[str | None, _option("--against", section=MODEL, metavar="MODEL", help="Original model to compare with.")]
-Threads = Annotated[int | None, _option("--threads", metavar="N", min=1, help="CPU threads of torch [all cores].")]
+Threads = Annotated[int | None, _option("--threads", metavar="N", min=1, max=1024, help="CPU threads of torch [all cores].")]
 ProcessCount = Annotated[
     int | None,
     _option("--processes", metavar="N", min=1, help="Processes of one machine that torchrun will start, each with its own device [1]."),

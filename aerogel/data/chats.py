@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from aerogel.errors import AerogelError
+from aerogel.io.json_files import parse_object
 from aerogel.model.calls import Call
 
 IGNORED = -100
@@ -71,7 +72,7 @@ def are_at(source: str | Path) -> bool:
         first = next((line for line in lines if line.strip()), "")
     try:
         record = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(record, dict) and "messages" in record and "images" in record
 
@@ -114,11 +115,8 @@ def fingerprint(chats: Sequence[Chat]) -> str:
 
 def _chat(line: str, path: Path, number: int) -> Chat:
     place = f"{path} line {number}"
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise AerogelError(f"{place} is not JSON ({error}); one JSON object a line is expected") from error
-    messages = record.get("messages") if isinstance(record, dict) else None
+    record = parse_object(line, place, "one JSON object a line is expected")
+    messages = record.get("messages")
     if not isinstance(messages, list) or not messages or not _is_answered(messages):
         raise AerogelError(f"{place} is no chat with an answer; expected messages, the last with the role assistant")
     names = record.get("images", [])

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from aerogel.errors import AerogelError
+from aerogel.io.json_files import parse_json
 from aerogel.model.calls import Call
 
 SHIPPED = tuple(sorted(path.name.removesuffix(".txt.gz") for path in Path(__file__).parent.glob("*.txt.gz")))
@@ -117,10 +117,7 @@ def _lines(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[st
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise AerogelError(f"{path} line {number} is not JSON ({error}); one JSON object a line is expected") from error
+                record = parse_json(line, f"{path} line {number}", "one JSON object a line is expected")
                 yield _text(record, tokenizer, f"{path} line {number}")
 
 

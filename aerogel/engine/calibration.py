@@ -16,6 +16,7 @@ from aerogel.data import chats, denoising, text
 from aerogel.data.chats import Chats
 from aerogel.data.denoising import Denoising, first_call
 from aerogel.errors import AerogelError
+from aerogel.evaluate.measure import positions
 from aerogel.methods.base import CalibrationSize
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.denoisers import Denoisers
@@ -105,7 +106,8 @@ class CalibrationRequest:
             if self.length is not None:
                 raise AerogelError("length does not apply to chats, which are read completely; remove it")
             return Chats(**_said(source=self.source, count=self.count))
-        return Samples(**_said(source=self.source, count=self.count, length=self.length))
+        length = self.length or min(Samples.length, positions(network) or Samples.length)
+        return Samples(**_said(source=self.source, count=self.count, length=length))
 
 
 def _said(**options: Any) -> dict[str, Any]:

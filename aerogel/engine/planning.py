@@ -28,6 +28,7 @@ from aerogel.engine.patterns import unmatched
 from aerogel.engine.progress import StageName
 from aerogel.engine.requirements import unmet
 from aerogel.engine.sharing import in_full, share_of
+from aerogel.evaluate.measure import positions
 from aerogel.io.engines import ENGINES, Engine, StoredLayer, engine_of, refusals
 from aerogel.io.source import ModelSource
 from aerogel.layers import layout
@@ -150,6 +151,7 @@ def plan_network(
         problems += [f"{engine.label} does not open the result: {reason}" for reason in opened.get(engine.label, ())]
     read = share_of(recipe, read, processes)
     problems += too_large(network, recipe, read, processes)
+    problems += _too_long(network, recipe, read)
     sizes = Sizes.of(network, {linear.name for linear in touched})
     memory = peak_memory(network, recipe, read, processes.count)
     rate = flops_a_second or partial(measured_flops_a_second, network.device)
@@ -171,6 +173,16 @@ def plan_network(
         processes_on_machine=processes.on_machine,
         engines=opened,
     )
+
+
+def _too_long(network: Network, recipe: Recipe, read: CalibrationSize) -> Iterator[str]:
+    """Say that sequences are longer than the model can tell apart by place."""
+    places = positions(network) if network.family.modality in ("text", "image-text") else None
+    if needs_calls(recipe) and places is not None and read.sample > places:
+        yield (
+            f"sequences of the calibration have {read.sample} tokens, and the model has {places} positions (max_position_embeddings); "
+            f"give a length of {places} or less"
+        )
 
 
 def _opened_by(network: Network, recipe: Recipe, touched: Sequence[Touched], schemes: Mapping[str, Scheme]) -> dict[str, tuple[str, ...]]:

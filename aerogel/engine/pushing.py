@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import huggingface_hub
@@ -10,6 +9,7 @@ from huggingface_hub import constants, errors
 
 from aerogel.errors import AerogelError
 from aerogel.io import hub
+from aerogel.io.json_files import read_object
 from aerogel.io.record import files
 from aerogel.report.card import card
 from aerogel.version import __version__
@@ -83,7 +83,7 @@ def _files(api: huggingface_hub.HfApi, name: str) -> list[str]:
 def _opened_by(folder: Path) -> tuple[str, str]:
     """The library that a folder is opened with, and the modality of its model."""
     config = folder / "config.json"
-    settings = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+    settings = read_object(config) if config.is_file() else {}
     if (folder / hub.INDEX).is_file() or "_class_name" in settings:
         return "diffusers", "image"
     own = settings.get("quantization_config", {}).get("quant_method") == "aerogel"

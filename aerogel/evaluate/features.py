@@ -12,7 +12,6 @@ N images, C channels, H and W pixels or positions, D features, S values of a few
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +28,7 @@ from transformers import AutoModelForImageClassification
 
 from aerogel.errors import AerogelError
 from aerogel.evaluate.inception import Inception, resized
+from aerogel.io.json_files import read_object
 from aerogel.numerics.images import map_distance
 from aerogel.numerics.packing import raw_bytes
 
@@ -191,7 +191,7 @@ def _classifier(folder: Path) -> FeatureNetwork:
     if lacking := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
         raise AerogelError(f"{folder}: no weights for {lacking[0]}; a trained image classifier is expected, its head included")
     shown = folder / "preprocessor_config.json"
-    settings: dict[str, Any] = json.loads(shown.read_text("utf-8")) if shown.is_file() else {}
+    settings: dict[str, Any] = read_object(shown) if shown.is_file() else {}
     mean, deviation = (torch.tensor(settings.get(key, [0.5])).reshape(-1, 1, 1) for key in ("image_mean", "image_std"))
     side = _side(settings.get("size"))
     channels = getattr(made.config, "num_channels", 3)

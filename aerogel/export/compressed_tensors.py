@@ -8,10 +8,9 @@ from pathlib import Path
 
 from aerogel.export.exporter import Exporter, Master, Source, inexpressible
 from aerogel.io.packed_words import FIRST, padded
+from aerogel.io.quantized import OWN
 from aerogel.io.save import copy_companions, new_folder
 from aerogel.io.shards import write_shards
-
-_OWN = ("compressed-tensors", "aerogel")
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class CompressedTensors(Exporter):
     def refuse(self, source: Source) -> list[str]:
         """Return the layers that are more than a quantized linear, or the other format that the folder is in."""
         master = Master.open(source)
-        if (method := master.quantization.get("quant_method", _OWN[0])) not in _OWN:
+        if (method := master.quantization.get("quant_method", OWN[0])) not in OWN:
             return [f"it is quantized in another format, {method}; compress it first"]
         return [f"{reason}, which compressed-tensors cannot say" for reason in inexpressible(master)]
 

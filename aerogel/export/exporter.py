@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from torch import Tensor
 from aerogel.errors import AerogelError
 from aerogel.io.checkpoint import Checkpoint, Piece
 from aerogel.io.dequantize import dequantizer_of
+from aerogel.io.json_files import read_object
 from aerogel.io.load import family_of, part_of
 from aerogel.io.names import Names
 from aerogel.io.packed_words import padded, repacked
@@ -95,9 +95,7 @@ class Master:
         """Open a folder with one network; raises AerogelError when it is damaged or of an unknown family."""
         folder = source.folder
         path = folder / "config.json"
-        if not path.is_file():
-            raise AerogelError(f"{path} is missing; give a folder that `aerogel compress` wrote")
-        config: dict[str, Any] = json.loads(path.read_text())
+        config = read_object(path, "give a folder that `aerogel compress` wrote")
         family = family_of(source.families, config.get("model_type"), config.get("_class_name"), config)
         names = names_of(folder, config)
         dequantize = dequantizer_of(config, folder)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import gguf
 import tokenizers
+
+from aerogel.io.json_files import read_object
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {_WORDS % r"\p{N}{1,3}": "llama-bpe", _WORDS % r"\p{N}": "qwen2"}
@@ -18,7 +19,7 @@ def tokenizer_reason(folder: Path, vocabulary: int) -> str | None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return "it has no tokenizer.json, and a GGUF file carries its tokenizer"
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer = read_object(path)
     if tokenizer["model"]["type"] != "BPE" or tokenizer["model"].get("byte_fallback") or _split(tokenizer) is None:
         return "its tokenizer is not one of the byte-level BPE kinds gpt-2, smollm, llama-bpe and qwen2"
     if max(_tokens(tokenizer)) >= vocabulary:
@@ -29,7 +30,7 @@ def tokenizer_reason(folder: Path, vocabulary: int) -> str | None:
 def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> None:
     """Write the tokenizer's keys; embeddings that no token uses get an unused one."""
     path = folder / "tokenizer.json"
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer = read_object(path)
     tokens = _tokens(tokenizer)
     unused = (gguf.TokenType.UNUSED, "[PAD{}]")
     listed = [tokens.get(number, (unused[0], unused[1].format(number))) for number in range(vocabulary)]

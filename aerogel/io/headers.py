@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from aerogel.errors import AerogelError
+from aerogel.io.json_files import parse_object, read_object
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -48,10 +48,9 @@ class Entry:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    try:
-        files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise AerogelError(f"{index}: not an index of safetensors ({error}); {REPAIR}") from error
+    files = read_object(index, REPAIR).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) and file for file in files.values()):
+        raise AerogelError(f"{index}: not an index of safetensors, it has no weight_map from tensors to files; {REPAIR}")
     outside = [file for file in files.values() if Path(file).name != file]
     if outside:
         raise AerogelError(f"{index}: names the file {outside[0]!r}; shards must lie in the index's own folder")
@@ -69,11 +68,15 @@ def read_header(file: Path) -> dict[str, Entry]:
             raise AerogelError(f"{file}: the header does not fit in the file's {size} bytes, it is truncated or not safetensors; {REPAIR}")
         raw = stream.read(length)
     try:
-        items = {name: item for name, item in json.loads(raw).items() if name != "__metadata__"}
+        items = {
+            name: item
+            for name, item in parse_object(raw, f"{file}: the safetensors header is corrupt, it", REPAIR).items()
+            if name != "__metadata__"
+        }
         if unknown := sorted({item["dtype"] for item in items.values()} - set(DTYPES)):
             raise AerogelError(f"{file}: holds tensors of dtype {unknown[0]}, which cannot be read; known: {', '.join(DTYPES)}")
         entries = {name: _entry(item) for name, item in items.items()}
-        expected = 8 + length + max((item["data_offsets"][1] for item in items.values()), default=0)
+        expected = 8 + length + _end_of(items)
     except AerogelError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -84,5 +87,22 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 
 def _entry(item: dict[str, Any]) -> Entry:
-    start, end = item["data_offsets"]
-    return Entry(DTYPES[item["dtype"]], tuple(item["shape"]), end - start)
+    (start, end), shape, dtype = item["data_offsets"], item["shape"], DTYPES[item["dtype"]]
+    if not all(type(size) is int and size >= 0 for size in (start, end, *shape)):
+        raise ValueError(f"sizes {shape} and offsets {[start, end]} have to be integers of at least 0")
+    entry = Entry.of(dtype, tuple(shape))
+    if entry.bytes != end - start:
+        raise ValueError(
+            f"a tensor of shape {shape} and dtype {item['dtype']} takes {entry.bytes} bytes, its offsets {[start, end]} do not"
+        )
+    return entry
+
+
+def _end_of(items: dict[str, dict[str, Any]]) -> int:
+    """Return where the last tensor ends; raises ValueError unless tensors lie side by side."""
+    reached = 0
+    for start, end in sorted(item["data_offsets"] for item in items.values()):
+        if start != reached:
+            raise ValueError(f"tensors overlap or leave a hole at byte {min(start, reached)}")
+        reached = end
+    return reached

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from torch import nn
 from aerogel.errors import AerogelError
 from aerogel.io.checkpoint import Checkpoint
 from aerogel.io.dequantize import dequantizer_of
+from aerogel.io.json_files import read_object
 from aerogel.io.names import Names
 from aerogel.io.processors import Pair
-from aerogel.io.skeleton import Folder, Skeleton, build, modality_of, model_class, read_config, skeleton_of, whole
+from aerogel.io.skeleton import Folder, Skeleton, build, made_from, modality_of, model_class, read_config, skeleton_of, whole
 from aerogel.io.source import ModelSource, locate
 from aerogel.layers.transposed import as_linears
 from aerogel.model.denoisers import Denoisers, family_of_all
@@ -29,6 +30,7 @@ from aerogel.model.network import Network
 from aerogel.model.placement import HOST, Placement, move
 
 _DENOISERS = ("transformer", "transformer_2", "unet")
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers", "decoder_layers")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -174,11 +176,13 @@ def _open(
         made.checkpoint.materialise(module, device=device, skip=list(network.blocks().values()) if lazy else [])
     else:
         network.module = module = whole(given, cls, made.names, config=config, **options)
-    with suppress(OSError):  # a folder may do without
-        module.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if (settings := folder / "generation_config.json").is_file():
+        asked = partial(transformers.GenerationConfig.from_pretrained, folder, local_files_only=True)
+        module.generation_config = made_from(asked, f"{settings} cannot be read", "fetch it again, or remove it")
     move(module, device)
     module.eval()
-    network.processor = _processor(folder, given.family, trust_remote_code)
+    read = partial(_processor, folder, given.family, trust_remote_code)
+    network.processor = made_from(read, f"{folder}: its tokenizer or processor cannot be read", "fetch its files again")
     network.checkpoint = made.checkpoint if lazy and made.fits else None
     return _discovered(network)
 
@@ -191,8 +195,8 @@ def _discovered(network: Network) -> Network:
 def _require_trust(folder: Path, trust_remote_code: bool) -> None:
     """Raise AerogelError where a model cannot be built without running its own Python files, and nobody has asked for that."""
     settings = _read_json(folder / "config.json")
-    code = settings.get("auto_map") or {}
-    if code and not trust_remote_code and settings.get("model_type") not in transformers.CONFIG_MAPPING:
+    code = settings.get("auto_map")
+    if isinstance(code, dict) and code and not trust_remote_code and settings.get("model_type") not in transformers.CONFIG_MAPPING:
         file = str(next(iter(code.values()))).partition(".")[0]
         raise AerogelError(f"{folder} has a model class of its own ({file}.py); read that file, and add --trust-remote-code to run it")
 
@@ -245,8 +249,19 @@ def _read_folder(path: Path, families: Sequence[Family], device: torch.device, d
     family = family_of(families, settings.get("model_type"), settings.get("_class_name"), settings)
     checkpoint = Checkpoint.open(path, dequantize=dequantizer_of(settings, path))
     checkpoint.verify()
+    _require_layers(path, settings, len(checkpoint.names()))
     stored = checkpoint.main_dtype()
     return Folder(path, settings, family, stored, dtype or computing_dtype(stored, device))
+
+
+def _require_layers(path: Path, settings: dict[str, Any], tensors: int) -> None:
+    """Raise AerogelError where a configuration asks for more layers than there are tensors, which would take as long to build."""
+    for part in (settings, *(each for each in settings.values() if isinstance(each, dict))):
+        for key, value in part.items():
+            if key in _LAYERS and isinstance(value, int) and value > tensors:
+                raise AerogelError(
+                    f"{path / 'config.json'}: {key} is {value}, and the checkpoint has {tensors} tensors; fetch the files of one model"
+                )
 
 
 def _denoiser_in(given: Folder, device: torch.device) -> tuple[nn.Module, Skeleton]:
@@ -298,12 +313,4 @@ def _diffusers(folder: Path) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise AerogelError(
-            f"{path} is missing; give a Hugging Face folder (config.json) or a diffusers folder (model_index.json)"
-        ) from error
-    except ValueError as error:
-        raise AerogelError(f"{path} is not JSON ({error}); fetch or copy the file again") from error
-    return settings
+    return read_object(path, "give a Hugging Face folder (config.json) or a diffusers folder (model_index.json)")

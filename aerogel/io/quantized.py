@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from aerogel.errors import AerogelError
+from aerogel.io import quantization_schema
 from aerogel.io.packed_words import FIRST, require_unpadded
 from aerogel.layers.layout import format_of
 from aerogel.layers.linear import set_timestep_index, timestep_index_of
@@ -19,8 +20,11 @@ from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.numerics.formats import FORMATS
 from aerogel.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerStep, PerTensor, PerToken, Scheme, TensorScheme
 
+OWN = ("compressed-tensors", "aerogel")
+"""The quant_method of folders whose layers are opened as they are."""
 _PLAIN = "linear"
 """The kind of the layers that compressed-tensors can express."""
+_NEEDED = {"group": "group_size", "tensor_group": "group_size", "block": "block_structure", "step": "steps"}
 _SCALE_DTYPES = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
 # The library that reads plain folders also counts these classes as linear layers, though they keep their weight themselves.
 _ROUTERS = ("Router", "Gate", "Gating")
@@ -86,6 +90,8 @@ def quantization_of(settings: dict[str, Any]) -> dict[str, Any]:
         if found := part.get("quantization_config"):
             if not isinstance(found, dict):
                 raise AerogelError(f"quantization_config in config.json is {found!r}, expected a JSON object; fetch config.json again")
+            if found.get("quant_method") in OWN:
+                quantization_schema.check(found)
             return found
     return {}
 
@@ -153,7 +159,7 @@ def linears(module: nn.Module) -> list[str]:
 
 def assignments(config: Mapping[str, Any], names: list[str]) -> dict[str, Assigned]:
     """Return which of the linear layers called `names` are quantized, and how; raises AerogelError like `attach`."""
-    if config.get("quant_method") not in ("compressed-tensors", "aerogel"):
+    if config.get("quant_method") not in OWN:
         raise AerogelError(
             f"quantization_config says quant_method={config.get('quant_method')!r}, which is not opened; give the original model "
             "in 16 bits, or one in compressed-tensors, fp8 or mxfp4"
@@ -238,7 +244,11 @@ def _read(name: str, args: Mapping[str, Any]) -> TensorScheme:
 
 def _granularity(name: str, args: Mapping[str, Any]) -> Granularity:
     size = args.get("group_size")
-    match args.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group"):
+    strategy = args.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
+    needed = _NEEDED.get(strategy)
+    if needed is not None and (args.get(needed) is None or args.get(needed) == -1):
+        raise AerogelError(f"quantization_config: {name} has the strategy {strategy!r} and no {needed}; fetch config.json again")
+    match strategy:
         case "tensor":
             return PerTensor()
         case "channel":

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
 from aerogel.io.fingerprint import fingerprint
+from aerogel.io.json_files import read_object
 from aerogel.io.layouts import as_on_disk
 from aerogel.io.quantized import configs_in, describe
 from aerogel.io.shards import write_shards
@@ -183,7 +184,7 @@ def _write_companions(network: Network, folder: Path, parts: Mapping[str, nn.Mod
 def _write_config(network: Network, module: nn.Module, folder: Path) -> None:
     """Bring config.json up to date: what changed in memory, and how the weights are quantized."""
     path = folder / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    config = read_object(path) if path.is_file() else {}
     config |= _changes(network)
     for each in configs_in(config):
         each.pop("quantization_config", None)

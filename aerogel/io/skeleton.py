@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import accelerate
 import torch
@@ -29,6 +29,8 @@ from aerogel.layers.slots import Slot, replace, slots
 from aerogel.layers.transposed import as_linears
 from aerogel.model.experts import unfuse
 from aerogel.model.family import Family, Modality
+
+Made = TypeVar("Made")
 
 _LARGE = 1 << 24
 """Elements from which an empty tensor is made on meta; tables of positions, which code fills with values, are smaller."""
@@ -72,7 +74,8 @@ class Skeleton:
 def skeleton_of(folder: Folder, build: Callable[[], nn.Module]) -> Skeleton:
     """Build the module of a folder on meta and bind the folder's checkpoint to it; raises AerogelError when they do not go together."""
     with accelerate.init_empty_weights(include_buffers=False), _LargeOnMeta():
-        module = build()
+        trouble = f"{folder.path / 'config.json'}: no model can be made from this configuration"
+        module = made_from(build, trouble, "fetch the files of one model again")
     if isinstance(module, transformers.PreTrainedModel):
         module.tie_weights()
     kept = _kept_in_float32(module, folder.dtype)
@@ -115,22 +118,35 @@ def _shape_asked(args: tuple[Any, ...]) -> tuple[int, ...]:
 
 def read_config(folder: Path, trust_remote_code: bool) -> Any:
     """Return the configuration of a transformers folder; raises AerogelError for a type that this transformers does not know."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise AerogelError(
-            f"{folder / 'config.json'}: transformers {transformers.__version__} has no such model ({reason}); upgrade transformers, "
-            "or give --trust-remote-code where the folder has code of its own that you trust"
-        ) from error
+
+    def read() -> Any:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+
+    library = f"transformers {transformers.__version__}"
+    advice = "upgrade transformers, or give --trust-remote-code where the folder has code of its own that you trust"
+    config = made_from(read, f"{folder / 'config.json'}: {library} has no such model", advice)
     config.__dict__.pop("quantization_config", None)
     return config
 
 
+def made_from(make: Callable[[], Made], trouble: str, advice: str) -> Made:
+    """Return what a library makes of a configuration; raises AerogelError for whatever fails in it."""
+    try:
+        return make()
+    except AerogelError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        reason = str(error).strip().partition("\n")[0]
+        raise AerogelError(f"{trouble} ({kind}{reason}); {advice}") from error
+
+
 def model_class(config: Any, settings: dict[str, Any], trust_remote_code: bool) -> Any:
     """Return the class that opens a configuration: the one it names, else the first auto class that knows it."""
-    own = settings.get("auto_map", {}) if trust_remote_code else {}
-    for name in [] if own else settings.get("architectures") or []:
+    own, named = settings.get("auto_map", {}) if trust_remote_code else {}, settings.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise AerogelError(f"architectures in config.json is {named!r}, expected a list of names of classes; fetch config.json again")
+    for name in [] if own else named:
         if isinstance(found := getattr(transformers, name, None), type) and issubclass(found, transformers.PreTrainedModel):
             return found
     for name in _AUTO:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from aerogel.errors import AerogelError
+from aerogel.io.json_files import read_object
 from aerogel.io.older import upgraded_search
 from aerogel.io.record.files import checked, require_known
 from aerogel.report import cache_search, skip_search
@@ -52,10 +52,7 @@ def write(folder: str | Path, path: str | Path | None = None) -> Path:
     Raises AerogelError when the folder holds no readable record.
     """
     record = Path(folder) / FILE
-    try:
-        facts = json.loads(record.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise AerogelError(f"{record} cannot be read ({error}); give a folder that `aerogel search` wrote") from error
+    facts = read_object(record, "give a folder that `aerogel search` wrote")
     target = Path(path) if path else Path(folder) / "report.html"
     target.write_text(page(facts, record), "utf-8")
     return target

@@ -85,7 +85,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, schema: int, changed: dict[str, 
     "content", [[], 3, {"recipe": 3}, {"policies": 3, "coverage": 3}, {"recipe": {"steps": [3]}}, {"policies": [{}, 3]}]
 )
 def test_malformed_older_records_are_refused(tmp_path: Path, content: Any) -> None:
-    with pytest.raises(AerogelError, match=r"aerogel\.json: "):
+    with pytest.raises(AerogelError, match=r"aerogel\.json(: | holds a JSON (array|number), expected an object)"):
         files.read(written(tmp_path, content))
 
 

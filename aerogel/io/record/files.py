@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from aerogel.errors import AerogelError
+from aerogel.io.json_files import read_object
 from aerogel.io.older import SCHEMA, upgraded
 from aerogel.io.record.schema import Record
 
@@ -30,12 +31,7 @@ def read(folder: str | Path) -> Record:
 
 def loaded(path: Path, command: str) -> Any:
     """Return the JSON in a file that this command wrote; raises AerogelError when it cannot be read."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise AerogelError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise AerogelError(f"{path} is not JSON ({error}); it was changed after `{command}` wrote it") from error
+    return read_object(path, f"expected as `{command}` wrote it")
 
 
 def parse(content: Any, path: str | Path = FILE) -> Record:
