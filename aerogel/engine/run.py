@@ -34,6 +34,7 @@ from aerogel.engine.teacher import TeacherWalk, residency_of, resident, teacher_
 from aerogel.engine.visits import before_again, compress_block
 from aerogel.evaluate.measure import Measure
 from aerogel.io.engines import engine_of
+from aerogel.io.locks import locked
 from aerogel.io.record import files
 from aerogel.io.source import ModelSource
 from aerogel.kernels.malloc import limit_fragmentation
@@ -76,7 +77,9 @@ def compress(
     watch = Watch(tell)
     checked, wanted = Recipe.parse(recipe, overrides), engine_of(engine)
     named = isinstance(model, str | Path | ModelSource)  # what lives already is in memory anyway, and its speed is measured on the way
-    with limit_fragmentation() if named else nullcontext(), fitting("a step of this recipe"):
+    with ExitStack() as held, limit_fragmentation() if named else nullcontext(), fitting("a step of this recipe"):
+        if output is not None:
+            processes.of_first(partial(_lock, held, Path(output)))
         with watch.stage("load", str(model) if named else ""):
             network = open_model(model, device=device)
         job = Job(network, checked, Path(output).absolute() if output is not None else None, seed, processes, wanted)
@@ -303,6 +306,10 @@ class Run:
                 if stage:
                     stage.commit(block)
                 self.progress.release(block.name)
+
+
+def _lock(held: ExitStack, output: Path) -> None:
+    held.enter_context(locked(output))
 
 
 def _warn_of_fallbacks(journal: Sequence[Mapping[str, Any]]) -> None:
