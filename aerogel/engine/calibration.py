@@ -175,7 +175,7 @@ def reading(network: Network, samples: Shown) -> CalibrationSize:
     if isinstance(samples, Chats):  # the length of a chat is known only after tokenization
         return CalibrationSize(samples.count * _TOKENS_OF_A_CHAT, samples.batch * _TOKENS_OF_A_CHAT, _TOKENS_OF_A_CHAT)
     if isinstance(samples, Samples):
-        return CalibrationSize(samples.count * samples.length, samples.batch * samples.length, samples.length)
+        return CalibrationSize(samples.count * samples.length, samples.batch * samples.length, samples.length, length=samples.length)
     tensors = [[tensor for tensor in tensors_in((call.args, call.kwargs)) if tensor.ndim] for call in samples]
     sizes = [max(map(_positions, given), default=0) for given in tensors]
     of_one = [size // max(map(len, given), default=1) for size, given in zip(sizes, tensors, strict=True)]

@@ -178,9 +178,9 @@ def plan_network(
 def _too_long(network: Network, recipe: Recipe, read: CalibrationSize) -> Iterator[str]:
     """Say that sequences are longer than the model can tell apart by place."""
     places = positions(network) if network.family.modality in ("text", "image-text") else None
-    if needs_calls(recipe) and places is not None and read.sample > places:
+    if needs_calls(recipe) and places is not None and read.length > places:
         yield (
-            f"sequences of the calibration have {read.sample} tokens, and the model has {places} positions (max_position_embeddings); "
+            f"sequences of the calibration have {read.length} tokens, and the model has {places} positions (max_position_embeddings); "
             f"give a length of {places} or less"
         )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from aerogel.errors import AerogelError
+from aerogel.layers.layout import format_of
 from aerogel.numerics.scheme import PerChannel, PerGroup, PerStep, PerTensor, Scheme
 
 Reason = str | None
@@ -47,6 +48,8 @@ def _inexpressible(layer: StoredLayer) -> Reason:
 def _transformers(layer: StoredLayer) -> Reason:
     if layer.act_order:
         return "groups in activation order are gone from compressed-tensors since 0.19; set act_order to static"
+    if not layer.scheme.weights.symmetric and format_of(layer.scheme) == "pack-quantized":
+        return "compressed-tensors 0.18 and later expect zero points unpacked there; call aerogel.register_transformers() before"
     return _inexpressible(layer)
 
 

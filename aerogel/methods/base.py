@@ -48,6 +48,8 @@ class CalibrationSize(NamedTuple):
     """Positions of the largest sample: a sequence, an image."""
     steps: int = 1
     """Denoising steps of a generation; 1 for models that do not denoise."""
+    length: int = 0
+    """Tokens of a sequence, where text is cut into sequences for the calibration."""
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def test_what_is_asked_becomes_pictures_or_text(tmp_path: Path) -> None:
     assert asked.shown(images) == Denoising(count=3, steps=7, guidance=1.5, prompts=("a boot", "a bag"))
     assert CalibrationRequest(count=5, length=9).shown(words) == Samples(count=5, length=9)
     assert shown(images, None) == Denoising()
-    assert shown(words, None) == Samples()
+    assert shown(words, None) == Samples(length=128)
     with pytest.raises(AerogelError, match="steps does not apply to a language model"):
         asked.shown(words)
     with pytest.raises(AerogelError, match="length does not apply to a diffusion model"):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.engines.environments import ROOT, run
 
-TESTS = ["numerics/test_packing.py", "layers/test_linear.py", "io/test_quantized.py", "io/test_packed_words.py"]
+TESTS = ["numerics/test_packing.py", "layers/test_linear.py", "io/test_quantized.py", "io/test_packed_words.py", "io/test_save.py"]
 
 
 @pytest.mark.engine
@@ -18,10 +18,8 @@ TESTS = ["numerics/test_packing.py", "layers/test_linear.py", "io/test_quantized
 def test_its_tests_pass_with_a_release(release: str, tmp_path: Path) -> None:
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site"]
     subprocess.run([*install, f"compressed-tensors{release}"], check=True)
-    # Codes of three bits are other words in releases before 0.18, as test_packing.py checks code by code.
-    chosen = ["-k", "not W3A16 or packed_words"] if release else []
     tests = [ROOT / "tests" / name for name in TESTS]
     path = f"{tmp_path / 'site'}:{ROOT}"
-    printed = run(Path(sys.executable), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT, *chosen, *tests, PYTHONPATH=path)
+    printed = run(Path(sys.executable), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT, *tests, PYTHONPATH=path)
     assert " passed" in printed
     assert "failed" not in printed

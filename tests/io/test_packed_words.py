@@ -8,17 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aerogel.engine.exporting import source_of
 from aerogel.engine.opening import load
-from aerogel.errors import AerogelError
 from aerogel.export.compressed_tensors import CompressedTensors
 from aerogel.export.exporter import Master
 from aerogel.io.packed_words import FIRST, padded
-from aerogel.io.register import register_transformers
 from aerogel.layers.linear import QuantLinear
 from aerogel.numerics.packing import unpack
 from tests.numerics.test_packing import padded as padded_words
@@ -74,15 +71,6 @@ def test_a_folder_of_before_opens_with_its_weights(folders: tuple[Path, Path], t
     assert written.keys() == same.keys()
     assert all(written[name].equal(tensor) for name, tensor in same.items())
     assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["version"] == FIRST
-
-
-@pytest.mark.parametrize("folders", SCHEMES[:1], indirect=True)
-def test_transformers_is_not_given_words_of_before(folders: tuple[Path, Path]) -> None:
-    register_transformers()
-    now, before = folders
-    assert transformers.AutoModelForCausalLM.from_pretrained(now)
-    with pytest.raises(AerogelError, match=r"3-bit integer codes, packed as before compressed-tensors 0\.18\.0; write the folder anew"):
-        transformers.AutoModelForCausalLM.from_pretrained(before)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,12 @@ import transformers
 from transformers.quantizers import auto
 
 import aerogel
+from aerogel.errors import AerogelError
 from aerogel.layers.linear import QuantLinear
 from tests.architectures.cases import cases
+from tests.io.test_packed_words import as_before
 from tests.methods.diffusion.test_fsc import RECIPE, calls
+from tests.saved import network, save
 from tests.tiny import FAMILIES, output
 
 ROUND = {"steps": [{"rtn": {"scheme": "W4A16_CHANNEL_ASYM", "targets": ["Linear", "Conv2d"]}}]}
@@ -126,3 +129,12 @@ def test_a_pipeline(tmp_path: Path) -> None:
     assert any(isinstance(part, QuantLinear) for part in opened.unet.modules())
     images = [one(generator=torch.Generator().manual_seed(0), num_inference_steps=3, output_type="np").images for one in (pipeline, opened)]
     assert (images[0] == images[1]).all()
+
+
+def test_integer_codes_packed_as_before_are_refused(tmp_path: Path) -> None:
+    for name in ("now", "before"):
+        save(network("W3A16_G32"), tmp_path / name)
+    as_before(tmp_path / "before", 3)
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "now")
+    with pytest.raises(AerogelError, match=r"3-bit integer codes, packed as before compressed-tensors 0\.18\.0; write the folder anew"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "before")

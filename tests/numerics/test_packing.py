@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 import pytest
 import torch
 from compressed_tensors.compressors.mx_utils import compress_mx_scale
@@ -11,15 +9,12 @@ from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8, unpa
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from hypothesis import given
 from hypothesis import strategies as st
-from packaging.version import Version
 
 from aerogel.errors import AerogelError
-from aerogel.io.packed_words import FIRST
 from aerogel.numerics.formats import FORMATS
 from aerogel.numerics.packing import pack, pack_e8m0, pack_fp4, raw_bytes, unpack, unpack_e8m0, unpack_fp4, unpack_padded
 from aerogel.numerics.quantize import to_codes, to_values
-
-DENSE = Version(version("compressed-tensors")) >= Version(FIRST)
+from tests.releases import DENSE
 
 
 def literal(codes: list[int], bits: int) -> list[int]:
