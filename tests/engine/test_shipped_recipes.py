@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch import nn
 
 import aerogel
 from aerogel import catalog
@@ -15,6 +16,7 @@ from aerogel.engine.calibration import Samples
 from aerogel.layers.linear import QuantLinear, cache_dequantized
 from aerogel.recipe import Recipe
 from tests.folders import model_folder, text_file
+from tests.releases import DENSE
 from tests.tiny import output
 
 # Largest relative error of the output on text of the same kind; random weights, which are the hardest to round.
@@ -41,6 +43,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_folder(folder / "model", hidden_size=128, intermediate_size=256)
 
 
+def _opened_by_transformers(folder: Path) -> nn.Module:
+    module: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return module.eval()
+
+
 @pytest.mark.parametrize("recipe", LANGUAGE)
 def test_recipe(recipe: str, source: Path, tmp_path: Path) -> None:
     original = aerogel.load(source, lazy=False)
@@ -52,7 +59,10 @@ def test_recipe(recipe: str, source: Path, tmp_path: Path) -> None:
     ours = aerogel.load(tmp_path / "out", lazy=False)
     linears = [part for part in ours.module.modules() if isinstance(part, QuantLinear)]
     assert len(linears) == 2 * 7
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    theirs = _opened_by_transformers(tmp_path / "out") if DENSE or recipe != "gptq-w3a16" else None
+    if theirs is None:
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            _opened_by_transformers(tmp_path / "out")
     for call in calls:
         before = output(original.module, call)
         with cache_dequantized(ours.module):
@@ -62,5 +72,6 @@ def test_recipe(recipe: str, source: Path, tmp_path: Path) -> None:
             assert (answer - before).norm() < CLOSE[recipe] * before.norm()
         else:  # pruned random weights lose most of the output, but not its direction
             assert torch.cosine_similarity(answer.flatten(), before.flatten(), dim=0) > 0.3
-        torch.testing.assert_close(output(theirs, call), answer, rtol=1e-4, atol=1e-5)
+        if theirs is not None:
+            torch.testing.assert_close(output(theirs, call), answer, rtol=1e-4, atol=1e-5)
     assert (tmp_path / "out/model.safetensors").stat().st_size < (source / "model.safetensors").stat().st_size
