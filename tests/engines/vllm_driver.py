@@ -6,6 +6,7 @@ python vllm_driver.py FOLDER ASKED.json ANSWERED.json
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -26,6 +27,8 @@ def main() -> None:
     for row, answer in zip(given["rows"], ask(given["rows"], prompt_logprobs=0), strict=True):
         losses += [-found[token].logprob for token, found in zip(row[1:], answer.prompt_logprobs[1:], strict=True)]
     Path(answered).write_text(json.dumps({"first": first, "loss": sum(losses) / len(losses)}))
+    engine.llm_engine.engine_core.shutdown()
+    os._exit(0)  # its threads may abort the interpreter's own end
 
 
 if __name__ == "__main__":
