@@ -16,7 +16,7 @@ def main() -> None:
 
     folder, asked, answered = sys.argv[1:]
     given = json.loads(Path(asked).read_text())
-    engine = LLM(folder, max_model_len=512, enforce_eager=True, dtype="bfloat16")
+    engine = LLM(folder, max_model_len=512, max_num_batched_tokens=512, enforce_eager=True, dtype="bfloat16")
 
     def ask(rows: list[list[int]], **options: int) -> list:
         sampling = SamplingParams(temperature=0.0, max_tokens=1, **options)
