@@ -188,13 +188,7 @@ def plan(
     with terminal.downloads(quiet or as_json):
         source = request.locate()
     made = planning.plan(
-        source,
-        request.recipe,
-        samples=request.samples,
-        device=device,
-        batch_size=request.batch_size,
-        processes=shared_by,
-        engine=engine,
+        source, request.recipe, samples=request.samples, device=device, batch_size=request.batch_size, processes=shared_by, engine=engine
     )
     print_json(made.as_dict()) if as_json else terminal.print_plan(made)
     if made.problems:

@@ -146,7 +146,8 @@ def plan_network(
 ) -> Plan:
     """Return the plan for a network that is open already; what the engine, if one is given, does not open is a problem."""
     touched, schemes, problems = _touched(network, recipe, read)
-    opened = _opened_by(network, recipe, touched, schemes)
+    mixed, unknown = tuple(mixed_sets(network, schemes)), unknown_sets(network, schemes)
+    opened = _opened_by(network, recipe, touched, schemes, mixed=bool(mixed))
     if engine is not None:
         problems += [f"{engine.label} does not open the result: {reason}" for reason in opened.get(engine.label, ())]
     read = share_of(recipe, read, processes)
@@ -167,7 +168,7 @@ def plan_network(
         seconds=seconds(recipe, sizes, [(linear.inputs, linear.outputs) for linear in touched], read, rate),
         touched=tuple(touched),
         kept=tuple(_kept(network, recipe, {linear.name for linear in touched})),
-        remarks=() if problems else (*_remarks(network, recipe, schemes), *in_full(network, recipe, processes)),
+        remarks=() if problems else (*_remarks(network, recipe), *mixed, *unknown, *in_full(network, recipe, processes)),
         problems=tuple(problems),
         processes=processes.count,
         processes_on_machine=processes.on_machine,
@@ -185,26 +186,22 @@ def _too_long(network: Network, recipe: Recipe, read: CalibrationSize) -> Iterat
         )
 
 
-def _opened_by(network: Network, recipe: Recipe, touched: Sequence[Touched], schemes: Mapping[str, Scheme]) -> dict[str, tuple[str, ...]]:
+def _opened_by(
+    network: Network, recipe: Recipe, touched: Sequence[Touched], schemes: Mapping[str, Scheme], *, mixed: bool
+) -> dict[str, tuple[str, ...]]:
     """Return why each engine does not open the result."""
     in_order = {step.name for step in recipe.steps if isinstance(step.method, BlockMethod) and step.method.groups_in_activation_order}
-    layers = [
-        StoredLayer(scheme, one.inputs, one.outputs, one.method in in_order and scheme.group is not None)
-        for one, scheme in ((one, schemes[one.name]) for one in touched)
-    ]
+    layers = [StoredLayer(schemes[one.name], one.inputs, one.outputs, one.method in in_order) for one in touched]
     policies = [step.name for step in recipe.steps if isinstance(step.method, RuntimePolicy)]
     denoises = network.family.modality in ("image", "video")
-    mixed = any(True for _ in mixed_sets(network, schemes))
     found = {engine.label: tuple(refusals(engine, layers, policies, mixed, denoises)) for engine in ENGINES.values()}
     return found if layers or policies else {}
 
 
-def _remarks(network: Network, recipe: Recipe, schemes: Mapping[str, Scheme]) -> Iterator[str]:
+def _remarks(network: Network, recipe: Recipe) -> Iterator[str]:
     if network.dequantized is not None:
         yield f"{network.dequantized}; this recipe starts from the dequantized weights"
     yield from (f"{step.name}: {line}" for step in recipe.steps for line in step.method.remarks(network))
-    yield from mixed_sets(network, schemes)
-    yield from unknown_sets(network, schemes)
     unbuilt = network.unbuilt
     if unbuilt is not None and not any("residual" in step.method.requires for step in recipe.steps):
         size = f"{unbuilt.bytes / 1e6:,.0f} MB"

@@ -166,9 +166,10 @@ def predictions(network: Network, window: Window) -> Tensor:
 
 
 def positions(network: Network) -> int | None:
-    """Return how many tokens the network can tell apart by place, or None when it does not say."""
+    """Return how many tokens the network can tell apart by place, or None when it does not say, or says that there is no bound."""
     config = network.config
-    return getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "max_position_embeddings", None)
+    found = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None  # XLNet has -1
 
 
 def tokenizer_of(network: Network) -> PreTrainedTokenizerBase:

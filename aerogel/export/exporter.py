@@ -19,7 +19,7 @@ from aerogel.io.json_files import read_object
 from aerogel.io.load import family_of, part_of
 from aerogel.io.names import Names
 from aerogel.io.packed_words import padded, repacked
-from aerogel.io.quantized import assignments, replacements
+from aerogel.io.quantized import assignments, quantization_of, replacements
 from aerogel.io.skeleton import names_of
 from aerogel.layers.layout import Stored, decode
 from aerogel.layers.replacement import Assigned, class_of
@@ -113,8 +113,7 @@ class Master:
     @property
     def quantization(self) -> dict[str, Any]:
         """The quantization_config, empty when the folder has none."""
-        found: dict[str, Any] = self.config.get("quantization_config") or {}
-        return found
+        return quantization_of(self.config)
 
     @cached_property
     def linears(self) -> dict[str, Assigned]:

@@ -1,6 +1,6 @@
-"""What serving engines accept of the layers that are written here, by release: the facts behind "opens in" in plans.
+"""Serving engines by release, and the quantized layers that each opens: the facts behind "opens in" in plans.
 
-Each engine's facts are those of the source of its release: which scheme its compressed-tensors reader takes, and which kernels it then has.
+They are those of the source of each release: the schemes that its compressed-tensors reader accepts, and the kernels that it then has.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class StoredLayer(NamedTuple):
     inputs: int
     outputs: int
     act_order: bool = False
-    """True where groups follow activation order."""
+    """True where columns were ordered by activations, so that groups, if there are any, have indices."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def _inexpressible(layer: StoredLayer) -> Reason:
 
 
 def _transformers(layer: StoredLayer) -> Reason:
-    if layer.act_order:
+    if layer.act_order and layer.scheme.group:
         return "groups in activation order are gone from compressed-tensors since 0.19; set act_order to static"
     if not layer.scheme.weights.symmetric and format_of(layer.scheme) == "pack-quantized":
         return "compressed-tensors 0.18 and later expect zero points unpacked there; call aerogel.register_transformers() before"
@@ -88,9 +88,9 @@ def _vllm_on_cpu(layer: StoredLayer) -> Reason:
 
 
 def _of_vllm(layer: StoredLayer) -> Reason:
-    """What vLLM refuses on every device."""
+    """Return why vLLM refuses a layer on any device."""
     scheme = layer.scheme
-    if layer.act_order:
+    if layer.act_order and layer.scheme.group:
         return "its reader has no group indices; set act_order to static"
     if found := _inexpressible(layer):
         return found
@@ -147,7 +147,7 @@ def refusals(engine: Engine, layers: Sequence[StoredLayer], policies: Sequence[s
         if reason := engine.refuses(layer):
             found[str(layer.scheme), reason] = found.get((str(layer.scheme), reason), 0) + 1
     for (scheme, reason), count in found.items():
-        yield f"{scheme} ({count} layers): {reason}"
+        yield f"{scheme} ({count} layer{'s' if count > 1 else ''}): {reason}"
     if mixed and engine.fuses:
         yield "layers that it loads as one tensor have several schemes"
     for policy in policies:

@@ -162,16 +162,25 @@ def _open(
     placed = Placement.at(device)
     if "_class_name" in given.settings:
         module, made = _denoiser_in(given, device)
-        network = Network(module, given.family, folder, stored_dtype=given.stored, names=made.names, placed=placed)
-        network.dequantized = made.dequantized
+        network = Network(
+            module, given.family, folder, stored_dtype=given.stored, names=made.names, placed=placed, dequantized=made.dequantized
+        )
         return _discovered(network)
     config = read_config(folder, trust_remote_code)
     cls = model_class(config, given.settings, trust_remote_code)
     options = {"dtype": given.dtype} | ({"trust_remote_code": trust_remote_code} if hasattr(cls, "from_config") else {})
     made = skeleton_of(given, lambda: build(cls, config, **options))
     module = made.module
-    network = Network(module, given.family, folder, stored_dtype=given.stored, names=made.names, placed=placed, unbuilt=made.unbuilt)
-    network.dequantized = made.dequantized
+    network = Network(
+        module,
+        given.family,
+        folder,
+        stored_dtype=given.stored,
+        names=made.names,
+        placed=placed,
+        unbuilt=made.unbuilt,
+        dequantized=made.dequantized,
+    )
     if made.fits:
         made.checkpoint.materialise(module, device=device, skip=list(network.blocks().values()) if lazy else [])
     else:

@@ -211,8 +211,9 @@ def _fits(module: nn.Module, folder: Folder, checkpoint: Checkpoint) -> bool:
     lacking = [aliases for aliases in names.values() if not any(name in checkpoint for name in aliases)]
     unknown = [name for name in checkpoint.names() if name not in known and not any(re.search(key, name) for key in obsolete)]
     float8 = [name for name in checkpoint.names() if is_float8(checkpoint.dtype(name))]
-    if (lacking or unknown) and (float8 or quantization_of(folder.settings)):
-        if not quantization_of(folder.settings):
+    quantized = bool(quantization_of(folder.settings))
+    if (lacking or unknown) and (float8 or quantized):
+        if not quantized:
             checkpoint.check(module)
         other = f"lacks {min(lacking[0])}" if lacking else f"has {unknown[0]}, which is unknown"
         raise AerogelError(

