@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from aerogel.errors import AerogelError
 from aerogel.layers.layout import format_of
@@ -34,6 +34,8 @@ class Engine:
     label: str
     refuses: Callable[[StoredLayer], Reason]
     """Why it does not open a layer."""
+    refuses_cache: Callable[[Mapping[str, Any]], Reason]
+    """Why it does not quantize its key-value cache by a `kv_cache_scheme`, of fp8 with static scales."""
     fuses: bool = True
     """True where it loads some layers as one tensor, such as query, key and value."""
 
@@ -116,11 +118,19 @@ def _sglang(layer: StoredLayer) -> Reason:
     return _weights_only(layer) or (None if scheme.group in (None, 32, 64, 128) else "groups have to be of 32, 64 or 128")
 
 
+def _any_cache(scheme: Mapping[str, Any]) -> Reason:
+    return None
+
+
+def _cache_by_tensor(scheme: Mapping[str, Any]) -> Reason:
+    return None if scheme["strategy"] == "tensor" else "its key-value cache has one scale per tensor; set granularity to tensor"
+
+
 ENGINES: Mapping[str, Engine] = {
-    "transformers": Engine("transformers 5.23 (compressed-tensors 0.20)", _transformers, fuses=False),
-    "vllm": Engine("vLLM 0.32 (CUDA)", _vllm),
-    "vllm-cpu": Engine("vLLM 0.32 (CPU)", _vllm_on_cpu),
-    "sglang": Engine("SGLang 0.5.23 (CUDA)", _sglang),
+    "transformers": Engine("transformers 5.23 (compressed-tensors 0.20)", _transformers, _any_cache, fuses=False),
+    "vllm": Engine("vLLM 0.32 (CUDA)", _vllm, _any_cache),
+    "vllm-cpu": Engine("vLLM 0.32 (CPU)", _vllm_on_cpu, _cache_by_tensor),
+    "sglang": Engine("SGLang 0.5.23 (CUDA)", _sglang, _cache_by_tensor),
 }
 """Engines by the name that `--for` takes."""
 
@@ -134,10 +144,17 @@ def engine_of(name: str | None) -> Engine | None:
     return ENGINES[name]
 
 
-def refusals(engine: Engine, layers: Sequence[StoredLayer], policies: Sequence[str], mixed: bool, denoises: bool) -> Iterator[str]:
+def refusals(
+    engine: Engine,
+    layers: Sequence[StoredLayer],
+    policies: Mapping[str, Mapping[str, Any]],
+    mixed: bool,
+    denoises: bool,
+) -> Iterator[str]:
     """Say why an engine does not open, or does not run as measured, what a recipe makes: reason by reason, with how many layers have it.
 
-    `mixed` says that layers which engines load as one tensor have several schemes.
+    `policies` are the runtime policies with the entries of quantization_config that they make, by which an engine does the same. `mixed`
+    says that layers which engines load as one tensor have several schemes.
     """
     if denoises:
         yield "it runs language models, and this is a denoiser"
@@ -150,5 +167,8 @@ def refusals(engine: Engine, layers: Sequence[StoredLayer], policies: Sequence[s
         yield f"{scheme} ({count} layer{'s' if count > 1 else ''}): {reason}"
     if mixed and engine.fuses:
         yield "layers that it loads as one tensor have several schemes"
-    for policy in policies:
-        yield f"{policy} acts in aerogel only; the weights open without it"
+    for policy, entries in policies.items():
+        if "kv_cache_scheme" not in entries:
+            yield f"{policy} acts in aerogel only; the weights open without it"
+        elif reason := engine.refuses_cache(entries["kv_cache_scheme"]):
+            yield f"{policy}: {reason}"

@@ -30,6 +30,11 @@ def leave_unread(config: Mapping[str, Any]) -> Dequantize | None:
     return _scales if scheme_in(config) else None
 
 
+def belongs_to_cache(name: str) -> bool:
+    """Return True for the name of a scale or zero point of a cache."""
+    return _suffix(name) is not None or name.endswith(_UNUSED)
+
+
 def read(folder: Path, config: Mapping[str, Any], rename: Any = str) -> dict[str, Tensor]:
     """Return the scales by the name of their attention and `k_scale` or `v_scale`; `rename` gives names in memory."""
     if scheme_in(config) is None:
@@ -48,4 +53,4 @@ def _suffix(name: str) -> str | None:
 
 
 def _scales(entries: Mapping[str, Entry]) -> dict[str, Dequantized | None]:
-    return dict.fromkeys(name for name in entries if _suffix(name) or name.endswith(_UNUSED))
+    return dict.fromkeys(filter(belongs_to_cache, entries))

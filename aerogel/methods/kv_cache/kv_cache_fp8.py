@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -32,6 +32,11 @@ class KVCacheFP8(KVCachePolicy):
 
     granularity: Granularity = "tensor"
     """One scale for the keys of an attention and one for its values, or one for each head of either."""
+
+    def remarks(self, network: Network) -> Iterator[str]:
+        """Say that engines do not know which attentions are left out."""
+        if self.keep or self.ignore:
+            yield "engines quantize the cache of every attention unless told otherwise (vLLM: --kv-cache-dtype-skip-layers)"
 
     def measured(self, network: Network, modules: Mapping[str, int], calls: Sequence[Call]) -> dict[str, Tensor]:
         """Find the largest keys and values over all calls: scales of shape (1,), or (heads, 1, 1)."""

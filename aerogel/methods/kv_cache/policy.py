@@ -41,7 +41,7 @@ class KVCacheState(PolicyState):
     losses: tuple[float, ...] = ()
     """KL divergence, in nats a token, with only one attention quantized: of `attentions` and then of `kept`; empty if not measured."""
     scales: Mapping[str, Tensor] = by_name()
-    """Static scales `attention.k_scale` and `attention.v_scale`."""
+    """Static scales `attention.k_scale` and `attention.v_scale`, also of attentions left in 16 bits: engines may ask for them."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,11 @@ class KVCachePolicy(RuntimePolicy[KVCacheState]):
     @torch.no_grad()
     def calibrate(self, network: Network, calls: Sequence[Call]) -> KVCacheState:
         """Find the attentions, measure scales, and choose what is kept; raises AerogelError where nothing can be quantized."""
-        modules = self._chosen(network, calls[0])
+        found = kv_cache.cache_modules(network, calls[0])
+        modules = self._chosen(network, found)
         with cache_dequantized(network.module):
             self._check(network, modules, calls[0])
-            scales = self.measured(network, modules, calls)
+            scales = self.measured(network, found, calls)
             if not self.keep:
                 return KVCacheState(tuple(modules), scales=scales)
             losses = self._judge(network, modules, scales, calls)
@@ -93,7 +94,7 @@ class KVCachePolicy(RuntimePolicy[KVCacheState]):
             tuple(names),
             tuple(name for name in modules if name in kept),
             tuple(losses[name] for name in (*names, *(name for name in modules if name in kept))),
-            {key: scale for key, scale in scales.items() if key.rpartition(".")[0] in names},
+            scales,
         )
 
     @contextmanager
@@ -117,8 +118,7 @@ class KVCachePolicy(RuntimePolicy[KVCacheState]):
             raise AerogelError(f"{name_of(self)}: the cache of {taken[0]} is quantized by another policy; leave one of them out")
         return {name: places[name] for name in names}
 
-    def _chosen(self, network: Network, call: Call) -> dict[str, int]:
-        found = kv_cache.cache_modules(network, call)
+    def _chosen(self, network: Network, found: Mapping[str, int]) -> dict[str, int]:
         ignore = network.expand_patterns(self.ignore)
         chosen = {name: place for name, place in found.items() if not matches(name, ignore, network.module.get_submodule(name))}
         if len(chosen) <= self.keep:
