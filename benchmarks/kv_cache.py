@@ -112,7 +112,7 @@ def main() -> None:
         ],
         rows,
         [
-            "The cache of this run is float32, as the weights are. Bytes are those stored; the window of KIVI counts at 512 tokens, the length of a window.",
+            "The cache of this run is float32, as the weights are. Bytes are those stored, of windows of 512 tokens.",
             "Decode speed is the median step of the fast decoder behind 4,096 tokens; the ratio is the median over rounds that alternate.",
         ],
     )

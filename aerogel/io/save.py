@@ -21,6 +21,7 @@ from aerogel.io.json_files import read_object
 from aerogel.io.layouts import as_on_disk
 from aerogel.io.quantized import configs_in, describe
 from aerogel.io.shards import write_shards
+from aerogel.layers.replacement import Replacement
 from aerogel.layers.slots import slots
 from aerogel.model.denoisers import entries
 from aerogel.model.network import Network
@@ -203,8 +204,11 @@ def _write_config(network: Network, module: nn.Module, folder: Path, entries: Ma
     path = folder / "config.json"
     config = read_object(path) if path.is_file() else {}
     config |= _changes(network)
+    untied = _has_untied(module)
     for each in configs_in(config):
         each.pop("quantization_config", None)
+        if untied and (each is config or "tie_word_embeddings" in each):
+            each["tie_word_embeddings"] = False
     if (quantization := describe(module, entries)) is not None:
         if network.unbuilt is not None:
             quantization["ignore"] += network.unbuilt.ignored
@@ -215,6 +219,13 @@ def _write_config(network: Network, module: nn.Module, folder: Path, entries: Ma
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(network.stored_dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _has_untied(module: nn.Module) -> bool:
+    """Return True where a layer that shared its weight with the embeddings has another now, such as a quantized head."""
+    tied = getattr(module, "_tied_weights_keys", None) or ()
+    layers = {name.rpartition(".")[0] for name in tied}
+    return any(isinstance(part, Replacement) for name, part in module.named_modules() if name in layers)
 
 
 def _changes(network: Network) -> dict[str, Any]:
