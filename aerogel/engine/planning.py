@@ -225,7 +225,8 @@ def _touched(network: Network, recipe: Recipe, read: CalibrationSize) -> tuple[l
         quantized |= step.method.requantized(network, before)
         found = _stored_by(step.method, network)
         if not found and isinstance(step.method, WeightMethod):
-            problems.append(f"{step.name} reaches no linear layer of this model; check its targets and ignore")
+            left, advice = (" that is not quantized yet", ", or give the original model") if quantized else ("", "")
+            problems.append(f"{step.name} reaches no linear layer of this model{left}; check its targets and ignore{advice}")
         for name, (linear, scheme) in found.items():
             inputs, outputs = size(linear)
             if reason := refuse(linear, scheme):

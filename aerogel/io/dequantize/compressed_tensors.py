@@ -145,7 +145,7 @@ def _layout(tensors: Tensors, on_disk: OnDisk, values: str, scheme: TensorScheme
     shape = _shape(tensors, on_disk, values, scheme.format, padded)
     block = _block(scheme, shape)
     if block is None:
-        raise AerogelError(f"{tensors.where}: {home} has weights with a scale for each {scheme.granularity}, which is not read; {_AGAIN}")
+        raise AerogelError(f"{tensors.where}: {home} has weights with a scale for each {_unread(scheme)}, which is not read; {_AGAIN}")
     grid = (math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1]))
     one = [(1,), ()] if grid == (1, 1) else [(shape[0],)] if grid == (shape[0], 1) else []
     tensors.expect(f"{home}.weight_scale", values, _scales(scheme), grid, *one)
@@ -182,6 +182,10 @@ def _shape(tensors: Tensors, on_disk: OnDisk, values: str, fmt: Format, padded: 
             f"{_AGAIN}"
         )
     return rows, shape[1]
+
+
+def _unread(scheme: TensorScheme) -> str:
+    return type(scheme.granularity).__name__.removeprefix("Per").lower()
 
 
 def _scales(scheme: TensorScheme) -> tuple[torch.dtype, ...]:
