@@ -24,6 +24,7 @@ from tests.tiny import FAMILIES, output
 from tests.twins import UP, change, configure, opened, random_codes, same, tensors_of, twins
 
 RTN = {"steps": [{"rtn": {"scheme": "W8A8"}}]}
+ROTATED = {"transform_config": {"config_groups": {"R4": {"apply": [{"location": "weight_input"}, {"location": "input"}]}}}}
 SCHEMES = ["W2A16_G32", "W3A16_G32_ASYM", "W4A16_G32_ASYM", "W4A16_CHANNEL", "W8A16_G64", "W8A8", "W8A8_STATIC", "W4A8_G32"]
 SCHEMES += ["FP8_DYNAMIC", "FP8_STATIC", "NVFP4A16", "MXFP4A16"]
 
@@ -194,8 +195,9 @@ def test_tensors_that_do_not_go_together_are_refused(changed: dict[str, Tensor |
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, r"sparsity_config is .*, and sparse formats are not read"),
-        ({"transform_config": {"config_groups": {"R4": {}}}}, r"transform_config rotates activations while the model runs"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, r"sparsity_config has the format 'sparse-24-bitmask', expected 'dense'"),
+        (ROTATED, r"transform_config rotates activations \(input\) while the model runs, which is not done here"),
+        ({"transform_config": {"config_groups": 3}}, r"transform_config.config_groups: Input should be a valid dictionary"),
         ({"config_groups": {}}, rf"says of no group of compressed-tensors how {UP[:-7]}down_proj is quantized"),
         (described(weights={"num_bits": 4, "type": "float", "strategy": "group", "group_size": 16}), r"expected a matrix of torch.uint8"),
         (described(weights={"num_bits": 9}), r"uses int9"),
@@ -209,6 +211,15 @@ def test_configs_that_cannot_be_undone_are_refused(config: dict[str, Any], expec
     with pytest.raises(AerogelError, match=expected) as error:
         plan(quantized, RTN)
     assert "\n" not in str(error.value)
+
+
+def test_rotations_of_activations_are_refused_whoever_reads(quantized: Path) -> None:
+    """They were left out without a word: the answers had nothing to do with the model's."""
+    configure(quantized, described() | ROTATED)
+    with pytest.raises(AerogelError, match=r"transform_config rotates activations \(input\)"):
+        open_model(quantized)
+    configure(quantized, described() | {"transform_config": {"config_groups": {"R1": {"apply": [{"location": "weight_output"}]}}}})
+    open_model(quantized, dequantize=True)
 
 
 def test_groups_that_do_not_exist_are_refused(tmp_path: Path) -> None:

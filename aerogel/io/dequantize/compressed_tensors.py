@@ -54,14 +54,7 @@ class Layout:
 
 
 def dequantizer(config: Mapping[str, Any], where: Path, dtype: torch.dtype) -> Dequantize:
-    """Return what finds the quantized weights of a folder; raises AerogelError on what cannot be undone weight by weight."""
-    sparsity, transform = config.get("sparsity_config") or {}, config.get("transform_config") or {}
-    if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
-        raise AerogelError(f"{where}: sparsity_config is {sparsity!r:.80}, and sparse formats are not read; give the model in 16 bits")
-    if not isinstance(transform, dict) or transform.get("config_groups"):
-        raise AerogelError(
-            f"{where}: transform_config rotates activations while the model runs, which is not done here; give the model in 16 bits"
-        )
+    """Return what finds the quantized weights of a folder."""
     return partial(_weights, where, dtype, config)
 
 
