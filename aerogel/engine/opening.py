@@ -39,6 +39,7 @@ def open_model(
     trust_remote_code: bool = False,
     unfuse_experts: bool = True,
     revision: str | None = None,
+    dequantize: bool = False,
 ) -> Network:
     """Open a network without its runtime policies; the arguments are those of `load`."""
     found = find_device(device)
@@ -51,6 +52,7 @@ def open_model(
         trust_remote_code=trust_remote_code,
         unfuse_experts=unfuse_experts,
         revision=revision,
+        dequantize=dequantize,
     )
     if device != AUTO and network.device != found:
         _compute_on(network, found)
@@ -80,6 +82,7 @@ def load(
     trust_remote_code: bool = False,
     unfuse_experts: bool = True,
     revision: str | None = None,
+    dequantize: bool = False,
 ) -> Network:
     """Open a network and put its runtime policies on for good.
 
@@ -90,8 +93,9 @@ def load(
     computed in: by default the checkpoint's, or float32 on a CPU that has no instructions for it. `revision` is a branch, tag or commit
     of a model on the hub. With `trust_remote_code` Python files of the model are run where transformers has no class of its own. A live
     module's fused experts become linear layers in place, unless `unfuse_experts` is false, and so does Conv1D of transformers: save it by
-    `Result.save`, not by its own `save_pretrained`. The files of a folder that `compress` wrote are
-    compared with their checksums. Raises AerogelError when the source is not found, damaged, changed, pickled or of a type
+    `Result.save`, not by its own `save_pretrained`. Weights in compressed-tensors become quantized layers, or floats with `dequantize`
+    where `compress` did not write the folder; those in other quantized formats become floats. The files of a folder that `compress` wrote
+    are compared with their checksums. Raises AerogelError when the source is not found, damaged, changed, pickled or of a type
     that its library does not know, and when the device is not here.
     """
     with fitting("the model"):
@@ -103,6 +107,7 @@ def load(
             trust_remote_code=trust_remote_code,
             unfuse_experts=unfuse_experts,
             revision=revision,
+            dequantize=dequantize,
         )
     if network is not source and (index := timestep_index_of(network.module)) is not None:
         index.set_pipeline(network.processor)

@@ -28,6 +28,7 @@ from aerogel.engine.patterns import unmatched
 from aerogel.engine.progress import StageName
 from aerogel.engine.requirements import unmet
 from aerogel.engine.sharing import in_full, share_of
+from aerogel.engine.stages import quantizes_weights
 from aerogel.evaluate.measure import positions
 from aerogel.io.engines import ENGINES, Engine, StoredLayer, engine_of, refusals
 from aerogel.io.source import ModelSource
@@ -129,8 +130,9 @@ def plan(
     seconds are estimated: that of the device, measured for a moment.
     """
     wanted = engine_of(engine)
-    network = open_model(model, device=device)
-    parsed, read = Recipe.parse(recipe, overrides), with_batch_size(shown(network, samples), batch_size, processes.count)
+    parsed = Recipe.parse(recipe, overrides)
+    network = open_model(model, device=device, dequantize=quantizes_weights(parsed))
+    read = with_batch_size(shown(network, samples), batch_size, processes.count)
     if needs_calls(parsed):
         read = available(network, read)
     return plan_network(network, parsed, reading(network, read), flops_a_second, processes, wanted)
@@ -223,7 +225,8 @@ def _touched(network: Network, recipe: Recipe, read: CalibrationSize) -> tuple[l
         quantized |= step.method.requantized(network, before)
         found = _stored_by(step.method, network)
         if not found and isinstance(step.method, WeightMethod):
-            problems.append(f"{step.name} reaches no linear layer of this model; check its targets and ignore")
+            left, advice = (" that is not quantized yet", ", or give the original model") if quantized else ("", "")
+            problems.append(f"{step.name} reaches no linear layer of this model{left}; check its targets and ignore{advice}")
         for name, (linear, scheme) in found.items():
             inputs, outputs = size(linear)
             if reason := refuse(linear, scheme):

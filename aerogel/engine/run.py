@@ -29,7 +29,7 @@ from aerogel.engine.result import Result
 from aerogel.engine.resume import Progress, Stage
 from aerogel.engine.scores import Scores, measure
 from aerogel.engine.sharing import reads_calls, shares_calls
-from aerogel.engine.stages import reaches_around, seeded, stages_of
+from aerogel.engine.stages import quantizes_weights, reaches_around, seeded, stages_of
 from aerogel.engine.teacher import TeacherWalk, residency_of, resident, teacher_of
 from aerogel.engine.visits import before_again, compress_block
 from aerogel.evaluate.measure import Measure
@@ -81,7 +81,7 @@ def compress(
         if output is not None:
             processes.of_first(partial(_lock, held, Path(output)))
         with watch.stage("load", str(model) if named else ""):
-            network = open_model(model, device=device)
+            network = open_model(model, device=device, dequantize=quantizes_weights(checked))
         job = Job(network, checked, Path(output).absolute() if output is not None else None, seed, processes, wanted)
         if resume:
             job.recall_structure()

@@ -1,4 +1,4 @@
-"""The stages of a run: which steps share a walk, whether it reaches beyond the blocks, and the random numbers of each part."""
+"""The stages of a run: which steps share a walk, what they reach and start from, and the random numbers of each part."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import groupby
 
 import torch
 
-from aerogel.methods.base import BlockMethod, WeightMethod
+from aerogel.methods.base import BlockMethod, Method, WeightMethod
 from aerogel.model.network import Network
 from aerogel.model.walk import blocks_of
 from aerogel.recipe import Recipe, Step
@@ -19,6 +19,15 @@ def reaches_around(network: Network, steps: Iterable[Step]) -> bool:
     *_, around = blocks_of(network)
     methods = [step.method for step in steps if isinstance(step.method, BlockMethod)]
     return any(not isinstance(method, WeightMethod) or method.assign(around) for method in methods)
+
+
+def quantizes_weights(recipe: Recipe) -> bool:
+    """Return True where a step gives layers a number format: a model that came quantized is opened as a float model for it."""
+
+    def does(method: object) -> bool:
+        return isinstance(method, WeightMethod) or (isinstance(method, Method) and type(method).stores is not Method.stores)
+
+    return any(does(step.method) for step in recipe.steps)
 
 
 def stages_of(recipe: Recipe) -> list[list[Step]]:

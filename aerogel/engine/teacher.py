@@ -28,7 +28,8 @@ def teacher_of(network: Network) -> Network:
     The copy of a network on an accelerator rests on the host.
     """
     if network.checkpoint is not None:
-        return open_model(network.source or network.origin, device=network.device)
+        floats = network.dequantized is not None
+        return open_model(network.source or network.origin, device=network.device, dequantize=floats)
     on_host: dict[int, Any] = {}
     if network.placement.on_accelerator:
         for tensor in (*network.module.parameters(), *network.module.buffers()):

@@ -48,20 +48,31 @@ class Dequantized:
 
     values: str
     """Name on disk of the quantized values."""
-    scale: str
-    """Name on disk of their scale, which may be in another file."""
+    parts: tuple[str, ...]
+    """Names on disk of their scales and of whatever else they need, which may be in other files."""
     entry: Entry
     """Description of the float tensor."""
-    make: Callable[[Tensor, Tensor], Tensor]
-    """(values, scale) -> the float tensor; one entry of the values, with its scale, gives the same entry of it."""
-    scale_by_entry: bool
-    """True where each entry of the values has a scale of its own, False where one scale is for all."""
+    make: Callable[..., Tensor]
+    """(values, *parts) -> the float tensor; one entry of the values, with its parts, gives the same entry of it."""
+    parts_by_entry: bool
+    """True where each entry of the values has parts of its own, False where they are for all."""
     format: str
     """Format of the quantized values in words."""
+    descriptions: tuple[str, ...] = ()
+    """Names on disk of tensors that only say how the values are stored, and are not needed any more."""
 
 
-Dequantize = Callable[[Mapping[str, Entry]], Mapping[str, Dequantized | None]]
-"""Tensors on disk by name -> float tensors by the names that float checkpoints have for them; None for a tensor that nobody reads."""
+@dataclass(frozen=True)
+class OnDisk:
+    """Tensors of a folder by their names on disk."""
+
+    entries: Mapping[str, Entry]
+    read: Callable[[str], Tensor]
+    """Gives the values of a tensor: for small ones that say how others are stored."""
+
+
+Dequantize = Callable[[OnDisk], Mapping[str, Dequantized | None]]
+"""Tensors on disk -> float tensors by the names that float checkpoints have for them; None for a tensor that nobody reads."""
 
 
 class Checkpoint:
@@ -97,11 +108,16 @@ class Checkpoint:
 
     def _as_floats(self, dequantize: Dequantize) -> list[str]:
         """Names of the tensors as a float checkpoint has them, file by file."""
-        found = dequantize({name: self._stored(name) for name in self._files})
+        entries = {name: self._stored(name) for name in self._files}
+        with _Shards(self.folder, self._files) as shards:
+            found = dequantize(OnDisk(entries, lambda name: shards.read(name, slice(None)).clone()))
         self._dequantized = {name: made for name, made in found.items() if made is not None}
+        for name, made in self._dequantized.items():
+            if name != made.values and name in entries:
+                raise AerogelError(f"{self.folder}: it has both {name} and {made.values}, which are one weight; get the files of one model")
         named = {made.values: name for name, made in self._dequantized.items()}
         self._unread = tuple(name for name, made in found.items() if made is None)
-        gone = {*self._unread, *(made.scale for made in self._dequantized.values())}
+        gone = {*self._unread, *(part for made in self._dequantized.values() for part in (*made.parts, *made.descriptions))}
         return [named.get(name, name) for name in self._files if name not in gone]
 
     @classmethod
@@ -279,7 +295,8 @@ class Checkpoint:
         made = self._dequantized.get(on_disk)
         if made is None:
             return shards.read(on_disk, number)
-        return made.make(shards.read(made.values, number), shards.read(made.scale, number if made.scale_by_entry else slice(None)))
+        of_parts = number if made.parts_by_entry else slice(None)
+        return made.make(shards.read(made.values, number), *(shards.read(part, of_parts) for part in made.parts))
 
     def _batches(self, names: list[str]) -> Iterator[list[str]]:
         batch: list[str] = []

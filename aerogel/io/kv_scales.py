@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from aerogel.io.checkpoint import Checkpoint, Dequantize, Dequantized
-from aerogel.io.headers import Entry
+from aerogel.io.checkpoint import Checkpoint, Dequantize, Dequantized, OnDisk
 
 # What compressed-tensors and its predecessors call the scales of an attention's keys and values.
 _NAMES = {
@@ -52,5 +51,5 @@ def _suffix(name: str) -> str | None:
     return next((suffix for suffix in sorted(_NAMES, key=len, reverse=True) if name.endswith(suffix)), None)
 
 
-def _scales(entries: Mapping[str, Entry]) -> dict[str, Dequantized | None]:
-    return dict.fromkeys(filter(belongs_to_cache, entries))
+def _scales(disk: OnDisk) -> dict[str, Dequantized | None]:
+    return dict.fromkeys(filter(belongs_to_cache, disk.entries))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -44,6 +44,7 @@ def load(
     trust_remote_code: bool = False,
     unfuse_experts: bool = True,
     revision: str | None = None,
+    dequantize: bool = False,
 ) -> Network:
     """Open a network of one of these families without runtime policies; `aerogel.load` says what the other arguments are.
 
@@ -60,7 +61,8 @@ def load(
     if isinstance(source, str | Path):
         source = locate(source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     if isinstance(source, ModelSource):
-        network = _open(families, source.folder, device, source.dtype, lazy, source.trust_remote_code)
+        given = partial(_read_folder, families=families, device=device, dtype=source.dtype, dequantize=dequantize)
+        network = _open(source.folder, given, device, lazy, source.trust_remote_code)
         network.source = source
         return network
     raise AerogelError(
@@ -152,13 +154,11 @@ def _together(denoisers: dict[str, nn.Module]) -> nn.Module:
     return Denoisers(denoisers) if len(denoisers) > 1 else next(iter(denoisers.values()))
 
 
-def _open(
-    families: Sequence[Family], folder: Path, device: torch.device, dtype: torch.dtype | None, lazy: bool, trust_remote_code: bool
-) -> Network:
+def _open(folder: Path, read_folder: Callable[[Path], Folder], device: torch.device, lazy: bool, trust_remote_code: bool) -> Network:
     if (folder / "model_index.json").is_file():
-        return _open_pipeline(families, folder, device, dtype)
+        return _open_pipeline(folder, read_folder, device)
     _require_trust(folder, trust_remote_code)
-    given = _read_folder(folder, families, device, dtype)
+    given = read_folder(folder)
     placed = Placement.at(device)
     if "_class_name" in given.settings:
         module, made = _denoiser_in(given, device)
@@ -210,9 +210,9 @@ def _require_trust(folder: Path, trust_remote_code: bool) -> None:
         raise AerogelError(f"{folder} has a model class of its own ({file}.py); read that file, and add --trust-remote-code to run it")
 
 
-def _open_pipeline(families: Sequence[Family], folder: Path, device: torch.device, dtype: torch.dtype | None) -> Network:
+def _open_pipeline(folder: Path, read_folder: Callable[[Path], Folder], device: torch.device) -> Network:
     parts = _parts_of(folder)
-    given = [_read_folder(part, families, device, dtype) for part in parts]
+    given = [read_folder(part) for part in parts]
     opened = [_denoiser_in(each, device) for each in given]
     modules = {part.name: module for part, (module, _) in zip(parts, opened, strict=True)}
     diffusers = _diffusers(folder)
@@ -253,14 +253,15 @@ def _without_bars(logging: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _read_folder(path: Path, families: Sequence[Family], device: torch.device, dtype: torch.dtype | None) -> Folder:
+def _read_folder(path: Path, *, families: Sequence[Family], device: torch.device, dtype: torch.dtype | None, dequantize: bool) -> Folder:
     settings = _read_json(path / "config.json")
     family = family_of(families, settings.get("model_type"), settings.get("_class_name"), settings)
-    checkpoint = Checkpoint.open(path, dequantize=dequantizer_of(settings, path))
+    floats = dequantizer_of(settings, path, compressed=dequantize)
+    checkpoint = Checkpoint.open(path, dequantize=floats)
     checkpoint.verify()
     _require_layers(path, settings, len(checkpoint.names()))
     stored = checkpoint.main_dtype()
-    return Folder(path, settings, family, stored, dtype or computing_dtype(stored, device))
+    return Folder(path, settings, family, stored, dtype or computing_dtype(stored, device), floats)
 
 
 def _require_layers(path: Path, settings: dict[str, Any], tensors: int) -> None:

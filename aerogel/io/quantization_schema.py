@@ -40,6 +40,22 @@ class _Replacement(BaseModel):
     kind: str
 
 
+class _Apply(BaseModel):
+    location: str
+
+
+class _Transform(BaseModel):
+    apply: list[_Apply] = []
+
+
+class _Transforms(BaseModel):
+    config_groups: dict[str, _Transform] = {}
+
+
+class _Sparsity(BaseModel):
+    format: str = "dense"
+
+
 class _Config(BaseModel):
     version: str | None = None
     format: str | None = None
@@ -48,13 +64,30 @@ class _Config(BaseModel):
     kv_cache_scheme: _Tensor | None = None
     replacements: dict[str, _Replacement] = {}
     timestep_index: _Steps | None = None
+    transform_config: _Transforms | None = None
+    sparsity_config: _Sparsity | None = None
+
+
+_OF_WEIGHTS = ("weight_input", "weight_output")
+"""Places of rotations that are in the weights already; others rotate activations while the model runs."""
 
 
 def check(config: dict[str, Any]) -> None:
-    """Raise AerogelError that names the first field of a config which is not as compressed-tensors writes it."""
+    """Raise AerogelError that names the first field of a config which is not as compressed-tensors writes it, or which is not read."""
     try:
-        _Config.model_validate(config)
+        found = _Config.model_validate(config)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise AerogelError(f"quantization_config in config.json: {place}: {first['msg']}; fetch config.json again") from error
+    rotations = found.transform_config.config_groups.values() if found.transform_config else ()
+    if places := {one.location for rotation in rotations for one in rotation.apply} - {*_OF_WEIGHTS}:
+        raise AerogelError(
+            f"quantization_config in config.json: transform_config rotates activations ({min(places)}) while the model runs, which is not "
+            "done here; give the original model in 16 bits"
+        )
+    if found.sparsity_config and found.sparsity_config.format != "dense":
+        raise AerogelError(
+            f"quantization_config in config.json: sparsity_config has the format {found.sparsity_config.format!r}, expected 'dense'; give "
+            "the original model in 16 bits"
+        )

@@ -161,7 +161,7 @@ def assignments(config: Mapping[str, Any], names: list[str]) -> dict[str, Assign
     if config.get("quant_method") not in OWN:
         raise AerogelError(
             f"quantization_config says quant_method={config.get('quant_method')!r}, which is not opened; give the original model "
-            "in 16 bits, or one in compressed-tensors, fp8 or mxfp4"
+            "in 16 bits, or one in compressed-tensors, gptq, awq, bitsandbytes, fp8 or mxfp4"
         )
     ignore = config.get("ignore") or []
     groups = [(_read_group(name, group), group["targets"]) for name, group in config["config_groups"].items()]

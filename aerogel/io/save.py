@@ -28,6 +28,8 @@ from aerogel.model.network import Network
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot")
 _OURS = ("aerogel.json", "report.html", "aerogel.structure.json")
+# Settings of GPTQ and AWQ beside config.json: they say how the weights were quantized where the model comes from.
+_OF_QUANTIZERS = ("quantize_config.json", "quant_config.json")
 # Not properties of the model: where it was opened from, by what, and in which dtype it was computed.
 _PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "_attn_implementation")
 _SPARE = 64 << 20
@@ -167,9 +169,9 @@ def _parts(network: Network) -> dict[str, nn.Module]:
 
 def copy_companions(origin: Path, folder: Path, parts: Collection[str] = ("",)) -> None:
     """Copy everything but weights (of a pipeline: of these parts), what another run of this package left, and hidden files."""
-    own = [origin / part for part in parts]
+    own, skipped = [origin / part for part in parts], (*_OURS, *_OF_QUANTIZERS)
     for path in sorted(origin.iterdir() if own == [origin] else origin.rglob("*")):
-        if not path.is_file() or any(name.startswith(".") for name in path.relative_to(origin).parts) or path.name in _OURS:
+        if not path.is_file() or any(name.startswith(".") for name in path.relative_to(origin).parts) or path.name in skipped:
             continue
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
         if not (weights and path.parent in own):

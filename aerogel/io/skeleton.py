@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from transformers.models.auto import modeling_auto
 
 from aerogel.errors import AerogelError
-from aerogel.io.checkpoint import Checkpoint, is_float8
-from aerogel.io.dequantize import dequantizer_of, told
+from aerogel.io.checkpoint import Checkpoint, Dequantize, is_float8
+from aerogel.io.dequantize import told
 from aerogel.io.kv_scales import leave_unread
 from aerogel.io.layouts import pieces
 from aerogel.io.names import Names
@@ -48,6 +48,8 @@ class Folder:
     stored: torch.dtype
     dtype: torch.dtype
     """The dtype to compute in."""
+    dequantize: Dequantize | None = None
+    """What makes floats of its quantized tensors; None where they are opened as they are."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,11 @@ def skeleton_of(folder: Folder, build: Callable[[], nn.Module]) -> Skeleton:
     names = Names.of(module)
     unfuse(module, names.experts)
     as_linears(module)
-    quantization, dequantize = quantization_of(folder.settings), dequantizer_of(folder.settings, folder.path)
-    if quantization and dequantize is None:
+    quantization = quantization_of(folder.settings)
+    if quantization and folder.dequantize is None:
         attach(module, quantization)
-    dequantize = dequantize or leave_unread(quantization)
-    checkpoint = Checkpoint.open(folder.path, names.in_memory, partial(pieces, module, padded(quantization)), dequantize)
+    apart, dequantize = partial(pieces, module, padded(quantization)), folder.dequantize or leave_unread(quantization)
+    checkpoint = Checkpoint.open(folder.path, names.in_memory, apart, dequantize)
     fits = _fits(module, folder, checkpoint)
     if fits:
         checkpoint.check(module)

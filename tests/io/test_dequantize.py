@@ -468,7 +468,7 @@ def test_wider_floats_are_not_rounded_to_float8_on_the_way(tmp_path: Path) -> No
         open_model(tmp_path / "out")
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "modelopt", None])
+@pytest.mark.parametrize("method", ["hqq", "aqlm", "quanto", "eetq", "vptq", "torchao", "spqr", "higgs", "bitnet", "exl2", None])
 def test_other_methods_are_refused_before_work_begins(method: str | None, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "in", dtype=torch.bfloat16)
     change(folder, **{UP: None, UP.replace("weight", "qweight"): torch.zeros(8, 128, dtype=torch.int32)})

@@ -190,10 +190,3 @@ def test_what_cannot_be_run_is_an_error_that_names_it(change: dict[str, Any], wo
     (config if top else config["config_groups"]["group_0"]).update(change)
     with pytest.raises(AerogelError, match=word):
         attach(FAMILIES["llama"].build(), config)
-
-
-def test_kv_cache_scales_that_are_not_used_are_said() -> None:
-    config = describe(llama("W4A16_G32"))
-    assert config is not None
-    with pytest.warns(UserWarning, match="KV cache"):
-        attach(FAMILIES["llama"].build(), config | {"kv_cache_scheme": {"num_bits": 8}})
