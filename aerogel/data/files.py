@@ -161,13 +161,14 @@ def _parquet(path: Path) -> Iterator[Record]:
         try:
             table = parquet.ParquetFile(file)
             groups = [table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups)]
-            batches = table.iter_batches(batch_size=_ROWS)
             if max(groups, default=0) > _ROW_GROUP:
                 raise AerogelError(f"{path} has a row group of {max(groups):,} bytes; write it with smaller ones")
-            while batch := next(batches, None):
+            for batch in table.iter_batches(batch_size=_ROWS):
                 for row in batch.to_pylist():
                     yield Record(row, f"{path} row {number}")
                     number += 1
+            if number != table.metadata.num_rows:
+                raise AerogelError(f"{path} has {number} of the {table.metadata.num_rows} rows that it names; fetch the file again")
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
             reason = " ".join(str(error).split())
             raise AerogelError(f"{path} cannot be read from row {number} on as .parquet ({reason[:200]}); fetch the file again") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +27,6 @@ _SPEAKERS = {
     "observation": "tool",
 }
 """Roles of the speakers that ShareGPT's format has."""
-_TESTS_FOR_NONE = re.compile(r"\bis\s+(not\s+)?none\b", re.IGNORECASE)
 
 
 def messages_of(turns: Any, place: str) -> list[Message]:
@@ -63,8 +61,6 @@ def rendered(messages: Sequence[Message], tools: list[Any] | None, tokenizer: Pr
     if tokenizer is None or not tokenizer.chat_template:
         raise AerogelError(f"{place} is a chat, and this tokenizer has no chat template; give records with a text field")
     turns = [_as_text(message, f"{place}: turn {number}") for number, message in enumerate(messages, start=1)]
-    if not _TESTS_FOR_NONE.search(str(tokenizer.chat_template)):  # else the template has a rule for null; others would write "None"
-        turns = [{name: value for name, value in turn.items() if value is not None} for turn in turns]
     given = {} if tools is None else {"tools": tools}
     with explained(turns, place):
         return str(tokenizer.apply_chat_template(turns, tokenize=False, **given))
@@ -133,10 +129,10 @@ def _refuse_calls(given: Any, place: str) -> Any:
 
 
 def _as_text(message: Message, place: str) -> Message:
-    """A turn whose content is one string: parts of text are joined."""
+    """A turn whose content is one string: parts of text are joined. Null is left out, as templates would write it as None."""
     content = message["content"]
     if not isinstance(content, list):
-        return message
+        return message if content is not None else {name: value for name, value in message.items() if name != "content"}
     return {**message, "content": "".join(_part(part, place) for part in content)}
 
 

@@ -57,6 +57,8 @@ def records(source: Any) -> Iterator[Record]:
     if str(source) in SHIPPED:
         return files.records(Path(__file__).parent / f"{source}.txt.gz")
     path = Path(source)
+    if not str(source).strip():
+        raise AerogelError(f"the name of the text source is empty; give {FORMATS}, or one of: {', '.join(SHIPPED)}")
     try:
         is_dir, exists = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:
