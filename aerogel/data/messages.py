@@ -98,7 +98,7 @@ def _message(turn: Any, place: str) -> Message:
         found["content"] = None
     if not isinstance(found["content"], str | list | None):
         raise AerogelError(f"{place} has content that is {_kind(found['content'])}, expected a string or a list of parts")
-    return found
+    return {**found, "content": _without_null(found["content"])}
 
 
 def _shared(turn: Mapping[str, Any], place: str) -> Message:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -230,6 +231,8 @@ def prepare(network: Network, samples: Shown, seed: int, head: bool) -> Calibrat
             calls = [Call(call.args, {**call.kwargs, "logits_to_keep": 1}) for call in calls]
         return Calibration(calls, facts)
     calls = list(samples)
+    if any(_is_padded(call) for call in calls):
+        warnings.warn("some of the given calls are padded, and padding counts in calibration statistics like tokens", stacklevel=2)
     return Calibration(calls, {"source": GIVEN_CALLS, "count": len(calls), "fingerprint": _fingerprint(calls)})
 
 
@@ -247,6 +250,14 @@ def _of_tokens(samples: Tokenized) -> tuple[list[Call], dict[str, Any]]:
     calls = samples.calls()
     digest = _fingerprint([Call((row_L,)) for row_L in samples.rows])
     return calls, {"source": sources.GIVEN, "count": samples.count, "fingerprint": digest}
+
+
+def _is_padded(call: Call) -> bool:
+    """True where a mask of the tokens of a call, as tokenizers give it, leaves some of them out."""
+    mask, ids = call.kwargs.get("attention_mask"), call.kwargs.get("input_ids")
+    if not (isinstance(mask, torch.Tensor) and isinstance(ids, torch.Tensor) and mask.shape == ids.shape):
+        return False
+    return not bool(mask.all())
 
 
 def _read(network: Network, wanted: Chats, seed: int) -> Calibration:
