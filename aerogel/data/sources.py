@@ -74,6 +74,8 @@ def records(source: Any) -> Iterator[Record]:
 
 def _folder(path: Path) -> Iterator[Record]:
     """The data files in a folder: those of the training split where names say splits; all in one folder and of one format."""
+    if any((path / name).is_file() for name in ("config.json", "model_index.json")):
+        raise AerogelError(f"{path} is the folder of a model, not of data; give {FORMATS}")
     found = sorted(_data_files(path))
     if not found:
         raise AerogelError(f"{path} is not a folder saved by datasets (save_to_disk) and has no data files in it; give {FORMATS}")

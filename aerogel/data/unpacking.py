@@ -17,6 +17,8 @@ LONGEST = 2**28
 """Characters of one line at most."""
 _EXPANDED, _RATIO = 2**26, 100
 """A .gz is refused once it has given more bytes than the first, and more than the second times the bytes that were read of it."""
+_MOST_RATIO = 1032
+"""No .gz expands to more than so many times its size."""
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -87,6 +89,7 @@ class _Unpacked(io.RawIOBase):
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file, self._given = path, file, 0
+        self._refuse_bomb(*self._named(file))
         self._stream = gzip.GzipFile(fileobj=file)
 
     def readable(self) -> bool:
@@ -98,7 +101,21 @@ class _Unpacked(io.RawIOBase):
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise AerogelError(f"{self._path} is damaged or no .gz ({error}); fetch or copy the file again") from error
         self._given += len(found)
-        if self._given > max(_EXPANDED, _RATIO * self._file.tell()):
-            raise AerogelError(f"{self._path} expands to more than {_RATIO} times its size; if that is right, unpack it and give the file")
+        self._refuse_bomb(self._given, self._file.tell())
         buffer[: len(found)] = found
         return len(found)
+
+    def _refuse_bomb(self, expanded: int, packed: int) -> None:
+        if expanded > max(_EXPANDED, _RATIO * packed):
+            raise AerogelError(
+                f"{self._path} expands to more than {_RATIO} times its size, or is cut short; fetch it again, or unpack it if that is right"
+            )
+
+    @staticmethod
+    def _named(file: BinaryIO) -> tuple[int, int]:
+        """The bytes that a .gz names at its end, which a bomb is told by before it is read, and its own; others name what they like."""
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(size - 4, 0))
+        named = int.from_bytes(file.read(4), "little")
+        file.seek(0)
+        return (named if named <= _MOST_RATIO * size else 0, size)

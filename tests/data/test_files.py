@@ -175,14 +175,21 @@ def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
         list(files.records(Path("/dev/zero")))
 
 
+@pytest.mark.parametrize("lying", [False, True])
 @pytest.mark.parametrize(
     ("name", "line"), [("a.txt.gz", b"a" * 2**20), ("a.jsonl.gz", b'"' + b"a" * 2**20), ("a.parquet.gz", b"a" * 2**20)]
 )
-def test_a_bomb_is_refused_before_it_fills_memory(name: str, line: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bomb_is_refused_before_it_fills_memory(
+    name: str, line: bytes, lying: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(unpacking, "_EXPANDED", 2**22)
     with gzip.open(tmp_path / name, "wb", compresslevel=1) as file:
         for _ in range(128):
             file.write(line)
+    if lying:
+        with (tmp_path / name).open("r+b") as raw:
+            raw.seek(-4, os.SEEK_END)
+            raw.write(bytes(4))
     tracemalloc.start()
     try:
         with pytest.raises(AerogelError, match="expands to more than 100 times its size"):

@@ -59,6 +59,7 @@ def test_shards_follow_each_other_by_name(table: Dataset, tmp_path: Path) -> Non
     [
         ([], "is not a folder saved by datasets .* and has no data files in it; give a .txt, .jsonl"),
         (["README.md", "model.safetensors", "requirements.txt", ".hidden.jsonl"], "has no data files"),
+        (["config.json", "tokenizer.json"], "is the folder of a model, not of data"),
         (["test.jsonl", "validation.jsonl"], "has no split called train; give one of its files: .*test.jsonl, .*validation.jsonl"),
         (["a/rows.jsonl", "b/rows.jsonl"], "has data files in several folders; give one of them: .*/a, .*/b"),
         (["a.jsonl", "b.csv"], "has data files in several formats; give one of them: .csv, .jsonl"),
