@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,9 @@ def test_limits_are_those_of_the_code() -> None:
 
 
 def test_the_python_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = aerogel.load(model_folder(tmp_path / "model"))
-    monkeypatch.setattr(aerogel, "load", lambda name: model)
+    model = aerogel.load(model_folder(tmp_path / "model"), lazy=False)
+    monkeypatch.setattr(aerogel, "load", lambda name, lazy: model)
     (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     found: dict[str, Any] = {}
-    with warnings.catch_warnings():
-        exec(compile(example, "data.md", "exec"), found)
+    exec(compile(example, "data.md", "exec"), found)
     assert found["documents"]
