@@ -138,7 +138,9 @@ class DataSettings(_Settings):
     """The calibration data of a run; what is not given has the default of the command line."""
 
     source: str | None = None
-    """Shipped text by name, a .txt, .jsonl or datasets folder; for diffusion models a file with one prompt per line."""
+    """Shipped text by name, a file, a folder or a dataset of the hub; for diffusion models a file with one prompt per line, or records."""
+    column: str | None = None
+    """Column of the records; None finds it by its name."""
     prompts: list[str] | None = None
     """Prompts of a diffusion model, instead of a file with them."""
     samples: Count | None = None

@@ -13,6 +13,7 @@ PAGES = {
     "Home": "index.md",
     "Quickstart": "quickstart.md",
     "Recipes": "recipes.md",
+    "Data": "data.md",
     "Methods": "methods",
     "Evaluation": "evaluation.md",
     "Saving and exporting": "export.md",

@@ -143,8 +143,17 @@ Data = Annotated[
         "--data",
         section=DATA,
         metavar="DATA",
-        help="Calibration data [sotu]: shipped text by name, .txt, .jsonl (text or chats with images), or a "
-        "datasets folder. Diffusion: file with one prompt per line.",
+        help="Calibration data [sotu]: shipped text by name; .txt, .jsonl, .json, .csv, .tsv or .parquet, also .gz; a folder of "
+        "them; or a dataset of the hub (OWNER/NAME:CONFIG:SPLIT). Diffusion: file with one prompt per line, or records.",
+    ),
+]
+Column = Annotated[
+    str | None,
+    _option(
+        "--column",
+        section=DATA,
+        metavar="NAME",
+        help="Column of the data with the text, chat or prompt [found by its name].",
     ),
 ]
 Count = Annotated[

@@ -35,6 +35,7 @@ def compress(
     revision: given.Revision = None,
     trust_remote_code: given.TrustRemoteCode = False,
     data: given.Data = None,
+    column: given.Column = None,
     samples: given.Count = None,
     length: given.Length = None,
     steps: given.Steps = None,
@@ -66,7 +67,9 @@ def compress(
         model=model,
         options=ModelOptions(dtype, revision, trust_remote_code, device),
         adjustments=Adjustments(overrides or (), scheme, targets or (), ignore or ()),
-        samples=CalibrationRequest(data, samples, length, steps, guidance, height=height, width=width, num_frames=num_frames),
+        samples=CalibrationRequest(
+            data, samples, length, steps, guidance, height=height, width=width, num_frames=num_frames, column=column
+        ),
         batch_size=batch_size,
         seed=seed,
         output=output,
@@ -149,6 +152,7 @@ def plan(
     revision: given.Revision = None,
     trust_remote_code: given.TrustRemoteCode = False,
     data: given.Data = None,
+    column: given.Column = None,
     samples: given.Count = None,
     length: given.Length = None,
     steps: given.Steps = None,
@@ -178,7 +182,9 @@ def plan(
         model=model,
         options=ModelOptions(dtype, revision, trust_remote_code, device),
         adjustments=Adjustments(overrides or (), scheme, targets or (), ignore or ()),
-        samples=CalibrationRequest(data, samples, length, steps, guidance, height=height, width=width, num_frames=num_frames),
+        samples=CalibrationRequest(
+            data, samples, length, steps, guidance, height=height, width=width, num_frames=num_frames, column=column
+        ),
         batch_size=batch_size,
         seed=seed,
     )

@@ -35,6 +35,11 @@ def evaluate(
             help="Set an option of a measure; may be repeated.",
         ),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="DATA", help="Text or chats to read, as --data of compress [each measure's own]."),
+    ] = None,
+    column: given.Column = None,
     device: given.Device = "auto",
     dtype: given.ComputeDType = None,
     revision: given.Revision = None,
@@ -52,7 +57,7 @@ def evaluate(
     with terminal.downloads(quiet or as_json):
         source, original = ModelOptions(dtype, revision, trust_remote_code, device).locate_pair(model, against)
     with terminal.progress(quiet or as_json) as tell:
-        metrics = scores.measure_models(source, original, measures or None, tell, overrides or (), device=device)
+        metrics = scores.measure_models(source, original, measures or None, tell, overrides or (), device, data, column)
     print_json(metrics) if as_json else terminal.print_comparison(metrics)
 
 

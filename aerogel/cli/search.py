@@ -40,9 +40,7 @@ Only = Annotated[
 ]
 Prompts = Annotated[
     str | None,
-    typer.Option(
-        "--data", metavar="DATA", rich_help_panel=DATA, help="cache: file with one prompt per line; skip: chats (.jsonl) or text."
-    ),
+    typer.Option("--data", metavar="DATA", rich_help_panel=DATA, help="As --data of compress. cache: prompts; skip: chats or text."),
 ]
 Count = Annotated[
     int | None,
@@ -72,6 +70,7 @@ def search(
     revision: given.Revision = None,
     trust_remote_code: given.TrustRemoteCode = False,
     data: Prompts = None,
+    column: given.Column = None,
     samples: Count = None,
     length: given.Length = None,
     steps: given.Steps = None,
@@ -99,7 +98,9 @@ def search(
             source,
             task,
             budget,
-            samples=CalibrationRequest(data, samples, length, steps, guidance, height=height, width=width, num_frames=num_frames),
+            samples=CalibrationRequest(
+                data, samples, length, steps, guidance, height=height, width=width, num_frames=num_frames, column=column
+            ),
             only=only or (),
             overrides=overrides or (),
             output=output,

@@ -6,10 +6,13 @@ B chats, S tokens. Prompts differ in length; the shorter ones are padded on the 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import random
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from aerogel.data import files, messages, sources
+from aerogel.data.files import Record
+from aerogel.data.records import CHATS
 from aerogel.errors import AerogelError
-from aerogel.io.json_files import parse_object
 from aerogel.model.calls import Call
 
 IGNORED = -100
 """The label of a token that is no part of an answer."""
+MOST_STREAMED = 1024
+"""Chats that are read of a dataset of the hub at most."""
+_IMAGES = ("images", "image")
+"""Columns with what a chat shows."""
+_PLACE = "<image>"
+"""Mark in the text of ShareGPT's format where an image is shown."""
 _FILLING = {"input_ids": 0, "attention_mask": 0, "mm_token_type_ids": 0, "labels": IGNORED}
 
 
@@ -32,6 +43,8 @@ class Chat:
 
     messages: list[dict[str, Any]]
     images: tuple[Any, ...] = ()
+    place: str = "a chat"
+    """Where it was read, for errors."""
 
     @property
     def answer(self) -> str:
@@ -45,36 +58,49 @@ class Chats:
     """Chats that a vision-language model is calibrated on."""
 
     source: str | Path
-    """A .jsonl whose lines have `messages` and `images` (paths beside it)."""
+    """Records with `messages` or `conversations`, and `images` or `image`: in a .jsonl, say, with the paths of the images beside it."""
     count: int = 256
     """Chats, drawn by seed."""
     batch: int = 8
     """Chats in one call."""
+    column: str | None = None
+    """Column with the chat; None finds it by its name."""
 
 
-def read(source: str | Path) -> list[Chat]:
-    """Return the chats of a .jsonl file; raises AerogelError, with the line, for what is no chat or an image that is not there."""
-    path = Path(source)
-    if not path.is_file() or path.suffix != ".jsonl":
-        raise AerogelError(f"no chats at {source}; give a .jsonl file whose lines have messages and images")
-    found = [_chat(line, path, number) for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1) if line.strip()]
+def read(source: str | Path, column: str | None = None) -> list[Chat]:
+    """Return the chats of a file of records, a folder of them or a dataset.
+
+    Raises AerogelError, with the line, for what is no chat or an image that is not there or cannot be opened.
+    """
+    if _is_text(source):
+        raise AerogelError(f"no chats at {source}; give a .jsonl file whose lines have messages and images, or another file of records")
+    most = MOST_STREAMED if sources.is_streamed(source) else None
+    records = sources.records(source)
+    found = [_chat(record, Path(source).parent, column) for record in islice(records, most)]
+    if most is not None and next(records, None) is not None:
+        warnings.warn(f"{source} is read up to its first {most:,} chats", stacklevel=2)
     if not found:
-        raise AerogelError(f"{path} holds no chat; expected one on each line")
+        raise AerogelError(f"{source} holds no chat; expected one on each line")
     return found
 
 
 def are_at(source: str | Path) -> bool:
-    """Return True if a source is a .jsonl of chats about images, by its first line."""
-    path = Path(source)
-    if not path.is_file() or path.suffix != ".jsonl":
+    """Return True if a source has chats about images, by its first record."""
+    if _is_text(source):
         return False
-    with path.open(encoding="utf-8") as lines:
-        first = next((line for line in lines if line.strip()), "")
     try:
-        record = json.loads(first)
-    except (ValueError, RecursionError):
+        first = next(sources.records(source), None)
+    except AerogelError:  # which is said where it is read as text
         return False
-    return isinstance(record, dict) and "messages" in record and "images" in record
+    value = None if first is None else first.value
+    return isinstance(value, Mapping) and any(name in value for name in CHATS) and any(name in value for name in _IMAGES)
+
+
+def _is_text(source: str | Path) -> bool:
+    """True for shipped text, and for what by its name is a file of text."""
+    is_streamed = sources.is_streamed(source)
+    there = not is_streamed and not Path(source).is_dir() and files.format_of(Path(source)) == ".txt"
+    return there or (is_streamed and Path(source).suffix.lower() in (*files.FORMATS, ".gz"))
 
 
 def drawn(chats: Sequence[Chat], count: int, seed: int) -> list[Chat]:
@@ -113,34 +139,57 @@ def fingerprint(chats: Sequence[Chat]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _chat(line: str, path: Path, number: int) -> Chat:
-    place = f"{path} line {number}"
-    record = parse_object(line, place, "one JSON object a line is expected")
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages or not _is_answered(messages):
-        raise AerogelError(f"{place} is no chat with an answer; expected messages, the last with the role assistant")
-    names = record.get("images", [])
-    if absent := [name for name in names if not (path.parent / name).is_file()]:
-        raise AerogelError(f"{place} shows {absent[0]}, which is not beside {path.name}")
-    images = []
-    for name in names:
-        with Image.open(path.parent / name) as image:
-            images.append(image.convert("RGB"))
-    return Chat(messages, tuple(images))
+def _chat(record: Record, folder: Path, column: str | None) -> Chat:
+    value, place = record
+    name = column or next((name for name in CHATS if isinstance(value, Mapping) and name in value), "messages")
+    turns = value.get(name) if isinstance(value, Mapping) else None
+    found = messages.messages_of(turns, place) if isinstance(turns, list) else []
+    if not found or found[-1]["role"] != "assistant" or found[-1]["content"] is None:
+        raise AerogelError(f"{place} is no chat with an answer; expected {name}, the last with the role assistant")
+    shown: Any = next((value[key] for key in _IMAGES if value.get(key) is not None), [])
+    images = tuple(_image(image, folder, place) for image in (shown if isinstance(shown, list) else [shown]))
+    return Chat(_with_places(found) if name != "messages" else found, images, place)
 
 
-def _is_answered(messages: list[Any]) -> bool:
-    spoken = all(isinstance(message, dict) and "content" in message for message in messages)
-    return spoken and messages[-1].get("role") == "assistant"
+def _with_places(turns: list[messages.Message]) -> list[messages.Message]:
+    """Turns of ShareGPT's format with parts of content where their text has the mark of an image."""
+    return [{**turn, "content": _parts(turn["content"])} if _PLACE in str(turn["content"]) else turn for turn in turns]
+
+
+def _parts(content: str) -> list[dict[str, str]]:
+    first, *others = content.split(_PLACE)
+    parts: list[dict[str, str]] = [{"type": "text", "text": first.strip()}]
+    for other in others:
+        parts += [{"type": "image"}, {"type": "text", "text": other.strip()}]
+    return [part for part in parts if part.get("text") != ""]
+
+
+def _image(given: Any, folder: Path, place: str) -> Image.Image:
+    """An image in RGB: from a path beside the file, from bytes, or one that is open."""
+    opened = given.get("bytes") or given.get("path") if isinstance(given, Mapping) else given
+    if isinstance(opened, str) and not (folder / opened).is_file():
+        raise AerogelError(f"{place} shows {opened}, which is not beside the file")
+    if not isinstance(opened, str | bytes | Image.Image):
+        raise AerogelError(f"{place} has an image that is {type(given).__name__}, expected a path beside the file or an image")
+    try:
+        if isinstance(opened, Image.Image):
+            return opened.convert("RGB")
+        with Image.open(folder / opened if isinstance(opened, str) else io.BytesIO(opened)) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError, SyntaxError) as error:
+        what = opened if isinstance(opened, str) else "an image"
+        raise AerogelError(f"{place} shows {what}, which cannot be opened ({' '.join(str(error).split())[:120]})") from error
 
 
 def _asked(chat: Chat, processor: Any) -> str:
-    return str(processor.apply_chat_template(chat.messages[:-1], tokenize=False, add_generation_prompt=True))
+    with messages.explained(chat.messages, chat.place):
+        return str(processor.apply_chat_template(chat.messages[:-1], tokenize=False, add_generation_prompt=True))
 
 
 def _read(chat: Chat, processor: Any) -> dict[str, Tensor]:
     asked = _asked(chat, processor)
-    whole = str(processor.apply_chat_template(chat.messages, tokenize=False)).rstrip()
+    with messages.explained(chat.messages, chat.place):
+        whole = str(processor.apply_chat_template(chat.messages, tokenize=False)).rstrip()
     if not whole.startswith(asked):
         raise AerogelError("this chat template writes a prompt otherwise once it is answered, so answers cannot be told from prompts")
     images = list(chat.images) or None

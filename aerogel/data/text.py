@@ -1,77 +1,102 @@
-"""Text samples: documents from a shipped set, a file or a folder, tokenised and cut into sequences.
+"""Text samples: documents from a shipped set, a file, a folder, the hub or Python, tokenised and cut into sequences.
 
 T tokens of the whole source, N sequences of L tokens.
 
 A source is a stream: every document is tokenised without special tokens, an end-of-sequence token is put behind it when the
 tokenizer has one and the document does not end with it, and documents follow each other in the order in which they are stored.
 `samples` cuts the stream into consecutive windows that do not overlap and draws from them by seed; measures read the stream
-from its start.
+from its start. What is tokenised already is such a stream as it is.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from array import array
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from aerogel.data import sources
+from aerogel.data.records import text_of
+from aerogel.data.sources import SHIPPED
+from aerogel.data.tokenized import Tokenized
 from aerogel.errors import AerogelError
-from aerogel.io.json_files import parse_json
 from aerogel.model.calls import Call
 
-SHIPPED = tuple(sorted(path.name.removesuffix(".txt.gz") for path in Path(__file__).parent.glob("*.txt.gz")))
-"""Names of the text that comes with the package; SOURCES.md says what each one is."""
+MOST_CHARACTERS, MOST_STREAMED = 2**30, 2**26
+"""Characters that are read of a source at most: of files, and of what is fetched from the hub or given in Python."""
 
 
-def documents(source: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
-    """Return the documents of a source: a shipped name, a .txt (form feeds separate documents), a .jsonl or a `datasets` folder.
+def documents(source: Any, tokenizer: PreTrainedTokenizerBase | None = None, column: str | None = None) -> list[str]:
+    """Return the documents of a source; raises AerogelError like `read`."""
+    return list(read(source, tokenizer, column))
 
-    A record holds its text in the field `text`, or a chat in the field `messages`, which goes through the tokenizer's chat
-    template. Raises AerogelError when there is no such source, a record has neither field, or nothing is in it.
+
+def read(source: Any, tokenizer: PreTrainedTokenizerBase | None = None, column: str | None = None) -> Iterator[str]:
+    """Yield the documents of a source that are not empty: a name, a path, a dataset of the hub, or what is given in Python.
+
+    `sources.records` says what there is, `records.text_of` which columns of a record are read and what `column` does. Where there is
+    more text than MOST_CHARACTERS or MOST_STREAMED, reading stops there with a warning. Raises AerogelError when there is no such
+    source, a record has no text, or nothing is in it.
     """
-    found = [text for text in (text.strip() for text in _read(source, tokenizer)) if text]
-    if not found:
-        raise AerogelError(f"text source {str(source)!r} is empty; give a file with text in it or one of: {', '.join(SHIPPED)}")
-    return found
+    given, most = 0, MOST_STREAMED if sources.is_streamed(source) else MOST_CHARACTERS
+    for record in sources.records(source):
+        if not (text := text_of(record, tokenizer, column).strip()):
+            continue
+        if given > most:
+            warnings.warn(f"text source {sources.name_of(source)!r} is read up to its first {most:,} characters", stacklevel=2)
+            return
+        given += len(text)
+        yield text
+    if not given:
+        name, known = sources.name_of(source), ", ".join(SHIPPED)
+        raise AerogelError(f"text source {name!r} is empty; give a file with text in it or one of: {known}")
 
 
-def tokens(tokenizer: PreTrainedTokenizerBase, source: str | Path, limit: int | None = None) -> Tensor:
-    """Return a source as one stream tokens_T, int64; with `limit` its first tokens only, and documents behind them are not tokenised."""
-    eos, stream = tokenizer.eos_token_id, list[int]()
-    for document in documents(source, tokenizer):
+def tokens(tokenizer: PreTrainedTokenizerBase, source: Any, limit: int | None = None, column: str | None = None) -> Tensor:
+    """Return a source as one stream tokens_T, int64; with `limit` its first tokens only, and documents behind them are not read."""
+    if isinstance(source, Tokenized):
+        return torch.cat(source.rows)[:limit]
+    eos, stream = tokenizer.eos_token_id, array("q")
+    for document in read(source, tokenizer, column):
+        stream.extend(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+        if eos is not None and stream[-1:] != array("q", [eos]):
+            stream.append(eos)
         if limit is not None and len(stream) >= limit:
             break
-        stream.extend(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
-        if eos is not None and stream[-1:] != [eos]:
-            stream.append(eos)
     return torch.tensor(stream[:limit], dtype=torch.int64)
 
 
-def samples(tokenizer: PreTrainedTokenizerBase, source: str | Path = "sotu", count: int = 128, length: int = 512, seed: int = 0) -> Tensor:
+def samples(
+    tokenizer: PreTrainedTokenizerBase,
+    source: Any = "sotu",
+    count: int = 128,
+    length: int = 512,
+    seed: int = 0,
+    column: str | None = None,
+) -> Tensor:
     """Return `count` sequences tokens_NL of `length` tokens that do not overlap, drawn by seed.
 
     A tokenizer that begins every text with a token of its own (Llama, Gemma) gets it at the start of every sequence, inside
     `length`. Raises AerogelError when the source has not enough tokens for one sequence; warns when it has not enough for
     `count` and returns those there are.
     """
-    prefix = opening(tokenizer)
+    prefix, name = opening(tokenizer), sources.name_of(source)
     body = length - len(prefix)
     if body < 1 or count < 1:
         raise AerogelError(f"cannot draw {count} sequences of {length} tokens; both must be at least 1 (length {len(prefix) + 1} here)")
-    stream_T = tokens(tokenizer, source)
+    stream_T = tokens(tokenizer, source, column=column)
     windows = len(stream_T) // body
     if windows == 0:
         raise AerogelError(
-            f"text source {str(source)!r} has {len(stream_T)} tokens, one sequence needs {body}; give more text or a shorter length"
+            f"text source {name!r} has {len(stream_T)} tokens, one sequence needs {body}; give more text or a shorter length"
         )
     if windows < count:
-        warnings.warn(f"text source {str(source)!r} gives {windows} of the {count} sequences of {length} tokens asked for", stacklevel=2)
+        warnings.warn(f"text source {name!r} gives {windows} of the {count} sequences of {length} tokens asked for", stacklevel=2)
     chosen_N = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:count]
     windows_NL = stream_T[: windows * body].reshape(windows, body)[chosen_N]
     return torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(len(chosen_N), -1), windows_NL], dim=1)
@@ -94,56 +119,3 @@ def fingerprint(tokens: Tensor) -> str:
     digest = hashlib.sha256(repr(tuple(tokens.shape)).encode())
     digest.update(tokens.cpu().contiguous().numpy().astype("<i8").tobytes())
     return f"sha256:{digest.hexdigest()}"
-
-
-def _read(source: str | Path, tokenizer: PreTrainedTokenizerBase | None) -> Iterable[str]:
-    if str(source) in SHIPPED:
-        return gzip.decompress((Path(__file__).parent / f"{source}.txt.gz").read_bytes()).decode().split("\f")
-    path = Path(source)
-    if path.is_dir():
-        return _dataset(path, tokenizer)
-    if not path.is_file():
-        known = ", ".join(SHIPPED)
-        raise AerogelError(f"no text source {str(source)!r}; give a .txt, a .jsonl, a folder saved by datasets, or one of: {known}")
-    if path.suffix == ".jsonl":
-        return _lines(path, tokenizer)
-    try:
-        return path.read_text("utf-8").split("\f")
-    except UnicodeDecodeError as error:
-        raise AerogelError(f"{path} is not UTF-8 text (byte {error.start}); convert it, or give a .jsonl or a datasets folder") from error
-
-
-def _lines(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                record = parse_json(line, f"{path} line {number}", "one JSON object a line is expected")
-                yield _text(record, tokenizer, f"{path} line {number}")
-
-
-def _dataset(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise AerogelError(f"reading the dataset folder {path} needs the datasets package: pip install 'aerogel[datasets]'") from error
-    try:
-        rows = datasets.load_from_disk(str(path))
-    except FileNotFoundError as error:
-        raise AerogelError(f"{path} is not a folder saved by datasets (save_to_disk); give one, or a .txt or .jsonl file") from error
-    if isinstance(rows, datasets.DatasetDict):
-        if "train" not in rows:
-            folders = ", ".join(str(path / name) for name in rows)
-            raise AerogelError(f"{path} has no split called train; give the folder of one split: {folders}")
-        rows = rows["train"]
-    for number, record in enumerate(rows):
-        yield _text(record, tokenizer, f"{path} row {number}")
-
-
-def _text(record: Any, tokenizer: PreTrainedTokenizerBase | None, place: str) -> str:
-    if isinstance(record, dict) and isinstance(record.get("text"), str):
-        return str(record["text"])
-    if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        if tokenizer is None or not tokenizer.chat_template:
-            raise AerogelError(f"{place} is a chat, and this tokenizer has no chat template; give records with a text field")
-        return str(tokenizer.apply_chat_template(record["messages"], tokenize=False))
-    raise AerogelError(f"{place} has neither a text nor a messages field")

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import replace
 from typing import TypeVar
 
-from aerogel.data import chats, text
+from aerogel.data import chats, sources, text
 from aerogel.data.chats import Chats
 from aerogel.engine.calibration import Samples, Shown
 from aerogel.model.network import Network
@@ -20,18 +20,18 @@ def available(network: Network, asked: Shown) -> Shown:
     Raises AerogelError, as the run itself would, when the source cannot be read or is too short for one sequence.
     """
     if isinstance(asked, Chats):
-        return _at_most(asked, len(chats.read(asked.source)), "chats")
+        return _at_most(asked, len(chats.read(asked.source, asked.column)), "chats")
     tokenizer = getattr(network.processor, "tokenizer", network.processor)
     if not isinstance(asked, Samples) or tokenizer is None:
         return asked
     body = asked.length - len(text.opening(tokenizer))
-    found = len(text.tokens(tokenizer, asked.source, limit=asked.count * body)) // body if body > 0 else 0
+    found = len(text.tokens(tokenizer, asked.source, asked.count * body, asked.column)) // body if body > 0 else 0
     if not found:
-        text.samples(tokenizer, asked.source, asked.count, asked.length)  # says what is wrong
+        text.samples(tokenizer, asked.source, asked.count, asked.length, column=asked.column)  # says what is wrong
     return _at_most(asked, found, f"sequences of {asked.length} tokens")
 
 
 def _at_most(asked: _Counted, found: int, what: str) -> _Counted:
     if found < asked.count:
-        warnings.warn(f"{str(asked.source)!r} gives {found} of the {asked.count} {what} asked for", stacklevel=2)
+        warnings.warn(f"{sources.name_of(asked.source)!r} gives {found} of the {asked.count} {what} asked for", stacklevel=2)
     return replace(asked, count=min(asked.count, found))

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
-from aerogel.data import chats, denoising, text
+from aerogel.data import chats, denoising, given, prompts, sources, text
 from aerogel.data.chats import Chats
 from aerogel.data.denoising import Denoising, first_call
+from aerogel.data.tokenized import TOKENS_OF_A_CALL, Tokenized
 from aerogel.errors import AerogelError
-from aerogel.evaluate.measure import positions
+from aerogel.evaluate.measure import positions, vocabulary_size
 from aerogel.methods.base import CalibrationSize
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.denoisers import Denoisers
@@ -25,22 +27,21 @@ from aerogel.model.placement import AUTO
 from aerogel.model.trajectories import Trajectories
 from aerogel.numerics.packing import raw_bytes
 
-TOKENS_OF_A_CALL = 4096
-"""Sequences are batched up to this many tokens, so that activations stay small and matrix products stay efficient."""
-
 
 @dataclass(frozen=True)
 class Samples:
     """Text that a language model is calibrated on."""
 
-    source: str | Path = "sotu"
-    """Name of shipped text, or a .txt, .jsonl or datasets folder."""
+    source: str | Path | Iterable[Any] = "sotu"
+    """Name of shipped text, a file, a folder or a dataset of the hub, or documents given in Python."""
     count: int = 128
     """Sequences."""
     length: int = 512
     """Tokens of a sequence."""
     batch_size: int | None = None
     """Sequences in one call; None: as many as have TOKENS_OF_A_CALL tokens."""
+    column: str | None = None
+    """Column of the records with the text or chat; None finds it by its name."""
 
     @property
     def batch(self) -> int:
@@ -48,8 +49,10 @@ class Samples:
         return min(self.count, self.batch_size or max(1, TOKENS_OF_A_CALL // self.length))
 
 
-Shown = Samples | Chats | Denoising | Sequence[Call]
-"""Kinds of calibration data: text, chats with images, generations of the model itself, or recorded calls."""
+Shown = Samples | Chats | Tokenized | Denoising | Sequence[Call]
+"""Kinds of calibration data: text, chats with images, tokens, generations of the model itself, or recorded calls."""
+GIVEN_CALLS = "given calls"
+"""Name in a run's record of calls that were given in Python."""
 _TOKENS_OF_AN_IMAGE = 256
 _TOKENS_OF_A_CHAT = 512
 
@@ -71,8 +74,8 @@ _VIDEOS = {"count": 8, "batch": 1}
 class CalibrationRequest:
     """Calibration options given by the user, before the modality of the model is known; None is the default."""
 
-    source: str | None = None
-    """Text by name or path, or a .jsonl of chats with images; for diffusion models, a file with one prompt per line."""
+    source: str | Iterable[Any] | None = None
+    """Text by name or path or given in Python, or chats with images; for diffusion models, prompts: one per line of a file, or records."""
     count: int | None = None
     """Sequences, or images."""
     length: int | None = None
@@ -89,6 +92,8 @@ class CalibrationRequest:
     """Pixels of an image or a video."""
     num_frames: int | None = None
     """Frames of a video."""
+    column: str | None = None
+    """Column of the records with the text, chat or prompt; None finds it by its name."""
 
     def shown(self, network: Network) -> Shown:
         """Return the calibration data for this model; raises AerogelError for an option of the other modality."""
@@ -99,43 +104,58 @@ class CalibrationRequest:
             kind = "diffusion" if is_diffusion else "language"
             raise AerogelError(f"{wrong[0]} does not apply to a {kind} model ({network.family.name}); remove it")
         if is_diffusion:
-            prompts = self.prompts if self.source is None else _prompts(Path(self.source))
+            found = self.prompts if self.source is None else prompts.read(self.source, self.column)
             usual = _VIDEOS if network.family.modality == "video" else {}
-            return Denoising(**usual | _said(count=self.count, prompts=prompts, **generated))
-        if network.family.modality == "image-text" and self.source is not None and chats.are_at(self.source):
+            return Denoising(**usual | _said(count=self.count, prompts=found, **generated))
+        if isinstance(self.source, str | Path) and network.family.modality == "image-text" and chats.are_at(self.source):
             if self.length is not None:
                 raise AerogelError("length does not apply to chats, which are read completely; remove it")
-            return Chats(**_said(source=self.source, count=self.count))
+            return Chats(**_said(source=self.source, count=self.count, column=self.column))
+        source = self.source if sources.is_named(self.source) or self.source is None else given.parse(self.source, self.column)
+        if isinstance(source, Tokenized):
+            return self._tokens(source, network)
         length = self.length or min(Samples.length, positions(network) or Samples.length)
-        return Samples(**_said(source=self.source, count=self.count, length=length))
+        return Samples(**_said(source=source, count=self.count, length=length, column=self.column))
+
+    def _tokens(self, found: Tokenized, network: Network) -> Tokenized:
+        """The first sequences of tokens; raises AerogelError for options of text, and for ids and lengths that the model has not."""
+        if self.length is not None:
+            raise AerogelError("length does not apply to tokens, which are read as they are; remove it")
+        found = replace(found, rows=found.rows[: self.count])
+        found.check(vocabulary_size(network), positions(network))
+        return found
 
 
 def _said(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _prompts(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
-        raise AerogelError(f"{path}: no such file; give a text file with one prompt per line")
-    prompts = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
-    if not prompts:
-        raise AerogelError(f"{path}: no prompt found; expected one prompt per line")
-    return prompts
-
-
-CalibrationInput = Shown | CalibrationRequest
+CalibrationInput = Shown | CalibrationRequest | str | Path | torch.Tensor | Mapping[str, Any] | Iterable[Any]
+"""Calibration data as users give it: what `Shown` has, the name of a source, or text or tokens in Python."""
 
 
 def shown(network: Network, samples: CalibrationInput | None) -> Shown:
     """Return the calibration data for a model; the default is text, or generations of a diffusion model."""
-    samples = CalibrationRequest() if samples is None else samples
-    found = samples.shown(network) if isinstance(samples, CalibrationRequest) else samples
+    found = _request_of(samples)
+    if isinstance(found, CalibrationRequest):
+        found = found.shown(network)
     if isinstance(found, Sequence):
         network.discover(found)  # a module of the user's own is known by the user's calls only
     elif isinstance(found, Denoising) and _is_single_pipeline(network) and network.needs_example:
         with suppress(Exception):  # what the pipeline lacks is said when its calls are recorded
             network.discover([first_call(network.processor, network.module, found)])
     return found
+
+
+def _request_of(samples: CalibrationInput | None) -> Shown | CalibrationRequest:
+    """The calibration data as one of the kinds that say how it is read."""
+    if samples is None:
+        return CalibrationRequest()
+    if isinstance(samples, Samples | Chats | Tokenized | Denoising | CalibrationRequest):
+        return samples
+    if isinstance(samples, Sequence) and all(isinstance(call, Call) for call in samples):
+        return cast(Sequence[Call], samples)
+    return CalibrationRequest(source=str(samples) if isinstance(samples, Path) else samples)
 
 
 def _is_single_pipeline(network: Network) -> bool:
@@ -152,7 +172,7 @@ def with_batch_size(samples: Shown, batch_size: int | Literal["auto"], processes
         return samples if processes == 1 else _with_calls(samples, processes)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise AerogelError(f"batch_size is {batch_size!r}; give auto, or how many sequences one call has, at least 1")
-    if isinstance(samples, Samples):
+    if isinstance(samples, Samples | Tokenized):
         return replace(samples, batch_size=batch_size)
     if isinstance(samples, Chats | Denoising):
         return replace(samples, batch=batch_size)
@@ -161,6 +181,8 @@ def with_batch_size(samples: Shown, batch_size: int | Literal["auto"], processes
 
 def _with_calls(samples: Shown, count: int) -> Shown:
     """Return sequences or chats with as few in a call as it takes for so many calls."""
+    if isinstance(samples, Tokenized):
+        return samples.in_calls(count)
     if isinstance(samples, Samples) and samples.batch_size is None:
         return replace(samples, batch_size=min(samples.batch, max(1, samples.count // count)))
     return replace(samples, batch=min(samples.batch, max(1, samples.count // count))) if isinstance(samples, Chats) else samples
@@ -174,6 +196,10 @@ def reading(network: Network, samples: Shown) -> CalibrationSize:
         return CalibrationSize(2 * samples.count * samples.steps * each, 2 * samples.batch * each, each, samples.steps)
     if isinstance(samples, Chats):  # the length of a chat is known only after tokenization
         return CalibrationSize(samples.count * _TOKENS_OF_A_CHAT, samples.batch * _TOKENS_OF_A_CHAT, _TOKENS_OF_A_CHAT)
+    if isinstance(samples, Tokenized):
+        batches, longest = samples.batches(), samples.longest
+        tokens, most = sum(batch_NL.numel() for batch_NL in batches), max(batch_NL.numel() for batch_NL in batches)
+        return CalibrationSize(tokens, most, longest, length=longest)
     if isinstance(samples, Samples):
         return CalibrationSize(samples.count * samples.length, samples.batch * samples.length, samples.length, length=samples.length)
     tensors = [[tensor for tensor in tensors_in((call.args, call.kwargs)) if tensor.ndim] for call in samples]
@@ -198,25 +224,47 @@ def prepare(network: Network, samples: Shown, seed: int, head: bool) -> Calibrat
         return _recorded(network, samples, seed)
     if isinstance(samples, Chats):
         return _read(network, samples, seed)
-    if not isinstance(samples, Samples):
-        calls = list(samples)
-        return Calibration(calls, {"source": "given calls", "count": len(calls), "fingerprint": _fingerprint(calls)})
+    if isinstance(samples, Samples | Tokenized):
+        calls, facts = _of_tokens(samples) if isinstance(samples, Tokenized) else _of_text(network, samples, seed)
+        # Logits of every token are the largest tensor of a forward, and nobody reads them.
+        if not head and "logits_to_keep" in inspect.signature(network.module.forward).parameters:
+            calls = [Call(call.args, {**call.kwargs, "logits_to_keep": 1}) for call in calls]
+        return Calibration(calls, facts)
+    calls = list(samples)
+    if any(_is_padded(call) for call in calls):
+        warnings.warn("some of the given calls are padded, and padding counts in calibration statistics like tokens", stacklevel=2)
+    return Calibration(calls, {"source": GIVEN_CALLS, "count": len(calls), "fingerprint": _fingerprint(calls)})
+
+
+def _of_text(network: Network, samples: Samples, seed: int) -> tuple[list[Call], dict[str, Any]]:
     tokenizer = getattr(network.processor, "tokenizer", network.processor)
     if tokenizer is None:
         raise AerogelError(f"this {network.family.name} model has no tokenizer for calibration text; give recorded calls as samples")
-    tokens_NL = text.samples(tokenizer, samples.source, samples.count, samples.length, seed)
-    facts = {"source": str(samples.source), "count": len(tokens_NL), "length": samples.length, "fingerprint": text.fingerprint(tokens_NL)}
-    calls = text.calls(tokens_NL, samples.batch)
-    # Logits of every token are the largest tensor of a forward, and nobody reads them.
-    if not head and "logits_to_keep" in inspect.signature(network.module.forward).parameters:
-        calls = [Call(call.args, {**call.kwargs, "logits_to_keep": 1}) for call in calls]
-    return Calibration(calls, facts)
+    source, column = samples.source, {} if samples.column is None else {"column": samples.column}
+    tokens_NL = text.samples(tokenizer, source, samples.count, samples.length, seed, samples.column)
+    facts = {"source": sources.name_of(source), **column, "count": len(tokens_NL), "length": samples.length}
+    return text.calls(tokens_NL, samples.batch), facts | {"fingerprint": text.fingerprint(tokens_NL)}
+
+
+def _of_tokens(samples: Tokenized) -> tuple[list[Call], dict[str, Any]]:
+    calls = samples.calls()
+    digest = _fingerprint([Call((row_L,)) for row_L in samples.rows])
+    return calls, {"source": sources.GIVEN, "count": samples.count, "fingerprint": digest}
+
+
+def _is_padded(call: Call) -> bool:
+    """True where a mask of the tokens of a call, as tokenizers give it, leaves some of them out."""
+    mask, ids = call.kwargs.get("attention_mask"), call.kwargs.get("input_ids")
+    if not (isinstance(mask, torch.Tensor) and isinstance(ids, torch.Tensor) and mask.shape == ids.shape):
+        return False
+    return not bool(mask.all())
 
 
 def _read(network: Network, wanted: Chats, seed: int) -> Calibration:
-    found = chats.drawn(chats.read(wanted.source), wanted.count, seed)
+    found = chats.drawn(chats.read(wanted.source, wanted.column), wanted.count, seed)
     calls = chats.calls(found, network.processor, wanted.batch)
-    return Calibration(calls, {"source": str(wanted.source), "count": len(found), "fingerprint": chats.fingerprint(found)})
+    column = {} if wanted.column is None else {"column": wanted.column}
+    return Calibration(calls, {"source": str(wanted.source), **column, "count": len(found), "fingerprint": chats.fingerprint(found)})
 
 
 def _recorded(network: Network, wanted: Denoising, seed: int) -> Calibration:

@@ -15,7 +15,8 @@ import torch
 import yaml
 
 from aerogel.data.denoising import Denoising
-from aerogel.engine.calibration import CalibrationRequest
+from aerogel.data.sources import GIVEN
+from aerogel.engine.calibration import GIVEN_CALLS, CalibrationRequest
 from aerogel.errors import AerogelError
 from aerogel.io import save
 from aerogel.io.record.schema import Record
@@ -26,7 +27,14 @@ from aerogel.recipe import DataSettings, ModelSettings, Recipe
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """Dtypes to compute in by the names that users give; auto is that of the checkpoint, or float32 where a CPU does not compute in it."""
 _GENERATED = ("steps", "guidance", "height", "width", "num_frames")
-_DATA = {"source": "source", "samples": "count", "length": "length", "prompts": "prompts", **{name: name for name in _GENERATED}}
+_DATA = {
+    "source": "source",
+    "column": "column",
+    "samples": "count",
+    "length": "length",
+    "prompts": "prompts",
+    **{name: name for name in _GENERATED},
+}
 """Keys of `data` in a recipe file, and the fields of CalibrationRequest."""
 
 
@@ -148,6 +156,7 @@ def _model_options(given: ModelOptions, named: ModelSettings | None, name: str) 
 def _samples(given: CalibrationRequest, data: DataSettings) -> CalibrationRequest:
     found = {ours: getattr(data, theirs) for theirs, ours in _DATA.items()}
     found["prompts"] = None if data.prompts is None or given.source is not None else tuple(data.prompts)
+    found["column"] = None if given.source is not None else data.column  # of the file's own source
     return CalibrationRequest(**{**found, **{key: value for key, value in vars(given).items() if value is not None}})
 
 
@@ -173,10 +182,11 @@ def recipe_file_of(record: Record) -> str:
 
 def _data(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The calibration data of a run as a recipe file names it."""
-    if facts.get("source") == "given calls":
-        raise AerogelError("this run was calibrated on calls that were given in Python, which no recipe file can name")
+    if facts.get("source") in (GIVEN_CALLS, GIVEN):
+        what = str(facts["source"]).removeprefix("given ")
+        raise AerogelError(f"this run was calibrated on {what} that were given in Python, which no recipe file can name")
     if "sampler" not in facts:
-        return {"source": facts.get("source"), "samples": facts.get("count"), "length": facts.get("length")}
+        return {"source": facts.get("source"), "column": facts.get("column"), "samples": facts.get("count"), "length": facts.get("length")}
     given = {key: facts.get(key) for key in _GENERATED}
     batch = facts.get("batch", Denoising.batch)
     given["batch_size"] = None if batch == Denoising.batch else batch

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 from aerogel import catalog
+from aerogel.data import given
 from aerogel.engine import policies
 from aerogel.engine.opening import open_model
 from aerogel.engine.progress import Event, Tell
 from aerogel.engine.result import add_metrics
 from aerogel.errors import AerogelError, nearest
-from aerogel.evaluate.measure import Measure, positions
+from aerogel.evaluate.exact_match import ExactMatch
+from aerogel.evaluate.measure import Measure, TextMeasure, positions
 from aerogel.evaluate.sampling import Sampling
 from aerogel.evaluate.speed import Speed
 from aerogel.evaluate.timing import Timed
@@ -36,14 +39,19 @@ def measure(
     tell: Tell = lambda event: None,
     speed: bool = False,
     overrides: Iterable[str] = (),
+    data: Any = None,
+    column: str | None = None,
 ) -> dict[str, Scores]:
     """Measure a network, and its original when given: {"compressed": {measure: facts}, "original": {...}}.
 
     By default every measure that fits the network and need not be asked for, with `speed` a short measurement of speed too;
-    `overrides` are `measure.option=value`, for measures that are taken by name. Raises AerogelError for an unknown measure or option.
+    `overrides` are `measure.option=value`, for measures that are taken by name. `data` is what those that read text or chats read
+    instead of their own: a source by name, strings, records, a dataset, tokenised dicts or tensors; `column` names the column of its
+    records. Raises AerogelError for an unknown measure or option, and for data that none of the measures reads.
     """
     options = options_of(overrides, "measure.option=value, for example image_quality.count=512")
     chosen = _named(measures if measures is not None else [*_usual(network), *(_timed(network) if speed else ())], options)
+    chosen = _reading(chosen, data, column, options)
     takes = [take for name, found in chosen for take in _takes(name, found, network, against, must=measures is not None)]
     scores: dict[str, Scores] = {"original": {}, "compressed": {}} if against is not None else {"compressed": {}}
     done, total = 0, sum(take.passes for take in takes)
@@ -55,6 +63,20 @@ def measure(
             done += take.passes
     tell(Event("evaluate", total, total))
     return scores
+
+
+def _reading(
+    chosen: list[tuple[str, Measure]], data: Any, column: str | None, options: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[str, Measure]]:
+    """The measures with what they read, for those that read text or chats and have no source set."""
+    if data is None and column is None:
+        return chosen
+    reads = [name for name, found in chosen if isinstance(found, TextMeasure | ExactMatch) and "source" not in options.get(name, {})]
+    if not reads:
+        raise AerogelError("the data would be read by none of the measures; take perplexity, kl_divergence or exact_match, or leave it out")
+    change = {} if data is None else {"source": given.parse(data, column)}
+    change |= {} if column is None else {"column": column}
+    return [(name, replace(found, **change) if name in reads else found) for name, found in chosen]
 
 
 def _usual(network: Network) -> list[str]:
@@ -78,15 +100,19 @@ def measure_models(
     tell: Tell = lambda event: None,
     overrides: Iterable[str] = (),
     device: Device = AUTO,
+    data: Any = None,
+    column: str | None = None,
 ) -> dict[str, Scores]:
-    """Open models on a device and measure them; the numbers are added to the record of a compressed folder."""
+    """Open models on a device and measure them, like `measure`; the numbers are added to the record of a compressed folder."""
     with fitting("what is measured"):
         network = open_model(model, lazy=False, device=device)
         if network.origin is not None:
             files.verify(network.origin)
         original = open_model(against, lazy=False, device=device) if against is not None else None
         with policies.on(network, policies.load(network.origin, network.in_memory)):
-            metrics = measure(network, original, measures(network) if callable(measures) else measures, tell, overrides=overrides)
+            metrics = measure(
+                network, original, measures(network) if callable(measures) else measures, tell, False, overrides, data, column
+            )
     add_metrics(network.origin, metrics)
     return metrics
 

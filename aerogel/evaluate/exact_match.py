@@ -34,7 +34,7 @@ class ExactMatch(Measure):
     modalities: ClassVar[frozenset[str]] = frozenset({"image-text"})
 
     source: str = ""
-    """A .jsonl whose lines have `messages`, the last of them the expected reply, and `images` (paths beside it)."""
+    """A file of records with `messages`, the last of them the expected reply, and `images` (paths beside it): a .jsonl, say."""
     count: int = 128
     """Chats, drawn by seed."""
     new_tokens: int = 96
@@ -43,6 +43,8 @@ class ExactMatch(Measure):
     """Chats at once."""
     seed: int = 0
     """Seed that draws the chats."""
+    column: str | None = None
+    """Column of the source's records with the chat; found by its name where none is given."""
 
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
         """Return right (share), count, what was read; against an original kl and top1; of an MoE model, `skipped` where experts were.
@@ -51,7 +53,7 @@ class ExactMatch(Measure):
         """
         if not self.source:
             raise AerogelError("exact_match needs chats with expected answers: --set exact_match.source=FILE.jsonl")
-        asked = chats.drawn(chats.read(self.source), self.count, self.seed)
+        asked = chats.drawn(chats.read(self.source, self.column), self.count, self.seed)
         is_moe = bool(routed_experts(network.module))
         with counting(network, Vocabulary.of(network)) if is_moe else nullcontext() as tally:
             right = self.right(network, asked)

@@ -47,6 +47,6 @@ class KlDivergence(TextMeasure):
             "kl": total / count,
             "top1": same / count,
             "tokens": count,
-            "source": str(self.source),
+            "source": self.name,
             "fingerprint": text.fingerprint(stream_T),
         }

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from aerogel.data import denoising, text
+from aerogel.data import denoising, given, sources, text
 from aerogel.data.denoising import Denoising, ImageBatch
+from aerogel.data.tokenized import Tokenized
 from aerogel.errors import AerogelError
 from aerogel.layers.linear import cache_dequantized
 from aerogel.model.calls import Call
@@ -67,7 +68,7 @@ class TextMeasure(Measure):
     modalities: ClassVar[frozenset[str]] = frozenset({"text", "image-text"})
 
     source: str = "sotu-held-out"
-    """Name of shipped text, or a .txt, .jsonl or datasets folder."""
+    """Name of shipped text, a file, a folder or a dataset of the hub."""
     tokens: int = 8192
     """Tokens read from the start of the source; 0 reads all."""
     length: int = 1024
@@ -78,6 +79,8 @@ class TextMeasure(Measure):
     """Windows in one forward; the memory that logits take grows with it."""
     hold: bool = True
     """Keep the dequantized weights while the text passes: much faster, for the memory of those weights."""
+    column: str | None = None
+    """Column of the source's records with the text or chat; found by its name where none is given."""
 
     @contextmanager
     def reading(self, *networks: Network) -> Iterator[None]:
@@ -87,11 +90,19 @@ class TextMeasure(Measure):
                 stack.enter_context(cache_dequantized(network.module))
             yield
 
+    @property
+    def name(self) -> str:
+        """Name of the source in a record."""
+        return sources.name_of(self.source)
+
     def stream(self, network: Network) -> Tensor:
         """Return the text that is read, tokens_T; raises AerogelError when it has fewer than two tokens."""
-        stream_T = text.tokens(tokenizer_of(network), self.source, self.tokens or None)
+        source = given.parse(self.source, self.column)
+        if isinstance(source, Tokenized):
+            source.check(vocabulary_size(network), None)
+        stream_T = text.tokens(tokenizer_of(network), source, self.tokens or None, self.column)
         if len(stream_T) < 2:
-            raise AerogelError(f"text source {self.source!r} has {len(stream_T)} tokens and a measure needs at least 2; give more text")
+            raise AerogelError(f"text source {self.name!r} has {len(stream_T)} tokens and a measure needs at least 2; give more text")
         return stream_T
 
     def windows(self, network: Network, stream_T: Tensor) -> Iterator[Window]:
@@ -175,6 +186,13 @@ def positions(network: Network) -> int | None:
     config = network.config
     found = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None  # XLNet has -1
+
+
+def vocabulary_size(network: Network) -> int | None:
+    """Return how many token ids a language model has embeddings for, or None where it does not say."""
+    config = network.config
+    found = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "vocab_size", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def tokenizer_of(network: Network) -> PreTrainedTokenizerBase:

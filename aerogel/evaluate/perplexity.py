@@ -37,7 +37,7 @@ class Perplexity(TextMeasure):
             "perplexity": math.exp(nats) if nats < 700 else math.inf,
             "nats_per_token": nats,
             "tokens": count,
-            "source": str(self.source),
+            "source": self.name,
             "length": self.length,
             "stride": self.stride,
             "fingerprint": text.fingerprint(stream_T),

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+from datasets import Dataset
+from jinja2 import TemplateError
 from PIL import Image
 
 from aerogel.data import chats
@@ -83,6 +89,62 @@ def test_a_network_is_shown_chats_by_their_path(tmp_path: Path) -> None:
         shown(network, CalibrationRequest(source=str(tmp_path / "samples.jsonl"), length=64))
 
 
+def _same(found: list[Chat], expected: list[Chat]) -> bool:
+    """Whether chats are of the same turns and images."""
+    return chats.fingerprint(found) == chats.fingerprint(expected)
+
+
+def test_every_format_of_records(tmp_path: Path) -> None:
+    path = written(tmp_path, 6)
+    records, expected = [json.loads(line) for line in path.read_text().splitlines()], chats.read(path)
+    (tmp_path / "array.json").write_text(json.dumps(records))
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    packed = [
+        {**record, "images": [{"bytes": (tmp_path / name).read_bytes(), "path": None} for name in record["images"]]} for record in records
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(packed), tmp_path / "packed.parquet")
+    for name in ("array.json", "packed.jsonl.gz", "packed.parquet"):
+        assert chats.are_at(tmp_path / name), name
+        assert _same(chats.read(tmp_path / name), expected), name
+    rows = [{**record, "images": list(chat.images)} for record, chat in zip(records, expected, strict=True)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    assert chats.are_at(tmp_path / "saved")
+    assert _same(chats.read(tmp_path / "saved"), expected)
+
+
+def test_shared_chats_show_an_image_where_their_mark_is(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    turns = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "Red."}]
+    (tmp_path / "a.json").write_text(json.dumps([{"id": "1", "image": "red.png", "conversations": turns}]))
+    assert chats.are_at(tmp_path / "a.json")
+    (found,) = chats.read(tmp_path / "a.json")
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour?"}]}
+    assert found.messages == [asked, {"role": "assistant", "content": "Red."}]
+    assert [image.getpixel((0, 0)) for image in found.images] == [(255, 0, 0)]
+
+
+def test_text_is_no_chat(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the war")
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "?"}]}\n')
+    (tmp_path / "b.jsonl").write_text("damaged")
+    os.mkfifo(tmp_path / "c.jsonl")
+    assert not any(
+        chats.are_at(source) for source in ("sotu", "none.jsonl", *(tmp_path / name for name in ("a.txt", "a.jsonl", "b.jsonl", "c.jsonl")))
+    )
+
+
+def test_a_template_that_refuses_names_the_chat(pair: Pair) -> None:
+    class Refusing(Pair):
+        def apply_chat_template(self, messages: list[dict[str, object]], **options: object) -> str:
+            raise TemplateError("no system turn\n")
+
+    chat = Chat([{"role": "system", "content": "?"}, {"role": "assistant", "content": "!"}], place="a.jsonl line 3")
+    with pytest.raises(
+        AerogelError, match=r"^a\.jsonl line 3: the model's chat template refuses this chat of system, assistant \(no system turn\)"
+    ):
+        chats.calls([chat], Refusing(pair.tokenizer, pair.image_processor, pair.image_token))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -93,6 +155,14 @@ def test_a_network_is_shown_chats_by_their_path(tmp_path: Path) -> None:
             json.dumps({"messages": [{"role": "assistant", "content": "!"}], "images": ["no.png"]}),
             r"line 2 shows no\.png, which is not beside",
         ),
+        (
+            json.dumps({"messages": [{"role": "assistant", "content": "!"}], "images": ["samples.jsonl"]}),
+            r"line 2 shows samples\.jsonl, which cannot be opened",
+        ),
+        (json.dumps({"messages": [{"role": "assistant", "content": "!"}], "images": [5]}), "line 2 has an image that is int"),
+        (json.dumps({"messages": [{"role": "assistant", "content": "!"}], "images": ["."]}), r"line 2 shows \., which is not beside"),
+        (json.dumps({"messages": [5]}), "line 2: turn 1 is a int, expected an object with role and content"),
+        ("[]", "line 2 is no chat with an answer"),
     ],
 )
 def test_what_is_no_chat_is_named(line: str, message: str, tmp_path: Path) -> None:
@@ -103,8 +173,8 @@ def test_what_is_no_chat_is_named(line: str, message: str, tmp_path: Path) -> No
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(AerogelError, match="no chats at nowhere"):
-        chats.read("nowhere")
+    with pytest.raises(AerogelError, match=r"no chats at nowhere\.jsonl"):
+        chats.read("nowhere.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(AerogelError, match="holds no chat"):
         chats.read(tmp_path / "empty.jsonl")

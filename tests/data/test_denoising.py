@@ -135,8 +135,8 @@ def test_what_is_asked_becomes_pictures_or_text(tmp_path: Path) -> None:
     prompts.write_text("\n")
     with pytest.raises(AerogelError, match="no prompt found"):
         asked.shown(images)
-    with pytest.raises(AerogelError, match="no such file"):
-        CalibrationRequest(source=str(tmp_path)).shown(images)
+    with pytest.raises(AerogelError, match="no text source"):
+        CalibrationRequest(source=str(tmp_path / "absent.txt")).shown(images)
 
 
 def test_opening_a_pipeline_is_quiet_and_leaves_the_bars_as_they_were(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -85,6 +85,7 @@ def test_folders_saved_by_datasets(tmp_path: Path) -> None:
 
 
 def test_without_the_datasets_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Dataset.from_dict({"text": ["the world"]}).save_to_disk(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(AerogelError, match=r"pip install 'aerogel\[datasets\]'"):
         text.documents(tmp_path)
@@ -97,7 +98,7 @@ def test_without_the_datasets_package(tmp_path: Path, monkeypatch: pytest.Monkey
         ("empty.txt", b" \f\n", "is empty"),
         ("binary.txt", b"\x00\xff\xfe", "is not UTF-8 text"),
         ("broken.jsonl", b'{"text": ', "line 1 is not JSON"),
-        ("other.jsonl", b'{"prompt": "a"}', "line 1 has neither a text nor a messages field"),
+        ("other.jsonl", b'{"prompt": "a"}', "line 1 could be read by prompt; its columns are prompt: name one"),
     ],
 )
 def test_bad_sources_are_named(tmp_path: Path, name: str, content: bytes | None, complaint: str) -> None:

@@ -184,7 +184,7 @@ def _row(brought: TunedRule) -> dict[str, Any]:
 def _halves(network: Network, wanted: Samples | Chats, seed: int) -> tuple[Sequence[Any], HeldOut, dict[str, Any]]:
     """Calls to calibrate on, as many to judge by, and facts about the first half; the two share no chat and no sequence."""
     if isinstance(wanted, Chats):
-        found = chats.drawn(chats.read(wanted.source), 2 * wanted.count, seed)
+        found = chats.drawn(chats.read(wanted.source, wanted.column), 2 * wanted.count, seed)
         half = _half(len(found), "chats")
         calls, held = (chats.calls(some, network.processor, wanted.batch, network.device) for some in (found[:half], found[half:]))
         facts = {"source": str(wanted.source), "count": half, "fingerprint": chats.fingerprint(found[:half])}

@@ -1,0 +1,264 @@
+"""Every format of a file gives the same records; what is damaged, endless or no file is one line that names the place."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from aerogel.data import files, unpacking
+from aerogel.errors import AerogelError, reasons
+
+ROWS = [
+    {"text": "the people, of the world", "n": "1"},
+    {"text": 'war "and"\npeace', "n": "2"},
+    {"text": "naïve – \U0001f30d\u2028 congress", "n": "3"},
+]
+
+
+def _csv(rows: list[dict[str, str]], delimiter: str) -> bytes:
+    held = io.StringIO(newline="")
+    writer = csv.DictWriter(held, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return held.getvalue().encode()
+
+
+def _parquet(rows: list[dict[str, str]]) -> bytes:
+    held = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), held, row_group_size=2)
+    return held.getvalue()
+
+
+def _lines(rows: list[dict[str, str]]) -> bytes:
+    return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+
+
+WRITERS: dict[str, Callable[[list[dict[str, str]]], bytes]] = {
+    "a.jsonl": _lines,
+    "a.ndjson": _lines,
+    "a.JSONL": _lines,
+    "array.json": lambda rows: json.dumps(rows, indent=1).encode(),
+    "keyed.json": lambda rows: json.dumps({"version": "1", "data": rows}).encode(),
+    "server.json": lambda rows: json.dumps({"features": [{"name": "text"}], "rows": [{"row_idx": 0, "row": row} for row in rows]}).encode(),
+    "only.json": lambda rows: json.dumps({"anything": rows}).encode(),
+    "lines.json": _lines,
+    "a.csv": lambda rows: _csv(rows, ","),
+    "a.tsv": lambda rows: _csv(rows, "\t"),
+    "a.parquet": _parquet,
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_records(name: str, packed: bool, tmp_path: Path) -> None:
+    content = WRITERS[name](ROWS)
+    path = tmp_path / (f"{name}.gz" if packed else name)
+    path.write_bytes(gzip.compress(content) if packed else content)
+    assert [record.value for record in files.records(path)] == ROWS
+    assert all(record.place.startswith(f"{path} ") for record in files.records(path))
+
+
+def test_tables_of_pandas_are_read(tmp_path: Path) -> None:
+    table = pandas.DataFrame(ROWS)
+    table.to_csv(tmp_path / "a.csv")
+    table.to_parquet(tmp_path / "a.parquet")
+    table.to_json(tmp_path / "a.json", orient="records")
+    table.to_json(tmp_path / "b.json.gz", orient="records", lines=True)
+    for name in ("a.csv", "a.parquet", "a.json", "b.json.gz"):
+        assert [record.value["text"] for record in files.records(tmp_path / name)] == [row["text"] for row in ROWS]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_no_text(encoding: str, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "array.json", "a.csv"):
+        (tmp_path / name).write_bytes(WRITERS[name](ROWS).decode().encode(encoding))
+        assert [record.value for record in files.records(tmp_path / name)] == ROWS
+    (tmp_path / "a.txt").write_bytes("the\r\nwar\fpeace".encode(encoding))
+    assert [record.value for record in files.records(tmp_path / "a.txt")] == ["the\nwar", "peace"]
+
+
+def test_documents_are_between_form_feeds_wherever_a_chunk_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "the\fwar\f\fof the\nworld\f"
+    (tmp_path / "a.txt").write_text(text)
+    for chunk in range(1, len(text) + 2):
+        monkeypatch.setattr(files, "_CHUNK", chunk)
+        assert [record.value for record in files.records(tmp_path / "a.txt")] == text.split("\f")
+
+
+def test_lines_end_where_json_says(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\xe2\x80\xa8b"}\r\n \r\n"c"\n')
+    found = list(files.records(tmp_path / "a.jsonl"))
+    assert [record.value for record in found] == [{"text": "a\u2028b"}, "c"]
+    assert found[1].place == f"{tmp_path / 'a.jsonl'} line 3"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('["a", "b"]', ["a", "b"]),
+        ('{"text": ["a", "b"], "label": [0, 1]}', ["a", "b"]),
+        ('{"text": "a"}', [{"text": "a"}]),
+        ('{"messages": [{"role": "user", "content": "a"}]}', [{"messages": [{"role": "user", "content": "a"}]}]),
+        ('{"train": ["a"], "test": ["b"]}', ["a"]),
+        ('{"prompt": "a", "completion": "b"}', [{"prompt": "a", "completion": "b"}]),
+        (" \n", []),
+        ("[]", []),
+        ("[\n]", []),
+    ],
+)
+def test_documents_of_json(content: str, expected: list[object], tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(content)
+    assert [record.value for record in files.records(tmp_path / "a.json")] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.txt", b"the\nwar \xe9t\xe9", r"a\.txt line 2 is not UTF-8 text \(byte 0xe9\); convert it, .*iconv"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": "\xe9"}', "line 3 is not UTF-8 text"),
+        ("a.json", b'[\n"\xe9"]', "line 2 is not UTF-8 text"),
+        ("a.csv", b"text\n\xe9\n", "line 2 is not UTF-8 text"),
+        ("a.txt", b"\xff\xfea", "begins like UTF-16-LE and is not"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is nested too deeply"),
+        ("a.json", b"[" * 100_000, "is nested too deeply"),
+        ("a.json", b"[1, 2", "is not JSON"),
+        ("a.json", b"5", "holds a JSON int; an array"),
+        ("a.json", b'{"en": ["a"], "de": ["b"]}', "has arrays under 'en', 'de'; leave one"),
+        ("a.csv", b"text,n\na,1\nb\n", "line 3 has 1 cells and the header 2"),
+        ("a.csv", b"text,text\na,1\n", "line 1 names the column 'text' twice"),
+        ("a.csv", b'text\n"a" b\n', "line 2 is not a row"),
+        ("a.csv", b'text\n"a\n', "line 2 is not a row"),
+        ("a.parquet", b"PAR1 no", r"cannot be read from row 0 on as \.parquet"),
+        ("a.parquet", b"", "cannot be read from row 0"),
+        ("a.txt.gz", b"plain", "is damaged or no .gz"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "is damaged or no .gz"),
+        ("a.parquet.gz", b"\x1f\x8b", "is damaged or no .gz"),
+    ],
+)
+def test_damage_is_one_line(name: str, content: bytes, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(AerogelError, match=complaint) as caught:
+        list(files.records(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_parquet_is_one_line_or_all_rows(tmp_path: Path) -> None:
+    whole = _parquet(ROWS * 20)
+    for position in range(4, len(whole), 97):
+        (tmp_path / "a.parquet").write_bytes(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
+        found: list[object] = []
+        complaints = list(reasons(lambda found=found: found.extend(files.records(tmp_path / "a.parquet"))))  # type: ignore[misc]
+        assert all("\n" not in complaint for complaint in complaints)
+        assert complaints or len(found) == 60
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv.gz", "a.parquet"])
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(AerogelError, match="is no regular file"):
+        list(files.records(tmp_path / name))
+    with pytest.raises(AerogelError, match="is no regular file"):
+        list(files.records(Path("/dev/zero")))
+
+
+@pytest.mark.parametrize("lying", [False, True])
+@pytest.mark.parametrize(
+    ("name", "line"), [("a.txt.gz", b"a" * 2**20), ("a.jsonl.gz", b'"' + b"a" * 2**20), ("a.parquet.gz", b"a" * 2**20)]
+)
+def test_a_bomb_is_refused_before_it_fills_memory(
+    name: str, line: bytes, lying: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpacking, "_EXPANDED", 2**22)
+    with gzip.open(tmp_path / name, "wb", compresslevel=1) as file:
+        for _ in range(128):
+            file.write(line)
+    if lying:
+        with (tmp_path / name).open("r+b") as raw:
+            raw.seek(-4, os.SEEK_END)
+            raw.write(bytes(4))
+    tracemalloc.start()
+    try:
+        with pytest.raises(AerogelError, match="expands to more than 100 times its size"):
+            list(files.records(tmp_path / name))
+        assert tracemalloc.get_traced_memory()[1] < 2**26  # of 128 MiB
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpacking, "LONGEST", 1000)
+    (tmp_path / "a.jsonl").write_text('"a"\n' + "b" * 5000)
+    with pytest.raises(AerogelError, match="line 2 has 1,000 characters or more"):
+        list(files.records(tmp_path / "a.jsonl"))
+    monkeypatch.setattr(files, "_WHOLE", 1000)
+    (tmp_path / "a.json").write_text(json.dumps(["a" * 2000]))
+    with pytest.raises(AerogelError, match="over 1,000 characters of JSON"):
+        list(files.records(tmp_path / "a.json"))
+    (tmp_path / "a.json").write_text('{"text": "a"}\n' * 200)
+    assert len(list(files.records(tmp_path / "a.json"))) == 200
+    monkeypatch.setattr(files, "_CHUNK", 100)
+    monkeypatch.setattr(files, "_DOCUMENT", 1000)
+    (tmp_path / "a.txt").write_text("a" * 5000)
+    with pytest.raises(AerogelError, match="document 1 has over 1,000 characters"):
+        list(files.records(tmp_path / "a.txt"))
+
+
+def test_a_stream_is_read_no_further_than_it_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 5000 + "damaged")
+    found = files.records(tmp_path / "a.jsonl")
+    assert next(found).value == {"text": "a"}
+    found.close()  # type: ignore[attr-defined]
+
+
+def test_files_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text("{}")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(AerogelError, match=r"a\.jsonl cannot be read: Permission denied"):
+        list(files.records(tmp_path / "a.jsonl"))
+
+
+def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").write_bytes(_parquet(ROWS))
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(AerogelError, match=r"needs the pyarrow package: pip install 'aerogel\[datasets\]'"):
+        list(files.records(tmp_path / "a.parquet"))
+
+
+cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
+
+
+@given(
+    st.lists(st.fixed_dictionaries({"text": cells, "n": cells}), min_size=1, max_size=5), st.sampled_from(sorted(WRITERS)), st.booleans()
+)
+@settings(max_examples=60, deadline=None)
+def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, str]], name: str, packed: bool) -> None:
+    path = tmp_path_factory.mktemp("any") / (f"{name}.gz" if packed else name)
+    content = WRITERS[name](rows)
+    path.write_bytes(gzip.compress(content) if packed else content)
+    assert [record.value for record in files.records(path)] == rows
+
+
+@given(st.binary(max_size=200), st.sampled_from([*files.FORMATS, ".txt.gz", ".jsonl.gz"]))
+@settings(max_examples=150, deadline=None)
+def test_any_bytes_are_records_or_one_line(tmp_path_factory: pytest.TempPathFactory, content: bytes, ending: str) -> None:
+    path = tmp_path_factory.mktemp("any") / f"a{ending}"
+    path.write_bytes(content)
+    assert all("\n" not in complaint for complaint in reasons(lambda: list(files.records(path))))
