@@ -16,6 +16,18 @@ from aerogel.numerics.scheme import PerChannel, PerGroup, PerStep, PerTensor, Sc
 Reason = str | None
 """Why something is not accepted; None where it is."""
 
+FUSED_NAMES = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
+"""The layers of one module that vLLM and SGLang load as one tensor, by name: for folders, whose layers cannot be watched while they run."""
+
 
 class StoredLayer(NamedTuple):
     """A quantized linear layer as an engine meets it."""
