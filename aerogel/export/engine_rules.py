@@ -50,9 +50,19 @@ def violations(master: Master) -> list[str]:
         *(f"{name} is quantized, and readers of this format expect it in 16 bits" for name in layers if _last(name) == "lm_head"),
         *_mixed(layers, skipped),
         *_fused_experts(master),
-        *_ambiguous(layers, skipped),
+        *ambiguous(master),
         *(["it has scales for a quantized KV cache, which are not written in this format"] if _quantizes_cache(master) else []),
     ]
+
+
+def ambiguous(master: Master) -> list[str]:
+    """Return the skipped layers whose names readers find in those of quantized ones."""
+    found = []
+    layers = quantized(master)
+    for name in unquantized(master):
+        if clash := next((layer for layer in layers if name in layer), None):
+            found.append(f"{name} is not quantized, and readers would skip {clash} too, whose name contains it; quantize both or neither")
+    return found
 
 
 def _mixed(layers: Sequence[str], skipped: Sequence[str]) -> Iterator[str]:
@@ -64,7 +74,7 @@ def _mixed(layers: Sequence[str], skipped: Sequence[str]) -> Iterator[str]:
             if last in names and (others := [f"{home}.{name}" for name in names if f"{home}.{name}" in outside]):
                 yield f"{layer} is quantized and {others[0]} is not, and engines load them as one tensor; quantize both or neither"
                 break
-    for home in dict.fromkeys(filter(None, map(experts_of, inside))):
+    for home in dict.fromkeys(filter(None, map(experts_of, layers))):
         if home in outside:
             yield f"some experts of {home} are quantized and others are not, and engines load them as one tensor"
 
@@ -75,13 +85,6 @@ def _fused_experts(master: Master) -> Iterator[str]:
         if master.names.experts(home).fused_on_disk:
             yield f"the experts of {home} are one tensor in checkpoints of this model, and engines do not read single quantized ones"
             return
-
-
-def _ambiguous(layers: Sequence[str], skipped: Sequence[str]) -> Iterator[str]:
-    """Yield the skipped layers whose names readers find in those of quantized ones."""
-    for name in skipped:
-        if clash := next((layer for layer in layers if name in layer), None):
-            yield f"{name} is not quantized, and readers would skip {clash} too, whose name contains it; quantize both or neither"
 
 
 def _quantizes_cache(master: Master) -> bool:
