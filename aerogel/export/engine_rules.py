@@ -67,7 +67,7 @@ def ambiguous(master: Master) -> list[str]:
 
 def _mixed(layers: Sequence[str], skipped: Sequence[str]) -> Iterator[str]:
     """Yield the fused sets that are quantized in part."""
-    inside, outside = set(layers), set(skipped)
+    outside = set(skipped)
     for names in FUSED_NAMES:
         for layer in layers:
             home, _, last = layer.rpartition(".")

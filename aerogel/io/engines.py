@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from aerogel.errors import AerogelError
+from aerogel.io import gguf_contract
 from aerogel.layers.layout import format_of
 from aerogel.numerics.scheme import PerChannel, PerGroup, PerStep, PerTensor, Scheme
 
@@ -39,6 +41,19 @@ class StoredLayer(NamedTuple):
     """True where columns were ordered by activations, so that groups, if there are any, have indices."""
 
 
+class StoredModel(NamedTuple):
+    """A model as an engine meets it, its quantized layers apart."""
+
+    config: Any
+    """Its configuration; None where it has none."""
+    folder: Path | None
+    """The folder that its tokenizer is copied from; None where it is in memory only."""
+
+
+def _any_model(model: StoredModel) -> Iterator[str]:
+    yield from ()
+
+
 @dataclass(frozen=True)
 class Engine:
     """A release of an engine on a kind of device."""
@@ -48,6 +63,8 @@ class Engine:
     """Why it does not open a layer."""
     fuses: bool = True
     """True where it loads some layers as one tensor, such as query, key and value."""
+    refuses_model: Callable[[StoredModel], Iterator[str]] = _any_model
+    """Why it does not run a model, reason by reason, whatever its layers are."""
 
 
 def _inexpressible(layer: StoredLayer) -> Reason:
@@ -91,6 +108,8 @@ def _vllm_on_cpu(layer: StoredLayer) -> Reason:
     if found := _of_vllm(layer):
         return found
     if scheme.weights.format.kind == "float":
+        if scheme.bits == 8 and isinstance(scheme.weights.granularity, PerTensor):
+            return "it has no operator on a CPU to give layers that it loads as one tensor a common scale per tensor"
         return None if scheme.bits == 8 else "it has no kernel for 4-bit floats on a CPU"
     if scheme.inputs is not None and scheme.bits == 8:
         return None
@@ -128,11 +147,26 @@ def _sglang(layer: StoredLayer) -> Reason:
     return _weights_only(layer) or (None if scheme.group in (None, 32, 64, 128) else "groups have to be of 32, 64 or 128")
 
 
+def _llama_cpp(layer: StoredLayer) -> Reason:
+    return gguf_contract.columns_reason(layer.inputs) or gguf_contract.scheme_reason(layer.scheme, layer.act_order)
+
+
+def _llama_cpp_model(model: StoredModel) -> Iterator[str]:
+    if not hasattr(model.config, "model_type"):
+        yield "it runs models of transformers, and this one has no config of it"
+        return
+    reasons = list(gguf_contract.model_reasons(model.config))
+    yield from reasons
+    if not reasons and model.folder is not None and (reason := gguf_contract.tokenizer_reason(model.folder, model.config.vocab_size)):
+        yield reason
+
+
 ENGINES: Mapping[str, Engine] = {
     "transformers": Engine("transformers 5.23 (compressed-tensors 0.20)", _transformers, fuses=False),
     "vllm": Engine("vLLM 0.32 (CUDA)", _vllm),
     "vllm-cpu": Engine("vLLM 0.32 (CPU)", _vllm_on_cpu),
     "sglang": Engine("SGLang 0.5.23 (CUDA)", _sglang),
+    "llama.cpp": Engine("llama.cpp (exported as gguf)", _llama_cpp, fuses=False, refuses_model=_llama_cpp_model),
 }
 """Engines by the name that `--for` takes."""
 
@@ -146,7 +180,9 @@ def engine_of(name: str | None) -> Engine | None:
     return ENGINES[name]
 
 
-def refusals(engine: Engine, layers: Sequence[StoredLayer], policies: Sequence[str], mixed: bool, denoises: bool) -> Iterator[str]:
+def refusals(
+    engine: Engine, model: StoredModel, layers: Sequence[StoredLayer], policies: Sequence[str], mixed: bool, denoises: bool
+) -> Iterator[str]:
     """Say why an engine does not open, or does not run as measured, what a recipe makes: reason by reason, with how many layers have it.
 
     `mixed` says that layers which engines load as one tensor have several schemes.
@@ -154,6 +190,7 @@ def refusals(engine: Engine, layers: Sequence[StoredLayer], policies: Sequence[s
     if denoises:
         yield "it runs language models, and this is a denoiser"
         return
+    yield from engine.refuses_model(model)
     found: dict[tuple[str, str], int] = {}
     for layer in layers:
         if reason := engine.refuses(layer):
