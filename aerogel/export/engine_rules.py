@@ -32,8 +32,8 @@ def unquantized(master: Master) -> list[str]:
         dimensions = len(master.checkpoint.shape(name))
         if name.endswith(_WEIGHT) and dimensions > 1:
             found.append(_layer_on_disk(master, name.removesuffix(_WEIGHT)))
-        elif dimensions > 2:  # fused experts
-            found.append(on_disk(master, name).rpartition(".")[0])
+        elif dimensions > 2 and (fused := on_disk(master, name).rpartition(".")[0]).endswith("experts"):
+            found.append(fused)
     return list(dict.fromkeys(expert[1] if (expert := _EXPERT.match(name)) else name for name in found))
 
 

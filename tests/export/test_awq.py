@@ -14,12 +14,14 @@ from torch import Tensor
 
 import aerogel
 from aerogel.engine.exporting import source_of
+from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
 from aerogel.export.awq import AwqLayout
 from aerogel.layers.linear import QuantLinear, cache_dequantized
 from aerogel.layers.scaled_input import ScaledInput
 from tests.folders import model_folder
-from tests.saved import SchemeOf, network, save, tokenizer
+from tests.saved import SchemeOf, network, round_to_nearest, save, tokenizer
+from tests.tiny import FAMILIES
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 GPTQMODEL = Path(__file__).parents[2] / ".envs/gptqmodel/bin/python"
@@ -107,6 +109,28 @@ def test_experts_that_are_not_quantized_have_the_name_of_their_list(tmp_path: Pa
         "model.embed_tokens", "model.layers.0.mlp.experts", "model.layers.0.mlp.gate", "model.layers.1.mlp.experts",
         "model.layers.1.mlp.gate", "lm_head",
     ]  # fmt: skip
+
+
+def test_names_are_those_of_checkpoints(tmp_path: Path) -> None:
+    FAMILIES["llava"].build().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    given = open_model(tmp_path / "model", lazy=False)
+    round_to_nearest(given.module, lambda name: "W4A16_G16" if "language_model" in name else None)
+    save(given, tmp_path / "master")
+    tensors = exported(tmp_path / "master")
+    skipped = settings(tmp_path / "master")["modules_to_not_convert"]
+    assert "language_model.model.layers.0.self_attn.q_proj.qweight" in tensors
+    assert {"vision_tower.encoder.layers.0.mlp.fc1", "multi_modal_projector.linear_1", "language_model.lm_head"} <= set(skipped)
+    assert {f"{name}.weight" for name in skipped} <= tensors.keys()
+
+
+@pytest.mark.filterwarnings("ignore:the folder's scales")
+def test_scales_for_the_cache_are_refused(tmp_path: Path) -> None:
+    save(network(dtype=torch.float16), tmp_path / "master")
+    config = json.loads((tmp_path / "master/config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    (tmp_path / "master/config.json").write_text(json.dumps(config))
+    (reason,) = AwqLayout().refuse(source_of(tmp_path / "master"))
+    assert reason == "it has scales for a quantized KV cache, which are not written in this format"
 
 
 def test_experts_that_engines_do_not_read_are_refused(tmp_path: Path) -> None:

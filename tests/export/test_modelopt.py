@@ -200,6 +200,12 @@ def test_scaled_inputs_are_refused(tmp_path: Path) -> None:
     assert ModelOpt().refuse(source_of(tmp_path / "master")) == [f"{Q_PROJ} divides its input by a scale for each channel"]
 
 
+def test_vision_towers_that_vllm_leaves_in_16_bits_are_refused(tmp_path: Path) -> None:
+    save(network(lambda name: None if "lm_head" in name else "FP8_DYNAMIC", kind="llava"), tmp_path / "master")
+    (reason,) = ModelOpt().refuse(source_of(tmp_path / "master"))
+    assert reason.endswith("is quantized, and vLLM takes all layers under vision_tower for 16-bit ones")
+
+
 def test_experts_have_one_scale_each(tmp_path: Path) -> None:
     model_folder(tmp_path / "model", "mixtral", dtype=torch.bfloat16)
     for scheme in ("FP8_DYNAMIC", "NVFP4A16"):
