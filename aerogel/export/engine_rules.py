@@ -13,6 +13,7 @@ from aerogel.io.engines import FUSED_NAMES
 
 _EXPERT = re.compile(r"(.*\bexperts)\.\d+\.")
 _WEIGHT = ".weight"
+_HEAD = "lm_head"
 
 
 def on_disk(master: Master, name: str) -> str:
@@ -26,7 +27,10 @@ def quantized(master: Master) -> list[str]:
 
 
 def unquantized(master: Master) -> list[str]:
-    """Return the names on disk of the modules whose weights are float matrices; experts are one module under the name of their list."""
+    """Return the names on disk of the modules whose weights are float matrices; experts are one module under the name of their list.
+
+    The head is among them also where it is tied to the embeddings and has no weight on disk: vLLM would take it for quantized.
+    """
     found = []
     for name in master.floats:
         dimensions = len(master.checkpoint.shape(name))
@@ -34,7 +38,9 @@ def unquantized(master: Master) -> list[str]:
             found.append(_layer_on_disk(master, name.removesuffix(_WEIGHT)))
         elif dimensions > 2 and (fused := on_disk(master, name).rpartition(".")[0]).endswith("experts"):
             found.append(fused)
-    return list(dict.fromkeys(expert[1] if (expert := _EXPERT.match(name)) else name for name in found))
+    names = list(dict.fromkeys(experts_of(name) or name for name in found))
+    head = [] if denoises(master) or any(_last(name) == _HEAD for name in (*names, *master.linears)) else [_HEAD]
+    return names + head
 
 
 def experts_of(name: str) -> str | None:
@@ -47,7 +53,7 @@ def violations(master: Master) -> list[str]:
     """Return the reasons why engines misread the folder's layers in any layout that names the skipped layers."""
     layers, skipped = quantized(master), unquantized(master)
     return [
-        *(f"{name} is quantized, and readers of this format expect it in 16 bits" for name in layers if _last(name) == "lm_head"),
+        *(f"{name} is quantized, and readers of this format expect it in 16 bits" for name in layers if _last(name) == _HEAD),
         *_mixed(layers, skipped),
         *_fused_experts(master),
         *ambiguous(master),
@@ -85,6 +91,11 @@ def _fused_experts(master: Master) -> Iterator[str]:
         if master.names.experts(home).fused_on_disk:
             yield f"the experts of {home} are one tensor in checkpoints of this model, and engines do not read single quantized ones"
             return
+
+
+def denoises(master: Master) -> bool:
+    """Return True for a denoiser, False for a language model."""
+    return master.family.modality in ("image", "video")
 
 
 def _quantizes_cache(master: Master) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.export.engine_rules import ambiguous, experts_of, on_disk, unquantized, violations
+from aerogel.export.engine_rules import ambiguous, denoises, experts_of, on_disk, unquantized, violations
 from aerogel.export.exporter import Exporter, Master, Source, inexpressible, not_language
 from aerogel.io.quantized import configs_in
 from aerogel.io.save import copy_companions, new_folder
@@ -55,46 +55,40 @@ class ModelOpt(Exporter):
         except AerogelError as error:  # several denoisers
             return [str(error)]
         master = Master.open(source)
-        denoises = _denoises(master)
         if reasons := _wrong_model(master):
             return reasons
         if not master.linears:
             return ["no linear layer in it is quantized"]
-        reasons = [f"{name}: {reason}" for name, one in master.linears.items() if (reason := _reason(one, denoises))] + inexpressible(
-            master
-        )
+        reasons = [
+            f"{name}: {reason}" for name, one in master.linears.items() if (reason := _reason(one, denoises(master)))
+        ] + inexpressible(master)
         if reasons:
             return reasons
         if len(schemes := {_preset(assigned.scheme) for assigned in master.linears.values()}) > 1:
             reasons.append(f"its layers have several schemes ({', '.join(sorted(map(str, schemes)))}), and this format has one for all")
-        return reasons + (ambiguous(master) if denoises else [*violations(master), *_experts(master), *_vision(master)])
+        return reasons + (ambiguous(master) if denoises(master) else [*violations(master), *_experts(master), *_vision(master)])
 
     def write(self, source: Source, output: Path) -> None:
         """Write the layout layer by layer; of a pipeline, the sub-folder of its denoiser, with the other parts as they are."""
         self.accept(source)
         part = source.denoiser
         master, place = Master.open(part), part.folder.relative_to(source.folder)
-        denoises = _denoises(master)
         config = dict(master.config)
         for each in configs_in(config):
             each.pop("quantization_config", None)
         skipped = unquantized(master)
         with new_folder(output) as target:
             copy_companions(source.folder, target, [str(place)])
-            write_shards(target / place, _tensors(master), "diffusion_pytorch_model" if denoises else "model", self.max_shard_size)
+            write_shards(target / place, _tensors(master), "diffusion_pytorch_model" if denoises(master) else "model", self.max_shard_size)
             config["quantization_config"] = _quantization_config(master, skipped)
             (target / place / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            if not denoises:
+            if not denoises(master):
                 (target / "hf_quant_config.json").write_text(json.dumps(_hf_quant_config(master, skipped), indent=2) + "\n")
-
-
-def _denoises(master: Master) -> bool:
-    return master.family.modality in ("image", "video")
 
 
 def _wrong_model(master: Master) -> list[str]:
     name = str(master.config.get("_class_name", master.family.name))
-    if _denoises(master):
+    if denoises(master):
         return [] if "Transformer" in name else [f"engines that read this format run diffusion transformers, not {name}"]
     return not_language(master)
 
@@ -108,12 +102,12 @@ def _same(one: Scheme, other: Scheme) -> bool:
     return (one.weights, one.inputs) == (other.weights, other.inputs)
 
 
-def _reason(assigned: Assigned, denoises: bool) -> str | None:
+def _reason(assigned: Assigned, denoiser: bool) -> str | None:
     preset = _preset(assigned.scheme)
-    known = [name for name in _ALGORITHMS if not denoises or _ALGORITHMS[name][0].startswith("FP8")]
+    known = [name for name in _ALGORITHMS if not denoiser or _ALGORITHMS[name][0].startswith("FP8")]
     if preset in known and not assigned.act_order:
         return None
-    model = "diffusion transformers" if denoises else "language models"
+    model = "diffusion transformers" if denoiser else "language models"
     return f"{assigned.scheme} is none of the schemes that this format has for {model}: {', '.join(known)}"
 
 

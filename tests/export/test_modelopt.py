@@ -96,6 +96,15 @@ def test_both_configurations_say_the_same(scheme: str, tmp_path: Path) -> None:
     assert group.get("input_activations", {}).get("dynamic") == {"FP8_STATIC": False, "FP8_DYNAMIC": True}.get(scheme)
 
 
+def test_a_head_that_is_tied_to_the_embeddings_is_skipped_by_name(tmp_path: Path) -> None:
+    model_folder(tmp_path / "model", "gemma2", dtype=torch.bfloat16)
+    recipe = {"name": "modelopt", "steps": [{"rtn": {"scheme": "FP8_DYNAMIC"}}]}
+    aerogel.compress(tmp_path / "model", recipe, output=tmp_path / "master", measures=())
+    assert "lm_head.weight" not in exported(tmp_path / "master")
+    # vLLM takes a head that is not named for a quantized one.
+    assert read_json(tmp_path / "modelopt/config.json")["quantization_config"]["ignore"] == ["model.embed_tokens", "lm_head"]
+
+
 def test_shards_and_bytes_of_the_master_stay(tmp_path: Path) -> None:
     save(network("FP8_STATIC"), tmp_path / "master")
     before = {path.name: path.read_bytes() for path in (tmp_path / "master").iterdir()}
