@@ -22,7 +22,7 @@ def model_reasons(config: Any) -> Iterator[str]:
     if config.model_type not in MODELS:
         yield f"the architecture {config.model_type} is not one of {', '.join(MODELS)}"
         return
-    rope = config.rope_parameters.get("rope_type", "default")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope != "default":
         yield f"its rotary embedding is of the type {rope}, written here is the default one only"
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
