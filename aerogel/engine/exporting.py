@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,7 +29,10 @@ def export(folder: Path, name: str, output: Path, overrides: Iterable[str] = ())
     exporter = build(found, options.get(name, {}), f"exporter {name!r}")
     save.preflight(output, origin=folder)
     files.verify(folder)
-    exporter.write(source_of(folder), output)
+    source = source_of(folder)
+    exporter.write(source, output)
+    if lost := [policy.name for policy in source.policies if not exporter.carries(policy)]:
+        warnings.warn(f"{output} runs without {' and '.join(lost)}, which {name} has no place for", stacklevel=2)
 
 
 def source_of(folder: Path) -> Source:

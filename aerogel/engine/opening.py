@@ -108,7 +108,7 @@ def load(
         index.set_pipeline(network.processor)
     if network is not source and network.origin is not None:
         files.verify(network.origin)
-    if network is not source and (found := policies.load(network.origin)):
+    if network is not source and (found := policies.load(network.origin, network.in_memory)):
         contexts = _PutOn()
         contexts.enter_context(policies.on(network, found))
         network.module.__dict__["_aerogel_policies"] = contexts

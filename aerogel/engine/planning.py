@@ -192,7 +192,7 @@ def _opened_by(
     """Return why each engine does not open the result."""
     in_order = {step.name for step in recipe.steps if isinstance(step.method, BlockMethod) and step.method.groups_in_activation_order}
     layers = [StoredLayer(schemes[one.name], one.inputs, one.outputs, one.method in in_order) for one in touched]
-    policies = [step.name for step in recipe.steps if isinstance(step.method, RuntimePolicy)]
+    policies = {step.name: step.method.config_entries for step in recipe.steps if isinstance(step.method, RuntimePolicy)}
     denoises = network.family.modality in ("image", "video")
     model = StoredModel(network.config, network.origin)
     found = {engine.label: tuple(refusals(engine, model, layers, policies, mixed, denoises)) for engine in ENGINES.values()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +12,16 @@ from typing import Any
 
 from torch import Tensor
 
+from aerogel import catalog
 from aerogel.errors import AerogelError
+from aerogel.io import kv_scales
+from aerogel.io.json_files import read_object
+from aerogel.io.quantized import OWN, quantization_of
 from aerogel.io.record.schema import PolicyRecord
+from aerogel.io.save import Extras
 from aerogel.io.shards import write_shards
 from aerogel.io.states import STATES, stored
-from aerogel.methods.base import RuntimePolicy
+from aerogel.methods.base import RuntimePolicy, name_of
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.model.processes import ALONE, Processes
@@ -123,8 +129,21 @@ def save(policies: Sequence[CalibratedPolicy], folder: Path) -> tuple[list[Polic
     return records, checksums
 
 
-def load(folder: Path | None) -> list[CalibratedPolicy]:
-    """Read back what `save` wrote; empty when the folder has no policies."""
+def extras(policies: Sequence[CalibratedPolicy]) -> Extras:
+    """Return what policies add to the weights and to quantization_config, for engines."""
+    entries: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for measured in policies:
+        entries |= measured.policy.config_entries
+        tensors |= measured.policy.config_tensors(measured.state)
+    return Extras(entries, tensors)
+
+
+def load(folder: Path | None, rename: Callable[[str], str] = str) -> list[CalibratedPolicy]:
+    """Read back what `save` wrote, or what somebody else says in a quantization_config; empty when the folder has no policies.
+
+    `rename` gives the names in memory of tensors that somebody else wrote.
+    """
     if folder is None:
         return []
     read = []
@@ -132,4 +151,19 @@ def load(folder: Path | None) -> list[CalibratedPolicy]:
         (step,) = Recipe.parse({"steps": [named]}).steps
         assert isinstance(step.method, RuntimePolicy)
         read.append(CalibratedPolicy(step, step.method.read(state)))
-    return read
+    return read if any(one.policy.config_entries for one in read) else [*read, *_of_config(folder, rename)]
+
+
+def _of_config(folder: Path, rename: Callable[[str], str]) -> Iterator[CalibratedPolicy]:
+    """The policies that a quantization_config of somebody else describes."""
+    config = quantization_of(read_object(folder / "config.json")) if (folder / "config.json").is_file() else {}
+    if config.get("quant_method") not in OWN or (scheme := kv_scales.scheme_in(config)) is None:
+        return
+    tensors = kv_scales.read(folder, config, rename)
+    classes = (catalog.find("methods", name) for name in catalog.names("methods"))
+    for cls in (cls for cls in classes if issubclass(cls, RuntimePolicy)):
+        if (found := cls.from_config(config, tensors)) is not None:
+            method, state = found
+            yield CalibratedPolicy(Step(name_of(method), method), state)
+            return
+    warnings.warn(f"keys and values are not quantized here: kv_cache_scheme is {scheme}, expected static symmetric fp8", stacklevel=3)

@@ -10,6 +10,7 @@ from aerogel.layers.signature import arguments_of
 from aerogel.methods.base import Before, Requirement, RuntimePolicy
 from aerogel.model import time_path
 from aerogel.model.calls import Call
+from aerogel.model.kv_cache import require_places
 from aerogel.model.network import Network
 from aerogel.model.walk import blocks_of
 from aerogel.recipe import Recipe, Step
@@ -104,6 +105,7 @@ LOOKS: Mapping[Requirement, Look] = {
     "edges": _edges,
     "experts": lambda network, *_: shape_of(network),
     "attention": lambda network, *_: require_torch_attention(network),
+    "kv_cache": lambda network, *_: require_places(network),
     "time_path": lambda network, *_: time_path.find(network).require_alone(),
     "cached_modules": lambda network, *_: cached_modules_of(network),
     "block_range": lambda network, *_: hidden_states_of(network),

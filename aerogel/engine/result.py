@@ -108,7 +108,7 @@ class Result:
 
 def write(folder: Path, network: Network, record: Record, measured: Sequence[policies.CalibratedPolicy], tensors: Any = None) -> Record:
     """Write a network, its policies and its record into a folder; returns the record with checksums and policies added."""
-    checksums = save.write(network, folder, tensors)
+    checksums = save.write(network, folder, tensors, extras=policies.extras(measured))
     if measured:
         records, of_states = policies.save(measured, folder)
         record = record.replaced(policies=records)

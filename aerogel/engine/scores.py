@@ -60,7 +60,7 @@ def measure(
 def _usual(network: Network) -> list[str]:
     """The measures that fit a network and need not be asked for."""
     classes = {name: catalog.find("measures", name) for name in catalog.names("measures")}
-    fitting = {name: cls for name, cls in classes.items() if not cls.asked and network.family.modality in cls.modalities}
+    fitting = {name: cls for name, cls in classes.items() if cls.is_usual(network) and network.family.modality in cls.modalities}
     # What is for text only needs a tokenizer to read it.
     return [name for name, cls in fitting.items() if network.processor is not None or cls.modalities - {"text", "image-text"}]
 
@@ -85,7 +85,7 @@ def measure_models(
         if network.origin is not None:
             files.verify(network.origin)
         original = open_model(against, lazy=False, device=device) if against is not None else None
-        with policies.on(network, policies.load(network.origin)):
+        with policies.on(network, policies.load(network.origin, network.in_memory)):
             metrics = measure(network, original, measures(network) if callable(measures) else measures, tell, overrides=overrides)
     add_metrics(network.origin, metrics)
     return metrics

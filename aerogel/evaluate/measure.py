@@ -36,6 +36,11 @@ class Measure(ABC):
     modalities: ClassVar[frozenset[str]] = frozenset({"text", "image-text", "image", "video"})
     """The kinds of network it can look at."""
 
+    @classmethod
+    def is_usual(cls, network: Network) -> bool:
+        """Return True where it is taken of a network unless others are asked for."""
+        return not cls.asked
+
     @abstractmethod
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
         """Return the facts by name; raises AerogelError when the network is not of a kind it can look at."""

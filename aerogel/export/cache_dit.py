@@ -16,7 +16,7 @@ import yaml
 
 from aerogel.errors import AerogelError
 from aerogel.export.cache_policy import caching
-from aerogel.export.exporter import Exporter, Source
+from aerogel.export.exporter import Exporter, SavedPolicy, Source
 from aerogel.io.record import files
 from aerogel.io.save import new_folder
 from aerogel.model.family import Family
@@ -37,6 +37,10 @@ class CacheDit(Exporter):
         except AerogelError as error:
             return [str(error)]
         return []
+
+    def carries(self, policy: SavedPolicy) -> bool:
+        """Return True for a feature cache."""
+        return isinstance(policy.state, BlockCacheState | ScheduleState)
 
     def write(self, source: Source, output: Path) -> None:
         """Write output/cache_dit.yaml and, where diffusers can say the same exactly, output/diffusers.yaml."""

@@ -23,6 +23,10 @@ class CachePolicy(Exporter):
         """A folder without a caching policy has nothing to give."""
         return [] if caching(source) else ["it has no caching policy; compress with a recipe that has one, such as harmonica"]
 
+    def carries(self, policy: SavedPolicy) -> bool:
+        """Return True: they are all that is written."""
+        return True
+
     def write(self, source: Source, output: Path) -> None:
         """Write output/aerogel.json and, where policies have tensors, output/aerogel.safetensors."""
         self.accept(source)

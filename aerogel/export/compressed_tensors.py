@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from aerogel.export.exporter import Exporter, Master, Source, inexpressible
+from aerogel.export.exporter import Exporter, Master, SavedPolicy, Source, inexpressible
 from aerogel.io.packed_words import FIRST, padded
 from aerogel.io.quantized import OWN
 from aerogel.io.save import copy_companions, new_folder
@@ -26,6 +26,10 @@ class CompressedTensors(Exporter):
         if (method := master.quantization.get("quant_method", OWN[0])) not in OWN:
             return [f"it is quantized in another format, {method}; compress it first"]
         return [f"{reason}, which compressed-tensors cannot say" for reason in inexpressible(master)]
+
+    def carries(self, policy: SavedPolicy) -> bool:
+        """Return True where engines read it in quantization_config."""
+        return bool(policy.method.config_entries)
 
     def write(self, source: Source, output: Path) -> None:
         """Copy tensor by tensor; names and values stay as they are, but for integer codes in words of an earlier release."""

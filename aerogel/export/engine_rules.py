@@ -57,7 +57,6 @@ def violations(master: Master) -> list[str]:
         *_mixed(layers, skipped),
         *_fused_experts(master),
         *ambiguous(master),
-        *(["it has scales for a quantized KV cache, which are not written in this format"] if _quantizes_cache(master) else []),
     ]
 
 
@@ -96,10 +95,6 @@ def _fused_experts(master: Master) -> Iterator[str]:
 def denoises(master: Master) -> bool:
     """Return True for a denoiser, False for a language model."""
     return master.family.modality in ("image", "video")
-
-
-def _quantizes_cache(master: Master) -> bool:
-    return bool(master.quantization.get("kv_cache_scheme"))
 
 
 def _layer_on_disk(master: Master, name: str) -> str:

@@ -16,6 +16,7 @@ from aerogel.errors import AerogelError
 from aerogel.io.checkpoint import Checkpoint, Piece
 from aerogel.io.dequantize import dequantizer_of
 from aerogel.io.json_files import read_object
+from aerogel.io.kv_scales import belongs_to_cache, scheme_in
 from aerogel.io.load import family_of, part_of
 from aerogel.io.names import Names
 from aerogel.io.packed_words import padded, repacked
@@ -72,6 +73,10 @@ class Exporter(ABC):
     def write(self, source: Source, output: Path) -> None:
         """Write the new folder; raises AerogelError with the first reason when the folder is refused, or when the disk fails."""
 
+    def carries(self, policy: SavedPolicy) -> bool:
+        """Return True for a runtime policy that acts in the exported folder too."""
+        return False
+
     def accept(self, source: Source) -> None:
         """Raise AerogelError with the first reason when the folder is refused."""
         if reasons := self.refuse(source):
@@ -123,9 +128,10 @@ class Master:
 
     @cached_property
     def floats(self) -> list[str]:
-        """Names of the tensors that are no part of a quantized weight."""
+        """Names of the tensors that are no part of a quantized weight, without the scales of a key-value cache."""
         taken = {f"{name}.{part}" for name in self.linears for part in _PARTS}
-        return [name for name in self.checkpoint.names() if name not in taken]
+        caches = scheme_in(self.quantization) is not None
+        return [name for name in self.checkpoint.names() if name not in taken and not (caches and belongs_to_cache(name))]
 
     def shape(self, name: str) -> tuple[int, int]:
         """(outputs, inputs) of a quantized linear."""

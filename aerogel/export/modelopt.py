@@ -7,7 +7,7 @@ W4A16_NVFP4: weight (O, I / 2), weight_scale (O, I / 16) and weight_scale_2 (), 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from aerogel.errors import AerogelError
 from aerogel.export.engine_rules import ambiguous, denoises, experts_of, on_disk, unquantized, violations
-from aerogel.export.exporter import Exporter, Master, Source, inexpressible, not_language
+from aerogel.export.exporter import Exporter, Master, SavedPolicy, Source, inexpressible, not_language
+from aerogel.io import kv_scales
 from aerogel.io.quantized import configs_in
 from aerogel.io.save import copy_companions, new_folder
 from aerogel.io.shards import write_shards
@@ -67,6 +68,10 @@ class ModelOpt(Exporter):
         if len(schemes := {_preset(assigned.scheme) for assigned in master.linears.values()}) > 1:
             reasons.append(f"its layers have several schemes ({', '.join(sorted(map(str, schemes)))}), and this format has one for all")
         return reasons + (ambiguous(master) if denoises(master) else [*violations(master), *_experts(master), *_vision(master)])
+
+    def carries(self, policy: SavedPolicy) -> bool:
+        """Return True for a key-value cache in FP8 with a scale per tensor."""
+        return _is_written(policy.method.config_entries)
 
     def write(self, source: Source, output: Path) -> None:
         """Write the layout layer by layer; of a pipeline, the sub-folder of its denoiser, with the other parts as they are."""
@@ -132,6 +137,22 @@ def _tensors(master: Master) -> Iterator[tuple[str, Tensor]]:
     for name, assigned in master.linears.items():
         for part, tensor in _layer(master, name, assigned.scheme).items():
             yield on_disk(master, f"{name}.{part}"), tensor
+    yield from _cache_tensors(master)
+
+
+def _is_written(config: Mapping[str, Any]) -> bool:
+    """Return True for a quantization_config, or entries of it, with FP8 scales of keys and values that the layout has."""
+    scheme = kv_scales.scheme_in(config) or {}
+    return (scheme.get("num_bits"), scheme.get("type"), scheme.get("strategy")) == (8, "float", "tensor") and not scheme.get("dynamic")
+
+
+def _cache_tensors(master: Master) -> Iterator[tuple[str, Tensor]]:
+    """Yield the scales of keys and values, which the layout has in the layers that make them."""
+    if _is_written(master.quantization):
+        for name, scale in kv_scales.read(master.folder, master.quantization).items():
+            attention, _, part = name.rpartition(".")
+            layer = f".{part[0]}_proj" if attention.endswith(".self_attn") else ""
+            yield f"{attention}{layer}.{part}", scale.reshape(())
 
 
 def _layer(master: Master, name: str, scheme: Scheme) -> dict[str, Tensor]:
@@ -165,11 +186,13 @@ def _producer() -> dict[str, str]:
 def _quantization_config(master: Master, skipped: list[str]) -> dict[str, Any]:
     """Return the quantization_config of config.json."""
     algorithm, group = _algorithm(master)
+    cache = {"kv_cache_scheme": {**_FLOAT8, "dynamic": False}} if _is_written(master.quantization) else {}
     return {
         "quant_method": "modelopt",
         "quant_algo": algorithm,
         "config_groups": {"group_0": {**group, "targets": ["Linear"]}},
         "ignore": skipped,
+        **cache,
         "producer": _producer(),
     }
 
@@ -179,5 +202,6 @@ def _hf_quant_config(master: Master, skipped: list[str]) -> dict[str, Any]:
     algorithm, group = _algorithm(master)
     size = group["weights"].get("group_size")
     sized = {} if size is None else {"group_size": size}
-    quantization = {"quant_algo": algorithm, "kv_cache_quant_algo": None, **sized, "exclude_modules": skipped}
+    cache = "FP8" if _is_written(master.quantization) else None
+    quantization = {"quant_algo": algorithm, "kv_cache_quant_algo": cache, **sized, "exclude_modules": skipped}
     return {"producer": _producer(), "quantization": quantization}

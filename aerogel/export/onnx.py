@@ -65,6 +65,10 @@ class Onnx(Exporter):
         return [f"the policy {name} does more than look answers up by the step: compress without it" for name in more]
 
     @torch.no_grad()
+    def carries(self, policy: SavedPolicy) -> bool:
+        """Return True: what a graph cannot say is refused."""
+        return True
+
     def write(self, source: Source, output: Path) -> None:
         """Write output/denoiser.onnx, and output/denoiser.json with its inputs and its list of time steps."""
         self.accept(source)

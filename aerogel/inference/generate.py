@@ -5,6 +5,7 @@ Letters in names: B rows of the batch, T tokens of the prompt, N new tokens, V v
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,7 +76,7 @@ class Generator:
         logits_BV = self._forward(tokens_BT, cache)
         first_B = _pick(logits_BV, temperature, random)
         prefill = now(tokens_BT.device) - start
-        decoder = self._enter(tokens_BT, cache, logits_BV)
+        decoder = self._enter(first_B, prompt, cache)
 
         def advance(tokens_B: Tensor, position: int) -> Tensor:
             if decoder is None:
@@ -90,23 +91,23 @@ class Generator:
         """The network's own forward; returns the logits (B, V) of the last token."""
         return self.module(input_ids=tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
-    def _enter(self, tokens_BT: Tensor, cache: DynamicCache, logits_BV: Tensor) -> FastDecoder | None:
-        """Hand the prompt over to the fast decoder, if there is one; the first time, see whether it computes what the network does."""
+    def _enter(self, tokens_B: Tensor, position: int, cache: DynamicCache) -> FastDecoder | None:
+        """Hand the prompt over to the fast decoder, if there is one; the first time, see whether it computes what the network does next."""
         if self.reason is not None:
             return None
         known = self._decoder is not None
         decoder = self._decoder = self._decoder or FastDecoder(self.module, self.batch, self.length)
-        decoder.fill([(layer.keys, layer.values) for layer in cache.layers])
-        if known:
-            return decoder
-        ours_BV = decoder.head.logits(decoder.hidden(tokens_BT[:, -1], tokens_BT.shape[1] - 1))
-        distance = ((ours_BV - logits_BV).norm() / logits_BV.norm()).item()
-        if distance <= _AGREEMENT:
-            decoder.fill([(layer.keys, layer.values) for layer in cache.layers])  # the trial wrote the last token's once more
-            return decoder
-        self.reason = f"the fast decoder's logits are {distance:.2g} away in relative norm: a block does more than its parts say"
-        self._decoder = None
-        return None
+        if not known:
+            decoder.fill(copy.deepcopy(cache).layers)
+            ours_BV = decoder.head.logits(decoder.hidden(tokens_B, position))
+            theirs_BV = self._forward(tokens_B[:, None], copy.deepcopy(cache))
+            distance = ((ours_BV - theirs_BV).norm() / theirs_BV.norm()).item()
+            if not distance <= _AGREEMENT:
+                self.reason = f"the fast decoder's logits are {distance:.2g} away in relative norm: a block does more than its parts say"
+                self._decoder = None
+                return None
+        decoder.fill(cache.layers)
+        return decoder
 
 
 def _advance(

@@ -61,6 +61,8 @@ class Engine:
     label: str
     refuses: Callable[[StoredLayer], Reason]
     """Why it does not open a layer."""
+    refuses_cache: Callable[[Mapping[str, Any]], Reason]
+    """Why it does not quantize its key-value cache by a `kv_cache_scheme`, of fp8 with static scales."""
     fuses: bool = True
     """True where it loads some layers as one tensor, such as query, key and value."""
     refuses_model: Callable[[StoredModel], Iterator[str]] = _any_model
@@ -161,12 +163,24 @@ def _llama_cpp_model(model: StoredModel) -> Iterator[str]:
         yield reason
 
 
+def _any_cache(scheme: Mapping[str, Any]) -> Reason:
+    return None
+
+
+def _cache_by_tensor(scheme: Mapping[str, Any]) -> Reason:
+    return None if scheme["strategy"] == "tensor" else "its key-value cache has one scale per tensor; set granularity to tensor"
+
+
+def _no_cache(scheme: Mapping[str, Any]) -> Reason:
+    return "GGUF has no place for the scales of a key-value cache; the weights open without it"
+
+
 ENGINES: Mapping[str, Engine] = {
-    "transformers": Engine("transformers 5.23 (compressed-tensors 0.20)", _transformers, fuses=False),
-    "vllm": Engine("vLLM 0.32 (CUDA)", _vllm),
-    "vllm-cpu": Engine("vLLM 0.32 (CPU)", _vllm_on_cpu),
-    "sglang": Engine("SGLang 0.5.23 (CUDA)", _sglang),
-    "llama.cpp": Engine("llama.cpp (exported as gguf)", _llama_cpp, fuses=False, refuses_model=_llama_cpp_model),
+    "transformers": Engine("transformers 5.23 (compressed-tensors 0.20)", _transformers, _any_cache, fuses=False),
+    "vllm": Engine("vLLM 0.32 (CUDA)", _vllm, _any_cache),
+    "vllm-cpu": Engine("vLLM 0.32 (CPU)", _vllm_on_cpu, _cache_by_tensor),
+    "sglang": Engine("SGLang 0.5.23 (CUDA)", _sglang, _cache_by_tensor),
+    "llama.cpp": Engine("llama.cpp (exported as gguf)", _llama_cpp, _no_cache, fuses=False, refuses_model=_llama_cpp_model),
 }
 """Engines by the name that `--for` takes."""
 
@@ -181,11 +195,17 @@ def engine_of(name: str | None) -> Engine | None:
 
 
 def refusals(
-    engine: Engine, model: StoredModel, layers: Sequence[StoredLayer], policies: Sequence[str], mixed: bool, denoises: bool
+    engine: Engine,
+    model: StoredModel,
+    layers: Sequence[StoredLayer],
+    policies: Mapping[str, Mapping[str, Any]],
+    mixed: bool,
+    denoises: bool,
 ) -> Iterator[str]:
     """Say why an engine does not open, or does not run as measured, what a recipe makes: reason by reason, with how many layers have it.
 
-    `mixed` says that layers which engines load as one tensor have several schemes.
+    `policies` are the runtime policies with the entries of quantization_config that they make, by which an engine does the same. `mixed`
+    says that layers which engines load as one tensor have several schemes.
     """
     if denoises:
         yield "it runs language models, and this is a denoiser"
@@ -199,5 +219,8 @@ def refusals(
         yield f"{scheme} ({count} layer{'s' if count > 1 else ''}): {reason}"
     if mixed and engine.fuses:
         yield "layers that it loads as one tensor have several schemes"
-    for policy in policies:
-        yield f"{policy} acts in aerogel only; the weights open without it"
+    for policy, entries in policies.items():
+        if "kv_cache_scheme" not in entries:
+            yield f"{policy} acts in aerogel only; the weights open without it"
+        elif reason := engine.refuses_cache(entries["kv_cache_scheme"]):
+            yield f"{policy}: {reason}"

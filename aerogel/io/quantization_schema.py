@@ -45,6 +45,7 @@ class _Config(BaseModel):
     format: str | None = None
     config_groups: dict[str, _Group]
     ignore: list[str] | None = None
+    kv_cache_scheme: _Tensor | None = None
     replacements: dict[str, _Replacement] = {}
     timestep_index: _Steps | None = None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -30,15 +29,15 @@ _SCALE_DTYPES = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
 _ROUTERS = ("Router", "Gate", "Gating")
 
 
-def describe(module: nn.Module) -> dict[str, Any] | None:
-    """Return the quantization_config of a module (a network or a block), or None when no layer in it was replaced.
+def describe(module: nn.Module, entries: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """Return the quantization_config of a module (a network or a block), or None when no layer in it was replaced and nothing else is said.
 
     `ignore` names every linear layer that is not quantized. Several schemes become several groups that name their layers one by one.
     Layers that compressed-tensors cannot express are listed in `replacements`, and the method name is "aerogel" then: other readers
     refuse the folder instead of reading it wrongly. Raises AerogelError when a layer does not fit its scheme.
     """
     replaced = {name: part for name, part in module.named_modules() if isinstance(part, Replacement)}
-    if not replaced:
+    if not replaced and not entries:
         return None
     told = {name: options for name, part in replaced.items() if (options := part.describe()) is not None}
     groups: dict[tuple[TensorScheme, TensorScheme | None, bool], list[str]] = {}
@@ -72,7 +71,7 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
         config["timestep_index"] = {"steps": list(index.steps), "sampler": index.sampler, "once_per_step": list(index.once_per_step)}
     if told:
         config["replacements"] = {name: {"kind": kind_of(replaced[name]), **options} for name, options in told.items()}
-    return config
+    return config | dict(entries or {})
 
 
 def configs_in(settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -164,8 +163,6 @@ def assignments(config: Mapping[str, Any], names: list[str]) -> dict[str, Assign
             f"quantization_config says quant_method={config.get('quant_method')!r}, which is not opened; give the original model "
             "in 16 bits, or one in compressed-tensors, fp8 or mxfp4"
         )
-    if config.get("kv_cache_scheme"):
-        warnings.warn("the folder's scales for a quantized KV cache are not used: keys and values are not quantized", stacklevel=3)
     ignore = config.get("ignore") or []
     groups = [(_read_group(name, group), group["targets"]) for name, group in config["config_groups"].items()]
     targets = [(target, assigned) for assigned, named in groups for target in named]

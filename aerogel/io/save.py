@@ -7,6 +7,8 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from aerogel.io.json_files import read_object
 from aerogel.io.layouts import as_on_disk
 from aerogel.io.quantized import configs_in, describe
 from aerogel.io.shards import write_shards
+from aerogel.layers.replacement import Replacement
 from aerogel.layers.slots import slots
 from aerogel.model.denoisers import entries
 from aerogel.model.network import Network
@@ -75,14 +78,28 @@ def new_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class Extras:
+    """Additions of runtime policies to what is saved, by which engines do the same."""
+
+    entries: Mapping[str, Any] = field(default_factory=dict)
+    """Entries of quantization_config."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors by full name."""
+
+
 def write(
-    network: Network, folder: Path, tensors: Iterable[tuple[str, Tensor]] | None = None, max_shard_size: int = 5_000_000_000
+    network: Network,
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
+    max_shard_size: int = 5_000_000_000,
+    extras: Extras = Extras(),
 ) -> dict[str, str]:
     """Write a network into a folder and return the checksums of its weight files, {path in the folder: "sha256:..."}.
 
     `tensors` are (full name, tensor) pairs in any order, by default those of the module; names become those on disk, floats take
     the dtype that the original checkpoint has for them. Files beside the weights are copied from where the network came from; the
-    other models of a pipeline too. The quantization_config is read off the module.
+    other models of a pipeline too. The quantization_config is read off the module, and has the `extras` beside.
     """
     parts = _parts(network)
     if network.origin is None:
@@ -92,8 +109,9 @@ def write(
     stem = "diffusion_pytorch_model" if network.family.modality in ("image", "video") else "model"
     checksums: dict[str, str] = {}
     for part, module in parts.items():
-        _write_config(network, module, folder / part)
-        stream = _as_on_disk(network, module, resident(module) if tensors is None or len(parts) > 1 else tensors)
+        _write_config(network, module, folder / part, extras.entries)
+        given = resident(module) if tensors is None or len(parts) > 1 else tensors
+        stream = _as_on_disk(network, module, chain(given, extras.tensors.items()))
         checksums |= {str(Path(part, file)): sum_ for file, sum_ in write_shards(folder / part, stream, stem, max_shard_size).items()}
     return checksums
 
@@ -181,14 +199,17 @@ def _write_companions(network: Network, folder: Path, parts: Mapping[str, nn.Mod
             denoiser.save_config(folder / part)
 
 
-def _write_config(network: Network, module: nn.Module, folder: Path) -> None:
+def _write_config(network: Network, module: nn.Module, folder: Path, entries: Mapping[str, Any]) -> None:
     """Bring config.json up to date: what changed in memory, and how the weights are quantized."""
     path = folder / "config.json"
     config = read_object(path) if path.is_file() else {}
     config |= _changes(network)
+    untied = _has_untied(module)
     for each in configs_in(config):
         each.pop("quantization_config", None)
-    if (quantization := describe(module)) is not None:
+        if untied and (each is config or "tie_word_embeddings" in each):
+            each["tie_word_embeddings"] = False
+    if (quantization := describe(module, entries)) is not None:
         if network.unbuilt is not None:
             quantization["ignore"] += network.unbuilt.ignored
         config["quantization_config"] = quantization
@@ -198,6 +219,13 @@ def _write_config(network: Network, module: nn.Module, folder: Path) -> None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(network.stored_dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _has_untied(module: nn.Module) -> bool:
+    """Return True where a layer that shared its weight with the embeddings has another now, such as a quantized head."""
+    tied = getattr(module, "_tied_weights_keys", None) or ()
+    layers = {name.rpartition(".")[0] for name in tied}
+    return any(isinstance(part, Replacement) for name, part in module.named_modules() if name in layers)
 
 
 def _changes(network: Network) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from transformers.models.auto import modeling_auto
 from aerogel.errors import AerogelError
 from aerogel.io.checkpoint import Checkpoint, is_float8
 from aerogel.io.dequantize import dequantizer_of, told
+from aerogel.io.kv_scales import leave_unread
 from aerogel.io.layouts import pieces
 from aerogel.io.names import Names
 from aerogel.io.packed_words import padded
@@ -93,6 +94,7 @@ def skeleton_of(folder: Folder, build: Callable[[], nn.Module]) -> Skeleton:
     quantization, dequantize = quantization_of(folder.settings), dequantizer_of(folder.settings, folder.path)
     if quantization and dequantize is None:
         attach(module, quantization)
+    dequantize = dequantize or leave_unread(quantization)
     checkpoint = Checkpoint.open(folder.path, names.in_memory, partial(pieces, module, padded(quantization)), dequantize)
     fits = _fits(module, folder, checkpoint)
     if fits:

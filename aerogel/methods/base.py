@@ -22,18 +22,19 @@ from aerogel.runtime.policy_state import PolicyState
 _FEW = 0.05
 """Share of a block's weights up to which a layer that no group fits is left unquantized instead of refusing the recipe."""
 Requirement = Literal[
-    "calls", "teacher", "gradients", "uncached", "dense", "edges", "residual", "experts", "attention", "time_path", "trajectories",
-    "cached_modules", "block_range", "skips", "cfg", "concatenations", "schedule", "replays",
+    "calls", "teacher", "gradients", "uncached", "dense", "edges", "residual", "experts", "attention", "kv_cache", "time_path",
+    "trajectories", "cached_modules", "block_range", "skips", "cfg", "concatenations", "schedule", "replays",
 ]  # fmt: skip
 """Requirements of a method on a model:
 
 calls: calibration data;  teacher: the model before any step;  gradients: autograd is on;  uncached: every module runs, so no feature
 cache may be on;  dense: no earlier step has pruned weights;  edges: norms and linear layers whose channels others read;  residual: one
-stream that can be rotated;  experts: routed experts;  attention: modules that call scaled_dot_product_attention;  time_path: a time
-embedding that is projected for the blocks;  trajectories: whole denoising runs;  cached_modules: attentions and feed-forwards that are
-added to the stream;  block_range: blocks in one row with the stream between them;  skips: a way down and up again with skip connections;
-cfg: classifier-free guidance in one batch;  concatenations: layers that read concatenated channels;  schedule: a feature-caching policy
-right before it;  replays: the pipeline, whose sampler repeats recorded generations.
+stream that can be rotated;  experts: routed experts;  attention: modules that call scaled_dot_product_attention;  kv_cache: modules
+with a place in a key-value cache;  time_path: a time embedding that is projected for the blocks;  trajectories: whole denoising runs;
+cached_modules: attentions and feed-forwards that are added to the stream;  block_range: blocks in one row with the stream between them;
+skips: a way down and up again with skip connections;  cfg: classifier-free guidance in one batch;  concatenations: layers that read
+concatenated channels;  schedule: a feature-caching policy right before it;  replays: the pipeline, whose sampler repeats recorded
+generations.
 """
 
 
@@ -158,6 +159,20 @@ class RuntimePolicy(_Method, Generic[State]):
     """True where modules do not run while it is on: steps that require `uncached` cannot come after it."""
     supersedes: ClassVar[bool] = False
     """True where it starts from the state of the policy right before it and takes that one's place."""
+
+    @property
+    def config_entries(self) -> dict[str, Any]:
+        """Return what it adds to quantization_config, by which engines do the same; nothing unless a policy says so."""
+        return {}
+
+    def config_tensors(self, state: State) -> dict[str, Tensor]:
+        """Return the tensors that go with these entries, to be stored beside the weights, by full name."""
+        return {}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[RuntimePolicy[Any], PolicyState] | None:
+        """Return the policy and the state that entries of a quantization_config describe; None where they describe another, or none."""
+        return None
 
     @property
     def shards_weights(self) -> bool:

@@ -67,6 +67,10 @@ class Network:
     teacher: Network | None = None
     """The network before any step of a run, while one is under way that asked for it."""
 
+    def in_memory(self, name: str) -> str:
+        """Return the name in memory of a tensor or module by its name on disk."""
+        return name if self.names is None else self.names.in_memory(name)
+
     @property
     def config(self) -> Any:
         """The module's own configuration, or None."""

@@ -82,6 +82,8 @@ _COMPARED = (
     _Compared("Weights on disk", "size", "bytes", phrases.size, _smaller),
     _Compared("Bits per weight", "size", "bits_per_weight", phrases.digits, _nothing),
     _Compared("Perplexity", "perplexity", "perplexity", _four, phrases.change),
+    _Compared("Perplexity by decoding through the KV cache", "decode_perplexity", "perplexity", _four, phrases.change),
+    _Compared("KV cache per token", "decode_perplexity", "cache_bytes_per_token", phrases.size, _smaller),
     _Compared("KL divergence from the original, nats per token", "kl_divergence", "kl", phrases.digits, _nothing),
     _Compared("Same next token", "kl_divergence", "top1", phrases.percent, _nothing),
     _Compared("Exact match with the expected answers", "exact_match", "right", phrases.percent, phrases.change),

@@ -212,6 +212,8 @@ def _conditions(after: Side) -> str:
         said.append(f"Perplexity on {text.tokens or 0:,} tokens of {text.source or 'held-out text'}")
         if text.length and text.stride:
             said[-1] += f", windows of {text.length:,} that move by {text.stride:,}"
+    if read := after.decode_perplexity:
+        said.append(f"Perplexity by decoding on {read.tokens or 0:,} tokens, each read from the key-value cache")
     if after.image_similarity:
         said.append(f"Compared with the original's images: {_generated(after.image_similarity)}")
     if real := after.image_quality:

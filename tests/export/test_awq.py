@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import aerogel
-from aerogel.engine.exporting import source_of
+from aerogel.engine.exporting import export, source_of
 from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
 from aerogel.export.awq import AwqLayout
@@ -123,14 +123,13 @@ def test_names_are_those_of_checkpoints(tmp_path: Path) -> None:
     assert {f"{name}.weight" for name in skipped} <= tensors.keys()
 
 
-@pytest.mark.filterwarnings("ignore:the folder's scales")
-def test_scales_for_the_cache_are_refused(tmp_path: Path) -> None:
-    save(network(dtype=torch.float16), tmp_path / "master")
-    config = json.loads((tmp_path / "master/config.json").read_text())
-    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
-    (tmp_path / "master/config.json").write_text(json.dumps(config))
-    (reason,) = AwqLayout().refuse(source_of(tmp_path / "master"))
-    assert reason == "it has scales for a quantized KV cache, which are not written in this format"
+def test_scales_of_the_cache_have_no_place(tmp_path: Path) -> None:
+    recipe = {"steps": [{"rtn": {"scheme": "W4A16_G16"}}, {"kv_cache_fp8": {}}]}
+    model_folder(tmp_path / "model", dtype=torch.bfloat16)
+    aerogel.compress(tmp_path / "model", recipe, samples=FAMILIES["llama"].calls(2), output=tmp_path / "master", measures=())
+    with pytest.warns(UserWarning, match="runs without kv_cache_fp8, which awq has no place for"):
+        export(tmp_path / "master", "awq", tmp_path / "awq")
+    assert not [name for name in load_file(tmp_path / "awq/model.safetensors") if name.endswith(("k_scale", "v_scale"))]
 
 
 def test_experts_that_engines_do_not_read_are_refused(tmp_path: Path) -> None:

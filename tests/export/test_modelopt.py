@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import aerogel
 from aerogel.data.denoising import Denoising
-from aerogel.engine.exporting import source_of
+from aerogel.engine.exporting import export, source_of
 from aerogel.errors import AerogelError
 from aerogel.export.modelopt import ModelOpt
 from aerogel.layers.linear import QuantLinear
@@ -21,6 +22,7 @@ from aerogel.layers.scaled_input import ScaledInput
 from tests.folders import model_folder
 from tests.image_pipelines import classes
 from tests.saved import SchemeOf, network, save
+from tests.tiny import FAMILIES
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 ALGORITHMS = {"FP8_STATIC": "FP8", "FP8_DYNAMIC": "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4A16": "W4A16_NVFP4"}
@@ -103,6 +105,25 @@ def test_a_head_that_is_tied_to_the_embeddings_is_skipped_by_name(tmp_path: Path
     assert "lm_head.weight" not in exported(tmp_path / "master")
     # vLLM takes a head that is not named for a quantized one.
     assert read_json(tmp_path / "modelopt/config.json")["quantization_config"]["ignore"] == ["model.embed_tokens", "lm_head"]
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "attn_head"])
+def test_scales_of_the_cache_come_along_where_there_is_one_per_tensor(granularity: str, tmp_path: Path) -> None:
+    recipe = {"steps": [{"rtn": {"scheme": "FP8_DYNAMIC"}}, {"kv_cache_fp8": {"granularity": granularity}}]}
+    model_folder(tmp_path / "model", dtype=torch.bfloat16)
+    aerogel.compress(tmp_path / "model", recipe, samples=FAMILIES["llama"].calls(2), output=tmp_path / "master", measures=())
+    kept = granularity == "tensor"
+    with nullcontext() if kept else pytest.warns(UserWarning, match="runs without kv_cache_fp8, which modelopt has no place for"):
+        export(tmp_path / "master", "modelopt", tmp_path / "modelopt")
+    before, after = load_file(tmp_path / "master/model.safetensors"), load_file(tmp_path / "modelopt/model.safetensors")
+    found = {name: float(tensor) for name, tensor in after.items() if name.endswith((".k_scale", ".v_scale"))}
+    attentions = {name.removesuffix(".k_scale") for name in before if name.endswith(".k_scale")}
+    assert len(attentions) == 2
+    expected = {f"{name}.{part}_proj.{part}_scale": before[f"{name}.{part}_scale"] for name in attentions for part in ("k", "v")}
+    assert found == ({name: float(scale) for name, scale in expected.items()} if kept else {})
+    told = read_json(tmp_path / "modelopt/hf_quant_config.json")["quantization"]["kv_cache_quant_algo"]
+    scheme = read_json(tmp_path / "modelopt/config.json")["quantization_config"].get("kv_cache_scheme")
+    assert (told, scheme) == (("FP8", {"num_bits": 8, "type": "float", "dynamic": False}) if kept else (None, None))
 
 
 def test_shards_and_bytes_of_the_master_stay(tmp_path: Path) -> None:

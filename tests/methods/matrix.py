@@ -27,6 +27,7 @@ from aerogel.engine.requirements import unmet_by_calls
 from aerogel.methods.base import Before, RuntimePolicy
 from aerogel.model import time_path
 from aerogel.model.calls import Call
+from aerogel.model.kv_cache import with_cache
 from aerogel.model.match import matches
 from aerogel.model.network import Network
 from aerogel.model.structure.moe import routed_experts
@@ -195,6 +196,11 @@ class Case:
         return found
 
     @property
+    def answered(self) -> Sequence[Call]:
+        """The calls that are answered: with a cache for what quantizes that."""
+        return [with_cache(call) for call in self.example.calls] if "kv_cache" in self.requires else self.example.calls
+
+    @property
     def own_problems(self) -> list[str]:
         """What the steps say against their options and the calls, beside what they require."""
         network, calls = self.example.network, self.example.calls
@@ -335,6 +341,7 @@ def attends(family: str) -> bool:
 LACKING: dict[str, Callable[[Case], bool]] = {
     "experts": lambda case: not named(case, "experts"),
     "attention": lambda case: not attends(case.family),
+    "kv_cache": lambda case: denoises(case),
     "trajectories": lambda case: not denoises(case),
     "cached_modules": lambda case: not denoises(case),
     "block_range": lambda case: not denoises(case) or named(case, "up_blocks"),

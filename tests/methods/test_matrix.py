@@ -69,12 +69,12 @@ def require_kept(tried: Case, folder: Path) -> None:
     given = under_policies(tried, result)
     for answer, expected, bound in zip(given, example.expected, tried.bounds, strict=True):
         require_close(answer, expected, bound)
-    assert all(map(torch.equal, given, reopened(folder / "out", example.calls)))
+    assert all(map(torch.equal, given, reopened(folder / "out", tried.answered)))
 
 
 def under_policies(tried: Case, result: Result) -> list[Tensor]:
     """The answers with the policies on; raises AssertionError unless they change some, and nothing once they are taken off."""
-    network, calls = result.network, tried.example.calls
+    network, calls = result.network, tried.answered
     assert bool(result.policies) == any(isinstance(step.method, RuntimePolicy) for step in tried.steps)
     if not result.policies:
         return answers(network, calls)
@@ -84,7 +84,8 @@ def under_policies(tried: Case, result: Result) -> list[Tensor]:
     for before, after, expected in zip(without, answers(network, calls), tried.example.expected, strict=True):
         assert torch.equal(before, expected)
         assert torch.equal(after, expected)
-    assert not all(map(torch.equal, given, without))
+    # What quantizes a cache and leaves the prompt as it is changes later calls only: tests/methods/kv_cache decode.
+    assert not all(map(torch.equal, given, without)) or all(getattr(one.policy, "exact_prompt", False) for one in result.policies)
     return given
 
 

@@ -37,6 +37,13 @@ class PerplexityResult(OpenPart):
     """Of the tokens."""
 
 
+class DecodePerplexityResult(PerplexityResult):
+    """Perplexity on held-out text that is read token by token from the key-value cache."""
+
+    cache_bytes_per_token: float | None = None
+    """Bytes of all layers."""
+
+
 class KlDivergenceResult(OpenPart):
     """Next-token probabilities against those of the original."""
 
@@ -208,6 +215,7 @@ class Side(OpenPart):
 
     size: SizeResult | None = None
     perplexity: PerplexityResult | None = None
+    decode_perplexity: DecodePerplexityResult | None = None
     kl_divergence: KlDivergenceResult | None = None
     generation: GenerationResult | None = None
     speed: SpeedResult | None = None

@@ -1,0 +1,1 @@
+"""Quantization of the key-value cache."""
