@@ -95,8 +95,8 @@ Engine = Annotated[
         "--for",
         section=RECIPE,
         metavar="ENGINE",
-        autocompletion=completion.words("vllm", "vllm-cpu", "sglang", "transformers"),
-        help="Refuse what this engine does not open: vllm, vllm-cpu, sglang or transformers; `aerogel plan` shows all of them.",
+        autocompletion=completion.words("vllm", "vllm-cpu", "sglang", "llama.cpp", "transformers"),
+        help="Refuse what this engine does not open: vllm, vllm-cpu, sglang, llama.cpp or transformers; `aerogel plan` shows all of them.",
     ),
 ]
 

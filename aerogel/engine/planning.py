@@ -30,7 +30,7 @@ from aerogel.engine.requirements import unmet
 from aerogel.engine.sharing import in_full, share_of
 from aerogel.engine.stages import quantizes_weights
 from aerogel.evaluate.measure import positions
-from aerogel.io.engines import ENGINES, Engine, StoredLayer, engine_of, refusals
+from aerogel.io.engines import ENGINES, Engine, StoredLayer, StoredModel, engine_of, refusals
 from aerogel.io.source import ModelSource
 from aerogel.layers import layout
 from aerogel.layers.conv import Layer, is_plain, refuse, size
@@ -196,7 +196,8 @@ def _opened_by(
     layers = [StoredLayer(schemes[one.name], one.inputs, one.outputs, one.method in in_order) for one in touched]
     policies = {step.name: step.method.config_entries for step in recipe.steps if isinstance(step.method, RuntimePolicy)}
     denoises = network.family.modality in ("image", "video")
-    found = {engine.label: tuple(refusals(engine, layers, policies, mixed, denoises)) for engine in ENGINES.values()}
+    model = StoredModel(network.config, network.origin)
+    found = {engine.label: tuple(refusals(engine, model, layers, policies, mixed, denoises)) for engine in ENGINES.values()}
     return found if layers or policies else {}
 
 

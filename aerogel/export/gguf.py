@@ -20,21 +20,20 @@ from torch import Tensor
 
 from aerogel.errors import AerogelError
 from aerogel.export.exporter import Exporter, Master, Source, inexpressible, not_language
+from aerogel.io.gguf_contract import BLOCK, columns_reason, model_reasons, scheme_reason, tokenizer_reason
 from aerogel.io.save import new_folder
 from aerogel.layers.layout import Stored
-from aerogel.layers.replacement import Assigned
 from aerogel.numerics.quantize import expand
-from aerogel.numerics.scheme import PerBlock, PerGroup, Scheme
+from aerogel.numerics.scheme import Scheme
 
 try:
     import gguf
 
-    from aerogel.export.gguf_tokenizer import add_tokenizer, tokenizer_reason
+    from aerogel.export.gguf_tokenizer import add_tokenizer
 except ImportError as error:
     raise AerogelError("GGUF files are written through the package gguf: pip install 'aerogel[gguf]'") from error
 
 Type = gguf.GGMLQuantizationType
-_BLOCK = 32
 _SUFFIXES = (".weight", ".bias")
 _ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -104,9 +103,8 @@ class Gguf(Exporter):
             writer.close()
 
     def _reason(self, master: Master, name: str) -> str | None:
-        columns = master.shape(name)[1]
-        if columns % _BLOCK:
-            return f"{columns} inputs do not divide into blocks of {_BLOCK}"
+        if (reason := columns_reason(master.shape(name)[1])) is not None:
+            return reason
         reason = _inexpressible(master, name)
         if reason is None or self.requantize is not None:
             return None
@@ -143,17 +141,17 @@ def blocks(stored: Stored, scheme: Scheme) -> Tensor:
     codes_OI, grid, _, _ = stored
     rows, columns = codes_OI.shape
     kind = _block_type(scheme)
-    scale_OB = expand(grid.scale, columns, scheme.weights.granularity).expand(rows, columns)[:, ::_BLOCK].contiguous()
+    scale_OB = expand(grid.scale, columns, scheme.weights.granularity).expand(rows, columns)[:, ::BLOCK].contiguous()
     heads = [scale_OB]
     if kind == Type.Q8_0:
-        body = codes_OI.view(torch.uint8).unflatten(1, (-1, _BLOCK))
+        body = codes_OI.view(torch.uint8).unflatten(1, (-1, BLOCK))
     else:
         lowest = -8
         if grid.zero is not None:
             lowest = int(scheme.weights.format.low)
-            zero_OB = expand(grid.zero, columns, scheme.weights.granularity).expand(rows, columns)[:, ::_BLOCK]
+            zero_OB = expand(grid.zero, columns, scheme.weights.granularity).expand(rows, columns)[:, ::BLOCK]
             heads.append(scale_OB * (lowest - zero_OB.float()))
-        halves = (codes_OI - lowest).to(torch.uint8).unflatten(1, (-1, 2, _BLOCK // 2))
+        halves = (codes_OI - lowest).to(torch.uint8).unflatten(1, (-1, 2, BLOCK // 2))
         body = halves[:, :, 0] | (halves[:, :, 1] << 4)
     head = torch.stack(heads, dim=2).half().view(torch.uint8)
     return torch.cat((head, body), dim=2).flatten(1)
@@ -169,40 +167,18 @@ def _inexpressible(master: Master, name: str) -> str | None:
     """Return why no block type holds the integer codes of a linear as they are."""
     assigned = master.linears[name]
     highest = float(master.checkpoint.tensor(f"{name}.weight_scale").float().max())
-    return _scheme_reason(assigned) or (
+    return scheme_reason(assigned.scheme, assigned.act_order) or (
         # Smaller scales than the largest may lose digits: what they scale is as much smaller.
         None if 2.0**-14 <= highest <= 65504 else f"its largest scale is {highest:.1e}, which half precision cannot hold"
     )
-
-
-def _scheme_reason(assigned: Assigned) -> str | None:
-    scheme, weights = assigned.scheme, assigned.scheme.weights
-    if scheme.inputs is not None:
-        return f"{scheme} quantizes inputs, which GGUF leaves to the engine"
-    if weights.format.kind == "float":
-        return f"{weights.format} weights have no block type here"
-    if assigned.act_order:
-        return "its groups follow activation order, blocks follow column order"
-    if isinstance(weights.granularity, PerBlock) or (isinstance(weights.granularity, PerGroup) and weights.granularity.size % _BLOCK):
-        return f"blocks of {_BLOCK} do not tile the scales of {scheme}"
-    if not weights.symmetric and scheme.bits > 4:
-        return f"{scheme} is asymmetric with more than 4 bits, and only Q4_1 has an offset"
-    return None
 
 
 def _network_reasons(master: Master, config: Any) -> list[str]:
     """Return what GGUF or llama.cpp cannot express apart from the linear layers."""
     architecture = _ARCHITECTURES.get(config.model_type)
     if architecture is None:
-        return [f"the architecture {config.model_type} is not one of {', '.join(_ARCHITECTURES)}"]
-    reasons = inexpressible(master)
-    rope = config.rope_parameters.get("rope_type", "default")
-    if rope != "default":
-        reasons.append(f"its rotary embedding is of the type {rope}, written here is the default one only")
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        reasons.append(f"it attends to a sliding window of {config.sliding_window}, which llama.cpp does not do for it")
-    if config.hidden_act != "silu":
-        reasons.append(f"its activation is {config.hidden_act}, llama.cpp computes silu")
+        return list(model_reasons(config))
+    reasons = [*inexpressible(master), *model_reasons(config)]
     if (reason := tokenizer_reason(master.folder, config.vocab_size)) is not None:
         reasons.append(reason)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)

@@ -23,6 +23,7 @@ from aerogel.layers.slots import Slot, release, slots
 STEMS = ("model", "diffusion_pytorch_model")
 # Pages of a mapped file count as resident memory until the file is closed, so a long read closes it this often.
 _MAPPED_BYTES = 32 << 20
+_ONE_NUMBER: frozenset[tuple[int, ...]] = frozenset({(), (1,)})
 
 
 Apart = Callable[[str, Callable[[], tuple[int, ...]]], Mapping[str, "Piece"]]
@@ -229,7 +230,7 @@ class Checkpoint:
 
         Floats of 16 bits or more take `dtype`, by default what each meta tensor declares. Submodules in `skip` stay on meta.
         Tensors that several places share are read once and stay shared. Raises AerogelError on a name the checkpoint lacks, a
-        wrong shape, or integers where floats belong.
+        wrong shape, or integers where floats belong. A single number may be a scalar or a vector of one: both are in use for scales.
         """
         wanted: dict[str, list[Slot]] = {}
         owners: dict[int, str] = {}
@@ -244,7 +245,7 @@ class Checkpoint:
             self._check_fits(name, first.tensor)
             floats = first.tensor.is_floating_point() and first.tensor.element_size() >= 2
             target = dtype if dtype is not None and floats else first.tensor.dtype
-            filled = first.like(tensor.to(device, target, copy=True))
+            filled = first.like(tensor.to(device, target, copy=True).reshape(first.tensor.shape))
             for slot in stored[name]:
                 slot.put(filled)
 
@@ -261,7 +262,7 @@ class Checkpoint:
     def _check_fits(self, name: str, slot: Tensor) -> None:
         entry = self._entry(name)
         advice = "config.json does not fit the weights"
-        if entry.shape != tuple(slot.shape):
+        if entry.shape != tuple(slot.shape) and not {entry.shape, tuple(slot.shape)} <= _ONE_NUMBER:
             found, expected = str(list(entry.shape)), str(list(slot.shape))
         elif entry.dtype != slot.dtype and (is_float8(entry.dtype) or is_float8(slot.dtype)):
             # Wider floats are not rounded to 8 bits on the way either.

@@ -7,14 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from aerogel.errors import AerogelError
+from aerogel.io import gguf_contract
 from aerogel.layers.layout import format_of
 from aerogel.numerics.scheme import PerChannel, PerGroup, PerStep, PerTensor, Scheme
 
 Reason = str | None
 """Why something is not accepted; None where it is."""
+
+FUSED_NAMES = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
+"""The layers of one module that vLLM and SGLang load as one tensor, by name: for folders, whose layers cannot be watched while they run."""
 
 
 class StoredLayer(NamedTuple):
@@ -25,6 +39,19 @@ class StoredLayer(NamedTuple):
     outputs: int
     act_order: bool = False
     """True where columns were ordered by activations, so that groups, if there are any, have indices."""
+
+
+class StoredModel(NamedTuple):
+    """A model as an engine meets it, its quantized layers apart."""
+
+    config: Any
+    """Its configuration; None where it has none."""
+    folder: Path | None
+    """The folder that its tokenizer is copied from; None where it is in memory only."""
+
+
+def _any_model(model: StoredModel) -> Iterator[str]:
+    yield from ()
 
 
 @dataclass(frozen=True)
@@ -38,6 +65,8 @@ class Engine:
     """Why it does not quantize its key-value cache by a `kv_cache_scheme`, of fp8 with static scales."""
     fuses: bool = True
     """True where it loads some layers as one tensor, such as query, key and value."""
+    refuses_model: Callable[[StoredModel], Iterator[str]] = _any_model
+    """Why it does not run a model, reason by reason, whatever its layers are."""
 
 
 def _inexpressible(layer: StoredLayer) -> Reason:
@@ -81,6 +110,8 @@ def _vllm_on_cpu(layer: StoredLayer) -> Reason:
     if found := _of_vllm(layer):
         return found
     if scheme.weights.format.kind == "float":
+        if scheme.bits == 8 and isinstance(scheme.weights.granularity, PerTensor):
+            return "it has no operator on a CPU to give layers that it loads as one tensor a common scale per tensor"
         return None if scheme.bits == 8 else "it has no kernel for 4-bit floats on a CPU"
     if scheme.inputs is not None and scheme.bits == 8:
         return None
@@ -118,6 +149,20 @@ def _sglang(layer: StoredLayer) -> Reason:
     return _weights_only(layer) or (None if scheme.group in (None, 32, 64, 128) else "groups have to be of 32, 64 or 128")
 
 
+def _llama_cpp(layer: StoredLayer) -> Reason:
+    return gguf_contract.columns_reason(layer.inputs) or gguf_contract.scheme_reason(layer.scheme, layer.act_order)
+
+
+def _llama_cpp_model(model: StoredModel) -> Iterator[str]:
+    if not hasattr(model.config, "model_type"):
+        yield "it runs models of transformers, and this one has no config of it"
+        return
+    reasons = list(gguf_contract.model_reasons(model.config))
+    yield from reasons
+    if not reasons and model.folder is not None and (reason := gguf_contract.tokenizer_reason(model.folder, model.config.vocab_size)):
+        yield reason
+
+
 def _any_cache(scheme: Mapping[str, Any]) -> Reason:
     return None
 
@@ -126,11 +171,16 @@ def _cache_by_tensor(scheme: Mapping[str, Any]) -> Reason:
     return None if scheme["strategy"] == "tensor" else "its key-value cache has one scale per tensor; set granularity to tensor"
 
 
+def _no_cache(scheme: Mapping[str, Any]) -> Reason:
+    return "GGUF has no place for the scales of a key-value cache; the weights open without it"
+
+
 ENGINES: Mapping[str, Engine] = {
     "transformers": Engine("transformers 5.23 (compressed-tensors 0.20)", _transformers, _any_cache, fuses=False),
     "vllm": Engine("vLLM 0.32 (CUDA)", _vllm, _any_cache),
     "vllm-cpu": Engine("vLLM 0.32 (CPU)", _vllm_on_cpu, _cache_by_tensor),
     "sglang": Engine("SGLang 0.5.23 (CUDA)", _sglang, _cache_by_tensor),
+    "llama.cpp": Engine("llama.cpp (exported as gguf)", _llama_cpp, _no_cache, fuses=False, refuses_model=_llama_cpp_model),
 }
 """Engines by the name that `--for` takes."""
 
@@ -146,6 +196,7 @@ def engine_of(name: str | None) -> Engine | None:
 
 def refusals(
     engine: Engine,
+    model: StoredModel,
     layers: Sequence[StoredLayer],
     policies: Mapping[str, Mapping[str, Any]],
     mixed: bool,
@@ -159,6 +210,7 @@ def refusals(
     if denoises:
         yield "it runs language models, and this is a denoiser"
         return
+    yield from engine.refuses_model(model)
     found: dict[tuple[str, str], int] = {}
     for layer in layers:
         if reason := engine.refuses(layer):

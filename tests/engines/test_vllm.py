@@ -81,7 +81,8 @@ def test_it_answers_as_transformers_does(name: str, desk: Path) -> None:
     require_alike(desk, compressed(name, desk), desk / name)
 
 
-def test_it_serves_the_gptq_layout(desk: Path) -> None:
-    export(compressed("gptq-w4a16", desk), "gptq", desk / "gptq-layout")
-    # transformers reads that layout with GPTQModel only; it holds the integer codes of the other folder.
-    require_alike(desk, desk / "gptq-layout", desk / "gptq-w4a16")
+@pytest.mark.parametrize(("layout", "name"), [("gptq", "gptq-w4a16"), ("awq", "awq-w4a16")])
+def test_it_serves_other_layouts(layout: str, name: str, desk: Path) -> None:
+    export(compressed(name, desk), layout, desk / f"{layout}-layout")
+    # transformers reads these with GPTQModel only; they hold the integer codes of the other folder.
+    require_alike(desk, desk / f"{layout}-layout", desk / name)

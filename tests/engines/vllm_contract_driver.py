@@ -11,6 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 
+def require_one_scale(scheme: object, layer: object) -> None:
+    """Raise RuntimeError where two layers with a scale per tensor each, which differ, do not become one."""
+    import torch
+
+    layer.weight.data.copy_(torch.zeros(layer.weight.shape))
+    layer.weight_scale.data.copy_(torch.tensor([1.0, 2.0]))
+    layer.input_scale.data.fill_(1.0)
+    scheme.process_weights_after_loading(layer)
+
+
 def main() -> None:
     import torch
     from vllm.config import VllmConfig, set_current_vllm_config
@@ -28,8 +38,12 @@ def main() -> None:
                 read = CompressedTensorsConfig.from_config(config)
                 parts = next(iter(read.target_scheme_map.values()))
                 scheme = read._get_scheme_from_parts(parts["weights"], parts["input_activations"], format=parts["format"])
-                made = {"output_partition_sizes": [outputs], "input_size_per_partition": inputs, "params_dtype": torch.bfloat16}
-                scheme.create_weights(torch.nn.Module(), input_size=inputs, output_size=outputs, weight_loader=lambda *_: None, **made)
+                parts_of_set = [outputs - outputs // 3, outputs // 3]  # as if two layers were loaded as one
+                made = {"output_partition_sizes": parts_of_set, "input_size_per_partition": inputs, "params_dtype": torch.bfloat16}
+                layer = torch.nn.Module()
+                scheme.create_weights(layer, input_size=inputs, output_size=outputs, weight_loader=lambda *_: None, **made)
+                if layer._parameters.get("weight_scale") is not None and tuple(layer.weight_scale.shape) == (2,):
+                    require_one_scale(scheme, layer)
                 found[name] = None
             except (ValueError, NotImplementedError, RuntimeError) as error:
                 found[name] = f"{type(error).__name__}: {error}".partition("\n")[0]

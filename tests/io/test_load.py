@@ -25,6 +25,7 @@ from aerogel.layers.linear import QuantLinear, stored_grid
 from aerogel.model.network import Network
 from aerogel.numerics.quantize import quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
+from tests.saved import network, save
 from tests.tiny import FAMILIES, output
 
 TRANSFORMERS = [name for name, tiny in FAMILIES.items() if tiny.family not in catalog.names("families")]
@@ -186,6 +187,21 @@ def test_a_compressed_folder_opens_as_it_was_in_memory(name: str, scheme: str, t
         again.checkpoint.materialise(again.module)
     for call in FAMILIES[name].calls(1):
         assert torch.equal(output(again.module, call), output(network.module, call))
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+@pytest.mark.parametrize("scheme", ["FP8_STATIC", "W8A8_STATIC", "NVFP4A16"])
+def test_a_single_scale_may_be_a_scalar_or_a_vector_of_one(scheme: str, lazy: bool, tmp_path: Path) -> None:
+    given = network(scheme)
+    save(given, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    single = [name for name, tensor in tensors.items() if tensor.shape == (1,)]
+    assert len(single) == (28 if scheme == "FP8_STATIC" else 14)
+    save_file(tensors | {name: tensors[name].reshape(()) for name in single}, tmp_path / "model.safetensors")
+    opened = open_model(tmp_path, lazy=lazy)
+    module = resident(opened) if lazy else opened.module
+    for call in FAMILIES["llama"].calls(1):
+        assert torch.equal(output(module, call), output(given.module, call))
 
 
 def test_parts_that_are_kept_in_float32_stay_so(tmp_path: Path) -> None:

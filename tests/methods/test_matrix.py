@@ -163,7 +163,8 @@ def test_a_folder_gives_the_bits_of_a_live_network(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["dit", "wan", "unet"])
 def test_formats_of_language_engines_refuse_denoisers(name: str, tmp_path: Path) -> None:
     aerogel.compress(FAMILIES[name].build(), alone("rtn"), samples=FAMILIES[name].calls(1), output=tmp_path / "out", measures=())
-    formats = set(catalog.names("exporters")) - {"compressed_tensors", "onnx", "cache_policy", "cache_dit"}  # made for denoisers
+    for_denoisers = {"compressed_tensors", "modelopt", "onnx", "cache_policy", "cache_dit"}
+    formats = set(catalog.names("exporters")) - for_denoisers
     assert formats
     for exporter in formats:
         (reason,) = catalog.find("exporters", exporter)().refuse(source_of(tmp_path / "out"))
