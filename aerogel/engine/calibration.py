@@ -153,7 +153,7 @@ def _request_of(samples: CalibrationInput | None) -> Shown | CalibrationRequest:
         return CalibrationRequest()
     if isinstance(samples, Samples | Chats | Tokenized | Denoising | CalibrationRequest):
         return samples
-    if isinstance(samples, Sequence) and all(isinstance(call, Call) for call in samples):
+    if isinstance(samples, Sequence) and not isinstance(samples, str) and all(isinstance(call, Call) for call in samples):
         return cast(Sequence[Call], samples)
     return CalibrationRequest(source=str(samples) if isinstance(samples, Path) else samples)
 
