@@ -82,7 +82,7 @@ def from_hub(source: str, shipped: Sequence[str]) -> Iterator[Record]:
         _find(name, f"{what} it", nearest(source, shipped))
     # A slice of a split is not to be had as a stream.
     streaming = not offline and "[" not in split
-    with _explained(f"dataset {source!r} of the hub cannot be read"):
+    with _explained(f"dataset {source!r} of the hub cannot be read"), _without_bars(library):
         rows = library.load_dataset(name, config or None, split=split or "train", streaming=streaming)
     return rows_of(rows, source)
 
@@ -106,6 +106,19 @@ def _library(what: str) -> ModuleType:
     except ImportError as error:
         raise AerogelError(f"{what} needs the datasets package: pip install 'aerogel[datasets]'") from error
     return datasets
+
+
+@contextmanager
+def _without_bars(library: ModuleType) -> Iterator[None]:
+    """Keep the progress bars of the library out while the context lasts."""
+    if library.are_progress_bars_disabled():
+        yield
+        return
+    library.disable_progress_bars()
+    try:
+        yield
+    finally:
+        library.enable_progress_bars()
 
 
 @contextmanager

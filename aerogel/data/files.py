@@ -6,12 +6,13 @@ import csv
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from aerogel.data.json_arrays import items
 from aerogel.data.unpacking import check, is_packed, lines, open_bytes, open_text
 from aerogel.errors import AerogelError
 from aerogel.io.json_files import parse_json
@@ -21,7 +22,7 @@ _CHUNK = 2**20
 _DOCUMENT = 2**30
 """Characters of one document at most."""
 _WHOLE = 2**27
-"""Characters of a JSON array at most: it is read whole."""
+"""Characters of a JSON object with the records under a key at most: it is read whole."""
 _CELL = 2**26
 """Characters of a cell of a .csv at most."""
 _ROW_GROUP = 2**32
@@ -79,17 +80,24 @@ def _json_lines(path: Path) -> Iterator[Record]:
 def _json(path: Path) -> Iterator[Record]:
     """Items of an array, also where an object has it under a key; files called .json with an object on each line are common too."""
     with open_text(path) as file:
-        text = file.read(_WHOLE + 1)
+        text = file.read(_CHUNK)
+        if text.lstrip().startswith("["):
+            return _numbered(items(path), path)
+        text += file.read(_WHOLE + 1 - len(text))
     start = text.lstrip().partition("\n")[0]
     if len(text.strip()) > len(start.strip()) and _is_object(start):
         return _json_lines(path)
     if len(text) > _WHOLE:
-        raise AerogelError(f"{path} has over {_WHOLE:,} characters of JSON, which are read at once; write it as .jsonl")
+        raise AerogelError(f"{path} is an object of over {_WHOLE:,} characters, which is read at once; write it as an array or .jsonl")
     check(text, path, 1)
     if not text.strip():
         return iter(())
     found = parse_json(text, path, "an array of objects or strings is expected")
-    return (Record(value, f"{path} item {number}") for number, value in enumerate(_items(found, path), start=1))
+    return _numbered(_items(found, path), path)
+
+
+def _numbered(values: Iterable[Any], path: Path) -> Iterator[Record]:
+    return (Record(value, f"{path} item {number}") for number, value in enumerate(values, start=1))
 
 
 def _is_object(line: str) -> bool:
@@ -101,8 +109,6 @@ def _is_object(line: str) -> bool:
 
 def _items(found: Any, path: Path) -> list[Any]:
     """The records in a JSON document."""
-    if isinstance(found, list):
-        return found
     if not isinstance(found, dict):
         raise AerogelError(f"{path} holds a JSON {type(found).__name__}; an array of objects or strings is expected")
     if "text" in found or "messages" in found or "conversations" in found:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -153,7 +152,7 @@ def _request_of(samples: CalibrationInput | None) -> Shown | CalibrationRequest:
         return CalibrationRequest()
     if isinstance(samples, Samples | Chats | Tokenized | Denoising | CalibrationRequest):
         return samples
-    if isinstance(samples, Sequence) and all(isinstance(call, Call) for call in samples):
+    if isinstance(samples, Sequence) and not isinstance(samples, str) and all(isinstance(call, Call) for call in samples):
         return cast(Sequence[Call], samples)
     return CalibrationRequest(source=str(samples) if isinstance(samples, Path) else samples)
 
@@ -231,9 +230,7 @@ def prepare(network: Network, samples: Shown, seed: int, head: bool) -> Calibrat
             calls = [Call(call.args, {**call.kwargs, "logits_to_keep": 1}) for call in calls]
         return Calibration(calls, facts)
     calls = list(samples)
-    if any(_is_padded(call) for call in calls):
-        warnings.warn("some of the given calls are padded, and padding counts in calibration statistics like tokens", stacklevel=2)
-    return Calibration(calls, {"source": GIVEN_CALLS, "count": len(calls), "fingerprint": _fingerprint(calls)})
+    return Calibration(calls, {"source": GIVEN_CALLS, "count": len(calls), **_padding(calls), "fingerprint": _fingerprint(calls)})
 
 
 def _of_text(network: Network, samples: Samples, seed: int) -> tuple[list[Call], dict[str, Any]]:
@@ -252,19 +249,27 @@ def _of_tokens(samples: Tokenized) -> tuple[list[Call], dict[str, Any]]:
     return calls, {"source": sources.GIVEN, "count": samples.count, "fingerprint": digest}
 
 
-def _is_padded(call: Call) -> bool:
-    """True where a mask of the tokens of a call, as tokenizers give it, leaves some of them out."""
+def _padding(calls: Sequence[Call]) -> dict[str, float]:
+    """The share of padding among the tokens of calls, where there is any, by the masks that tokenizers give; statistics count it."""
+    masks = [mask for call in calls if (mask := _mask(call)) is not None]
+    tokens = sum(mask.numel() for mask in masks)
+    padding = tokens - sum(int(mask.count_nonzero()) for mask in masks)
+    return {"padding": padding / tokens} if padding else {}
+
+
+def _mask(call: Call) -> torch.Tensor | None:
     mask, ids = call.kwargs.get("attention_mask"), call.kwargs.get("input_ids")
-    if not (isinstance(mask, torch.Tensor) and isinstance(ids, torch.Tensor) and mask.shape == ids.shape):
-        return False
-    return not bool(mask.all())
+    found = isinstance(mask, torch.Tensor) and isinstance(ids, torch.Tensor) and mask.shape == ids.shape
+    return mask if found else None
 
 
 def _read(network: Network, wanted: Chats, seed: int) -> Calibration:
     found = chats.drawn(chats.read(wanted.source, wanted.column), wanted.count, seed)
     calls = chats.calls(found, network.processor, wanted.batch)
     column = {} if wanted.column is None else {"column": wanted.column}
-    return Calibration(calls, {"source": str(wanted.source), **column, "count": len(found), "fingerprint": chats.fingerprint(found)})
+    return Calibration(
+        calls, {"source": str(wanted.source), **column, "count": len(found), **_padding(calls), "fingerprint": chats.fingerprint(found)}
+    )
 
 
 def _recorded(network: Network, wanted: Denoising, seed: int) -> Calibration:

@@ -339,6 +339,8 @@ def provenance(given: Provenance, timings: Mapping[str, float]) -> Iterator[tupl
         yield "Calibration", f"{text.get('source', 'given by the caller')}{size}"
         if "fingerprint" in text:
             yield "Calibration fingerprint", str(text["fingerprint"])
+        if "padding" in text:
+            yield "Padding", f"{text['padding']:.1%} of the tokens of calibration calls, counted in statistics like the others"
         if "memory" in text:
             yield "Device memory", str(text["memory"])
         if "processes" in text:

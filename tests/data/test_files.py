@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from aerogel.data import files, unpacking
+from aerogel.data import files, json_arrays, unpacking
 from aerogel.errors import AerogelError, reasons
 
 ROWS = [
@@ -205,8 +205,8 @@ def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(AerogelError, match="line 2 has 1,000 characters or more"):
         list(files.records(tmp_path / "a.jsonl"))
     monkeypatch.setattr(files, "_WHOLE", 1000)
-    (tmp_path / "a.json").write_text(json.dumps(["a" * 2000]))
-    with pytest.raises(AerogelError, match="over 1,000 characters of JSON"):
+    (tmp_path / "a.json").write_text(json.dumps({"data": ["a" * 2000]}))
+    with pytest.raises(AerogelError, match="an object of over 1,000 characters, which is read at once"):
         list(files.records(tmp_path / "a.json"))
     (tmp_path / "a.json").write_text('{"text": "a"}\n' * 200)
     assert len(list(files.records(tmp_path / "a.json"))) == 200
@@ -240,6 +240,46 @@ def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(AerogelError, match=r"needs the pyarrow package: pip install 'aerogel\[datasets\]'"):
         list(files.records(tmp_path / "a.parquet"))
+
+
+def test_an_array_is_read_item_by_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [{"text": 'a"\\\u00e9\n'}, -12.5e3, "", True, None, [1, {"b": []}], "\U0001f30d" * 9, 7]
+    for text in (json.dumps(values), json.dumps(values, indent=3, ensure_ascii=False) + "\n\n", "  [ ]", '["a"\t,"b"]'):
+        (tmp_path / "a.json").write_text(text, "utf-8")
+        for chunk in (1, 2, 3, 7, 50, 2**20):
+            monkeypatch.setattr(json_arrays, "_CHUNK", chunk)
+            assert list(json_arrays.items(tmp_path / "a.json")) == json.loads(text)
+
+
+def test_memory_holds_an_item_and_not_the_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_arrays, "_CHUNK", 2**14)
+    monkeypatch.setattr(files, "_CHUNK", 2**14)
+    with (tmp_path / "a.json").open("w") as file:
+        file.write("[" + ",\n".join(json.dumps({"text": "a" * 1000, "n": number}) for number in range(3000)) + "]")
+    tracemalloc.start()
+    try:
+        assert sum(record.value["n"] for record in files.records(tmp_path / "a.json")) == sum(range(3000))
+        assert tracemalloc.get_traced_memory()[1] < 2**19  # of 3 MB
+    finally:
+        tracemalloc.stop()
+
+
+@given(st.text('[]{},:"\\1e-tn u', max_size=40), st.integers(1, 9))
+@settings(max_examples=300, deadline=None)
+def test_an_array_is_read_as_json_reads_it(tmp_path_factory: pytest.TempPathFactory, text: str, chunk: int) -> None:
+    path = tmp_path_factory.mktemp("any") / "a.json"
+    path.write_text("[" + text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_arrays, "_CHUNK", chunk)
+        found: list[object] = []
+        complaints = list(reasons(lambda: found.extend(json_arrays.items(path))))
+    try:
+        expected = json.loads("[" + text)
+    except ValueError:
+        assert len(complaints) == 1
+        assert "\n" not in complaints[0]
+    else:
+        assert (found, complaints) == (expected, [])
 
 
 cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)

@@ -22,7 +22,9 @@ from aerogel.data.tokenized import Tokenized
 from aerogel.engine.calibration import CalibrationRequest, prepare, reading, shown, with_batch_size
 from aerogel.errors import AerogelError
 from aerogel.evaluate.perplexity import Perplexity
+from aerogel.io.record.schema import Provenance
 from aerogel.model.calls import Call
+from aerogel.report.page import provenance
 from tests.tiny import FAMILIES, opened
 from tests.words import tokenizer
 
@@ -187,10 +189,12 @@ def test_padding_does_not_count_in_statistics() -> None:
 
 
 def test_padding_of_recorded_calls_is_said() -> None:
-    inputs = {name: torch.tensor(value) for name, value in PADDED.items()}
-    with pytest.warns(UserWarning, match="given calls are padded, and padding counts in calibration statistics"):
-        prepare(opened("llama"), [Call((), inputs)], 0, head=True)
-    prepare(opened("llama"), [Call((), {**inputs, "attention_mask": torch.ones(3, 4)})], 0, head=True)
+    network, inputs = opened("llama"), {name: torch.tensor(value) for name, value in PADDED.items()}
+    whole = {**inputs, "attention_mask": torch.ones(3, 4)}
+    assert prepare(network, [Call((), inputs), Call((), whole)], 0, head=True).facts["padding"] == 5 / 24
+    assert "padding" not in prepare(network, [Call((), whole), Call((inputs["input_ids"],))], 0, head=True).facts
+    shown_as = dict(provenance(Provenance(calibration={"source": "given calls", "padding": 5 / 24}), {}))
+    assert shown_as["Padding"] == "20.8% of the tokens of calibration calls, counted in statistics like the others"
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_a_plain_recipe_asks_for_a_model_and_an_output() -> None:
         ({"model": ["m"]}, r"model: .*; expected `model` to be a name or"),
         (
             {"data": "sotu"},
-            r"data: .*; expected `data` to be a mapping of source, prompts, samples",
+            r"data: .*; expected `data` to be a mapping of source, column, prompts, samples",
         ),
         ({"data": {"samples": 0}}, r"data\.samples: Input should be greater than or equal to 1, got 0"),
         ({"data": {"samples": "12"}}, r"data\.samples: Input should be a valid integer, got '12'"),
