@@ -165,6 +165,14 @@ class Checkpoint:
         """Names on disk of the tensors that the checkpoint does not answer to, because they only served the quantized ones."""
         return self._unread
 
+    def is_dequantized(self, name: str) -> bool:
+        """Return True for a float tensor that is made of quantized ones."""
+        return name in self and self.on_disk(name) in self._dequantized
+
+    def leave_out(self, name: str) -> None:
+        """Stop answering to a tensor."""
+        del self._on_disk[name]
+
     def __contains__(self, name: object) -> bool:
         return name in self._on_disk
 

@@ -249,3 +249,33 @@ def test_floats_of_which_the_config_says_that_they_are_quantized_are_refused(met
     configure(tmp_path / "in", {"quant_method": method, "bits": 4})
     with pytest.raises(AerogelError, match=rf"config.json says {method}, and no tensor is a .*; get the config.json that belongs to"):
         open_model(tmp_path / "in")
+
+
+def test_zero_biases_of_layers_that_have_none_are_left_out(quantized: Path, tmp_path: Path) -> None:
+    """AutoGPTQ wrote them for every layer."""
+    expected = dict(opened(quantized).state_dict())
+    change(quantized, {f"{UP}.bias": torch.zeros(128).half()})
+    assert same(dict(opened(quantized).state_dict()), expected)
+    assert open_model(quantized).unbuilt is None
+    aerogel.compress(quantized, RTN, output=tmp_path / "out", measures=())
+    assert f"{UP}.bias" not in tensors_of(tmp_path / "out")
+    change(quantized, {f"{UP}.bias": torch.ones(128).half()})
+    with pytest.raises(AerogelError, match=rf"it has {UP}.bias, which is unknown"):
+        open_model(quantized)
+
+
+def test_a_head_that_is_quantized_apart_is_not_tied(quantized: Path) -> None:
+    path = quantized / "config.json"
+    settings = json.loads(path.read_text())
+    head = packed("lm_head", torch.empty(128, 64), torch.Generator())
+    change(quantized, head[0] | {"lm_head.weight": None})
+    assert torch.equal(opened(quantized).get_parameter("lm_head.weight"), head[1].to(torch.bfloat16))
+    path.write_text(json.dumps(settings | {"tie_word_embeddings": True}))
+    with pytest.raises(AerogelError, match=r"ties .*lm_head.weight is quantized apart; set tie_word_embeddings to false"):
+        open_model(quantized)
+
+
+def test_projections_that_are_one_layer_in_the_model(tmp_path: Path) -> None:
+    quantized, plain = twins(tmp_path, packed, PLAIN, "phi3")
+    assert any("qkv_proj.qweight" in name for name in tensors_of(quantized))
+    assert same(dict(opened(quantized).state_dict()), dict(opened(plain).state_dict()))
