@@ -60,6 +60,8 @@ class Dequantized:
     """Format of the quantized values in words."""
     descriptions: tuple[str, ...] = ()
     """Names on disk of tensors that only say how the values are stored, and are not needed any more."""
+    of_linear: bool = False
+    """True where it is the weight_OI of a linear layer, also where float checkpoints of the model have it otherwise, as Conv1D does."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class Checkpoint:
         self._modules = {ours.rpartition(".")[0]: theirs.rpartition(".")[0] for ours, theirs in self._on_disk.items()}
         self._pieces: dict[str, Piece] = {}
         for name, on_disk in list(self._on_disk.items()):
+            if on_disk in self._dequantized and self._dequantized[on_disk].of_linear:
+                continue
             if pieces := apart(name, lambda name=name: self.shape(name)):  # type: ignore[misc]
                 del self._on_disk[name]
                 self._on_disk |= dict.fromkeys(pieces, on_disk)

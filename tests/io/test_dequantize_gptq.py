@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -279,3 +281,20 @@ def test_projections_that_are_one_layer_in_the_model(tmp_path: Path) -> None:
     quantized, plain = twins(tmp_path, packed, PLAIN, "phi3")
     assert any("qkv_proj.qweight" in name for name in tensors_of(quantized))
     assert same(dict(opened(quantized).state_dict()), dict(opened(plain).state_dict()))
+
+
+def test_layers_whose_floats_lie_transposed(tmp_path: Path) -> None:
+    """Conv1D of GPT-2: (inputs, outputs) in floats, a linear layer once it is quantized."""
+    config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=128, n_positions=64, bos_token_id=1, eos_token_id=2)
+    transformers.GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    shutil.copytree(tmp_path / "plain", tmp_path / "quantized")
+    for name, weight in tensors_of(tmp_path / "plain").items():
+        if re.search(r"c_(attn|proj|fc)\.weight$", name):
+            stored, exact = packed(name.removesuffix(".weight"), weight.T, torch.Generator().manual_seed(len(name)))
+            change(tmp_path / "quantized", stored | {name: None})
+            change(tmp_path / "plain", {name: exact.T.to(torch.bfloat16).contiguous()})
+    configure(tmp_path / "quantized", PLAIN)
+    assert same(dict(opened(tmp_path / "quantized").state_dict()), dict(opened(tmp_path / "plain").state_dict()))
+    for name in ("quantized", "plain"):
+        aerogel.compress(tmp_path / name, RTN, output=tmp_path / "out" / name, measures=())
+    assert same(tensors_of(tmp_path / "out" / "quantized"), tensors_of(tmp_path / "out" / "plain"))
