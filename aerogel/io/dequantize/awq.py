@@ -72,7 +72,7 @@ def _weights(where: Path, dtype: torch.dtype, size: int, version: Any, on_disk: 
         found[f"{name}.weight"] = Dequantized(
             values, parts, Entry.of(dtype, shape), partial(make, group=group, dtype=dtype), False, told, of_linear=True
         )
-    tensors.require_some(found, "a qweight")
+    tensors.require_some(found, "no tensor is called NAME.qweight")
     return found
 
 

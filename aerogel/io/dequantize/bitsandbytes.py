@@ -98,7 +98,7 @@ def _weights(where: Path, dtype: torch.dtype, on_disk: OnDisk) -> dict[str, Dequ
             raise AerogelError(
                 f"{where} says bitsandbytes, and {name} is {entry.dtype} without {name}{_STATE}nf4 or fp4; get all files of the model again"
             )
-    tensors.require_some(found, "a weight of 4 or 8 bits")
+    tensors.require_some(found, "no weight has 4 or 8 bits")
     return found
 
 
