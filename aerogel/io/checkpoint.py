@@ -61,6 +61,8 @@ class Dequantized:
     """Format of the quantized values in words."""
     descriptions: tuple[str, ...] = ()
     """Names on disk of tensors that only say how the values are stored, and are not needed any more."""
+    of_linear: bool = False
+    """True where it is the weight_OI of a linear layer, also where float checkpoints of the model have it otherwise, as Conv1D does."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class Checkpoint:
         self._modules = {ours.rpartition(".")[0]: theirs.rpartition(".")[0] for ours, theirs in self._on_disk.items()}
         self._pieces: dict[str, Piece] = {}
         for name, on_disk in list(self._on_disk.items()):
+            if on_disk in self._dequantized and self._dequantized[on_disk].of_linear:
+                continue
             if pieces := apart(name, lambda name=name: self.shape(name)):  # type: ignore[misc]
                 del self._on_disk[name]
                 self._on_disk |= dict.fromkeys(pieces, on_disk)
@@ -165,6 +169,14 @@ class Checkpoint:
     def unread(self) -> tuple[str, ...]:
         """Names on disk of the tensors that the checkpoint does not answer to, because they only served the quantized ones."""
         return self._unread
+
+    def is_dequantized(self, name: str) -> bool:
+        """Return True for a float tensor that is made of quantized ones."""
+        return name in self and self.on_disk(name) in self._dequantized
+
+    def leave_out(self, name: str) -> None:
+        """Stop answering to a tensor."""
+        del self._on_disk[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._on_disk

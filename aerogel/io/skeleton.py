@@ -98,6 +98,8 @@ def skeleton_of(folder: Folder, build: Callable[[], nn.Module]) -> Skeleton:
         attach(module, quantization)
     apart, dequantize = partial(pieces, module, padded(quantization)), folder.dequantize or leave_unread(quantization)
     checkpoint = Checkpoint.open(folder.path, names.in_memory, apart, dequantize)
+    _leave_out_zero_biases(module, checkpoint)
+    _require_untied(module, checkpoint)
     fits = _fits(module, folder, checkpoint)
     if fits:
         checkpoint.check(module)
@@ -203,6 +205,30 @@ def _kept_in_float32(module: nn.Module, dtype: torch.dtype) -> set[str]:
     if dtype == torch.float16 or not isinstance(module, transformers.PreTrainedModel):
         kept |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
     return kept if dtype in (torch.float16, torch.bfloat16) else set()
+
+
+def _leave_out_zero_biases(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Leave out biases of quantized layers that have none in the model: AutoGPTQ wrote zeros for every layer."""
+    known = {slot.name for slot in slots(module)}
+    for name in checkpoint.names():
+        home, _, kind = name.rpartition(".")
+        if kind == "bias" and name not in known and checkpoint.is_dequantized(f"{home}.weight") and not checkpoint.tensor(name).any():
+            checkpoint.leave_out(name)
+
+
+def _require_untied(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise AerogelError where the config ties two weights of which the checkpoint has one in a quantized form of its own."""
+    names: dict[int, list[str]] = {}
+    for slot in slots(module):
+        names.setdefault(id(slot.tensor), []).append(slot.name)
+    for aliases in names.values():
+        stored = [name for name in aliases if name in checkpoint]
+        apart = [name for name in stored if checkpoint.is_dequantized(name)]
+        if len(stored) > 1 and apart:
+            raise AerogelError(
+                f"{checkpoint.folder}: config.json ties {aliases[0]} and {aliases[1]}, and {apart[0]} is quantized apart; set "
+                "tie_word_embeddings to false in config.json"
+            )
 
 
 def _fits(module: nn.Module, folder: Folder, checkpoint: Checkpoint) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -247,5 +249,52 @@ def test_zero_points_that_readers_disagree_about_are_refused(quantized: Path) ->
 def test_floats_of_which_the_config_says_that_they_are_quantized_are_refused(method: str, tmp_path: Path) -> None:
     save(network(None, dtype=torch.bfloat16), tmp_path / "in")
     configure(tmp_path / "in", {"quant_method": method, "bits": 4})
-    with pytest.raises(AerogelError, match=rf"config.json says {method}, and no tensor is a .*; get the config.json that belongs to"):
+    with pytest.raises(AerogelError, match=rf"config.json says {method}, and no (tensor|weight) .*; get the config.json that belongs to"):
         open_model(tmp_path / "in")
+
+
+def test_zero_biases_of_layers_that_have_none_are_left_out(quantized: Path, tmp_path: Path) -> None:
+    """AutoGPTQ wrote them for every layer."""
+    expected = dict(opened(quantized).state_dict())
+    change(quantized, {f"{UP}.bias": torch.zeros(128).half()})
+    assert same(dict(opened(quantized).state_dict()), expected)
+    assert open_model(quantized).unbuilt is None
+    aerogel.compress(quantized, RTN, output=tmp_path / "out", measures=())
+    assert f"{UP}.bias" not in tensors_of(tmp_path / "out")
+    change(quantized, {f"{UP}.bias": torch.ones(128).half()})
+    with pytest.raises(AerogelError, match=rf"it has {UP}.bias, which is unknown"):
+        open_model(quantized)
+
+
+def test_a_head_that_is_quantized_apart_is_not_tied(quantized: Path) -> None:
+    path = quantized / "config.json"
+    settings = json.loads(path.read_text())
+    head = packed("lm_head", torch.empty(128, 64), torch.Generator())
+    change(quantized, head[0] | {"lm_head.weight": None})
+    assert torch.equal(opened(quantized).get_parameter("lm_head.weight"), head[1].to(torch.bfloat16))
+    path.write_text(json.dumps(settings | {"tie_word_embeddings": True}))
+    with pytest.raises(AerogelError, match=r"ties .*lm_head.weight is quantized apart; set tie_word_embeddings to false"):
+        open_model(quantized)
+
+
+def test_projections_that_are_one_layer_in_the_model(tmp_path: Path) -> None:
+    quantized, plain = twins(tmp_path, packed, PLAIN, "phi3")
+    assert any("qkv_proj.qweight" in name for name in tensors_of(quantized))
+    assert same(dict(opened(quantized).state_dict()), dict(opened(plain).state_dict()))
+
+
+def test_layers_whose_floats_lie_transposed(tmp_path: Path) -> None:
+    """Conv1D of GPT-2: (inputs, outputs) in floats, a linear layer once it is quantized."""
+    config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=128, n_positions=64, bos_token_id=1, eos_token_id=2)
+    transformers.GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    shutil.copytree(tmp_path / "plain", tmp_path / "quantized")
+    for name, weight in tensors_of(tmp_path / "plain").items():
+        if re.search(r"c_(attn|proj|fc)\.weight$", name):
+            stored, exact = packed(name.removesuffix(".weight"), weight.T, torch.Generator().manual_seed(len(name)))
+            change(tmp_path / "quantized", stored | {name: None})
+            change(tmp_path / "plain", {name: exact.T.to(torch.bfloat16).contiguous()})
+    configure(tmp_path / "quantized", PLAIN)
+    assert same(dict(opened(tmp_path / "quantized").state_dict()), dict(opened(tmp_path / "plain").state_dict()))
+    for name in ("quantized", "plain"):
+        aerogel.compress(tmp_path / name, RTN, output=tmp_path / "out" / name, measures=())
+    assert same(tensors_of(tmp_path / "out" / "quantized"), tensors_of(tmp_path / "out" / "plain"))

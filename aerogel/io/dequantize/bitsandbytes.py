@@ -98,7 +98,7 @@ def _weights(where: Path, dtype: torch.dtype, on_disk: OnDisk) -> dict[str, Dequ
             raise AerogelError(
                 f"{where} says bitsandbytes, and {name} is {entry.dtype} without {name}{_STATE}nf4 or fp4; get all files of the model again"
             )
-    tensors.require_some(found, "a weight of 4 or 8 bits")
+    tensors.require_some(found, "no weight has 4 or 8 bits")
     return found
 
 
@@ -144,7 +144,7 @@ def _of_4bit(tensors: Tensors, name: str, kind: str, state: State, dtype: torch.
         parts += [f"{name}.nested_absmax", f"{name}.nested_quant_map"]
     told = f"bitsandbytes: {kind} with a scale per block of {state.block}{', scales in int8' if nested else ''}"
     make = partial(dequantize_4bit, state=state, dtype=dtype)
-    return Dequantized(name, tuple(parts), Entry.of(dtype, state.shape), make, False, told, (f"{name}{_STATE}{kind}",))
+    return Dequantized(name, tuple(parts), Entry.of(dtype, state.shape), make, False, told, (f"{name}{_STATE}{kind}",), of_linear=True)
 
 
 def _of_8bit(tensors: Tensors, on_disk: OnDisk, name: str, dtype: torch.dtype) -> Dequantized:
@@ -160,4 +160,4 @@ def _of_8bit(tensors: Tensors, on_disk: OnDisk, name: str, dtype: torch.dtype) -
     make = partial(dequantize_int8, dtype=dtype)
     descriptions = tuple({layout} & on_disk.entries.keys())
     told = "bitsandbytes: int8 with a scale per channel"
-    return Dequantized(name, (f"{home}.SCB",), Entry.of(dtype, shape), make, False, told, descriptions)
+    return Dequantized(name, (f"{home}.SCB",), Entry.of(dtype, shape), make, False, told, descriptions, of_linear=True)

@@ -26,10 +26,10 @@ class Tensors:
     method: str
     entries: Mapping[str, Entry]
 
-    def require_some(self, found: Mapping[str, object], kind: str) -> None:
+    def require_some(self, found: Mapping[str, object], lacking: str) -> None:
         """Raise AerogelError where no weight was found at all."""
         if not found:
-            raise AerogelError(f"{self.where} says {self.method}, and no tensor is {kind}; get the config.json that belongs to the weights")
+            raise AerogelError(f"{self.where} says {self.method}, and {lacking}; get the config.json that belongs to the weights")
 
     def required(self, name: str, of: str) -> Entry:
         """Return a tensor that another one needs; raises AerogelError where it is missing."""

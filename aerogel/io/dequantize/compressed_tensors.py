@@ -111,6 +111,7 @@ def _weights(where: Path, dtype: torch.dtype, config: Mapping[str, Any], on_disk
             False,
             f"{_METHOD}: {shared}",
             tuple({f"{home}.weight_shape"} & on_disk.entries.keys()),
+            of_linear=True,
         )
     return found | dict.fromkeys(unread & on_disk.entries.keys())
 
