@@ -7,6 +7,7 @@ O outputs, I inputs, G groups.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class AwqLayout(Exporter):
         """Write the layout layer by layer; scales become float16."""
         self.accept(source)
         master = Master.open(source)
-        config = dict(master.config)
+        config = copy.deepcopy(master.config)
         for part in configs_in(config):
             part.pop("quantization_config", None)
         with new_folder(output) as target:

@@ -6,6 +6,7 @@ W4A16_NVFP4: weight (O, I / 2), weight_scale (O, I / 16) and weight_scale_2 (), 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class ModelOpt(Exporter):
         self.accept(source)
         part = source.denoiser
         master, place = Master.open(part), part.folder.relative_to(source.folder)
-        config = dict(master.config)
+        config = copy.deepcopy(master.config)
         for each in configs_in(config):
             each.pop("quantization_config", None)
         skipped = unquantized(master)

@@ -63,12 +63,18 @@ def answered_by_transformers(folder: Path, asked: dict[str, Any]) -> dict[str, A
     return {"first": first, "loss": float(loss)}
 
 
-def require_alike(desk: Path, served: Path, reference: Path) -> None:
-    """Serve a folder and raise AssertionError unless it answers as the reference does in transformers."""
+def served(folder: Path, asked: Path, answered: Path) -> dict[str, Any]:
+    """Serve a folder and return its answers."""
     python = python_of("vllm", RELEASE, without=BROKEN)
-    asked, answered = desk / "asked.json", desk / f"{served.name}.json"
-    run(python, Path(__file__).parent / "vllm_driver.py", served, asked, answered, timeout=3600, **SETTINGS)  # float8 is slow on a CPU
-    found, wanted = json.loads(answered.read_text()), answered_by_transformers(reference, json.loads(asked.read_text()))
+    run(python, Path(__file__).parent / "vllm_driver.py", folder, asked, answered, timeout=3600, **SETTINGS)  # float8 is slow on a CPU
+    found: dict[str, Any] = json.loads(answered.read_text())
+    return found
+
+
+def require_alike(desk: Path, folder: Path, reference: Path) -> None:
+    """Serve a folder and raise AssertionError unless it answers as the reference does in transformers."""
+    asked = desk / "asked.json"
+    found, wanted = served(folder, asked, desk / f"{folder.name}.json"), answered_by_transformers(reference, json.loads(asked.read_text()))
     # With 8-bit inputs bfloat16 turns tokens that are as likely: of 32 this package and transformers have 28 in common.
     same = int((wanted["first"].amax(-1) - wanted["first"][range(PROMPTS), found["first"]] <= TIE).sum())
     apart = math.exp(abs(found["loss"] - wanted["loss"])) - 1
@@ -86,3 +92,12 @@ def test_it_serves_other_layouts(layout: str, name: str, desk: Path) -> None:
     export(compressed(name, desk), layout, desk / f"{layout}-layout")
     # transformers reads these with GPTQModel only; they hold the integer codes of the other folder.
     require_alike(desk, desk / f"{layout}-layout", desk / name)
+
+
+def test_it_reads_the_modelopt_layout_as_the_default_format(desk: Path) -> None:
+    asked = json.loads((desk / "asked.json").read_text())
+    few = {"prompts": [asked["prompts"][0][:8]], "rows": [asked["rows"][0][:8]]}  # float8 is slow on a CPU
+    (desk / "few.json").write_text(json.dumps(few))
+    export(compressed("fp8-dynamic", desk), "modelopt", desk / "modelopt-layout")
+    answers = [served(desk / name, desk / "few.json", desk / f"few-{name}.json") for name in ("modelopt-layout", "fp8-dynamic")]
+    assert answers[0] == answers[1]

@@ -140,6 +140,17 @@ def test_experts_that_engines_do_not_read_are_refused(tmp_path: Path) -> None:
     assert reasons[0] == f"some experts of {home} are quantized and others are not, and engines load them as one tensor"
 
 
+def test_a_configuration_inside_that_of_the_language_model_moves_out(tmp_path: Path) -> None:
+    save(network(lambda name: "W4A16_G16" if "language_model" in name else None, kind="llava", dtype=torch.float16), tmp_path / "master")
+    path = tmp_path / "master/config.json"
+    config = json.loads(path.read_text())
+    config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    path.write_text(json.dumps(config))
+    assert "model.language_model.layers.0.self_attn.q_proj.qweight" in exported(tmp_path / "master")
+    assert "quantization_config" not in json.loads((tmp_path / "awq/config.json").read_text())["text_config"]
+    assert settings(tmp_path / "master")["bits"] == 4
+
+
 def test_shards_and_bytes_of_the_master_stay(tmp_path: Path) -> None:
     save(network(dtype=torch.float16), tmp_path / "master")
     before = {path.name: path.read_bytes() for path in (tmp_path / "master").iterdir()}
