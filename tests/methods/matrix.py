@@ -212,7 +212,7 @@ class Case:
         """The largest relative error of the answer to each call."""
         method, example = self.steps[-1].method, self.example
         if (own := OWN.get(self.method, {}).get("bound")) is not None:
-            bound = float(own)
+            bound = max(float(own), TURNED.get(self.family, 0.0))
         elif "experts" in self.requires:
             bound = FEWER_EXPERTS
         elif isinstance(method, RuntimePolicy) and method.skips_modules:
