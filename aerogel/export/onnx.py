@@ -64,11 +64,11 @@ class Onnx(Exporter):
         more = _unsupported(self._network(source), source.policies)
         return [f"the policy {name} does more than look answers up by the step: compress without it" for name in more]
 
-    @torch.no_grad()
     def carries(self, policy: SavedPolicy) -> bool:
         """Return True: what a graph cannot say is refused."""
         return True
 
+    @torch.no_grad()
     def write(self, source: Source, output: Path) -> None:
         """Write output/denoiser.onnx, and output/denoiser.json with its inputs and its list of time steps."""
         self.accept(source)
