@@ -28,7 +28,7 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONPATH": "",
 }
-RECIPES = ("gptq-w4a16", "awq-w4a16", "rtn-w4a16", "rtn-w8a8", "smoothquant-w8a8", "fp8-dynamic")
+RECIPES = ("gptq-w4a16", "gptq-w4a16-kv8", "awq-w4a16", "rtn-w4a16", "rtn-w8a8", "smoothquant-w8a8", "fp8-dynamic")
 PROMPTS, LENGTH = 32, 128
 ROWS, ROW_LENGTH = 4, 256
 TIE = 0.1
