@@ -61,6 +61,8 @@ def rendered(messages: Sequence[Message], tools: list[Any] | None, tokenizer: Pr
     if tokenizer is None or not tokenizer.chat_template:
         raise AerogelError(f"{place} is a chat, and this tokenizer has no chat template; give records with a text field")
     turns = [_as_text(message, f"{place}: turn {number}") for number, message in enumerate(messages, start=1)]
+    if any("content" not in turn for turn in turns) and "tool_calls" not in str(tokenizer.chat_template):
+        raise AerogelError(f"{place} calls tools, and the model's chat template writes no tool calls; leave such chats out, or give text")
     given = {} if tools is None else {"tools": tools}
     with explained(turns, place):
         return str(tokenizer.apply_chat_template(turns, tokenize=False, **given))

@@ -47,14 +47,32 @@ def _found(record: Record, tokenizer: PreTrainedTokenizerBase | None, column: st
         return value
     if not isinstance(value, Mapping):
         raise AerogelError(f"{place} holds {type(value).__name__}, expected an object with columns, or a string")
-    if column is None:
-        there = [name for name in ("text", *CHATS) if name in value]
-        column = next((name for name in there if value[name] is not None), there[0] if there else None)
-    elif column not in value:
+    if column is not None and column not in value:
         raise AerogelError(f"{place} has no column {column!r}; its columns are {_columns(value)}")
-    if column is not None:
-        return _of_column(value, column, tokenizer, place)
-    return _of_several(value, tokenizer, place)
+    match columns_of(value, column):
+        case (name,):
+            return _of_column(value, name, tokenizer, place)
+        case (asked, answered):
+            return _answered(value, asked, answered, tokenizer, place)
+    candidates = [name for name in (*TEXTS, *ASKED, *ANSWERED) if name in value]
+    wrong = f"could be read by {', '.join(candidates)}" if candidates else "has no text that is found by its name"
+    raise AerogelError(f"{place} {wrong}; its columns are {_columns(value)}: name one (--column, or column= in Python)")
+
+
+def columns_of(value: Any, column: str | None = None) -> tuple[str, ...]:
+    """Return the column with a record's text or chat, or the two with a question and its answer; none where none or several fit."""
+    if not isinstance(value, Mapping) or column is not None:
+        return () if column is None else (column,)
+    there = [name for name in ("text", *CHATS) if name in value]
+    if there:
+        return (next((name for name in there if value[name] is not None), there[0]),)
+    asked, answered = ([name for name in names if name in value] for names in (ASKED, ANSWERED))
+    if not asked and answered and "input" in value:
+        asked = ["input"]
+    if asked and answered:  # a text beside them is such as a passage that the question is about
+        return (asked[0], answered[0]) if (len(asked), len(answered)) == (1, 1) else ()
+    texts = [name for name in TEXTS if isinstance(value.get(name), str)]
+    return (texts[0],) if len(texts) == 1 else ()
 
 
 def _of_column(value: Mapping[str, Any], column: str, tokenizer: PreTrainedTokenizerBase | None, place: str) -> str:
@@ -76,23 +94,6 @@ def _of_column(value: Mapping[str, Any], column: str, tokenizer: PreTrainedToken
     raise AerogelError(
         f"{place}: column {column!r} holds {type(cell).__name__}, expected a string or a chat; its columns are {_columns(value)}"
     )
-
-
-def _of_several(value: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, place: str) -> str:
-    """A text under another name, or a question and its answer."""
-    texts = [name for name in TEXTS if isinstance(value.get(name), str)]
-    asked, answered = ([name for name in names if name in value] for names in (ASKED, ANSWERED))
-    if not asked and answered and "input" in value:
-        asked = ["input"]
-    if asked and answered:
-        texts = []  # such as a passage that the question is about
-    if len(texts) == 1:
-        return str(value[texts[0]])
-    if (len(asked), len(answered)) == (1, 1):
-        return _answered(value, asked[0], answered[0], tokenizer, place)
-    candidates = [*texts, *asked, *answered]
-    wrong = f"could be read by {', '.join(candidates)}" if candidates else "has no text that is found by its name"
-    raise AerogelError(f"{place} {wrong}; its columns are {_columns(value)}: name one (--column, or column= in Python)")
 
 
 def _answered(value: Mapping[str, Any], asked: str, answered: str, tokenizer: PreTrainedTokenizerBase | None, place: str) -> str:

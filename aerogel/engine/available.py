@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from aerogel.data import chats, sources, text
 from aerogel.data.chats import Chats
+from aerogel.data.records import columns_of
 from aerogel.engine.calibration import Samples, Shown
 from aerogel.model.network import Network
 
@@ -29,6 +30,15 @@ def available(network: Network, asked: Shown) -> Shown:
     if not found:
         text.samples(tokenizer, asked.source, asked.count, asked.length, column=asked.column)  # says what is wrong
     return _at_most(asked, found, f"sequences of {asked.length} tokens")
+
+
+def columns_read(asked: Shown) -> tuple[str, ...]:
+    """Return a line that says which columns of a source with records are read, by its first record; nothing for plain text."""
+    if not isinstance(asked, Samples) or not sources.is_named(asked.source):
+        return ()
+    first = next(sources.records(asked.source), None)
+    columns = () if first is None else columns_of(first.value, asked.column)
+    return (f"calibration reads {' and '.join(columns)} of {asked.source}",) if columns else ()
 
 
 def _at_most(asked: _Counted, found: int, what: str) -> _Counted:

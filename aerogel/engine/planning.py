@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from aerogel.engine.available import available
+from aerogel.engine.available import available, columns_read
 from aerogel.engine.calibration import CalibrationInput, reading, shown, with_batch_size
 from aerogel.engine.estimates import (
     Sizes,
@@ -133,9 +133,12 @@ def plan(
     parsed = Recipe.parse(recipe, overrides)
     network = open_model(model, device=device, dequantize=quantizes_weights(parsed))
     read = with_batch_size(shown(network, samples), batch_size, processes.count)
+    columns: tuple[str, ...] = ()
     if needs_calls(parsed):
         read = available(network, read)
-    return plan_network(network, parsed, reading(network, read), flops_a_second, processes, wanted)
+        columns = columns_read(read)
+    made = plan_network(network, parsed, reading(network, read), flops_a_second, processes, wanted)
+    return replace(made, remarks=(*made.remarks, *columns)) if columns and not made.problems else made
 
 
 def plan_network(

@@ -118,7 +118,9 @@ def save(policies: Sequence[CalibratedPolicy], folder: Path) -> tuple[list[Polic
         for key, value in measured.state.as_dict().items()
         if isinstance(value, Tensor)
     }
-    checksums = write_shards(folder, tensors.items(), Path(STATES).stem, max_shard_size=1 << 62) if tensors else {}
+    place = Path(STATES)
+    written = write_shards(folder / place.parent, tensors.items(), place.stem, max_shard_size=1 << 62) if tensors else {}
+    checksums = {str(place.with_name(name)): checksum for name, checksum in written.items()}
     records = [
         PolicyRecord(
             step=measured.step.as_dict(),

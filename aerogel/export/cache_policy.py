@@ -11,7 +11,7 @@ from aerogel.io.fingerprint import fingerprint
 from aerogel.io.record import files
 from aerogel.io.record.schema import ModelRecord, Record
 from aerogel.io.save import new_folder
-from aerogel.io.states import STATES
+from aerogel.io.states import FILES, file_in
 from aerogel.runtime.feature_cache.streams import FeatureCacheState
 
 
@@ -28,7 +28,7 @@ class CachePolicy(Exporter):
         return True
 
     def write(self, source: Source, output: Path) -> None:
-        """Write output/aerogel.json and, where policies have tensors, output/aerogel.safetensors."""
+        """Write output/aerogel.json and, where policies have tensors, the file with these."""
         self.accept(source)
         folder = source.folder
         whole = files.read(folder)
@@ -42,11 +42,12 @@ class CachePolicy(Exporter):
                 recipe=whole.recipe,
                 provenance=whole.provenance,
                 policies=whole.policies,
-                checksums={file: checksum for file, checksum in whole.checksums.items() if file == STATES},
+                checksums={file: checksum for file, checksum in whole.checksums.items() if file in FILES},
             )
             files.write(target, record)
-            if (folder / STATES).exists():
-                shutil.copyfile(folder / STATES, target / STATES)
+            if (name := file_in(folder)) is not None:
+                (target / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(folder / name, target / name)
 
 
 def caching(source: Source) -> SavedPolicy | None:

@@ -18,7 +18,7 @@ from huggingface_hub import utils as hub_utils
 from aerogel.errors import AerogelError
 from aerogel.io.checkpoint import STEMS
 from aerogel.io.headers import read_index
-from aerogel.io.states import STATES
+from aerogel.io.states import FILES
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 """Form of the name of a model on the hub: owner/name."""
@@ -26,7 +26,7 @@ INDEX = "model_index.json"
 """The file that makes a folder a diffusers pipeline."""
 _PATIENCE = 10.0
 """Seconds until the hub counts as not reached."""
-_SETTINGS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*", STATES)
+_SETTINGS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*")
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
 _WEIGHTS = re.compile(rf"({'|'.join(STEMS)})(-\d+-of-\d+)?\.safetensors")
 
@@ -64,7 +64,7 @@ def needed(files: Sequence[str], name: str, trust_remote_code: bool, shards: Cal
     settings = (*_SETTINGS, "*.py") if trust_remote_code else _SETTINGS
     shallow = [file for file in files if _depth(file) <= (2 if pipeline else 1)]
     beside = [file for file in shallow if any(PurePosixPath(file).match(pattern) for pattern in settings)]
-    return sorted({*weights, *beside})
+    return sorted({*weights, *beside, *(file for file in files if file in FILES)})
 
 
 def _of_parts(files: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ from aerogel.io.json_files import read_object
 from aerogel.io.layouts import as_on_disk
 from aerogel.io.quantized import configs_in, describe
 from aerogel.io.shards import write_shards
+from aerogel.io.states import FILES
 from aerogel.layers.replacement import Replacement
 from aerogel.layers.slots import slots
 from aerogel.model.denoisers import entries
@@ -171,11 +172,13 @@ def copy_companions(origin: Path, folder: Path, parts: Collection[str] = ("",)) 
     """Copy everything but weights (of a pipeline: of these parts), what another run of this package left, and hidden files."""
     own, skipped = [origin / part for part in parts], (*_OURS, *_OF_QUANTIZERS)
     for path in sorted(origin.iterdir() if own == [origin] else origin.rglob("*")):
-        if not path.is_file() or any(name.startswith(".") for name in path.relative_to(origin).parts) or path.name in skipped:
+        relative = path.relative_to(origin)
+        left_out = path.name in skipped or str(relative) in FILES or any(name.startswith(".") for name in relative.parts)
+        if not path.is_file() or left_out:
             continue
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
         if not (weights and path.parent in own):
-            target = folder / path.relative_to(origin)
+            target = folder / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)  # follows links: hub caches are made of them
 

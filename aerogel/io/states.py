@@ -10,13 +10,23 @@ from safetensors.torch import load_file
 
 from aerogel.io.record import files
 
-STATES = "aerogel.safetensors"
+STATES = "aerogel/policies.safetensors"
+"""In a folder of its own: engines read every *.safetensors beside the weights as weights."""
+_OF_BEFORE = "aerogel.safetensors"
+FILES = (STATES, _OF_BEFORE)
+"""Names that releases of this package have given it."""
+
+
+def file_in(folder: Path) -> str | None:
+    """Return the name of the file with the tensors of a folder's policies; None where it has none."""
+    return next((name for name in FILES if (folder / name).is_file()), None)
 
 
 def stored(folder: Path) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
     """Yield ({name: options}, state) of each policy in the order in which they are put on; nothing when the folder has none."""
     policies = files.read(folder).policies if (folder / files.FILE).exists() else []
-    tensors = load_file(folder / STATES) if (folder / STATES).exists() else {}
+    name = file_in(folder)
+    tensors = load_file(folder / name) if name is not None else {}
     for number, policy in enumerate(policies):
         own = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.partition(".")[0] == str(number)}
         yield policy.step, {**policy.state, **own}

@@ -76,6 +76,17 @@ def test_a_recorded_run_names_its_column(desk: Path, tmp_path: Path) -> None:
     assert "could be read" not in invoke("plan", "-r", tmp_path / "run.yaml", "--data", desk / "documents.txt", "--json").output
 
 
+def test_a_plan_says_which_columns_are_read(desk: Path, tmp_path: Path) -> None:
+    plan = ("plan", desk / "model", "-r", desk / "own.yaml", "--samples", 4, "--length", 24, "--json", "--data")
+    (tmp_path / "asked.jsonl").write_text('{"question": "the war", "answer": "peace of the world", "id": 5}\n' * 40)
+    for options, remark in {
+        (tmp_path / "asked.jsonl",): [f"calibration reads question and answer of {tmp_path / 'asked.jsonl'}"],
+        (desk / "rows", "--column", "body"): [f"calibration reads body of {desk / 'rows'}"],
+        (desk / "documents.txt",): [],
+    }.items():
+        assert json.loads(invoke(*plan, *options).stdout)["remarks"] == remark
+
+
 def test_what_cannot_be_read_is_one_line_before_work(desk: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "latin.csv").write_bytes(b"text\nthe\nth\xe9\n")

@@ -105,8 +105,11 @@ def test_tools_and_their_calls(arguments: Any, tools: Any) -> None:
     assert read({"messages": [ASKED], "tools": None}, TOOLS) == read({"messages": [ASKED], "tools": []}, TOOLS) == "<user>Where?"
 
 
-def test_null_content_is_not_written() -> None:
-    assert read({"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}]}) == "<user>Where?<assistant>"
+def test_calls_without_content_need_a_template_that_writes_them() -> None:
+    chat = {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}]}
+    assert read(chat, TOOLS) == "<user>Where?<assistant>weather:Kyiv"
+    with pytest.raises(AerogelError, match="line 7 calls tools, and the model's chat template writes no tool calls; leave such chats out"):
+        read(chat)
 
 
 @pytest.mark.parametrize(

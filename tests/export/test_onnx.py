@@ -107,9 +107,9 @@ def made(kind: str, steps: list[dict[str, Any]], folder: Path, chosen: tuple[boo
     """Compress by a recipe and export; `chosen` are the steps at which tables answer, whichever way is nearer."""
     aerogel.compress(FAMILIES[kind].build(), {"steps": steps}, samples=calls(kind, 2), measures=(), output=folder / "master")
     if chosen:
-        state = load_file(folder / "master/aerogel.safetensors")
+        state = load_file(folder / "master/aerogel/policies.safetensors")
         changed = {key: torch.tensor(chosen) if "chosen" in key else kept for key, kept in state.items()}
-        save_file(changed, folder / "master/aerogel.safetensors")
+        save_file(changed, folder / "master/aerogel/policies.safetensors")
         record = files.read(folder / "master")
         now = {name: files.checksum_of(folder / "master" / name) for name in record.checksums}
         files.write(folder / "master", record.replaced(checksums=now))

@@ -121,7 +121,7 @@ def test_a_model_without_safetensors_is_not_downloaded(served: Hub, tmp_path: Pa
 def test_of_a_pipeline_each_part_is_fetched_once() -> None:
     parts = ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "text_encoder/model-00001-of-00002.safetensors"]
     parts += ["model_index.json", "vae/diffusion_pytorch_model.safetensors", "tokenizer/merges.txt"]
-    parts += ["aerogel.json", "aerogel.safetensors"]  # of a pipeline that was compressed and pushed
+    parts += ["aerogel.json", "aerogel/policies.safetensors"]  # of a pipeline that was compressed and pushed
     useless = [
         "sd_xl_base.safetensors",
         "unet/diffusion_pytorch_model.fp16.safetensors",

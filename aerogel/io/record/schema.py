@@ -113,7 +113,7 @@ class JournalLine(OpenPart):
 
 
 class PolicyRecord(Part):
-    """A runtime policy with its calibrated state; tensors of the state are in aerogel.safetensors."""
+    """A runtime policy with its calibrated state; tensors of the state are in a file of their own."""
 
     step: dict[str, dict[str, Any]]
     """{method: options}."""

@@ -201,7 +201,7 @@ def test_the_best_is_the_one_of_least_error_and_its_folder_puts_it_on(found: Any
 def test_states_with_tensors_are_saved_too(tmp_path: Path) -> None:
     findings = searched(dit_pipeline(), "smoothcache", budget=1.2)
     findings.save(tmp_path / "out")
-    assert (tmp_path / "out" / "aerogel.safetensors").is_file()
+    assert (tmp_path / "out" / "aerogel/policies.safetensors").is_file()
     with aerogel.cached(dit_pipeline(), tmp_path / "out") as on:
         assert torch.equal(on[0].state.changes["feed-forward.change"], findings.best.state.changes["feed-forward.change"])
     with pytest.raises(AerogelError, match="not empty"):
