@@ -137,6 +137,10 @@ TrustRemoteCode = Annotated[
     bool, _option("--trust-remote-code", section=MODEL, help="Run Python files that come with the model [off]; read them first.")
 ]
 
+MergeAdapter = Annotated[
+    bool, _option("--merge-adapter", section=MODEL, help="Merge a LoRA adapter, given as the model, into its base model [off].")
+]
+
 Data = Annotated[
     str | None,
     _option(

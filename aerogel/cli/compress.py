@@ -34,6 +34,7 @@ def compress(
     dtype: given.ComputeDType = None,
     revision: given.Revision = None,
     trust_remote_code: given.TrustRemoteCode = False,
+    merge_adapter: given.MergeAdapter = False,
     data: given.Data = None,
     column: given.Column = None,
     samples: given.Count = None,
@@ -65,7 +66,7 @@ def compress(
     request = RunRequest.of(
         recipe,
         model=model,
-        options=ModelOptions(dtype, revision, trust_remote_code, device),
+        options=ModelOptions(dtype, revision, trust_remote_code, device, merge_adapter),
         adjustments=Adjustments(overrides or (), scheme, targets or (), ignore or ()),
         samples=CalibrationRequest(
             data, samples, length, steps, guidance, height=height, width=width, num_frames=num_frames, column=column
@@ -151,6 +152,7 @@ def plan(
     dtype: given.ComputeDType = None,
     revision: given.Revision = None,
     trust_remote_code: given.TrustRemoteCode = False,
+    merge_adapter: given.MergeAdapter = False,
     data: given.Data = None,
     column: given.Column = None,
     samples: given.Count = None,
@@ -180,7 +182,7 @@ def plan(
     request = RunRequest.of(
         recipe,
         model=model,
-        options=ModelOptions(dtype, revision, trust_remote_code, device),
+        options=ModelOptions(dtype, revision, trust_remote_code, device, merge_adapter),
         adjustments=Adjustments(overrides or (), scheme, targets or (), ignore or ()),
         samples=CalibrationRequest(
             data, samples, length, steps, guidance, height=height, width=width, num_frames=num_frames, column=column

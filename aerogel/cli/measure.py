@@ -44,6 +44,7 @@ def evaluate(
     dtype: given.ComputeDType = None,
     revision: given.Revision = None,
     trust_remote_code: given.TrustRemoteCode = False,
+    merge_adapter: given.MergeAdapter = False,
     threads: given.Threads = None,
     quiet: given.Quiet = False,
     as_json: given.AsJson = False,
@@ -55,7 +56,7 @@ def evaluate(
     from aerogel.engine.requests import ModelOptions
 
     with terminal.downloads(quiet or as_json):
-        source, original = ModelOptions(dtype, revision, trust_remote_code, device).locate_pair(model, against)
+        source, original = ModelOptions(dtype, revision, trust_remote_code, device, merge_adapter).locate_pair(model, against)
     with terminal.progress(quiet or as_json) as tell:
         metrics = scores.measure_models(source, original, measures or None, tell, overrides or (), device, data, column)
     print_json(metrics) if as_json else terminal.print_comparison(metrics)
@@ -77,6 +78,7 @@ def bench(
     dtype: given.ComputeDType = None,
     revision: given.Revision = None,
     trust_remote_code: given.TrustRemoteCode = False,
+    merge_adapter: given.MergeAdapter = False,
     threads: given.Threads = None,
     quiet: given.Quiet = False,
     as_json: given.AsJson = False,
@@ -88,7 +90,7 @@ def bench(
     from aerogel.engine.requests import ModelOptions
 
     with terminal.downloads(quiet or as_json):
-        source, original = ModelOptions(dtype, revision, trust_remote_code, device).locate_pair(model, against)
+        source, original = ModelOptions(dtype, revision, trust_remote_code, device, merge_adapter).locate_pair(model, against)
     asked = {"batch": batch, "prompt": prompt, "new_tokens": new_tokens, "steps": steps, "guidance": guidance, "rounds": rounds}
     metrics = scores.time_models(source, original, asked, device)
     print_json(metrics) if as_json else terminal.print_comparison(metrics)

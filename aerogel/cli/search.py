@@ -69,6 +69,7 @@ def search(
     dtype: given.ComputeDType = None,
     revision: given.Revision = None,
     trust_remote_code: given.TrustRemoteCode = False,
+    merge_adapter: given.MergeAdapter = False,
     data: Prompts = None,
     column: given.Column = None,
     samples: Count = None,
@@ -92,7 +93,7 @@ def search(
     from aerogel.engine.search import searching
 
     with terminal.downloads(quiet or as_json):
-        source = ModelOptions(dtype, revision, trust_remote_code, device).locate(model)
+        source = ModelOptions(dtype, revision, trust_remote_code, device, merge_adapter).locate(model)
     with terminal.progress(quiet or as_json) as tell:
         findings = searching.search(
             source,

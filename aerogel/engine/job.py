@@ -26,6 +26,7 @@ from aerogel.engine.stages import reaches_around
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure
 from aerogel.io import save
+from aerogel.io.adapters import adapter_in
 from aerogel.io.checkpoint import Checkpoint
 from aerogel.io.engines import Engine
 from aerogel.io.older import SCHEMA
@@ -159,6 +160,7 @@ class Job:
             "device": self.network.device.type,
             "calls": len(calibration.calls),
             "number of processes": self.processes.count,
+            "adapter": _adapter_of(self.network),
         }
 
     def _run_live(self, run: Run, record: Record, watch: Watch) -> Result:
@@ -170,3 +172,10 @@ class Job:
                 self.processes.of_first(lambda: result.save(output))
             result.folder = output
         return result
+
+
+def _adapter_of(network: Network) -> dict[str, Any] | None:
+    """What identifies the LoRA adapter that is merged into a model."""
+    folder = None if network.source is None else network.source.adapter
+    adapter = None if folder is None else adapter_in(folder)
+    return None if adapter is None else adapter.fingerprint

@@ -40,6 +40,7 @@ def open_model(
     unfuse_experts: bool = True,
     revision: str | None = None,
     dequantize: bool = False,
+    merge_adapter: bool = False,
 ) -> Network:
     """Open a network without its runtime policies; the arguments are those of `load`."""
     found = find_device(device)
@@ -53,6 +54,7 @@ def open_model(
         unfuse_experts=unfuse_experts,
         revision=revision,
         dequantize=dequantize,
+        merge_adapter=merge_adapter,
     )
     if device != AUTO and network.device != found:
         _compute_on(network, found)
@@ -83,6 +85,7 @@ def load(
     unfuse_experts: bool = True,
     revision: str | None = None,
     dequantize: bool = False,
+    merge_adapter: bool = False,
 ) -> Network:
     """Open a network and put its runtime policies on for good.
 
@@ -108,6 +111,7 @@ def load(
             unfuse_experts=unfuse_experts,
             revision=revision,
             dequantize=dequantize,
+            merge_adapter=merge_adapter,
         )
     if network is not source and (index := timestep_index_of(network.module)) is not None:
         index.set_pipeline(network.processor)

@@ -30,6 +30,7 @@ from aerogel.engine.requirements import unmet
 from aerogel.engine.sharing import in_full, share_of
 from aerogel.engine.stages import quantizes_weights
 from aerogel.evaluate.measure import positions
+from aerogel.io.adapters import adapter_in, describe
 from aerogel.io.engines import ENGINES, Engine, StoredLayer, StoredModel, engine_of, refusals
 from aerogel.io.source import ModelSource
 from aerogel.layers import layout
@@ -205,6 +206,8 @@ def _opened_by(
 
 
 def _remarks(network: Network, recipe: Recipe) -> Iterator[str]:
+    if network.source is not None and network.source.adapter is not None and (adapter := adapter_in(network.source.adapter)) is not None:
+        yield describe(adapter)
     if network.dequantized is not None:
         yield f"{network.dequantized}; this recipe starts from the dequantized weights"
     yield from (f"{step.name}: {line}" for step in recipe.steps for line in step.method.remarks(network))

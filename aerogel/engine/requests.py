@@ -48,6 +48,7 @@ class ModelOptions:
     trust_remote_code: bool = False
     device: str = AUTO
     """The device that computes: auto, cpu, cuda, cuda:1, mps, xpu."""
+    merge_adapter: bool = False
 
     def locate(self, name: str) -> ModelSource:
         """Find a model, and fetch it from the hub where it is not here.
@@ -55,7 +56,13 @@ class ModelOptions:
         Raises AerogelError where it cannot be had, and before that where the device is not here.
         """
         find_device(self.device)
-        return locate(name, revision=self.revision, dtype=DTYPES[self.dtype or "auto"], trust_remote_code=self.trust_remote_code)
+        return locate(
+            name,
+            revision=self.revision,
+            dtype=DTYPES[self.dtype or "auto"],
+            trust_remote_code=self.trust_remote_code,
+            merge_adapter=self.merge_adapter,
+        )
 
     def locate_pair(self, name: str, against: str | None) -> tuple[ModelSource, ModelSource | None]:
         """Find a model and the one it is compared with; the revision is that of the one which is from the hub.

@@ -22,7 +22,9 @@ from aerogel.io.checkpoint import Dequantize, Dequantized, OnDisk
 from aerogel.io.headers import read_header
 from aerogel.io.json_files import read_object
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+"""The file of an adapter's tensors."""
 _PREFIX = "base_model.model."
 _PARTS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_magnitude_vector.weight")
 _Rank = Annotated[int, Field(ge=1, le=2**20)]
@@ -62,15 +64,13 @@ class Adapter:
     @cached_property
     def layers(self) -> Mapping[str, Mapping[str, Tensor]]:
         """The parts of each layer by the name of the layer, and tensors that take the place of the base's by their own, under ""."""
-        read_header(self.folder / _WEIGHTS)
+        read_header(self.folder / WEIGHTS)
         found: dict[str, dict[str, Tensor]] = {"": {}}
-        for key, tensor in load_file(self.folder / _WEIGHTS).items():
+        for key, tensor in load_file(self.folder / WEIGHTS).items():
             name = key.removeprefix(_PREFIX)
             part = next((part for part in _PARTS if name.endswith(f".{part}")), None)
             if part is None and "lora_" in name:
-                raise AerogelError(
-                    f"{self.folder / _WEIGHTS}: {key} is no part of LoRA for linear layers or embeddings; merge it with PEFT"
-                )
+                raise AerogelError(f"{self.folder / WEIGHTS}: {key} is no part of LoRA for linear layers or embeddings; merge it with PEFT")
             if part is None:
                 found[""][name] = tensor
             else:
@@ -80,7 +80,7 @@ class Adapter:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """Return what a resumed run compares."""
-        weights = self.folder / _WEIGHTS
+        weights = self.folder / WEIGHTS
         return {"config": self.config.model_dump(), "bytes": weights.stat().st_size, "modified": weights.stat().st_mtime_ns}
 
 
@@ -109,8 +109,8 @@ def require_mergeable(adapter: Adapter) -> None:
         )
     if config.base_model_name_or_path is None:
         raise AerogelError(f"{adapter.folder / _CONFIG} does not name its base model; add base_model_name_or_path")
-    if not (adapter.folder / _WEIGHTS).is_file():
-        raise AerogelError(f"{adapter.folder} has no {_WEIGHTS}; only safetensors are opened, save the adapter again")
+    if not (adapter.folder / WEIGHTS).is_file():
+        raise AerogelError(f"{adapter.folder} has no {WEIGHTS}; only safetensors are opened, save the adapter again")
 
 
 def require_no_adapters(module: nn.Module) -> None:
@@ -138,7 +138,7 @@ def _merged(adapter: Adapter, base: Dequantize | None, disk: OnDisk) -> dict[str
         entry = plain.entry
         if len(entry.shape) > 2:
             raise AerogelError(f"{adapter.folder} changes {name}, the weights of several experts in one; merge it with PEFT first")
-        change.require(entry.shape, f"{adapter.folder / _WEIGHTS}: the adapter of {name}")
+        change.require(entry.shape, f"{adapter.folder / WEIGHTS}: the adapter of {name}")
         floats[name] = replace(plain, make=partial(_change, plain.make, change))
     return floats
 
@@ -186,7 +186,7 @@ class _Change:
 def _changes(adapter: Adapter) -> Iterator[tuple[str, _Change]]:
     """Yield the changes by the names of the base's tensors."""
     for name, tensor in adapter.layers[""].items():
-        yield name.replace(".modules_to_save", ""), _Change(tensor.float, tuple(tensor.shape), replaces=True)
+        yield name.replace(".modules_to_save", "").replace(".base_layer", ""), _Change(tensor.float, tuple(tensor.shape), replaces=True)
     for layer, parts in adapter.layers.items():
         if layer:
             yield f"{layer}.weight", _of_layer(adapter, layer, parts)
@@ -195,7 +195,7 @@ def _changes(adapter: Adapter) -> Iterator[tuple[str, _Change]]:
 def _of_layer(adapter: Adapter, layer: str, parts: Mapping[str, Tensor]) -> _Change:
     embeds = "lora_embedding_A" in parts
     first, second = (parts.get(f"lora_embedding_{part}" if embeds else f"lora_{part}") for part in "AB")
-    where = f"{adapter.folder / _WEIGHTS}: {layer}"
+    where = f"{adapter.folder / WEIGHTS}: {layer}"
     if first is None or second is None:
         raise AerogelError(f"{where} has one of two matrices; save the adapter again")
     if first.ndim != 2 or second.ndim != 2 or second.shape[1] != first.shape[0]:

@@ -16,6 +16,7 @@ from huggingface_hub import constants, errors
 from huggingface_hub import utils as hub_utils
 
 from aerogel.errors import AerogelError
+from aerogel.io.adapters import WEIGHTS as ADAPTER
 from aerogel.io.checkpoint import STEMS
 from aerogel.io.headers import read_index
 from aerogel.io.states import FILES
@@ -58,7 +59,7 @@ def needed(files: Sequence[str], name: str, trust_remote_code: bool, shards: Cal
     Raises AerogelError when it has no safetensors.
     """
     pipeline = INDEX in files
-    weights = _of_parts(files) if pipeline else _of_one_stem(files, shards)
+    weights = _of_parts(files) if pipeline else _of_one_stem(files, shards) or [file for file in files if file == ADAPTER]
     if not weights:
         raise AerogelError(_no_safetensors(files, name))
     settings = (*_SETTINGS, "*.py") if trust_remote_code else _SETTINGS

@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from aerogel.errors import AerogelError
+from aerogel.io.adapters import Adapter, adapter_in, merging, require_no_adapters
 from aerogel.io.checkpoint import Checkpoint
 from aerogel.io.dequantize import dequantizer_of
 from aerogel.io.json_files import read_object
@@ -45,6 +46,7 @@ def load(
     unfuse_experts: bool = True,
     revision: str | None = None,
     dequantize: bool = False,
+    merge_adapter: bool = False,
 ) -> Network:
     """Open a network of one of these families without runtime policies; `aerogel.load` says what the other arguments are.
 
@@ -59,9 +61,10 @@ def load(
     if _is_pipeline(source):
         return _live(families, _denoisers(source), source, dtype, unfuse_experts)
     if isinstance(source, str | Path):
-        source = locate(source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+        source = locate(source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code, merge_adapter=merge_adapter)
     if isinstance(source, ModelSource):
-        given = partial(_read_folder, families=families, device=device, dtype=source.dtype, dequantize=dequantize)
+        adapter = None if source.adapter is None else adapter_in(source.adapter)
+        given = partial(_read_folder, families=families, device=device, dtype=source.dtype, dequantize=dequantize, adapter=adapter)
         network = _open(source.folder, given, device, lazy, source.trust_remote_code)
         network.source = source
         return network
@@ -110,6 +113,7 @@ def _parts_of(folder: Path) -> list[Path]:
 
 
 def _live(families: Sequence[Family], module: nn.Module, processor: Any, dtype: torch.dtype | None, unfuse_experts: bool) -> Network:
+    require_no_adapters(module)
     stored = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     if absent := [name for name, parameter in module.named_parameters() if parameter.is_meta]:
         raise AerogelError(
@@ -253,10 +257,14 @@ def _without_bars(logging: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _read_folder(path: Path, *, families: Sequence[Family], device: torch.device, dtype: torch.dtype | None, dequantize: bool) -> Folder:
+def _read_folder(
+    path: Path, *, families: Sequence[Family], device: torch.device, dtype: torch.dtype | None, dequantize: bool, adapter: Adapter | None
+) -> Folder:
     settings = _read_json(path / "config.json")
     family = family_of(families, settings.get("model_type"), settings.get("_class_name"), settings)
-    floats = dequantizer_of(settings, path, compressed=dequantize)
+    floats = dequantizer_of(settings, path, compressed=dequantize or adapter is not None)
+    if adapter is not None:
+        floats = merging(adapter, floats)
     checkpoint = Checkpoint.open(path, dequantize=floats)
     checkpoint.verify()
     _require_layers(path, settings, len(checkpoint.names()))

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from aerogel.errors import AerogelError, nearest
-from aerogel.io import hub
+from aerogel.io import adapters, hub
 from aerogel.io.reference import REFERENCES, folder_of
 
 
@@ -26,6 +26,8 @@ class ModelSource:
     """The dtype to compute in; None is that of the checkpoint, where the device computes in it."""
     trust_remote_code: bool = False
     """Python files of the model may be run."""
+    adapter: Path | None = None
+    """Folder of a LoRA adapter that is merged into the weights."""
 
     def __str__(self) -> str:
         return self.name
@@ -37,16 +39,22 @@ class ModelSource:
 
     def at(self, folder: Path) -> ModelSource:
         """Return how to open another folder in the same way, such as what this model was compressed to."""
-        return replace(self, name=str(folder), folder=folder, revision=None)
+        return replace(self, name=str(folder), folder=folder, revision=None, adapter=None)
 
 
 def locate(
-    name: str | Path, *, revision: str | None = None, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    merge_adapter: bool = False,
 ) -> ModelSource:
     """Find a model by a folder, the name of a reference model or a hub id, and fetch it from the hub where it is not in the cache.
 
-    Raises AerogelError when there is none, with the nearest names, when the hub does not give it, and for a revision of a model that is
-    not from the hub.
+    Of a LoRA adapter it is the base model, with the adapter to be merged, if `merge_adapter` asks for that. Raises AerogelError when there
+    is none, with the nearest names, when the hub does not give it, for a revision of a model that is not from the hub, and for an adapter
+    otherwise.
     """
     given, folder = str(name), Path(name).expanduser()
     on_hub = not folder.exists() and given not in REFERENCES and hub.ID.fullmatch(given) is not None
@@ -58,8 +66,22 @@ def locate(
         raise AerogelError(f"a revision ({revision!r}) is of a model on the hub, and {given} is not from there; leave --revision out")
     if on_hub:
         fetched = hub.fetch(given, revision, trust_remote_code)
-        return ModelSource(given, fetched, _commit(fetched), dtype, trust_remote_code)
-    return ModelSource(given, folder if folder.is_dir() else folder_of(given), None, dtype, trust_remote_code)
+        found = ModelSource(given, fetched, _commit(fetched), dtype, trust_remote_code)
+    else:
+        found = ModelSource(given, folder if folder.is_dir() else folder_of(given), None, dtype, trust_remote_code)
+    adapter = adapters.adapter_in(found.folder)
+    return found if adapter is None else _with_base(found, adapter, merge_adapter)
+
+
+def _with_base(source: ModelSource, adapter: adapters.Adapter, merge: bool) -> ModelSource:
+    """Return the base model of an adapter with the adapter to be merged; raises AerogelError unless that is asked for."""
+    if not merge:
+        raise AerogelError(
+            f"{source.name} is an adapter of {adapter.base}; add --merge-adapter (in Python merge_adapter=True) to merge it into that model"
+        )
+    adapters.require_mergeable(adapter)
+    base = locate(adapter.base, dtype=source.dtype, trust_remote_code=source.trust_remote_code)
+    return replace(base, name=source.name, revision=source.revision, adapter=source.folder)
 
 
 def _commit(snapshot: Path) -> str | None:

@@ -49,7 +49,7 @@ def dequantizer_of(settings: dict[str, Any], folder: Path, compressed: bool = Fa
 
 def told(checkpoint: Checkpoint) -> str | None:
     """Return a line that says how weights were quantized on disk and what became of them; None where none was."""
-    made = checkpoint.dequantized()
+    made = {name: one for name, one in checkpoint.dequantized().items() if one.format}  # others are as they were, but for an adapter
     if not made:
         return None
     formats = ", ".join(sorted({one.format for one in made.values()}))
