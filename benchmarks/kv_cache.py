@@ -62,7 +62,7 @@ def decoded(network: Network, prompt_1T: torch.Tensor) -> Generation:
 def main() -> None:
     torch.set_num_threads(THREADS)
     network = open_model(MODEL, lazy=False, dtype=torch.float32)
-    prompt_1T = MEASURE.stream(network)[:1].new_tensor(text.tokens(tokenizer_of(network), "sotu", CONTEXT))[None]
+    prompt_1T = text.tokens(tokenizer_of(network), "sotu", CONTEXT)[None]
     states: dict[KVCachePolicy, Any] = {}
     figures, steps, paths = {}, {name: list[float]() for name in POLICIES}, {}
     for name, policy in POLICIES.items():

@@ -27,6 +27,7 @@ from aerogel.model.network import Network
 from aerogel.model.processes import Processes
 from aerogel.model.rounding import InputRange, has_static_inputs, output_energy, output_error, round_to_nearest, static_inputs
 from aerogel.model.statistics import InputStatistics, collect
+from aerogel.model.unseen_experts import borrow_input_ranges
 from aerogel.model.walk import blocks_of
 from aerogel.numerics.quantize import Grid, fake_quantize, grouped, weight_grid
 from aerogel.numerics.scheme import PerChannel, PerGroup, Scheme
@@ -153,6 +154,7 @@ class Awq(WeightMethod):
         found = block.processes.each({name: lambda job=job: place.take_back(job.last_grid()) for name, job in jobs.items()})  # type: ignore[misc]
         for name, job in jobs.items():
             self._finish(block, name, job, place.bring(found[name]), ranges.get(name), kept.get(job))
+        borrow_input_ranges(block, [name for name, job in jobs.items() if has_static_inputs(job.scheme) and name not in ranges])
 
     def _scale_edge(self, block: Block, edge: Edge, jobs: dict[str, _Job]) -> None:
         """Find the scale of an edge's channels and move it there."""

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from aerogel.model.rounding import InputRange, has_static_inputs, output_error, 
 from aerogel.model.solutions import Share, Solution, has_scales_of_rows
 from aerogel.model.statistics import InputStatistics, collect, sharing, together
 from aerogel.model.synchronized_forwards import InputGroup, synchronized_forwards
+from aerogel.model.unseen_experts import borrow_input_ranges
 from aerogel.numerics.feedback import feedback, round_columns
 from aerogel.numerics.quantize import Grid, dequantize, grouped
 from aerogel.numerics.scheme import PerBlock, PerChannel, PerGroup, Scheme, TensorScheme
@@ -83,10 +85,10 @@ class Gptq(WeightMethod):
         if once and len(stages) == len(input_groups) and not missed and _paused_bytes(block, jobs) <= self.max_activation_gb * 1e9:
             self._in_one_pass(block, jobs, input_groups)
         elif self.true_sequential:
-            for stage in (*stages, tuple(missed)):
-                self._quantize(block, {name: jobs[name] for name in jobs if name in stage})
+            unseen = [self._quantize(block, {name: jobs[name] for name in jobs if name in stage}) for stage in (*stages, tuple(missed))]
+            borrow_input_ranges(block, chain(*unseen))
         else:
-            self._quantize(block, jobs)
+            borrow_input_ranges(block, self._quantize(block, jobs))
 
     def _in_one_pass(self, block: Block, jobs: _Jobs, input_groups: Sequence[InputGroup]) -> None:
         """One forward for each call, all of them paused at every input group until its layers are quantized."""
@@ -105,8 +107,8 @@ class Gptq(WeightMethod):
 
         block.outputs = synchronized_forwards(block, input_groups, see, change)
 
-    def _quantize(self, block: Block, jobs: _Jobs, statistics: Mapping[str, InputStatistics] | None = None) -> None:
-        """Quantize layers, all with the block as it is now."""
+    def _quantize(self, block: Block, jobs: _Jobs, statistics: Mapping[str, InputStatistics] | None = None) -> list[str]:
+        """Quantize layers, all with the block as it is now; returns those with static inputs that no token reached."""
         if statistics is None:
             statistics = collect(block, jobs, moment=True, ranges=any(has_static_inputs(scheme) for _, scheme in jobs.values()))
         problems: dict[tuple[object, ...], _Problem] = {}
@@ -120,6 +122,7 @@ class Gptq(WeightMethod):
         for batch in _batches(problems.values()):
             release_pages()  # freed in small pieces, memory stays with the process (measured: 290 MB more at the peak)
             self._solve(block, batch)
+        return [name for name, (_, scheme) in jobs.items() if has_static_inputs(scheme) and name not in statistics]
 
     def _solve(self, block: Block, problems: Sequence[_Problem]) -> None:
         """Solve problems of one shape and scheme together and put the quantized layers in place."""

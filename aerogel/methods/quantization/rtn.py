@@ -13,6 +13,7 @@ from aerogel.methods.base import Requirement, WeightMethod
 from aerogel.model.block import Block
 from aerogel.model.rounding import InputRange, has_static_inputs, output_error, round_to_nearest, static_inputs
 from aerogel.model.statistics import collect
+from aerogel.model.unseen_experts import borrow_input_ranges
 from aerogel.numerics.quantize import grouped
 from aerogel.numerics.scheme import Scheme
 from aerogel.numerics.search import Observer, observe
@@ -42,6 +43,7 @@ class Rtn(WeightMethod):
         jobs = self.assign(block)
         calibrated = [name for name, (_, scheme) in jobs.items() if has_static_inputs(scheme)]
         statistics = collect(block, calibrated, ranges=True) if calibrated else {}
+        unseen = [name for name in calibrated if name not in statistics]
         for name, (linear, scheme) in jobs.items():
             dtype = block.stored_dtype or linear.weight.dtype
             weight, outer = grouped(matrix(linear), scheme.weights.granularity), block.outer_scale(name, scheme.weights)
@@ -50,5 +52,5 @@ class Rtn(WeightMethod):
             quantized = round_to_nearest(linear, scheme, grid, dtype, static_inputs(scheme, seen, self.input_range, dtype))
             error = output_error(matrix(linear).float() - quantized.dequantized(torch.float32), matrix(linear), None)
             block.replace(name, quantized)
-            unseen = {"fallback": "input range unknown: no token reached it"} if has_static_inputs(scheme) and seen is None else {}
-            block.note(name, error=error, **unseen)
+            block.note(name, error=error, **({"fallback": "input range unknown: no token reached it"} if name in unseen else {}))
+        borrow_input_ranges(block, unseen)
