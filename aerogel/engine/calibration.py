@@ -17,7 +17,7 @@ from aerogel.data.chats import Chats
 from aerogel.data.denoising import Denoising, first_call
 from aerogel.data.tokenized import TOKENS_OF_A_CALL, Tokenized
 from aerogel.errors import AerogelError
-from aerogel.evaluate.measure import positions, vocabulary_size
+from aerogel.evaluate.measure import positions, require_embedded, vocabulary_size
 from aerogel.methods.base import CalibrationSize
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.denoisers import Denoisers
@@ -239,6 +239,7 @@ def _of_text(network: Network, samples: Samples, seed: int) -> tuple[list[Call],
         raise AerogelError(f"this {network.family.name} model has no tokenizer for calibration text; give recorded calls as samples")
     source, column = samples.source, {} if samples.column is None else {"column": samples.column}
     tokens_NL = text.samples(tokenizer, source, samples.count, samples.length, seed, samples.column)
+    require_embedded(network, tokens_NL)
     facts = {"source": sources.name_of(source), **column, "count": len(tokens_NL), "length": samples.length}
     return text.calls(tokens_NL, samples.batch), facts | {"fingerprint": text.fingerprint(tokens_NL)}
 

@@ -29,7 +29,7 @@ from aerogel.engine.progress import StageName
 from aerogel.engine.requirements import unmet
 from aerogel.engine.sharing import in_full, share_of
 from aerogel.engine.stages import quantizes_weights
-from aerogel.evaluate.measure import positions
+from aerogel.evaluate.measure import positions, vocabulary_size
 from aerogel.io.adapters import adapter_in, describe
 from aerogel.io.engines import ENGINES, Engine, StoredLayer, StoredModel, engine_of, refusals
 from aerogel.io.source import ModelSource
@@ -159,6 +159,7 @@ def plan_network(
     read = share_of(recipe, read, processes)
     problems += too_large(network, recipe, read, processes)
     problems += _too_long(network, recipe, read)
+    problems += _too_many_tokens(network)
     sizes = Sizes.of(network, {linear.name for linear in touched})
     memory = peak_memory(network, recipe, read, processes.count)
     rate = flops_a_second or partial(measured_flops_a_second, network.device)
@@ -180,6 +181,14 @@ def plan_network(
         processes_on_machine=processes.on_machine,
         engines=opened,
     )
+
+
+def _too_many_tokens(network: Network) -> Iterator[str]:
+    """Say that the tokenizer is of another model; tokens that were added to its vocabulary may be of no use in texts."""
+    tokenizer, size = getattr(network.processor, "tokenizer", network.processor), vocabulary_size(network)
+    own = getattr(tokenizer, "vocab_size", None)
+    if size is not None and isinstance(own, int) and own > size and network.family.modality in ("text", "image-text"):
+        yield f"the tokenizer has {own} tokens, and the model has embeddings for {size}; give the folder its own tokenizer"
 
 
 def _too_long(network: Network, recipe: Recipe, read: CalibrationSize) -> Iterator[str]:

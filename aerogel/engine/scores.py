@@ -49,6 +49,9 @@ def measure(
     instead of their own: a source by name, strings, records, a dataset, tokenised dicts or tensors; `column` names the column of its
     records. Raises AerogelError for an unknown measure or option, and for data that none of the measures reads.
     """
+    for one in (network, against):
+        if one is not None and one.checkpoint is not None:
+            one.checkpoint.materialise(one.module, device=one.device)
     options = options_of(overrides, "measure.option=value, for example image_quality.count=512")
     chosen = _named(measures if measures is not None else [*_usual(network), *(_timed(network) if speed else ())], options)
     chosen = _reading(chosen, data, column, options)

@@ -103,6 +103,7 @@ class TextMeasure(Measure):
         stream_T = text.tokens(tokenizer_of(network), source, self.tokens or None, self.column)
         if len(stream_T) < 2:
             raise AerogelError(f"text source {self.name!r} has {len(stream_T)} tokens and a measure needs at least 2; give more text")
+        require_embedded(network, stream_T)
         return stream_T
 
     def windows(self, network: Network, stream_T: Tensor) -> Iterator[Window]:
@@ -193,6 +194,17 @@ def vocabulary_size(network: Network) -> int | None:
     config = network.config
     found = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "vocab_size", None)
     return found if isinstance(found, int) and found > 0 else None
+
+
+def require_embedded(network: Network, tokens: Tensor) -> None:
+    """Raise AerogelError where a tokenizer made ids that the model has no embeddings for."""
+    size, largest = vocabulary_size(network), int(tokens.max()) if tokens.numel() else -1
+    if size is not None and largest >= size:
+        token = tokenizer_of(network).convert_ids_to_tokens(largest)
+        raise AerogelError(
+            f"the tokenizer makes the id {largest} ({token!r}) of this text, and the model has embeddings for {size} tokens; give the "
+            "model's own tokenizer, or resize its embeddings"
+        )
 
 
 def tokenizer_of(network: Network) -> PreTrainedTokenizerBase:
