@@ -15,7 +15,7 @@ from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.match import matches
 from aerogel.model.network import Network
-from aerogel.numerics.scheme import Scheme
+from aerogel.numerics.scheme import PerTensor, Scheme
 from aerogel.options import Options
 from aerogel.runtime.policy_state import PolicyState
 
@@ -261,8 +261,8 @@ class WeightMethod(TargetedMethod):
         Small layers that read less than one group, such as the low rank of a Mamba time step, are left unquantized.
         """
         found = {name: (layer, self.scheme_of(block.full_name(name))) for name, layer in self.targeted(block).items()}
-        if any(scheme.weights.scale_format == "e4m3" for _, scheme in found.values()):
-            _ = block.network.fused_sets  # whose layers share outer scales; found now, while no call is under way
+        if any(scheme.weights.scale_format == "e4m3" or isinstance(scheme.weights.granularity, PerTensor) for _, scheme in found.values()):
+            _ = block.network.fused_sets  # whose layers share scales; found now, while no call is under way
         weights = sum(layer.weight.numel() for layer, _ in found.values())
         return {name: pair for name, pair in found.items() if not is_narrow(*pair, weights)}
 

@@ -21,8 +21,9 @@ from aerogel.model.match import matches, names_exactly
 from aerogel.model.network import Network
 from aerogel.model.processes import ALONE, Processes
 from aerogel.model.samples import Samples
-from aerogel.numerics.quantize import outer_scale
-from aerogel.numerics.scheme import TensorScheme
+from aerogel.numerics.quantize import Grid, grid_from_range, outer_scale
+from aerogel.numerics.scheme import PerTensor, TensorScheme
+from aerogel.numerics.search import Shared
 
 
 class Inputs(Protocol):
@@ -106,19 +107,24 @@ class Block:
         return [edge for edge in found if not any(self._is_replaced(name) for name in (*edge.sources, *edge.sinks))]
 
     @torch.no_grad()
-    def outer_scale(self, name: str, scheme: TensorScheme) -> Tensor | None:
-        """Return the outer scale that a layer shares with the others of its fused set: engines keep one for all of them.
+    def shared_scale(self, name: str, scheme: TensorScheme) -> Shared | None:
+        """Return what a layer has in common with the others of its fused set, because engines keep one for all of them.
 
-        It covers the weights of the whole set as they are now; once one of them is quantized, its outer scale is that of the others too.
-        None where the format has no outer scale, or the layer is in no set: then its weight has one of its own.
+        That is the outer scale of a format that has one, and the whole grid where a weight has one scale. It covers the weights of the set
+        as they are now; once one of them is quantized, what that one has is that of the others too. None where each has its own.
         """
-        sets = self.network.fused_sets.get(self.name, ()) if scheme.scale_format == "e4m3" else ()
+        whole = isinstance(scheme.granularity, PerTensor)
+        sets = self.network.fused_sets.get(self.name, ()) if whole or scheme.scale_format == "e4m3" else ()
         layers = [self._layer(other) for names in sets if name in names for other in names]
-        decided = [layer.outer for layer in layers if isinstance(layer, QuantLinear) and layer.outer is not None]
-        if decided:
-            return decided[0].clone()  # tensors of one file cannot share memory
+        grids = [layer.grid() for layer in layers if isinstance(layer, QuantLinear) and (whole or layer.outer is not None)]
+        if grids:
+            scale, zero, outer = (None if part is None else part.clone() for part in grids[0])  # tensors of one file cannot share memory
+            return Grid(scale, zero) if whole and scale is not None else outer
         ends = [torch.stack(torch.aminmax(layer.weight)) for layer in layers if isinstance(layer, Layer)]
-        return outer_scale(torch.stack(ends).abs().amax().float(), scheme) if ends else None
+        if not ends:
+            return None
+        low, high = torch.stack(ends)[:, 0].amin().float(), torch.stack(ends)[:, 1].amax().float()
+        return grid_from_range(low, high, scheme) if whole else outer_scale(torch.maximum(-low, high), scheme)
 
     def _layer(self, name: str) -> nn.Module:
         part = self.module.get_submodule(name)

@@ -25,17 +25,22 @@ FINE = ((-0.04, 0.04), (-0.02, 0.02), (-0.01, 0.01))
 ROUGH = tuple(factor / 10 for factor in range(10, 4, -1))
 """Shares that are tried where only the order of several searches counts."""
 
+Shared = Tensor | Grid
+"""Outer scale, or whole grid, of several weights."""
 _CHUNK = 1 << 17
 """Numbers that are worked on at a time: a cache's worth."""
 
 
 def observe(
-    weight: Tensor, scheme: TensorScheme, observer: Observer, importance: Tensor | None = None, outer: Tensor | None = None
+    weight: Tensor, scheme: TensorScheme, observer: Observer, importance: Tensor | None = None, shared: Shared | None = None
 ) -> Grid:
     """Return the grid of a weight laid out by `quantize.grouped`: (..., n); `importance` weighs squared errors, as in `least_error`.
 
-    `outer` is an outer scale that the weight shares with others, for formats that have one; without it the weight gets its own.
+    `shared` is what the weight has in common with others: an outer scale, for formats that have one, or the grid itself.
     """
+    if isinstance(shared, Grid):
+        return shared
+    outer = shared
     return min_max(weight, scheme, outer) if observer == "minmax" else least_error(weight, scheme, importance=importance, outer=outer)
 
 

@@ -31,7 +31,7 @@ from aerogel.model.unseen_experts import borrow_input_ranges
 from aerogel.model.walk import blocks_of
 from aerogel.numerics.quantize import Grid, fake_quantize, grouped, weight_grid
 from aerogel.numerics.scheme import PerChannel, PerGroup, Scheme
-from aerogel.numerics.search import least_error
+from aerogel.numerics.search import Shared, least_error
 from aerogel.options import Count, CountOrZero
 
 
@@ -64,8 +64,8 @@ class _Job:
     """True where its ranges are searched."""
     inputs: _Inputs | None = None
     """None when no token reached it."""
-    outer: Tensor | None = None
-    """The outer scale of its fused set when all scales are found; None for one of its own, or for a format that has none."""
+    shared: Shared | None = None
+    """The outer scale, or the grid, of its fused set when all scales are found; None for one of its own."""
 
     def grid(self, weight_OI: Tensor, scale_I: Tensor) -> Grid:
         """A grid for the weight in this scaling: of all weights, or clipped as far as columns can be looked at one by one."""
@@ -79,9 +79,11 @@ class _Job:
 
     def last_grid(self) -> Grid:
         """The grid for the weight as it is now."""
+        if isinstance(self.shared, Grid):
+            return self.shared
         if self.clip and self.inputs is not None:
-            return clipped(self.linear.weight, self.scheme, self.inputs.moment_II, self.outer)
-        return weight_grid(self.linear.weight, self.scheme.weights, self.outer)
+            return clipped(self.linear.weight, self.scheme, self.inputs.moment_II, self.shared)
+        return weight_grid(self.linear.weight, self.scheme.weights, self.shared)
 
     def cost(self, scale_I: Tensor) -> float:
         """Squared error of the output when the weight is rounded in this scaling."""
@@ -149,7 +151,7 @@ class Awq(WeightMethod):
         kept = self._scale_inputs(unfed, block.processes) if self.unmapped == "keep" else {}
         ranges = self._ranges(block, jobs, kept)
         for name, job in jobs.items():
-            job.outer = block.outer_scale(name, job.scheme.weights)
+            job.shared = block.shared_scale(name, job.scheme.weights)
         place = block.network.placement
         found = block.processes.each({name: lambda job=job: place.take_back(job.last_grid()) for name, job in jobs.items()})  # type: ignore[misc]
         for name, job in jobs.items():

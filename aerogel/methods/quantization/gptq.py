@@ -30,7 +30,7 @@ from aerogel.model.unseen_experts import borrow_input_ranges
 from aerogel.numerics.feedback import feedback, round_columns
 from aerogel.numerics.quantize import Grid, dequantize, grouped
 from aerogel.numerics.scheme import PerBlock, PerChannel, PerGroup, Scheme, TensorScheme
-from aerogel.numerics.search import Observer, observe
+from aerogel.numerics.search import Observer, Shared, observe
 from aerogel.options import NonNegative
 
 ActOrder = Literal["none", "static", "group"]
@@ -116,8 +116,8 @@ class Gptq(WeightMethod):
             dtype = block.stored_dtype or linear.weight.dtype
             seen = statistics.get(name)
             alone = name if seen is None or not has_scales_of_rows(scheme.weights) else ""
-            outer = block.outer_scale(name, scheme.weights)
-            problem = problems.setdefault((seen, scheme, dtype, alone), _Problem({}, seen, scheme, dtype, outer))
+            shared = block.shared_scale(name, scheme.weights)
+            problem = problems.setdefault((seen, scheme, dtype, alone), _Problem({}, seen, scheme, dtype, shared))
             problem.linears[name] = linear
         for batch in _batches(problems.values()):
             release_pages()  # freed in small pieces, memory stays with the process (measured: 290 MB more at the peak)
@@ -144,14 +144,14 @@ class Gptq(WeightMethod):
             self.act_order,
             self.percdamp,
             kept_BOI,
-            [problem.outer for problem in problems[mine.problems]],
+            [problem.shared for problem in problems[mine.problems]],
         )  # fmt: skip
         self._store(block, problems, mine.together(solution, block.network.device))
 
-    def _fit(self, weight: Tensor, importance: Tensor, outer: Tensor | None, scheme: TensorScheme, dtype: torch.dtype) -> Grid:
+    def _fit(self, weight: Tensor, importance: Tensor, shared: Shared | None, scheme: TensorScheme, dtype: torch.dtype) -> Grid:
         if self.observer == "output":
-            return stored_grid(observe(weight, scheme, "mse", importance, outer), dtype)
-        return stored_grid(observe(weight, scheme, self.observer, outer=outer), dtype)
+            return stored_grid(observe(weight, scheme, "mse", importance, shared), dtype)
+        return stored_grid(observe(weight, scheme, self.observer, shared=shared), dtype)
 
     def _store(self, block: Block, problems: Sequence[_Problem], solution: Solution) -> None:
         """Put the quantized layers of solved problems in place and note how it went."""
@@ -179,8 +179,8 @@ class _Problem:
     scheme: Scheme
     dtype: torch.dtype
     """Of stored scales."""
-    outer: Tensor | None
-    """The outer scale of the fused set that the layer is in; None for one of its own, or for a format that has none."""
+    shared: Shared | None
+    """The outer scale, or the grid, of the fused set that the layer is in; None for one of its own."""
 
     @property
     def columns(self) -> int:
@@ -241,17 +241,17 @@ def solve(
     weight_BOI: Tensor,
     hessian_BII: Tensor,
     scheme: TensorScheme,
-    fit: Callable[[Tensor, Tensor, Tensor | None], Grid],
+    fit: Callable[[Tensor, Tensor, Shared | None], Grid],
     moves: bool = False,
     act_order: ActOrder = "static",
     damping: float = 0.01,
     kept_BOI: Tensor | None = None,
-    outer_B: Sequence[Tensor | None] | None = None,
+    shared_B: Sequence[Shared | None] | None = None,
 ) -> Solution:
     """Round weights so that the outputs for inputs with these Hessians change little.
 
-    `fit` makes a stored grid from weights laid out by `quantize.grouped`, the importance of their errors and the outer scale that they
-    share with others, if any. With `moves` (groups only) the grid of a group is made when its turn comes, from weights that have taken
+    `fit` makes a stored grid from weights laid out by `quantize.grouped`, the importance of their errors and what they share
+    with others, if anything. With `moves` (groups only) the grid of a group is made when its turn comes, from weights that have taken
     the errors before it; otherwise grids are made from the weights as they are. Where `kept_BOI` is False, weights are pruned and stay
     zero.
     """
@@ -271,8 +271,8 @@ def solve(
     else:
         importance_BI = found.importance_BI.take_along_dim(place_BI, 1)
         grids = [
-            fit(grouped(weight_OI, scheme.granularity), _laid_out(importance_I, weight_OI, scheme), outer)
-            for weight_OI, importance_I, outer in zip(weight_BOI, importance_BI, outer_B or [None] * len(weight_BOI), strict=True)
+            fit(grouped(weight_OI, scheme.granularity), _laid_out(importance_I, weight_OI, scheme), shared)
+            for weight_OI, importance_I, shared in zip(weight_BOI, importance_BI, shared_B or [None] * len(weight_BOI), strict=True)
         ]
         grid, group_BI = _rows_of(grids, scheme, weight_BOI.shape[1]), order_BI // width
 

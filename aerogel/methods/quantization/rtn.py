@@ -46,8 +46,8 @@ class Rtn(WeightMethod):
         unseen = [name for name in calibrated if name not in statistics]
         for name, (linear, scheme) in jobs.items():
             dtype = block.stored_dtype or linear.weight.dtype
-            weight, outer = grouped(matrix(linear), scheme.weights.granularity), block.outer_scale(name, scheme.weights)
-            grid = observe(weight, scheme.weights, self.observer, outer=outer)
+            weight, shared = grouped(matrix(linear), scheme.weights.granularity), block.shared_scale(name, scheme.weights)
+            grid = observe(weight, scheme.weights, self.observer, shared=shared)
             seen = statistics.get(name)
             quantized = round_to_nearest(linear, scheme, grid, dtype, static_inputs(scheme, seen, self.input_range, dtype))
             error = output_error(matrix(linear).float() - quantized.dequantized(torch.float32), matrix(linear), None)

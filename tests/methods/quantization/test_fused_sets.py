@@ -186,3 +186,17 @@ def test_a_set_has_one_range_of_static_inputs(method: str, scheme: str, family: 
     low, high = range_of_inputs(block, ATTENTION[0])  # what queries read is made from the block's input, whatever is rounded behind it
     expected = {"W8A8_STATIC": max(-low, high) / 127.5, "W8A8_AFFINE": (high - low) / 255, "FP8_STATIC": max(-low, high) / 448}
     assert float(quantized(block, ATTENTION[0]).get_buffer("input_scale")) == pytest.approx(expected[scheme], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", SETS)
+@pytest.mark.parametrize("method", NV)
+def test_a_set_with_one_scale_a_tensor_has_one_for_all(method: str, family: str) -> None:
+    """What engines would round again otherwise: they keep the largest scale of a set."""
+    block = first_block(family)
+    before = {names: weights(block, names) for names in SETS[family]}
+    NV[method]("FP8_STATIC").compress(block)
+    for names, parts in before.items():
+        scales = [quantized(block, name).get_buffer("weight_scale") for name in names]
+        assert all(torch.equal(one, scales[0]) for one in scales)
+        if method != "awq":  # which scales weights first
+            torch.testing.assert_close(scales[0].squeeze(), torch.cat(parts).abs().max() / 448)
