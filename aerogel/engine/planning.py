@@ -35,6 +35,7 @@ from aerogel.io.engines import ENGINES, Engine, StoredLayer, StoredModel, engine
 from aerogel.io.source import ModelSource
 from aerogel.layers import layout
 from aerogel.layers.conv import Layer, is_plain, refuse, size
+from aerogel.layers.experts import ExpertList
 from aerogel.layers.linear import QuantLinear
 from aerogel.methods.base import Before, BlockMethod, CalibrationSize, Method, RuntimePolicy, WeightMethod
 from aerogel.model.match import matches
@@ -206,7 +207,10 @@ def _opened_by(
 ) -> dict[str, tuple[str, ...]]:
     """Return why each engine does not open the result."""
     in_order = {step.name for step in recipe.steps if isinstance(step.method, BlockMethod) and step.method.groups_in_activation_order}
-    layers = [StoredLayer(schemes[one.name], one.inputs, one.outputs, one.method in in_order) for one in touched]
+    experts = tuple(f"{name}." for name, part in network.module.named_modules() if isinstance(part, ExpertList))
+    layers = [
+        StoredLayer(schemes[one.name], one.inputs, one.outputs, one.method in in_order, one.name.startswith(experts)) for one in touched
+    ]
     policies = {step.name: step.method.config_entries for step in recipe.steps if isinstance(step.method, RuntimePolicy)}
     denoises = network.family.modality in ("image", "video")
     model = StoredModel(network.config, network.origin)

@@ -39,6 +39,8 @@ class StoredLayer(NamedTuple):
     outputs: int
     act_order: bool = False
     """True where columns were ordered by activations, so that groups, if there are any, have indices."""
+    expert: bool = False
+    """True for a layer of a routed expert, which engines join with the others of its kind."""
 
 
 class StoredModel(NamedTuple):
@@ -77,6 +79,8 @@ def _inexpressible(layer: StoredLayer) -> Reason:
 
 
 def _transformers(layer: StoredLayer) -> Reason:
+    if layer.expert and format_of(layer.scheme) != "pack-quantized":
+        return "of experts it joins packed integers only; call aerogel.register_transformers() before"
     if layer.act_order and layer.scheme.group:
         return "groups in activation order are gone from compressed-tensors since 0.19; set act_order to static"
     if not layer.scheme.weights.symmetric and format_of(layer.scheme) == "pack-quantized":
@@ -109,6 +113,8 @@ def _vllm_on_cpu(layer: StoredLayer) -> Reason:
     scheme = layer.scheme
     if found := _of_vllm(layer):
         return found
+    if layer.expert and scheme.name not in ("W4A16", "W4A16_G128", "W8A8"):
+        return "of experts its kernels on a CPU take W4A16 in groups of 128, and W8A8"
     if scheme.weights.format.kind == "float":
         if scheme.bits == 8 and isinstance(scheme.weights.granularity, PerTensor):
             return "it has no operator on a CPU to give layers that it loads as one tensor a common scale per tensor"

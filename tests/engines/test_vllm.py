@@ -87,6 +87,33 @@ def test_it_answers_as_transformers_does(name: str, desk: Path) -> None:
     require_alike(desk, compressed(name, desk), desk / name)
 
 
+def test_it_serves_experts(desk: Path) -> None:
+    """A small MoE model with random weights: 8 experts, two a token."""
+    tokenizer = aerogel.load("smollm2-135m").processor
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=512,
+        moe_intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen3MoeForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=parameter.shape[-1] ** -0.5)
+    model.to(torch.bfloat16).save_pretrained(desk / "experts")
+    tokenizer.save_pretrained(desk / "experts")
+    aerogel.compress(desk / "experts", {"steps": [{"rtn": {"scheme": "W4A16"}}]}, output=desk / "experts-w4a16", measures=())
+    require_alike(desk, desk / "experts-w4a16", desk / "experts-w4a16")
+
+
 @pytest.mark.parametrize(("layout", "name"), [("gptq", "gptq-w4a16"), ("awq", "awq-w4a16")])
 def test_it_serves_other_layouts(layout: str, name: str, desk: Path) -> None:
     export(compressed(name, desk), layout, desk / f"{layout}-layout")

