@@ -19,6 +19,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; known are {', '.join(known)}" if known else "; there are none"
 
 
+def reason_of(error: Exception) -> str:
+    """What the operating system or a library says is wrong, without the number of the error and the file."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def reasons(look: Callable[[], object]) -> Iterator[str]:
     """Yield the text of the AerogelError that `look` raises; nothing where it raises none."""
     try:

@@ -17,6 +17,7 @@ import yaml
 from aerogel.data.denoising import Denoising
 from aerogel.data.sources import GIVEN
 from aerogel.engine.calibration import GIVEN_CALLS, CalibrationRequest
+from aerogel.engine.preflight import check_finished
 from aerogel.errors import AerogelError
 from aerogel.io import save
 from aerogel.io.record.schema import Record
@@ -142,7 +143,9 @@ class RunRequest:
 
     def check_output(self) -> None:
         """Make sure, before anything is downloaded, that the output can be written; raises AerogelError that says what is in the way."""
-        save.preflight(self.require_output())
+        output = self.require_output()
+        check_finished(output)
+        save.preflight(output)
 
 
 def _model_options(given: ModelOptions, named: ModelSettings | None, name: str) -> ModelOptions:

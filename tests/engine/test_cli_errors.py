@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -237,15 +239,54 @@ def test_a_disk_that_fills_up_while_saving_keeps_the_calibration(desk: Desk, mon
     assert desk.run(*desk.compress("--resume")).exit_code == 0
 
 
-def test_a_disk_that_fills_up_while_compressing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "activations")
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "activations"), "activations: No space left on device"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "I/O error: No space left on device (os error 28)"),
+    ],
+)
+@pytest.mark.parametrize("written", ["aerogel.engine.resume.save_file", "aerogel.model.activations.save_file"])
+def test_a_disk_that_fills_up_while_compressing(
+    error: Exception, told: str, written: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(written, Mock(side_effect=error))
+        result = desk.run(*desk.compress())
+    kept = f"{desk.output}.partial keeps the finished blocks: add --resume to continue once that is mended"
+    assert (result.exit_code, result.stderr) == (2, f"error: the run stopped ({told}); {kept}\n")
+    assert desk.run(*desk.compress("--resume")).exit_code == 0
+
+
+def test_a_disk_that_is_full_when_the_report_is_written(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert desk.run(*desk.compress()).exit_code == 0
+    before, usual = digests(desk.output), Path.write_text
+
+    def full(path: Path, text: str, *args: Any) -> None:
+        usual(path, text[:10], *args)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(resume, "save_file", full)
-        result = desk.run(*desk.compress())
-    assert (result.exit_code, result.stderr) == (2, "error: activations: No space left on device\n")
-    assert desk.run(*desk.compress("--resume")).exit_code == 0
+        patch.setattr(Path, "write_text", full)
+        result = desk.run("report", str(desk.output))
+    place = desk.output / "report.html"
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"error: {place} could not be written (No space left on device); make room, or give another place\n",
+    )
+    assert digests(desk.output) == before
+
+
+@pytest.mark.parametrize("name", ["run.json", "stage-0/walk.json", "stage-0/blocks/model.layers.0/block.json"])
+@pytest.mark.parametrize("text", ["", "[]", "{}"])
+def test_a_progress_folder_that_is_damaged(name: str, text: str, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("aerogel.io.save.write_shards", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+        assert desk.run(*desk.compress()).exit_code == 2
+    (desk.folder / "out.partial" / name).write_text(text)
+    result = desk.run(*desk.compress("--resume"))
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
+    assert "out.partial" in result.stderr
 
 
 def test_an_unfinished_run(desk: Desk) -> None:
