@@ -8,7 +8,7 @@ from pathlib import Path
 
 from aerogel import catalog
 from aerogel.engine import policies
-from aerogel.engine.opening import families
+from aerogel.engine.opening import families, open_model
 from aerogel.errors import AerogelError
 from aerogel.export.exporter import Exporter, SavedPolicy, Source
 from aerogel.io import save
@@ -31,6 +31,8 @@ def export(folder: Path, name: str, output: Path, overrides: Iterable[str] = ())
     with locked(output):
         save.preflight(output, origin=folder)
         files.verify(folder)
+        if (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
+            open_model(folder, device="cpu")  # raises where the weights are not those that the configuration describes
         source = source_of(folder)
         exporter.write(source, output)
     if lost := [policy.name for policy in source.policies if not exporter.carries(policy)]:

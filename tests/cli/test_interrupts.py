@@ -73,16 +73,23 @@ STARTING = """
 import builtins, os, runpy, signal, sys
 usual = builtins.__import__
 def importing(name, *args, **kwargs):
-    if name == "typer":
+    if name == module:
         os.kill(os.getpid(), signal.SIGINT)
     return usual(name, *args, **kwargs)
-builtins.__import__ = importing
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.argv[1:] = ["list", "recipes"]
+module, sys.argv[1:] = sys.argv[1], ["plan", "none", "--recipe", "rtn-w4a16"]
+builtins.__import__ = importing
 runpy.run_module("aerogel", run_name="__main__")
 """
 
 
-def test_while_the_command_line_is_imported() -> None:
-    ended = subprocess.run([sys.executable, "-c", STARTING], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stderr) == (130, "error: interrupted; nothing was changed\n")
+@pytest.mark.parametrize(
+    ("module", "code"),
+    [
+        ("typer", 130),
+        *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("torch", "numpy", "torch.nn", "transformers", "safetensors")),
+    ],
+)
+def test_while_modules_are_imported(module: str, code: int) -> None:
+    ended = subprocess.run([sys.executable, "-c", STARTING, module], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (code, "error: interrupted; nothing was changed\n")

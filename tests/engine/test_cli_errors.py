@@ -327,8 +327,8 @@ def test_a_linear_that_no_token_reached_is_rounded_and_reported(moe_model: Desk)
     assert "no token reached it" in result.stderr
 
 
-def interrupted(command: list[str], ready: Callable[[], bool]) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own and press Ctrl-C when it is ready for it."""
+def interrupted(command: list[str], ready: Callable[[], bool], number: int = signal.SIGINT) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own and press Ctrl-C, or send another signal, when it is ready for it."""
     process = subprocess.Popen(
         [sys.executable, "-m", "aerogel", *command],
         stdout=subprocess.PIPE,
@@ -339,18 +339,19 @@ def interrupted(command: list[str], ready: Callable[[], bool]) -> subprocess.Com
     try:
         while not ready() and process.poll() is None:
             time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate()
     finally:
         process.kill()
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def test_ctrl_c_keeps_what_is_finished(desk: Desk) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_ctrl_c_keeps_what_is_finished(number: int, desk: Desk) -> None:
     before = digests(desk.model)
     first = desk.folder / "out.partial" / "stage-0" / "blocks" / "model.layers.0" / resume.JOURNAL
     long = desk.compress("--samples", "64", "--set", "gptq.true_sequential=true")
-    ended = interrupted(long, first.exists)
+    ended = interrupted(long, first.exists, number)
     assert ended.returncode == 2, ended.stderr
     assert (
         ended.stderr.strip().splitlines()[-1]

@@ -67,13 +67,18 @@ def write(folder: str | Path, record: Record) -> None:
 
 
 def verify(folder: str | Path) -> None:
-    """Compare a folder's files of tensors with the checksums in its record, if it has one.
+    """Compare a folder's files of tensors with the checksums in its record, if it has one; a component's are in that of its pipeline.
 
     Raises AerogelError that names a file which is missing or was changed.
     """
-    if not (Path(folder) / FILE).is_file():
+    part, folder = Path(folder).absolute(), Path(folder)
+    if not (folder / FILE).is_file() and (part.parent / FILE).is_file():
+        folder = part.parent
+    elif not (folder / FILE).is_file():
         return
     expected = read(folder).checksums
+    if folder == part.parent:
+        expected = {name: checksum for name, checksum in expected.items() if name.startswith(f"{part.name}/")}
     with ThreadPoolExecutor() as pool:  # hashing runs without the interpreter's lock
         for name, checksum in zip(expected, pool.map(lambda name: checksum_of(Path(folder) / name), expected), strict=True):
             if checksum != expected[name]:
