@@ -85,6 +85,9 @@ class Adjustments:
     ignore: Iterable[str] = ()
 
 
+_LARGEST_BATCH = 1_000_000
+
+
 @dataclass(frozen=True)
 class RunRequest:
     """One run: the recipe, the model, the calibration data, the output folder and the seed."""
@@ -202,8 +205,8 @@ def _batch_size(given: str | None, data: DataSettings) -> int | Literal["auto"]:
         return data.batch_size or AUTO
     if given == AUTO:
         return AUTO
-    if not given.isdecimal() or int(given) < 1:
-        raise AerogelError(f"--batch-size {given} is neither auto nor a whole number of at least 1")
+    if not (given.isascii() and given.isdecimal()) or not 1 <= int(given[:20]) <= _LARGEST_BATCH:
+        raise AerogelError(f"--batch-size {given} is neither auto nor a whole number from 1 to {_LARGEST_BATCH:,}")
     return int(given)
 
 

@@ -63,7 +63,8 @@ def test_a_byte_of_the_weights(way: str, shelf: Path, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("num_hidden_layers", 2), ("num_hidden_layers", 0), ("intermediate_size", 32), ("vocab_size", 7), ("model_type", "none")]
+    ("key", "value"),
+    [("num_hidden_layers", 2), ("num_hidden_layers", 0), ("intermediate_size", 32), ("vocab_size", 7), ("model_type", "none")],
 )
 def test_a_configuration_that_is_not_of_the_weights(key: str, value: Any, shelf: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(shelf / "out", tmp_path / "out"))
