@@ -9,6 +9,9 @@ from difflib import get_close_matches
 class AerogelError(ValueError):
     """A mistake in what the user gave; the command line prints it as one line and exits with code 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # names that are quoted may have line breaks
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the known names closest to a mistyped one, or all of them when none is close."""

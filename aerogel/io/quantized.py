@@ -116,6 +116,7 @@ def attach(module: nn.Module, config: Mapping[str, Any]) -> None:
 
 def attach_for_readers(module: nn.Module, config: Mapping[str, Any]) -> None:
     """Do the same for a reader that fills the layers with the tensors as they are; raises AerogelError also where these are of before."""
+    quantization_schema.check(dict(config))
     require_unpadded(config, {name: assigned.scheme for name, assigned in assignments(config, linears(module)).items()})
     attach(module, config)
 
