@@ -26,6 +26,7 @@ Bytes = Annotated[int, Field(ge=1, le=1_000_000_000_000_000)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Guidance = Annotated[float, Field(ge=0, le=1000)]
 Pixels = Annotated[int, Field(ge=1, le=65_536)]
+Batch = Annotated[int, Field(ge=1, le=65_536)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)

@@ -24,7 +24,8 @@ from aerogel.recipe import Recipe
 
 def partial_of(output: Path) -> Path:
     """The folder beside the output that holds a run's progress."""
-    return output.with_name(f"{output.name}.partial")
+    output = output if output.name else output.absolute()  # of `.` the name of the folder
+    return output.with_name(f"{output.name}.partial") if output.name else output / ".partial"
 
 
 def check_plan(plan: Plan) -> None:

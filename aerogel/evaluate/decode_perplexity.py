@@ -18,7 +18,7 @@ from aerogel.evaluate.measure import TextMeasure, Window
 from aerogel.model.calls import Call
 from aerogel.model.kv_cache import bytes_per_token, replaces_layers
 from aerogel.model.network import Network
-from aerogel.options import Count, Tokens
+from aerogel.options import Batch, Tokens
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DecodePerplexity(TextMeasure):
     """Tokens per window; limited to the number of positions of the model."""
     stride: Tokens = 256
     """Tokens by which the window moves, which are decoded one by one."""
-    batch: Count = 8
+    batch: Batch = 8
     """Windows that are decoded together."""
 
     @classmethod

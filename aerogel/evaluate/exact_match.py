@@ -17,7 +17,7 @@ from aerogel.evaluate.measure import Measure, tokenizer_of
 from aerogel.model.network import Network
 from aerogel.model.structure.moe import routed_experts
 from aerogel.numerics.metrics import kl_divergence, top1_agreement
-from aerogel.options import Count, Seed
+from aerogel.options import Batch, Count, Seed
 from aerogel.runtime.expert_skipping.answers import logits_at
 from aerogel.runtime.expert_skipping.counting import DECODING, PREFILL, Tally, counting
 from aerogel.runtime.token_types import PADDING, TEXT, VISION, Vocabulary
@@ -40,7 +40,7 @@ class ExactMatch(Measure):
     """Chats, drawn by seed."""
     new_tokens: Count = 96
     """Tokens of a reply at most."""
-    batch: Count = 16
+    batch: Batch = 16
     """Chats at once."""
     seed: Seed = 0
     """Seed that draws the chats."""

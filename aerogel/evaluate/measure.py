@@ -24,7 +24,7 @@ from aerogel.errors import AerogelError
 from aerogel.layers.linear import cache_dequantized
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.options import Count, Guidance, Seed, Tokens
+from aerogel.options import Batch, Count, Guidance, Seed, Tokens
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class TextMeasure(Measure):
     """Tokens per window; limited to the number of positions of the model."""
     stride: Tokens = 512
     """Tokens by which the window moves; after the first window every scored token has at least `length - stride` before it."""
-    batch: Count = 1
+    batch: Batch = 1
     """Windows in one forward; the memory that logits take grows with it."""
     hold: bool = True
     """Keep the dequantized weights while the text passes: much faster, for the memory of those weights."""
@@ -137,7 +137,7 @@ class ImageMeasure(Measure):
     """Guidance scale; None leaves the pipeline's own."""
     prompts: tuple[str, ...] = ()
     """Prompts for text-to-image pipelines."""
-    batch: Count = 8
+    batch: Batch = 8
     """Images made at once."""
     seed: Seed = 0
     """Seed of the noise."""

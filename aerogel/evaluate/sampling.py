@@ -16,7 +16,7 @@ from aerogel.evaluate.measure import pipeline_of
 from aerogel.evaluate.timing import Facts, Timed, growth_of, take_turns, weights_of
 from aerogel.kernels.synchronized_clock import now
 from aerogel.model.network import Network
-from aerogel.options import Count, Guidance, Threads
+from aerogel.options import Batch, Count, Guidance, Threads
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Sampling(Timed):
 
     modalities: ClassVar[frozenset[str]] = frozenset({"image"})
 
-    batch: Count = 1
+    batch: Batch = 1
     """Images at once."""
     steps: Count = 20
     """Steps of the sampler."""

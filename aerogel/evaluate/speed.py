@@ -13,7 +13,7 @@ from aerogel.evaluate.measure import positions
 from aerogel.evaluate.timing import Facts, Timed, growth_of, take_turns, weights_of
 from aerogel.inference.generate import Generation, Generator
 from aerogel.model.network import Network
-from aerogel.options import Count, Threads
+from aerogel.options import Batch, Count, Threads
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Speed(Timed):
 
     modalities: ClassVar[frozenset[str]] = frozenset({"text"})
 
-    batch: Count = 1
+    batch: Batch = 1
     """Prompts at once."""
     prompt: Count = 512
     """Tokens of a prompt."""

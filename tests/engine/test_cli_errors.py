@@ -211,6 +211,21 @@ def test_an_output_that_cannot_be_written(desk: Desk) -> None:
         assert "cannot write here" in desk.refused(*desk.compress("--output", "/proc/self/out"))
 
 
+@pytest.mark.parametrize("output", ["/", ".", ""])
+def test_an_output_without_a_name(output: str, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk.model)
+    assert "this folder exists and is not empty" in desk.refused(*desk.compress("--output", output))
+    assert "this folder exists and is not empty" in desk.refused("export", str(desk.model), "--format", "gptq", "--output", output)
+
+
+def test_a_batch_that_no_machine_has_room_for(desk: Desk) -> None:
+    said = desk.refused("bench", str(desk.model), "--batch", str(10**9))
+    assert "option 'batch': expected a number from 1 to 65,536, got 1000000000" in said
+    assert "--batch-size 1000000000 is neither auto nor a whole number from 1 to 1,000,000" in desk.refused(
+        *desk.compress("--batch-size", str(10**9))
+    )
+
+
 def test_an_output_inside_the_model(desk: Desk) -> None:
     assert "lies in the folder the model comes from" in desk.refused(*desk.compress("--output", str(desk.model / "out")))
 
