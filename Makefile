@@ -7,7 +7,7 @@ READY := .venv/.ready
 # OpenMP threads that spin long at barriers slow each other down on a busy machine.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-all test-engines test-gpu bench docs lint
+.PHONY: demo test test-all fuzz test-engines test-gpu bench docs lint
 
 $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "error: no virtual environment; on Debian: apt install python3-venv"; exit 1; }
@@ -32,6 +32,9 @@ test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not engine"
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/results.py
+
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz --hypothesis-profile=fuzz --hypothesis-seed=0
 
 test-engines: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine

@@ -9,6 +9,9 @@ from difflib import get_close_matches
 class AerogelError(ValueError):
     """A mistake in what the user gave; the command line prints it as one line and exits with code 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # names that are quoted may have line breaks
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the known names closest to a mistyped one, or all of them when none is close."""
@@ -17,6 +20,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {' or '.join(close)}?"
     return f"; known are {', '.join(known)}" if known else "; there are none"
+
+
+def reason_of(error: Exception) -> str:
+    """What the operating system or a library says is wrong, without the number of the error and the file."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def reasons(look: Callable[[], object]) -> Iterator[str]:

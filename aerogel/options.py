@@ -19,8 +19,15 @@ from aerogel.numerics.scheme import Scheme
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+CountOrZero = Annotated[int, Field(ge=0, le=1_000_000)]
+Tokens = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Bytes = Annotated[int, Field(ge=1, le=1_000_000_000_000_000)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Guidance = Annotated[float, Field(ge=0, le=1000)]
+Pixels = Annotated[int, Field(ge=1, le=65_536)]
+Batch = Annotated[int, Field(ge=1, le=65_536)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
 
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 _OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
@@ -100,14 +107,18 @@ def _range(hint: Any) -> str:
     """The numbers that a type takes, in words."""
     at_least, above = _bound(hint, "ge"), _bound(hint, "gt")
     at_most, below = _bound(hint, "le"), _bound(hint, "lt")
-    start = f"above {above:g}" if above is not None else f"of at least {at_least:g}" if at_least is not None else ""
-    end = f"below {below:g}" if below is not None else f"at most {at_most:g}" if at_most is not None else ""
+    start = f"above {_shown(above)}" if above is not None else f"of at least {_shown(at_least)}" if at_least is not None else ""
+    end = f"below {_shown(below)}" if below is not None else f"at most {_shown(at_most)}" if at_most is not None else ""
     if at_least is not None and end:
-        words = f"from {at_least:g} to {end.removeprefix('at most ')}"
+        words = f"from {_shown(at_least)} to {end.removeprefix('at most ')}"
     else:
         words = " and ".join(part for part in (start, end) if part)
     others = [repr(name) for part in typing.get_args(hint) if typing.get_origin(part) is Literal for name in typing.get_args(part)]
     return " or ".join([f"a number {words}" if words else "a finite number", *others])
+
+
+def _shown(bound: float) -> str:
+    return f"{bound:,.0f}" if bound >= 1000 else f"{bound:g}"
 
 
 def _bound(hint: Any, side: Literal["ge", "gt", "le", "lt"]) -> float | None:

@@ -17,7 +17,7 @@ from aerogel import catalog
 from aerogel.errors import AerogelError, nearest
 from aerogel.methods.base import BlockMethod, Method, RuntimePolicy, WeightMethod
 from aerogel.numerics.scheme import Scheme
-from aerogel.options import Count, checked, reason
+from aerogel.options import Count, Guidance, Pixels, Seed, Tokens, checked, reason
 
 AnyMethod = BlockMethod | Method | RuntimePolicy[Any]
 Built = TypeVar("Built")
@@ -145,21 +145,21 @@ class DataSettings(_Settings):
     """Prompts of a diffusion model, instead of a file with them."""
     samples: Count | None = None
     """Sequences, or images."""
-    length: Count | None = None
+    length: Tokens | None = None
     """Tokens of a sequence."""
     steps: Count | None = None
     """Sampling steps of a diffusion model."""
-    guidance: float | None = None
+    guidance: Guidance | None = None
     """Guidance scale of a diffusion model."""
-    height: Count | None = None
+    height: Pixels | None = None
     """Pixels of what a diffusion model makes."""
-    width: Count | None = None
+    width: Pixels | None = None
     """Pixels of what a diffusion model makes."""
     num_frames: Count | None = None
     """Frames of what a video model makes."""
     batch_size: Count | None = None
     """Sequences, chats or images in one call."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Seed of the run."""
 
 

@@ -13,17 +13,23 @@ from aerogel.engine import resume
 from aerogel.engine.calibration import Samples
 from aerogel.engine.progress import Event
 from aerogel.engine.run import compress
+from aerogel.io import save, shards
 from aerogel.model.activations import Activations
 
 # Its children begin with everything imported and no threads; a fork of the test process itself could inherit a locked thread pool.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([__name__, "aerogel.methods.quantization.gptq", "transformers.models.llama.modeling_llama"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        *(__name__, "aerogel.engine.exporting", "aerogel.export.gptq", "aerogel.methods.quantization.gptq"),
+        *("transformers.models.llama.modeling_llama", "diffusers.pipelines.pipeline_utils"),
+    ]
+)
 
 
 class Doom(NamedTuple):
-    """Where a run dies: when a block or a stage begins, or after so many files or activations were written."""
+    """Where a run dies: when a block or a stage begins, after so many files, activations or shards, or when the output has its name."""
 
-    at: Literal["block", "save", "file", "activation"]
+    at: Literal["block", "save", "file", "activation", "shard", "name"]
     count: int = 0
 
 
@@ -34,7 +40,7 @@ def options(source: Path) -> dict[str, Any]:
 
 def killed(source: Path, output: Path, recipe: Any, doom: Doom) -> None:
     """Compress in another process, which resumes an unfinished run if there is one and kills itself."""
-    child = _CONTEXT.Process(target=_run, args=(source, output, recipe, doom))
+    child = CONTEXT.Process(target=_run, args=(source, output, recipe, doom))
     child.start()
     child.join(120)
     assert child.exitcode == -signal.SIGKILL, "the run ended, or hung, before it killed itself"
@@ -42,6 +48,8 @@ def killed(source: Path, output: Path, recipe: Any, doom: Doom) -> None:
 
 def _run(source: Path, output: Path, recipe: Any, doom: Doom) -> None:
     resume.replace_durably = _dying_after(resume.replace_durably, doom.count if doom.at == "file" else 0)
+    save._take_name = _dying_after(save._take_name, 1 if doom.at == "name" else 0)
+    shards._Spool.flush = _dying_after(shards._Spool.flush, doom.count if doom.at == "shard" else 0)  # type: ignore[method-assign]
     Activations.put = _dying_after(Activations.put, doom.count if doom.at == "activation" else 0)  # type: ignore[method-assign]
 
     def tell(event: Event) -> None:

@@ -56,6 +56,7 @@ def _saved(policy: Policy) -> Sequence[CalibratedPolicy] | None:
     if isinstance(policy, Result):
         found: Sequence[CalibratedPolicy] = policy.policies
     elif isinstance(policy, str | Path) and Path(policy).is_dir():
+        files.verify(policy)
         found = policies.load(Path(policy))
     else:
         return None

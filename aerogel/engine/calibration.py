@@ -25,6 +25,7 @@ from aerogel.model.network import Network
 from aerogel.model.placement import AUTO
 from aerogel.model.trajectories import Trajectories
 from aerogel.numerics.packing import raw_bytes
+from aerogel.options import Count, Guidance, Pixels, Tokens, checked
 
 
 @dataclass(frozen=True)
@@ -75,24 +76,29 @@ class CalibrationRequest:
 
     source: str | Iterable[Any] | None = None
     """Text by name or path or given in Python, or chats with images; for diffusion models, prompts: one per line of a file, or records."""
-    count: int | None = None
+    count: Count | None = None
     """Sequences, or images."""
-    length: int | None = None
+    length: Tokens | None = None
     """Tokens of a sequence."""
-    steps: int | None = None
+    steps: Count | None = None
     """Steps of the sampler."""
-    guidance: float | None = None
+    guidance: Guidance | None = None
     """Guidance scale."""
     prompts: tuple[str, ...] | None = None
     """Prompts of a diffusion model, instead of a file with them."""
-    height: int | None = None
+    height: Pixels | None = None
     """Pixels of an image or a video."""
-    width: int | None = None
+    width: Pixels | None = None
     """Pixels of an image or a video."""
-    num_frames: int | None = None
+    num_frames: Count | None = None
     """Frames of a video."""
     column: str | None = None
     """Column of the records with the text, chat or prompt; None finds it by its name."""
+
+    def __post_init__(self) -> None:
+        """Check every number; raises AerogelError that names the first wrong one, its value and what is expected."""
+        for name in ("count", "length", "steps", "guidance", "height", "width", "num_frames"):
+            checked(CalibrationRequest, name, getattr(self, name), "samples" if name == "count" else name)
 
     def shown(self, network: Network) -> Shown:
         """Return the calibration data for this model; raises AerogelError for an option of the other modality."""

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from aerogel import catalog
 from aerogel.engine import policies
-from aerogel.engine.opening import families
+from aerogel.engine.opening import families, open_model
 from aerogel.errors import AerogelError
 from aerogel.export.exporter import Exporter, SavedPolicy, Source
 from aerogel.io import save
+from aerogel.io.locks import locked
 from aerogel.io.record import files
 from aerogel.recipe import build, options_of
 
@@ -27,10 +28,13 @@ def export(folder: Path, name: str, output: Path, overrides: Iterable[str] = ())
     if others := [other for other in options if other != name]:
         raise AerogelError(f"an option of {others[0]!r} is set, but the folder is exported by {name!r}")
     exporter = build(found, options.get(name, {}), f"exporter {name!r}")
-    save.preflight(output, origin=folder)
-    files.verify(folder)
-    source = source_of(folder)
-    exporter.write(source, output)
+    with locked(output):
+        save.preflight(output, origin=folder)
+        files.verify(folder)
+        if (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
+            open_model(folder, device="cpu")  # raises where the weights are not those that the configuration describes
+        source = source_of(folder)
+        exporter.write(source, output)
     if lost := [policy.name for policy in source.policies if not exporter.carries(policy)]:
         warnings.warn(f"{output} runs without {' and '.join(lost)}, which {name} has no place for", stacklevel=2)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
@@ -19,8 +19,8 @@ from aerogel.engine.estimates import needs_calls
 from aerogel.engine.planning import Plan, plan_network
 from aerogel.engine.preflight import check_calls, check_output, check_plan, check_weights, partial_of
 from aerogel.engine.progress import Watch
-from aerogel.engine.result import Result, write
-from aerogel.engine.resume import Progress, fingerprint_of
+from aerogel.engine.result import Result, save_locked, write
+from aerogel.engine.resume import Progress, fingerprint_of, resumable
 from aerogel.engine.sharing import check_shares, in_full
 from aerogel.engine.stages import reaches_around
 from aerogel.errors import AerogelError
@@ -137,15 +137,20 @@ class Job:
         made_of = self.processes.of_first(lambda: self._made_of(source, run.calibration))
         run.progress = progress = Progress.open(partial, self.network, source, made_of, self.processes)
         self.processes.of_first(lambda: structure_file.keep(self.network, partial))
-        record = self._go(run, record, watch)
+        with self._resumable(partial):
+            record = self._go(run, record, watch)
 
         def saved() -> Record:
-            with watch.stage("save"), save.new_folder(output) as folder:
+            with self._resumable(partial), watch.stage("save"), save.new_folder(output) as folder:
                 whole = write(folder, self.network, record, run.policies, progress.tensors())
-            shutil.rmtree(partial)
+            shutil.rmtree(partial, ignore_errors=True)
             return whole
 
         return self.processes.of_first(saved)
+
+    def _resumable(self, partial: Path) -> AbstractContextManager[None]:
+        """What a failing disk leaves; a folder for the time being goes with the run."""
+        return resumable(partial) if self.output is not None else nullcontext()
 
     def _made_of(self, source: Checkpoint, calibration: Calibration) -> dict[str, Any]:
         """Return the parts that a resumed run is compared with the unfinished one by."""
@@ -169,7 +174,7 @@ class Job:
         result = Result(self.recipe, record, run.policies, network=self.network)
         if (output := self.output) is not None:
             with watch.stage("save"):
-                self.processes.of_first(lambda: result.save(output))
+                self.processes.of_first(lambda: save_locked(result, output))
             result.folder = output
         return result
 

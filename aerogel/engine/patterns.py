@@ -15,7 +15,7 @@ from aerogel.model.match import matches
 from aerogel.model.network import Network
 from aerogel.recipe import Step
 
-_OPTIONS = ("targets", "ignore", "overrides")
+_OPTIONS = ("targets", "ignore", "overrides", "unclipped")
 _CLASSES = ("Linear", "Conv2d")
 """Kinds of layers that a recipe for many models may name, though some have none of them."""
 _SHOWN = 6
@@ -33,7 +33,7 @@ def unmatched(network: Network, step: Step) -> Iterator[str]:
                 continue
             found = _candidates(network, step, option)
             if not any(matches(name, (pattern,), module) for name, module in found.items()):
-                yield f"{step.name}: no layer matches {pattern!r} in {option}{_advice(network, pattern, sorted(found))}"
+                yield f"{step.name}: no {_what(step)} matches {pattern!r} in {option}{_advice(network, pattern, sorted(found))}"
 
 
 def _patterns(value: object) -> tuple[str, ...]:
@@ -48,9 +48,16 @@ def _modules(network: Network) -> dict[str, nn.Module]:
     return {name: module for name, module in network.module.named_modules() if name}
 
 
+def _what(step: Step) -> str:
+    """What the patterns of a step are to match."""
+    return "attention" if {"attention", "kv_cache"} & step.method.requires else "layer"
+
+
 def _candidates(network: Network, step: Step, option: str) -> dict[str, nn.Module]:
     """The modules that an option of a step may name: layers, and to be ignored also what has weights of another kind, such as routers."""
-    if not step.has("targets"):  # it acts on modules of other kinds, such as attentions
+    if _what(step) == "attention":
+        return {name: module for name, module in _modules(network).items() if not isinstance(module, Layer | QuantLinear)}
+    if not step.has("targets"):
         return _modules(network)
     return {
         name: module

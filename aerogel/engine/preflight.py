@@ -13,6 +13,7 @@ from aerogel.engine.resume import RUN
 from aerogel.errors import AerogelError
 from aerogel.io import save
 from aerogel.io.checkpoint import is_sound
+from aerogel.io.record import files
 from aerogel.layers.replacement import Replacement
 from aerogel.layers.slots import slots
 from aerogel.methods.base import Before, CalibrationSize
@@ -23,7 +24,8 @@ from aerogel.recipe import Recipe
 
 def partial_of(output: Path) -> Path:
     """The folder beside the output that holds a run's progress."""
-    return output.with_name(f"{output.name}.partial")
+    output = output if output.name else output.absolute()  # of `.` the name of the folder
+    return output.with_name(f"{output.name}.partial") if output.name else output / ".partial"
 
 
 def check_plan(plan: Plan) -> None:
@@ -48,12 +50,20 @@ def check_calls(network: Network, recipe: Recipe, calls: Sequence[Call]) -> None
 
 def check_output(output: Path, needed_bytes: int, origin: Path | None, resume: bool) -> None:
     """Make sure that the output can be written and that no unfinished run is in the way; raises AerogelError."""
+    check_finished(output)
     partial = partial_of(output)
     if partial.exists() and not (partial / RUN).exists():
         raise AerogelError(f"{partial} is in the way and is no unfinished run; move it, or give another output")
     if partial.exists() and not resume:
         raise AerogelError(f"{partial} holds an unfinished run; add --resume to resume it, or remove the folder to start again")
     save.preflight(output, needed_bytes, origin)
+
+
+def check_finished(output: Path) -> None:
+    """Refuse an output that a killed run had finished already but for the progress folder; raises AerogelError."""
+    partial = partial_of(output)
+    if partial.exists() and (output / files.FILE).is_file():
+        raise AerogelError(f"{output} is finished, and {partial} is left over from its run; remove {partial.name}, or give another output")
 
 
 def check_weights(network: Network) -> None:

@@ -11,6 +11,7 @@ from aerogel.errors import AerogelError
 from aerogel.io import hub
 from aerogel.io.json_files import read_object
 from aerogel.io.record import files
+from aerogel.io.text_files import replace_text
 from aerogel.report.card import card
 from aerogel.version import __version__
 
@@ -46,7 +47,7 @@ def push(folder: Path, name: str, *, public: bool = False, overwrite: bool = Fal
     files.verify(folder)
     check(name, overwrite)
     if not (folder / _README).is_file():
-        (folder / _README).write_text(card(record, name, *_opened_by(folder)), "utf-8")
+        replace_text(folder / _README, card(record, name, *_opened_by(folder)))
     api = huggingface_hub.HfApi()
     try:
         with hub.explained(name, None):

@@ -17,6 +17,7 @@ import yaml
 from aerogel.data.denoising import Denoising
 from aerogel.data.sources import GIVEN
 from aerogel.engine.calibration import GIVEN_CALLS, CalibrationRequest
+from aerogel.engine.preflight import check_finished
 from aerogel.errors import AerogelError
 from aerogel.io import save
 from aerogel.io.record.schema import Record
@@ -91,6 +92,9 @@ class Adjustments:
     ignore: Iterable[str] = ()
 
 
+_LARGEST_BATCH = 1_000_000
+
+
 @dataclass(frozen=True)
 class RunRequest:
     """One run: the recipe, the model, the calibration data, the output folder and the seed."""
@@ -149,7 +153,9 @@ class RunRequest:
 
     def check_output(self) -> None:
         """Make sure, before anything is downloaded, that the output can be written; raises AerogelError that says what is in the way."""
-        save.preflight(self.require_output())
+        output = self.require_output()
+        check_finished(output)
+        save.preflight(output)
 
 
 def _model_options(given: ModelOptions, named: ModelSettings | None, name: str) -> ModelOptions:
@@ -206,8 +212,8 @@ def _batch_size(given: str | None, data: DataSettings) -> int | Literal["auto"]:
         return data.batch_size or AUTO
     if given == AUTO:
         return AUTO
-    if not given.isdecimal() or int(given) < 1:
-        raise AerogelError(f"--batch-size {given} is neither auto nor a whole number of at least 1")
+    if not (given.isascii() and given.isdecimal()) or not 1 <= int(given[:20]) <= _LARGEST_BATCH:
+        raise AerogelError(f"--batch-size {given} is neither auto nor a whole number from 1 to {_LARGEST_BATCH:,}")
     return int(given)
 
 

@@ -12,9 +12,11 @@ from aerogel.engine import policies, structure_file
 from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
 from aerogel.io import save
+from aerogel.io.locks import locked
 from aerogel.io.record import files
 from aerogel.io.record.schema import Record
 from aerogel.io.source import ModelSource
+from aerogel.io.text_files import replace_text
 from aerogel.model.network import Network
 from aerogel.model.placement import AUTO, Device
 from aerogel.recipe import Recipe
@@ -83,14 +85,8 @@ class Result:
     def save(self, output: str | Path) -> Path:
         """Save as a folder that the ecosystem opens; raises AerogelError when it cannot be written or is not empty."""
         output = Path(output)
-        save.preflight(output)
-        with save.new_folder(output) as folder:
-            if self.folder is not None:
-                shutil.copytree(self.folder, folder, dirs_exist_ok=True)
-            else:
-                self.record = write(folder, self.network, self.record, self.policies)
-        if self.folder is None:
-            self.folder = output
+        with locked(output):
+            save_locked(self, output)
         return output
 
     def report(self, path: str | Path | None = None) -> Path:
@@ -102,8 +98,19 @@ class Result:
             return page.write(self.folder, path)
         if path is None:
             raise AerogelError("this result is in memory only; give the report a path, or save the result first")
-        Path(path).write_text(page.page(self.record), encoding="utf-8")
-        return Path(path)
+        return replace_text(path, page.page(self.record))
+
+
+def save_locked(result: Result, output: Path) -> None:
+    """Save a result as an output that is locked already."""
+    save.preflight(output)
+    with save.new_folder(output) as folder:
+        if result.folder is not None:
+            shutil.copytree(result.folder, folder, dirs_exist_ok=True)
+        else:
+            result.record = write(folder, result.network, result.record, result.policies)
+    if result.folder is None:
+        result.folder = output
 
 
 def write(folder: Path, network: Network, record: Record, measured: Sequence[policies.CalibratedPolicy], tensors: Any = None) -> Record:
@@ -122,4 +129,5 @@ def write(folder: Path, network: Network, record: Record, measured: Sequence[pol
 def add_metrics(folder: Path | None, metrics: Mapping[str, Mapping[str, Any]]) -> None:
     """Add measures to those that a saved result has; other folders are left alone."""
     if folder is not None and (folder / files.FILE).is_file():
-        files.write(folder, files.read(folder).with_metrics(metrics))
+        with locked(folder, patience=60):  # two that measure the same folder at once both add
+            files.write(folder, files.read(folder).with_metrics(metrics))

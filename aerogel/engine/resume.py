@@ -12,15 +12,18 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aerogel.errors import AerogelError
-from aerogel.io import quantized
+from aerogel.errors import AerogelError, reason_of
+from aerogel.io import quantized, save
 from aerogel.io.checkpoint import Checkpoint
+from aerogel.io.json_files import read_object
 from aerogel.model.block import Block
 from aerogel.model.network import Network
 from aerogel.model.processes import ALONE, Processes
@@ -28,6 +31,7 @@ from aerogel.model.processes import ALONE, Processes
 JOURNAL = "block.json"
 PARAMETERS = "parameters.safetensors"
 RUN = "run.json"
+_ANEW = "remove the progress folder to start again"
 
 
 def fingerprint_of(checkpoint: Checkpoint) -> str:
@@ -38,6 +42,20 @@ def fingerprint_of(checkpoint: Checkpoint) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"sha256:{digest.hexdigest()}"
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Turn a failing disk into AerogelError that says how to go on; what is finished stays in the progress folder."""
+    try:
+        yield
+    except save.DiskError as error:
+        raise AerogelError(f"{error}; {folder} keeps the finished blocks: add --resume to continue once that is mended") from error
+    except (OSError, SafetensorError) as error:
+        at = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        raise AerogelError(
+            f"the run stopped ({at}{reason_of(error)}); {folder} keeps the finished blocks: add --resume to continue once that is mended"
+        ) from error
 
 
 class Progress:
@@ -149,7 +167,9 @@ class Stage:
         found: list[FinishedBlock] = []
         for name in names:
             folder = self._folder_of(name)
-            state = json.loads((folder / JOURNAL).read_text())
+            state = read_object(folder / JOURNAL, _ANEW)
+            if not {"structure", "notes"} <= state.keys():
+                raise AerogelError(f"{folder / JOURNAL} is damaged; {_ANEW}")
             if state["structure"] is not None:
                 quantized.attach(self._progress.network.module.get_submodule(name), state["structure"])
             self._progress.network.pruned.update(state.get("pruned", ()))
@@ -165,7 +185,7 @@ class Stage:
 def _begin(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     path = folder / RUN
     if path.exists():
-        _require_same(folder, json.loads(path.read_text()), json.loads(json.dumps(fingerprint)))
+        _require_same(folder, read_object(path, _ANEW), json.loads(json.dumps(fingerprint)))
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_durably(path, json.dumps(fingerprint))

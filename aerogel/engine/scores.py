@@ -109,9 +109,10 @@ def measure_models(
     """Open models on a device and measure them, like `measure`; the numbers are added to the record of a compressed folder."""
     with fitting("what is measured"):
         network = open_model(model, lazy=False, device=device)
-        if network.origin is not None:
-            files.verify(network.origin)
         original = open_model(against, lazy=False, device=device) if against is not None else None
+        for opened in (network, original):
+            if opened is not None and opened.origin is not None:
+                files.verify(opened.origin)
         with policies.on(network, policies.load(network.origin, network.in_memory)):
             metrics = measure(
                 network, original, measures(network) if callable(measures) else measures, tell, False, overrides, data, column

@@ -18,6 +18,7 @@ from aerogel.evaluate.measure import TextMeasure, Window
 from aerogel.model.calls import Call
 from aerogel.model.kv_cache import bytes_per_token, replaces_layers
 from aerogel.model.network import Network
+from aerogel.options import Batch, Tokens
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,13 @@ class DecodePerplexity(TextMeasure):
 
     asked: ClassVar[bool] = True
 
-    tokens: int = 2048
+    tokens: Tokens = 2048
     """Tokens read from the start of the source; 0 reads all."""
-    length: int = 512
+    length: Tokens = 512
     """Tokens per window; limited to the number of positions of the model."""
-    stride: int = 256
+    stride: Tokens = 256
     """Tokens by which the window moves, which are decoded one by one."""
-    batch: int = 8
+    batch: Batch = 8
     """Windows that are decoded together."""
 
     @classmethod

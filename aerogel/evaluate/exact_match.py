@@ -17,6 +17,7 @@ from aerogel.evaluate.measure import Measure, tokenizer_of
 from aerogel.model.network import Network
 from aerogel.model.structure.moe import routed_experts
 from aerogel.numerics.metrics import kl_divergence, top1_agreement
+from aerogel.options import Batch, Count, Seed
 from aerogel.runtime.expert_skipping.answers import logits_at
 from aerogel.runtime.expert_skipping.counting import DECODING, PREFILL, Tally, counting
 from aerogel.runtime.token_types import PADDING, TEXT, VISION, Vocabulary
@@ -35,13 +36,13 @@ class ExactMatch(Measure):
 
     source: str = ""
     """A file of records with `messages`, the last of them the expected reply, and `images` (paths beside it): a .jsonl, say."""
-    count: int = 128
+    count: Count = 128
     """Chats, drawn by seed."""
-    new_tokens: int = 96
+    new_tokens: Count = 96
     """Tokens of a reply at most."""
-    batch: int = 16
+    batch: Batch = 16
     """Chats at once."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed that draws the chats."""
     column: str | None = None
     """Column of the source's records with the chat; found by its name where none is given."""

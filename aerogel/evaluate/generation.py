@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aerogel.evaluate.measure import Measure, tokenizer_of
 from aerogel.model.network import Network
+from aerogel.options import Count
 
 PROMPTS = (
     "Explain in two sentences why the sky is blue.",
@@ -31,7 +32,7 @@ class Generation(Measure):
 
     prompts: tuple[str, ...] = PROMPTS
     """Prompts to continue."""
-    new_tokens: int = 48
+    new_tokens: Count = 48
     """Tokens written after each prompt at most."""
     chat: bool | None = None
     """Send each prompt through the tokenizer's chat template as the user's turn; None: where it has one."""

@@ -15,6 +15,7 @@ from aerogel.evaluate.measure import ImageMeasure
 from aerogel.evaluate.reference import Reference, pixels
 from aerogel.model.network import Network
 from aerogel.numerics.images import frechet, inception_score, moments, precision_recall
+from aerogel.options import Count
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class ImageQuality(ImageMeasure):
 
     reference: str | Path | None = None
     """File with the statistics of real images, written by `Reference.save`."""
-    count: int = 256
+    count: Count = 256
     """Images; their noise differs, their prompts or labels take turns."""
 
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:

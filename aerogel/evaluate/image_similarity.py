@@ -15,6 +15,7 @@ from aerogel.evaluate import features
 from aerogel.evaluate.measure import ImageMeasure, original_of
 from aerogel.model.network import Network
 from aerogel.numerics.images import psnr, ssim
+from aerogel.options import CountOrZero
 
 LARGEST = 256
 """Pixels along the longer side of an image that is kept; larger ones are made smaller."""
@@ -31,7 +32,7 @@ class ImageSimilarity(ImageMeasure):
 
     compares: ClassVar[bool] = True
 
-    kept: int = 8
+    kept: CountOrZero = 8
     """Pairs of images that the record keeps for the report."""
 
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:

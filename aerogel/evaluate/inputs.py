@@ -21,6 +21,7 @@ from aerogel.model.trajectories import Trajectories
 from aerogel.numerics.formats import format_named
 from aerogel.numerics.quantize import grid_from_range, to_codes, to_values
 from aerogel.numerics.scheme import PerTensor, PerToken, TensorScheme
+from aerogel.options import Count, Guidance
 
 STATIC = TensorScheme(format_named("int8"), PerTensor(), symmetric=False)
 """Ranges that are known before have a zero point, those of `activation_ranges` and `fsc`."""
@@ -40,11 +41,11 @@ class Inputs(Measure):
     asked: ClassVar[bool] = True
     modalities: ClassVar[frozenset[str]] = frozenset({"image"})
 
-    count: int = 8
+    count: Count = 8
     """Images that are made to see the inputs."""
-    steps: int = 20
+    steps: Count = 20
     """Steps of the sampler."""
-    guidance: float | None = None
+    guidance: Guidance | None = None
     """Guidance scale; None leaves the pipeline's own."""
     prompts: tuple[str, ...] = ()
     """Prompts for text-to-image pipelines."""

@@ -10,6 +10,7 @@ from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import TextMeasure, original_of, predictions
 from aerogel.model.network import Network
 from aerogel.numerics.metrics import kl_divergence, top1_agreement
+from aerogel.options import Tokens
 
 ROWS = 256
 """Rows of logits compared at once."""
@@ -25,7 +26,7 @@ class KlDivergence(TextMeasure):
 
     compares: ClassVar[bool] = True
 
-    tokens: int = 4096
+    tokens: Tokens = 4096
     """Tokens read from the start of the source; 0 reads all. Both models read them."""
 
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:

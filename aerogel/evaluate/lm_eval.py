@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import Measure, tokenizer_of
 from aerogel.model.network import Network
+from aerogel.options import Batch, Count
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class LmEval(Measure):
     """Names of tasks."""
     folder: str | None = None
     """Folder of the tasks' YAML files, besides those that come with lm-eval."""
-    limit: int | None = None
+    limit: Count | None = None
     """Examples of each task at most; None takes all."""
-    batch: int = 8
+    batch: Batch = 8
     """Requests in one forward."""
 
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from aerogel.errors import AerogelError
 from aerogel.layers.linear import cache_dequantized
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.options import Batch, Count, Guidance, Seed, Tokens
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,13 @@ class TextMeasure(Measure):
 
     source: str = "sotu-held-out"
     """Name of shipped text, a file, a folder or a dataset of the hub."""
-    tokens: int = 8192
+    tokens: Tokens = 8192
     """Tokens read from the start of the source; 0 reads all."""
-    length: int = 1024
+    length: Tokens = 1024
     """Tokens per window; limited to the number of positions of the model."""
-    stride: int = 512
+    stride: Tokens = 512
     """Tokens by which the window moves; after the first window every scored token has at least `length - stride` before it."""
-    batch: int = 1
+    batch: Batch = 1
     """Windows in one forward; the memory that logits take grows with it."""
     hold: bool = True
     """Keep the dequantized weights while the text passes: much faster, for the memory of those weights."""
@@ -129,17 +130,17 @@ class ImageMeasure(Measure):
 
     features: str = "efficientnet-lite0"
     """Feature network: efficientnet-lite0, inception:WEIGHTS, or a classifier's folder; `@128` behind it keeps 128 directions."""
-    count: int = 64
+    count: Count = 64
     """Images; their noise differs, their prompts or labels take turns."""
-    steps: int = 20
+    steps: Count = 20
     """Steps of the sampler."""
-    guidance: float | None = None
+    guidance: Guidance | None = None
     """Guidance scale; None leaves the pipeline's own."""
     prompts: tuple[str, ...] = ()
     """Prompts for text-to-image pipelines."""
-    batch: int = 8
+    batch: Batch = 8
     """Images made at once."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the noise."""
 
     def generated(self, network: Network) -> Iterator[ImageBatch]:

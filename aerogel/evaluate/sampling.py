@@ -16,6 +16,7 @@ from aerogel.evaluate.measure import pipeline_of
 from aerogel.evaluate.timing import Facts, Timed, growth_of, take_turns, weights_of
 from aerogel.kernels.synchronized_clock import now
 from aerogel.model.network import Network
+from aerogel.options import Batch, Count, Guidance, Threads
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,17 @@ class Sampling(Timed):
 
     modalities: ClassVar[frozenset[str]] = frozenset({"image"})
 
-    batch: int = 1
+    batch: Batch = 1
     """Images at once."""
-    steps: int = 20
+    steps: Count = 20
     """Steps of the sampler."""
-    guidance: float | None = None
+    guidance: Guidance | None = None
     """Guidance scale; None leaves the pipeline's own."""
     prompts: tuple[str, ...] = ("photo",)
     """Prompts for text-to-image pipelines."""
-    rounds: int = 3
+    rounds: Count = 3
     """Timed rounds of each model, after one warm-up round."""
-    threads: int | None = None
+    threads: Threads | None = None
     """Threads that torch may use; all it has when None."""
 
     def compare(self, networks: dict[str, Network]) -> Facts:

@@ -13,6 +13,7 @@ from aerogel.evaluate.measure import positions
 from aerogel.evaluate.timing import Facts, Timed, growth_of, take_turns, weights_of
 from aerogel.inference.generate import Generation, Generator
 from aerogel.model.network import Network
+from aerogel.options import Batch, Count, Threads
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,15 @@ class Speed(Timed):
 
     modalities: ClassVar[frozenset[str]] = frozenset({"text"})
 
-    batch: int = 1
+    batch: Batch = 1
     """Prompts at once."""
-    prompt: int = 512
+    prompt: Count = 512
     """Tokens of a prompt."""
-    new_tokens: int = 32
+    new_tokens: Count = 32
     """Tokens written after each prompt."""
-    rounds: int = 3
+    rounds: Count = 3
     """Timed rounds of each model, after one warm-up round."""
-    threads: int | None = None
+    threads: Threads | None = None
     """Threads that torch may use; all it has when None."""
 
     def compare(self, networks: dict[str, Network]) -> Facts:

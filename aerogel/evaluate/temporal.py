@@ -12,6 +12,7 @@ from aerogel.model.network import Network
 from aerogel.model.time_path import features_of, find
 from aerogel.model.trajectories import Trajectories
 from aerogel.numerics.temporal import drift, totals
+from aerogel.options import Count
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Temporal(Measure):
     asked: ClassVar[bool] = True
     modalities: ClassVar[frozenset[str]] = frozenset({"image"})
 
-    steps: int = 20
+    steps: Count = 20
     """Sampling steps: those that the model was calibrated for."""
 
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:

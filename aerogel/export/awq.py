@@ -26,6 +26,7 @@ from aerogel.layers.layout import Stored, format_of
 from aerogel.numerics.packing import pack
 from aerogel.numerics.quantize import Grid
 from aerogel.numerics.scheme import PerTensor, Scheme
+from aerogel.options import Bytes
 
 _BITS = 4
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -39,7 +40,7 @@ _SCALES = torch.float16
 class AwqLayout(Exporter):
     """AutoAWQ's layout, version gemm: integer weights of 4 bits in groups or channels, symmetric or not, unchanged."""
 
-    max_shard_size: int = 5_000_000_000
+    max_shard_size: Bytes = 5_000_000_000
     """Largest size of one weight file in bytes."""
 
     def refuse(self, source: Source) -> list[str]:

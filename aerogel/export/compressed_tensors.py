@@ -11,13 +11,14 @@ from aerogel.io.packed_words import FIRST, padded
 from aerogel.io.quantized import OWN
 from aerogel.io.save import copy_companions, new_folder
 from aerogel.io.shards import write_shards
+from aerogel.options import Bytes
 
 
 @dataclass(frozen=True)
 class CompressedTensors(Exporter):
     """The folder as compressed-tensors readers (transformers, vLLM) expect it, with new shards and without files of Aerogel."""
 
-    max_shard_size: int = 5_000_000_000
+    max_shard_size: Bytes = 5_000_000_000
     """Largest size of one weight file in bytes."""
 
     def refuse(self, source: Source) -> list[str]:

@@ -25,6 +25,7 @@ from aerogel.layers.layout import Stored, format_of
 from aerogel.layers.replacement import Assigned
 from aerogel.numerics.packing import pack
 from aerogel.numerics.scheme import PerTensor, Scheme
+from aerogel.options import Bytes
 
 _BITS = (2, 3, 4, 8)
 _LANES = 32
@@ -35,7 +36,7 @@ _LANES = 32
 class GptqLayout(Exporter):
     """GPTQ's layout: integer weights of 2, 3, 4 or 8 bits in groups or channels; version 1, or 2 when a scheme is asymmetric."""
 
-    max_shard_size: int = 5_000_000_000
+    max_shard_size: Bytes = 5_000_000_000
     """Largest size of one weight file in bytes."""
 
     def refuse(self, source: Source) -> list[str]:

@@ -24,6 +24,7 @@ from aerogel.io.save import copy_companions, new_folder
 from aerogel.io.shards import write_shards
 from aerogel.layers.replacement import Assigned
 from aerogel.numerics.scheme import Scheme
+from aerogel.options import Bytes
 from aerogel.version import __version__
 
 _FLOAT8: dict[str, Any] = {"num_bits": 8, "type": "float"}
@@ -47,7 +48,7 @@ _VISION = ("vision_tower", "vision_model", "vit_large_projector")
 class ModelOpt(Exporter):
     """NVIDIA ModelOpt's layout: FP8 (static or dynamic inputs) and NVFP4 weights of language models, FP8 of diffusion transformers."""
 
-    max_shard_size: int = 5_000_000_000
+    max_shard_size: Bytes = 5_000_000_000
     """Largest size of one weight file in bytes."""
 
     def refuse(self, source: Source) -> list[str]:

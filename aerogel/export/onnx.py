@@ -25,6 +25,7 @@ from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.model.hooks import patched
 from aerogel.model.network import Network
 from aerogel.numerics.scheme import PerBlock, PerGroup, PerStep, PerTensor, PerToken
+from aerogel.options import Count
 
 _LEAST, _PACKED = 18, 21
 """The first opset that the tracer writes, and the first that has integer codes of 4 bits and groups."""
@@ -37,11 +38,11 @@ _PACKAGES = ("onnx", "onnx_ir", "onnxscript")
 class Onnx(Exporter):
     """One ONNX graph of a diffusion denoiser: int8 or int4 weights, QuantizeLinear and DequantizeLinear, the step's row as an input."""
 
-    opset: int = 21
+    opset: Count = 21
     """Version of the operators, at least 18; groups and 4-bit values need 21."""
     pack: bool = True
     """Pack values of up to 4 bits two per byte; else they take one byte each, and engines may use int8 products."""
-    size: int | None = None
+    size: Count | None = None
     """Height and width of the sample; None takes the sample_size of the model's config."""
 
     def refuse(self, source: Source) -> list[str]:

@@ -14,13 +14,13 @@ from aerogel.errors import AerogelError
 
 
 @contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Keep other runs of this machine from an output for a while; raises AerogelError where one has it.
+def locked(output: Path, patience: float = 0) -> Iterator[None]:
+    """Keep other runs of this machine from an output for a while; raises AerogelError where one has it, after so many seconds.
 
     The lock lies among temporary files and goes with the process that holds it, however that ends.
     """
     name = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
-    lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"aerogel-{name}.lock", timeout=0)
+    lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"aerogel-{name}.lock", timeout=patience)
     try:
         lock.acquire()
     except filelock.Timeout as error:

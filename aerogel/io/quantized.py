@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from aerogel.layers.layout import format_of
 from aerogel.layers.linear import set_timestep_index, timestep_index_of
 from aerogel.layers.replacement import Assigned, Replacement, class_of, kind_of
 from aerogel.layers.timestep_index import TimestepIndex
+from aerogel.model.match import found_at_start
 from aerogel.numerics.formats import FORMATS
 from aerogel.numerics.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerStep, PerTensor, PerToken, Scheme, TensorScheme
 
@@ -116,6 +116,7 @@ def attach(module: nn.Module, config: Mapping[str, Any]) -> None:
 
 def attach_for_readers(module: nn.Module, config: Mapping[str, Any]) -> None:
     """Do the same for a reader that fills the layers with the tensors as they are; raises AerogelError also where these are of before."""
+    quantization_schema.check(dict(config))
     require_unpadded(config, {name: assigned.scheme for name, assigned in assignments(config, linears(module)).items()})
     attach(module, config)
 
@@ -181,7 +182,7 @@ def assignments(config: Mapping[str, Any], names: list[str]) -> dict[str, Assign
 
 
 def _means(pattern: str, name: str) -> bool:
-    return pattern == "Linear" or (pattern.startswith("re:") and re.match(pattern[3:], name) is not None)
+    return pattern == "Linear" or (pattern.startswith("re:") and found_at_start(pattern, name))
 
 
 def _left_in_float(part: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from aerogel.errors import AerogelError
 from aerogel.io.names import Names
 from aerogel.io.quantized import attach_for_readers
+from aerogel.io.record import files
 from aerogel.layers.experts import ExpertList, all_float
 from aerogel.layers.transposed import as_conv1d, as_linears
 from aerogel.model.experts import fuse, unfuse
@@ -27,7 +29,8 @@ def register_transformers() -> None:
     """Let transformers in this process open compressed folders with the layers and kernels of this package.
 
     Afterwards `from_pretrained(folder)` works for every architecture that was saved here, and weights stay packed. Without it transformers
-    opens what compressed-tensors can express and unpacks it. Runtime policies are put on by `aerogel.load` only.
+    opens what compressed-tensors can express and unpacks it. Files of weights are compared with their checksums. Runtime policies are put
+    on by `aerogel.load` only.
     """
     from transformers.quantizers import auto
     from transformers.quantizers.base import HfQuantizer
@@ -84,7 +87,9 @@ class _TransformersQuantizer:
     requires_calibration = True
     is_trainable = False
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+    def _process_model_before_weight_loading(self, model: nn.Module, **given: Any) -> nn.Module:
+        for folder in {Path(file).parent for file in given.get("checkpoint_files") or ()}:
+            files.verify(folder)
         unfuse(model, Names.of(model).experts)
         as_linears(model)
         attach_for_readers(model, self.quantization_config.settings)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from aerogel.errors import AerogelError
+from aerogel.errors import AerogelError, reason_of
 from aerogel.io.fingerprint import fingerprint
 from aerogel.io.json_files import read_object
 from aerogel.io.layouts import as_on_disk
@@ -34,6 +38,11 @@ _OF_QUANTIZERS = ("quantize_config.json", "quant_config.json")
 # Not properties of the model: where it was opened from, by what, and in which dtype it was computed.
 _PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "_attn_implementation")
 _SPARE = 64 << 20
+_SAVING = "saving"
+
+
+class DiskError(AerogelError):
+    """A folder that could not be saved because the disk failed, or is full."""
 
 
 def preflight(output: Path, needed_bytes: int = 0, origin: Path | None = None) -> None:
@@ -49,7 +58,7 @@ def preflight(output: Path, needed_bytes: int = 0, origin: Path | None = None) -
     if origin is not None and origin.resolve() in (output.resolve(), *output.resolve().parents):
         raise AerogelError(f"{output}: lies in the folder the model comes from, which is not changed; give a place outside {origin}")
     parent = next(folder for folder in output.parents if folder.exists())
-    probe = parent / f".{output.name}.probe"
+    probe = _beside(parent / output.name, "testing")
     try:
         probe.mkdir()
         probe.rmdir()
@@ -67,18 +76,52 @@ def new_folder(output: Path) -> Iterator[Path]:
     Raises AerogelError when the disk fails or `output` is not empty.
     """
     output = output.absolute()
-    partial = _partial(output)
+    partial = _beside(output, _SAVING)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        _sync(partial)
-        partial.rename(output)
-        _sync_one(output.parent)
-    except OSError as error:
-        raise AerogelError(f"{output}: could not be saved ({error.strerror or error}); nothing was left there") from error
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        with _in_use(partial):
+            _remove_leftovers(output)
+            yield partial
+            _sync(partial)
+            _take_name(partial, output)
+    except (OSError, SafetensorError) as error:
+        raise DiskError(f"{output}: could not be saved ({reason_of(error)}); nothing was left there") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _take_name(partial: Path, output: Path) -> None:
+    try:
+        partial.rename(output)
+    except OSError as error:
+        if output.is_dir() and any(output.iterdir()):
+            raise AerogelError(f"{output}: this folder is not empty any more, another process has written it; give another name") from error
+        raise
+    _sync_one(output.parent)
+
+
+@contextmanager
+def _in_use(partial: Path) -> Iterator[None]:
+    """Mark a folder as one that a living process writes: the mark goes with the process, however that ends."""
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Remove what processes that were killed while they saved the same output have left."""
+    for path in output.parent.glob(f".{glob.escape(output.name)}.*.{_SAVING}"):
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -242,8 +285,9 @@ def _changes(network: Network) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key not in _PASSING and before.get(key) != value}
 
 
-def _partial(output: Path) -> Path:
-    return output.with_name(f".{output.name}.saving")
+def _beside(output: Path, what: str) -> Path:
+    """A name beside the output that no other process takes."""
+    return output.with_name(f".{output.name}.{uuid4().hex[:12]}.{what}")
 
 
 def _sync(folder: Path) -> None:

@@ -6,8 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
+from aerogel.errors import AerogelError, reason_of
 from aerogel.io.record import files
 
 STATES = "aerogel/policies.safetensors"
@@ -19,14 +22,23 @@ FILES = (STATES, _OF_BEFORE)
 
 def file_in(folder: Path) -> str | None:
     """Return the name of the file with the tensors of a folder's policies; None where it has none."""
-    return next((name for name in FILES if (folder / name).is_file()), None)
+    return next((name for name in FILES if (folder / name).exists()), None)
 
 
 def stored(folder: Path) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
     """Yield ({name: options}, state) of each policy in the order in which they are put on; nothing when the folder has none."""
     policies = files.read(folder).policies if (folder / files.FILE).exists() else []
     name = file_in(folder)
-    tensors = load_file(folder / name) if name is not None else {}
+    tensors = _read(folder / name) if name is not None else {}
     for number, policy in enumerate(policies):
         own = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.partition(".")[0] == str(number)}
         yield policy.step, {**policy.state, **own}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():  # a pipe would be waited for
+        raise AerogelError(f"{path} is no regular file; copy the folder again")
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise AerogelError(f"{path} cannot be read ({reason_of(error)}); copy the folder again, or compress again") from error

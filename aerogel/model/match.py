@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
+import regex
 from torch import nn
 
 from aerogel.errors import AerogelError
+
+_PATIENCE = 1.0
+"""Seconds."""
 
 
 def matches(name: str, patterns: Iterable[str], module: nn.Module | None = None) -> bool:
@@ -23,15 +26,26 @@ def matches(name: str, patterns: Iterable[str], module: nn.Module | None = None)
 
 def _match(name: str, pattern: str, module: nn.Module | None) -> bool:
     if pattern.startswith("re:"):
-        try:
-            return re.match(pattern[3:], name) is not None
-        except re.error as error:
-            raise AerogelError(f"pattern {pattern!r} is not a regular expression ({error})") from error
+        return found_at_start(pattern, name)
     if any(sign in pattern for sign in "*?["):
         return fnmatchcase(name, pattern)
     if module is not None and type(module).__name__ == pattern:
         return True
     return names_exactly(name, pattern)
+
+
+def found_at_start(pattern: str, name: str) -> bool:
+    """Return True if a `re:` pattern matches from the start of a name.
+
+    Patterns come with models and recipes, and some take ages: `re:(a+)+$` doubles its time with every letter of a name. Raises AerogelError
+    for what is no regular expression, and for one that takes longer than a second; others take millionths.
+    """
+    try:
+        return regex.match(pattern[3:], name, timeout=_PATIENCE) is not None
+    except TimeoutError as error:
+        raise AerogelError(f"pattern {pattern!r} takes too long on {name!r}; write it without repetitions inside of repetitions") from error
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+        raise AerogelError(f"pattern {pattern!r} is not a regular expression ({error})") from error
 
 
 def names_exactly(name: str, pattern: str) -> bool:

@@ -249,10 +249,14 @@ class Walk:
         path = self._folder / "walk.json" if self._folder else None
         if path is None or not path.exists():
             return 0
-        state = json.loads(path.read_text())
-        if state["order"] != list(self.order):
-            raise AerogelError(f"{path} belongs to a walk over other blocks; remove its folder to start anew")
-        return int(state["position"])
+        try:
+            state = json.loads(path.read_text())
+            order, position = state["order"], int(state["position"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise AerogelError(f"{path} is damaged; remove the progress folder to start again") from error
+        if order != list(self.order) or not 0 <= position <= len(order):
+            raise AerogelError(f"{path} belongs to a walk over other blocks; remove the progress folder to start again")
+        return position
 
     def _commit(self) -> None:
         if self._folder is None:

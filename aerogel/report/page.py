@@ -17,6 +17,7 @@ from aerogel.errors import AerogelError
 from aerogel.io.record import files
 from aerogel.io.record.measures import ImageQualityResult, ImageSimilarityResult, Sample, Side
 from aerogel.io.record.schema import Provenance, Record, pattern
+from aerogel.io.text_files import replace_text
 from aerogel.report import compare, coverage, inputs, phrases, reuse, skips, temporal
 from aerogel.report.layers import error_map, towers
 from aerogel.report.neighbours import beside
@@ -84,8 +85,7 @@ def write(folder: str | Path, path: str | Path | None = None) -> Path:
     Raises AerogelError when the folder holds no readable record.
     """
     target = Path(path) if path else Path(folder) / "report.html"
-    target.write_text(render(folder), "utf-8")
-    return target
+    return replace_text(target, render(folder))
 
 
 def render(folder: str | Path) -> str:
@@ -114,8 +114,7 @@ def write_plot(folder: str | Path, path: str | Path) -> Path:
         raise AerogelError(
             f"{folder} has no trade-off to draw: its quality was not measured; run aerogel evaluate on it, --against the original"
         )
-    Path(path).write_text(document(drawn, PANEL, HEIGHT), "utf-8")
-    return Path(path)
+    return replace_text(path, document(drawn, PANEL, HEIGHT))
 
 
 def images(run: Record, others: Sequence[Record] = (), width: float = NARROW) -> list[Markup]:

@@ -13,6 +13,7 @@ from aerogel.errors import AerogelError
 from aerogel.io.json_files import read_object
 from aerogel.io.older import upgraded_search
 from aerogel.io.record.files import checked, require_known
+from aerogel.io.text_files import replace_text
 from aerogel.report import cache_search, skip_search
 from aerogel.report.page import HERE, provenance
 from aerogel.report.svg import PALETTE
@@ -54,8 +55,7 @@ def write(folder: str | Path, path: str | Path | None = None) -> Path:
     record = Path(folder) / FILE
     facts = read_object(record, "give a folder that `aerogel search` wrote")
     target = Path(path) if path else Path(folder) / "report.html"
-    target.write_text(page(facts, record), "utf-8")
-    return target
+    return replace_text(target, page(facts, record))
 
 
 def page(facts: Mapping[str, Any], path: str | Path = FILE) -> str:

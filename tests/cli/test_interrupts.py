@@ -1,6 +1,8 @@
-"""Ctrl-C ends a command with one line, also where native code makes another error of it."""
+"""Ctrl-C and SIGTERM end a command with one line, also where native code makes another error of them."""
 
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -35,12 +37,16 @@ def press_in_a_parser() -> None:
         raise AerogelError("model.safetensors is broken") from None
 
 
-@pytest.mark.parametrize("work", [press, press_in_native_code, press_in_a_parser])
+def stop() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("work", [press, press_in_native_code, press_in_a_parser, stop])
 def test_whatever_ends_the_work_is_the_interruption(work: Callable[[], None]) -> None:
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(AerogelError, match=r"^interrupted; half is kept$"), interruptible(lambda: "half is kept"):
         work()
-    assert signal.getsignal(signal.SIGINT) is before
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_other_errors_stay_what_they_are() -> None:
@@ -61,3 +67,29 @@ def test_an_ignored_key_stays_ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with interruptible(lambda: "nothing was changed"):
         press()
+
+
+STARTING = """
+import builtins, os, runpy, signal, sys
+usual = builtins.__import__
+def importing(name, *args, **kwargs):
+    if name == module:
+        os.kill(os.getpid(), signal.SIGINT)
+    return usual(name, *args, **kwargs)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+module, sys.argv[1:] = sys.argv[1], ["plan", "none", "--recipe", "rtn-w4a16"]
+builtins.__import__ = importing
+runpy.run_module("aerogel", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "code"),
+    [
+        ("typer", 130),
+        *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("torch", "numpy", "torch.nn", "transformers", "safetensors")),
+    ],
+)
+def test_while_modules_are_imported(module: str, code: int) -> None:
+    ended = subprocess.run([sys.executable, "-c", STARTING, module], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (code, "error: interrupted; nothing was changed\n")

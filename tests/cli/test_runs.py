@@ -125,7 +125,7 @@ def test_layers_are_chosen_without_knowing_the_method(desk: Path) -> None:
         (("-r", "gptq-w4a16", "--data", "none.txt"), "no text source 'none.txt'"),
         (("-r", "gptq-w4a16", "--length", "100000", "--samples", "1"), "one sequence needs 100000"),
         (("-r", "rtn-w4a16", "--device", "warp"), "device 'warp' is unknown; give auto, cpu, cuda"),
-        (("-r", "gptq-w4a16", "--batch-size", "none"), "--batch-size none is neither auto nor a whole number of at least 1"),
+        (("-r", "gptq-w4a16", "--batch-size", "none"), "--batch-size none is neither auto nor a whole number from 1 to 1,000,000"),
         (("-r", "rtn-w4a16", "--guidance", "2"), "guidance does not apply to a language model"),
     ],
 )

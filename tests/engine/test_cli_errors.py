@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -209,6 +211,21 @@ def test_an_output_that_cannot_be_written(desk: Desk) -> None:
         assert "cannot write here" in desk.refused(*desk.compress("--output", "/proc/self/out"))
 
 
+@pytest.mark.parametrize("output", ["/", ".", ""])
+def test_an_output_without_a_name(output: str, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk.model)
+    assert "this folder exists and is not empty" in desk.refused(*desk.compress("--output", output))
+    assert "this folder exists and is not empty" in desk.refused("export", str(desk.model), "--format", "gptq", "--output", output)
+
+
+def test_a_batch_that_no_machine_has_room_for(desk: Desk) -> None:
+    said = desk.refused("bench", str(desk.model), "--batch", str(10**9))
+    assert "option 'batch': expected a number from 1 to 65,536, got 1000000000" in said
+    assert "--batch-size 1000000000 is neither auto nor a whole number from 1 to 1,000,000" in desk.refused(
+        *desk.compress("--batch-size", str(10**9))
+    )
+
+
 def test_an_output_inside_the_model(desk: Desk) -> None:
     assert "lies in the folder the model comes from" in desk.refused(*desk.compress("--output", str(desk.model / "out")))
 
@@ -237,15 +254,54 @@ def test_a_disk_that_fills_up_while_saving_keeps_the_calibration(desk: Desk, mon
     assert desk.run(*desk.compress("--resume")).exit_code == 0
 
 
-def test_a_disk_that_fills_up_while_compressing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "activations")
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "activations"), "activations: No space left on device"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "I/O error: No space left on device (os error 28)"),
+    ],
+)
+@pytest.mark.parametrize("written", ["aerogel.engine.resume.save_file", "aerogel.model.activations.save_file"])
+def test_a_disk_that_fills_up_while_compressing(
+    error: Exception, told: str, written: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(written, Mock(side_effect=error))
+        result = desk.run(*desk.compress())
+    kept = f"{desk.output}.partial keeps the finished blocks: add --resume to continue once that is mended"
+    assert (result.exit_code, result.stderr) == (2, f"error: the run stopped ({told}); {kept}\n")
+    assert desk.run(*desk.compress("--resume")).exit_code == 0
+
+
+def test_a_disk_that_is_full_when_the_report_is_written(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert desk.run(*desk.compress()).exit_code == 0
+    before, usual = digests(desk.output), Path.write_text
+
+    def full(path: Path, text: str, *args: Any) -> None:
+        usual(path, text[:10], *args)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(resume, "save_file", full)
-        result = desk.run(*desk.compress())
-    assert (result.exit_code, result.stderr) == (2, "error: activations: No space left on device\n")
-    assert desk.run(*desk.compress("--resume")).exit_code == 0
+        patch.setattr(Path, "write_text", full)
+        result = desk.run("report", str(desk.output))
+    place = desk.output / "report.html"
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"error: {place} could not be written (No space left on device); make room, or give another place\n",
+    )
+    assert digests(desk.output) == before
+
+
+@pytest.mark.parametrize("name", ["run.json", "stage-0/walk.json", "stage-0/blocks/model.layers.0/block.json"])
+@pytest.mark.parametrize("text", ["", "[]", "{}"])
+def test_a_progress_folder_that_is_damaged(name: str, text: str, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("aerogel.io.save.write_shards", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+        assert desk.run(*desk.compress()).exit_code == 2
+    (desk.folder / "out.partial" / name).write_text(text)
+    result = desk.run(*desk.compress("--resume"))
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
+    assert "out.partial" in result.stderr
 
 
 def test_an_unfinished_run(desk: Desk) -> None:
@@ -286,8 +342,8 @@ def test_a_linear_that_no_token_reached_is_rounded_and_reported(moe_model: Desk)
     assert "no token reached it" in result.stderr
 
 
-def interrupted(command: list[str], ready: Callable[[], bool]) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own and press Ctrl-C when it is ready for it."""
+def interrupted(command: list[str], ready: Callable[[], bool], number: int = signal.SIGINT) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own and press Ctrl-C, or send another signal, when it is ready for it."""
     process = subprocess.Popen(
         [sys.executable, "-m", "aerogel", *command],
         stdout=subprocess.PIPE,
@@ -298,18 +354,19 @@ def interrupted(command: list[str], ready: Callable[[], bool]) -> subprocess.Com
     try:
         while not ready() and process.poll() is None:
             time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate()
     finally:
         process.kill()
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def test_ctrl_c_keeps_what_is_finished(desk: Desk) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_ctrl_c_keeps_what_is_finished(number: int, desk: Desk) -> None:
     before = digests(desk.model)
     first = desk.folder / "out.partial" / "stage-0" / "blocks" / "model.layers.0" / resume.JOURNAL
     long = desk.compress("--samples", "64", "--set", "gptq.true_sequential=true")
-    ended = interrupted(long, first.exists)
+    ended = interrupted(long, first.exists, number)
     assert ended.returncode == 2, ended.stderr
     assert (
         ended.stderr.strip().splitlines()[-1]

@@ -6,8 +6,12 @@ from typing import Any
 
 import pytest
 
+from aerogel import catalog
+from aerogel.engine.opening import open_model
+from aerogel.engine.patterns import unmatched
 from aerogel.engine.planning import plan
 from aerogel.errors import AerogelError
+from aerogel.recipe import Recipe
 from tests.tiny import FAMILIES
 
 
@@ -41,6 +45,35 @@ def test_what_matches_nothing_is_refused_with_the_nearest_names(option: str, pat
 def test_schemes_of_layers_that_are_not_there_are_refused() -> None:
     (line,) = problems("llama", "rtn", overrides={"*.q_proj": "W4A16_CHANNEL", "*.down": "W8A16_CHANNEL"})
     assert line == "rtn: no layer matches '*.down' in overrides; did you mean *.down_proj?"
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "pattern", "advice"),
+    [
+        ("kv_cache_int", "ignore", "*.self_atn", "no attention matches '*.self_atn' in ignore; did you mean *.self_attn?"),
+        ("kivi", "ignore", "*.q_proj", "no attention matches '*.q_proj' in ignore"),
+        ("attention_quant", "ignore", "model.layers.9.self_attn", "no attention matches 'model.layers.9.self_attn' in ignore"),
+        ("awq", "unclipped", "*.q_prj", "no layer matches '*.q_prj' in unclipped; did you mean *.q_proj"),
+        ("smoothquant", "targets", "*.down", "no layer matches '*.down' in targets; did you mean *.down_proj?"),
+        ("magnitude", "ignore", "*.down", "no layer matches '*.down' in ignore; did you mean *.down_proj?"),
+        ("fsc", "ignore", "*.to_qq", "no layer matches '*.to_qq' in ignore; did you mean *.to_q"),
+        ("split_shortcut", "ignore", "*.to_qq", "no layer matches '*.to_qq' in ignore; did you mean *.to_q"),
+        ("activation_ranges", "targets", "*.to_qq", "no layer matches '*.to_qq' in targets; did you mean *.to_q"),
+    ],
+)
+def test_every_option_of_patterns_is_looked_at(method: str, option: str, pattern: str, advice: str) -> None:
+    network = open_model(FAMILIES["dit" if "to_q" in pattern else "llama"].build())
+    (step,) = Recipe.parse({"steps": [{method: {option: [pattern]}}]}).steps
+    (line,) = unmatched(network, step)
+    assert advice in line
+
+
+def test_no_other_option_has_patterns() -> None:
+    """A new option of names of modules has to be looked at too."""
+    known = {"targets", "ignore", "overrides", "unclipped"}
+    for name in catalog.names("methods"):
+        for option in catalog.options(catalog.find("methods", name)):
+            assert option.name in known or "tuple[str" not in option.type, (name, option.name)
 
 
 @pytest.mark.parametrize(

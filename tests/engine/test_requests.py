@@ -160,7 +160,7 @@ def test_the_size_of_a_call_is_a_number_or_auto(tmp_path: Path) -> None:
     assert RunRequest.of(path, batch_size="2").batch_size == 2
     assert RunRequest.of(path, batch_size="auto").batch_size == "auto"
     for wrong in ("0", "-1", "many", "1.5"):
-        with pytest.raises(AerogelError, match=f"^--batch-size {wrong} is neither auto nor a whole number of at least 1$"):
+        with pytest.raises(AerogelError, match=f"^--batch-size {wrong} is neither auto nor a whole number from 1 to 1,000,000$"):
             RunRequest.of(path, batch_size=wrong)
 
 

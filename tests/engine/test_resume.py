@@ -99,9 +99,19 @@ def test_killed_at_a_block(source: Path, tmp_path: Path, block: int, unbroken: C
     assert not partial_of(output).exists()
 
 
+def _rarely(doom: Doom) -> Any:
+    return pytest.param(doom, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "doom",
-    [Doom("save"), *(Doom("file", count) for count in (1, 2, 3, 6)), *(Doom("activation", count) for count in (1, 2, 5))],
+    [
+        *(Doom("save"), Doom("shard", 1)),
+        *(Doom("file", count) for count in (1, 2, 3, 6)),
+        *(Doom("activation", count) for count in (1, 2, 5)),
+        *(_rarely(Doom("file", count)) for count in (4, 5, 7, 8, 9)),
+        *(_rarely(Doom("activation", count)) for count in (3, 4, 6, 7)),
+    ],
     ids=lambda doom: f"{doom.at}-{doom.count}",
 )
 def test_killed_between_writes(source: Path, tmp_path: Path, doom: Doom, unbroken: Callable[[Any], dict[str, str]]) -> None:
@@ -109,6 +119,24 @@ def test_killed_between_writes(source: Path, tmp_path: Path, doom: Doom, unbroke
     killed(source, output, RECIPE, doom)
     run(source, output, resume=True)
     assert outcome(output) == unbroken(RECIPE)
+
+
+def test_killed_once_it_has_its_name(source: Path, tmp_path: Path, unbroken: Callable[[Any], dict[str, str]]) -> None:
+    output = tmp_path / "out"
+    killed(source, output, RECIPE, Doom("name"))
+    assert outcome(output) == unbroken(RECIPE)
+    for resume in (False, True):
+        with pytest.raises(AerogelError, match=r"out is finished, and .*out.partial is left over from its run; remove out.partial, or"):
+            run(source, output, resume=resume)
+    assert outcome(output) == unbroken(RECIPE)
+
+
+def test_killed_while_it_saves_leaves_nothing_for_good(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    killed(source, output, RECIPE, Doom("shard", 1))
+    assert len(list(tmp_path.glob(".out.*.saving"))) == 1
+    run(source, output, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_killed_again_and_again(source: Path, tmp_path: Path, unbroken: Callable[[Any], dict[str, str]]) -> None:

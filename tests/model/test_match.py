@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+from aerogel.errors import AerogelError
 from aerogel.model.match import matches
 
 
@@ -37,3 +38,15 @@ def test_class_names_need_the_module() -> None:
 
 def test_no_pattern_means_nothing() -> None:
     assert not matches("lm_head", ())
+
+
+def test_an_expression_that_explodes_is_refused() -> None:
+    with pytest.raises(AerogelError, match=r"^pattern 're:\(a\|a\)\*\$' takes too long on 'aaaa.*repetitions inside of repetitions$"):
+        matches("a" * 60 + "b", ("re:(a|a)*$",))
+    assert not matches("a" * 60 + "!", ("re:(a+)+$",))
+
+
+@pytest.mark.parametrize("pattern", ["re:[", "re:*", "re:" + "(" * 5000 + ")" * 5000, "re:a{1000}{1000}"])
+def test_what_is_no_expression(pattern: str) -> None:
+    with pytest.raises(AerogelError, match="is not a regular expression"):
+        matches("name", (pattern,))

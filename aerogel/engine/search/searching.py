@@ -17,11 +17,13 @@ from aerogel.engine.search.caches import CacheSearch
 from aerogel.engine.search.skips import SkipSearch
 from aerogel.errors import AerogelError
 from aerogel.io import save
+from aerogel.io.locks import locked
 from aerogel.io.older import SCHEMA
 from aerogel.io.record import files
 from aerogel.io.record.measures import Metrics
 from aerogel.io.record.schema import RecipeRecord, Record
 from aerogel.io.source import ModelSource
+from aerogel.io.text_files import replace_text
 from aerogel.model.experts import fuse
 from aerogel.model.network import Network
 from aerogel.model.placement import AUTO, Device
@@ -68,6 +70,12 @@ class Findings:
         Raises AerogelError when it cannot be written or is not empty.
         """
         output = Path(output)
+        with locked(output):
+            self.save_locked(output)
+        return output
+
+    def save_locked(self, output: Path) -> None:
+        """Save as a folder that is locked already."""
         save.preflight(output)
         made = [self.best] if self.best is not None else []
         recipe = RecipeRecord(name=made[0].step.name, steps=[made[0].step.as_dict()]) if made else RecipeRecord()
@@ -78,7 +86,6 @@ class Findings:
             (folder / page.FILE).write_text(json.dumps(self.facts, indent=2, default=str) + "\n")
             page.write(folder)
         self.folder = output
-        return output
 
     def report(self, path: str | Path | None = None) -> Path:
         """Write the report as one self-contained HTML file, by default report.html in the folder.
@@ -89,8 +96,7 @@ class Findings:
             return page.write(self.folder, path)
         if path is None:
             raise AerogelError("these findings are in memory only; give the report a path, or save them first")
-        Path(path).write_text(page.page(self.facts), encoding="utf-8")
-        return Path(path)
+        return replace_text(path, page.page(self.facts))
 
 
 def search(
@@ -121,6 +127,24 @@ def search(
     if rounds < 1:
         raise AerogelError(f"rounds is {rounds}; it is at least 1")
     made = TASKS[task](budget, only, overrides, rounds, tell, clock)
+    if output is None:
+        return _findings(made, task, model, samples, None, seed, device, tell)
+    with locked(Path(output)):
+        findings = _findings(made, task, model, samples, Path(output), seed, device, tell)
+        findings.save_locked(Path(output))
+    return findings
+
+
+def _findings(
+    made: Search,
+    task: str,
+    model: Any,
+    samples: CalibrationInput | None,
+    output: Path | None,
+    seed: int,
+    device: Device,
+    tell: Tell,
+) -> Findings:
     watch = Watch(tell)
     with watch.stage("load", str(model) if isinstance(model, str | Path | ModelSource) else ""):
         network = load(model, lazy=False, unfuse_experts=False, device=device)
@@ -128,7 +152,7 @@ def search(
             fuse(network.module)  # experts run as transformers runs them
     made.check(network, samples)
     if output is not None:
-        save.preflight(Path(output), origin=network.origin)
+        save.preflight(output, origin=network.origin)
     with watch.stage("check", "what to calibrate on"):
         shown = made.prepare(seed)
     with watch.stage("compress"):
@@ -142,7 +166,4 @@ def search(
         "provenance": provenance.provenance_of(network, seed, shown).as_dict(),
         "timings": watch.seconds,
     }
-    findings = Findings(facts, made.best)
-    if output is not None:
-        findings.save(output)
-    return findings
+    return Findings(facts, made.best)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from aerogel.errors import AerogelError
 from aerogel.io.json_files import read_object
 from aerogel.io.older import SCHEMA, upgraded
 from aerogel.io.record.schema import Record
+from aerogel.io.text_files import replace_text
 
 FILE = "aerogel.json"
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -63,20 +63,22 @@ def checked(kind: type[Kind], content: Any, path: str | Path, command: str) -> K
 
 def write(folder: str | Path, record: Record) -> None:
     """Write the record into a folder, in place of one that is there already, atomically."""
-    path = Path(folder) / FILE
-    beside = path.with_name(f".{FILE}.{os.getpid()}.new")
-    beside.write_text(json.dumps(record.as_dict(), indent=2, default=str) + "\n", "utf-8")
-    beside.replace(path)
+    replace_text(Path(folder) / FILE, json.dumps(record.as_dict(), indent=2, default=str) + "\n")
 
 
 def verify(folder: str | Path) -> None:
-    """Compare a folder's files of tensors with the checksums in its record, if it has one.
+    """Compare a folder's files of tensors with the checksums in its record, if it has one; a component's are in that of its pipeline.
 
     Raises AerogelError that names a file which is missing or was changed.
     """
-    if not (Path(folder) / FILE).is_file():
+    part, folder = Path(folder).absolute(), Path(folder)
+    if not (folder / FILE).is_file() and (part.parent / FILE).is_file():
+        folder = part.parent
+    elif not (folder / FILE).is_file():
         return
     expected = read(folder).checksums
+    if folder == part.parent:
+        expected = {name: checksum for name, checksum in expected.items() if name.startswith(f"{part.name}/")}
     with ThreadPoolExecutor() as pool:  # hashing runs without the interpreter's lock
         for name, checksum in zip(expected, pool.map(lambda name: checksum_of(Path(folder) / name), expected), strict=True):
             if checksum != expected[name]:
@@ -89,6 +91,8 @@ def verify(folder: str | Path) -> None:
 def checksum_of(path: Path) -> str:
     """Return `sha256:` of a file's content; raises AerogelError when it cannot be read."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise AerogelError(f"{path} is no regular file, though {FILE} lists it; copy the folder again")
         with path.open("rb") as file:
             return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
     except OSError as error:

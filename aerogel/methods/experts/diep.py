@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aerogel.methods.experts.policy import ExpertSkippingPolicy, ExpertSkippingState
-from aerogel.options import Count, Share
+from aerogel.options import Share, Tokens
 from aerogel.runtime.expert_skipping.answers import Answers
 from aerogel.runtime.expert_skipping.routing import Routed, Rule, Shape
 from aerogel.runtime.expert_skipping.seen import outputs_of_each
@@ -39,7 +39,7 @@ class Diep(ExpertSkippingPolicy[DiepState]):
 
     ratio: Share | None = None
     """Share of the token-expert assignments to drop: beta is scaled until it is met. None leaves the median of the calibration tokens."""
-    tokens: Count = 256
+    tokens: Tokens = 256
     """Tokens of each layer on which the outputs of all experts are compared."""
     renormalise: bool = field(default=True, kw_only=True)
     """Scale the weights of a token's kept experts to the sum of all."""

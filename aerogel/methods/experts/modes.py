@@ -68,7 +68,7 @@ class Modes(ExpertSkippingPolicy[ModesState]):
     """One threshold for text and one for vision, or a single one."""
     grid: Literal["quantiles", "published"] = "quantiles"
     """Grid of thresholds: where the scores are, or that of the public code."""
-    points: Annotated[int, Field(ge=2)] = POINTS
+    points: Annotated[int, Field(ge=2, le=1000)] = POINTS
     """Thresholds of each modality that are looked at."""
     exhaustive: bool = False
     """Try all combinations of the two thresholds; for small grids."""

@@ -21,7 +21,7 @@ from aerogel.methods.base import Before, Method, Requirement
 from aerogel.model.calls import Call
 from aerogel.model.experts import narrow, narrowed
 from aerogel.model.network import Network
-from aerogel.options import Count
+from aerogel.options import Count, Tokens
 from aerogel.runtime.expert_skipping.routing import experts_of, router_of, shape_of
 from aerogel.runtime.expert_skipping.seen import Arrived, arrivals, outputs_of_each
 
@@ -38,7 +38,7 @@ class PruneExperts(Method):
     """Share of each layer's experts to remove; what stays is rounded up."""
     by: Literal["reap", "naee"] = "reap"
     """`reap`: mean of router weight times size of the output over the tokens an expert gets; `naee`: all subsets, by the layer's output."""
-    tokens: Count = 2048
+    tokens: Tokens = 2048
     """Tokens of each layer to judge by."""
     subsets: Count = 100_000
     """Subsets that `naee` may try in a layer."""

@@ -29,7 +29,7 @@ class Kivi(KVCachePolicy):
     """Bits of a number."""
     group: Annotated[int, Field(ge=1, le=1024)] = 32
     """Tokens of a key's channel, and channels of a value, that share a range of 32 bits."""
-    residual: Annotated[int, Field(ge=1)] = 128
+    residual: Annotated[int, Field(ge=1, le=1_000_000)] = 128
     """Latest tokens in 16 bits; a multiple of the group. As many keys are quantized at once, of values the oldest one by one."""
 
     def problems(self, network: Network, before: Before) -> Iterator[str]:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
@@ -48,7 +49,7 @@ class Gptq(WeightMethod):
 
     shares_calls: ClassVar[bool] = True
 
-    percdamp: NonNegative = 0.01
+    percdamp: Annotated[float, Field(ge=0, le=10)] = 0.01
     """This times the mean of the Hessian's diagonal is added to the diagonal; increased tenfold if that is too little."""
     act_order: ActOrder = "static"
     """Order of columns: as they are (none), or largest inputs first, with groups as they are (static) or in the new order (group)."""

@@ -23,6 +23,7 @@ from aerogel.model.edges import Edge
 from aerogel.model.network import Network
 from aerogel.model.structure.residual import Residual
 from aerogel.numerics.rotation import ROTATIONS, apply_rotation
+from aerogel.options import Seed
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Rotate(Method):
 
     kind: Literal["hadamard", "random"] = "hadamard"
     """Rotation: a Hadamard matrix with random signs spreads most evenly; a random orthogonal one exists for every width."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the random signs or of the random matrix."""
 
     def problems(self, network: Network, before: Before) -> Iterator[str]:

@@ -55,7 +55,7 @@ class TokenCacheState(ScheduleState):
 class TokenCacheConfig(Options):
     """Steps at which all modules run, and the tokens that the steps between compute anew; steps are counted down to 0, the last."""
 
-    interval: Annotated[int, Field(ge=2)] = 3
+    interval: Annotated[int, Field(ge=2, le=1_000_000)] = 3
     """About how many steps from one at which all modules run to the next (published: 3 for 50 DDIM steps of DiT, 4 for 250 of DDPM)."""
     pace: Annotated[float, Field(ge=0, lt=1)] = 0.4
     """After step i of T the interval is divided by 1 + pace - 2 x pace x i / T, so it is longest at the start (PixArt: 0.2)."""

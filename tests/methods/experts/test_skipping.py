@@ -239,7 +239,7 @@ def test_labels_say_where_answers_are() -> None:
         ({"modes": {"ratio": 1.2}}, "option 'ratio': expected a number from 0 to 1, got 1.2"),
         ({"naee": {"ratio": 0.9}}, "this rule drops 0.4.. of all assignments at most"),
         ({"odp": {"kept": 0.7, "dropped": 0.5}}, "together <= 1"),
-        ({"modes": {"points": 1}}, "expected a number of at least 2, got 1"),
+        ({"modes": {"points": 1}}, "expected a number from 2 to 1,000, got 1"),
     ],
 )
 def test_options_out_of_range_are_refused(step: dict[str, Any], message: str) -> None:

@@ -322,8 +322,8 @@ def test_a_run_without_guidance_is_refused() -> None:
     [
         ({}, calls("wan"), r"recorded batch of 1 samples is not .* in calls of their own.*set unconditional_every to 1"),
         ({}, calls("dit"), "recorded batch of 2 samples is not the same samples twice"),
-        ({"self_every": 0}, [], "option 'self_every': expected a number of at least 1, got 0"),
-        ({"unconditional_every": 0}, [], "option 'unconditional_every': expected a number of at least 1, got 0"),
+        ({"self_every": 0}, [], "option 'self_every': expected a number from 1 to 1,000,000, got 0"),
+        ({"unconditional_every": 0}, [], "option 'unconditional_every': expected a number from 1 to 1,000,000, got 0"),
         (
             {"conditional": "second"},
             [Call((), {"hidden_states": torch.ones(2, 4, 8), "timestep": torch.zeros(2)})],

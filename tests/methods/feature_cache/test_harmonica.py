@@ -292,11 +292,11 @@ def test_compress_keeps_it_beside_the_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"trajectories": 0}, "at least 1"),
-        ({"refresh": 0}, "at least 1"),
-        ({"search": -1}, "at least 0"),
-        ({"samples": 0}, "option 'samples': expected a number of at least 1, got 0"),
-        ({"max_age": -1}, "option 'max_age': expected a number of at least 0, got -1"),
+        ({"trajectories": 0}, "from 1 to"),
+        ({"refresh": 0}, "from 1 to"),
+        ({"search": -1}, "from 0 to"),
+        ({"samples": 0}, "option 'samples': expected a number from 1 to 1,000,000, got 0"),
+        ({"max_age": -1}, "option 'max_age': expected a number from 0 to 1,000,000, got -1"),
         ({"threshold": 0.995}, "option 'threshold': expected a number from 0 to below 0.993307, got 0.995"),
         ({"threshold": -0.1}, "got -0.1"),
     ],

@@ -129,7 +129,7 @@ def test_magcache_counts_from_the_last_step_that_ran() -> None:
     assert left_out(ratio_T, Magcache(0.07, longest=3)) == "0011011101"
     assert left_out(torch.ones(8), Magcache(0.0, longest=2, retention=0.25)) == "00110110"
     assert left_out(torch.full((6,), 2.0), Magcache(0.1)) == "000000"
-    with pytest.raises(AerogelError, match="option 'longest': expected a number of at least 1, got 0"):
+    with pytest.raises(AerogelError, match="option 'longest': expected a number from 1 to 1,000,000, got 0"):
         Magcache(longest=0).calibrate(deep("dit"), drifting("dit"))
 
 

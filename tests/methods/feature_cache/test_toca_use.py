@@ -108,8 +108,8 @@ def test_a_pipeline_takes_them_from_a_recipe() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"interval": 1}, "option 'interval': expected a number of at least 2, got 1"),
-        ({"cell": 0}, "option 'cell': expected a number of at least 1, got 0"),
+        ({"interval": 1}, "option 'interval': expected a number from 2 to 1,000,000, got 1"),
+        ({"cell": 0}, "option 'cell': expected a number from 1 to 1,000,000, got 0"),
         ({"pace": 1.0}, "option 'pace': expected a number from 0 to below 1, got 1.0"),
         ({"dense": (0.4, 0.2)}, r"option 'dense': expected two shares in order, got \[0.4, 0.2\]"),
         ({"ratio": -0.1}, "option 'ratio': expected a number of at least 0, got -0.1"),
