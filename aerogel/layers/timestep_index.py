@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from aerogel.errors import AerogelError
+from aerogel.layers.forward_guard import ForwardGuard
 from aerogel.layers.signature import arguments_of
 
 
@@ -31,6 +32,7 @@ class TimestepIndex:
         """Full names of the modules that run once for each step of a batch."""
         self._rows: tuple[int, ...] | None = None
         self._expanded: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = []
+        self._guard = ForwardGuard()
 
     def set_pipeline(self, pipeline: Any) -> None:
         """Remember the pipeline that makes the forwards, so that an error can name the sampler that it has by then."""
@@ -102,12 +104,14 @@ class TimestepIndex:
     # Bound methods, because a copy of a network must get hooks of its own index, the one that the copied layers have.
     def _start(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A walk stops forwards half-way and then runs a block by itself: the rows stay those of its call until the next one starts.
+        self._guard.enter(denoiser)
         self._expanded.clear()
         self._rows = self.rows_of(timestep_of(denoiser, args, kwargs))
 
     def _stop(self, *_: Any) -> None:
-        self._rows = None
-        self._expanded.clear()
+        if self._guard.leave():
+            self._rows = None
+            self._expanded.clear()
 
     def _select_steps(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x_NC, *rest = args

@@ -6,6 +6,7 @@ Streams (the branches of guidance that come in calls of their own) never see eac
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from aerogel.errors import AerogelError
+from aerogel.layers.forward_guard import ForwardGuard
 from aerogel.layers.timestep_index import in_use
 from aerogel.model.calls import bytes_in, tensors_in
 from aerogel.model.trajectories import step_of
@@ -46,7 +48,10 @@ class StreamTracker(ABC):
         """The most that all memories held between two forwards."""
         self._timesteps: Any = None
         """The list of the run at hand, which a pipeline's sampler makes anew for each."""
-        self._named: str | None = None
+        self._named: dict[threading.Thread, str] = {}
+        self._guard = ForwardGuard()
+        self._thread: threading.Thread | None = None
+        """The thread of the run at hand."""
         self._stream = ""
         self._last: tuple[float, int] | None = None
         self._next: dict[str, int] = {}
@@ -79,12 +84,14 @@ class StreamTracker(ABC):
 
     def start(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a forward: find the stream and the step; what is returned takes the place of (args, kwargs)."""
+        self._guard.enter(denoiser)
         step = step_of(denoiser, args, kwargs)
         timesteps = getattr(getattr(self._pipeline, "scheduler", None), "timesteps", None)
         if timesteps is not self._timesteps:  # also where the last run was given up
             self.reset()
             self._timesteps = timesteps
-        self._stream = self._named or self._branch(step)
+        self._require_own_run(denoiser, step)
+        self._stream = self._named.get(threading.current_thread()) or self._branch(step)
         row = self._place(step)
         first = tensors_in((args, kwargs))[0]
         like = (first.shape, first.dtype, first.device)
@@ -97,11 +104,27 @@ class StreamTracker(ABC):
 
     def stop(self, _: nn.Module, __: Any, output: Any) -> Any:
         """After a forward: put the stream's memory away; after one that failed, forget all. What is returned takes the output's place."""
+        if not self._guard.leave():
+            return
         if output is None:
             self.reset()
             return
         self.memories[self._stream] = self.end()
         self.peak_bytes = max(self.peak_bytes, sum(map(self.held_bytes, self.memories.values())))
+
+    def _require_own_run(self, denoiser: nn.Module, step: float) -> None:
+        """Let a thread begin a run at the first step; raises AerogelError for a later step in the middle of another thread's run."""
+        me = threading.current_thread()
+        if self._thread is not me and self._next:
+            if step != self.steps[0]:
+                self._guard.leave()  # the run of the other thread stays what it is
+                raise AerogelError(
+                    f"thread {me.name} goes on with a run of {type(denoiser).__name__} in the middle of a run of thread "
+                    f"{self._thread.name if self._thread else ''}, and a feature cache is on, which serves one run at a time: make one run "
+                    "after the other, or open the model once for each thread"
+                )
+            self.reset()
+        self._thread = me
 
     def _branch(self, step: float) -> str:
         """The stream of a forward of which no pipeline says whose it is: calls of one step in a row are the branches of guidance."""
@@ -156,12 +179,16 @@ def _named_streams(denoiser: nn.Module, by: StreamTracker) -> Iterator[None]:
 
     @contextmanager
     def told(name: str, **kwargs: Any) -> Iterator[None]:
-        before, by._named = by._named, name
+        me = threading.current_thread()
+        before = by._named.get(me)
+        by._named[me] = name
         try:
             with own(name, **kwargs):
                 yield
         finally:
-            by._named = before
+            by._named.pop(me)
+            if before is not None:
+                by._named[me] = before
 
     before = denoiser.__dict__.get(_CONTEXT)
     denoiser.__dict__[_CONTEXT] = told
