@@ -40,7 +40,8 @@ class Tally:
     @classmethod
     def empty(cls, layers: int, device: torch.device) -> Tally:
         """Nothing counted."""
-        return cls(*(torch.zeros(layers, len(KINDS), 2, dtype=torch.int64, device=device) for _ in range(4)))
+        zeros = [torch.zeros(layers, len(KINDS), 2, dtype=torch.int64, device=device) for _ in range(4)]
+        return cls(zeros[0], zeros[1], zeros[2], zeros[3])
 
     def look(
         self, vocabulary: Vocabulary, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
