@@ -16,7 +16,7 @@ from rich.table import Table
 from aerogel.engine.planning import Kept, Plan
 from aerogel.engine.progress import ProgressEstimator, Tell, bar
 from aerogel.io import hub
-from aerogel.io.record.measures import Metrics
+from aerogel.io.record.measures import Metrics, Side
 from aerogel.io.record.schema import Coverage, PolicyRecord, pattern
 from aerogel.report import compare, coverage, phrases, reuse, search
 
@@ -39,15 +39,30 @@ def downloads(quiet: bool) -> Iterator[None]:
 
 
 def print_comparison(metrics: Mapping[str, Any]) -> None:
-    """Print the metrics of the original and the compressed model, one per line."""
+    """Print the metrics of the original and the compressed model, one per line, and the texts they wrote; or those of one model."""
     sides = Metrics.model_validate(metrics)
-    table = Table("", "original", "compressed", "", box=None, pad_edge=False)
+    alone = next(iter(metrics)) if len(metrics) == 1 else None
+    table = Table("", *([alone] if alone else ["original", "compressed", ""]), box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
-    for row in compare.rows(sides.original, sides.compressed):
-        table.add_row(*map(escape, row))
+    measured = sides.original if alone == "original" else sides.compressed
+    for row in compare.rows(Side() if alone else sides.original, measured):
+        table.add_row(*map(escape, (row.name, row.after) if alone else row))
     if table.row_count:
         Console().print(table)
+    _print_samples(measured, alone or "compressed")
+
+
+def _print_samples(side: Side, name: str) -> None:
+    """Print each prompt and what the models wrote behind it."""
+    console = Console(soft_wrap=True, highlight=False)
+    for sample in side.generation.samples if side.generation else ():
+        console.print(f"\nprompt: {sample.prompt}", markup=False)
+        if sample.original is not None:
+            console.print(f"original: {sample.original.strip()}", markup=False)
+        console.print(f"{name}: {sample.text.strip()}", markup=False)
+        if sample.same is not None:
+            console.print(f"({phrases.same_tokens(sample)})", markup=False)
 
 
 def print_coverage(facts: Mapping[str, Any]) -> None:

@@ -115,14 +115,14 @@ def _scores(result: Result, source: ModelSource | Path | None, measures: Sequenc
     network = result.network
     original = open_model(source, lazy=False, device=network.device) if source is not None else None
     with policies.on(network, result.policies):
-        return measure(network, original, measures, tell, speed=True)
+        return measure(network, original, measures, tell, speed=True, side="compressed")
 
 
 def _scores_of_live(network: Network, measures: Sequence[str | Measure] | None) -> dict[str, Scores]:
     """A module changed in place is measured before; afterwards there is no original to compare with."""
     if measures is not None and not measures:
         return {}
-    return {"original": measure(network, None, measures, speed=True)["compressed"]}
+    return measure(network, None, measures, speed=True, side="original")
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from aerogel import catalog
 from aerogel.data import given
@@ -22,11 +22,13 @@ from aerogel.evaluate.speed import Speed
 from aerogel.evaluate.timing import Timed
 from aerogel.io.record import files
 from aerogel.io.source import ModelSource
+from aerogel.layers.linear import QuantLinear
 from aerogel.model.network import Network
 from aerogel.model.placement import AUTO, Device, fitting
 from aerogel.recipe import build, options_of
 
 Scores = dict[str, dict[str, Any]]
+Side = Literal["original", "compressed"]
 
 # Tokens that speed is timed on at the end of a run.
 _PROMPT, _ANSWER = 512, 32
@@ -41,8 +43,12 @@ def measure(
     overrides: Iterable[str] = (),
     data: Any = None,
     column: str | None = None,
+    side: Side | None = None,
 ) -> dict[str, Scores]:
     """Measure a network, and its original when given: {"compressed": {measure: facts}, "original": {...}}.
+
+    A network that is measured alone stands under what it is: "original", or "compressed" where it has quantized layers or comes from a
+    folder written here; `side` says so where that cannot be seen, as with pruned weights in memory.
 
     By default every measure that fits the network and need not be asked for, with `speed` a short measurement of speed too;
     `overrides` are `measure.option=value`, for measures that are taken by name. `data` is what those that read text or chats read
@@ -55,8 +61,9 @@ def measure(
     options = options_of(overrides, "measure.option=value, for example image_quality.count=512")
     chosen = _named(measures if measures is not None else [*_usual(network), *(_timed(network) if speed else ())], options)
     chosen = _reading(chosen, data, column, options)
-    takes = [take for name, found in chosen for take in _takes(name, found, network, against, must=measures is not None)]
-    scores: dict[str, Scores] = {"original": {}, "compressed": {}} if against is not None else {"compressed": {}}
+    side = "compressed" if against is not None else side or _side_of(network)
+    takes = [take for name, found in chosen for take in _takes(name, found, network, against, side, must=measures is not None)]
+    scores: dict[str, Scores] = {"original": {}, "compressed": {}} if against is not None else {side: {}}
     done, total = 0, sum(take.passes for take in takes)
     with network.on_device(), nullcontext() if against is None else against.on_device():
         for take in takes:
@@ -66,6 +73,13 @@ def measure(
             done += take.passes
     tell(Event("evaluate", total, total))
     return scores
+
+
+def _side_of(network: Network) -> Side:
+    """Return what a network that is measured alone is."""
+    written = network.origin is not None and (network.origin / files.FILE).is_file()
+    quantized = network.dequantized is not None or any(isinstance(part, QuantLinear) for part in network.module.modules())
+    return "compressed" if written or quantized else "original"
 
 
 def _reading(
@@ -152,16 +166,16 @@ class _Take(NamedTuple):
     """Gives facts by whose they are."""
 
 
-def _takes(name: str, found: Measure, network: Network, against: Network | None, must: bool) -> Iterator[_Take]:
+def _takes(name: str, found: Measure, network: Network, against: Network | None, side: Side, must: bool) -> Iterator[_Take]:
     if isinstance(found, Timed):
-        sides = {"compressed": network} if against is None else {"original": against, "compressed": network}
-        yield _Take(name, "speed of both, in turns", 2, partial(found.compare, sides))
+        sides: dict[str, Network] = {side: network} if against is None else {"original": against, side: network}
+        yield _Take(name, "speed" if against is None else "speed of both, in turns", 2, partial(found.compare, sides))
         return
     if against is not None and not found.compares:
         yield _Take(name, f"{name} of the original", 1, lambda: {"original": found.measure(against)})
     if against is not None or not found.compares or must:
         passes = 2 if found.compares else 1
-        yield _Take(name, f"{name} of the compressed", passes, lambda: {"compressed": found.measure(network, against)})
+        yield _Take(name, f"{name} of the {side}", passes, lambda: {side: found.measure(network, against)})
 
 
 def _named(measures: Sequence[str | Measure], options: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Measure]]:

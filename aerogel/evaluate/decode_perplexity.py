@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from aerogel.data import text
 from aerogel.errors import AerogelError
-from aerogel.evaluate.measure import TextMeasure, Window
+from aerogel.evaluate.measure import TextMeasure, Window, require_finite
 from aerogel.model.calls import Call
 from aerogel.model.kv_cache import bytes_per_token, replaces_layers
 from aerogel.model.network import Network
@@ -52,6 +52,7 @@ class DecodePerplexity(TextMeasure):
         with self.reading(network), torch.no_grad():
             for window in self.windows(network, stream_T):
                 for logits_BV, labels_B, at_end in _decoded(network, window):
+                    require_finite(logits_BV, network, "decode_perplexity")
                     total += float(cross_entropy(logits_BV.float(), labels_B, reduction="sum").double())
                     count, cache = count + len(labels_B), at_end
                 size = bytes_per_token(cache, len(window.input_ids))

@@ -13,7 +13,7 @@ from aerogel.data import chats
 from aerogel.data.chats import Chat
 from aerogel.errors import AerogelError
 from aerogel.evaluate.generation import continued
-from aerogel.evaluate.measure import Measure, tokenizer_of
+from aerogel.evaluate.measure import Measure, require_finite, tokenizer_of
 from aerogel.model.network import Network
 from aerogel.model.structure.moe import routed_experts
 from aerogel.numerics.metrics import kl_divergence, top1_agreement
@@ -67,7 +67,7 @@ class ExactMatch(Measure):
         """The share of chats to which the network answers as it should."""
         right = start = 0
         for inputs in chats.prompts(asked, network.processor, self.batch, network.device):
-            made_BN = continued(network, inputs, self.new_tokens)
+            made_BN = continued(network, inputs, self.new_tokens, measure="exact_match")
             said = tokenizer_of(network).batch_decode(made_BN, skip_special_tokens=True)
             right += sum(one.strip() == chat.answer.strip() for one, chat in zip(said, asked[start:], strict=False))
             start += len(said)
@@ -78,6 +78,8 @@ class ExactMatch(Measure):
         for call in chats.calls(asked, network.processor, self.batch, network.device):
             at_BS = torch.nn.functional.pad(call.kwargs.pop("labels")[:, 1:] != chats.IGNORED, (0, 1))
             theirs_NV, ours_NV = (logits_at(one, call, at_BS) for one in (against, network))
+            for one, logits_NV in ((against, theirs_NV), (network, ours_NV)):
+                require_finite(logits_NV, one, "exact_match")
             divergence += kl_divergence(theirs_NV, ours_NV) * len(ours_NV)
             same += top1_agreement(theirs_NV, ours_NV) * len(ours_NV)
             tokens += len(ours_NV)

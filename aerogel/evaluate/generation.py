@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
-from aerogel.evaluate.measure import Measure, tokenizer_of
+from aerogel.evaluate.measure import Measure, require_finite, tokenizer_of
 from aerogel.model.network import Network
 from aerogel.options import Count
 
@@ -38,11 +39,11 @@ class Generation(Measure):
     """Send each prompt through the tokenizer's chat template as the user's turn; None: where it has one."""
 
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
-        """Return samples (prompt, compressed; with an original also original, same, tokens) and same_share, its mean share."""
+        """Return samples (prompt, text; with an original also original, same, tokens) and same_share, its mean share."""
         tokenizer, samples = tokenizer_of(network), []
         for prompt in self.prompts:
             ours_T = self._continue(network, prompt)
-            sample: dict[str, Any] = {"prompt": prompt, "compressed": tokenizer.decode(ours_T, skip_special_tokens=True)}
+            sample: dict[str, Any] = {"prompt": prompt, "text": tokenizer.decode(ours_T, skip_special_tokens=True)}
             if against is not None:
                 theirs_T = self._continue(against, prompt)
                 sample["original"] = tokenizer.decode(theirs_T, skip_special_tokens=True)
@@ -62,14 +63,30 @@ class Generation(Measure):
         return continued(network, {"input_ids": ids_1L, "attention_mask": torch.ones_like(ids_1L)}, self.new_tokens)[0]
 
 
-def continued(network: Network, inputs: Mapping[str, Any], new_tokens: int, exactly: bool = False) -> Tensor:
-    """Return what the network writes behind prompts, greedily: at most so many new tokens (B, N), or just as many, whatever they are."""
+class _RequireFinite(LogitsProcessor):
+    """Looks at the logits of each new token."""
+
+    def __init__(self, network: Network, measure: str) -> None:
+        self._network, self._measure = network, measure
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the logits as they are."""
+        require_finite(scores, self._network, self._measure)
+        return scores
+
+
+def continued(network: Network, inputs: Mapping[str, Any], new_tokens: int, exactly: bool = False, measure: str = "generation") -> Tensor:
+    """Return what the network writes behind prompts, greedily: at most so many new tokens (B, N), or just as many, whatever they are.
+
+    Raises AerogelError that names the measure and the model where logits are not finite.
+    """
     tokenizer, module = tokenizer_of(network), network.module
     with torch.no_grad():
         written_BL: Tensor = module.generate(  # type: ignore[operator]
             **inputs,
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens if exactly else None,
+            logits_processor=LogitsProcessorList([_RequireFinite(network, measure)]),
             do_sample=False,
             num_beams=1,
             temperature=None,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from aerogel.data import text
 from aerogel.errors import AerogelError
-from aerogel.evaluate.measure import TextMeasure, original_of, predictions
+from aerogel.evaluate.measure import TextMeasure, original_of, predictions, require_finite
 from aerogel.model.network import Network
 from aerogel.numerics.metrics import kl_divergence, top1_agreement
 from aerogel.options import Tokens
@@ -36,6 +36,8 @@ class KlDivergence(TextMeasure):
         with self.reading(network, original):
             for window in self.windows(network, stream_T):
                 theirs_RV, ours_RV = predictions(original, window), predictions(network, window)
+                for one, logits_RV in ((original, theirs_RV), (network, ours_RV)):
+                    require_finite(logits_RV, one, "kl_divergence")
                 if theirs_RV.shape != ours_RV.shape:
                     raise AerogelError(
                         f"the original has {theirs_RV.shape[1]} tokens and the model {ours_RV.shape[1]}; compare equal vocabularies"

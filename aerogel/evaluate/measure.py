@@ -183,6 +183,26 @@ def predictions(network: Network, window: Window) -> Tensor:
     return logits_BLV[:, -window.scored - 1 : -1].flatten(0, 1)
 
 
+def require_finite(logits: Tensor, network: Network, measure: str) -> None:
+    """Raise AerogelError that names the model where logits hold NaN or positive infinity, or rank no token at all.
+
+    Negative infinity alone is how models rule tokens out.
+    """
+    if not logits.numel() or bool((logits.amax(-1).isfinite()).all()):  # the largest of a row with NaN is NaN
+        return
+    raise AerogelError(
+        f"{measure}: {known_as(network)} gives logits that are NaN or infinite; its weights are damaged or its numbers overflow: try "
+        "another dtype (--dtype float32), or compress it anew"
+    )
+
+
+def known_as(network: Network) -> str:
+    """Return the name that messages call a model by: of its source or folder, else of its class."""
+    if network.source is not None:
+        return network.source.known_as
+    return network.origin.name if network.origin is not None else type(network.module).__name__
+
+
 def positions(network: Network) -> int | None:
     """Return how many tokens the network can tell apart by place, or None when it does not say, or says that there is no bound."""
     config = network.config

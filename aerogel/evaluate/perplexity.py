@@ -9,7 +9,7 @@ from typing import Any
 from torch.nn.functional import cross_entropy
 
 from aerogel.data import text
-from aerogel.evaluate.measure import TextMeasure, predictions
+from aerogel.evaluate.measure import TextMeasure, predictions, require_finite
 from aerogel.model.network import Network
 
 ROWS = 256
@@ -25,11 +25,13 @@ class Perplexity(TextMeasure):
     """
 
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
-        """Return perplexity, nats_per_token, the scored tokens and what was read."""
+        """Return perplexity, nats_per_token, the scored tokens and what was read; raises AerogelError where logits are not finite."""
         stream_T, total, count = self.stream(network), 0.0, 0
         with self.reading(network):
             for window in self.windows(network, stream_T):
-                rows = zip(predictions(network, window).split(ROWS), window.labels.split(ROWS), strict=True)
+                predicted_RV = predictions(network, window)
+                require_finite(predicted_RV, network, "perplexity")
+                rows = zip(predicted_RV.split(ROWS), window.labels.split(ROWS), strict=True)
                 total += sum(float(cross_entropy(logits_RV.float(), labels_R, reduction="sum").double()) for logits_RV, labels_R in rows)
                 count += window.labels.numel()
         nats = total / count

@@ -13,7 +13,7 @@ from aerogel.data import denoising
 from aerogel.data.denoising import Denoising
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import pipeline_of
-from aerogel.evaluate.timing import Facts, Timed, growth_of, take_turns, weights_of
+from aerogel.evaluate.timing import Facts, Timed, peak_memory, take_turns
 from aerogel.kernels.synchronized_clock import now
 from aerogel.model.network import Network
 from aerogel.options import Batch, Count, Guidance, Threads
@@ -38,15 +38,16 @@ class Sampling(Timed):
     prompts: tuple[str, ...] = ("photo",)
     """Prompts for text-to-image pipelines."""
     rounds: Count = 3
-    """Timed rounds of each model, after one warm-up round."""
+    """Timed rounds of each model, after two that warm up."""
     threads: Threads | None = None
     """Threads that torch may use; all it has when None."""
 
     def compare(self, networks: dict[str, Network]) -> Facts:
         """Return for each name images a minute, milliseconds of a denoiser's run, peak memory and the settings.
 
-        `speedup` and `denoiser_speedup` are over the first network. Peak memory is the weights of the denoiser and what the process grew
-        by while the pipeline ran. Raises AerogelError for a network without a pipeline, or when the pipeline needs what is not given.
+        `speedup` and `denoiser_speedup` are over the first network. Peak memory is the weights of the denoiser and the most that other
+        tensors took while the pipeline ran. Raises AerogelError for a network without a pipeline, or when the pipeline needs what is not
+        given.
         """
         if min(self.batch, self.steps, self.rounds) < 1:
             raise AerogelError(f"batch {self.batch}, steps {self.steps}, rounds {self.rounds}: each is at least 1")
@@ -68,10 +69,7 @@ class _Runner:
 
     def warm(self) -> None:
         """The turn in which kernels are chosen and weights packed; memory grows to its peak here."""
-        weights = weights_of(self.network)
-        with growth_of(self.network.device) as growth:
-            self._make()
-        self.peak_bytes = sum(weight.nbytes for weight in weights) + growth[0]
+        self.peak_bytes = peak_memory(self.network, self._make, self._make)
 
     def turn(self) -> None:
         """One turn that counts."""

@@ -10,7 +10,7 @@ import torch
 
 from aerogel.errors import AerogelError
 from aerogel.evaluate.measure import positions
-from aerogel.evaluate.timing import Facts, Timed, growth_of, take_turns, weights_of
+from aerogel.evaluate.timing import Facts, Timed, peak_memory, take_turns
 from aerogel.inference.generate import Generation, Generator
 from aerogel.model.network import Network
 from aerogel.options import Batch, Count, Threads
@@ -33,15 +33,15 @@ class Speed(Timed):
     new_tokens: Count = 32
     """Tokens written after each prompt."""
     rounds: Count = 3
-    """Timed rounds of each model, after one warm-up round."""
+    """Timed rounds of each model, after two that warm up."""
     threads: Threads | None = None
     """Threads that torch may use; all it has when None."""
 
     def compare(self, networks: dict[str, Network]) -> Facts:
         """Return for each name tokens per second, median latencies (in the unit of their name), peak memory and the settings.
 
-        `prefill_speedup` and `decode_speedup` are over the first network. Peak memory is the network's weights and what the process grew by
-        while it ran. Raises AerogelError for a network that writes no text, or when prompt and new tokens do not fit it.
+        `prefill_speedup` and `decode_speedup` are over the first network. Peak memory is the network's weights and the most that other
+        tensors took while it ran. Raises AerogelError for a network that writes no text, or when prompt and new tokens do not fit it.
         """
         if min(self.batch, self.prompt, self.rounds) < 1 or self.new_tokens < 2:
             raise AerogelError(
@@ -63,21 +63,18 @@ class _Runner:
         self.network, self.options = network, options
         self.turns: list[Generation] = []
         self.peak_bytes = 0
-        self.generator = Generator(network, options.batch, options.prompt + options.new_tokens)
+        self.generator = self._fresh()
         vocabulary = network.config.get_text_config().vocab_size
         make = torch.Generator().manual_seed(0)
         self.tokens_BT = network.placement.bring(torch.randint(vocabulary, (options.batch, options.prompt), generator=make))
 
     def warm(self) -> None:
         """The turn in which kernels are chosen and weights packed; memory grows to its peak here."""
-        weights = weights_of(self.network)
-        with growth_of(self.network.device) as growth:
-            self._generate()
-        self.peak_bytes = sum(weight.nbytes for weight in weights) + growth[0]
+        self.peak_bytes = peak_memory(self.network, lambda: self._generate(self._fresh()), lambda: self._generate(self.generator))
 
     def turn(self) -> None:
         """One turn that counts."""
-        self.turns.append(self._generate())
+        self.turns.append(self._generate(self.generator))
 
     def facts(self, first: _Runner) -> dict[str, Any]:
         """Summarize the rounds."""
@@ -101,8 +98,12 @@ class _Runner:
             "reason": last.reason,
         }
 
-    def _generate(self) -> Generation:
-        return self.generator.generate(self.tokens_BT, self.options.new_tokens)
+    def _fresh(self) -> Generator:
+        """A generator that has packed nothing yet."""
+        return Generator(self.network, self.options.batch, self.options.prompt + self.options.new_tokens)
+
+    def _generate(self, generator: Generator) -> Generation:
+        return generator.generate(self.tokens_BT, self.options.new_tokens)
 
     def _prefills(self) -> list[float]:
         return [turn.prefill_seconds for turn in self.turns]

@@ -1,24 +1,24 @@
-"""Fair timing: networks take turns in one process, and memory is what the weights need and what the process grew by."""
+"""Fair timing: networks take turns in one process, and memory is what the weights and all other tensors need while one runs."""
 
 from __future__ import annotations
 
-import re
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import accumulate
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch.autograd.profiler import profile
 
 from aerogel.evaluate.measure import Measure
+from aerogel.layers.linear import QuantLinear
 from aerogel.model.network import Network
 
-PROCESS_STATUS = Path("/proc/self/status")
-"""File in which Linux tells the memory of this process."""
-_PAGE = 4096
+_QUIET = "KINETO_LOG_LEVEL"
+"""Environment variable by which the profiler of torch is told what to print; without it two lines a use."""
 Facts = dict[str, dict[str, Any]]
 """Figures by model."""
 
@@ -69,13 +69,19 @@ def take_turns(make: Callable[[str, Network], Runner], networks: Mapping[str, Ne
         return {name: runner.facts(first) for name, runner in runners.items()}
 
 
-def weights_of(network: Network) -> list[Tensor]:
-    """All tensors of a network, each read once, so that pages mapped from files are in memory before growth is measured."""
-    weights = list({id(tensor): tensor for tensor in (*network.module.parameters(), *network.module.buffers())}.values())
-    for weight in weights:
-        if type(weight) in (Tensor, nn.Parameter):  # tensors of other libraries cannot always be looked at this way
-            weight.detach().flatten()[:: max(_PAGE // weight.element_size(), 1)].clone()
-    return weights
+def peak_memory(network: Network, first: Callable[[], Any], again: Callable[[], Any]) -> int:
+    """Return the bytes of a network's weights and the most that other tensors took while `again` ran, whatever ran before.
+
+    `first` runs before: kernels are chosen by trial there, and what it packs is gone when it ends, so that `again` packs it anew.
+    """
+    first()
+    for part in network.module.modules():
+        if isinstance(part, QuantLinear):
+            part.cache.clear()
+    with growth_of(network.device) as growth:
+        again()
+    weights = {id(tensor): tensor for tensor in (*network.module.parameters(), *network.module.buffers())}
+    return sum(weight.nbytes for weight in weights.values()) + growth[0]
 
 
 @contextmanager
@@ -91,7 +97,7 @@ def limited(count: int | None) -> Iterator[None]:
 
 @contextmanager
 def growth_of(device: torch.device) -> Iterator[list[int]]:
-    """Put into the yielded list, at the end, by how many bytes memory grew at most; 0 where the system does not tell."""
+    """Put into the yielded list, at the end, how many bytes of tensors there were at most beyond those that were there before."""
     grown = [0]
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats(device)
@@ -99,13 +105,20 @@ def growth_of(device: torch.device) -> Iterator[list[int]]:
         yield grown
         grown[0] = torch.accelerator.max_memory_allocated(device) - taken
         return
-    before = _resident("VmRSS")
-    with suppress(OSError):  # where it is refused, the peak of the whole process is what is told
-        Path("/proc/self/clear_refs").write_text("5")
-    yield grown
-    grown[0] = max(_resident("VmHWM") - before, 0)
+    # Pages of the process depend on what it freed before; what torch allocates does not.
+    with _quiet_profiler(), profile(use_device=None, profile_memory=True) as profiler:
+        yield grown
+    events = profiler.kineto_results.events() if profiler.kineto_results is not None else []
+    allocations = sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns())
+    grown[0] = max(accumulate((event.nbytes() for event in allocations), initial=0))
 
 
-def _resident(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB", PROCESS_STATUS.read_text() if PROCESS_STATUS.exists() else "", re.MULTILINE)
-    return 1024 * int(found[1]) if found else 0
+@contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    before = os.environ.get(_QUIET)
+    os.environ.setdefault(_QUIET, "99")
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_QUIET, None)

@@ -113,6 +113,7 @@ def _parts_of(folder: Path) -> list[Path]:
 
 
 def _live(families: Sequence[Family], module: nn.Module, processor: Any, dtype: torch.dtype | None, unfuse_experts: bool) -> Network:
+    _require_unwrapped(module)
     require_no_adapters(module)
     stored = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     if absent := [name for name, parameter in module.named_parameters() if parameter.is_meta]:
@@ -127,6 +128,21 @@ def _live(families: Sequence[Family], module: nn.Module, processor: Any, dtype: 
         unfuse(module, names.experts)
     as_linears(module)
     return _discovered(Network(module.eval(), family, processor=processor, stored_dtype=stored, names=names))
+
+
+def _require_unwrapped(module: nn.Module) -> None:
+    """Raise AerogelError for a module in the wrapper of torch.compile or PEFT, whose structure and names are not the model's."""
+    for part in (module, *(module.children() if isinstance(module, Denoisers) else ())):
+        if hasattr(part, "_orig_mod"):
+            raise AerogelError(
+                f"{type(part._orig_mod).__name__} is wrapped by torch.compile, whose layers cannot be changed: give the model itself "
+                "(its _orig_mod), and compile afterwards, block by block where a feature cache is to act (block.compile())"
+            )
+        if hasattr(part, "peft_config") and hasattr(part, "get_base_model"):
+            raise AerogelError(
+                f"{type(part.get_base_model()).__name__} is wrapped by PEFT, whose adapters are no part of its weights: give "
+                "merge_and_unload() of it, or get_base_model() without them"
+            )
 
 
 def family_of_module(families: Sequence[Family], module: nn.Module) -> Family:

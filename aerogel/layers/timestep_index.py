@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from aerogel.errors import AerogelError
+from aerogel.layers.forward_guard import ForwardGuard
 from aerogel.layers.signature import arguments_of
 
 
@@ -31,6 +33,7 @@ class TimestepIndex:
         """Full names of the modules that run once for each step of a batch."""
         self._rows: tuple[int, ...] | None = None
         self._expanded: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = []
+        self._guard = ForwardGuard()
 
     def set_pipeline(self, pipeline: Any) -> None:
         """Remember the pipeline that makes the forwards, so that an error can name the sampler that it has by then."""
@@ -46,15 +49,28 @@ class TimestepIndex:
 
     def rows_of(self, timestep: Any) -> tuple[int, ...]:
         """Return the rows of time steps; raises AerogelError that names a step it does not know."""
-        found = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [timestep]
-        if unknown := [step for step in found if float(step) not in self._row_of]:
+        if isinstance(timestep, Tensor) and timestep.ndim > 1:
+            raise AerogelError(
+                f"time steps of shape {tuple(timestep.shape)}, one for each token (expand_timesteps): layers that depend on the time step "
+                "serve one step a sample; leave the temporal methods out for this model"
+            )
+        found, precision = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [timestep], precision_of(timestep)
+        rows = {step: self._row(float(step), precision) for step in found}
+        if unknown := [step for step, row in rows.items() if row is None]:
             first, last = self.steps[0], self.steps[-1]
             use = in_use(self._pipeline() if self._pipeline else None)
             raise AerogelError(
                 f"time step {unknown[0]}{use} is not among the {len(self.steps)} of {self.sampler or 'the sampler'} "
                 f"({first:g} to {last:g}) that this denoiser was calibrated for; use that sampler with that many steps, or calibrate again"
             )
-        return tuple(self._row_of[float(step)] for step in found)
+        return tuple(row for step in found if (row := rows[step]) is not None)
+
+    def _row(self, step: float, precision: float) -> int | None:
+        """Return the row of a step, or of the nearest where it is that step in a coarser dtype."""
+        if step in self._row_of or not self.steps:
+            return self._row_of.get(step)
+        nearest = min(self.steps, key=lambda one: abs(one - step))
+        return self._row_of[nearest] if is_same_step(step, nearest, precision) else None
 
     @contextmanager
     def at(self, rows: Sequence[int]) -> Iterator[None]:
@@ -102,12 +118,14 @@ class TimestepIndex:
     # Bound methods, because a copy of a network must get hooks of its own index, the one that the copied layers have.
     def _start(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A walk stops forwards half-way and then runs a block by itself: the rows stay those of its call until the next one starts.
+        self._guard.enter(denoiser)
         self._expanded.clear()
         self._rows = self.rows_of(timestep_of(denoiser, args, kwargs))
 
     def _stop(self, *_: Any) -> None:
-        self._rows = None
-        self._expanded.clear()
+        if self._guard.leave():
+            self._rows = None
+            self._expanded.clear()
 
     def _select_steps(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x_NC, *rest = args
@@ -121,6 +139,16 @@ class TimestepIndex:
         if not isinstance(y, Tensor):  # the module failed
             return y
         return y.expand(len(rows), -1) if len(narrow) == 1 else y[[narrow.index(row) for row in rows]]
+
+
+def precision_of(timestep: Any) -> float:
+    """Return the relative precision of a time step's dtype; 0 for whole numbers, and for numbers of Python."""
+    return torch.finfo(timestep.dtype).eps if isinstance(timestep, Tensor) and timestep.is_floating_point() else 0.0
+
+
+def is_same_step(one: float, other: float, precision: float) -> bool:
+    """Return whether two time steps are the same but for rounding; pipelines may round twice, as they divide by a thousand."""
+    return abs(one - other) <= precision * max(abs(one), abs(other))
 
 
 def in_use(pipeline: Any) -> str:

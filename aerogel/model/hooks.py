@@ -55,16 +55,40 @@ def capture_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, torch.T
         yield
 
 
+class _Patch:
+    """Stands for a module's forward while it is patched; whoever has wrapped it meanwhile gets the module's own afterwards."""
+
+    def __init__(self, own: Callable[..., Any], answer: Callable[..., Any]) -> None:
+        self._own, self.answer = own, answer
+        self.on = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer."""
+        return self.answer(*args, **kwargs) if self.on else self._own(*args, **kwargs)
+
+
 @contextmanager
-def patch_forward(answers: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Replace the forward of some modules for a while; the old one is back afterwards, whatever happens."""
+def patch_forward(answers: Mapping[nn.Module, Callable[..., Any]], traced: bool = False) -> Iterator[None]:
+    """Replace the forward of some modules for a while; the old one is back afterwards, whatever happens.
+
+    Others may wrap a forward meanwhile, as accelerate does to offload weights: their wrapper stays, around the old forward. Not where the
+    answers are `traced` by torch.compile, which makes more graphs of anything that stands in front of them.
+    """
     before = {module: module.__dict__.get("forward") for module in answers}
+    patches: dict[nn.Module, Callable[..., Any]] = {
+        module: answer if traced else _Patch(module.forward, answer) for module, answer in answers.items()
+    }
     try:
-        for module, answer in answers.items():
-            module.__dict__["forward"] = answer
+        for module, patch in patches.items():
+            module.__dict__["forward"] = patch
         yield
     finally:
         for module, old in before.items():
+            patch = patches[module]
+            if isinstance(patch, _Patch):
+                patch.on = False
+                if module.__dict__.get("forward") is not patch:
+                    continue  # somebody has wrapped it, or put the old one back
             if old is None:
                 module.__dict__.pop("forward", None)
             else:
@@ -74,7 +98,7 @@ def patch_forward(answers: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[N
 def patched(module: nn.Module) -> Callable[..., Any] | None:
     """Return what `patch_forward` has put in place of a module's forward; None where its own runs."""
     found: Callable[..., Any] | None = module.__dict__.get("forward")
-    return found
+    return found.answer if isinstance(found, _Patch) else found
 
 
 def compiled(module: nn.Module) -> Callable[..., Any] | None:

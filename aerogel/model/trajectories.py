@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from aerogel.errors import AerogelError
 from aerogel.layers.signature import arguments_of
-from aerogel.layers.timestep_index import timestep_of
+from aerogel.layers.timestep_index import precision_of, timestep_of
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 
@@ -38,12 +39,20 @@ class Trajectories:
     """Class name of the pipeline's sampler; empty without a pipeline."""
     calls: tuple[Call, ...]
     """As they were recorded: every step, and every guidance branch that has a call of its own."""
+    repeating: bool = True
+    """False where the sampler is known to have no step twice in a row, as PNDM and Heun have."""
 
     @classmethod
     def of(cls, network: Network, calls: Sequence[Call]) -> Trajectories:
-        """Build them from the calls that a network's denoiser was recorded with."""
+        """Build them from the calls that a network's denoiser was recorded with.
+
+        Raises AerogelError where a cache of diffusers is on, which would answer for the denoiser.
+        """
+        require_uncached(network.module)
         scheduler = getattr(network.processor, "scheduler", None)
-        return cls(network.module, "" if scheduler is None else type(scheduler).__name__, tuple(calls))
+        given = getattr(scheduler, "timesteps", None)
+        repeating = given is None or repeats(given.tolist())
+        return cls(network.module, "" if scheduler is None else type(scheduler).__name__, tuple(calls), repeating)
 
     @property
     def first(self) -> Call:
@@ -61,10 +70,29 @@ class Trajectories:
     def steps(self) -> tuple[float, ...]:
         """The time steps of the first generation, in order; guidance branches in calls of their own count once.
 
-        Raises AerogelError without calls.
+        A step that the sampler repeats counts each time: its calls have other latents. Raises AerogelError without calls.
         """
         assert self.first, "there is one"
-        return _first_run(self.call_steps)
+        found, again = list[float](), False
+        for place, step in enumerate(self.call_steps):
+            again = place > 0 and step == self.call_steps[place - 1]
+            if place and step == found[0] and not again:
+                break
+            if not again or (step != found[0] and self._moves(place)):
+                found.append(step)
+        return tuple(found)
+
+    def _moves(self, place: int) -> bool:
+        """Return whether a call denoises something else than the one before it, so that the sampler has made a step between."""
+        if not self.repeating:
+            return False
+        before, now = (self._latent(self.calls[one]) for one in (place - 1, place))
+        return before.shape != now.shape or not torch.equal(before, now)
+
+    @property
+    def precision(self) -> float:
+        """The relative precision in which the time steps were given to the denoiser; 0 for whole numbers."""
+        return precision_of(timestep_of(self.denoiser, self.first.args, self.first.kwargs))
 
     @property
     def thousandths(self) -> tuple[float, ...]:
@@ -108,12 +136,6 @@ class Trajectories:
         return latent_of(self.denoiser, call.args, call.kwargs)
 
 
-def _first_run(steps: Sequence[float]) -> tuple[float, ...]:
-    """Return the steps up to where the first comes again, each once where calls of it follow each other."""
-    again = next((place for place in range(1, len(steps)) if steps[place] == steps[0] != steps[place - 1]), len(steps))
-    return tuple(step for step, before in zip(steps[:again], [None, *steps], strict=False) if step != before)
-
-
 def _both(first: Call, second: Call, samples: int) -> Call:
     def join(one: Any, other: Any) -> Any:
         if not isinstance(one, Tensor) or not one.ndim or len(one) != samples:
@@ -129,13 +151,39 @@ def _both(first: Call, second: Call, samples: int) -> Call:
     return Call(args, kwargs)
 
 
+def require_uncached(denoiser: nn.Module) -> None:
+    """Raise AerogelError where a cache of diffusers is on the denoiser."""
+    if getattr(denoiser, "is_cache_enabled", False) is True:
+        kind = type(getattr(denoiser, "_cache_config", None)).__name__
+        raise AerogelError(
+            f"a cache of diffusers ({kind}) is on this {type(denoiser).__name__}, and two caches would answer with each other's outputs: "
+            "call its disable_cache() first, or leave the policy out"
+        )
+
+
+def repeats(steps: Sequence[float]) -> bool:
+    """Return whether a step follows itself."""
+    return any(one == other for one, other in pairwise(steps))
+
+
 def step_of(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-    """Return the time step of a forward; raises AerogelError where its samples are at several."""
+    """Return the time step of a forward; raises AerogelError where its samples are at several.
+
+    Where each token has a step of its own (Wan 2.2 with expand_timesteps) a sample is at the largest: tokens of a given image have 0.
+    """
     timestep = timestep_of(denoiser, args, kwargs)
+    if isinstance(timestep, Tensor) and timestep.ndim > 1:
+        timestep = timestep.flatten(1).amax(1)
     found = set(timestep.flatten().tolist()) if isinstance(timestep, Tensor) else {timestep}
     if len(found) != 1:
         raise AerogelError(f"a forward over {len(found)} different time steps: a cache needs all samples at one step")
     return float(found.pop())
+
+
+def has_step_by_token(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a forward gives each token a time step of its own."""
+    timestep = timestep_of(denoiser, args, kwargs)
+    return isinstance(timestep, Tensor) and timestep.ndim > 1
 
 
 def latent_of(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:

@@ -8,9 +8,12 @@ from torch import Tensor
 
 @torch.no_grad()
 def kl_divergence(logits_p: Tensor, logits_q: Tensor) -> float:
-    """Return KL(p || q) in nats, mean over tokens; logits are (..., vocabulary) and p is the original's."""
+    """Return KL(p || q) in nats, mean over tokens; logits are (..., vocabulary) and p is the original's.
+
+    A token that p rules out adds nothing, whatever q says of it.
+    """
     log_p, log_q = logits_p.float().log_softmax(-1), logits_q.float().log_softmax(-1)
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    return float((log_p.exp() * (log_p - log_q)).masked_fill(log_p == -torch.inf, 0.0).sum(-1).mean())
 
 
 @torch.no_grad()

@@ -282,13 +282,9 @@ def _coverage(run: Record) -> dict[str, Any] | None:
 
 def _sample(sample: Sample) -> dict[str, Any]:
     if sample.original is None:
-        return {"prompt": sample.prompt, "original": None, "compressed": sample.compressed, "same": ""}
-    same = ""
-    if sample.same is not None and sample.tokens is not None:
-        apart = sample.same < sample.tokens
-        same = f"the first {sample.same} of {sample.tokens} tokens are the same" if apart else "identical"
-    marked = mark_difference(sample.original, sample.compressed)
-    return {"prompt": sample.prompt, "original": sample.original, "compressed": marked, "same": same}
+        return {"prompt": sample.prompt, "original": None, "compressed": sample.text, "same": ""}
+    marked = mark_difference(sample.original, sample.text)
+    return {"prompt": sample.prompt, "original": sample.original, "compressed": marked, "same": phrases.same_tokens(sample)}
 
 
 def mark_difference(original: str, changed: str) -> Markup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from aerogel.io.record.measures import Side
+from aerogel.io.record.measures import Sample, Side
 from aerogel.io.record.schema import Record
 
 SPACE = "\u202f"
@@ -82,6 +82,13 @@ def seconds(value: float) -> str:
     if value < 90:
         return f"{digits(value, 2)}{SPACE}s"
     return f"{value / 60:.0f}{SPACE}min" if value < 5400 else f"{value / 3600:.1f}{SPACE}h"
+
+
+def same_tokens(sample: Sample) -> str:
+    """Say how long two continuations of a prompt stay together; empty where that was not counted."""
+    if sample.same is None or sample.tokens is None:
+        return ""
+    return f"the first {sample.same} of {sample.tokens} tokens are the same" if sample.same < sample.tokens else "identical"
 
 
 def headline(run: Record) -> str:

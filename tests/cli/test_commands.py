@@ -107,13 +107,25 @@ def test_evaluate_adds_to_the_record(desk: Path, compressed: Any) -> None:
     said = as_json(
         "evaluate", desk / "model", "--measure", "generation", "--set", "generation.new_tokens=2", "--set", "generation.prompts=[one]"
     )
-    assert [sample["prompt"] for sample in said["compressed"]["generation"]["samples"]] == ["one"]
+    assert [sample["prompt"] for sample in said["original"]["generation"]["samples"]] == ["one"]
     assert digests(desk / "model") == before
 
 
 def test_names_in_brackets_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     terminal.print_comparison({"compressed": {"image_quality": {"frechet[a-judge]": 1.25}}})
     assert "Fréchet distance [a-judge]" in capsys.readouterr().out
+
+
+def test_texts_are_printed_under_the_name_of_who_wrote_them(desk: Path, compressed: Any) -> None:
+    options = ("--measure", "generation", "--set", "generation.new_tokens=2", "--set", "generation.prompts=[one,two]")
+    alone = run("evaluate", desk / "model", *options)
+    assert [line.partition(":")[0] for line in alone.splitlines() if line] == ["prompt", "original"] * 2
+    both = run("evaluate", desk / "out", "--against", desk / "model", *options)
+    assert [line.partition(":")[0] for line in both.splitlines() if line[:1] not in ("", "(")] == ["prompt", "original", "compressed"] * 2
+    sized = run("evaluate", desk / "model", "--measure", "size")
+    assert "original" in sized
+    assert "compressed" not in sized
+    assert "original" not in run("evaluate", desk / "out", "--measure", "size")
 
 
 def test_bench_times_both_and_adds_to_the_record(desk: Path, compressed: Any) -> None:
@@ -162,7 +174,7 @@ def test_options_of_exporters_can_be_set(desk: Path, compressed: Any, tmp_path: 
 def test_bench_of_images(tmp_path: Path) -> None:
     unconditional().save_pretrained(tmp_path / "pipeline")
     metrics = as_json("bench", tmp_path / "pipeline", "--steps", 2, "--rounds", 1, "--batch", 2)
-    assert metrics["compressed"]["sampling"]["images_per_minute"] == 24.0, "two images in five readings of the tests' clock"
+    assert metrics["original"]["sampling"]["images_per_minute"] == 24.0, "two images in five readings of the tests' clock"
     refused = CliRunner().invoke(cli.app, ["bench", str(tmp_path / "pipeline"), "--prompt", "8"])
     assert refused.exit_code == 2
     assert "a benchmark of image models: unknown option 'prompt'" in refused.stderr

@@ -110,7 +110,7 @@ def test_evaluate_reads_what_it_is_given(desk: Path) -> None:
     def perplexity(*options: object) -> Any:
         result = invoke("evaluate", desk / "model", "--measure", "perplexity", "--json", *options)
         assert result.exit_code == 0, result.output
-        return json.loads(result.stdout)["compressed"]["perplexity"]
+        return json.loads(result.stdout)["original"]["perplexity"]
 
     plain = perplexity("--data", desk / "documents.txt")
     assert perplexity("--data", desk / "rows", "--column", "body") == {**plain, "source": str(desk / "rows")}

@@ -158,7 +158,7 @@ def test_the_dtype_to_compute_in_is_used_and_recorded(desk: Path) -> None:
     measured = {}
     for dtype in ("bfloat16", "float32"):
         options = ("--dtype", dtype, "--measure", "perplexity", "--set", "perplexity.tokens=64", "--set", "perplexity.length=32")
-        measured[dtype] = json.loads(run("evaluate", desk / "model", *options, "--quiet", "--json").stdout)["compressed"]["perplexity"]
+        measured[dtype] = json.loads(run("evaluate", desk / "model", *options, "--quiet", "--json").stdout)["original"]["perplexity"]
     assert measured["bfloat16"]["perplexity"] != measured["float32"]["perplexity"]
 
 

@@ -228,7 +228,7 @@ def test_a_measure_reads_what_is_given() -> None:
     documents = ["the people of the world", "war and peace " * 20]
     ids = text.tokens(tokenizer(), documents)
     from_text, from_tokens, from_rows = (
-        aerogel.measure(network, measures=["perplexity"], data=data)["compressed"]["perplexity"]
+        aerogel.measure(network, measures=["perplexity"], data=data)["original"]["perplexity"]
         for data in (documents, ids[None], [{"input_ids": ids[:7].tolist()}, {"input_ids": ids[7:].tolist()}])
     )
     assert from_text == from_tokens == from_rows

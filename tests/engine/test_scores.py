@@ -36,17 +36,17 @@ def text(folder: Path) -> str:
 
 def test_a_denoiser_is_measured_by_what_fits_it() -> None:
     scores = measure(open_model(FAMILIES["dit"].build()), speed=True)
-    assert set(scores) == {"compressed"}
-    assert set(scores["compressed"]) == {"size"}
+    assert set(scores) == {"original"}
+    assert set(scores["original"]) == {"size"}
 
 
 def test_a_network_without_a_tokenizer_reads_no_text() -> None:
-    assert set(measure(open_model(FAMILIES["llama"].build()))["compressed"]) == {"size"}
+    assert set(measure(open_model(FAMILIES["llama"].build()))["original"]) == {"size"}
 
 
 def test_without_an_original_nothing_is_compared(network: Network) -> None:
-    assert {"perplexity", "size"} <= set(measure(network)["compressed"])
-    assert "kl_divergence" not in measure(network)["compressed"]
+    assert {"perplexity", "size"} <= set(measure(network)["original"])
+    assert "kl_divergence" not in measure(network)["original"]
     with pytest.raises(AerogelError, match="kl_divergence compares with the original"):
         measure(network, measures=["kl_divergence"])
 
@@ -65,7 +65,7 @@ def test_speed_is_measured_in_turns(network: Network) -> None:
     scores = measure(network, network, [Speed(prompt=8, new_tokens=4, rounds=1)])
     for whose in ("original", "compressed"):
         assert scores[whose]["speed"]["decode_tokens_per_second"] == 1.0, "a row a step, and the tests' clock says a second"
-    assert set(measure(network, measures=[Speed(prompt=8, new_tokens=4, rounds=1)])) == {"compressed"}
+    assert set(measure(network, measures=[Speed(prompt=8, new_tokens=4, rounds=1)])) == {"original"}
 
 
 def test_unknown_measures_name_the_nearest(network: Network) -> None:

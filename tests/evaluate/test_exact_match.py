@@ -65,3 +65,15 @@ def test_predictions_are_compared_and_skipping_is_counted(network: Any, tmp_path
 def test_a_source_is_asked_for(network: Any) -> None:
     with pytest.raises(AerogelError, match=r"--set exact_match\.source=FILE\.jsonl"):
         ExactMatch().measure(network)
+
+
+def test_a_dead_model_is_named(network: Any, tmp_path: Path) -> None:
+    dead = open_model(untrained(), dtype=torch.float32)
+    with torch.no_grad():
+        next(dead.module.get_output_embeddings().parameters()).fill_(torch.nan)  # type: ignore[operator]
+    measure = ExactMatch(source=str(written(tmp_path, 2)), count=2, new_tokens=1)
+    message = f"exact_match: {type(dead.module).__name__} gives logits that are NaN"
+    with pytest.raises(AerogelError, match=message):
+        measure.measure(dead)
+    with pytest.raises(AerogelError, match=message):
+        measure._moved(network, dead, chats.read(measure.source))

@@ -29,7 +29,7 @@ def test_samples_are_greedy_and_side_by_side(chat: bool) -> None:
     found = Generation(prompts=("we the people", "war and peace"), new_tokens=6).measure(ours, against=theirs)
     for sample in found["samples"]:
         seen = f"user {sample['prompt']} " if chat else sample["prompt"]
-        assert sample["compressed"] == greedy(ours, seen, 6)
+        assert sample["text"] == greedy(ours, seen, 6)
         assert sample["original"] == greedy(theirs, seen, 6)
     assert 0 <= found["same_share"] < 1
 
@@ -38,7 +38,7 @@ def test_without_an_original_there_is_one_side() -> None:
     net = Network(FAMILIES["llama"].build(), Family("llama", ("llama",)), processor=tokenizer())
     found = Generation(prompts=("the world",), new_tokens=4).measure(net)
     assert set(found) == {"samples"}
-    assert set(found["samples"][0]) == {"prompt", "compressed"}
+    assert set(found["samples"][0]) == {"prompt", "text"}
     assert Generation(prompts=("the world",), new_tokens=4).measure(net, against=net)["same_share"] == 1
 
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from aerogel.errors import AerogelError
+from aerogel.evaluate.decode_perplexity import DecodePerplexity
+from aerogel.evaluate.generation import Generation
 from aerogel.evaluate.kl_divergence import KlDivergence
-from aerogel.evaluate.measure import positions, slide
+from aerogel.evaluate.measure import Measure, positions, slide
 from aerogel.evaluate.perplexity import Perplexity
 from aerogel.layers.linear import QuantLinear
 from aerogel.methods.quantization.rtn import Rtn
@@ -149,3 +151,33 @@ def test_a_model_without_a_bound_on_positions_has_none(said: object, expected: i
     module = FAMILIES["llama"].build()
     module.config.__dict__["max_position_embeddings"] = said
     assert positions(Network(module, Family("llama", ("llama",)))) == expected
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", [Perplexity, DecodePerplexity, KlDivergence, Generation])
+def test_a_model_whose_logits_are_not_finite_is_not_measured(book: str, kind: type[Measure], broken: float) -> None:
+    sound, dead = network(), network()
+    dead.module.lm_head.weight[5] = broken  # type: ignore[union-attr, index, operator]
+    measure = kind() if kind is Generation else kind(source=book)  # type: ignore[call-arg]
+    with pytest.raises(AerogelError, match=rf"^\w+: {type(dead.module).__name__} gives logits that are NaN or infinite"):
+        measure.measure(dead, sound if kind.compares else None)
+    if kind.compares:
+        with pytest.raises(AerogelError, match="gives logits that are NaN"):
+            measure.measure(dead, dead)
+
+
+def test_tokens_that_a_model_rules_out_are_no_fault(book: str) -> None:
+    bars = []
+    for seed in (0, 1):
+        net = network(seed=seed)
+
+        def rule_out(_: torch.nn.Module, __: object, logits: torch.Tensor) -> torch.Tensor:
+            return logits.index_fill(-1, torch.tensor([100]), -math.inf)  # which the book does not have
+
+        bars.append(net)
+        net.module.lm_head.register_forward_hook(rule_out)  # type: ignore[union-attr, operator]
+    assert 100 not in Perplexity(source=book).stream(bars[0]).tolist()
+    found = KlDivergence(source=book).measure(bars[1], bars[0])
+    assert math.isfinite(found["kl"])
+    assert found["kl"] > 0
+    assert math.isfinite(Perplexity(source=book).measure(bars[0])["perplexity"])

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import diffusers
 import huggingface_hub
@@ -350,3 +351,18 @@ def test_python_files_of_a_model_run_when_asked_for(tmp_path: Path, monkeypatch:
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}))
     assert type(open_model(folder).module).__name__ == "LlamaForCausalLM", "transformers has a class of its own"
     assert type(open_model(folder, trust_remote_code=True).module).__name__ == "OwnForCausalLM"
+
+
+def test_a_module_in_a_wrapper_is_refused() -> None:
+    model = FAMILIES["llama"].build()
+    with pytest.raises(AerogelError, match="LlamaForCausalLM is wrapped by torch.compile"):
+        open_model(torch.compile(model))
+
+    class Wrapped(nn.Module):
+        peft_config: ClassVar[dict[str, object]] = {}
+
+        def get_base_model(self) -> nn.Module:
+            return model
+
+    with pytest.raises(AerogelError, match=r"LlamaForCausalLM is wrapped by PEFT.*merge_and_unload"):
+        open_model(Wrapped())

@@ -120,3 +120,16 @@ def test_a_denoiser_that_it_left_is_followed_no_more_and_keeps_its_other_hooks()
     other.untrack(denoiser)
     assert not any(hooks for part in denoiser.modules() for hooks in (part._forward_pre_hooks, part._forward_hooks))
     assert denoiser(torch.ones(2, 2)).shape == (2, 2), "without a time step"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_in_another_dtype_has_the_row_of_the_nearest(dtype: torch.dtype) -> None:
+    index = TimestepIndex([0.9937, 0.7412, 0.4123])
+    assert index.rows_of(torch.tensor([0.4123, 0.9937], dtype=dtype)) == (2, 0)
+    with pytest.raises(AerogelError, match="is not among the 3"):
+        index.rows_of(torch.tensor([0.76], dtype=dtype))
+
+
+def test_a_time_step_for_each_token_is_refused() -> None:
+    with pytest.raises(AerogelError, match=r"time steps of shape \(1, 4\), one for each token"):
+        TimestepIndex([9, 4]).rows_of(torch.tensor([[9, 9, 0, 0]]))

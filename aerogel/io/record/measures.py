@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
 from aerogel.io.record.part import OpenPart, Part
 
@@ -59,7 +59,8 @@ class Sample(OpenPart):
     """One prompt and its continuations."""
 
     prompt: str
-    compressed: str
+    text: str = Field(validation_alias=AliasChoices("text", "compressed"))
+    """Continuation by the model that was measured; `compressed` in earlier releases, whatever the model was."""
     original: str | None = None
     same: int | None = None
     """Tokens before the first difference."""

@@ -146,7 +146,7 @@ class Harmonica(BudgetedCachePolicy[HarmonicaState]):
             training.note(self.trajectories, decoded=mask_TN)
             if self.search:
                 mask_TN = training.searched(mask_TN)
-            found = training.state(Schedule(runs[0].steps, trajectories.sampler, modules, mask_TN))
+            found = training.state(Schedule(runs[0].steps, trajectories.sampler, modules, mask_TN, trajectories.precision))
         decoded = rows_of(decoded_TN) if self.search else None
         return HarmonicaState(**vars(found), lambda_T=training.lambda_T, penalty=training.penalty, decoded=decoded)
 

@@ -86,7 +86,7 @@ class L2c(BudgetedCachePolicy[L2cState]):
             training.run(self.iterations, self.check)
             mask_TN = training.decoded()
             training.note(self.iterations, decoded=mask_TN)
-            found = training.state(Schedule(runs[0].steps, trajectories.sampler, modules, mask_TN))
+            found = training.state(Schedule(runs[0].steps, trajectories.sampler, modules, mask_TN, trajectories.precision))
         return L2cState(**vars(found), images=training.images)
 
 

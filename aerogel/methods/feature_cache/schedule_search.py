@@ -44,4 +44,4 @@ class ScheduleSearch(BudgetedCachePolicy[SearchedState]):
         with generating(network, trajectories, self.samples) as generations:
             search, steps = Search(generations.trials, budget, self.trials), generations.runs[0].steps
             mask_TN = search.swaps(search.single_modules(search.whole_steps((len(steps), len(modules)))))
-            return generations.state(Schedule(steps, trajectories.sampler, modules, mask_TN))
+            return generations.state(Schedule(steps, trajectories.sampler, modules, mask_TN, trajectories.precision))

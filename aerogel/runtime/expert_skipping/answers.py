@@ -5,6 +5,7 @@ L layers, N tokens of answers, V vocabulary, B rows, S positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -104,9 +105,12 @@ def logits_at(network: Network, call: Call, at_BS: Tensor) -> Tensor:
 
 
 def divergence(whole_NV: Tensor, other_NV: Tensor) -> float:
-    """Sum over rows of KL(whole || other) in nats, at least zero."""
+    """Sum over rows of KL(whole || other) in nats, at least zero; raises AerogelError where it is none."""
     pairs = zip(whole_NV.split(_ROWS), other_NV.split(_ROWS), strict=True)
-    return max(0.0, sum(kl_divergence(p_RV, q_RV) * len(p_RV) for p_RV, q_RV in pairs if len(p_RV)))
+    total = sum(kl_divergence(p_RV, q_RV) * len(p_RV) for p_RV, q_RV in pairs if len(p_RV))
+    if math.isnan(total):
+        raise AerogelError("the logits of the model, or of the model with skipped experts, hold NaN or infinity; get a sound copy of it")
+    return max(0.0, total)
 
 
 def _bare(call: Call) -> Call:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
 from aerogel.layers.experts import ExpertList
+from aerogel.layers.forward_guard import ForwardGuard
 from aerogel.layers.signature import arguments_of
 from aerogel.model.network import Network
 from aerogel.model.structure import moe
@@ -76,12 +77,21 @@ class Skipping:
     bypass: Bypass = "zero"
     """Output for a token of which all assignments are dropped: zero, or the input of the experts."""
     kind_BS: Tensor | None = field(default=None, init=False)
+    """Kinds of the tokens of the forward at hand; None outside of one."""
     received: dict[int, Tensor] = field(default_factory=dict, init=False)
+    _guard: ForwardGuard = field(default_factory=ForwardGuard, init=False)
 
-    def look(self, names: tuple[str, ...], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def look(self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward: tell its tokens apart."""
+        self._guard.enter(module)
         self.kind_BS = self.vocabulary.kinds(dict(zip(names, args, strict=False)) | kwargs)
         self.received.clear()
+
+    def forget(self, *_: Any) -> None:
+        """After a forward, also one that failed: what comes next has tokens of its own."""
+        if self._guard.leave():
+            self.kind_BS = None
+            self.received.clear()
 
     def attended(self, layer: int, module: Any, _: Any, kwargs: dict[str, Any], output: Any) -> None:
         """After a layer's attention: keep what each position of the forward received, summed over all that are no padding."""
@@ -98,7 +108,12 @@ class Skipping:
         _require_backend(module)
         x_TH, index_TK, weight_TK = args
         kind_BS = self.kind_BS
-        if kind_BS is None or kind_BS.numel() != len(index_TK):
+        if kind_BS is None:
+            raise AerogelError(
+                f"the experts of layer {layer} run outside of the model's own forward, which tells a policy that skips experts what the "
+                "tokens are: call the whole model, or take the policy off"
+            )
+        if kind_BS.numel() != len(index_TK):
             raise AerogelError(f"{len(index_TK)} tokens reached the experts of layer {layer}, but the forward has another number")
         total_T1 = weight_TK.float().sum(-1, keepdim=True)
         share_TK = weight_TK.float() / total_T1.clamp(min=torch.finfo(torch.float32).tiny)
@@ -161,6 +176,7 @@ def skipping(network: Network, skip: Skipping, attention: bool = False) -> Itera
     with ExitStack() as stack:
         hook = partial(skip.look, arguments_of(network.module))
         stack.callback(network.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        stack.callback(network.module.register_forward_hook(skip.forget, always_call=True).remove)
         fused = [module for module in found.values() if not isinstance(module, ExpertList)]
         for config in {id(module.config): module.config for module in fused}.values():
             stack.enter_context(_set(config, "_experts_implementation_internal", backend.NAME))

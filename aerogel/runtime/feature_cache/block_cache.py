@@ -99,7 +99,7 @@ class BlockCache(StreamTracker):
     """Follows the forwards of a denoiser and runs its blocks, or does not."""
 
     def __init__(self, network: Network, state: BlockCacheState, make: Callable[[], Rule], store: CacheDtype = "compute") -> None:
-        super().__init__(state.steps, state.sampler, network.processor)
+        super().__init__(state.steps, state.sampler, network.processor, state.precision)
         self._streams = hidden_states_of(network)
         self._image = _image_of(network)
         self._make, self._store = make, cache_format(store)
@@ -211,7 +211,8 @@ def hidden_states_of(network: Network) -> tuple[str, ...]:
 def block_cache_state(network: Network, trajectories: Trajectories) -> BlockCacheState:
     """The state that every rule needs: steps and sampler of the recorded calls, and how many blocks there are."""
     hidden_states_of(network)
-    return BlockCacheState(steps=trajectories.steps, sampler=trajectories.sampler, blocks=len(network.blocks()))
+    steps, precision = trajectories.steps, trajectories.precision
+    return BlockCacheState(steps=steps, sampler=trajectories.sampler, precision=precision, blocks=len(network.blocks()))
 
 
 def residuals(network: Network, trajectories: Trajectories) -> Iterator[Tensor]:

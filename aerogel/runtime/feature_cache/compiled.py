@@ -52,7 +52,8 @@ def patch_compiled(denoiser: nn.Module, answers: Mapping[nn.Module, Callable[...
     """
     before = {module: call for module in answers if (call := compiled(module))}
     with ExitStack() as stack:
-        stack.enter_context(patch_forward({module: answer for module, answer in answers.items() if module not in before}))
+        written = {module: answer for module, answer in answers.items() if module not in before}
+        stack.enter_context(patch_forward(written, traced=bool(before)))
         for module, call in before.items():
             stack.callback(module.__dict__.__setitem__, COMPILED, call)
             module.__dict__[COMPILED] = _Front(answers[module])
@@ -79,7 +80,7 @@ def by_pattern(module: nn.Module, pattern: Sequence[bool]) -> Iterator[None]:
         yield
         return
     # Torch keeps at most 8 graphs of one code (recompile_limit), which the patterns of three modules a block use up: each runs a copy.
-    with patch_forward({module: MethodType(_copied(own.__func__, tuple(pattern)), module)}):
+    with patch_forward({module: MethodType(_copied(own.__func__, tuple(pattern)), module)}, traced=True):
         yield
 
 

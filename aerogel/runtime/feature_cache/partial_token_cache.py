@@ -21,7 +21,7 @@ from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.hooks import capture_inputs
 from aerogel.model.network import Network
-from aerogel.model.trajectories import Trajectories, latent_of
+from aerogel.model.trajectories import Trajectories, has_step_by_token, latent_of
 from aerogel.options import Count, NonNegative, Options, Share
 from aerogel.runtime.attention import Attend, attending, attention_received
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
@@ -141,6 +141,7 @@ def token_cache_state(
     options out of range, for compiled blocks, and where no attention scores the tokens of a module.
     """
     _require_written(network)
+    require_step_by_sample(network.module, trajectories.first.args, trajectories.first.kwargs)
 
     def full(steps: int, modules: int) -> Tensor:
         return torch.tensor(options.ahead(steps)).eq(0)[:, None].expand(-1, modules)
@@ -150,6 +151,15 @@ def token_cache_state(
     state = schedule_state(network, trajectories, full)
     partial_T = torch.tensor([ahead > 0 and some(ahead) for ahead in options.ahead(len(state.steps))])
     return TokenCacheState(**vars(state), shares=options.shares(network, partial_T), scored_by=scored_by)
+
+
+def require_step_by_sample(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise AerogelError where each token has a time step of its own, whose modulation cannot be cut to some tokens."""
+    if has_step_by_token(denoiser, args, kwargs):
+        raise AerogelError(
+            f"{type(denoiser).__name__} is given a time step for each token (expand_timesteps), so that it cannot run on some tokens; a "
+            "policy that reuses whole modules (fora) can be had"
+        )
 
 
 def require_scored(network: Network, options: TokenCacheConfig) -> None:
@@ -305,6 +315,7 @@ class _Recomputing(ModuleCache):
         """Before a forward."""
         self._latent = latent_of(denoiser, args, kwargs).shape
         super().start(denoiser, args, kwargs)
+        require_step_by_sample(denoiser, args, kwargs)
 
     def begin(self, row: int, memory: Any) -> None:
         """Set the cache entries."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call, bytes_in
 from aerogel.model.network import Network
-from aerogel.model.trajectories import Trajectories
+from aerogel.model.trajectories import Trajectories, has_step_by_token
 from aerogel.runtime.feature_cache.cache_dtype import CacheDtype, cache_format, versions
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.compiled import by_pattern, called, compiled_around, patch_compiled
@@ -56,6 +56,8 @@ class Schedule:
     modules: tuple[str, ...]
     computed_TN: Tensor
     """True where the module runs, False where it gives what it gave last."""
+    precision: float = 0.0
+    """Relative precision of the steps."""
 
     def __post_init__(self) -> None:
         shape = (len(self.steps), len(self.modules))
@@ -69,7 +71,8 @@ class Schedule:
 
     def as_state(self) -> ScheduleState:
         """Return what a policy keeps of it."""
-        return ScheduleState(steps=self.steps, sampler=self.sampler, modules=self.modules, computed=rows_of(self.computed_TN))
+        computed = rows_of(self.computed_TN)
+        return ScheduleState(steps=self.steps, sampler=self.sampler, precision=self.precision, modules=self.modules, computed=computed)
 
     @classmethod
     def of(cls, network: Network, state: ScheduleState) -> Schedule:
@@ -79,7 +82,7 @@ class Schedule:
             other = next((name for name in modules if name not in ours), None) or next(name for name in ours if name not in modules)
             raise AerogelError(f"the schedule is of {len(modules)} modules, this denoiser has {len(ours)}; {other} is in one of them only")
         computed_TN = torch.tensor([[one == "1" for one in row] for row in state.computed])
-        return cls(state.steps, state.sampler, modules, computed_TN)
+        return cls(state.steps, state.sampler, modules, computed_TN, state.precision)
 
 
 def rows_of(computed_TN: Tensor) -> tuple[str, ...]:
@@ -90,7 +93,7 @@ def rows_of(computed_TN: Tensor) -> tuple[str, ...]:
 def schedule_state(network: Network, trajectories: Trajectories, decide: Callable[[int, int], Tensor]) -> ScheduleState:
     """The state of a schedule for the steps of recorded calls; `decide` gets T and N and says which modules compute (T, N)."""
     modules, steps = tuple(cached_modules_of(network)), trajectories.steps
-    return Schedule(steps, trajectories.sampler, modules, decide(len(steps), len(modules))).as_state()
+    return Schedule(steps, trajectories.sampler, modules, decide(len(steps), len(modules)), trajectories.precision).as_state()
 
 
 class CacheEntry:
@@ -106,6 +109,8 @@ class CacheEntry:
     def __init__(self, own: Callable[..., Any]) -> None:
         self.own = own
         self.computes, self.keeps = True, False
+        self.per_token = False
+        """True where each token has a time step of its own at this step."""
         self.row = 0
         """The step at hand."""
         self.given: Any = None
@@ -174,18 +179,27 @@ class SkippedNorm:
         if any(entry.computes for entry in self.readers):
             return self.own(*args, **kwargs)
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        return x[:, :0]
+        # A modulation by token needs as many tokens as it has rows, even if nobody reads what comes out.
+        return x if any(entry.per_token for entry in self.readers) else x[:, :0]
 
 
 class ModuleCache(StreamTracker):
     """Follows the forwards of a denoiser and tells its cache entries what to do."""
 
     def __init__(self, schedule: Schedule, entries: Mapping[str, CacheEntry], pipeline: Any = None) -> None:
-        super().__init__(schedule.steps, schedule.sampler, pipeline)
+        super().__init__(schedule.steps, schedule.sampler, pipeline, schedule.precision)
         self.schedule, self.entries = schedule, entries
         self.computed = 0
         """Modules that ran since it was put on."""
         self._rows = schedule.computed_TN.tolist()
+
+    def start(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before a forward: see whether tokens have time steps of their own."""
+        made = super().start(denoiser, args, kwargs)
+        per_token = has_step_by_token(denoiser, args, kwargs)
+        for entry in self.entries.values():
+            entry.per_token = per_token
+        return made
 
     def begin(self, row: int, memory: Any) -> None:
         """Set the cache entries."""

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
+from aerogel.layers.signature import arguments_of
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.family import Skips
 from aerogel.model.network import Network
@@ -46,7 +47,7 @@ class SkipConnectionCache(StreamTracker):
     """Follows the forwards of a denoiser and runs its inner blocks, or lets them rest."""
 
     def __init__(self, network: Network, state: SkipState) -> None:
-        super().__init__(state.steps, state.sampler, network.processor)
+        super().__init__(state.steps, state.sampler, network.processor, state.precision)
         self._whole, self._giver = state.whole, state.inner[-1]
         self._tuples: dict[str, bool] = {}
         """True where a block's output is a tuple."""
@@ -70,6 +71,14 @@ class SkipConnectionCache(StreamTracker):
         self.decisions.append((self._row, not self._rests))
         self.drop()
         return feature
+
+    def start(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before a forward; raises AerogelError where it brings residuals for blocks that may be skipped."""
+        made = super().start(denoiser, args, kwargs)
+        given = dict(zip(arguments_of(denoiser), args, strict=False)) | kwargs
+        if brought := [name for name in given if "residual" in name and given[name] is not None]:
+            raise AerogelError(f"{_CROSSED}: this call brings {brought[0]}; take a policy that reuses modules (fora, harmonica) for it")
+        return made
 
     def block(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return an inner block's output."""
@@ -106,6 +115,7 @@ def skip_state(network: Network, trajectories: Trajectories, branch: int, whole:
     state = SkipState(
         steps=trajectories.steps,
         sampler=trajectories.sampler,
+        precision=trajectories.precision,
         blocks=len(network.blocks()),
         inner=tuple(inner(network, trajectories.first, branch)),
         whole=whole,
@@ -130,7 +140,7 @@ def inner(network: Network, call: Call, branch: int) -> list[str]:
 
 def _prove(network: Network, call: Call, state: SkipState) -> None:
     step = step_of(network.module, call.args, call.kwargs)
-    with caching_inner_blocks(network, replace(state, steps=(step, step), whole="10")) as by:
+    with caching_inner_blocks(network, replace(state, steps=(step, step), whole="10")) as by, by.named("proof"):
         wanted = tensors_in(network.run(call))[0]
         try:
             given = tensors_in(network.run(call))[0]

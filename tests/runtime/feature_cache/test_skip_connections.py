@@ -286,3 +286,16 @@ def test_states_of_other_networks_are_refused() -> None:
         caching_inner_blocks(made("unet"), replace(state, blocks=15)),
     ):
         pass
+
+
+def test_residuals_of_a_controlnet_are_refused() -> None:
+    network = opened("unet")
+    (call,) = FAMILIES["unet"].calls(1)
+    call = Call((), call.kwargs | {"timestep": torch.tensor(900)})
+    given = Call((), call.kwargs | {"mid_block_additional_residual": torch.zeros(2, 64, 4, 4)})
+    state = skip_state(network, Trajectories.of(network, [call, call]), 0, "10")
+    message = "residuals of a ControlNet .*this call brings mid_block_additional_residual"
+    with caching_inner_blocks(network, state), pytest.raises(AerogelError, match=message):
+        network.run(given)
+    with pytest.raises(AerogelError, match=message):
+        skip_state(network, Trajectories.of(network, [given, given]), 0, "10")
