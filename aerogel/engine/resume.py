@@ -50,11 +50,11 @@ def resumable(folder: Path) -> Iterator[None]:
     try:
         yield
     except save.DiskError as error:
-        raise AerogelError(f"{error}; {folder} keeps the finished blocks: add --resume to continue once that is mended") from error
+        raise AerogelError(f"{error}; {folder} keeps the finished blocks: add --resume to continue once that is fixed") from error
     except (OSError, SafetensorError) as error:
         at = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
         raise AerogelError(
-            f"the run stopped ({at}{reason_of(error)}); {folder} keeps the finished blocks: add --resume to continue once that is mended"
+            f"the run stopped ({at}{reason_of(error)}); {folder} keeps the finished blocks: add --resume to continue once that is fixed"
         ) from error
 
 

@@ -26,5 +26,5 @@ def replace_text(path: str | Path, text: str) -> Path:
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:
-        raise AerogelError(f"{path} could not be written ({reason_of(error)}); make room, or give another place") from error
+        raise AerogelError(f"{path} could not be written ({reason_of(error)}); free disk space, or give another place") from error
     return path

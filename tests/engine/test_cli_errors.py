@@ -268,7 +268,7 @@ def test_a_disk_that_fills_up_while_compressing(
     with monkeypatch.context() as patch:
         patch.setattr(written, Mock(side_effect=error))
         result = desk.run(*desk.compress())
-    kept = f"{desk.output}.partial keeps the finished blocks: add --resume to continue once that is mended"
+    kept = f"{desk.output}.partial keeps the finished blocks: add --resume to continue once that is fixed"
     assert (result.exit_code, result.stderr) == (2, f"error: the run stopped ({told}); {kept}\n")
     assert desk.run(*desk.compress("--resume")).exit_code == 0
 
@@ -287,7 +287,7 @@ def test_a_disk_that_is_full_when_the_report_is_written(desk: Desk, monkeypatch:
     place = desk.output / "report.html"
     assert (result.exit_code, result.stderr) == (
         2,
-        f"error: {place} could not be written (No space left on device); make room, or give another place\n",
+        f"error: {place} could not be written (No space left on device); free disk space, or give another place\n",
     )
     assert digests(desk.output) == before
 
