@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from aerogel.errors import AerogelError
+from aerogel.errors import AerogelError, reason_of
 from aerogel.io.headers import REPAIR, Entry, read_header, read_index
 from aerogel.kernels.malloc import release_pages
 from aerogel.layers.slots import Slot, release, slots
@@ -366,7 +366,10 @@ class _Shards:
         """Return a tensor, or one entry of it."""
         file = self._files[on_disk]
         if file not in self._open:
-            self._open[file] = self._stack.enter_context(safe_open(self._folder / file, framework="pt"))
+            try:
+                self._open[file] = self._stack.enter_context(safe_open(self._folder / file, framework="pt"))
+            except SafetensorError as error:
+                raise AerogelError(f"{self._folder / file} cannot be read ({reason_of(error)}); {REPAIR}") from error
         found: Tensor = self._open[file].get_slice(on_disk)[number] if isinstance(number, int) else self._open[file].get_tensor(on_disk)
         return found
 

@@ -68,11 +68,10 @@ def read_header(file: Path) -> dict[str, Entry]:
             raise AerogelError(f"{file}: the header does not fit in the file's {size} bytes, it is truncated or not safetensors; {REPAIR}")
         raw = stream.read(length)
     try:
-        items = {
-            name: item
-            for name, item in parse_object(raw, f"{file}: the safetensors header is corrupt, it", REPAIR).items()
-            if name != "__metadata__"
-        }
+        items = parse_object(raw, f"{file}: the safetensors header is corrupt, it", REPAIR)
+        about = items.pop("__metadata__", None)
+        if about is not None and not all(isinstance(value, str) for value in about.values()):
+            raise ValueError("its __metadata__ holds something else than strings")
         if unknown := sorted({item["dtype"] for item in items.values()} - set(DTYPES)):
             raise AerogelError(f"{file}: holds tensors of dtype {unknown[0]}, which cannot be read; known: {', '.join(DTYPES)}")
         entries = {name: _entry(item) for name, item in items.items()}

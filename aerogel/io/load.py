@@ -302,8 +302,8 @@ def _denoiser_in(given: Folder, device: torch.device) -> tuple[nn.Module, Skelet
     """The denoiser of a diffusers folder, all of it: glue may call into a block, as DiT's does."""
     name = given.settings["_class_name"]
     cls = getattr(_diffusers(given.path), name, None)
-    if cls is None:
-        raise AerogelError(f"{given.path / 'config.json'}: diffusers has no class {name}; upgrade diffusers")
+    if cls is None or not hasattr(cls, "from_config"):
+        raise AerogelError(f"{given.path / 'config.json'}: diffusers has no model {name}; upgrade diffusers")
     settings = {key: value for key, value in given.settings.items() if key != "quantization_config"}
     made = skeleton_of(given, lambda: cls.from_config(settings))
     if not made.fits:
@@ -347,4 +347,9 @@ def _diffusers(folder: Path) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return read_object(path, "give a Hugging Face folder (config.json) or a diffusers folder (model_index.json)")
+    """Read a configuration; raises AerogelError where what it names the model by is no name."""
+    found = read_object(path, "give a Hugging Face folder (config.json) or a diffusers folder (model_index.json)")
+    for key in ("model_type", "_class_name"):
+        if not isinstance(found.get(key, ""), str):
+            raise AerogelError(f"{path}: {key} is {found[key]!r}, expected a name; fetch the file again")
+    return found

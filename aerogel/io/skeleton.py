@@ -188,7 +188,8 @@ def modality_of(model_type: str | None, class_name: str | None, settings: dict[s
 def whole(folder: Folder, cls: Any, names: Names, **options: Any) -> nn.Module:
     """Return the module as its own library reads it, which knows about names and layouts of other times."""
     options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-    module, found = cls.from_pretrained(folder.path, **options)
+    trouble = f"{folder.path}: no model can be made from these files"
+    module, found = made_from(partial(cls.from_pretrained, folder.path, **options), trouble, "fetch the files of one model again")
     if lacking := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
         raise AerogelError(
             f"{folder.path}: no weights for {lacking[0]} and {len(lacking) - 1} more; it is no checkpoint of a {type(module).__name__}"

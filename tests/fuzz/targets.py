@@ -28,7 +28,7 @@ from aerogel.io.quantized import OWN, assignments, quantization_of
 from aerogel.io.record import files
 from aerogel.recipe import Recipe
 from aerogel.report import page, search
-from tests import words
+from tests import image_pipelines, words
 from tests.folders import model_folder
 from tests.report import test_cache_search, test_skip_search
 
@@ -70,6 +70,7 @@ def _shelf() -> Path:
     folder = Path(_held().name)
     words.tokenizer()
     model_folder(folder / "model", num_hidden_layers=1)
+    image_pipelines.classes().transformer.save_pretrained(folder / "dit")
     recipe = {"name": "fuzzed", "steps": [{"rtn": {"scheme": "W4A16_G32"}}, {"kv_cache_fp8": {}}]}
     aerogel.compress(folder / "model", recipe, output=folder / "out", measures=())
     return folder
@@ -128,6 +129,14 @@ def check_recipe(data: bytes) -> None:
 def check_config(data: bytes) -> None:
     """Open a compressed folder with this config.json."""
     folder = _beside("config", "out")
+    (folder / "config.json").write_bytes(data)
+    with _refusing():
+        open_model(folder, device="cpu")
+
+
+def check_denoiser(data: bytes) -> None:
+    """Open a denoiser of diffusers with this config.json."""
+    folder = _beside("denoiser", "dit")
     (folder / "config.json").write_bytes(data)
     with _refusing():
         open_model(folder, device="cpu")
@@ -198,6 +207,7 @@ TARGETS = {
         check_recipe, lambda: [path.read_bytes() for path in sorted((Path(aerogel.__file__).parent / "recipes").glob("*.yaml"))]
     ),
     "config": Target(check_config, lambda: [(_shelf() / "out" / "config.json").read_bytes()]),
+    "denoiser": Target(check_denoiser, lambda: [(_shelf() / "dit" / "config.json").read_bytes()]),
     "quantization": Target(check_quantization, _quantizations),
     "chats": Target(
         check_chats, lambda: ["\n".join(map(json.dumps, rows)).encode() for rows in CHATS] + _json(*CHATS) + [b"text,label\na,b\n"]
