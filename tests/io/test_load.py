@@ -355,7 +355,7 @@ def test_python_files_of_a_model_run_when_asked_for(tmp_path: Path, monkeypatch:
 
 def test_a_module_in_a_wrapper_is_refused() -> None:
     model = FAMILIES["llama"].build()
-    with pytest.raises(AerogelError, match="LlamaForCausalLM is wrapped by torch.compile"):
+    with pytest.raises(AerogelError, match=r"LlamaForCausalLM is wrapped by torch\.compile"):
         open_model(torch.compile(model))
 
     class Wrapped(nn.Module):
