@@ -126,7 +126,7 @@ def replays(network: Network, trajectories: Trajectories) -> list[Replay]:
     sampler = sampler_of(network)
     if repeats(trajectories.steps):
         raise AerogelError(
-            f"{type(sampler).__name__} repeats time steps, and samplers that call the denoiser several times a step do not serve methods that "
+            f"{type(sampler).__name__} repeats time steps: samplers that call the denoiser several times a step do not serve methods that "
             "replay generations; take another sampler, or a policy that does not replay (fora, smoothcache)"
         )
     recorded = network.teacher or network  # what is compressed meanwhile goes another way
