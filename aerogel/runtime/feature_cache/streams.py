@@ -129,7 +129,7 @@ class StreamTracker(ABC):
             if not self._is_at(step, 0):
                 self._guard.leave()  # the run of the other thread stays what it is
                 raise AerogelError(
-                    f"thread {me.name} goes on with a run of {type(denoiser).__name__} in the middle of a run of thread "
+                    f"thread {me.name} continues a run of {type(denoiser).__name__} in the middle of a run of thread "
                     f"{self._thread.name if self._thread else ''}, and a feature cache is on, which serves one run at a time: make one run "
                     "after the other, or open the model once for each thread"
                 )
