@@ -90,9 +90,9 @@ class Trajectories:
         return before.shape != now.shape or not torch.equal(before, now)
 
     @property
-    def precision(self) -> float:
-        """The relative precision in which the time steps were given to the denoiser; 0 for whole numbers."""
-        return precision_of(timestep_of(self.denoiser, self.first.args, self.first.kwargs))
+    def precision(self) -> float | None:
+        """The relative precision in which the time steps were given to the denoiser; None for whole numbers."""
+        return precision_of(timestep_of(self.denoiser, self.first.args, self.first.kwargs)) or None
 
     @property
     def thousandths(self) -> tuple[float, ...]:

@@ -21,7 +21,7 @@ from aerogel.errors import AerogelError
 from aerogel.layers.signature import arguments_of
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.trajectories import Trajectories, Trajectory
+from aerogel.model.trajectories import Trajectories, Trajectory, repeats
 
 _CLOSE = 1e-2
 """Largest relative distance between a recorded and a replayed input; half precision needs that much."""
@@ -124,6 +124,11 @@ def replays(network: Network, trajectories: Trajectories) -> list[Replay]:
     Raises AerogelError without a pipeline, for a sampler that draws noise on the way, and where calls are not whole generations.
     """
     sampler = sampler_of(network)
+    if repeats(trajectories.steps):
+        raise AerogelError(
+            f"{type(sampler).__name__} repeats time steps: samplers that call the denoiser several times a step do not serve methods that "
+            "replay generations; take another sampler, or a policy that does not replay (fora, smoothcache)"
+        )
     recorded = network.teacher or network  # what is compressed meanwhile goes another way
     made = [_replay(recorded, sampler, run) for run in trajectories.runs]
     _prove(recorded, made[0])

@@ -56,8 +56,8 @@ class Schedule:
     modules: tuple[str, ...]
     computed_TN: Tensor
     """True where the module runs, False where it gives what it gave last."""
-    precision: float = 0.0
-    """Relative precision of the steps."""
+    precision: float | None = None
+    """Relative precision of the steps; None for whole numbers."""
 
     def __post_init__(self) -> None:
         shape = (len(self.steps), len(self.modules))

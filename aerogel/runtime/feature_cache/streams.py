@@ -36,16 +36,16 @@ class FeatureCacheState(PolicyState):
     """The sampler's time steps, in order."""
     sampler: str
     """Class of the scheduler; empty where the model came without one."""
-    precision: float = 0.0
-    """Relative precision in which the steps were recorded; 0 where they were whole numbers, or by an earlier release."""
+    precision: float | None = None
+    """Relative precision in which the steps were recorded; None where they were whole numbers, or by an earlier release."""
 
 
 class StreamTracker(ABC):
     """Follows the forwards of a denoiser by the steps it was made for; what a stream remembers of its run is up to who inherits."""
 
-    def __init__(self, steps: tuple[float, ...], sampler: str, pipeline: Any = None, precision: float = 0.0) -> None:
+    def __init__(self, steps: tuple[float, ...], sampler: str, pipeline: Any = None, precision: float | None = None) -> None:
         self.steps, self.sampler, self._pipeline = steps, sampler, pipeline
-        self._own_precision = self._precision = precision
+        self._own_precision = self._precision = precision or 0.0
         self._repeats = repeats(steps)
         self.forwards = 0
         """Forwards of the denoiser since it was put on."""

@@ -236,8 +236,9 @@ def test_branches_that_the_pipeline_names_are_told_apart() -> None:
     ("given", "message"),
     [
         ((900.0, 500.0), r"time step 500 is not the 600 that comes at step 2 of the 4 of DDIMScheduler .900 to 0. that this cache"),
-        ((600.0,), "600 is not the 900 that comes at step 1 of the 4"),
-        ((*STEPS, 300.0), "300 is not the 900 that comes at step 1 of the 4"),
+        ((500.0,), "500 is not the 900 that comes at step 1 of the 4"),
+        ((600.0, 0.0), "0 is not the 300 that comes at step 3 of the 4"),
+        ((*STEPS, 300.0, 600.0), "600 is not the 0 that comes at step 4 of the 4"),
     ],
 )
 def test_other_steps_are_refused(given: tuple[float, ...], message: str) -> None:
