@@ -117,6 +117,16 @@ def test_a_denoiser(recipe: dict[str, object], dtype: torch.dtype, tmp_path: Pat
             assert torch.equal(output(theirs, call), output(ours, call))
 
 
+@pytest.mark.parametrize("name", ["wan", "pixart"])
+def test_a_denoiser_with_tensors_at_its_root(name: str, tmp_path: Path) -> None:
+    module, (call,) = FAMILIES[name].build(), FAMILIES[name].calls(1)
+    assert "scale_shift_table" in dict(module.named_parameters())
+    kind: Any = type(module)
+    result = aerogel.compress(module, {"steps": [{"rtn": {"scheme": "W4A16_G32"}}]}, measures=(), output=tmp_path / "out")
+    again = kind.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(output(again, call), output(result.network.module, call))
+
+
 def test_a_pipeline(tmp_path: Path) -> None:
     torch.manual_seed(0)
     unet = diffusers.UNet2DModel(
