@@ -49,7 +49,7 @@ class Gptq(WeightMethod):
 
     shares_calls: ClassVar[bool] = True
 
-    percdamp: Annotated[float, Field(ge=0, le=10)] = 0.01
+    percdamp: Annotated[float, Field(ge=0, le=1e6)] = 0.01
     """This times the mean of the Hessian's diagonal is added to the diagonal; increased tenfold if that is too little."""
     act_order: ActOrder = "static"
     """Order of columns: as they are (none), or largest inputs first, with groups as they are (static) or in the new order (group)."""
