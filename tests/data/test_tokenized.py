@@ -236,7 +236,7 @@ def test_a_measure_reads_what_is_given() -> None:
     assert from_text["tokens"] == len(ids) - 1
     assert Perplexity(source=documents).measure(network) == from_text  # type: ignore[arg-type]
     named = aerogel.measure(network, measures=["perplexity"], data=[{"a": "x", "b": documents[0]}], column="b")
-    assert named["compressed"]["perplexity"]["tokens"] == 5
+    assert named["original"]["perplexity"]["tokens"] == 5
     with pytest.raises(AerogelError, match="the data would be read by none of the measures"):
         aerogel.measure(network, measures=["size"], data=documents)
     with pytest.raises(AerogelError, match="the model's vocabulary has"):
