@@ -55,9 +55,14 @@ def pack_channels(codes_BHTD: Tensor, bits: int) -> Tensor:
 
 def unpack_channels(packed_BHTP: Tensor, bits: int) -> Tensor:
     """Return the codes that `pack_channels` packed, uint8."""
+    return packed_BHTP if bits == 8 else torch.cat(channel_runs(packed_BHTP, bits), dim=-1)
+
+
+def channel_runs(packed_BHTP: Tensor, bits: int) -> list[Tensor]:
+    """Return the same codes as runs of D * bits / 8 channels, which take no copy to lie beside each other."""
     if bits == 8:
-        return packed_BHTP
-    return torch.cat([(packed_BHTP >> (bits * place)) & (2**bits - 1) for place in range(8 // bits)], dim=-1)
+        return [packed_BHTP]
+    return [(packed_BHTP >> (bits * place)) & (2**bits - 1) for place in range(8 // bits)]
 
 
 def static_scale(absmax: Tensor) -> Tensor:
@@ -77,7 +82,13 @@ def decode_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     On a CPU torch converts float8 number by number, 786,432 of them in 2.2 ms; moving the bits of e4m3 into those of float16, whose
     exponents begin 8 lower, takes 0.5 ms.
     """
+    values, factor = fp8_values(codes)
+    return (values.float() * (scale * factor)).to(dtype)
+
+
+def fp8_values(codes: Tensor) -> tuple[Tensor, float]:
+    """Return the values of codes over a factor, in a dtype that is converted fast, and the factor."""
     if codes.device.type != "cpu":
-        return (codes.float() * scale).to(dtype)
+        return codes, 1.0
     moved = (codes.view(torch.int8).to(torch.int16) << 7) & ~(1 << 14)  # bit 14 is a copy of the sign
-    return (moved.view(torch.float16).float() * (scale * 256.0)).to(dtype)
+    return moved.view(torch.float16), 256.0

@@ -6,7 +6,7 @@ B rows, H heads of keys and values, T tokens, D channels, Q queries of a head, G
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -149,6 +149,39 @@ class TokenStore(Store):
             grouped = codes_BHTD.unflatten(-1, (scale_BHTG.shape[-1], -1))
             yield numerics.decode(grouped, Range(scale_BHTG.unsqueeze(-1), low_BHTG.unsqueeze(-1)), self.dtype).flatten(-2)
 
+    def scores(self, query_BHQD: Tensor) -> Tensor:
+        """Return the products of queries with all stored keys: ranges of tokens are taken out of the products.
+
+        In float32: what is added for the least number of a range is large beside the sum.
+        """
+        if self._group is not None:
+            return super().scores(query_BHQD)
+        query = query_BHQD.float()
+        parts, sum_BHQ1, found = query.chunk(8 // self._bits, dim=-1), query.sum(-1, keepdim=True), list[Tensor]()
+        for start in range(0, self.length, PIECE):
+            products_BHQT = self._products(parts, start)
+            scale_BH1T, low_BH1T = (buffer.read(start, start + PIECE).mT.float() for buffer in (self._scale, self._low))
+            found.append(torch.addcmul(sum_BHQ1 * low_BH1T, products_BHQT, scale_BH1T))
+        return torch.cat(found, dim=-1).to(query_BHQD.dtype)
+
+    def _products(self, parts: Sequence[Tensor], start: int) -> Tensor:
+        """Products of runs of channels of queries with the codes of a piece."""
+        runs = numerics.channel_runs(self._codes.read(start, start + PIECE), self._bits)
+        return torch.stack([part @ run.to(part.dtype).mT for part, run in zip(parts, runs, strict=True)]).sum(0)
+
+    def mixed(self, probability_BHQT: Tensor) -> Tensor:
+        """Return the mixture of the stored values; each token's range is taken into its probability."""
+        if self._group is not None:
+            return super().mixed(probability_BHQT)
+        total = torch.zeros((), device=probability_BHQT.device)
+        for start in range(0, self.length, PIECE):
+            here_BHQT = probability_BHQT[..., start : start + PIECE].float()
+            scale_BH1T, low_BH1T = (buffer.read(start, start + PIECE).mT.float() for buffer in (self._scale, self._low))
+            runs, weighted_BHQT = numerics.channel_runs(self._codes.read(start, start + PIECE), self._bits), here_BHQT * scale_BH1T
+            values_BHQD = torch.cat([weighted_BHQT @ run.float() for run in runs], dim=-1)
+            total = total + values_BHQD + (here_BHQT * low_BH1T).sum(-1, keepdim=True)
+        return total.to(probability_BHQT.dtype)
+
     def crop(self, length: int) -> None:
         """Forget all but the first tokens."""
         for buffer in self.buffers:
@@ -182,6 +215,22 @@ class Fp8Store(Store):
         """Yield the stored numbers from a token on."""
         for begin in range(start, self.length, PIECE):
             yield numerics.decode_fp8(self._codes.read(begin, begin + PIECE), self._scale, self.dtype)
+
+    def scores(self, query_BHQD: Tensor) -> Tensor:
+        """Return the products of queries with all stored keys; the scale goes into the queries."""
+        found = []
+        for start in range(0, self.length, PIECE):
+            values_BHTD, factor = numerics.fp8_values(self._codes.read(start, start + PIECE))
+            found.append((query_BHQD.float() * (self._scale * factor)) @ values_BHTD.float().mT)
+        return torch.cat(found, dim=-1).to(query_BHQD.dtype)
+
+    def mixed(self, probability_BHQT: Tensor) -> Tensor:
+        """Return the mixture of the stored values, scaled at the end."""
+        total = torch.zeros((), device=probability_BHQT.device)
+        for start in range(0, self.length, PIECE):
+            values_BHTD, factor = numerics.fp8_values(self._codes.read(start, start + PIECE))
+            total = total + probability_BHQT[..., start : start + PIECE].float() @ values_BHTD.float() * factor
+        return (total * self._scale).to(probability_BHQT.dtype)
 
     def crop(self, length: int) -> None:
         """Forget all but the first tokens."""

@@ -84,6 +84,20 @@ def test_products_are_those_with_what_is_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(MAKE))
+def test_products_in_bfloat16_are_as_near_as_those_of_its_numbers(name: str) -> None:
+    """Ranges far from zero: what is added for them must not drown the rest."""
+    generator, store = torch.Generator().manual_seed(0), MAKE[name]()
+    x_BHTD = torch.randn(1, 2, 300, 8, generator=generator) * 0.1 + 0.7
+    query = torch.randn(1, 2, 3, 8, generator=generator)
+    store.append(x_BHTD.bfloat16())
+    exact = query.bfloat16().double() @ store.read().double().mT
+    assert float((store.scores(query.bfloat16()).double() - exact).norm() / exact.norm()) < 0.01
+    chances = exact.softmax(-1)
+    mixed = chances.bfloat16().double() @ store.read().double()
+    assert float((store.mixed(chances.bfloat16()).double() - mixed).norm() / mixed.norm()) < 0.01
+
+
+@pytest.mark.parametrize("name", sorted(MAKE))
 @pytest.mark.parametrize("length", [36, 30, 17, 8, 3, 0])
 def test_a_cropped_store_goes_on(name: str, length: int) -> None:
     x_BHTD = torch.randn(1, 2, 37, 8, generator=torch.Generator().manual_seed(0))
