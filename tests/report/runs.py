@@ -20,15 +20,15 @@ SAMPLES = [
     {
         "prompt": "Explain in two sentences why the sky is blue.",
         "original": "The sky is blue because of scattering. Sunlight is scattered by the gases in the air, and blue light most.",
-        "compressed": "The sky is blue because of scattering. The light of the sun is scattered by the air, and blue most of all.",
+        "text": "The sky is blue because of scattering. The light of the sun is scattered by the air, and blue most of all.",
         "same": 14,
         "tokens": 48,
     },
-    {"prompt": "What is 17 plus 26?", "original": "17 + 26 = <b>43</b>", "compressed": "17 + 26 = <b>43</b>", "same": 12, "tokens": 12},
+    {"prompt": "What is 17 plus 26?", "original": "17 + 26 = <b>43</b>", "text": "17 + 26 = <b>43</b>", "same": 12, "tokens": 12},
     {
         "prompt": "Write <script>alert(1)</script> backwards & forwards.",
         "original": "I can't do that.",
-        "compressed": "<script>alert('no')</script> is what you asked for.",
+        "text": "<script>alert('no')</script> is what you asked for.",
         "same": 0,
         "tokens": 48,
     },

@@ -54,7 +54,7 @@ def test_a_score_mixes_new_and_kept() -> None:
         given: dict[str, torch.Tensor] = {}
 
         def watch(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-            given["new"] = own.__self__.own(*args, **kwargs)
+            given["new"] = own.answer.__self__.own(*args, **kwargs)
             given["mixed"] = own(*args, **kwargs)
             return given["mixed"]
 
