@@ -53,7 +53,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/llama_1b.py
 	$(BIN)/python benchmarks/processes.py
 	$(BIN)/python benchmarks/quality.py
-	$(BIN)/python benchmarks/kv_cache.py
+	$(BIN)/python benchmarks/kv_cache.py quality
+	$(BIN)/python benchmarks/kv_cache.py speed
 	$(BIN)/python benchmarks/diffusion_speed.py
 	$(BIN)/python benchmarks/diffusion_time.py
 	$(BIN)/python benchmarks/diffusion_quality.py unet

@@ -67,7 +67,7 @@ def no_more_than(sequences: int, after: int = 0) -> Callable[[Any, list[Tensor]]
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("method", ["gptq", pytest.param("awq", marks=SLOW), "smoothquant", pytest.param("brecq", marks=SLOW)])
+@pytest.mark.parametrize("method", ["gptq", *(pytest.param(method, marks=SLOW) for method in ("awq", "smoothquant", "brecq"))])
 def test_halves_give_what_whole_calls_give(method: str, watch: Watch) -> None:
     options = {
         "smoothquant": {},
@@ -95,7 +95,7 @@ def test_halves_give_what_whole_calls_give(method: str, watch: Watch) -> None:
 @pytest.mark.parametrize(
     ("stage", "after"),
     [
-        ("the trace", 0),
+        pytest.param("the trace", 0, marks=SLOW),
         pytest.param("the first look of the visit", 2, marks=SLOW),
         ("when three layers are quantized", 3),
         pytest.param("the last pass", 6, marks=SLOW),

@@ -15,8 +15,8 @@ import aerogel
 from aerogel.engine import exporting, scores
 from aerogel.errors import AerogelError
 from aerogel.io.record import files
-from aerogel.io.register import register_transformers
 from tests.folders import model_folder
+from tests.registration import registered_in_transformers
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def _cached(folder: Path) -> None:
 
 
 def _registered(folder: Path) -> None:
-    register_transformers()
-    transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with registered_in_transformers():
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
 WAYS: dict[str, Callable[[Path], Any]] = {

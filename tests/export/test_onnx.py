@@ -157,7 +157,7 @@ def errors(written: Written, kind: str, batch: int) -> Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("unet", marks=pytest.mark.slow), "pixart", "dit"])
+@pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("unet", "pixart")), "dit"])
 def test_samples_are_those_of_our_arithmetic_in_batches_of_any_size(kind: str, request: pytest.FixtureRequest) -> None:
     written: Written = request.getfixturevalue(kind)
     found = torch.cat([errors(written, kind, batch) for batch in (1, 3)])

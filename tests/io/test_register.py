@@ -11,7 +11,6 @@ import diffusers
 import pytest
 import torch
 import transformers
-from transformers.quantizers import auto
 
 import aerogel
 from aerogel.errors import AerogelError
@@ -19,6 +18,7 @@ from aerogel.layers.linear import QuantLinear
 from tests.architectures.cases import cases
 from tests.io.test_packed_words import as_before
 from tests.methods.diffusion.test_fsc import RECIPE, calls
+from tests.registration import registered_in_transformers
 from tests.saved import network, save
 from tests.tiny import FAMILIES, output
 
@@ -28,13 +28,8 @@ ROUND = {"steps": [{"rtn": {"scheme": "W4A16_CHANNEL_ASYM", "targets": ["Linear"
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:
     aerogel.register_diffusers()
-    mappings: tuple[dict[str, Any], ...] = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
-    before = [dict(mapping) for mapping in mappings]
-    aerogel.register_transformers()
-    yield
-    for mapping, entries in zip(mappings, before, strict=True):
-        mapping.clear()
-        mapping.update(entries)
+    with registered_in_transformers():
+        yield
 
 
 @pytest.mark.parametrize(
