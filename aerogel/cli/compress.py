@@ -168,10 +168,7 @@ def plan(
     quiet: given.Quiet = False,
     as_json: given.AsJson = False,
 ) -> None:
-    """Dry run: show the affected layers, and estimate size, memory and time; no weight is changed.
-
-    The options of recipe, model and data are those of compress, so that the estimates are for what will be used.
-    """
+    """Dry run with the options of compress: show the affected layers, and estimate size, memory and time; no weight is changed."""
     start(in_several=True)
     from aerogel.cli import terminal
     from aerogel.engine import planning
