@@ -38,10 +38,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 COMMON = [
     ("gptq", "llama"), ("awq", "llama"), ("smoothquant", "llama"), ("rotate", "llama"), ("magnitude", "llama"), ("rtn", "qwen2_5_vl"),
-    ("gptq", "qwen3_moe"), ("modes", "qwen3_moe"), ("prune_experts", "qwen3_moe"), ("brecq", "dit"), ("activation_ranges", "dit"),
-    ("attention_quant", "dit"), ("fora", "dit"), ("teacache", "dit"), ("harmonica", "dit"), ("temporal_cache", "unet"),
+    ("gptq", "qwen3_moe"), ("modes", "qwen3_moe"), ("prune_experts", "qwen3_moe"), ("activation_ranges", "dit"),
+    ("attention_quant", "dit"), ("fora", "dit"), ("teacache", "dit"),
 ]  # fmt: skip
-"""A method of each kind; the slow tests take all."""
+"""A method of each kind that takes seconds; the slow tests take all."""
 GPTQ: dict[str, Any] = {"steps": [{"gptq": {"scheme": "W4A16_G32"}}]}
 
 

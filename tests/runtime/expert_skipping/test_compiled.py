@@ -83,7 +83,8 @@ def test_one_graph_holds_for_all_that_is_dropped(name: str, rule: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("rule", ["modes", pytest.param("odp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["modes", "odp"])
 def test_tokens_are_written_with_a_static_cache(rule: str) -> None:
     network = opened("qwen3_moe", unfuse_experts=False)
     ids_BS = calls(1)[0].kwargs["input_ids"]

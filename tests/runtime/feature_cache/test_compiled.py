@@ -111,7 +111,7 @@ def patterns(network: Network, schedule: Schedule) -> set[tuple[bool, ...]]:
     return {tuple(row[place] for place in inside) for row in rows for inside in places}
 
 
-@pytest.mark.parametrize("name", ["dit", "flux"])
+@pytest.mark.parametrize("name", ["dit", pytest.param("flux", marks=pytest.mark.slow)])
 def test_compiled_blocks_answer_like_eager_ones(name: str) -> None:
     network = opened(name)
     schedule = table(network, scattered(network))
