@@ -14,6 +14,7 @@ from aerogel import catalog
 from aerogel.data import text
 from aerogel.engine.calibration import Samples
 from aerogel.layers.linear import QuantLinear, cache_dequantized
+from aerogel.model.kv_cache import with_cache
 from aerogel.recipe import Recipe
 from tests.folders import model_folder, text_file
 from tests.releases import DENSE
@@ -63,7 +64,8 @@ def test_recipe(recipe: str, source: Path, tmp_path: Path) -> None:
     if theirs is None:
         with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
             _opened_by_transformers(tmp_path / "out")
-    for call in calls:
+    # Transformers rounds keys and values in every forward of a folder with a quantized cache, this package where there is a cache.
+    for call in map(with_cache, calls) if recipe.endswith("-kv8") else calls:
         before = output(original.module, call)
         with cache_dequantized(ours.module):
             answer = output(ours.module, call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -84,7 +85,7 @@ def full(
                 },
                 "perplexity": {"perplexity": perplexity, "nats_per_token": math.log(perplexity), **TEXT},
                 "kl_divergence": {"kl": 0.0412, "top1": 0.9013, **TEXT},
-                "generation": {"samples": SAMPLES, "same_share": 0.43},
+                "generation": {"samples": copy.deepcopy(SAMPLES), "same_share": 0.43},
                 "speed": {"prefill_tokens_per_second": 498.0, "decode_tokens_per_second": speed, "peak_memory_bytes": 402_000_000, **BENCH},
             },
         },
