@@ -23,7 +23,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """What the operating system or a library says is wrong, without the number of the error and the file."""
+    """Return the reason that the operating system or a library gives, without the number of the error and the file."""
     return getattr(error, "strerror", None) or str(error)
 
 

@@ -346,6 +346,9 @@ FAMILIES: dict[str, Tiny] = {
     "cogvideox": Tiny("cogvideox", _cogvideox, _joint_video),
 }
 
+LANGUAGE = sorted(name for name, tiny in FAMILIES.items() if tiny.inputs is text)
+"""Families that read text alone."""
+
 VARIANTS: dict[str, Tiny] = {
     "opt_350m": Tiny("opt", partial(_opt, do_layer_norm_before=False, word_embed_proj_dim=32), text),
     "galactica": Tiny("opt", partial(_opt, activation_function="gelu", enable_bias=False), text),

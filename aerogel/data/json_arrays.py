@@ -79,7 +79,7 @@ class _Window:
         return AerogelError(f"{self._path} item {self.number + 1} is not JSON ({reason}); an array of objects or strings is expected")
 
     def _is_cut(self, error: ValueError) -> bool:
-        """Whether an error may be for want of what was not read yet."""
+        """Return True where an error may be for want of text that was not read yet."""
         if not isinstance(error, json.JSONDecodeError):
             return False
         return error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _ESCAPE

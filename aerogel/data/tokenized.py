@@ -24,7 +24,7 @@ MOST_TOKENS = 2**26
 _UNREAD = frozenset(
     {"labels", "label", "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping", "num_items_in_batch"}
 )
-"""What tokenizers and collators put beside tokens and a forward for calibration does not read."""
+"""Columns that tokenizers and collators put beside tokens; a forward for calibration does not read them."""
 EXPECTED = "tensors (N, L) of token ids, or dicts with input_ids and, where rows are padded, attention_mask"
 
 

@@ -149,7 +149,7 @@ class Job:
         return self.processes.of_first(saved)
 
     def _resumable(self, partial: Path) -> AbstractContextManager[None]:
-        """What a failing disk leaves; a folder for the time being goes with the run."""
+        """Say, where the disk fails, that finished blocks are kept; a temporary folder goes with the run."""
         return resumable(partial) if self.output is not None else nullcontext()
 
     def _made_of(self, source: Checkpoint, calibration: Calibration) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class Job:
 
 
 def _adapter_of(network: Network) -> dict[str, Any] | None:
-    """What identifies the LoRA adapter that is merged into a model."""
+    """Return the fingerprint of the LoRA adapter that is merged into a model; None without one."""
     folder = None if network.source is None else network.source.adapter
     adapter = None if folder is None else adapter_in(folder)
     return None if adapter is None else adapter.fingerprint

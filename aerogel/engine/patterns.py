@@ -33,7 +33,7 @@ def unmatched(network: Network, step: Step) -> Iterator[str]:
                 continue
             found = _candidates(network, step, option)
             if not any(matches(name, (pattern,), module) for name, module in found.items()):
-                yield f"{step.name}: no {_what(step)} matches {pattern!r} in {option}{_advice(network, pattern, sorted(found))}"
+                yield f"{step.name}: no {_kind(step)} matches {pattern!r} in {option}{_advice(network, pattern, sorted(found))}"
 
 
 def _patterns(value: object) -> tuple[str, ...]:
@@ -48,14 +48,14 @@ def _modules(network: Network) -> dict[str, nn.Module]:
     return {name: module for name, module in network.module.named_modules() if name}
 
 
-def _what(step: Step) -> str:
-    """What the patterns of a step are to match."""
+def _kind(step: Step) -> str:
+    """Return the kind of module that the patterns of a step name."""
     return "attention" if {"attention", "kv_cache"} & step.method.requires else "layer"
 
 
 def _candidates(network: Network, step: Step, option: str) -> dict[str, nn.Module]:
     """The modules that an option of a step may name: layers, and to be ignored also what has weights of another kind, such as routers."""
-    if _what(step) == "attention":
+    if _kind(step) == "attention":
         return {name: module for name, module in _modules(network).items() if not isinstance(module, Layer | QuantLinear)}
     if not step.has("targets"):
         return _modules(network)

@@ -11,6 +11,7 @@ import copy
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from aerogel.export.engine_rules import on_disk, unquantized, violations
-from aerogel.export.exporter import Exporter, Master, Source, inexpressible, not_language
+from aerogel.export.exporter import Exporter, Master, Source, not_language, unsuitable_layers
 from aerogel.io.quantized import configs_in
 from aerogel.io.save import copy_companions, new_folder
 from aerogel.io.shards import write_shards
@@ -46,13 +47,7 @@ class AwqLayout(Exporter):
     def refuse(self, source: Source) -> list[str]:
         """Other bits and formats, quantized inputs, activation order, several group sizes, and scales that float16 does not hold."""
         master = Master.open(source)
-        if reasons := not_language(master):
-            return reasons
-        if not master.linears:
-            return ["no linear layer in it is quantized"]
-        reasons = [f"{name}: {reason}" for name in master.linears if (reason := _reason(master, name))]
-        reasons += inexpressible(master)
-        if reasons:
+        if reasons := not_language(master) or unsuitable_layers(master, partial(_reason, master)):
             return reasons
         sizes = sorted({_group_size(assigned.scheme) for assigned in master.linears.values()})
         if len(sizes) > 1:

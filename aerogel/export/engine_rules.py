@@ -1,4 +1,4 @@
-"""What engines require of a quantized folder in any layout: no partly quantized set, no quantized head, skipped layers by clear names.
+"""Requirements of engines on a quantized folder in any layout: no partly quantized set, no quantized head, skipped layers by clear names.
 
 vLLM and SGLang skip every layer whose name contains one of the names to skip, and load the layers of a fused set as one tensor.
 """

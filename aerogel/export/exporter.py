@@ -158,6 +158,13 @@ def inexpressible(master: Master) -> list[str]:
     return [f"{name} {class_of(told['kind']).effect}" for name, told in replacements(master.quantization).items()]
 
 
+def unsuitable_layers(master: Master, reason: Callable[[str], str | None]) -> list[str]:
+    """Return the reasons why a format of quantized linear layers refuses a folder: that it has none, or what `reason` says of each name."""
+    if not master.linears:
+        return ["no linear layer in it is quantized"]
+    return [f"{name}: {why}" for name in master.linears if (why := reason(name))] + inexpressible(master)
+
+
 def not_language(master: Master) -> list[str]:
     """The reason why formats of language engines refuse a folder that holds a denoiser."""
     if master.family.modality in ("text", "image-text"):

@@ -12,13 +12,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aerogel.export.exporter import Exporter, Master, Source, inexpressible, not_language
+from aerogel.export.exporter import Exporter, Master, Source, not_language, unsuitable_layers
 from aerogel.io.save import copy_companions, new_folder
 from aerogel.io.shards import write_shards
 from aerogel.layers.layout import Stored, format_of
@@ -42,12 +43,7 @@ class GptqLayout(Exporter):
     def refuse(self, source: Source) -> list[str]:
         """Other formats, quantized inputs, and sizes that do not divide by 32."""
         master = Master.open(source)
-        if reasons := not_language(master):
-            return reasons
-        if not master.linears:
-            return ["no linear in it is quantized"]
-        reasons = [f"{name}: {reason}" for name in master.linears if (reason := _reason(master, name))]
-        return reasons + inexpressible(master)
+        return not_language(master) or unsuitable_layers(master, partial(_reason, master))
 
     def write(self, source: Source, output: Path) -> None:
         """Write the layout linear by linear; scales keep their dtype."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aerogel.errors import AerogelError
 from aerogel.export.engine_rules import ambiguous, denoises, experts_of, on_disk, unquantized, violations
-from aerogel.export.exporter import Exporter, Master, SavedPolicy, Source, inexpressible, not_language
+from aerogel.export.exporter import Exporter, Master, SavedPolicy, Source, not_language, unsuitable_layers
 from aerogel.io import kv_scales
 from aerogel.io.quantized import configs_in
 from aerogel.io.save import copy_companions, new_folder
@@ -58,13 +58,7 @@ class ModelOpt(Exporter):
         except AerogelError as error:  # several denoisers
             return [str(error)]
         master = Master.open(source)
-        if reasons := _wrong_model(master):
-            return reasons
-        if not master.linears:
-            return ["no linear layer in it is quantized"]
-        reasons = [
-            f"{name}: {reason}" for name, one in master.linears.items() if (reason := _reason(one, denoises(master)))
-        ] + inexpressible(master)
+        reasons = _wrong_model(master) or unsuitable_layers(master, lambda name: _reason(master.linears[name], denoises(master)))
         if reasons:
             return reasons
         if len(schemes := {_preset(assigned.scheme) for assigned in master.linears.values()}) > 1:

@@ -6,7 +6,6 @@ Legend: O outputs, I inputs, R rank.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -21,6 +20,8 @@ from aerogel.errors import AerogelError
 from aerogel.io.checkpoint import Dequantize, Dequantized, OnDisk
 from aerogel.io.headers import read_header
 from aerogel.io.json_files import read_object
+from aerogel.io.record.files import checksum_of
+from aerogel.model.match import found_at_start
 
 _CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -80,8 +81,7 @@ class Adapter:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """Return what a resumed run compares."""
-        weights = self.folder / WEIGHTS
-        return {"config": self.config.model_dump(), "bytes": weights.stat().st_size, "modified": weights.stat().st_mtime_ns}
+        return {"config": self.config.model_dump(), "weights": checksum_of(self.folder / WEIGHTS)}
 
 
 def adapter_in(folder: Path) -> Adapter | None:
@@ -214,7 +214,7 @@ def _of_layer(adapter: Adapter, layer: str, parts: Mapping[str, Tensor]) -> _Cha
 def _of_pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
     """Return the value of the first pattern that names a layer, as PEFT looks it up: by the end of its name."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if found_at_start(rf"re:(.*\.)?({pattern})$", name):
             return value
     return otherwise
 

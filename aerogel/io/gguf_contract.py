@@ -1,4 +1,4 @@
-"""What GGUF files can hold and llama.cpp runs, as far as it is known before one is written: models, tokenizers and quantized layers."""
+"""Models, tokenizers and quantized layers that GGUF files hold and llama.cpp runs, as far as it is known before one is written."""
 
 from __future__ import annotations
 

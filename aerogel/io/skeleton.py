@@ -49,7 +49,7 @@ class Folder:
     dtype: torch.dtype
     """The dtype to compute in."""
     dequantize: Dequantize | None = None
-    """What makes floats of its quantized tensors; None where they are opened as they are."""
+    """Function that makes floats of its quantized tensors; None where they are opened as they are."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import Cache
@@ -55,16 +55,24 @@ def require_places(network: Network) -> None:
         raise AerogelError(f"no module of this {network.family.name} model has a place in a key-value cache; leave this step out")
 
 
-def cache_modules(network: Network, call: Call) -> dict[str, int]:
-    """Return the modules that write keys and values to a cache in a forward of `call`, by full name, with their places in the cache.
+class CachedAttention(NamedTuple):
+    """Place of a module in a cache, and what it writes there."""
+
+    place: int
+    channels: frozenset[int]
+    """Widths of its heads of keys and of values."""
+
+
+def cache_modules(network: Network, call: Call) -> dict[str, CachedAttention]:
+    """Return the modules that write keys and values to a cache in a forward of `call`, by full name in the order of the cache.
 
     Raises AerogelError where there is none.
     """
-    writers: dict[int, str] = {}
+    writers: dict[int, tuple[str, frozenset[int]]] = {}
 
     def watch(name: str, index: int) -> Replace:
         def seen(keys_BHTD: Tensor, values_BHTD: Tensor) -> None:
-            writers[index] = name
+            writers[index] = name, frozenset({keys_BHTD.shape[-1], values_BHTD.shape[-1]})
 
         return partial(_watched, seen)  # a block that gets the cache and hands it on has the same place: the innermost comes last and stays
 
@@ -75,7 +83,7 @@ def cache_modules(network: Network, call: Call) -> dict[str, int]:
             f"no module of this {network.family.name} model writes keys and values to a cache that it is given; "
             "a decoder of transformers with a DynamicCache is expected: leave this step out"
         )
-    return {name: index for index, name in sorted(writers.items())}
+    return {name: CachedAttention(index, channels) for index, (name, channels) in sorted(writers.items())}
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def test_shards_and_bytes_of_the_master_stay(tmp_path: Path) -> None:
         ("W8A8", "no weight-only integer scheme"),
         ("FP8_DYNAMIC", "no weight-only integer scheme"),
         ("W5A16_G32", "no weight-only integer scheme"),
-        (None, "no linear in it is quantized"),
+        (None, "no linear layer in it is quantized"),
     ],
 )
 def test_what_the_layout_cannot_say_is_refused_before_any_work(scheme: str | None, word: str, tmp_path: Path) -> None:

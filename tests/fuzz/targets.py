@@ -15,12 +15,15 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import yaml
+from safetensors.torch import save_file
 
 import aerogel
 from aerogel.data import chats, prompts, text
 from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
+from aerogel.io.adapters import WEIGHTS, adapter_in, merging, require_mergeable
 from aerogel.io.checkpoint import Checkpoint
 from aerogel.io.dequantize import dequantizer_of
 from aerogel.io.json_files import parse_object, read_object
@@ -40,7 +43,15 @@ LAYOUTS: tuple[dict[str, object], ...] = (
     {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
     {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
 )
-ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "owner/base", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+ADAPTER = {
+    "peft_type": "LORA",
+    "base_model_name_or_path": "owner/base",
+    "r": 8,
+    "lora_alpha": 16,
+    "alpha_pattern": {"q_proj": 4},
+    "use_rslora": True,
+    "rank_pattern": {},
+}
 CHATS = (
     [
         {
@@ -168,12 +179,19 @@ def check_chats(data: bytes) -> None:
 
 
 def check_adapter(data: bytes) -> None:
-    """Open the folder of an adapter."""
-    folder = _shelf() / "adapter"
+    """Merge an adapter into a model, whatever base its configuration names."""
+    folder, base = _shelf() / "adapter", _shelf() / "model"
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_bytes(data)
+    name, rank = "model.layers.0.self_attn.q_proj", 4
+    outputs, inputs = Checkpoint.open(base).shape(f"{name}.weight")
+    parts = {"lora_A.weight": torch.ones(rank, inputs), "lora_B.weight": torch.ones(outputs, rank)}
+    save_file({f"base_model.model.{name}.{part}": tensor for part, tensor in parts.items()}, folder / WEIGHTS)
     with _refusing():
-        open_model(folder, device="cpu")
+        adapter = adapter_in(folder)
+        assert adapter is not None
+        require_mergeable(adapter)
+        Checkpoint.open(base, dequantize=merging(adapter, None)).tensor(f"{name}.weight")
 
 
 def check_search(data: bytes) -> None:

@@ -25,12 +25,12 @@ from aerogel.numerics.packing import unpack
 
 _BITS = (2, 3, 4, 8)
 _VERSIONS = {"gptq": 1, "gptq_v2": 0}
-"""What is to be added to zero points on disk, by checkpoint_format."""
+"""Number to add to zero points on disk, by checkpoint_format."""
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """What a quantization_config says of the layers."""
+    """Settings of a quantization_config for all layers."""
 
     bits: frozenset[int]
     groups: frozenset[int]

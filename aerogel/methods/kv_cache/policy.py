@@ -17,7 +17,7 @@ from aerogel.layers.linear import cache_dequantized
 from aerogel.methods.base import CalibrationSize, CostEstimate, Requirement, RuntimePolicy, name_of
 from aerogel.model import kv_cache
 from aerogel.model.calls import Call
-from aerogel.model.kv_cache import Replace
+from aerogel.model.kv_cache import CachedAttention, Replace
 from aerogel.model.match import matches
 from aerogel.model.network import Network
 from aerogel.numerics.metrics import kl_divergence
@@ -80,11 +80,10 @@ class KVCachePolicy(RuntimePolicy[KVCacheState]):
     @torch.no_grad()
     def calibrate(self, network: Network, calls: Sequence[Call]) -> KVCacheState:
         """Find the attentions, measure scales, and choose what is kept; raises AerogelError where nothing can be quantized."""
-        found = kv_cache.cache_modules(network, calls[0])
-        modules = self._chosen(network, found)
         with cache_dequantized(network.module):
-            self._check(network, modules, calls[0])
-            scales = self.measured(network, found, calls)
+            found = kv_cache.cache_modules(network, calls[0])
+            modules = self._chosen(network, found)
+            scales = self.measured(network, {name: one.place for name, one in found.items()}, calls)
             if not self.keep:
                 return KVCacheState(tuple(modules), scales=scales)
             losses = self._judge(network, modules, scales, calls)
@@ -118,28 +117,18 @@ class KVCachePolicy(RuntimePolicy[KVCacheState]):
             raise AerogelError(f"{name_of(self)}: the cache of {taken[0]} is quantized by another policy; leave one of them out")
         return {name: places[name] for name in names}
 
-    def _chosen(self, network: Network, found: Mapping[str, int]) -> dict[str, int]:
+    def _chosen(self, network: Network, found: Mapping[str, CachedAttention]) -> dict[str, int]:
         ignore = network.expand_patterns(self.ignore)
-        chosen = {name: place for name, place in found.items() if not matches(name, ignore, network.module.get_submodule(name))}
+        chosen = {name: one for name, one in found.items() if not matches(name, ignore, network.module.get_submodule(name))}
         if len(chosen) <= self.keep:
             raise AerogelError(
                 f"{name_of(self)}: {len(found)} attentions have a cache, {len(found) - len(chosen)} are ignored and {self.keep} "
                 "are to be kept; expected at least one to be left"
             )
-        return self._required(network, chosen)
-
-    def _check(self, network: Network, modules: Mapping[str, int], call: Call) -> None:
-        """Look at the widths of heads, which no configuration says in one way."""
-        widths: dict[str, set[int]] = {}
-
-        def see(name: str, keys_BHTD: Tensor, values_BHTD: Tensor) -> None:
-            widths[name] = {keys_BHTD.shape[-1], values_BHTD.shape[-1]}
-
-        with kv_cache.watch_cache(network, modules, lambda name: partial(see, name)):
-            network.run(kv_cache.with_cache(call))
-        for name, channels in widths.items():
-            if wrong := sorted(width for width in channels if not self.fits(width)):
+        for name, one in chosen.items():
+            if wrong := sorted(width for width in one.channels if not self.fits(width)):
                 raise AerogelError(f"{name_of(self)}: the heads of {name} have {wrong[0]} channels, which its options do not divide")
+        return self._required(network, chosen)
 
     def _judge(self, network: Network, modules: Mapping[str, int], scales: Mapping[str, Tensor], calls: Sequence[Call]) -> dict[str, float]:
         """The KL divergence from the model's own predictions with the cache of one attention quantized."""

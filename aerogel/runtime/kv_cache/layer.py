@@ -38,12 +38,11 @@ class QuantizedCacheLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store keys and values (B, H, T, D); returns all that are attended to."""
-        before, length = self.get_seq_length(), key_states.shape[2]
+        before = self.get_seq_length()
         self.append(key_states, value_states)
         if self._exact_prompt and not before:
             return key_states, value_states
         first = 0 if self._window is None else max(0, before - self._window + 1)
-        assert self.get_seq_length() == before + length
         return self.stored_keys.read(first), self.stored_values.read(first)
 
     def append(self, keys_BHTD: Tensor, values_BHTD: Tensor) -> None:

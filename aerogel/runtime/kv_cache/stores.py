@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -115,11 +116,11 @@ class Store(ABC):
             buffer.change(rows)
 
 
-class TokenStore(Store):
-    """Every token by itself: codes with a range for each token and run of `group` channels, by default all channels of the head."""
+class _RangeStore(Store):
+    """Codes with a least number and a scale for each range."""
 
-    def __init__(self, bits: int, group: int | None = None) -> None:
-        self._bits, self._group = bits, group
+    def __init__(self, bits: int) -> None:
+        self._bits = bits
         self._codes, self._scale, self._low = Buffer(), Buffer(), Buffer()
 
     @property
@@ -131,6 +132,14 @@ class TokenStore(Store):
     def buffers(self) -> tuple[Buffer, ...]:
         """Packed codes and ranges."""
         return self._codes, self._scale, self._low
+
+
+class TokenStore(_RangeStore):
+    """Every token by itself: codes with a range for each token and run of `group` channels, by default all channels of the head."""
+
+    def __init__(self, bits: int, group: int | None = None) -> None:
+        super().__init__(bits)
+        self._group = group
 
     def append(self, x_BHTD: Tensor) -> None:
         """Quantize tokens and add them."""
@@ -167,7 +176,7 @@ class TokenStore(Store):
     def _products(self, parts: Sequence[Tensor], start: int) -> Tensor:
         """Products of runs of channels of queries with the codes of a piece."""
         runs = numerics.channel_runs(self._codes.read(start, start + PIECE), self._bits)
-        return torch.stack([part @ run.to(part.dtype).mT for part, run in zip(parts, runs, strict=True)]).sum(0)
+        return reduce(torch.add, (part @ run.to(part.dtype).mT for part, run in zip(parts, runs, strict=True)))
 
     def mixed(self, probability_BHQT: Tensor) -> Tensor:
         """Return the mixture of the stored values; each token's range is taken into its probability."""
@@ -280,44 +289,33 @@ class RecentStore(Store):
         self._recent.append(left_BHTD)
 
 
-class ChannelStore(Store):
+class ChannelStore(_RangeStore):
     """Runs of `group` tokens: codes with a range for each run and channel. It takes whole runs only, so it is the older part of a store."""
 
     def __init__(self, bits: int, group: int) -> None:
-        self._bits, self._group = bits, group
-        self._codes, self._scale, self._low = Buffer(), Buffer(), Buffer()
+        super().__init__(bits)
         self.run = group
-
-    @property
-    def length(self) -> int:
-        """Tokens that are stored."""
-        return self._codes.length
-
-    @property
-    def buffers(self) -> tuple[Buffer, ...]:
-        """Packed codes and ranges."""
-        return self._codes, self._scale, self._low
 
     def append(self, x_BHTD: Tensor) -> None:
         """Quantize whole runs of tokens and add them."""
         self.dtype = x_BHTD.dtype
-        codes, found = numerics.encode(x_BHTD.unflatten(2, (-1, self._group)), self._bits, dim=3)
+        codes, found = numerics.encode(x_BHTD.unflatten(2, (-1, self.run)), self._bits, dim=3)
         self._codes.append(numerics.pack_channels(codes.flatten(2, 3), self._bits))
         self._scale.append(found.scale.squeeze(3))
         self._low.append(found.low.squeeze(3))
 
     def pieces(self, start: int = 0) -> Iterator[Tensor]:
         """Yield the stored numbers from a token on."""
-        for first in range(start // self._group, self._scale.length, PIECE // self._group):
-            last = min(first + PIECE // self._group, self._scale.length)
-            begin, end = first * self._group, last * self._group
+        for first in range(start // self.run, self._scale.length, PIECE // self.run):
+            last = min(first + PIECE // self.run, self._scale.length)
+            begin, end = first * self.run, last * self.run
             codes_BHTD = numerics.unpack_channels(self._codes.read(begin, end), self._bits)
             found = Range(self._scale.read(first, last).unsqueeze(3), self._low.read(first, last).unsqueeze(3))
-            values_BHTD = numerics.decode(codes_BHTD.unflatten(2, (-1, self._group)), found, self.dtype).flatten(2, 3)
+            values_BHTD = numerics.decode(codes_BHTD.unflatten(2, (-1, self.run)), found, self.dtype).flatten(2, 3)
             yield values_BHTD[:, :, max(0, start - begin) :]
 
     def crop(self, length: int) -> None:
         """Forget all but the first tokens, which are whole runs."""
         self._codes.change(lambda x: x[:, :, :length])
         for buffer in (self._scale, self._low):
-            buffer.change(lambda x: x[:, :, : length // self._group])
+            buffer.change(lambda x: x[:, :, : length // self.run])

@@ -123,7 +123,7 @@ def test_rows_follow_beams(name: str) -> None:
     assert torch.equal(layer.stored_keys.read(), before[[2, 2, 0]])
     layer.batch_select_indices(torch.tensor([0]))
     layer.batch_repeat_interleave(2)
-    assert torch.equal(layer.stored_values.read().shape[0] * torch.ones(1), torch.tensor([2.0]))
+    assert len(layer.stored_values.read()) == 2
     assert torch.equal(layer.stored_keys.read(), before[[2, 2]])
     layer.crop(-5)
     assert layer.get_seq_length() == 15
