@@ -77,8 +77,8 @@ def _with_base(source: ModelSource, adapter: adapters.Adapter, merge: bool) -> M
     """Return the base model of an adapter with the adapter to be merged; raises AerogelError unless that is asked for."""
     if not merge:
         raise AerogelError(
-            f"{source.name} is an adapter of {adapter.base}; add --merge-adapter, in Python aerogel.load(..., merge_adapter=True), to merge "
-            "it into that model"
+            f"{source.name} is an adapter of {adapter.base}; add --merge-adapter, in Python aerogel.load(..., merge_adapter=True), to "
+            "merge it into that model"
         )
     adapters.require_mergeable(adapter)
     base = locate(adapter.base, dtype=source.dtype, trust_remote_code=source.trust_remote_code)
