@@ -20,6 +20,8 @@ from aerogel.runtime.feature_cache.block_cache import hidden_states_of
 from aerogel.runtime.feature_cache.cached_modules import cached_modules_of
 from aerogel.runtime.feature_cache.replay import sampler_of
 from aerogel.runtime.feature_cache.skip_connections import skips_of
+from aerogel.runtime.token_types import require_vision
+from aerogel.runtime.tokens.decoder import decoder_of
 
 Look = Callable[[Network, Step, Sequence[Step]], object]
 """Raises AerogelError where a model does not have what a step requires; the last argument are the steps before it."""
@@ -106,6 +108,8 @@ LOOKS: Mapping[Requirement, Look] = {
     "experts": lambda network, *_: shape_of(network),
     "attention": lambda network, *_: require_torch_attention(network),
     "kv_cache": lambda network, *_: require_places(network),
+    "decoder": lambda network, *_: decoder_of(network),
+    "images": lambda network, *_: require_vision(network),
     "time_path": lambda network, *_: time_path.find(network).require_alone(),
     "cached_modules": lambda network, *_: cached_modules_of(network),
     "block_range": lambda network, *_: hidden_states_of(network),

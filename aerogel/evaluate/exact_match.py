@@ -18,8 +18,8 @@ from aerogel.model.network import Network
 from aerogel.model.structure.moe import routed_experts
 from aerogel.numerics.metrics import kl_divergence, top1_agreement
 from aerogel.options import Batch, Count, Seed
-from aerogel.runtime.expert_skipping.answers import logits_at
 from aerogel.runtime.expert_skipping.counting import DECODING, PREFILL, Tally, counting
+from aerogel.runtime.predictions import logits_at
 from aerogel.runtime.token_types import PADDING, TEXT, VISION, Vocabulary
 
 

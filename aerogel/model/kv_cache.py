@@ -28,12 +28,23 @@ class CacheHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Put the other layer in place; the arguments stay as they are."""
-        cache = next((each for each in (*kwargs.values(), *args) if isinstance(each, Cache)), None)
-        if cache is None:
-            return
-        while cache.layer_class_to_replicate is not None and len(cache.layers) <= self.index:
-            cache.layers.append(cache.layer_class_to_replicate())
-        cache.layers[self.index] = self.replace(cache.layers[self.index])
+        cache = cache_in(args, kwargs)
+        if cache is not None:
+            cache.layers[self.index] = self.replace(cache_layer(cache, self.index))
+
+
+def cache_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Cache | None:
+    """Return the cache that comes with a call, if one comes."""
+    return next((each for each in (*kwargs.values(), *args) if isinstance(each, Cache)), None)
+
+
+def cache_layer(cache: Cache | None, index: int) -> Any:
+    """Return a layer of a cache, made now where the cache makes its layers as they are used; None without a cache."""
+    if cache is None:
+        return None
+    while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
+        cache.layers.append(cache.layer_class_to_replicate())
+    return cache.layers[index]
 
 
 def bytes_per_token(cache: Any, rows: int) -> float:
@@ -138,5 +149,7 @@ def _hooked(network: Network, replacing: Mapping[str, tuple[int, Replace]]) -> I
     with ExitStack() as stack:
         for name, (index, replace) in replacing.items():
             hook = CacheHook(index, replace)
-            stack.callback(network.module.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True).remove)
+            # First of all hooks: those that drop tokens act on the layer that is used.
+            handle = network.module.get_submodule(name).register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+            stack.callback(handle.remove)
         yield

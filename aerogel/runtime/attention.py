@@ -40,6 +40,11 @@ class _Answer(TorchFunctionMode):
         return (self._attend if func is scaled_dot_product_attention else func)(*args, **(kwargs or {}))
 
 
+def answered(attend: Attend) -> TorchFunctionMode:
+    """Let `attend` answer every scaled_dot_product_attention for a while."""
+    return _Answer(attend)
+
+
 def attentions(network: Network, call: Call) -> tuple[str, ...]:
     """Return the full names of the modules that call scaled_dot_product_attention themselves, in the order of a forward of `call`."""
     running: list[str] = []

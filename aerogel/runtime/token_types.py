@@ -62,6 +62,12 @@ class Vocabulary:
         return kind_BS
 
 
+def require_vision(network: Network) -> None:
+    """Raise AerogelError where no token stands for an image or a video."""
+    if not Vocabulary.of(network).vision:
+        raise AerogelError(f"this {network.family.name} model has no token that stands for an image; leave this step out")
+
+
 def _on(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """The numbers on a device; copied once, since a copy for each forward would make the host wait."""
     if (numbers, device) not in _there:  # functools.cache is nothing that a compiler traces

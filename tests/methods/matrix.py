@@ -215,6 +215,8 @@ class Case:
             bound = max(float(own), TURNED.get(self.family, 0.0))
         elif "experts" in self.requires:
             bound = FEWER_EXPERTS
+        elif isinstance(method, RuntimePolicy) and method.drops_positions:
+            bound = FEWER_TOKENS
         elif isinstance(method, RuntimePolicy) and method.skips_modules:
             return [min(changed, CACHED) if changed else EXACT for changed in example.changed]
         elif not self.plan.touched and self.requires & {"residual", "edges", "concatenations"}:
@@ -240,6 +242,8 @@ ROUTED, ROUTED_INPUTS, TURNED = 0.15, 0.2, {"internvl": 0.3}
 """Where a router picks experts, a rounding of weights, or of inputs too, can change its choice; in one call here it changes five."""
 CACHED = 0.4
 """Of outputs of the steps before, and never more than what came at the first step is apart, before which nothing can be kept."""
+FEWER_TOKENS = 0.9
+"""Random networks listen to every token of an image alike, and half of them are gone."""
 FEWER_EXPERTS = 0.7
 """Random experts all say something else, so what they say is missed where they do not speak."""
 
@@ -342,6 +346,9 @@ LACKING: dict[str, Callable[[Case], bool]] = {
     "experts": lambda case: not named(case, "experts"),
     "attention": lambda case: not attends(case.family),
     "kv_cache": lambda case: denoises(case),
+    # Windows, layers without keys, and attention that is no scaled_dot_product_attention.
+    "decoder": lambda case: denoises(case) or not attends(case.family) or case.family in ("mistral", "gemma3"),
+    "images": lambda case: not named(case, "vision_tower", "visual"),
     "trajectories": lambda case: not denoises(case),
     "cached_modules": lambda case: not denoises(case),
     "block_range": lambda case: not denoises(case) or named(case, "up_blocks"),

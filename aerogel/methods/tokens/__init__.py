@@ -1,0 +1,1 @@
+"""Policies that drop tokens: of images, of long prompts."""

@@ -1,0 +1,151 @@
+"""Base of policies that drop tokens before decoder blocks: a rule for some of the blocks, and what it costs on the calibration data.
+
+B rows, K positions before a block, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from aerogel.errors import AerogelError
+from aerogel.methods.base import Before, CalibrationSize, CostEstimate, Requirement, RuntimePolicy, name_of
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
+from aerogel.numerics.token_selection import best
+from aerogel.options import Share
+from aerogel.runtime.policy_state import PolicyState
+from aerogel.runtime.predictions import Predictions, predicted
+from aerogel.runtime.token_types import TEXT, VISION, Vocabulary
+from aerogel.runtime.tokens.decoder import Decoder, decoder_of
+from aerogel.runtime.tokens.shortening import Rule, Selection, Shortening, Stage
+
+Budget = Annotated[int, Field(ge=1, le=1_000_000)] | Share
+"""Tokens of a row that stay: a number, or a share (with a decimal point)."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TokenState(PolicyState):
+    """The decoder that a rule fits, and what the rule costs on the calibration data."""
+
+    blocks: int
+    """Decoder blocks."""
+    kept: float = math.nan
+    """Share of the tokens that may be dropped that is computed, on average over the blocks."""
+    kl: float = math.nan
+    """KL divergence from the model with all tokens, in nats an answer token."""
+    answer_tokens: int = 0
+    """Answer tokens that it was measured on."""
+
+
+class _OfText(Predictions):
+    """Predictions at tokens of text only: at those of an image there are none where it is dropped."""
+
+    def judged(self, call: Call) -> Tensor:
+        return predicted(call, self.vocabulary) & (self.vocabulary.kinds(call.kwargs) == TEXT)
+
+
+@dataclass(frozen=True)
+class TokenPolicy(RuntimePolicy[TokenState]):
+    """Drops tokens while a prompt is read; what is dropped is not computed by later blocks and not kept in their cache."""
+
+    state: ClassVar[type[PolicyState]] = TokenState
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "decoder", "images"})
+    skips_modules: ClassVar[bool] = True
+    drops_positions: ClassVar[bool] = True
+
+    @abstractmethod
+    def rules(self, depth: int) -> Mapping[int, Rule]:
+        """Return the rules of a decoder of so many blocks, by the number of the block that each acts before."""
+
+    def watched(self, depth: int) -> tuple[int, ...]:
+        """Return the blocks whose queries and keys the rules read; none unless a policy says so."""
+        return ()
+
+    def predictions(self, network: Network, calls: Sequence[Call]) -> Predictions:
+        """Return the predictions that are compared; those at tokens of text unless a policy says otherwise."""
+        return _OfText(network, calls, Vocabulary.of(network))
+
+    def droppable(self, kind_BN: Tensor) -> Tensor:
+        """Return the tokens among which the rules choose, by their types."""
+        return kind_BN == VISION
+
+    def cost(self, size: CalibrationSize) -> CostEstimate:
+        """Once with all tokens and once with those that are kept."""
+        return CostEstimate(model_tokens=2.0 * size.tokens)
+
+    def problems(self, network: Network, before: Before) -> Iterator[str]:
+        """Compare the numbers of the blocks with the depth of the decoder."""
+        depth = decoder_of(network).depth
+        if late := [block for block in (*self.rules(depth), *self.watched(depth)) if block >= depth]:
+            yield f"it acts before block {max(late)}, and the decoder has blocks 0 to {depth - 1}"
+
+    def unsuitable(self, network: Network, calls: Sequence[Call]) -> Iterator[str]:
+        """Look for tokens that may be dropped."""
+        vocabulary = Vocabulary.of(network)
+        kinds = [vocabulary.kinds(call.kwargs) for call in calls if "input_ids" in call.kwargs]
+        if not any(bool(self.droppable(kind_BN).any()) for kind_BN in kinds):
+            yield "the calibration data has no token of an image; give chats with images by --data"
+
+    @torch.no_grad()
+    def calibrate(self, network: Network, calls: Sequence[Call]) -> TokenState:
+        """Measure what dropping costs on the calls."""
+        decoder, vocabulary = decoder_of(network), Vocabulary.of(network)
+        whole = self.predictions(network, calls)
+        with self._shortening(network, decoder) as shortening:
+            kl = whole.moved().kl
+            dense = sum(int(self.droppable(vocabulary.kinds(call.kwargs)).sum()) for call in calls) * decoder.depth
+        return TokenState(blocks=decoder.depth, kept=1 - shortening.dropped / max(1, dense), kl=kl, answer_tokens=whole.tokens)
+
+    @contextmanager
+    def on(self, network: Network, state: TokenState) -> Iterator[None]:
+        """Drop by the rules; raises AerogelError when the state is of a decoder with another number of blocks."""
+        decoder = decoder_of(network)
+        if decoder.depth != state.blocks:
+            raise AerogelError(
+                f"{name_of(self)} was calibrated for a decoder of {state.blocks} blocks, and this model's has {decoder.depth}: "
+                "calibrate the policy again"
+            )
+        with self._shortening(network, decoder):
+            yield
+
+    def _shortening(self, network: Network, decoder: Decoder) -> Any:
+        rules = {block: self._where_droppable(rule) for block, rule in self.rules(decoder.depth).items()}
+        return Shortening(network, decoder, rules, self.watched(decoder.depth)).on()
+
+    def _where_droppable(self, rule: Rule) -> Rule:
+        """A rule that is asked only where it may drop something."""
+
+        def asked(stage: Stage) -> Selection | None:
+            return rule(stage) if bool((self.droppable(stage.kind_BK) & stage.real_BK).any()) else None
+
+        return asked
+
+
+def counts(budget: float, whole_B: Tensor) -> Tensor:
+    """Return how many tokens of each row a budget keeps: a number, or a share of `whole_B`, rounded."""
+    if isinstance(budget, int):
+        return whole_B.clamp(max=budget)
+    return (whole_B.double() * budget).round().long()
+
+
+def keeping_best(stage: Stage, score_BK: Tensor, budget: float) -> Selection | None:
+    """Keep the image tokens of each row with the highest scores, so many or such a share of all that the row has, and all other tokens."""
+    count_B = counts(budget, stage.vision_total_B)
+    if bool((count_B >= stage.vision_BK.sum(1)).all()):
+        return None
+    return Selection(best(score_BK, stage.vision_BK, count_B) | ~stage.vision_BK)
+
+
+def last_token(stage: Stage) -> Tensor:
+    """Return the number of the last token of each row that is no padding (B, 1)."""
+    number_K = torch.arange(stage.kind_BK.shape[1], device=stage.kind_BK.device)
+    return (number_K * stage.real_BK).argmax(1, keepdim=True)

@@ -1,0 +1,96 @@
+"""Attention between positions, computed from the queries and keys that a block attends with itself: after norms and rotary embedding.
+
+B rows, H heads, L queries, R of them that ask, S keys, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from aerogel.errors import AerogelError
+from aerogel.model.hooks import Stop, until
+from aerogel.model.network import Network
+from aerogel.runtime.attention import answered, attending
+
+
+@dataclass(frozen=True)
+class QueryKey:
+    """Queries and keys of one attention."""
+
+    query_BHLD: Tensor
+    key_BHSD: Tensor
+    """Keys, for each head of queries."""
+    mask: Tensor | None
+    """Boolean, or to be added; None where each query sees the keys up to its own position."""
+    scale: float
+
+    @classmethod
+    def of(
+        cls, query_BHLD: Tensor, key_BHSD: Tensor, *_: Any, attn_mask: Tensor | None = None, scale: float | None = None, **more: Any
+    ) -> QueryKey:
+        """Take the arguments of scaled_dot_product_attention."""
+        heads = query_BHLD.shape[1] // key_BHSD.shape[1]
+        key_BHSD = key_BHSD.repeat_interleave(heads, dim=1) if heads > 1 else key_BHSD
+        return cls(query_BHLD, key_BHSD, attn_mask, query_BHLD.shape[-1] ** -0.5 if scale is None else scale)
+
+    def attention(self, asking_BR: Tensor) -> Tensor:
+        """Return the attention (B, H, R, S) of some queries, by their numbers, to all keys, float32."""
+        rows, heads, queries, channels = self.query_BHLD.shape
+        keys = self.key_BHSD.shape[2]
+        asked = asking_BR[:, None, :, None]
+        query_BHRD = self.query_BHLD.gather(2, asked.expand(-1, heads, -1, channels))
+        score_BHRS = (query_BHRD @ self.key_BHSD.transpose(-2, -1)).float() * self.scale
+        if self.mask is None:
+            later = torch.arange(keys, device=asking_BR.device) > asking_BR[:, None, :, None] + (keys - queries)
+            score_BHRS = score_BHRS.masked_fill(later, -torch.inf)
+        else:
+            mask = self.mask.expand(rows, -1, queries, keys)
+            mask = mask.gather(2, asked.expand(-1, mask.shape[1], -1, keys))
+            score_BHRS = score_BHRS.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score_BHRS + mask
+        return score_BHRS.softmax(-1).nan_to_num()  # a query that may see nothing, such as padding, asks for nothing
+
+
+def of_block(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> QueryKey:
+    """Return the queries and keys that a block would attend with; what comes after them in the block does not run.
+
+    Raises AerogelError where the block does not call scaled_dot_product_attention.
+    """
+    stop, found = Stop(), []
+
+    def see(*given: Any, **more: Any) -> Tensor:
+        found.append(QueryKey.of(*given, **more))
+        raise stop
+
+    alone = {key: value for key, value in kwargs.items() if key not in ("past_key_values", "past_key_value", "use_cache")}
+    with until(stop), answered(see):
+        block.forward(*args, **alone)
+    if not found:
+        raise AerogelError(
+            f"{type(block).__name__} does not call scaled_dot_product_attention, from which scores are read; "
+            "open the model with attn_implementation='sdpa', or choose a rule without attention"
+        )
+    return found[0]
+
+
+@contextmanager
+def watching(network: Network, attentions: Mapping[int, str], see: Callable[[int, QueryKey], None]) -> Iterator[None]:
+    """Call `see(number, queries and keys)` when one of these attentions, by number, computes for more than one position."""
+
+    def watch(number: int) -> Callable[..., Tensor]:
+        def attend(query_BHLD: Tensor, key_BHSD: Tensor, *given: Any, **more: Any) -> Tensor:
+            if query_BHLD.shape[2] > 1:
+                see(number, QueryKey.of(query_BHLD, key_BHSD, *given, **more))
+            return scaled_dot_product_attention(query_BHLD, key_BHSD, *given, **more)
+
+        return attend
+
+    numbers = {name: number for number, name in attentions.items()}
+    with attending(network, attentions.values(), lambda name: watch(numbers[name])):
+        yield

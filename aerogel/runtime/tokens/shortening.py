@@ -1,0 +1,203 @@
+"""Tokens are dropped before some decoder blocks; later blocks, the cache and later tokens follow, and positions are never renumbered.
+
+B rows, N positions of a forward, K of them that are left, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from aerogel.errors import AerogelError
+from aerogel.layers.forward_guard import ForwardGuard
+from aerogel.layers.signature import arguments_of
+from aerogel.model.kv_cache import cache_in, cache_layer
+from aerogel.model.network import Network
+from aerogel.runtime.token_types import PADDING, VISION, Vocabulary
+from aerogel.runtime.tokens.cache_layer import ShortenedLayer, held_with, shortened
+from aerogel.runtime.tokens.decoder import Decoder
+from aerogel.runtime.tokens.deepstack import DeepStack
+from aerogel.runtime.tokens.kept import Kept, cut_arguments, cut_mask
+from aerogel.runtime.tokens.scores import QueryKey, of_block, watching
+
+
+class Selection(NamedTuple):
+    """Decision of a rule."""
+
+    keep_BK: Tensor
+    """True where a position stays."""
+    hidden_BKC: Tensor | None = None
+    """Hidden states in place of the block's input, where positions are merged; rows that do not stay are not read."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Positions before a block, as a rule sees them."""
+
+    block: int
+    """Number of the block that would read them."""
+    hidden_BKC: Tensor
+    kind_BK: Tensor
+    """Types of the tokens (see token_types)."""
+    kept: Kept
+    """Places of the positions in the forward."""
+    total: int
+    """Positions of the forward, N."""
+    vision_total_B: Tensor
+    """Positions of images of each row of the forward."""
+    watched: Mapping[int, QueryKey]
+    """Queries and keys of earlier blocks that the rule asked for, by the block's number."""
+    probe: Callable[[], QueryKey]
+    """Computes queries and keys of the block that would read the positions, for these positions alone."""
+
+    @property
+    def real_BK(self) -> Tensor:  # noqa: N802
+        """True where a position is one of the forward and no padding."""
+        real_BK = self.kind_BK != PADDING
+        return real_BK if self.kept.real_BK is None else real_BK & self.kept.real_BK
+
+    @property
+    def vision_BK(self) -> Tensor:  # noqa: N802
+        """True where a position is of an image or a video."""
+        return self.real_BK & (self.kind_BK == VISION)
+
+
+Rule = Callable[[Stage], Selection | None]
+"""Chooses what stays before a block; None where everything does."""
+
+
+@dataclass
+class _Forward:
+    """A forward that is under way."""
+
+    kind_BN: Tensor
+    kept: Kept | None = None
+    watched: dict[int, QueryKey] = field(default_factory=dict)
+
+
+class Shortening:
+    """Rules on their way through a network's forwards: by the number of the block that they act before."""
+
+    def __init__(self, network: Network, decoder: Decoder, rules: Mapping[int, Rule], watch: Sequence[int] = ()) -> None:
+        self.decoder, self.rules, self.watch = decoder, rules, tuple(watch)
+        self.lengths: tuple[int, ...] = ()
+        """Positions that each block computed in the last forward of more than one position."""
+        self.dropped = 0
+        """Positions that were not computed so far, over all rows and blocks."""
+        self._network, self._vocabulary = network, Vocabulary.of(network)
+        self._names = arguments_of(network.module)
+        self._guard = ForwardGuard()
+        self._forward: _Forward | None = None
+
+    @contextmanager
+    def on(self) -> Iterator[Shortening]:
+        """Act on every forward for a while; afterwards the network is what it was."""
+        module, deepstack = self._network.module, DeepStack()
+        with ExitStack() as stack:
+            stack.callback(module.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(self._end, always_call=True).remove)
+            language = module.get_submodule(self.decoder.module)
+            stack.callback(language.register_forward_pre_hook(deepstack.take, with_kwargs=True).remove)
+            for number, block in enumerate(self.decoder.parts(self._network)):
+                stack.callback(block.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True).remove)
+                attention = module.get_submodule(self.decoder.attentions[number])
+                stack.callback(attention.register_forward_pre_hook(partial(self._store, number), with_kwargs=True).remove)
+                stack.callback(block.register_forward_hook(partial(self._leave, number, deepstack)).remove)
+            named = {number: self.decoder.attentions[number] for number in self.watch}
+            stack.enter_context(watching(self._network, named, self._see))
+            yield self
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._guard.enter(module)
+        self._forward = _Forward(self._vocabulary.kinds(dict(zip(self._names, args, strict=False)) | kwargs))
+
+    def _end(self, *_: Any) -> None:
+        if self._guard.leave():
+            self._forward = None
+
+    def _see(self, number: int, seen: QueryKey) -> None:
+        self._under_way.watched[number] = seen
+
+    @property
+    def _under_way(self) -> _Forward:
+        if self._forward is None:
+            raise AerogelError("a decoder block runs outside of the model's own forward, while a policy that drops tokens is on")
+        return self._forward
+
+    def _enter(
+        self, number: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before a block: drop what its rule does not keep, and cut what the block is given to what is left."""
+        forward = self._under_way
+        total = forward.kind_BN.shape[1]
+        hidden_BKC = args[0] if args else kwargs["hidden_states"]
+        rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        if number == 0 and total > 1:
+            self.lengths = ()
+        if total > 1 and number in self.rules:
+            hidden_BKC = self._select(number, block, hidden_BKC, (args[1:], rest))
+        if total > 1:
+            self.lengths += (hidden_BKC.shape[1],)
+            self.dropped += 0 if forward.kept is None else forward.kept.missing(total)
+        layer = cache_layer(cache_in(args, kwargs), self.decoder.places[number])
+        if forward.kept is None and not isinstance(layer, ShortenedLayer):
+            return None
+        return (hidden_BKC, *args[1:]), self._cut(forward, layer, rest, hidden_BKC)
+
+    def _select(self, number: int, block: nn.Module, hidden_BKC: Tensor, given: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+        """Let a block's rule act; returns the hidden states of what is left."""
+        forward = self._under_way
+        total = forward.kind_BN.shape[1]
+        here = forward.kept or Kept.all(len(hidden_BKC), total, hidden_BKC.device)
+
+        def probe() -> QueryKey:
+            args, rest = given
+            return of_block(block, (hidden_BKC, *args), self._cut(forward, None, rest, hidden_BKC))
+
+        images_B = (forward.kind_BN == VISION).sum(1)
+        stage = Stage(number, hidden_BKC, here.rows(forward.kind_BN), here, total, images_B, forward.watched, probe)
+        selection = self.rules[number](stage)
+        if selection is None:
+            return hidden_BKC
+        left = Kept.of(selection.keep_BK)
+        forward.kept = here.then(left)
+        return left.rows(hidden_BKC if selection.hidden_BKC is None else selection.hidden_BKC)
+
+    def _cut(self, forward: _Forward, layer: Any, rest: dict[str, Any], hidden_BKC: Tensor) -> dict[str, Any]:
+        """The other arguments of a block, cut to what is left of a forward."""
+        total = forward.kind_BN.shape[1]
+        kept = forward.kept or Kept.all(len(hidden_BKC), total, hidden_BKC.device)
+        seen = 0 if layer is None else layer.get_seq_length()
+        cut = rest if forward.kept is None else cut_arguments(rest, kept)
+        mask = rest.get("attention_mask")
+        if mask is not None and mask.ndim != 4:
+            raise AerogelError("tokens are dropped under attention masks of four axes; open the model with attn_implementation='sdpa'")
+        return cut | {"attention_mask": cut_mask(mask, kept, *held_with(layer, kept), before=seen)}
+
+    def _store(self, number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before an attention: tell the layer of the cache which positions come."""
+        forward = self._under_way
+        place, cache = self.decoder.places[number], cache_in(args, kwargs)
+        layer = cache_layer(cache, place)
+        if cache is None or (forward.kept is None and not isinstance(layer, ShortenedLayer)):
+            return
+        rows, total = forward.kind_BN.shape
+        device = forward.kind_BN.device
+        layer = cache.layers[place] = shortened(layer, rows, device)
+        layer.expect(forward.kept or Kept.all(rows, total, device), total)
+
+    def _leave(self, number: int, deepstack: DeepStack, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """After a block: add features of deeper layers of the vision tower; after the last one, put what is left back to its places."""
+        forward = self._under_way
+        hidden_BKC = output[0] if isinstance(output, tuple) else output
+        changed_BKC = deepstack.add(number, hidden_BKC, forward.kept)
+        if number == self.decoder.depth - 1 and forward.kept is not None:
+            changed_BKC = forward.kept.spread(changed_BKC, forward.kind_BN.shape[1])
+        if changed_BKC is hidden_BKC:
+            return None
+        return (changed_BKC, *output[1:]) if isinstance(output, tuple) else changed_BKC
