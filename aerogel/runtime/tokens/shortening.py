@@ -50,6 +50,8 @@ class Stage:
     """Positions of the forward, N."""
     vision_total_B: Tensor
     """Positions of images of each row of the forward."""
+    inputs: Mapping[str, Any]
+    """Arguments of the model's own forward, by name."""
     watched: Mapping[int, QueryKey]
     """Queries and keys of earlier blocks that the rule asked for, by the block's number."""
     probe: Callable[[], QueryKey]
@@ -76,6 +78,7 @@ class _Forward:
     """A forward that is under way."""
 
     kind_BN: Tensor
+    inputs: Mapping[str, Any]
     kept: Kept | None = None
     watched: dict[int, QueryKey] = field(default_factory=dict)
 
@@ -114,7 +117,8 @@ class Shortening:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._guard.enter(module)
-        self._forward = _Forward(self._vocabulary.kinds(dict(zip(self._names, args, strict=False)) | kwargs))
+        inputs = dict(zip(self._names, args, strict=False)) | kwargs
+        self._forward = _Forward(self._vocabulary.kinds(inputs), inputs)
 
     def _end(self, *_: Any) -> None:
         if self._guard.leave():
@@ -160,7 +164,7 @@ class Shortening:
             return of_block(block, (hidden_BKC, *args), self._cut(forward, None, rest, hidden_BKC))
 
         images_B = (forward.kind_BN == VISION).sum(1)
-        stage = Stage(number, hidden_BKC, here.rows(forward.kind_BN), here, total, images_B, forward.watched, probe)
+        stage = Stage(number, hidden_BKC, here.rows(forward.kind_BN), here, total, images_B, forward.inputs, forward.watched, probe)
         selection = self.rules[number](stage)
         if selection is None:
             return hidden_BKC
