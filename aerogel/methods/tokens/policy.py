@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -25,7 +25,7 @@ from aerogel.options import Share
 from aerogel.runtime.policy_state import PolicyState
 from aerogel.runtime.predictions import Predictions, predicted
 from aerogel.runtime.token_types import TEXT, VISION, Vocabulary
-from aerogel.runtime.tokens.decoder import Decoder, decoder_of
+from aerogel.runtime.tokens.decoder import decoder_of
 from aerogel.runtime.tokens.shortening import Rule, Selection, Shortening, Stage
 
 Budget = Annotated[int, Field(ge=1, le=1_000_000)] | Share
@@ -95,31 +95,37 @@ class TokenPolicy(RuntimePolicy[TokenState]):
         if not any(bool(self.droppable(kind_BN).any()) for kind_BN in kinds):
             yield "the calibration data has no token of an image; give chats with images by --data"
 
+    def fitted(self, network: Network, calls: Sequence[Call]) -> TokenState:
+        """Find what the rules need of the model, before anything is measured."""
+        return TokenState(blocks=decoder_of(network).depth)
+
+    def acting(self, network: Network, state: TokenState) -> AbstractContextManager[Shortening]:
+        """Let the rules act for a while."""
+        decoder = decoder_of(network)
+        rules = {block: self._where_droppable(rule) for block, rule in self.rules(decoder.depth).items()}
+        return Shortening(network, decoder, rules, self.watched(decoder.depth)).on()
+
     @torch.no_grad()
     def calibrate(self, network: Network, calls: Sequence[Call]) -> TokenState:
         """Measure what dropping costs on the calls."""
-        decoder, vocabulary = decoder_of(network), Vocabulary.of(network)
+        vocabulary, state = Vocabulary.of(network), self.fitted(network, calls)
         whole = self.predictions(network, calls)
-        with self._shortening(network, decoder) as shortening:
+        with self.acting(network, state) as shortening:
             kl = whole.moved().kl
-            dense = sum(int(self.droppable(vocabulary.kinds(call.kwargs)).sum()) for call in calls) * decoder.depth
-        return TokenState(blocks=decoder.depth, kept=1 - shortening.dropped / max(1, dense), kl=kl, answer_tokens=whole.tokens)
+        dense = sum(int(self.droppable(vocabulary.kinds(call.kwargs)).sum()) for call in calls) * state.blocks
+        return replace(state, kept=1 - shortening.dropped / max(1, dense), kl=kl, answer_tokens=whole.tokens)
 
     @contextmanager
     def on(self, network: Network, state: TokenState) -> Iterator[None]:
         """Drop by the rules; raises AerogelError when the state is of a decoder with another number of blocks."""
-        decoder = decoder_of(network)
-        if decoder.depth != state.blocks:
+        depth = decoder_of(network).depth
+        if depth != state.blocks:
             raise AerogelError(
-                f"{name_of(self)} was calibrated for a decoder of {state.blocks} blocks, and this model's has {decoder.depth}: "
+                f"{name_of(self)} was calibrated for a decoder of {state.blocks} blocks, and this model's has {depth}: "
                 "calibrate the policy again"
             )
-        with self._shortening(network, decoder):
+        with self.acting(network, state):
             yield
-
-    def _shortening(self, network: Network, decoder: Decoder) -> Any:
-        rules = {block: self._where_droppable(rule) for block, rule in self.rules(decoder.depth).items()}
-        return Shortening(network, decoder, rules, self.watched(decoder.depth)).on()
 
     def _where_droppable(self, rule: Rule) -> Rule:
         """A rule that is asked only where it may drop something."""
