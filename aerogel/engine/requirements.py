@@ -22,6 +22,7 @@ from aerogel.runtime.feature_cache.replay import sampler_of
 from aerogel.runtime.feature_cache.skip_connections import skips_of
 from aerogel.runtime.token_types import require_vision
 from aerogel.runtime.tokens.decoder import decoder_of
+from aerogel.runtime.tokens.images import patch_grid
 
 Look = Callable[[Network, Step, Sequence[Step]], object]
 """Raises AerogelError where a model does not have what a step requires; the last argument are the steps before it."""
@@ -109,6 +110,7 @@ LOOKS: Mapping[Requirement, Look] = {
     "attention": lambda network, *_: require_torch_attention(network),
     "kv_cache": lambda network, *_: require_places(network),
     "decoder": lambda network, *_: decoder_of(network),
+    "patch_grid": lambda network, *_: patch_grid(network),
     "images": lambda network, *_: require_vision(network),
     "time_path": lambda network, *_: time_path.find(network).require_alone(),
     "cached_modules": lambda network, *_: cached_modules_of(network),

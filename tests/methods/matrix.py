@@ -349,6 +349,7 @@ LACKING: dict[str, Callable[[Case], bool]] = {
     # Windows, layers without keys, and attention that is no scaled_dot_product_attention.
     "decoder": lambda case: denoises(case) or not attends(case.family) or case.family in ("mistral", "gemma3"),
     "images": lambda case: not named(case, "vision_tower", "visual"),
+    "patch_grid": lambda case: case.family != "llava",  # the others merge patches, or have none
     "trajectories": lambda case: not denoises(case),
     "cached_modules": lambda case: not denoises(case),
     "block_range": lambda case: not denoises(case) or named(case, "up_blocks"),

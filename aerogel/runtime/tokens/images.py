@@ -38,6 +38,12 @@ class ImagePath:
     """True where the first position of the tower stands for the whole image."""
     tokenwise: bool
     """True where the projector gives a row for each row that it reads."""
+    attentions: tuple[str, ...] = ()
+    """Full names of the attentions of the tower up to that one."""
+
+    def saved(self) -> dict[str, Any]:
+        """Return what a policy saves of it."""
+        return {name: value for name, value in vars(self).items() if name != "attentions"}
 
 
 @dataclass(frozen=True)
@@ -176,7 +182,25 @@ def image_path_of(network: Network, call: Call) -> ImagePath:
     last = ran.index(watch.source(read) or ran[-1])
     before = [name for name, keys in watch.keys.items() if keys == most and ran.index(watch.block_of(name)) <= last]
     rows = given.numel() // given.shape[-1]
-    return ImagePath(before[-1], projector, bool(watch.positions[before[-1]] % rows), read.numel() // read.shape[-1] == rows)
+    class_token = bool(watch.positions[before[-1]] % rows)
+    return ImagePath(before[-1], projector, class_token, read.numel() // read.shape[-1] == rows, tuple(before))
+
+
+def patch_grid(network: Network) -> int:
+    """Return the patches along a side of an image whose tokens are its patches, as the configuration says.
+
+    Raises AerogelError where a token is another thing.
+    """
+    config = network.config
+    vision = getattr(config, "vision_config", None)
+    size, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
+    merges = any(getattr(one, name, 1) not in (1, None) for one in (config, vision) for name in ("spatial_merge_size", "downsample_ratio"))
+    if merges or not isinstance(size, int) or not isinstance(patch, int):
+        raise AerogelError(
+            f"a token of an image is no single patch of a square grid in this {network.family.name} model, and what follows its vision "
+            "tower needs the whole grid; choose a rule that acts behind it"
+        )
+    return size // patch
 
 
 class _Watch:

@@ -28,17 +28,18 @@ class QueryKey:
     key_BHSD: Tensor
     """Keys, for each head of queries."""
     mask: Tensor | None
-    """Boolean, or to be added; None where each query sees the keys up to its own position."""
+    """Boolean, or to be added."""
     scale: float
+    causal: bool
+    """True where each query sees the keys up to its own position only."""
 
     @classmethod
-    def of(
-        cls, query_BHLD: Tensor, key_BHSD: Tensor, *_: Any, attn_mask: Tensor | None = None, scale: float | None = None, **more: Any
-    ) -> QueryKey:
+    def of(cls, query_BHLD: Tensor, key_BHSD: Tensor, *_: Any, **more: Any) -> QueryKey:
         """Take the arguments of scaled_dot_product_attention."""
         heads = query_BHLD.shape[1] // key_BHSD.shape[1]
         key_BHSD = key_BHSD.repeat_interleave(heads, dim=1) if heads > 1 else key_BHSD
-        return cls(query_BHLD, key_BHSD, attn_mask, query_BHLD.shape[-1] ** -0.5 if scale is None else scale)
+        scale = query_BHLD.shape[-1] ** -0.5 if more.get("scale") is None else more["scale"]
+        return cls(query_BHLD, key_BHSD, more.get("attn_mask"), scale, bool(more.get("is_causal")))
 
     def attention(self, asking_BR: Tensor) -> Tensor:
         """Return the attention (B, H, R, S) of some queries, by their numbers, to all keys, float32."""
@@ -47,10 +48,10 @@ class QueryKey:
         asked = asking_BR[:, None, :, None]
         query_BHRD = self.query_BHLD.gather(2, asked.expand(-1, heads, -1, channels))
         score_BHRS = (query_BHRD @ self.key_BHSD.transpose(-2, -1)).float() * self.scale
-        if self.mask is None:
+        if self.causal:
             later = torch.arange(keys, device=asking_BR.device) > asking_BR[:, None, :, None] + (keys - queries)
             score_BHRS = score_BHRS.masked_fill(later, -torch.inf)
-        else:
+        if self.mask is not None:
             mask = self.mask.expand(rows, -1, queries, keys)
             mask = mask.gather(2, asked.expand(-1, mask.shape[1], -1, keys))
             score_BHRS = score_BHRS.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score_BHRS + mask

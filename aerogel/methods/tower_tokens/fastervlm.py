@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from aerogel.methods.tokens.policy import Budget
-from aerogel.methods.tokens.tower_policy import TowerPolicy, count_of
+from aerogel.methods.tower_tokens.policy import TowerPolicy, count_of
 from aerogel.numerics.token_selection import best
 from aerogel.runtime.tokens.images import Chosen, Image
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aerogel.methods.tokens.policy import Budget
-from aerogel.methods.tokens.tower_policy import TowerPolicy, count_of
+from aerogel.methods.tower_tokens.policy import TowerPolicy, count_of
 from aerogel.numerics.token_selection import means
 from aerogel.runtime.tokens.images import Chosen, Image
 

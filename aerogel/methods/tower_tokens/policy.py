@@ -51,9 +51,8 @@ class TowerPolicy(TokenPolicy):
 
     def fitted(self, network: Network, calls: Sequence[Call]) -> TowerState:
         """Find the path of the features; raises AerogelError where there is none that can be read."""
-        vocabulary = Vocabulary.of(network)
-        shown = next(call for call in calls if bool((vocabulary.kinds(call.kwargs) == VISION).any()))
-        return TowerState(blocks=decoder_of(network).depth, **vars(image_path_of(network, shown)))
+        path = image_path_of(network, first_with_images(network, calls))
+        return TowerState(blocks=decoder_of(network).depth, **path.saved())
 
     @contextmanager
     def acting(self, network: Network, state: Any) -> Iterator[Shortening]:
@@ -63,6 +62,12 @@ class TowerPolicy(TokenPolicy):
             raise AerogelError(f"the policy was calibrated for a model with {absent[0]}, which this one lacks: calibrate it again")
         with choosing(network, path, self.choose), super().acting(network, state) as shortening:
             yield shortening
+
+
+def first_with_images(network: Network, calls: Sequence[Call]) -> Call:
+    """Return the first call with tokens of an image."""
+    vocabulary = Vocabulary.of(network)
+    return next(call for call in calls if bool((vocabulary.kinds(call.kwargs) == VISION).any()))
 
 
 def count_of(budget: float, score_P: Tensor) -> int:

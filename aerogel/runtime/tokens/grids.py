@@ -1,0 +1,50 @@
+"""Grids of the images in a forward: which tokens of a row are one image, and how many rows and columns it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from aerogel.errors import AerogelError
+from aerogel.runtime.tokens.shortening import Stage
+
+
+class Grid(NamedTuple):
+    """One image."""
+
+    row: int
+    """Row of the batch."""
+    place_P: Tensor
+    """Numbers of its tokens among the positions of the stage, row by row of the image."""
+    height: int
+    width: int
+
+
+def grids_of(stage: Stage) -> Iterator[Grid]:
+    """Yield the images of a stage from which nothing was dropped so far, in order; tokens in a row without text between are one image.
+
+    Sides are those of `image_grid_thw` where the model's forward gets that, divided by what merges patches; else images are squares. Raises
+    AerogelError for other images.
+    """
+    given = stage.inputs.get("image_grid_thw")
+    shapes = iter([] if given is None else given.tolist())
+    for row, vision_K in enumerate(stage.vision_BK):
+        place_V = vision_K.nonzero()[:, 0]
+        starts = [0, *((place_V.diff() > 1).nonzero()[:, 0] + 1).tolist()] if len(place_V) else []
+        for start, end in zip(starts, [*starts[1:], len(place_V)], strict=True):
+            place_P = place_V[start:end]
+            yield Grid(row, place_P, *_sides(len(place_P), next(shapes, None)))
+
+
+def _sides(tokens: int, shape: list[int] | None) -> tuple[int, int]:
+    if shape is None:
+        side = round(tokens**0.5)
+        height, width = side, side
+    else:
+        merge = round((shape[0] * shape[1] * shape[2] / tokens) ** 0.5)
+        height, width = shape[0] * shape[1] // merge, shape[2] // merge
+    if height * width != tokens:
+        raise AerogelError(f"an image of {tokens} tokens is no grid of {height} x {width}; choose a rule that needs no grid")
+    return height, width
