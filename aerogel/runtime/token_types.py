@@ -56,16 +56,32 @@ class Vocabulary:
         for numbers, kind in ((self.special, SPECIAL), (self.vision, VISION)):
             if numbers:
                 kind_BS.masked_fill_(torch.isin(ids_BS, _on(numbers, ids_BS.device)), kind)
-        mask_BL = inputs.get("attention_mask")
-        if isinstance(mask_BL, Tensor) and mask_BL.ndim == 2:
-            kind_BS.masked_fill_(mask_BL[:, -ids_BS.shape[1] :] == 0, PADDING)
-        return kind_BS
+        read_BS = _read(inputs.get("attention_mask"), ids_BS.shape[1], inputs.get("past_key_values"))
+        return kind_BS if read_BS is None else kind_BS.masked_fill_(~read_BS, PADDING)
 
 
 def require_vision(network: Network) -> None:
     """Raise AerogelError where no token stands for an image or a video."""
     if not Vocabulary.of(network).vision:
         raise AerogelError(f"this {network.family.name} model has no token that stands for an image; leave this step out")
+
+
+def _read(mask: Any, positions: int, cache: Any) -> Tensor | None:
+    """True where a position of the forward is no padding (B, S); None where the mask does not say.
+
+    The mask is (B, L), or, as `generate` makes it for static caches, (B, 1, S, L), where the last position sees what is no padding.
+    """
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.ndim == 2:
+        return mask[:, -positions:] != 0
+    if mask.ndim != 4 or positions == 1:
+        return None
+    before = 0 if cache is None else cache.get_seq_length()
+    seen_BS = mask[:, 0, -1].index_select(1, torch.arange(positions, device=mask.device) + before)
+    return seen_BS if seen_BS.dtype == torch.bool else seen_BS >= 0
 
 
 def _on(numbers: tuple[int, ...], device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from aerogel.errors import AerogelError
 from aerogel.runtime.kv_cache.layer import QuantizedCacheLayer
@@ -34,9 +34,17 @@ class ShortenedLayer:
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store keys and values (B, H, T, D) of the positions that were announced."""
-        self.place_BS, self.real_BS = held_with(self, self._next[0])
+        self.place_BS, self.real_BS = self.held_with(self._next[0])
         self.seen += self._next[1]
         return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]  # the layer's own
+
+    def held_with(self, kept: Kept) -> tuple[Tensor, Tensor | None]:
+        """Return the positions that are held when some have come, and which of them are real."""
+        whole_BS = torch.cat([self.place_BS, kept.at_BK + self.seen], dim=1)
+        if self.real_BS is None and kept.real_BK is None:
+            return whole_BS, None
+        pairs = (self.place_BS, self.real_BS), (kept.at_BK, kept.real_BK)
+        return whole_BS, torch.cat([torch.ones_like(at, dtype=torch.bool) if real is None else real for at, real in pairs], dim=1)
 
     def get_seq_length(self) -> int:
         """Return the positions that were seen, by which later tokens get theirs."""
@@ -88,12 +96,16 @@ def shortened(layer: Any, rows: int, device: torch.device) -> Any:
         return layer
     if type(layer) not in _KINDS:
         raise AerogelError(
-            f"the cache of this call has a {type(layer).__name__}, and tokens are dropped from a DynamicCache without sliding windows "
-            "only; leave cache_implementation out"
+            f"the cache of this call has a {type(layer).__name__}, and tokens are dropped from a dynamic or a static cache without sliding "
+            "windows only; leave cache_implementation out"
         )
     seen = layer.get_seq_length()
     made: Any = object.__new__(_KINDS[type(layer)])
-    vars(made).update(vars(layer), place_BS=torch.arange(seen, device=device).expand(rows, -1), real_BS=None, seen=seen)
+    vars(made).update(vars(layer), real_BS=None, seen=seen)
+    number_S = torch.arange(layer.max_cache_len if isinstance(layer, StaticLayer) else seen, device=device)
+    made.place_BS = number_S.repeat(rows, 1)
+    if isinstance(layer, StaticLayer):
+        made.real_BS, made.seen = made.place_BS < seen, torch.as_tensor(seen, device=device).clone()
     return made
 
 
@@ -101,20 +113,42 @@ def held_with(layer: Any, kept: Kept) -> tuple[Tensor, Tensor | None]:
     """Return the positions that a layer, or None for an empty one, holds when those of a forward have come, and which are real."""
     if layer is None:
         return kept.at_BK, kept.real_BK
-    rows, device = len(kept.at_BK), kept.at_BK.device
-    seen = layer.get_seq_length()
-    if isinstance(layer, ShortenedLayer):
-        place_BS, real_BS = layer.place_BS, layer.real_BS
-    else:
-        place_BS, real_BS = torch.arange(seen, device=device).expand(rows, -1), None
-    whole_BS = torch.cat([place_BS, kept.at_BK + seen], dim=1)
-    if real_BS is None and kept.real_BK is None:
-        return whole_BS, None
-    parts = [
-        torch.ones_like(place, dtype=torch.bool) if real is None else real
-        for place, real in ((place_BS, real_BS), (kept.at_BK, kept.real_BK))
-    ]
-    return whole_BS, torch.cat(parts, dim=1)
+    found: tuple[Tensor, Tensor | None] = shortened(layer, len(kept.at_BK), kept.at_BK.device).held_with(kept)
+    return found
+
+
+class _ShortenedStaticLayer(ShortenedLayer, StaticLayer):
+    """Has a place for every position there may be; those that are not filled are not real.
+
+    Everything is a tensor that stays in its place, as compiled forwards want it.
+    """
+
+    seen: Any  # a tensor
+    real_BS: Tensor
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store keys and values (B, H, T, D) of the positions that were announced."""
+        place_BS, real_BS = self.held_with(self._next[0])
+        self.place_BS.copy_(place_BS)
+        self.real_BS.copy_(real_BS)
+        self.seen.add_(self._next[1])
+        return StaticLayer.update(self, key_states, value_states, *args, **kwargs)
+
+    def held_with(self, kept: Kept) -> tuple[Tensor, Tensor]:
+        """Return the positions of all places when some have come, and which are filled."""
+        slot_K = torch.arange(kept.at_BK.shape[1], device=kept.at_BK.device) + self.cumulative_length
+        real_BK = torch.ones_like(kept.at_BK, dtype=torch.bool) if kept.real_BK is None else kept.real_BK
+        return self.place_BS.index_copy(1, slot_K, kept.at_BK + self.seen), self.real_BS.index_copy(1, slot_K, real_BK)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the size of a mask over all positions there may be."""
+        return StaticLayer.get_mask_sizes(self, query_length)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.seen.zero_()
+        self.real_BS.zero_()
+        StaticLayer.reset(self)
 
 
 class _ShortenedDynamicLayer(ShortenedLayer, DynamicLayer):
@@ -125,4 +159,8 @@ class _ShortenedQuantizedCacheLayer(ShortenedLayer, QuantizedCacheLayer):
     pass
 
 
-_KINDS: dict[type, type] = {DynamicLayer: _ShortenedDynamicLayer, QuantizedCacheLayer: _ShortenedQuantizedCacheLayer}
+_KINDS: dict[type, type] = {
+    DynamicLayer: _ShortenedDynamicLayer,
+    StaticLayer: _ShortenedStaticLayer,
+    QuantizedCacheLayer: _ShortenedQuantizedCacheLayer,
+}

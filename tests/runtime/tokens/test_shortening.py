@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from aerogel.errors import AerogelError
 from aerogel.methods.kv_cache.kv_cache_int import KVCacheInt
@@ -87,6 +88,35 @@ def test_beams_equal_masks(name: str) -> None:
     whole_BNV = hidden_by_masks(network, grown(call, made.sequences), grown_places(gone, length + NEW))
     chance_BN = whole_BNV[:, length - 1 : -1].log_softmax(-1).gather(2, made.sequences[:, length:, None])[..., 0]
     torch.testing.assert_close(chance_BN.mean(1), made.sequences_scores, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_vl_moe"])
+def test_a_static_cache_gives_what_a_dynamic_one_gives(name: str) -> None:
+    network = opened(name)
+    call = FAMILIES[name].calls(2)[1]
+    made = []
+    for more in ({}, {"cache_implementation": "static"}):
+        with dropping(network, (0, 1), Dropped()).on():
+            made.append(generated(network, call, output_logits=True, **more))
+    assert torch.equal(made[0].sequences, made[1].sequences)
+    torch.testing.assert_close(torch.stack(made[0].logits), torch.stack(made[1].logits), rtol=0, atol=1e-5)
+    assert made[1].past_key_values.layers[1].cumulative_length < call.kwargs["input_ids"].shape[1] + NEW - 1
+
+
+@pytest.mark.slow
+def test_compiled_decoding_gives_the_same() -> None:
+    """Steps of one token with a static cache, compiled as one graph; prompts are read as they are."""
+    network, ids_BN = opened("llama"), torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(network.module, backend="eager", dynamic=True)
+    logits = []
+    for step in (network.module, compiled):
+        cache = StaticCache(config=network.config, max_cache_len=20)
+        with torch.no_grad(), dropping(network, (1,), Dropped()).on():
+            found = [network.module(input_ids=ids_BN, past_key_values=cache).logits[:, -1]]
+            for _ in range(4):
+                found.append(step(input_ids=found[-1].argmax(-1)[:, None], past_key_values=cache).logits[:, -1])
+        logits.append(torch.stack(found))
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-5)
 
 
 def test_positions_are_not_renumbered() -> None:
@@ -184,8 +214,9 @@ def test_the_network_is_what_it_was_also_after_an_error() -> None:
 def test_other_caches_and_calls_are_refused() -> None:
     network = opened("llama")
     with dropping(network, (1,), Dropped()).on():
-        with pytest.raises(AerogelError, match=r"StaticLayer.*leave cache_implementation out"):
-            generated(network, FAMILIES["llama"].calls(1)[0], cache_implementation="static")
+        sliding = Cache([DynamicSlidingWindowLayer(sliding_window=4) for _ in range(2)])
+        with pytest.raises(AerogelError, match=r"DynamicSlidingWindowLayer.*leave cache_implementation out"):
+            network.run(Call((), {"input_ids": torch.tensor([[3, 4, 5, 6, 7, 8]]), "past_key_values": sliding}))
         with pytest.raises(AerogelError, match="outside of the model's own forward"):
             network.module.model(input_ids=torch.tensor([[3, 4, 5]]))
         with pytest.raises(AerogelError, match="without input_ids"):
