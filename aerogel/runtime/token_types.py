@@ -18,7 +18,8 @@ from aerogel.model.network import Network
 TEXT, VISION, SPECIAL, PADDING = range(4)
 KINDS = ("text", "vision", "special", "padding")
 MODALITIES = KINDS[:2]
-_VISION_IDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_VIDEO_IDS = ("video_token_id", "video_token_index")
+_VISION_IDS = ("image_token_id", "image_token_index", *_VIDEO_IDS)
 _there: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "vision_start_token_id", "vision_end_token_id")
 
@@ -29,18 +30,23 @@ class Vocabulary:
 
     vision: tuple[int, ...]
     special: tuple[int, ...]
+    video: tuple[int, ...] = ()
+    """Those of `vision` that stand for a video, where the model has ids of their own for them."""
 
     @classmethod
     def of(cls, network: Network) -> Vocabulary:
         """As the configuration and the tokenizer, where there is one, say."""
         config = network.config
         configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
-        vision = {number for one in configs for key in _VISION_IDS for number in _numbers(getattr(one, key, None))}
+        vision, video = (
+            {number for one in configs for key in names for number in _numbers(getattr(one, key, None))}
+            for names in (_VISION_IDS, _VIDEO_IDS)
+        )
         special = {number for one in configs for key in _SPECIAL_IDS for number in _numbers(getattr(one, key, None))}
         tokenizer = getattr(network.processor, "tokenizer", network.processor)
         special |= set(getattr(tokenizer, "all_special_ids", ()))
         special |= {number for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
-        return cls(tuple(sorted(vision)), tuple(sorted(special - vision)))
+        return cls(tuple(sorted(vision)), tuple(sorted(special - vision)), tuple(sorted(video)))
 
     def put_on(self, device: torch.device) -> None:
         """Copy what is looked up to a device, so that no forward has to: a compiled one would be traced twice."""
@@ -58,6 +64,10 @@ class Vocabulary:
                 kind_BS.masked_fill_(torch.isin(ids_BS, _on(numbers, ids_BS.device)), kind)
         read_BS = _read(inputs.get("attention_mask"), ids_BS.shape[1], inputs.get("past_key_values"))
         return kind_BS if read_BS is None else kind_BS.masked_fill_(~read_BS, PADDING)
+
+    def of_video(self, ids_BS: Tensor) -> Tensor:
+        """Return a mask of the tokens that stand for a video."""
+        return torch.isin(ids_BS, _on(self.video, ids_BS.device)) if self.video else torch.zeros_like(ids_BS, dtype=torch.bool)
 
 
 def require_vision(network: Network) -> None:

@@ -36,6 +36,15 @@ class Decoder:
         """Return the blocks themselves."""
         return [network.module.get_submodule(name) for name in self.blocks]
 
+    def final_norm(self, network: Network) -> nn.Module:
+        """Return the norm behind the last block, or a module that gives its input back where there is none.
+
+        It is the last child of the module around the blocks that has nothing but vectors.
+        """
+        children = network.module.get_submodule(self.module).children()
+        norms = [part for part in children if (shapes := [weight.ndim for weight in part.parameters()]) and set(shapes) == {1}]
+        return norms[-1] if norms else nn.Identity()
+
 
 def decoder_of(network: Network) -> Decoder:
     """Find the decoder; raises AerogelError where there is none, or several, or where blocks attend in other ways."""

@@ -56,6 +56,12 @@ class Stage:
     """Queries and keys of earlier blocks that the rule asked for, by the block's number."""
     probe: Callable[[], QueryKey]
     """Computes queries and keys of the block that would read the positions, for these positions alone."""
+    final_norm: Callable[[Tensor], Tensor]
+    """Norm behind the decoder's last block."""
+    video_BN: Tensor
+    """True where a position of the forward stands for a video by an id of its own."""
+    memory: dict[str, Any]
+    """Findings of rules of this forward that later rules of it read, by name."""
 
     @property
     def real_BK(self) -> Tensor:  # noqa: N802
@@ -81,6 +87,7 @@ class _Forward:
     inputs: Mapping[str, Any]
     kept: Kept | None = None
     watched: dict[int, QueryKey] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 class Shortening:
@@ -163,8 +170,20 @@ class Shortening:
             args, rest = given
             return of_block(block, (hidden_BKC, *args), self._cut(forward, None, rest, hidden_BKC))
 
-        images_B = (forward.kind_BN == VISION).sum(1)
-        stage = Stage(number, hidden_BKC, here.rows(forward.kind_BN), here, total, images_B, forward.inputs, forward.watched, probe)
+        stage = Stage(
+            block=number,
+            hidden_BKC=hidden_BKC,
+            kind_BK=here.rows(forward.kind_BN),
+            kept=here,
+            total=total,
+            vision_total_B=(forward.kind_BN == VISION).sum(1),
+            inputs=forward.inputs,
+            watched=forward.watched,
+            probe=probe,
+            final_norm=self.decoder.final_norm(self._network),
+            video_BN=self._vocabulary.of_video(forward.inputs["input_ids"]),
+            memory=forward.memory,
+        )
         selection = self.rules[number](stage)
         if selection is None:
             return hidden_BKC
