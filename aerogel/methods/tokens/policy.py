@@ -54,13 +54,15 @@ class _OfText(Predictions):
 
 
 @dataclass(frozen=True)
-class TokenPolicy(RuntimePolicy[TokenState]):
+class DroppingPolicy(RuntimePolicy[TokenState]):
     """Drops tokens while a prompt is read; what is dropped is not computed by later blocks and not kept in their cache."""
 
     state: ClassVar[type[PolicyState]] = TokenState
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "decoder", "images"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "decoder"})
     skips_modules: ClassVar[bool] = True
     drops_positions: ClassVar[bool] = True
+    drops_text: ClassVar[bool] = False
+    """True where tokens of text are dropped too: measures that need the logits of every token refuse the model while the policy is on."""
 
     @abstractmethod
     def rules(self, depth: int) -> Mapping[int, Rule]:
@@ -70,13 +72,13 @@ class TokenPolicy(RuntimePolicy[TokenState]):
         """Return the blocks whose queries and keys the rules read; none unless a policy says so."""
         return ()
 
+    @abstractmethod
     def predictions(self, network: Network, calls: Sequence[Call]) -> Predictions:
-        """Return the predictions that are compared; those at tokens of text unless a policy says otherwise."""
-        return _OfText(network, calls, Vocabulary.of(network))
+        """Return the predictions that are compared: none of them at a token that may be dropped."""
 
+    @abstractmethod
     def droppable(self, kind_BN: Tensor) -> Tensor:
         """Return the tokens among which the rules choose, by their types."""
-        return kind_BN == VISION
 
     def cost(self, size: CalibrationSize) -> CostEstimate:
         """Once with all tokens and once with those that are kept."""
@@ -87,13 +89,6 @@ class TokenPolicy(RuntimePolicy[TokenState]):
         depth = decoder_of(network).depth
         if late := [block for block in (*self.rules(depth), *self.watched(depth)) if block >= depth]:
             yield f"it acts before block {max(late)}, and the decoder has blocks 0 to {depth - 1}"
-
-    def unsuitable(self, network: Network, calls: Sequence[Call]) -> Iterator[str]:
-        """Look for tokens that may be dropped."""
-        vocabulary = Vocabulary.of(network)
-        kinds = [vocabulary.kinds(call.kwargs) for call in calls if "input_ids" in call.kwargs]
-        if not any(bool(self.droppable(kind_BN).any()) for kind_BN in kinds):
-            yield "the calibration data has no token of an image; give chats with images by --data"
 
     @torch.no_grad()
     def calibrate(self, network: Network, calls: Sequence[Call]) -> TokenState:
@@ -119,7 +114,7 @@ class TokenPolicy(RuntimePolicy[TokenState]):
 
     def _shortening(self, network: Network, decoder: Decoder) -> Any:
         rules = {block: self._where_droppable(rule) for block, rule in self.rules(decoder.depth).items()}
-        return Shortening(network, decoder, rules, self.watched(decoder.depth)).on()
+        return Shortening(network, decoder, rules, self.watched(decoder.depth), drops_text=self.drops_text).on()
 
     def _where_droppable(self, rule: Rule) -> Rule:
         """A rule that is asked only where it may drop something."""
@@ -128,6 +123,28 @@ class TokenPolicy(RuntimePolicy[TokenState]):
             return rule(stage) if bool((self.droppable(stage.kind_BK) & stage.real_BK).any()) else None
 
         return asked
+
+
+@dataclass(frozen=True)
+class TokenPolicy(DroppingPolicy):
+    """Drops tokens of images."""
+
+    requires: ClassVar[frozenset[Requirement]] = DroppingPolicy.requires | {"images"}
+
+    def predictions(self, network: Network, calls: Sequence[Call]) -> Predictions:
+        """Return the predictions that are compared; those at tokens of text unless a policy says otherwise."""
+        return _OfText(network, calls, Vocabulary.of(network))
+
+    def droppable(self, kind_BN: Tensor) -> Tensor:
+        """Return the tokens among which the rules choose, by their types."""
+        return kind_BN == VISION
+
+    def unsuitable(self, network: Network, calls: Sequence[Call]) -> Iterator[str]:
+        """Look for tokens that may be dropped."""
+        vocabulary = Vocabulary.of(network)
+        kinds = [vocabulary.kinds(call.kwargs) for call in calls if "input_ids" in call.kwargs]
+        if not any(bool(self.droppable(kind_BN).any()) for kind_BN in kinds):
+            yield "the calibration data has no token of an image; give chats with images by --data"
 
 
 def counts(budget: float, whole_B: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ class Stage:
     """Places of the positions in the forward."""
     total: int
     """Positions of the forward, N."""
+    kind_BN: Tensor
+    """Types of all tokens of the forward."""
     vision_total_B: Tensor
     """Positions of images of each row of the forward."""
     inputs: Mapping[str, Any]
@@ -86,8 +88,11 @@ class _Forward:
 class Shortening:
     """Rules on their way through a network's forwards: by the number of the block that they act before."""
 
-    def __init__(self, network: Network, decoder: Decoder, rules: Mapping[int, Rule], watch: Sequence[int] = ()) -> None:
-        self.decoder, self.rules, self.watch = decoder, rules, tuple(watch)
+    def __init__(
+        self, network: Network, decoder: Decoder, rules: Mapping[int, Rule], watch: Sequence[int] = (), drops_text: bool = False
+    ) -> None:
+        """Prepare rules; `watch` are the blocks whose queries and keys they read, `drops_text` says that they drop tokens of text."""
+        self.decoder, self.rules, self.watch, self.drops_text = decoder, rules, tuple(watch), drops_text
         self.lengths: tuple[int, ...] = ()
         """Positions that each block computed in the last forward of more than one position."""
         self.dropped = 0
@@ -161,14 +166,18 @@ class Shortening:
 
         def probe() -> QueryKey:
             args, rest = given
+            if (mask := rest.get("attention_mask")) is not None:  # without what was read before
+                rest = rest | {"attention_mask": mask[..., -total:]}
             return of_block(block, (hidden_BKC, *args), self._cut(forward, None, rest, hidden_BKC))
 
         images_B = (forward.kind_BN == VISION).sum(1)
-        stage = Stage(number, hidden_BKC, here.rows(forward.kind_BN), here, total, images_B, forward.inputs, forward.watched, probe)
+        stage = Stage(
+            number, hidden_BKC, here.rows(forward.kind_BN), here, total, forward.kind_BN, images_B, forward.inputs, forward.watched, probe
+        )
         selection = self.rules[number](stage)
         if selection is None:
             return hidden_BKC
-        left = Kept.of(selection.keep_BK)
+        left = Kept.of(selection.keep_BK if here.real_BK is None else selection.keep_BK & here.real_BK)
         forward.kept = here.then(left)
         return left.rows(hidden_BKC if selection.hidden_BKC is None else selection.hidden_BKC)
 
@@ -205,3 +214,9 @@ class Shortening:
         if changed_BKC is hidden_BKC:
             return None
         return (changed_BKC, *output[1:]) if isinstance(output, tuple) else changed_BKC
+
+
+def drops_text(network: Network) -> bool:
+    """Return True while a policy is on that drops tokens of text: the logits at these are NaN."""
+    owners = (getattr(hook, "__self__", None) for hook in network.module._forward_pre_hooks.values())
+    return any(isinstance(owner, Shortening) and owner.drops_text for owner in owners)
