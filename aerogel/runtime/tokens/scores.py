@@ -92,5 +92,5 @@ def watching(network: Network, attentions: Mapping[int, str], see: Callable[[int
         return attend
 
     numbers = {name: number for number, name in attentions.items()}
-    with attending(network, attentions.values(), lambda name: watch(numbers[name])):
+    with attending(network, attentions.values(), lambda name: watch(numbers[name]), cache_only=True):
         yield

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from aerogel.errors import AerogelError
 from aerogel.layers.forward_guard import ForwardGuard
 from aerogel.layers.signature import arguments_of
+from aerogel.model.hooks import CacheOnlyHook
 from aerogel.model.kv_cache import cache_in, cache_layer
 from aerogel.model.network import Network
 from aerogel.runtime.token_types import PADDING, VISION, Vocabulary
@@ -106,16 +107,21 @@ class Shortening:
     def on(self) -> Iterator[Shortening]:
         """Act on every forward for a while; afterwards the network is what it was."""
         module, deepstack = self._network.module, DeepStack()
+
+        def before(part: nn.Module, act: Callable[..., Any]) -> None:
+            stack.callback(part.register_forward_pre_hook(CacheOnlyHook(self, act), with_kwargs=True).remove)
+
+        def after(part: nn.Module, act: Callable[..., Any], always: bool = False) -> None:
+            stack.callback(part.register_forward_hook(CacheOnlyHook(self, act), always_call=always).remove)
+
         with ExitStack() as stack:
-            stack.callback(module.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(self._end, always_call=True).remove)
-            language = module.get_submodule(self.decoder.module)
-            stack.callback(language.register_forward_pre_hook(deepstack.take, with_kwargs=True).remove)
+            before(module, self._begin)
+            after(module, self._end, always=True)
+            before(module.get_submodule(self.decoder.module), deepstack.take)
             for number, block in enumerate(self.decoder.parts(self._network)):
-                stack.callback(block.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True).remove)
-                attention = module.get_submodule(self.decoder.attentions[number])
-                stack.callback(attention.register_forward_pre_hook(partial(self._store, number), with_kwargs=True).remove)
-                stack.callback(block.register_forward_hook(partial(self._leave, number, deepstack)).remove)
+                before(block, partial(self._enter, number))
+                before(module.get_submodule(self.decoder.attentions[number]), partial(self._store, number))
+                after(block, partial(self._leave, number, deepstack))
             named = {number: self.decoder.attentions[number] for number in self.watch}
             stack.enter_context(watching(self._network, named, self._see))
             yield self
@@ -218,5 +224,5 @@ class Shortening:
 
 def drops_text(network: Network) -> bool:
     """Return True while a policy is on that drops tokens of text: the logits at these are NaN."""
-    owners = (getattr(hook, "__self__", None) for hook in network.module._forward_pre_hooks.values())
+    owners = (getattr(hook, "owner", None) for hook in network.module._forward_pre_hooks.values())
     return any(isinstance(owner, Shortening) and owner.drops_text for owner in owners)
