@@ -55,11 +55,8 @@ def capture_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, torch.T
         yield
 
 
-class CacheOnlyHook:
-    """Base of hooks by which a forward of one position differs through the cache that it reads alone.
-
-    A decoder that takes the cache over (inference/decoder.py) may leave them out.
-    """
+class OwnedHook:
+    """A hook that says whose it is."""
 
     def __init__(self, owner: object, act: Callable[..., Any]) -> None:
         self.owner, self._act = owner, act
@@ -67,6 +64,13 @@ class CacheOnlyHook:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Act."""
         return self._act(*args, **kwargs)
+
+
+class CacheOnlyHook(OwnedHook):
+    """A hook by which a forward of one position differs through the cache that it reads alone.
+
+    A decoder that takes the cache over (inference/decoder.py) may leave it out.
+    """
 
 
 def changes_more_than_the_cache(module: nn.Module) -> bool:

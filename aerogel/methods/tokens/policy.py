@@ -26,6 +26,7 @@ from aerogel.runtime.policy_state import PolicyState
 from aerogel.runtime.predictions import Predictions, predicted
 from aerogel.runtime.token_types import TEXT, VISION, Vocabulary
 from aerogel.runtime.tokens.decoder import Decoder, decoder_of
+from aerogel.runtime.tokens.eviction import Eviction
 from aerogel.runtime.tokens.shortening import Rule, Selection, Shortening, Stage
 
 Budget = Annotated[int, Field(ge=1, le=1_000_000)] | Share
@@ -67,6 +68,10 @@ class DroppingPolicy(RuntimePolicy[TokenState]):
     @abstractmethod
     def rules(self, depth: int) -> Mapping[int, Rule]:
         """Return the rules of a decoder of so many blocks, by the number of the block that each acts before."""
+
+    def eviction(self) -> Eviction | None:
+        """Return what evicts tokens from the cache beside; nothing unless a policy says so."""
+        return None
 
     def watched(self, depth: int) -> tuple[int, ...]:
         """Return the blocks whose queries and keys the rules read; none unless a policy says so."""
@@ -114,7 +119,7 @@ class DroppingPolicy(RuntimePolicy[TokenState]):
 
     def _shortening(self, network: Network, decoder: Decoder) -> Any:
         rules = {block: self._where_droppable(rule) for block, rule in self.rules(decoder.depth).items()}
-        return Shortening(network, decoder, rules, self.watched(decoder.depth), drops_text=self.drops_text).on()
+        return Shortening(network, decoder, rules, self.watched(decoder.depth), self.drops_text, self.eviction()).on()
 
     def _where_droppable(self, rule: Rule) -> Rule:
         """A rule that is asked only where it may drop something."""

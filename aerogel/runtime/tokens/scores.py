@@ -40,6 +40,13 @@ class QueryKey:
         key_BHSD = key_BHSD.repeat_interleave(heads, dim=1) if heads > 1 else key_BHSD
         return cls(query_BHLD, key_BHSD, attn_mask, query_BHLD.shape[-1] ** -0.5 if scale is None else scale)
 
+    def last_sees(self) -> Tensor:
+        """Return the keys that the last query sees (B, S): those that are no padding, in a prompt."""
+        rows, _, keys, _ = self.key_BHSD.shape
+        if self.mask is None:
+            return torch.ones(rows, keys, dtype=torch.bool, device=self.key_BHSD.device)
+        return allowed(self.mask[:, 0, -1]).expand(rows, -1)
+
     def attention(self, asking_BR: Tensor) -> Tensor:
         """Return the attention (B, H, R, S) of some queries, by their numbers, to all keys, float32."""
         rows, heads, queries, channels = self.query_BHLD.shape
@@ -55,6 +62,11 @@ class QueryKey:
             mask = mask.gather(2, asked.expand(-1, mask.shape[1], -1, keys))
             score_BHRS = score_BHRS.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score_BHRS + mask
         return score_BHRS.softmax(-1).nan_to_num()  # a query that may see nothing, such as padding, asks for nothing
+
+
+def allowed(mask: Tensor) -> Tensor:
+    """Return a mask, boolean or to be added, as booleans."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def of_block(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> QueryKey:

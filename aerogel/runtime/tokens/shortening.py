@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from aerogel.errors import AerogelError
 from aerogel.layers.forward_guard import ForwardGuard
 from aerogel.layers.signature import arguments_of
-from aerogel.model.hooks import CacheOnlyHook
+from aerogel.model.hooks import CacheOnlyHook, OwnedHook
 from aerogel.model.kv_cache import cache_in, cache_layer
 from aerogel.model.network import Network
+from aerogel.runtime.kv_cache.layer import QuantizedCacheLayer
 from aerogel.runtime.token_types import PADDING, VISION, Vocabulary
 from aerogel.runtime.tokens.cache_layer import ShortenedLayer, held_with, shortened
 from aerogel.runtime.tokens.decoder import Decoder
 from aerogel.runtime.tokens.deepstack import DeepStack
+from aerogel.runtime.tokens.eviction import Eviction, first_positions
 from aerogel.runtime.tokens.kept import Kept, cut_arguments, cut_mask
 from aerogel.runtime.tokens.scores import QueryKey, of_block, watching
 
@@ -84,15 +86,29 @@ class _Forward:
     inputs: Mapping[str, Any]
     kept: Kept | None = None
     watched: dict[int, QueryKey] = field(default_factory=dict)
+    layers: dict[int, ShortenedLayer] = field(default_factory=dict)
+    """Layers of the cache that were made to hold fewer positions than they have seen, by block."""
+    first_B: Tensor | None = None
+    """First positions of the rows, where something is evicted."""
 
 
 class Shortening:
     """Rules on their way through a network's forwards: by the number of the block that they act before."""
 
     def __init__(
-        self, network: Network, decoder: Decoder, rules: Mapping[int, Rule], watch: Sequence[int] = (), drops_text: bool = False
+        self,
+        network: Network,
+        decoder: Decoder,
+        rules: Mapping[int, Rule],
+        watch: Sequence[int] = (),
+        drops_text: bool = False,
+        evict: Eviction | None = None,
     ) -> None:
-        """Prepare rules; `watch` are the blocks whose queries and keys they read, `drops_text` says that they drop tokens of text."""
+        """Prepare rules; `watch` are the blocks whose queries and keys they read, `drops_text` says that they drop tokens of text.
+
+        `evict` forgets positions of the cache that were computed.
+        """
+        self.evict = evict
         self.decoder, self.rules, self.watch, self.drops_text = decoder, rules, tuple(watch), drops_text
         self.lengths: tuple[int, ...] = ()
         """Positions that each block computed in the last forward of more than one position."""
@@ -105,14 +121,20 @@ class Shortening:
 
     @contextmanager
     def on(self) -> Iterator[Shortening]:
-        """Act on every forward for a while; afterwards the network is what it was."""
+        """Act on every forward for a while; afterwards the network is what it was.
+
+        Raises AerogelError where others do so already.
+        """
         module, deepstack = self._network.module, DeepStack()
+        hook = CacheOnlyHook if self.evict is None or self.evict.prompts_only else OwnedHook
+        if _on(self._network):
+            raise AerogelError("a policy that drops tokens or evicts them from the cache is on already; leave one of them out")
 
         def before(part: nn.Module, act: Callable[..., Any]) -> None:
-            stack.callback(part.register_forward_pre_hook(CacheOnlyHook(self, act), with_kwargs=True).remove)
+            stack.callback(part.register_forward_pre_hook(hook(self, act), with_kwargs=True).remove)
 
         def after(part: nn.Module, act: Callable[..., Any], always: bool = False) -> None:
-            stack.callback(part.register_forward_hook(CacheOnlyHook(self, act), always_call=always).remove)
+            stack.callback(part.register_forward_hook(hook(self, act), always_call=always).remove)
 
         with ExitStack() as stack:
             before(module, self._begin)
@@ -122,7 +144,8 @@ class Shortening:
                 before(block, partial(self._enter, number))
                 before(module.get_submodule(self.decoder.attentions[number]), partial(self._store, number))
                 after(block, partial(self._leave, number, deepstack))
-            named = {number: self.decoder.attentions[number] for number in self.watch}
+            watch = range(self.decoder.depth) if self.evict is not None and self.evict.watches else self.watch
+            named = {number: self.decoder.attentions[number] for number in watch}
             stack.enter_context(watching(self._network, named, self._see))
             yield self
 
@@ -136,7 +159,11 @@ class Shortening:
             self._forward = None
 
     def _see(self, number: int, seen: QueryKey) -> None:
-        self._under_way.watched[number] = seen
+        forward = self._under_way
+        if number in self.watch:
+            forward.watched[number] = seen
+        if self.evict is not None and (layer := forward.layers.get(number)) is not None and layer.seen == forward.kind_BN.shape[1]:
+            self.evict.read(layer, seen)
 
     @property
     def _under_way(self) -> _Forward:
@@ -160,7 +187,11 @@ class Shortening:
             self.lengths += (hidden_BKC.shape[1],)
             self.dropped += 0 if forward.kept is None else forward.kept.missing(total)
         layer = cache_layer(cache_in(args, kwargs), self.decoder.places[number])
-        if forward.kept is None and not isinstance(layer, ShortenedLayer):
+        if self.evict is not None:
+            forward.first_B = first_positions(rest.get("attention_mask"), len(hidden_BKC), hidden_BKC.device)
+            if isinstance(layer, ShortenedLayer):
+                self.evict.before(layer, forward.first_B)
+        if forward.kept is None and not isinstance(layer, ShortenedLayer) and self.evict is None:
             return None
         return (hidden_BKC, *args[1:]), self._cut(forward, layer, rest, hidden_BKC)
 
@@ -196,23 +227,32 @@ class Shortening:
         mask = rest.get("attention_mask")
         if mask is not None and mask.ndim != 4:
             raise AerogelError("tokens are dropped under attention masks of four axes; open the model with attn_implementation='sdpa'")
-        return cut | {"attention_mask": cut_mask(mask, kept, *held_with(layer, kept), before=seen)}
+        key_BS, real_BS = held_with(layer, kept)
+        mask = cut_mask(mask, kept, key_BS, real_BS, before=seen)
+        if self.evict is not None and total > 1 and forward.first_B is not None and key_BS.ndim == 2:
+            mask = self.evict.narrowed(mask, kept.at_BK + seen, key_BS, forward.first_B)
+        return cut | {"attention_mask": mask}
 
     def _store(self, number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before an attention: tell the layer of the cache which positions come."""
         forward = self._under_way
         place, cache = self.decoder.places[number], cache_in(args, kwargs)
         layer = cache_layer(cache, place)
-        if cache is None or (forward.kept is None and not isinstance(layer, ShortenedLayer)):
+        if cache is None or (forward.kept is None and not isinstance(layer, ShortenedLayer) and self.evict is None):
             return
         rows, total = forward.kind_BN.shape
         device = forward.kind_BN.device
         layer = cache.layers[place] = shortened(layer, rows, device)
+        if self.evict is not None and isinstance(layer, QuantizedCacheLayer):
+            raise AerogelError("positions are evicted from a cache in 16 bits only; leave the policy out that quantizes the cache")
         layer.expect(forward.kept or Kept.all(rows, total, device), total)
+        forward.layers[number] = layer
 
     def _leave(self, number: int, deepstack: DeepStack, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After a block: add features of deeper layers of the vision tower; after the last one, put what is left back to its places."""
         forward = self._under_way
+        if self.evict is not None and forward.first_B is not None and number in forward.layers and forward.kind_BN.shape[1] > 1:
+            self.evict.after(forward.layers[number], forward.first_B)
         hidden_BKC = output[0] if isinstance(output, tuple) else output
         changed_BKC = deepstack.add(number, hidden_BKC, forward.kept)
         if number == self.decoder.depth - 1 and forward.kept is not None:
@@ -224,5 +264,10 @@ class Shortening:
 
 def drops_text(network: Network) -> bool:
     """Return True while a policy is on that drops tokens of text: the logits at these are NaN."""
-    owners = (getattr(hook, "owner", None) for hook in network.module._forward_pre_hooks.values())
-    return any(isinstance(owner, Shortening) and owner.drops_text for owner in owners)
+    return any(one.drops_text for one in _on(network))
+
+
+def _on(network: Network) -> list[Shortening]:
+    """What is on."""
+    owners = (hook.owner for hook in network.module._forward_pre_hooks.values() if isinstance(hook, OwnedHook))
+    return [owner for owner in owners if isinstance(owner, Shortening)]
