@@ -79,6 +79,14 @@ def _why_no_edges(network: Network) -> str:
     return next((f"{name}: {why}" for name, why in found.refused.items()), found.no_stream)
 
 
+def _decoder(network: Network, step: Step, earlier: Sequence[Step]) -> None:
+    """Look for one row of blocks whose tokens no earlier step drops or evicts."""
+    decoder_of(network)
+    for other in earlier:
+        if "decoder" in other.method.requires:
+            raise AerogelError(f"{step.name} comes after {other.name}, and one policy drops or evicts tokens; leave one of them out")
+
+
 def _trajectories(network: Network, step: Step, earlier: Sequence[Step]) -> None:
     if "timestep" not in arguments_of(network.module):
         raise AerogelError(
@@ -109,7 +117,7 @@ LOOKS: Mapping[Requirement, Look] = {
     "experts": lambda network, *_: shape_of(network),
     "attention": lambda network, *_: require_torch_attention(network),
     "kv_cache": lambda network, *_: require_places(network),
-    "decoder": lambda network, *_: decoder_of(network),
+    "decoder": _decoder,
     "patch_grid": lambda network, *_: patch_grid(network),
     "images": lambda network, *_: require_vision(network),
     "time_path": lambda network, *_: time_path.find(network).require_alone(),

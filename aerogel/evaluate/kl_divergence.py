@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from aerogel.data import text
 from aerogel.errors import AerogelError
-from aerogel.evaluate.measure import TextMeasure, original_of, predictions, require_finite
+from aerogel.evaluate.measure import EveryTokenMeasure, original_of, predictions, require_finite
 from aerogel.model.network import Network
 from aerogel.numerics.metrics import kl_divergence, top1_agreement
 from aerogel.options import Tokens
@@ -17,7 +17,7 @@ ROWS = 256
 
 
 @dataclass(frozen=True)
-class KlDivergence(TextMeasure):
+class KlDivergence(EveryTokenMeasure):
     """KL divergence of the next-token distributions from the original's (lower is better), and top-1 agreement (higher is better).
 
     KL(original || network) = sum over the vocabulary of p (log p - log q), in nats, and the share of tokens for which both rank the
@@ -32,6 +32,7 @@ class KlDivergence(TextMeasure):
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
         """Return kl (nats per token), top1 (share), the scored tokens and what was read."""
         original = original_of(self, against)
+        self.require_every_token(network, original)
         stream_T, total, same, count = self.stream(network), 0.0, 0.0, 0
         with self.reading(network, original):
             for window in self.windows(network, stream_T):

@@ -25,6 +25,7 @@ from aerogel.layers.linear import cache_dequantized
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.options import Batch, Count, Guidance, Seed, Tokens
+from aerogel.runtime.tokens.shortening import drops_text
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,24 @@ class TextMeasure(Measure):
             ids = [ids_L for ids_L, _ in group]
             for start in range(0, len(ids), self.batch):
                 yield Window(network.placement.bring(torch.stack(ids[start : start + self.batch])), scored)
+
+
+@dataclass(frozen=True)
+class EveryTokenMeasure(TextMeasure):
+    """A measure of text that needs the logits of every token of a forward."""
+
+    @classmethod
+    def is_usual(cls, network: Network) -> bool:
+        """Return True unless a policy drops tokens of prompts."""
+        return super().is_usual(network) and not drops_text(network)
+
+    def require_every_token(self, *networks: Network) -> None:
+        """Raise AerogelError where a policy is on that drops tokens of prompts: there are no logits at these."""
+        if any(drops_text(network) for network in networks):
+            raise AerogelError(
+                f"{type(self).__module__.rpartition('.')[2]}: a policy that drops tokens of prompts is on, and there are no predictions at "
+                "these; measure the model without it, or what it writes behind a prompt: generation, decode_perplexity"
+            )
 
 
 @dataclass(frozen=True)

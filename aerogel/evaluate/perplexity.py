@@ -9,7 +9,7 @@ from typing import Any
 from torch.nn.functional import cross_entropy
 
 from aerogel.data import text
-from aerogel.evaluate.measure import TextMeasure, predictions, require_finite
+from aerogel.evaluate.measure import EveryTokenMeasure, predictions, require_finite
 from aerogel.model.network import Network
 
 ROWS = 256
@@ -17,7 +17,7 @@ ROWS = 256
 
 
 @dataclass(frozen=True)
-class Perplexity(TextMeasure):
+class Perplexity(EveryTokenMeasure):
     """Perplexity on text that was not used for calibration: lower is better.
 
     exp(-1/n sum log p(token i | the tokens before it in its window)) over n = T - 1 scored tokens: the window of `length` tokens
@@ -26,6 +26,7 @@ class Perplexity(TextMeasure):
 
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
         """Return perplexity, nats_per_token, the scored tokens and what was read; raises AerogelError where logits are not finite."""
+        self.require_every_token(network)
         stream_T, total, count = self.stream(network), 0.0, 0
         with self.reading(network):
             for window in self.windows(network, stream_T):

@@ -22,7 +22,7 @@ from aerogel.inference.lm_head import Head
 from aerogel.kernels import linear as kernels
 from aerogel.kernels.kernel import Weight
 from aerogel.layers.linear import QuantLinear
-from aerogel.model.kv_cache import has_other_hooks
+from aerogel.model.hooks import changes_more_than_the_cache
 from aerogel.numerics.quantize import Grid
 
 Product = Callable[[Tensor], Tensor]
@@ -49,7 +49,7 @@ def refuse(module: Any, length: int) -> str | None:
     for block in trunk.layers:
         if _parts(block) != _BLOCK or _parts(block.self_attn) not in _ATTENTION or _parts(block.mlp) not in _MLP:
             return f"{type(block).__name__} is made of other parts than Llama's block"
-    if any(part._forward_hooks or has_other_hooks(part) or "forward" in vars(part) for part in module.modules()):
+    if any(changes_more_than_the_cache(part) for part in module.modules()):
         return "something hangs on its forward that would not be called"
     config = module.config
     window = getattr(config, "sliding_window", None)
@@ -96,16 +96,20 @@ class FastDecoder:
         self.rotation = _rotation(trunk.rotary_emb, weight, length, self.queries, self.pairs, self.channels)
         self._shape, self._like = (batch, 2 * self.pairs, length, self.channels), weight
         self.cache: list[Tensor | Any] = [None] * len(self.blocks)
+        self.dropped = [0] * len(self.blocks)
+        """Positions of the first tokens that the cache of each block does not hold."""
 
     def fill(self, layers: Sequence[Any]) -> None:
         """Take over what cache layers of transformers hold of the first tokens, block by block; layers that attend themselves are kept."""
         for number, layer in enumerate(layers):
+            self.dropped[number] = 0
             if hasattr(layer, "attend"):
                 self.cache[number] = layer
                 continue
             if not isinstance(self.cache[number], Tensor):
                 self.cache[number] = self._like.new_zeros(self._shape)
             cache_BKLD, tokens = self.cache[number], layer.keys.shape[2]
+            self.dropped[number] = layer.get_seq_length() - tokens
             cache_BKLD[:, : self.pairs, :tokens] = layer.keys
             cache_BKLD[:, self.pairs :, :tokens] = layer.values
 
@@ -113,13 +117,13 @@ class FastDecoder:
         """Run the tokens that stand at `position` of their rows and keep their keys and values; returns the normed output (B, C)."""
         cosine_HD, sine_HD = self.rotation[0][position], self.rotation[1][position]
         x_BC = self.embedding(tokens_B)
-        for block, cache in zip(self.blocks, self.cache, strict=True):
-            x_BC = x_BC + block.out(self._attend(block, block.norm_in(x_BC), cache, position, cosine_HD, sine_HD))
+        for block, cache, dropped in zip(self.blocks, self.cache, self.dropped, strict=True):
+            x_BC = x_BC + block.out(self._attend(block, block.norm_in(x_BC), cache, position - dropped, cosine_HD, sine_HD))
             gate, up = block.gate_up(block.norm_mlp(x_BC)).chunk(2, dim=-1)
             x_BC = x_BC + block.down(block.activation(gate) * up)
         return self.norm(x_BC)
 
-    def _attend(self, block: _Block, x_BC: Tensor, cache: Any, position: int, cosine_HD: Tensor, sine_HD: Tensor) -> Tensor:
+    def _attend(self, block: _Block, x_BC: Tensor, cache: Any, place: int, cosine_HD: Tensor, sine_HD: Tensor) -> Tensor:
         heads_BHD = block.heads(x_BC).view(len(x_BC), -1, self.channels)
         if block.norm_heads is not None:
             q, k, v = heads_BHD.split((self.queries, self.pairs, self.pairs), dim=1)
@@ -132,8 +136,8 @@ class FastDecoder:
         if not isinstance(cache, Tensor):
             cache.append(key_B1D, value_B1D)
             return cache.attend(query_BKGD, self.scale).flatten(1)
-        cache[:, : self.pairs, position : position + 1], cache[:, self.pairs :, position : position + 1] = key_B1D, value_B1D
-        filled = cache[:, :, : position + 1]
+        cache[:, : self.pairs, place : place + 1], cache[:, self.pairs :, place : place + 1] = key_B1D, value_B1D
+        filled = cache[:, :, : place + 1]
         return scaled_dot_product_attention(query_BKGD, filled[:, : self.pairs], filled[:, self.pairs :], scale=self.scale).flatten(1)
 
 

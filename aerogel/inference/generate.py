@@ -93,6 +93,8 @@ class Generator:
 
     def _enter(self, tokens_B: Tensor, position: int, cache: DynamicCache) -> FastDecoder | None:
         """Hand the prompt over to the fast decoder, if there is one; the first time, see whether it computes what the network does next."""
+        if any(getattr(layer, "real_BS", None) is not None for layer in cache.layers):
+            self.reason = "the cache holds unlike numbers of positions of its rows"
         if self.reason is not None:
             return None
         known = self._decoder is not None

@@ -55,11 +55,37 @@ def capture_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, torch.T
         yield
 
 
+class OwnedHook:
+    """A hook that says whose it is."""
+
+    def __init__(self, owner: object, act: Callable[..., Any]) -> None:
+        self.owner, self._act = owner, act
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Act."""
+        return self._act(*args, **kwargs)
+
+
+class CacheOnlyHook(OwnedHook):
+    """A hook by which a forward of one position differs through the cache that it reads alone.
+
+    A decoder that takes the cache over (inference/decoder.py) may leave it out.
+    """
+
+
+def changes_more_than_the_cache(module: nn.Module) -> bool:
+    """Return True where something hangs on a module's forward that a decoder with a cache of its own may not leave out."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    forward = module.__dict__.get("forward")
+    patched = forward is not None and not (isinstance(forward, _Patch) and forward.cache_only)
+    return patched or any(not isinstance(hook, CacheOnlyHook) for hook in hooks)
+
+
 class _Patch:
     """Stands for a module's forward while it is patched; whoever has wrapped it meanwhile gets the module's own afterwards."""
 
-    def __init__(self, own: Callable[..., Any], answer: Callable[..., Any]) -> None:
-        self._own, self.answer = own, answer
+    def __init__(self, own: Callable[..., Any], answer: Callable[..., Any], cache_only: bool) -> None:
+        self._own, self.answer, self.cache_only = own, answer, cache_only
         self.on = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -68,15 +94,16 @@ class _Patch:
 
 
 @contextmanager
-def patch_forward(answers: Mapping[nn.Module, Callable[..., Any]], traced: bool = False) -> Iterator[None]:
+def patch_forward(answers: Mapping[nn.Module, Callable[..., Any]], traced: bool = False, cache_only: bool = False) -> Iterator[None]:
     """Replace the forward of some modules for a while; the old one is back afterwards, whatever happens.
 
     Others may wrap a forward meanwhile, as accelerate does to offload weights: their wrapper stays, around the old forward. Not where the
-    answers are `traced` by torch.compile, which makes more graphs of anything that stands in front of them.
+    answers are `traced` by torch.compile, which makes more graphs of anything that stands in front of them. `cache_only` answers say of
+    themselves what CacheOnlyHook says of hooks.
     """
     before = {module: module.__dict__.get("forward") for module in answers}
     patches: dict[nn.Module, Callable[..., Any]] = {
-        module: answer if traced else _Patch(module.forward, answer) for module, answer in answers.items()
+        module: answer if traced else _Patch(module.forward, answer, cache_only) for module, answer in answers.items()
     }
     try:
         for module, patch in patches.items():

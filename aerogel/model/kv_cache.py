@@ -12,6 +12,7 @@ from transformers import Cache
 
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
+from aerogel.model.hooks import CacheOnlyHook
 from aerogel.model.network import Network
 
 Replace = Callable[[Any], Any]
@@ -20,13 +21,14 @@ See = Callable[[Tensor, Tensor], None]
 """A function that is called with new keys and values, (B, H, T, D) each, D of its own for either."""
 
 
-class CacheHook:
+class CacheHook(CacheOnlyHook):
     """Forward pre-hook of an attention: replaces its layer of the cache that comes with the call, if one comes."""
 
     def __init__(self, index: int, replace: Replace) -> None:
+        super().__init__(None, self._put)
         self.index, self.replace = index, replace
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _put(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Put the other layer in place; the arguments stay as they are."""
         cache = cache_in(args, kwargs)
         if cache is not None:
@@ -119,11 +121,6 @@ def with_cache(call: Call) -> Call:
 def hooks_of(module: nn.Module) -> list[CacheHook]:
     """Return the hooks of this kind on a module."""
     return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, CacheHook)]
-
-
-def has_other_hooks(module: nn.Module) -> bool:
-    """Return True if a module has forward pre-hooks of another kind."""
-    return len(hooks_of(module)) < len(module._forward_pre_hooks)
 
 
 def replaces_layers(network: Network) -> bool:

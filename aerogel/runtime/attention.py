@@ -75,10 +75,14 @@ def require_torch_attention(network: Network) -> None:
 
 
 @contextmanager
-def attending(network: Network, names: Iterable[str], attend: Callable[[str], Attend]) -> Iterator[None]:
-    """Let `attend(name)` answer the attention of each named module for a while, also where a block is run by itself."""
+def attending(network: Network, names: Iterable[str], attend: Callable[[str], Attend], cache_only: bool = False) -> Iterator[None]:
+    """Let `attend(name)` answer the attention of each named module for a while, also where a block is run by itself.
+
+    `cache_only` is that of `patch_forward`.
+    """
     modules = {name: network.module.get_submodule(name) for name in names}
-    with patch_forward({module: partial(_forward, module.forward, attend(name)) for name, module in modules.items()}):
+    answers = {module: partial(_forward, module.forward, attend(name)) for name, module in modules.items()}
+    with patch_forward(answers, cache_only=cache_only):
         yield
 
 

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
-
-from aerogel.data import chats, text
-from aerogel.data.chats import Chats
 from aerogel.engine import policies
-from aerogel.engine.calibration import CalibrationInput, Samples, prepare, shown
+from aerogel.engine.calibration import CalibrationInput
 from aerogel.engine.policies import CalibratedPolicy
 from aerogel.engine.progress import Event, Tell
 from aerogel.engine.search.candidates import chosen
-from aerogel.engine.search.judging_answers import HeldOut, Judge
+from aerogel.engine.search.held_out import halves, wanted_of
+from aerogel.engine.search.judging_answers import SkipJudge
 from aerogel.engine.stages import seeded
 from aerogel.errors import AerogelError
 from aerogel.methods.experts.policy import ExpertSkippingPolicy, ExpertSkippingState
@@ -76,11 +72,7 @@ class SkipSearch:
     def check(self, network: Network, samples: CalibrationInput | None) -> None:
         """Raises AerogelError for a network without routed experts or with a rule on, and for recorded calls."""
         shape_of(network)
-        wanted = shown(network, samples)
-        if not isinstance(wanted, Samples | Chats):
-            raise AerogelError(
-                "rules are compared on text or chats that are read and replied to: give Samples or Chats, not recorded calls"
-            )
+        wanted = wanted_of(network, samples)
         on = [measured.step for measured in policies.load(network.origin) if isinstance(measured.step.method, ExpertSkippingPolicy)]
         if on:
             raise AerogelError(f"{network.origin} has {on[0].name} on already; give the model that it was made for")
@@ -88,7 +80,7 @@ class SkipSearch:
 
     def prepare(self, seed: int) -> dict[str, Any]:
         """Read twice as much as is asked for: one half is calibrated on, the other is for the judge."""
-        calls, self._held_out, facts = _halves(self._network, self._wanted, seed)
+        calls, self._held_out, facts = halves(self._network, self._wanted, seed)
         self._seed = seed
         self._answers = Answers(self._network, calls, Vocabulary.of(self._network))
         return facts
@@ -142,7 +134,7 @@ class SkipSearch:
         """Hold all that was calibrated against the model with all experts; return the facts, by policy and share."""
         total = len(self._brought) + 1
         self._tell(Event("evaluate", 0, total, "the model with all experts"))
-        judge = Judge(self._network, self._held_out, self._rounds, self._clock)
+        judge = SkipJudge(self._network, self._held_out, self._rounds, self._clock)
         rows = []
         for number, brought in enumerate(self._brought, 1):
             self._tell(Event("evaluate", number, total, f"{brought.measured.step.name} at {brought.asked:.0%}"))
@@ -179,24 +171,3 @@ def _share(budget: float | str) -> float:
 def _row(brought: TunedRule) -> dict[str, Any]:
     step = brought.measured.step
     return {"policy": step.name, "asked": brought.asked, "met": brought.met, "step": step.as_dict(), "seconds": brought.seconds}
-
-
-def _halves(network: Network, wanted: Samples | Chats, seed: int) -> tuple[Sequence[Any], HeldOut, dict[str, Any]]:
-    """Calls to calibrate on, as many to judge by, and facts about the first half; the two share no chat and no sequence."""
-    if isinstance(wanted, Chats):
-        found = chats.drawn(chats.read(wanted.source, wanted.column), 2 * wanted.count, seed)
-        half = _half(len(found), "chats")
-        calls, held = (chats.calls(some, network.processor, wanted.batch, network.device) for some in (found[:half], found[half:]))
-        facts = {"source": str(wanted.source), "count": half, "fingerprint": chats.fingerprint(found[:half])}
-        return calls, HeldOut(held, found[half:]), facts
-    doubled = prepare(network, replace(wanted, count=2 * wanted.count), seed, head=True)
-    rows_NL = torch.cat([call.kwargs["input_ids"] for call in doubled.calls])
-    half = _half(len(rows_NL), "sequences")
-    calls, held = (text.calls(some_NL, wanted.batch) for some_NL in (rows_NL[:half], rows_NL[half:]))
-    return calls, HeldOut(held), doubled.facts | {"count": half, "fingerprint": text.fingerprint(rows_NL[:half])}
-
-
-def _half(count: int, what: str) -> int:
-    if count < 2:
-        raise AerogelError(f"{count} {what}: one half is calibrated on and the other judges; give more")
-    return count // 2

@@ -26,6 +26,7 @@ from aerogel.runtime.policy_state import PolicyState
 from aerogel.runtime.predictions import Predictions, predicted
 from aerogel.runtime.token_types import TEXT, VISION, Vocabulary
 from aerogel.runtime.tokens.decoder import decoder_of
+from aerogel.runtime.tokens.eviction import Eviction
 from aerogel.runtime.tokens.shortening import Rule, Selection, Shortening, Stage
 
 Budget = Annotated[int, Field(ge=1, le=1_000_000)] | Share
@@ -54,29 +55,35 @@ class _OfText(Predictions):
 
 
 @dataclass(frozen=True)
-class TokenPolicy(RuntimePolicy[TokenState]):
+class DroppingPolicy(RuntimePolicy[TokenState]):
     """Drops tokens while a prompt is read; what is dropped is not computed by later blocks and not kept in their cache."""
 
     state: ClassVar[type[PolicyState]] = TokenState
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "decoder", "images"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "decoder"})
     skips_modules: ClassVar[bool] = True
     drops_positions: ClassVar[bool] = True
+    drops_text: ClassVar[bool] = False
+    """True where tokens of text are dropped too: measures that need the logits of every token refuse the model while the policy is on."""
 
     @abstractmethod
     def rules(self, depth: int) -> Mapping[int, Rule]:
         """Return the rules of a decoder of so many blocks, by the number of the block that each acts before."""
 
+    def eviction(self) -> Eviction | None:
+        """Return what evicts tokens from the cache beside; nothing unless a policy says so."""
+        return None
+
     def watched(self, depth: int) -> tuple[int, ...]:
         """Return the blocks whose queries and keys the rules read; none unless a policy says so."""
         return ()
 
+    @abstractmethod
     def predictions(self, network: Network, calls: Sequence[Call]) -> Predictions:
-        """Return the predictions that are compared; those at tokens of text unless a policy says otherwise."""
-        return _OfText(network, calls, Vocabulary.of(network))
+        """Return the predictions that are compared: none of them at a token that may be dropped."""
 
+    @abstractmethod
     def droppable(self, kind_BN: Tensor) -> Tensor:
         """Return the tokens among which the rules choose, by their types."""
-        return kind_BN == VISION
 
     def cost(self, size: CalibrationSize) -> CostEstimate:
         """Once with all tokens and once with those that are kept."""
@@ -88,13 +95,6 @@ class TokenPolicy(RuntimePolicy[TokenState]):
         if late := [block for block in (*self.rules(depth), *self.watched(depth)) if block >= depth]:
             yield f"it acts before block {max(late)}, and the decoder has blocks 0 to {depth - 1}"
 
-    def unsuitable(self, network: Network, calls: Sequence[Call]) -> Iterator[str]:
-        """Look for tokens that may be dropped."""
-        vocabulary = Vocabulary.of(network)
-        kinds = [vocabulary.kinds(call.kwargs) for call in calls if "input_ids" in call.kwargs]
-        if not any(bool(self.droppable(kind_BN).any()) for kind_BN in kinds):
-            yield "the calibration data has no token of an image; give chats with images by --data"
-
     def fitted(self, network: Network, calls: Sequence[Call]) -> TokenState:
         """Find what the rules need of the model, before anything is measured."""
         return TokenState(blocks=decoder_of(network).depth)
@@ -103,7 +103,7 @@ class TokenPolicy(RuntimePolicy[TokenState]):
         """Let the rules act for a while."""
         decoder = decoder_of(network)
         rules = {block: self._where_droppable(rule) for block, rule in self.rules(decoder.depth).items()}
-        return Shortening(network, decoder, rules, self.watched(decoder.depth)).on()
+        return Shortening(network, decoder, rules, self.watched(decoder.depth), self.drops_text, self.eviction()).on()
 
     @torch.no_grad()
     def calibrate(self, network: Network, calls: Sequence[Call]) -> TokenState:
@@ -134,6 +134,28 @@ class TokenPolicy(RuntimePolicy[TokenState]):
             return rule(stage) if bool((self.droppable(stage.kind_BK) & stage.real_BK).any()) else None
 
         return asked
+
+
+@dataclass(frozen=True)
+class TokenPolicy(DroppingPolicy):
+    """Drops tokens of images."""
+
+    requires: ClassVar[frozenset[Requirement]] = DroppingPolicy.requires | {"images"}
+
+    def predictions(self, network: Network, calls: Sequence[Call]) -> Predictions:
+        """Return the predictions that are compared; those at tokens of text unless a policy says otherwise."""
+        return _OfText(network, calls, Vocabulary.of(network))
+
+    def droppable(self, kind_BN: Tensor) -> Tensor:
+        """Return the tokens among which the rules choose, by their types."""
+        return kind_BN == VISION
+
+    def unsuitable(self, network: Network, calls: Sequence[Call]) -> Iterator[str]:
+        """Look for tokens that may be dropped."""
+        vocabulary = Vocabulary.of(network)
+        kinds = [vocabulary.kinds(call.kwargs) for call in calls if "input_ids" in call.kwargs]
+        if not any(bool(self.droppable(kind_BN).any()) for kind_BN in kinds):
+            yield "the calibration data has no token of an image; give chats with images by --data"
 
 
 def counts(budget: float, whole_B: Tensor) -> Tensor:

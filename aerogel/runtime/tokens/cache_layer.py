@@ -1,6 +1,7 @@
 """Layers of a key-value cache that hold fewer positions than were seen: masks and positions of later tokens follow what was seen.
 
-B rows, H heads, T new positions, D channels, S positions that are held.
+B rows, H heads, T new positions, D channels, S positions that are held. Where heads hold unlike positions, places and what is real are
+(B, heads of queries, S) instead of (B, S).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class ShortenedLayer:
 
     _layer_type = None  # transformers registers subclasses under the type of what they inherit from
     place_BS: Tensor
-    """Positions of what is held, ascending in each row."""
+    """Positions of what is held, ascending."""
     real_BS: Tensor | None
     """False where a row repeats a position, and nothing may attend; None where none does."""
     seen: int
@@ -40,11 +41,17 @@ class ShortenedLayer:
 
     def held_with(self, kept: Kept) -> tuple[Tensor, Tensor | None]:
         """Return the positions that are held when some have come, and which of them are real."""
-        whole_BS = torch.cat([self.place_BS, kept.at_BK + self.seen], dim=1)
+        heads = None if self.place_BS.ndim == 2 else self.place_BS.shape[1]
+
+        def for_heads(x_BK: Tensor) -> Tensor:
+            return x_BK if heads is None or x_BK.ndim > 2 else x_BK[:, None].expand(-1, heads, -1)
+
+        whole_BS = torch.cat([self.place_BS, for_heads(kept.at_BK + self.seen)], dim=-1)
         if self.real_BS is None and kept.real_BK is None:
             return whole_BS, None
         pairs = (self.place_BS, self.real_BS), (kept.at_BK, kept.real_BK)
-        return whole_BS, torch.cat([torch.ones_like(at, dtype=torch.bool) if real is None else real for at, real in pairs], dim=1)
+        parts = [for_heads(torch.ones_like(place, dtype=torch.bool) if real is None else real) for place, real in pairs]
+        return whole_BS, torch.cat(parts, dim=-1)
 
     def get_seq_length(self) -> int:
         """Return the positions that were seen, by which later tokens get theirs."""
@@ -57,14 +64,32 @@ class ShortenedLayer:
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; their number is negative, as in transformers."""
         self.seen -= abs(tokens_to_remove)
-        stays_S = (self.place_BS < self.seen).any(0)
-        self._take(lambda x_BS: x_BS[:, stays_S])
+        stays_S = (self.place_BS < self.seen).flatten(0, -2).any(0)
+        self._take(lambda x_BS: x_BS[..., stays_S])
+        if bool((later_BS := self.place_BS >= self.seen).any()):  # of a row or a head that held less of what stays
+            self.real_BS = ~later_BS if self.real_BS is None else self.real_BS & ~later_BS
         super().crop(-int((~stays_S).sum()))  # type: ignore[misc]
+
+    def hold(self, at_BHS: Tensor, groups: int = 1) -> None:
+        """Hold some of what is held, by its numbers for each head or for all alike (H or 1); heads of keys serve `groups` of queries."""
+        rows, heads, _ = at_BHS.shape
+
+        def change(x_BS: Tensor) -> Tensor:
+            if heads == 1 and x_BS.ndim == 2:
+                return x_BS.gather(1, at_BHS[:, 0])
+            assert x_BS.ndim == 2, "heads that hold unlike positions are not cut again"
+            return x_BS[:, None].expand(rows, heads, -1).gather(2, at_BHS).repeat_interleave(groups, dim=1)
+
+        self._take(change)
+        for name in ("keys", "values"):
+            whole_BHSD = getattr(self, name)
+            at_BHSD = at_BHS[..., None].expand(-1, whole_BHSD.shape[1], -1, whole_BHSD.shape[3])
+            setattr(self, name, whole_BHSD.gather(2, at_BHSD))
 
     def reset(self) -> None:
         """Forget everything."""
         self.seen = 0
-        self._take(lambda x_BS: x_BS[:, :0])
+        self._take(lambda x_BS: x_BS[:, :0] if x_BS.ndim == 2 else x_BS[:, 0, :0])
         super().reset()  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -75,23 +75,25 @@ def cut_mask(mask: Tensor | None, query: Kept, key_BS: Tensor, real_BS: Tensor |
     """Return the attention mask of kept queries and keys.
 
     `mask` is that of the whole forward (B or 1, H or 1, N, L), boolean or to be added, with L positions seen so far, or None where every
-    query sees what comes up to it; `key_BS` are the positions of the keys among the L; `before` is how many were seen before this forward.
+    query sees what comes up to it; `key_BS` are the positions of the keys among the L, or (B, H, S) where heads differ; `before` is how
+    many were seen before this forward.
     None is returned where it says as much.
     """
-    queries, keys = query.at_BK.shape[1], key_BS.shape[1]
+    queries, keys = query.at_BK.shape[1], key_BS.shape[-1]
+    key_BHS = key_BS if key_BS.ndim == 3 else key_BS[:, None]
+    real_BHS = real_BS if real_BS is None or real_BS.ndim == 3 else real_BS[:, None]
     if mask is None:
-        if real_BS is None and (queries == 1 or keys == queries):
+        if real_BHS is None and (queries == 1 or keys == queries):
             return None
-        allowed_BQS = key_BS[:, None, :] <= query.at_BK[:, :, None] + before
-        return (allowed_BQS if real_BS is None else allowed_BQS & real_BS[:, None, :])[:, None]
-    rows, heads = len(key_BS), mask.shape[1]
-    mask = mask.expand(rows, -1, -1, -1)
+        allowed_BHQS = key_BHS[:, :, None, :] <= query.at_BK[:, None, :, None] + before
+        return allowed_BHQS if real_BHS is None else allowed_BHQS & real_BHS[:, :, None, :]
+    rows, heads = len(key_BHS), max(mask.shape[1], key_BHS.shape[1])
+    mask = mask.expand(rows, heads, -1, -1)
     mask = mask.gather(2, query.at_BK[:, None, :, None].expand(-1, heads, -1, mask.shape[3]))
-    mask = mask.gather(3, key_BS[:, None, None, :].expand(-1, heads, queries, -1))
-    if real_BS is None:
+    mask = mask.gather(3, key_BHS[:, :, None, :].expand(-1, heads, queries, -1))
+    if real_BHS is None:
         return mask
-    away_BS = ~real_BS[:, None, None, :]
-    return mask.masked_fill(away_BS, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+    return mask.masked_fill(~real_BHS[:, :, None, :], False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
 
 
 def cut_arguments(arguments: Mapping[str, Any], kept: Kept) -> dict[str, Any]:

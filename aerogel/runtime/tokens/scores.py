@@ -41,6 +41,13 @@ class QueryKey:
         scale = query_BHLD.shape[-1] ** -0.5 if more.get("scale") is None else more["scale"]
         return cls(query_BHLD, key_BHSD, more.get("attn_mask"), scale, bool(more.get("is_causal")))
 
+    def last_sees(self) -> Tensor:
+        """Return the keys that the last query sees (B, S): those that are no padding, in a prompt."""
+        rows, _, keys, _ = self.key_BHSD.shape
+        if self.mask is None:
+            return torch.ones(rows, keys, dtype=torch.bool, device=self.key_BHSD.device)
+        return allowed(self.mask[:, 0, -1]).expand(rows, -1)
+
     def attention(self, asking_BR: Tensor) -> Tensor:
         """Return the attention (B, H, R, S) of some queries, by their numbers, to all keys, float32."""
         rows, heads, queries, channels = self.query_BHLD.shape
@@ -56,6 +63,11 @@ class QueryKey:
             mask = mask.gather(2, asked.expand(-1, mask.shape[1], -1, keys))
             score_BHRS = score_BHRS.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score_BHRS + mask
         return score_BHRS.softmax(-1).nan_to_num()  # a query that may see nothing, such as padding, asks for nothing
+
+
+def allowed(mask: Tensor) -> Tensor:
+    """Return a mask, boolean or to be added, as booleans."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def of_block(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> QueryKey:
@@ -93,5 +105,5 @@ def watching(network: Network, attentions: Mapping[int, str], see: Callable[[int
         return attend
 
     numbers = {name: number for number, name in attentions.items()}
-    with attending(network, attentions.values(), lambda name: watch(numbers[name])):
+    with attending(network, attentions.values(), lambda name: watch(numbers[name]), cache_only=True):
         yield

@@ -12,16 +12,20 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from transformers.cache_utils import StaticLayer
 
 from aerogel.errors import AerogelError
 from aerogel.layers.forward_guard import ForwardGuard
 from aerogel.layers.signature import arguments_of
+from aerogel.model.hooks import CacheOnlyHook, OwnedHook
 from aerogel.model.kv_cache import cache_in, cache_layer
 from aerogel.model.network import Network
+from aerogel.runtime.kv_cache.layer import QuantizedCacheLayer
 from aerogel.runtime.token_types import PADDING, VISION, Vocabulary
 from aerogel.runtime.tokens.cache_layer import ShortenedLayer, held_with, shortened
 from aerogel.runtime.tokens.decoder import Decoder
 from aerogel.runtime.tokens.deepstack import DeepStack
+from aerogel.runtime.tokens.eviction import Eviction, first_positions
 from aerogel.runtime.tokens.kept import Kept, cut_arguments, cut_mask
 from aerogel.runtime.tokens.scores import QueryKey, of_block, watching
 
@@ -48,6 +52,8 @@ class Stage:
     """Places of the positions in the forward."""
     total: int
     """Positions of the forward, N."""
+    kind_BN: Tensor
+    """Types of all tokens of the forward."""
     vision_total_B: Tensor
     """Positions of images of each row of the forward."""
     inputs: Mapping[str, Any]
@@ -88,13 +94,30 @@ class _Forward:
     kept: Kept | None = None
     watched: dict[int, QueryKey] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
+    layers: dict[int, ShortenedLayer] = field(default_factory=dict)
+    """Layers of the cache that were made to hold fewer positions than they have seen, by block."""
+    first_B: Tensor | None = None
+    """First positions of the rows, where something is evicted."""
 
 
 class Shortening:
     """Rules on their way through a network's forwards: by the number of the block that they act before."""
 
-    def __init__(self, network: Network, decoder: Decoder, rules: Mapping[int, Rule], watch: Sequence[int] = ()) -> None:
-        self.decoder, self.rules, self.watch = decoder, rules, tuple(watch)
+    def __init__(
+        self,
+        network: Network,
+        decoder: Decoder,
+        rules: Mapping[int, Rule],
+        watch: Sequence[int] = (),
+        drops_text: bool = False,
+        evict: Eviction | None = None,
+    ) -> None:
+        """Prepare rules; `watch` are the blocks whose queries and keys they read, `drops_text` says that they drop tokens of text.
+
+        `evict` forgets positions of the cache that were computed.
+        """
+        self.evict = evict
+        self.decoder, self.rules, self.watch, self.drops_text = decoder, rules, tuple(watch), drops_text
         self.lengths: tuple[int, ...] = ()
         """Positions that each block computed in the last forward of more than one position."""
         self.dropped = 0
@@ -106,19 +129,31 @@ class Shortening:
 
     @contextmanager
     def on(self) -> Iterator[Shortening]:
-        """Act on every forward for a while; afterwards the network is what it was."""
+        """Act on every forward for a while; afterwards the network is what it was.
+
+        Raises AerogelError where others do so already.
+        """
         module, deepstack = self._network.module, DeepStack()
+        hook = CacheOnlyHook if self.evict is None or self.evict.prompts_only else OwnedHook
+        if _on(self._network):
+            raise AerogelError("a policy that drops tokens or evicts them from the cache is on already; leave one of them out")
+
+        def before(part: nn.Module, act: Callable[..., Any]) -> None:
+            stack.callback(part.register_forward_pre_hook(hook(self, act), with_kwargs=True).remove)
+
+        def after(part: nn.Module, act: Callable[..., Any], always: bool = False) -> None:
+            stack.callback(part.register_forward_hook(hook(self, act), always_call=always).remove)
+
         with ExitStack() as stack:
-            stack.callback(module.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(self._end, always_call=True).remove)
-            language = module.get_submodule(self.decoder.module)
-            stack.callback(language.register_forward_pre_hook(deepstack.take, with_kwargs=True).remove)
+            before(module, self._begin)
+            after(module, self._end, always=True)
+            before(module.get_submodule(self.decoder.module), deepstack.take)
             for number, block in enumerate(self.decoder.parts(self._network)):
-                stack.callback(block.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True).remove)
-                attention = module.get_submodule(self.decoder.attentions[number])
-                stack.callback(attention.register_forward_pre_hook(partial(self._store, number), with_kwargs=True).remove)
-                stack.callback(block.register_forward_hook(partial(self._leave, number, deepstack)).remove)
-            named = {number: self.decoder.attentions[number] for number in self.watch}
+                before(block, partial(self._enter, number))
+                before(module.get_submodule(self.decoder.attentions[number]), partial(self._store, number))
+                after(block, partial(self._leave, number, deepstack))
+            watch = range(self.decoder.depth) if self.evict is not None and self.evict.watches else self.watch
+            named = {number: self.decoder.attentions[number] for number in watch}
             stack.enter_context(watching(self._network, named, self._see))
             yield self
 
@@ -132,7 +167,11 @@ class Shortening:
             self._forward = None
 
     def _see(self, number: int, seen: QueryKey) -> None:
-        self._under_way.watched[number] = seen
+        forward = self._under_way
+        if number in self.watch:
+            forward.watched[number] = seen
+        if self.evict is not None and (layer := forward.layers.get(number)) is not None and layer.seen == forward.kind_BN.shape[1]:
+            self.evict.read(layer, seen)
 
     @property
     def _under_way(self) -> _Forward:
@@ -148,26 +187,32 @@ class Shortening:
         total = forward.kind_BN.shape[1]
         hidden_BKC = args[0] if args else kwargs["hidden_states"]
         rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        layer = cache_layer(cache_in(args, kwargs), self.decoder.places[number])
         if number == 0 and total > 1:
             self.lengths = ()
         if total > 1 and number in self.rules:
-            hidden_BKC = self._select(number, block, hidden_BKC, (args[1:], rest))
+            hidden_BKC = self._select(number, block, hidden_BKC, (args[1:], rest), layer)
         if total > 1:
             self.lengths += (hidden_BKC.shape[1],)
             self.dropped += 0 if forward.kept is None else forward.kept.missing(total)
-        layer = cache_layer(cache_in(args, kwargs), self.decoder.places[number])
-        if forward.kept is None and not isinstance(layer, ShortenedLayer):
+        if self.evict is not None:
+            forward.first_B = first_positions(rest.get("attention_mask"), len(hidden_BKC), hidden_BKC.device)
+            if isinstance(layer, ShortenedLayer):
+                self.evict.before(layer, forward.first_B)
+        if forward.kept is None and not isinstance(layer, ShortenedLayer) and self.evict is None:
             return None
         return (hidden_BKC, *args[1:]), self._cut(forward, layer, rest, hidden_BKC)
 
-    def _select(self, number: int, block: nn.Module, hidden_BKC: Tensor, given: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+    def _select(self, number: int, block: nn.Module, hidden_BKC: Tensor, given: tuple[Any, dict[str, Any]], layer: Any) -> Tensor:
         """Let a block's rule act; returns the hidden states of what is left."""
-        forward = self._under_way
+        forward, seen = self._under_way, 0 if layer is None else int(layer.get_seq_length())
         total = forward.kind_BN.shape[1]
         here = forward.kept or Kept.all(len(hidden_BKC), total, hidden_BKC.device)
 
         def probe() -> QueryKey:
             args, rest = given
+            if (mask := rest.get("attention_mask")) is not None:  # of the forward's own positions alone
+                rest = rest | {"attention_mask": mask[..., seen : seen + total]}
             return of_block(block, (hidden_BKC, *args), self._cut(forward, None, rest, hidden_BKC))
 
         stage = Stage(
@@ -176,6 +221,7 @@ class Shortening:
             kind_BK=here.rows(forward.kind_BN),
             kept=here,
             total=total,
+            kind_BN=forward.kind_BN,
             vision_total_B=(forward.kind_BN == VISION).sum(1),
             inputs=forward.inputs,
             watched=forward.watched,
@@ -187,7 +233,7 @@ class Shortening:
         selection = self.rules[number](stage)
         if selection is None:
             return hidden_BKC
-        left = Kept.of(selection.keep_BK)
+        left = Kept.of(selection.keep_BK if here.real_BK is None else selection.keep_BK & here.real_BK)
         forward.kept = here.then(left)
         return left.rows(hidden_BKC if selection.hidden_BKC is None else selection.hidden_BKC)
 
@@ -200,23 +246,35 @@ class Shortening:
         mask = rest.get("attention_mask")
         if mask is not None and mask.ndim != 4:
             raise AerogelError("tokens are dropped under attention masks of four axes; open the model with attn_implementation='sdpa'")
-        return cut | {"attention_mask": cut_mask(mask, kept, *held_with(layer, kept), before=seen)}
+        key_BS, real_BS = held_with(layer, kept)
+        mask = cut_mask(mask, kept, key_BS, real_BS, before=seen)
+        if self.evict is not None and total > 1 and forward.first_B is not None and key_BS.ndim == 2:
+            mask = self.evict.narrowed(mask, kept.at_BK + seen, key_BS, forward.first_B)
+        return cut | {"attention_mask": mask}
 
     def _store(self, number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before an attention: tell the layer of the cache which positions come."""
         forward = self._under_way
         place, cache = self.decoder.places[number], cache_in(args, kwargs)
         layer = cache_layer(cache, place)
-        if cache is None or (forward.kept is None and not isinstance(layer, ShortenedLayer)):
+        if cache is None or (forward.kept is None and not isinstance(layer, ShortenedLayer) and self.evict is None):
             return
         rows, total = forward.kind_BN.shape
         device = forward.kind_BN.device
         layer = cache.layers[place] = shortened(layer, rows, device)
+        if self.evict is not None and isinstance(layer, QuantizedCacheLayer | StaticLayer):
+            raise AerogelError(
+                "positions are evicted from a dynamic cache in 16 bits only; leave cache_implementation out, and the policy that quantizes "
+                "the cache"
+            )
         layer.expect(forward.kept or Kept.all(rows, total, device), total)
+        forward.layers[number] = layer
 
     def _leave(self, number: int, deepstack: DeepStack, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After a block: add features of deeper layers of the vision tower; after the last one, put what is left back to its places."""
         forward = self._under_way
+        if self.evict is not None and forward.first_B is not None and number in forward.layers and forward.kind_BN.shape[1] > 1:
+            self.evict.after(forward.layers[number], forward.first_B)
         hidden_BKC = output[0] if isinstance(output, tuple) else output
         changed_BKC = deepstack.add(number, hidden_BKC, forward.kept)
         if number == self.decoder.depth - 1 and forward.kept is not None:
@@ -224,3 +282,14 @@ class Shortening:
         if changed_BKC is hidden_BKC:
             return None
         return (changed_BKC, *output[1:]) if isinstance(output, tuple) else changed_BKC
+
+
+def drops_text(network: Network) -> bool:
+    """Return True while a policy is on that drops tokens of text: the logits at these are NaN."""
+    return any(one.drops_text for one in _on(network))
+
+
+def _on(network: Network) -> list[Shortening]:
+    """What is on."""
+    owners = (hook.owner for hook in network.module._forward_pre_hooks.values() if isinstance(hook, OwnedHook))
+    return [owner for owner in owners if isinstance(owner, Shortening)]

@@ -1,0 +1,62 @@
+"""Data of a search: one half is calibrated on, the other is held out to judge by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from aerogel.data import chats, text
+from aerogel.data.chats import Chat, Chats
+from aerogel.engine.calibration import CalibrationInput, Samples, prepare, shown
+from aerogel.errors import AerogelError
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out data that policies are judged by and never calibrated on."""
+
+    calls: Sequence[Call]
+    chats: Sequence[Chat] = ()
+    """The same with what is replied, where it is chats."""
+
+    def prompts(self, network: Network) -> dict[str, Any]:
+        """A batch of prompts: the first chats without their answers, or the first half of each sequence of text."""
+        ids_BS = self.calls[0].kwargs["input_ids"]
+        if self.chats:
+            return next(iter(chats.prompts(self.chats, network.processor, len(ids_BS), network.device)))
+        prompt_BS = ids_BS[:, : max(ids_BS.shape[1] // 2, 1)]
+        return {"input_ids": prompt_BS, "attention_mask": torch.ones_like(prompt_BS)}
+
+
+def wanted_of(network: Network, samples: CalibrationInput | None) -> Samples | Chats:
+    """Return what is asked for; raises AerogelError for recorded calls, which cannot be halved."""
+    wanted = shown(network, samples)
+    if not isinstance(wanted, Samples | Chats):
+        raise AerogelError("rules are compared on text or chats that are read and replied to: give Samples or Chats, not recorded calls")
+    return wanted
+
+
+def halves(network: Network, wanted: Samples | Chats, seed: int) -> tuple[Sequence[Any], HeldOut, dict[str, Any]]:
+    """Return calls to calibrate on, as many to judge by, and facts about the first half; the two share no chat and no sequence."""
+    if isinstance(wanted, Chats):
+        found = chats.drawn(chats.read(wanted.source, wanted.column), 2 * wanted.count, seed)
+        half = _half(len(found), "chats")
+        calls, held = (chats.calls(some, network.processor, wanted.batch, network.device) for some in (found[:half], found[half:]))
+        facts = {"source": str(wanted.source), "count": half, "fingerprint": chats.fingerprint(found[:half])}
+        return calls, HeldOut(held, found[half:]), facts
+    doubled = prepare(network, replace(wanted, count=2 * wanted.count), seed, head=True)
+    rows_NL = torch.cat([call.kwargs["input_ids"] for call in doubled.calls])
+    half = _half(len(rows_NL), "sequences")
+    calls, held = (text.calls(some_NL, wanted.batch) for some_NL in (rows_NL[:half], rows_NL[half:]))
+    return calls, HeldOut(held), doubled.facts | {"count": half, "fingerprint": text.fingerprint(rows_NL[:half])}
+
+
+def _half(count: int, what: str) -> int:
+    if count < 2:
+        raise AerogelError(f"{count} {what}: one half is calibrated on and the other judges; give more")
+    return count // 2

@@ -1,0 +1,1 @@
+"""Policies that evict tokens from the key-value cache."""
