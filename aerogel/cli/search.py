@@ -17,8 +17,9 @@ Task = Annotated[
     typer.Option(
         "--task",
         metavar="TASK",
-        autocompletion=completion.words("cache", "skip"),
-        help="cache: feature-caching policies of a diffusion pipeline; skip: expert-skipping policies of an MoE model.",
+        autocompletion=completion.words("cache", "skip", "tokens"),
+        help="cache: feature-caching policies of a diffusion pipeline; skip: expert-skipping policies of an MoE model; "
+        "tokens: policies that drop tokens of images or long prompts.",
     ),
 ]
 Budget = Annotated[
@@ -26,7 +27,8 @@ Budget = Annotated[
     typer.Option(
         "--budget",
         metavar="BUDGET",
-        help="cache: speed-up of denoising [1.5x]; skip: share of token-expert assignments to drop [0.67].",
+        help="cache: speed-up of denoising [1.5x]; skip: share of token-expert assignments to drop [0.67]; "
+        "tokens: speed-up of prefill, such as 2x, or share of tokens to compute, such as 25% [2x].",
     ),
 ]
 Only = Annotated[
@@ -40,7 +42,12 @@ Only = Annotated[
 ]
 Prompts = Annotated[
     str | None,
-    typer.Option("--data", metavar="DATA", rich_help_panel=DATA, help="As --data of compress. cache: prompts; skip: chats or text."),
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        rich_help_panel=DATA,
+        help="As --data of compress. cache: prompts; skip: chats or text; tokens: chats.",
+    ),
 ]
 Count = Annotated[
     int | None,
@@ -58,7 +65,7 @@ Output = Annotated[
 ]
 
 
-@command(COMPRESS, "Compare all feature-caching or expert-skipping policies at one budget.")
+@command(COMPRESS, "Compare all policies that cache features, skip experts or drop tokens at one budget.")
 def search(
     model: given.Model,
     task: Task = "cache",
@@ -85,7 +92,7 @@ def search(
     quiet: given.Quiet = False,
     as_json: given.AsJson = False,
 ) -> None:
-    """Compare all feature-caching or expert-skipping policies at one budget and keep the best."""
+    """Compare all policies that cache features, skip experts or drop tokens at one budget, and keep the best."""
     start(threads)
     from aerogel.cli import terminal
     from aerogel.engine.calibration import CalibrationRequest

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -64,6 +64,15 @@ class DroppingPolicy(RuntimePolicy[TokenState]):
     drops_positions: ClassVar[bool] = True
     drops_text: ClassVar[bool] = False
     """True where tokens of text are dropped too: measures that need the logits of every token refuse the model while the policy is on."""
+
+    @classmethod
+    def strength(cls, share: float) -> dict[str, Any]:
+        """Return the options by which about this share of the tokens is left in the end; empty where no option says so."""
+        keep = cls.__dataclass_fields__.get("keep")
+        if keep is None or keep.default == ():
+            return {}
+        stages = len(keep.default) if isinstance(keep.default, tuple) else 0
+        return {"keep": tuple(round(share ** (number / stages), 4) for number in range(1, stages + 1)) if stages else share}
 
     @abstractmethod
     def rules(self, depth: int) -> Mapping[int, Rule]:

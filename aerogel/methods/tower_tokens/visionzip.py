@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ class Visionzip(TowerPolicy):
     """Dominant tokens of an image: a number, or a share. Published for 576: 162, 108, 54, without the class token."""
     contextual: Budget = 0.05
     """Contextual tokens of an image: a number, or a share. Published for 576: 30, 20, 10."""
+
+    @classmethod
+    def strength(cls, share: float) -> dict[str, Any]:
+        """Return budgets of which a tenth is contextual."""
+        return {"dominant": round(0.9 * share, 4), "contextual": round(0.1 * share, 4)}
 
     def choose(self, image: Image) -> Chosen | None:
         """Choose and merge."""

@@ -1,0 +1,174 @@
+"""The report of a search for a policy that drops tokens: every policy at one budget, in words and in a figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from aerogel.io.record.schema import ModelRecord, Provenance
+from aerogel.report import phrases
+from aerogel.report.page import NARROW, WIDE, Figure
+from aerogel.report.tradeoff import Axis, Point, tradeoff
+
+SPEED = Axis("Prefill, times faster", "speed", "prefill", 1.0, "right", start=1.0)
+TEMPLATE = "token_search.html"
+GLOSSARY = (
+    ("Computed", "Share of the tokens that a policy may drop which is computed, on average over the decoder's blocks."),
+    ("KL", "Divergence of the next-token probabilities from those of the original model on the tokens of the answers, in nats per token."),
+    ("Same token", "Share of those tokens for which both have the same most likely token."),
+    ("Exact match", "Share of chats whose answer is the expected one."),
+    (
+        "Prefill, decode",
+        "Processing the prompt, all tokens at once; generating the answer, one token after another. Times faster with the policy.",
+    ),
+)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Row(_Part):
+    """A policy at the weakest strength that meets the budget."""
+
+    policy: str
+    kept: float
+    kl: float
+    top1: float
+    right: float | None = None
+    prefill_speedup: float
+    decode_speedup: float
+    seconds: float | None = None
+    """Of its calibration."""
+
+
+class LeftOut(_Part):
+    """A policy that misses the budget, or refuses the network."""
+
+    policy: str
+    reason: str
+
+
+class Search(_Part):
+    """One search for a policy that drops tokens: the content of search.json."""
+
+    model: ModelRecord
+    budget: str
+    count: int
+    answer_tokens: int
+    right: float | None = None
+    """Of the original model."""
+    batch: int
+    prompt: int
+    new_tokens: int
+    rounds: int
+    prefill_seconds: float
+    decode_seconds: float
+    rows: list[Row]
+    left_out: list[LeftOut] = []
+    provenance: Provenance = Provenance()
+    timings: dict[str, float] = {}
+
+    @property
+    def best(self) -> Row | None:
+        """The policy of the lowest KL divergence."""
+        return min((row for row in self.rows if math.isfinite(row.kl)), key=lambda row: row.kl, default=None)
+
+
+class Line(NamedTuple):
+    """A row in words."""
+
+    policy: str
+    computed: str
+    kl: str
+    top1: str
+    right: str
+    prefill: str
+    decode: str
+    seconds: str
+    best: bool
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Under the columns of the terminal's table."""
+        return self.policy, self.computed, self.kl, self.right, self.prefill, self.decode
+
+
+def columns(found: Search) -> tuple[str, ...]:
+    """Of the table that a terminal shows; the first two are words."""
+    return "policy", "computed", "KL", "exact match", "prefill", "decode"
+
+
+def lines(found: Search) -> Iterator[Line]:
+    """Every row in words, the best first."""
+    for row in sorted(found.rows, key=lambda row: (not math.isfinite(row.kl), row.kl)):
+        yield Line(
+            row.policy,
+            phrases.percent(row.kept),
+            phrases.digits(row.kl),
+            phrases.percent(row.top1),
+            phrases.percent(row.right),
+            f"{row.prefill_speedup:.2f}",
+            f"{row.decode_speedup:.2f}",
+            phrases.NONE if row.seconds is None else phrases.seconds(row.seconds),
+            row is found.best,
+        )
+
+
+def headline(found: Search) -> str:
+    """Say what was found, in one sentence."""
+    best = found.best
+    if best is None:
+        return f"No policy that drops tokens meets {_wanted(found)} with {found.model.name}."
+    return f"{found.model.name} meets {_wanted(found)} with {best.policy}; the KL divergence is {phrases.digits(best.kl)} nats per token."
+
+
+def lead(found: Search) -> str:
+    """Say what stands beside the headline."""
+    best, policies = found.best, len(found.rows) + len(found.left_out)
+    said = f"{len(found.rows)} of {policies} {'policy' if policies == 1 else 'policies'} can."
+    if best is None:
+        return said
+    kept = f"{phrases.percent(best.right)} of the answers match exactly; of the original, {phrases.percent(found.right)}"
+    return f"{said} {kept}. Prefill is {best.prefill_speedup:.2f} times faster, decoding {best.decode_speedup:.2f} times."
+
+
+def context(found: Search) -> dict[str, Any]:
+    """Return what the template shows besides the parts of all searches."""
+    drawn = [row for row in found.rows if math.isfinite(row.kl) and row.kl > 0]
+    points = [Point(row.policy, row.prefill_speedup, row.kl, "this" if row is found.best else "other") for row in drawn]
+    return {
+        "title": f"{found.model.name} · tokens dropped for {found.budget}",
+        "conditions": _conditions(found),
+        "lines": list(lines(found)),
+        "frontier": Figure(_drawn(points, WIDE), _drawn(points, NARROW)) if points else None,
+    }
+
+
+def _drawn(points: list[Point], width: float) -> Any:
+    return tradeoff(points, SPEED, "KL, nats per token", joined=_undominated(points), width=width, height=420)
+
+
+def _undominated(points: list[Point]) -> list[Point]:
+    """Points than which no other is both faster and nearer, by speed."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda point: (-point.x, point.y)):
+        if not best or point.y < best[-1].y:
+            best.append(point)
+    return best[::-1]
+
+
+def _wanted(found: Search) -> str:
+    return f"{found.budget} of prefill speed" if found.budget.endswith("x") else f"a share of {found.budget} of the tokens"
+
+
+def _conditions(found: Search) -> str:
+    turns = f"{found.rounds} rounds with and without each policy, alternating"
+    whole = f"{phrases.seconds(found.prefill_seconds)} per prompt without and {phrases.digits(1000 * found.decode_seconds)} ms per token"
+    return (
+        f"Measured on {found.count:,} chats held out of calibration, {found.answer_tokens:,} tokens of answers. "
+        f"Speed at batch {found.batch} with prompts of {found.prompt:,} tokens and {found.new_tokens} generated tokens, {turns}; {whole}."
+    )

@@ -1,0 +1,120 @@
+"""The search for a rule that drops tokens, on a vision-language model with real images; seconds are the positions that blocks compute."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import aerogel
+from aerogel.data.chats import Chats
+from aerogel.engine.calibration import Samples
+from aerogel.engine.opening import open_model
+from aerogel.engine.search import judging_answers
+from aerogel.engine.search.searching import Findings, search
+from aerogel.engine.search.tokens import Target, TokenSearch
+from aerogel.errors import AerogelError
+from aerogel.evaluate.exact_match import ExactMatch
+from aerogel.model.network import Network
+from aerogel.runtime.tokens.decoder import decoder_of
+from tests.questions import untrained, written
+
+COUNT = 4
+RULES = ("divprune", "fastervlm", "pyramid_drop", "random_tokens", "visionzip")
+
+
+class Positions:
+    """A clock that goes on by one second for each position that a block computes."""
+
+    def __init__(self, network: Network) -> None:
+        self.seconds = 0.0
+        for block in decoder_of(network).parts(network):
+            block.register_forward_hook(self._add)
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def _add(self, _: Any, args: tuple[Any, ...], output: Any) -> None:
+        self.seconds += args[0].shape[0] * args[0].shape[1]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory.mktemp("chats"), 2 * COUNT)
+
+
+def model() -> Network:
+    torch.manual_seed(0)
+    module, pair = untrained()
+    module.generation_config.eos_token_id = list(range(0, module.config.text_config.vocab_size, 4))  # random replies end soon
+    return open_model((module, pair), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def found(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Network, Findings, Path]:
+    network, folder = model(), tmp_path_factory.mktemp("search") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging_answers, "NEW_TOKENS", 4)
+        patch.setattr(judging_answers, "ExactMatch", partial(ExactMatch, new_tokens=4))
+        found = search(
+            network,
+            "tokens",
+            "1.2x",
+            samples=Chats(source, COUNT),
+            only=(*RULES, "mustdrop"),
+            rounds=1,
+            clock=Positions(network),
+            output=folder,
+        )
+    return network, found, folder
+
+
+def test_every_rule_has_a_row_or_a_reason(found: Any) -> None:
+    facts = found[1].facts
+    assert sorted(row["policy"] for row in facts["rows"]) == list(RULES)
+    assert [one["policy"] for one in facts["left_out"]] == ["mustdrop"]
+    assert "no single patch of a square grid" in facts["left_out"][0]["reason"]
+
+
+def test_rules_read_prompts_at_one_speed(found: Any) -> None:
+    speeds = {row["policy"]: row["prefill_speedup"] for row in found[1].facts["rows"]}
+    assert all(1.15 < speed < 1.6 for speed in speeds.values()), speeds
+
+
+def test_the_best_is_saved_and_put_on(found: Any) -> None:
+    network, findings, folder = found
+    rows = {row["policy"]: row["kl"] for row in findings.facts["rows"]}
+    assert findings.best is not None
+    assert findings.best.step.name == min(rows, key=rows.__getitem__)
+    report = (folder / "report.html").read_text("utf-8")
+    assert findings.best.step.name in report
+    assert "held out of calibration" in report
+    with aerogel.cached(network, folder):
+        pass
+
+
+def test_a_share_is_met_by_the_tokens_that_are_computed(source: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging_answers, "NEW_TOKENS", 2)
+        patch.setattr(judging_answers, "ExactMatch", partial(ExactMatch, new_tokens=2))
+        found = search(model(), "tokens", "40%", samples=Chats(source, 2), only=["divprune"], rounds=1)
+    (row,) = found.facts["rows"]
+    assert 0.25 < row["kept"] <= 0.4
+
+
+@pytest.mark.parametrize("budget", ["0.5", "1x", "0%", "100%", "fast", "nanx"])
+def test_budgets_that_are_none(budget: str) -> None:
+    with pytest.raises(AerogelError, match="neither a speed-up of prefill"):
+        Target.of(budget)
+
+
+def test_what_cannot_be_searched(source: Path) -> None:
+    with pytest.raises(AerogelError, match="drops no tokens"):
+        TokenSearch(None, ["gptq"], (), 1, lambda _: None, lambda: 0.0)
+    with pytest.raises(AerogelError, match="compared on chats"):
+        search(model(), "tokens", samples=Samples(source, 4, 16))
+    clash = search(model(), "tokens", samples=Chats(source, 2), only=["divprune"], overrides=["divprune.keep=0.5"], rounds=1)
+    assert clash.facts["left_out"] == [{"policy": "divprune", "reason": "divprune.keep is what the budget says here; leave it out"}]
