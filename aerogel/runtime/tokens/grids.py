@@ -32,9 +32,8 @@ def grids_of(stage: Stage) -> Iterator[Grid]:
     shapes = iter([] if given is None else given.tolist())
     for row, vision_K in enumerate(stage.vision_BK):
         place_V = vision_K.nonzero()[:, 0]
-        starts = [0, *((place_V.diff() > 1).nonzero()[:, 0] + 1).tolist()] if len(place_V) else []
-        for start, end in zip(starts, [*starts[1:], len(place_V)], strict=True):
-            place_P = place_V[start:end]
+        ends = ((place_V.diff() > 1).nonzero()[:, 0] + 1).tolist()
+        for place_P in place_V.tensor_split(ends) if len(place_V) else ():
             yield Grid(row, place_P, *_sides(len(place_P), next(shapes, None)))
 
 
