@@ -6,14 +6,18 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict
 
 from aerogel.io.record.schema import ModelRecord, Provenance
 from aerogel.report import phrases
 from aerogel.report.page import NARROW, WIDE, Figure
+from aerogel.report.svg import element, image
 from aerogel.report.tradeoff import Axis, Point, tradeoff
 
 SPEED = Axis("Prefill, times faster", "speed", "prefill", 1.0, "right", start=1.0)
+SIDE = 200.0
+"""Width of an image."""
 TEMPLATE = "token_search.html"
 GLOSSARY = (
     ("Computed", "Share of the tokens that a policy may drop which is computed, on average over the decoder's blocks."),
@@ -52,6 +56,18 @@ class LeftOut(_Part):
     reason: str
 
 
+class Picture(_Part):
+    """An image, and the tokens of it that the best policy leaves to the decoder's last block."""
+
+    question: str
+    png: str
+    """The image in base64."""
+    rows: int
+    columns: int
+    kept: list[int]
+    """Numbers of its tokens, row by row."""
+
+
 class Search(_Part):
     """One search for a policy that drops tokens: the content of search.json."""
 
@@ -69,6 +85,7 @@ class Search(_Part):
     decode_seconds: float
     rows: list[Row]
     left_out: list[LeftOut] = []
+    pictures: list[Picture] = []
     provenance: Provenance = Provenance()
     timings: dict[str, float] = {}
 
@@ -144,12 +161,27 @@ def context(found: Search) -> dict[str, Any]:
         "title": f"{found.model.name} · tokens dropped for {found.budget}",
         "conditions": _conditions(found),
         "lines": list(lines(found)),
+        "pictures": [(picture.question, _patches(picture)) for picture in found.pictures],
         "frontier": Figure(_drawn(points, WIDE), _drawn(points, NARROW)) if points else None,
     }
 
 
 def _drawn(points: list[Point], width: float) -> Any:
     return tradeoff(points, SPEED, "KL, nats per token", joined=_undominated(points), width=width, height=420)
+
+
+def _patches(picture: Picture) -> Markup:
+    """Draw an image with what is dropped of it covered."""
+    high = SIDE * picture.rows / picture.columns
+    across, down = SIDE / picture.columns, high / picture.rows
+    kept = set(picture.kept)
+    covered = [
+        element("rect", x=number % picture.columns * across, y=number // picture.columns * down, width=across, height=down, class_="gone")
+        for number in range(picture.rows * picture.columns)
+        if number not in kept
+    ]
+    shown = element("image", href=f"data:image/png;base64,{picture.png}", width=SIDE, height=high, preserveAspectRatio="none")
+    return image(SIDE, high, f"{len(kept)} of {picture.rows * picture.columns} tokens stay", shown, *covered)
 
 
 def _undominated(points: list[Point]) -> list[Point]:

@@ -19,6 +19,7 @@ from aerogel.engine.requirements import unmet
 from aerogel.engine.search.candidates import chosen
 from aerogel.engine.search.held_out import halves, wanted_of
 from aerogel.engine.search.judging_answers import Judge
+from aerogel.engine.search.pictures import pictures
 from aerogel.engine.stages import seeded
 from aerogel.errors import AerogelError
 from aerogel.kernels.synchronized_clock import now
@@ -133,8 +134,9 @@ class TokenSearch:
         finite = [place for place, row in enumerate(rows) if math.isfinite(row["kl"])]
         if finite:
             self.best = self._brought[min(finite, key=lambda place: rows[place]["kl"])].measured
+        shown = pictures(self._network, self.best, self._held_out.chats) if self.best is not None else []
         left_out = [{"policy": name, "reason": reason} for name, reason in self._left_out.items()]
-        return judge.conditions | {"budget": str(self.target), "rows": rows, "left_out": left_out}
+        return judge.conditions | {"budget": str(self.target), "rows": rows, "left_out": left_out, "pictures": shown}
 
     def _weakest(self, name: str, cls: type[DroppingPolicy], options: Mapping[str, Any]) -> tuple[CalibratedPolicy, float]:
         """Halve the shares that are left, towards the weakest that is enough; raises AerogelError where none is, or it does not fit."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.runtime.tokens.shortening import Stage
 
 
 class Grid(NamedTuple):
@@ -17,21 +16,21 @@ class Grid(NamedTuple):
     row: int
     """Row of the batch."""
     place_P: Tensor
-    """Numbers of its tokens among the positions of the stage, row by row of the image."""
+    """Positions of its tokens, row by row of the image."""
     height: int
     width: int
 
 
-def grids_of(stage: Stage) -> Iterator[Grid]:
-    """Yield the images of a stage from which nothing was dropped so far, in order; tokens in a row without text between are one image.
+def grids_of(vision_BN: Tensor, inputs: Mapping[str, Any]) -> Iterator[Grid]:
+    """Yield the images of a forward, by its tokens of images and its arguments; tokens in a row without text between are one image.
 
     Sides are those of `image_grid_thw` where the model's forward gets that, divided by what merges patches; else images are squares. Raises
     AerogelError for other images.
     """
-    given = stage.inputs.get("image_grid_thw")
+    given = inputs.get("image_grid_thw")
     shapes = iter([] if given is None else given.tolist())
-    for row, vision_K in enumerate(stage.vision_BK):
-        place_V = vision_K.nonzero()[:, 0]
+    for row, vision_N in enumerate(vision_BN):
+        place_V = vision_N.nonzero()[:, 0]
         ends = ((place_V.diff() > 1).nonzero()[:, 0] + 1).tolist()
         for place_P in place_V.tensor_split(ends) if len(place_V) else ():
             yield Grid(row, place_P, *_sides(len(place_P), next(shapes, None)))

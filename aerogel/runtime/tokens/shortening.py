@@ -120,6 +120,8 @@ class Shortening:
         self.decoder, self.rules, self.watch, self.drops_text = decoder, rules, tuple(watch), drops_text
         self.lengths: tuple[int, ...] = ()
         """Positions that each block computed in the last forward of more than one position."""
+        self.left: Kept | None = None
+        """Positions that were left behind the last block in that forward; None where all were."""
         self.dropped = 0
         """Positions that were not computed so far, over all rows and blocks."""
         self._network, self._vocabulary = network, Vocabulary.of(network)
@@ -275,6 +277,8 @@ class Shortening:
         forward = self._under_way
         if self.evict is not None and forward.first_B is not None and number in forward.layers and forward.kind_BN.shape[1] > 1:
             self.evict.after(forward.layers[number], forward.first_B)
+        if number == self.decoder.depth - 1 and forward.kind_BN.shape[1] > 1:
+            self.left = forward.kept
         hidden_BKC = output[0] if isinstance(output, tuple) else output
         changed_BKC = deepstack.add(number, hidden_BKC, forward.kept)
         if number == self.decoder.depth - 1 and forward.kept is not None:
