@@ -24,6 +24,7 @@ from torch import Tensor
 from aerogel.data import files, messages, sources
 from aerogel.data.files import Record
 from aerogel.data.records import CHATS
+from aerogel.data.unpacking import PACKED
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 
@@ -101,7 +102,7 @@ def _is_text(source: str | Path) -> bool:
     """True for shipped text, and for what by its name is a file of text."""
     is_streamed = sources.is_streamed(source)
     there = not is_streamed and not Path(source).is_dir() and files.format_of(Path(source)) == ".txt"
-    return there or (is_streamed and Path(source).suffix.lower() in (*files.FORMATS, ".gz"))
+    return there or (is_streamed and Path(source).suffix.lower() in (*files.FORMATS, *PACKED))
 
 
 def drawn(chats: Sequence[Chat], count: int, seed: int) -> list[Chat]:
