@@ -69,18 +69,18 @@ class Chats:
     """Column with the chat; None finds it by its name."""
 
 
-def read(source: str | Path, column: str | None = None) -> list[Chat]:
-    """Return the chats of a file of records, a folder of them or a dataset.
+def read(source: str | Path, column: str | None = None, most: int | None = None) -> list[Chat]:
+    """Return the chats of a file of records, a folder of them or a dataset; with `most` so many of its first ones.
 
     Raises AerogelError, with the line, for what is no chat or an image that is not there or cannot be opened.
     """
     if _is_text(source):
         raise AerogelError(f"no chats at {source}; give a .jsonl file whose lines have messages and images, or another file of records")
-    most = MOST_STREAMED if sources.is_streamed(source) else None
+    bound = MOST_STREAMED if most is None and sources.is_streamed(source) else None
     records = sources.records(source)
-    found = [_chat(record, Path(source).parent, column) for record in islice(records, most)]
-    if most is not None and next(records, None) is not None:
-        warnings.warn(f"{source} is read up to its first {most:,} chats", stacklevel=2)
+    found = [_chat(record, Path(source).parent, column) for record in islice(records, most or bound)]
+    if bound is not None and next(records, None) is not None:
+        warnings.warn(f"{source} is read up to its first {bound:,} chats", stacklevel=2)
     if not found:
         raise AerogelError(f"{source} holds no chat; expected one on each line")
     return found
