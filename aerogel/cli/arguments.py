@@ -147,8 +147,8 @@ Data = Annotated[
         "--data",
         section=DATA,
         metavar="DATA",
-        help="Calibration data [sotu]: shipped text by name; .txt, .jsonl, .json, .csv, .tsv or .parquet, also .gz; a folder of "
-        "them; or a dataset of the hub (OWNER/NAME:CONFIG:SPLIT). Diffusion: file with one prompt per line, or records.",
+        help="Calibration data [sotu]: shipped text by name; .txt, .jsonl, .json, .csv, .tsv, .parquet or .arrow, also packed (.gz); a "
+        "folder of them; or a dataset of the hub (OWNER/NAME:CONFIG:SPLIT). Diffusion: file with one prompt per line, or records.",
     ),
 ]
 Column = Annotated[

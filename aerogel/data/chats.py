@@ -1,6 +1,7 @@
 """Chats about images as calls: the whole chat is read, `labels` say which tokens are the last answer's.
 
-B chats, S tokens. Prompts differ in length; the shorter ones are padded on the left.
+B chats, S tokens. Chats of one length share a call of the calibration, so it has no padding: a layer of experts or of an image encoder
+could not tell which rows of its input to leave out of statistics. Where nothing but answers is read, chats are padded on the left.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from aerogel.data import files, messages, sources
 from aerogel.data.files import Record
 from aerogel.data.records import CHATS
+from aerogel.data.unpacking import PACKED
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 
@@ -62,23 +64,23 @@ class Chats:
     count: int = 256
     """Chats, drawn by seed."""
     batch: int = 8
-    """Chats in one call."""
+    """Chats in one call at most; those of one call are equally long."""
     column: str | None = None
     """Column with the chat; None finds it by its name."""
 
 
-def read(source: str | Path, column: str | None = None) -> list[Chat]:
-    """Return the chats of a file of records, a folder of them or a dataset.
+def read(source: str | Path, column: str | None = None, most: int | None = None) -> list[Chat]:
+    """Return the chats of a file of records, a folder of them or a dataset; with `most` so many of its first ones.
 
     Raises AerogelError, with the line, for what is no chat or an image that is not there or cannot be opened.
     """
     if _is_text(source):
         raise AerogelError(f"no chats at {source}; give a .jsonl file whose lines have messages and images, or another file of records")
-    most = MOST_STREAMED if sources.is_streamed(source) else None
+    bound = MOST_STREAMED if most is None and sources.is_streamed(source) else None
     records = sources.records(source)
-    found = [_chat(record, Path(source).parent, column) for record in islice(records, most)]
-    if most is not None and next(records, None) is not None:
-        warnings.warn(f"{source} is read up to its first {most:,} chats", stacklevel=2)
+    found = [_chat(record, Path(source).parent, column) for record in islice(records, most or bound)]
+    if bound is not None and next(records, None) is not None:
+        warnings.warn(f"{source} is read up to its first {bound:,} chats", stacklevel=2)
     if not found:
         raise AerogelError(f"{source} holds no chat; expected one on each line")
     return found
@@ -100,7 +102,7 @@ def _is_text(source: str | Path) -> bool:
     """True for shipped text, and for what by its name is a file of text."""
     is_streamed = sources.is_streamed(source)
     there = not is_streamed and not Path(source).is_dir() and files.format_of(Path(source)) == ".txt"
-    return there or (is_streamed and Path(source).suffix.lower() in (*files.FORMATS, ".gz"))
+    return there or (is_streamed and Path(source).suffix.lower() in (*files.FORMATS, *PACKED))
 
 
 def drawn(chats: Sequence[Chat], count: int, seed: int) -> list[Chat]:
@@ -108,15 +110,19 @@ def drawn(chats: Sequence[Chat], count: int, seed: int) -> list[Chat]:
     return random.Random(seed).sample(list(chats), min(count, len(chats)))
 
 
-def calls(chats: Sequence[Chat], processor: Any, batch: int = 8, device: torch.device | str = "cpu") -> list[Call]:
-    """Return the forwards that read these chats; `labels` are the last answer's tokens, its end among them, and -100 elsewhere.
+def calls(chats: Sequence[Chat], processor: Any, batch: int = 8, device: torch.device | str = "cpu", *, padded: bool = False) -> list[Call]:
+    """Return the forwards that read these chats: those of one length together, or `padded` as many as go into a batch in their order.
 
-    Raises AerogelError for a processor without a chat template or image processor.
+    `labels` are the last answer's tokens, its end among them, and -100 elsewhere. Raises AerogelError for a processor without a chat
+    template or image processor.
     """
     if not getattr(processor, "chat_template", None) or not hasattr(processor, "image_processor"):
         raise AerogelError("chats about images need a processor with an image processor and a chat template; this model has none")
-    rows = [_read(chat, processor) for chat in chats]
-    return [Call((), {**_joined(rows[start : start + batch], device), "use_cache": False}) for start in range(0, len(rows), batch)]
+    alike: dict[Any, list[dict[str, Tensor]]] = {}
+    for row in (_read(chat, processor) for chat in chats):
+        alike.setdefault(None if padded else _shape_of(row), []).append(row)
+    batches = [rows[start : start + batch] for rows in alike.values() for start in range(0, len(rows), batch)]
+    return [Call((), {**_joined(rows, device), "use_cache": False}) for rows in batches]
 
 
 def prompts(chats: Sequence[Chat], processor: Any, batch: int = 8, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
@@ -198,6 +204,11 @@ def _read(chat: Chat, processor: Any) -> dict[str, Tensor]:
     labels = inputs["input_ids"].clone()
     labels[:, :asking] = IGNORED
     return {**inputs, "labels": labels}
+
+
+def _shape_of(row: dict[str, Tensor]) -> tuple[Any, ...]:
+    """Return what rows of one call have in common: their tokens, and the shape of an image, of which a row may have any number."""
+    return tuple((name, tensor.shape[1:]) for name, tensor in row.items())
 
 
 def _joined(rows: Sequence[dict[str, Tensor]], device: torch.device | str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Files of records: .txt, .jsonl, .json, .csv, .tsv and .parquet, each also packed as .gz, read as a stream of one record at a time."""
+"""Files of records: .txt, .jsonl, .json, .csv, .tsv, .parquet and .arrow, each also packed, read as a stream of one record at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from aerogel.data.json_arrays import items
 from aerogel.data.unpacking import check, is_packed, lines, open_bytes, open_text
@@ -28,7 +28,9 @@ _CELL = 2**26
 _ROW_GROUP = 2**32
 """Bytes of a row group of a .parquet at most, unpacked."""
 _ROWS = 64
-"""Rows of a .parquet that are made at once."""
+"""Rows of a .parquet or .arrow that are made at once."""
+_ARROW_FILE = b"ARROW1"
+"""Start of an .arrow with an index of its batches; without it, one follows the other as datasets writes them."""
 _ARRAYS = ("data", "train", "rows", "records", "examples", "instances", "samples")
 """Keys under which an object in a .json has its records, the likelier first."""
 
@@ -156,41 +158,66 @@ def _header(names: list[str], place: str) -> list[str]:
     return names
 
 
-def _parquet(path: Path) -> Iterator[Record]:
+def _rows(path: Path, batches: Callable[[Path, BinaryIO], Iterator[Any]]) -> Iterator[Record]:
+    """Rows of a file of columns, from what gives its batches by pyarrow."""
     try:
         import pyarrow
-        from pyarrow import parquet
     except ImportError as error:
         raise AerogelError(f"reading {path} needs the pyarrow package: pip install 'aerogel[datasets]'") from error
     number = 0
     with _seekable(path) as file:
         try:
-            table = parquet.ParquetFile(file)
-            groups = [table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups)]
-            if max(groups, default=0) > _ROW_GROUP:
-                raise AerogelError(f"{path} has a row group of {max(groups):,} bytes; write it with smaller ones")
-            for batch in table.iter_batches(batch_size=_ROWS):
-                for row in batch.to_pylist():
-                    yield Record(row, f"{path} row {number}")
-                    number += 1
-            if number != table.metadata.num_rows:
-                raise AerogelError(f"{path} has {number} of the {table.metadata.num_rows} rows that it names; fetch the file again")
+            for batch in batches(path, file):
+                for start in range(0, batch.num_rows, _ROWS):
+                    for row in batch.slice(start, _ROWS).to_pylist():
+                        yield Record(row, f"{path} row {number}")
+                        number += 1
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
-            reason = " ".join(str(error).split())
-            raise AerogelError(f"{path} cannot be read from row {number} on as .parquet ({reason[:200]}); fetch the file again") from error
+            reason, kind = " ".join(str(error).split())[:200], format_of(path)
+            raise AerogelError(f"{path} cannot be read from row {number} on as {kind} ({reason}); fetch the file again") from error
+
+
+def _parquet(path: Path, file: BinaryIO) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    table = parquet.ParquetFile(file)
+    groups = [table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups)]
+    if max(groups, default=0) > _ROW_GROUP:
+        raise AerogelError(f"{path} has a row group of {max(groups):,} bytes; write it with smaller ones")
+    number = 0
+    for batch in table.iter_batches(batch_size=_ROWS):
+        number += batch.num_rows
+        yield batch
+    if number != table.metadata.num_rows:
+        raise AerogelError(f"{path} has {number} of the {table.metadata.num_rows} rows that it names; fetch the file again")
+
+
+def _arrow(path: Path, file: BinaryIO) -> Iterator[Any]:
+    from pyarrow import ipc, memory_map
+
+    start, mapped = file.read(len(_ARROW_FILE)), memory_map(file.name)  # where a length beyond the end of the file takes no memory
+    if start == _ARROW_FILE:
+        table = ipc.open_file(mapped)
+        batches = map(table.get_batch, range(table.num_record_batches))
+    else:
+        batches = iter(ipc.open_stream(mapped))
+    for batch in batches:
+        batch.validate(full=True)  # offsets of damaged columns would be read outside of memory
+        yield batch
 
 
 @contextmanager
 def _seekable(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that is read from its end; a .gz is unpacked into a temporary file."""
+    """Open a file that is read from its end; one that is packed is unpacked into a temporary file."""
     with open_bytes(path) as file:
         if not is_packed(path):
             yield file
             return
-        with tempfile.TemporaryFile() as unpacked:
+        with tempfile.NamedTemporaryFile() as unpacked:
             shutil.copyfileobj(file, unpacked)
+            unpacked.flush()
             unpacked.seek(0)
-            yield unpacked
+            yield cast(BinaryIO, unpacked)
 
 
 FORMATS: dict[str, Callable[[Path], Iterator[Record]]] = {
@@ -200,6 +227,7 @@ FORMATS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".json": _json,
     ".csv": partial(_table, delimiter=","),
     ".tsv": partial(_table, delimiter="\t"),
-    ".parquet": _parquet,
+    ".parquet": partial(_rows, batches=_parquet),
+    ".arrow": partial(_rows, batches=_arrow),
 }
 """Readers by the end of the name; a name that ends otherwise is that of a text."""

@@ -13,11 +13,14 @@ from typing import Any
 
 from aerogel.data import datasets_library, files
 from aerogel.data.files import Record
+from aerogel.data.unpacking import PACKED, is_packed
 from aerogel.errors import AerogelError
 
 SHIPPED = tuple(sorted(path.name.removesuffix(".txt.gz") for path in Path(__file__).parent.glob("*.txt.gz")))
 """Names of the text that comes with the package; SOURCES.md says what each one is."""
-FORMATS = "a .txt, .jsonl, .json, .csv, .tsv or .parquet (each also as .gz), a folder of them or one saved by datasets"
+FORMATS = (
+    "a .txt, .jsonl, .json, .csv, .tsv, .parquet or .arrow (each also as .gz, .bz2, .xz or .zst), a folder of them or one saved by datasets"
+)
 GIVEN = "given data"
 """Name in a run's record of what no file can name."""
 _TRAIN = re.compile(r"(?<![a-z])train(ing)?(?![a-z])")
@@ -67,7 +70,7 @@ def records(source: Any) -> Iterator[Record]:
         return datasets_library.saved(path) if datasets_library.is_saved(path) else _folder(path)
     if exists:
         return files.records(path)
-    if datasets_library.ID.fullmatch(str(source)) and Path(source).suffix.lower() not in (*files.FORMATS, ".gz"):
+    if datasets_library.ID.fullmatch(str(source)) and Path(source).suffix.lower() not in (*files.FORMATS, *PACKED):
         return datasets_library.from_hub(str(source), SHIPPED)
     raise AerogelError(f"no text source {str(source)!r}; give {FORMATS}, a dataset of the hub, or one of: {', '.join(SHIPPED)}")
 
@@ -99,7 +102,7 @@ def _data_files(path: Path) -> Iterator[Path]:
         if seen > _MOST_ENTRIES:
             raise AerogelError(f"{path} has more than {_MOST_ENTRIES:,} files and folders in it; give the folder of the data files alone")
         for name in names:
-            ends = Path(name.lower().removesuffix(".gz")).suffix
+            ends = Path(Path(name).stem if is_packed(Path(name)) else name).suffix.lower()
             if ends in files.FORMATS and not name.startswith((".", "_")) and name.lower() not in _NO_DATA:
                 yield Path(folder) / name
 

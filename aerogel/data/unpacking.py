@@ -1,24 +1,31 @@
-"""Files of text as streams: regular files only, .gz unpacked on the way, UTF-8 or what a byte order mark says."""
+"""Files of text as streams: regular files only, .gz, .bz2, .xz and .zst unpacked on the way, UTF-8 or what a byte order mark says."""
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 import io
+import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from aerogel.errors import AerogelError
 
 LONGEST = 2**28
 """Characters of one line at most."""
 _EXPANDED, _RATIO = 2**26, 100
-"""A .gz is refused once it has given more bytes than the first, and more than the second times the bytes that were read of it."""
+"""A packed file is refused once it has given more bytes than the first, and more than the second times the bytes that were read of it."""
 _MOST_RATIO = 1032
 """No .gz expands to more than so many times its size."""
+_PIECE = 2**16
+"""Bytes of a packed file that are read at once."""
+_DICTIONARY = 2**28
+"""Bytes of memory that unpacking an .xz may take at most; that of xz -9 takes a quarter."""
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -31,9 +38,9 @@ _MARKS = (
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to read its bytes, unpacked where its name ends with .gz.
+    """Open a file to read its bytes, unpacked where its name ends with one of PACKED.
 
-    Raises AerogelError for what is no regular file or cannot be read, for a damaged .gz and for one that expands without bound.
+    Raises AerogelError for what is no regular file or cannot be read, for a damaged packed file and for one that expands without bound.
     """
     if not path.is_file():  # a pipe would be waited for
         raise AerogelError(f"{path} is {'no regular file' if path.exists() else 'missing'}; give a file that can be read from its start")
@@ -56,8 +63,8 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
 
 
 def is_packed(path: Path) -> bool:
-    """Return True if the name says that the file is a .gz."""
-    return path.suffix.lower() == ".gz"
+    """Return True if the name says that the file is packed."""
+    return path.suffix.lower() in PACKED
 
 
 def lines(path: Path, newline: str | None = None) -> Iterator[str]:
@@ -85,12 +92,13 @@ def check(text: str, path: Path, line: int) -> None:
 
 
 class _Unpacked(io.RawIOBase):
-    """The bytes of a .gz as far as they are asked for."""
+    """The bytes of a packed file as far as they are asked for."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file, self._given = path, file, 0
-        self._refuse_bomb(*self._named(file))
-        self._stream = gzip.GzipFile(fileobj=file)
+        if path.suffix.lower() == ".gz":
+            self._refuse_bomb(*self._named(file))
+        self._stream = PACKED[path.suffix.lower()](path, file)
 
     def readable(self) -> bool:
         return True
@@ -98,8 +106,11 @@ class _Unpacked(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         try:
             found = self._stream.read(len(buffer))
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise AerogelError(f"{self._path} is damaged or no .gz ({error}); fetch or copy the file again") from error
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # of the disk; libraries that unpack give none
+                raise
+            ending, reason = self._path.suffix.lower(), " ".join(str(error).split())
+            raise AerogelError(f"{self._path} is damaged or no {ending} ({reason}); fetch or copy the file again") from error
         self._given += len(found)
         self._refuse_bomb(self._given, self._file.tell())
         buffer[: len(found)] = found
@@ -119,3 +130,40 @@ class _Unpacked(io.RawIOBase):
         named = int.from_bytes(file.read(4), "little")
         file.seek(0)
         return (named if named <= _MOST_RATIO * size else 0, size)
+
+
+class _Streams:
+    """The bytes of streams that follow each other in a file, from what makes a decompressor of the standard library."""
+
+    def __init__(self, file: BinaryIO, make: Callable[[], Any]) -> None:
+        self._file, self._make, self._stream = file, make, make()
+
+    def read(self, size: int) -> bytes:
+        """Return some of the bytes, at most so many; none at the end."""
+        while True:
+            packed = b""
+            if self._stream.eof:
+                if not (packed := self._stream.unused_data or self._file.read(_PIECE)):
+                    return b""
+                self._stream = self._make()
+            elif self._stream.needs_input and not (packed := self._file.read(_PIECE)):
+                raise EOFError("it is cut short")
+            if found := self._stream.decompress(packed, size):
+                return bytes(found)
+
+
+def _zstandard(path: Path, file: BinaryIO) -> Any:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise AerogelError(f"reading {path} needs the pyarrow package: pip install 'aerogel[datasets]'; or unpack it") from error
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
+
+
+PACKED: dict[str, Callable[[Path, BinaryIO], Any]] = {
+    ".gz": lambda path, file: gzip.GzipFile(fileobj=file),
+    ".bz2": lambda path, file: _Streams(file, bz2.BZ2Decompressor),
+    ".xz": lambda path, file: _Streams(file, partial(lzma.LZMADecompressor, memlimit=_DICTIONARY)),
+    ".zst": _zstandard,
+}
+"""What gives the bytes of a packed file, by the end of its name."""

@@ -16,8 +16,9 @@ from aerogel.engine import provenance, structure_file
 from aerogel.engine.calibration import Calibration, Shown, prepare, reading
 from aerogel.engine.coverage import coverage
 from aerogel.engine.estimates import needs_calls
+from aerogel.engine.numbers import check_activations, check_weights
 from aerogel.engine.planning import Plan, plan_network
-from aerogel.engine.preflight import check_calls, check_output, check_plan, check_weights, partial_of
+from aerogel.engine.preflight import check_calls, check_output, check_plan, partial_of
 from aerogel.engine.progress import Watch
 from aerogel.engine.result import Result, save_locked, write
 from aerogel.engine.resume import Progress, fingerprint_of, resumable
@@ -76,6 +77,8 @@ class Job:
             check_calls(network, self.recipe, calibration.calls)
             check_shares(self.recipe, calibration.calls, self.processes)
         of_first(lambda: check_weights(network))
+        if needs_calls(self.recipe):
+            of_first(lambda: check_activations(network, read))
         return calibration
 
     def expected(self, measures: Sequence[str | Measure] | None) -> dict[Any, float]:

@@ -1,4 +1,7 @@
-"""The dry run: what a recipe will touch and leave, what it will weigh on disk and in memory, how long it takes; nothing is changed."""
+"""The dry run: what a recipe will touch and leave, what it will weigh on disk and in memory, how long it takes; nothing is changed.
+
+No weight is read and nothing runs, but where float16 is computed in: whether that overflows, only a call of the calibration shows.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from aerogel.engine.estimates import (
     too_large,
 )
 from aerogel.engine.fused_sets import mixed_sets, unknown_sets
+from aerogel.engine.numbers import overflowing
 from aerogel.engine.opening import open_model
 from aerogel.engine.patterns import unmatched
 from aerogel.engine.progress import StageName
@@ -140,6 +144,8 @@ def plan(
         read = available(network, read)
         columns = columns_read(read)
     made = plan_network(network, parsed, reading(network, read), flops_a_second, processes, wanted)
+    if not made.problems:
+        made = replace(made, problems=tuple(overflowing(network, read if needs_calls(parsed) else None)))
     return replace(made, remarks=(*made.remarks, *columns)) if columns and not made.problems else made
 
 

@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
-
 from aerogel.engine.planning import Plan
 from aerogel.engine.requirements import unmet, unmet_by_calls
 from aerogel.engine.resume import RUN
 from aerogel.errors import AerogelError
 from aerogel.io import save
-from aerogel.io.checkpoint import is_sound
 from aerogel.io.record import files
-from aerogel.layers.replacement import Replacement
-from aerogel.layers.slots import slots
 from aerogel.methods.base import Before, CalibrationSize
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -64,23 +59,3 @@ def check_finished(output: Path) -> None:
     partial = partial_of(output)
     if partial.exists() and (output / files.FILE).is_file():
         raise AerogelError(f"{output} is finished, and {partial} is left over from its run; remove {partial.name}, or give another output")
-
-
-def check_weights(network: Network) -> None:
-    """Make sure that every weight is a number; raises AerogelError that names the first tensor that has NaN or infinity."""
-    checkpoint, limits = network.checkpoint, _limits(network.module)
-    if checkpoint is not None:
-        bad = checkpoint.nonfinite(limits=limits)
-    else:
-        floats = (slot for slot in slots(network.module) if slot.tensor.is_floating_point() and slot.tensor.element_size() > 1)
-        bad = [slot.name for slot in floats if not is_sound(slot.tensor, slot.name in limits)]
-    if bad:
-        more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
-        where = f"{checkpoint.file(bad[0])}: " if checkpoint is not None else ""
-        raise AerogelError(f"{where}{bad[0]}{more} holds NaN or infinity; such weights cannot be compressed, get a sound copy of the model")
-
-
-def _limits(module: nn.Module) -> set[str]:
-    """Names of the buffers of a model's own code: clamps that were never set are infinite. Those of replaced layers are weights."""
-    parts = ((name, part) for name, part in module.named_modules() if not isinstance(part, Replacement))
-    return {f"{name}.{key}" if name else key for name, part in parts for key, _ in part.named_buffers(recurse=False)}

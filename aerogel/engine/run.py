@@ -22,6 +22,7 @@ from aerogel.engine.calibration import Calibration, CalibrationInput, shown, wit
 from aerogel.engine.estimates import needs_teacher
 from aerogel.engine.in_parts import in_parts, wants_parts
 from aerogel.engine.job import Job
+from aerogel.engine.numbers import check_answers
 from aerogel.engine.opening import open_model
 from aerogel.engine.policies import CalibratedPolicy, Parameters
 from aerogel.engine.progress import Event, Tell, Watch
@@ -177,6 +178,7 @@ class Run:
 
     def _calibrate(self, number: int, step: Step, policy: RuntimePolicy[Any], before: CalibratedPolicy | None) -> CalibratedPolicy:
         with self._held(policy), seeded(self.seed, number):
+            self._check_answers(policy)
             return policies.calibrated(self.network, step, self.calibration.calls, before, self.processes)
 
     @contextmanager
@@ -287,9 +289,16 @@ class Run:
             resident(self._teacher(method)),
             torch.set_grad_enabled("gradients" in method.requires),
         ):
+            self._check_answers(method)
             method.apply(self.network, self.network.placement.bring_calls(self.calibration.calls))
             self.processes.copy_first(self.network.module.state_dict())
         self.journal += [{"method": step, **note} for note in self.network.take_notes()]
+
+    def _check_answers(self, method: Method | RuntimePolicy[Any]) -> None:
+        """Refuse a model that overflows before it is measured whole; a cache that is on would take the calls for a generation."""
+        cached = any(measured.policy.skips_modules for measured in self.policies)
+        if "calls" in method.requires and not cached:
+            check_answers(self.network, self.calibration.calls)
 
     @contextmanager
     def _resident(self, stage: Stage | None = None) -> Iterator[None]:

@@ -18,6 +18,7 @@ from aerogel.model.batches import Batches
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.overflow import require_finite
 from aerogel.model.placement import HOST, Placement
 from aerogel.model.walk import InMemory, Residency, Walk
 
@@ -112,8 +113,10 @@ class TeacherWalk:
     def _answer(self, own: Block) -> None:
         """Run the teacher's block; its outputs are kept on the host."""
 
-        def run() -> list[Any]:
-            return [own.network.placement.take_back(own.run(call)) for call in own.calls]
+        def answer(call: Call) -> Any:
+            output = own.run(call)
+            require_finite(own.name, own.module, call, output)
+            return own.network.placement.take_back(output)
 
-        own.outputs = self._batches.fit(run)
+        own.outputs = self._batches.fit(lambda: [answer(call) for call in own.calls])
         self._halvings = self._batches.halvings

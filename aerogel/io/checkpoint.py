@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from aerogel.errors import AerogelError, reason_of
 from aerogel.io.headers import REPAIR, Entry, read_header, read_index
 from aerogel.kernels.malloc import release_pages
 from aerogel.layers.slots import Slot, release, slots
+from aerogel.numerics.ranges import is_sound, require_range
 
 # In the order transformers and diffusers look for them: one file wins over an index.
 STEMS = ("model", "diffusion_pytorch_model")
@@ -153,10 +153,20 @@ class Checkpoint:
         for name in self._files:
             self._stored(name)
 
-    def nonfinite(self, names: Iterable[str] | None = None, limits: Collection[str] = ()) -> list[str]:
-        """Names of the float tensors that hold a NaN, or an infinity where they are no `limits`; by default among all, read one by one."""
-        wanted = [name for name in (self.names() if names is None else names) if self.dtype(name).is_floating_point]
-        return [name for name, tensor in self._read(wanted) if not is_sound(tensor, name in limits)]
+    def nonfinite(
+        self, names: Iterable[str] | None = None, limits: Collection[str] = (), dtypes: Mapping[str, torch.dtype] | None = None
+    ) -> list[str]:
+        """Names of the float tensors that hold a NaN, or an infinity where they are no `limits`; by default among all, read one by one.
+
+        Raises AerogelError for one with finite numbers that the dtype in `dtypes` which it is cast to does not hold.
+        """
+        wanted, bad = [name for name in (self.names() if names is None else names) if self.dtype(name).is_floating_point], []
+        for name, tensor in self._read(wanted):
+            if not is_sound(tensor, name in limits):
+                bad.append(name)
+            elif dtypes is not None and name in dtypes:
+                require_range(f"{self.file(name)}: {name}", tensor, dtypes[name])
+        return bad
 
     def names(self) -> list[str]:
         """Names of all tensors, file by file."""
@@ -242,7 +252,8 @@ class Checkpoint:
 
         Floats of 16 bits or more take `dtype`, by default what each meta tensor declares. Submodules in `skip` stay on meta.
         Tensors that several places share are read once and stay shared. Raises AerogelError on a name the checkpoint lacks, a
-        wrong shape, or integers where floats belong. A single number may be a scalar or a vector of one: both are in use for scales.
+        wrong shape, integers where floats belong, or a number that the dtype does not hold. A single number may be a scalar or a vector
+        of one: both are in use for scales.
         """
         wanted: dict[str, list[Slot]] = {}
         owners: dict[int, str] = {}
@@ -257,6 +268,8 @@ class Checkpoint:
             self._check_fits(name, first.tensor)
             floats = first.tensor.is_floating_point() and first.tensor.element_size() >= 2
             target = dtype if dtype is not None and floats else first.tensor.dtype
+            if isinstance(first.tensor, nn.Parameter):  # buffers may hold limits
+                require_range(f"{self.file(name)}: {name}", tensor, target)
             filled = first.like(tensor.to(device, target, copy=True).reshape(first.tensor.shape))
             for slot in stored[name]:
                 slot.put(filled)
@@ -377,12 +390,3 @@ class _Shards:
 def is_float8(dtype: torch.dtype) -> bool:
     """Return True for floats of 8 bits, which mean nothing without a scale."""
     return dtype.is_floating_point and dtype.itemsize == 1
-
-
-def is_sound(tensor: Tensor, limit: bool = False) -> bool:
-    """Return True for numbers without a NaN, and without an infinity unless they are a limit such as that of a clamp."""
-    if not tensor.numel():
-        return True
-    # The extremes are NaN when any number is; they need no memory, and float8 has none of its own.
-    extremes = torch.aminmax(tensor.to(torch.bfloat16) if tensor.element_size() == 1 else tensor)
-    return all(math.isfinite(extreme.item()) or (limit and not math.isnan(extreme.item())) for extreme in extremes)

@@ -29,6 +29,7 @@ from aerogel.model.experts import unfuse
 from aerogel.model.family import Family
 from aerogel.model.network import Network
 from aerogel.model.placement import HOST, Placement, move
+from aerogel.numerics.ranges import require_range
 
 _DENOISERS = ("transformer", "transformer_2", "unet")
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers", "decoder_layers")
@@ -121,6 +122,8 @@ def _live(families: Sequence[Family], module: nn.Module, processor: Any, dtype: 
             f"{absent[0]} and {len(absent) - 1} more are on the meta device; give the model's folder, or move it to memory first"
         )
     if dtype is not None:
+        for name, parameter in module.named_parameters():
+            require_range(name, parameter, dtype)
         module.to(dtype)
     family = family_of_module(families, module)
     names = Names.of(module)

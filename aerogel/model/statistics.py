@@ -6,6 +6,7 @@ one set of statistics. Nothing is kept but the sums, so memory does not grow wit
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -29,7 +30,11 @@ _PANEL = 256
 class InputStatistics:
     """Sums over every input that one or more linear layers were given."""
 
-    def __init__(self, columns: int, device: torch.device, moment: bool = False, ranges: bool = False, rows_per_call: int = 0) -> None:
+    def __init__(
+        self, columns: int, device: torch.device, moment: bool = False, ranges: bool = False, rows_per_call: int = 0, name: str = "a layer"
+    ) -> None:
+        """`name` is that of a layer, for errors."""
+        self.name = name
         self.tokens = 0
         self.columns = columns
         self._sum_II = torch.zeros(columns, columns, device=device) if moment else None
@@ -42,7 +47,7 @@ class InputStatistics:
         self._complete = False
 
     def update(self, x: Tensor) -> None:
-        """Take in one input (..., I)."""
+        """Take in one input (..., I); raises AerogelError where its range is not finite."""
         assert not self._complete, "the Hessian was made already"
         x_TI = x.detach().reshape(-1, x.shape[-1])
         if not len(x_TI):
@@ -58,8 +63,10 @@ class InputStatistics:
             magnitude_TI = x_TI.abs()
             self._absolute_I += magnitude_TI.sum(0)
             torch.maximum(self._absmax_I, magnitude_TI.amax(0), out=self._absmax_I)
-            low, high = torch.aminmax(x_TI)
-            self.extremes.append((low.item(), high.item()))
+            low, high = (extreme.item() for extreme in torch.aminmax(x_TI))
+            if not math.isfinite(high - low):
+                raise self._not_finite(max(-low, high))
+            self.extremes.append((low, high))
 
     def merge(self, other: InputStatistics) -> None:
         """Take in what another set has seen."""
@@ -91,11 +98,16 @@ class InputStatistics:
         assert self._sum_II is not None, "statistics were collected without the Hessian"
         if not self._complete:
             self._sum_II.div_(max(self.tokens, 1))
-            if not bool(torch.isfinite(self._sum_II.diagonal().sum())):
-                raise AerogelError("the inputs hold NaN or infinity; check the weights and the calibration data")
+            if not math.isfinite(trace := self._sum_II.diagonal().sum().item()):
+                raise self._not_finite(trace)
             _mirror(self._sum_II)
             self._complete = True
         return self._sum_II
+
+    def _not_finite(self, largest: float) -> AerogelError:
+        return AerogelError(
+            f"{self.name}: its inputs are not finite (largest magnitude {largest}); check the weights and the calibration data"
+        )
 
     def mean_magnitude(self) -> Tensor:
         """Mean of |x| over all tokens, for each column."""
@@ -156,7 +168,7 @@ def collect(block: Block, names: Iterable[str], *, moment: bool = False, ranges:
 
     def take(names: tuple[str, ...], x: Tensor) -> None:
         if names not in parts:
-            parts[names] = InputStatistics(x.shape[-1], x.device, moment, ranges, rows_per_call)
+            parts[names] = InputStatistics(x.shape[-1], x.device, moment, ranges, rows_per_call, block.full_name(names[0]))
         parts[names].update(x)
 
     visits: Counter[str] = Counter()
@@ -180,7 +192,9 @@ def together(
     totals: dict[tuple[str, ...], InputStatistics] = {}
     for names, (columns, _, _) in {names: facts for one in seen for names, facts in one.items()}.items():
         device = block.network.device
-        total = totals[names] = parts.get(names) or InputStatistics(columns, device, moment, ranges, rows_per_call)
+        total = totals[names] = parts.get(names) or InputStatistics(
+            columns, device, moment, ranges, rows_per_call, block.full_name(names[0])
+        )
         total.add_others(block.processes, device)
         total.tokens = sum(one[names][1] for one in seen if names in one)
         total.extremes = [pair for one in seen if names in one for pair in one[names][2]]

@@ -24,6 +24,7 @@ from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.hooks import Stop, patch_forward, until
 from aerogel.model.network import Network
+from aerogel.model.overflow import require_finite
 from aerogel.model.processes import ALONE, Processes
 from aerogel.model.shared_entries import Watched, mappings_in, write
 from aerogel.model.trace import NON_BLOCK, Route, trace
@@ -164,7 +165,9 @@ class Walk:
         with cache_dequantized(block.module):
             for number, (part, call) in enumerate(self._inputs(block.name)):
                 parts.append(part)
-                outputs.append(self._network.placement.take_back(self._answer(block, number, call)))
+                answer = self._answer(block, number, call)
+                require_finite(block.name, block.module, call, answer["output"])
+                outputs.append(self._network.placement.take_back(answer))
                 if part.last:
                     self._outputs.put(block.name, part.call_index, joined(parts, outputs))
                     parts, outputs = [], []

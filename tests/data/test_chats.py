@@ -31,41 +31,47 @@ def pair() -> Pair:
 
 
 def test_labels_are_the_answer_and_its_end(pair: Pair) -> None:
-    questions = asked(12)
-    for call, some in zip(chats.calls(questions, pair, batch=4), (questions[:4], questions[4:8], questions[8:]), strict=True):
-        for ids, labels, mask, chat in zip(*(call.kwargs[key] for key in ("input_ids", "labels", "attention_mask")), some, strict=True):
-            assert pair.tokenizer.decode(labels[labels != IGNORED]) == f"{chat.answer}<|im_end|>"
+    questions, said = asked(12), []
+    for call in chats.calls(questions, pair, batch=4):
+        assert call.kwargs["attention_mask"].all(), "rows of one length are not padded"
+        assert len(call.kwargs["input_ids"]) <= 4
+        for ids, labels in zip(call.kwargs["input_ids"], call.kwargs["labels"], strict=True):
+            said.append(pair.tokenizer.decode(labels[labels != IGNORED]))
             assert torch.equal(ids[labels != IGNORED], labels[labels != IGNORED])
-            assert (labels != IGNORED).nonzero()[0] > mask.argmax()  # the prompt stands before it, padding before that
-            assert mask.diff().min() >= 0
+            assert labels[0] == IGNORED, "the prompt stands before it"
+            assert labels[-1] != IGNORED
+    assert sorted(said) == sorted(f"{chat.answer}<|im_end|>" for chat in questions)
 
 
 def test_images_become_their_tokens(pair: Pair) -> None:
-    (call,) = chats.calls([chat for chat in asked(12) if chat.images], pair, batch=12)
-    grids = call.kwargs["image_grid_thw"]
-    assert int((call.kwargs["input_ids"] == pair.tokenizer.convert_tokens_to_ids("<|image_pad|>")).sum()) == int(grids.prod(1).sum()) // 4
-    assert len(call.kwargs["pixel_values"]) == int(grids.prod(1).sum())
-    assert torch.equal(call.kwargs["mm_token_type_ids"] == 1, call.kwargs["input_ids"] == 5)
+    calls = chats.calls([chat for chat in asked(12) if chat.images], pair, batch=12)
+    assert any(len(call.kwargs["image_grid_thw"]) > 1 for call in calls)
+    for call in calls:
+        grids = call.kwargs["image_grid_thw"]
+        places = call.kwargs["input_ids"] == pair.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        assert int(places.sum()) == int(grids.prod(1).sum()) // 4
+        assert len(call.kwargs["pixel_values"]) == int(grids.prod(1).sum())
+        assert torch.equal(call.kwargs["mm_token_type_ids"] == 1, call.kwargs["input_ids"] == 5)
 
 
 def test_prompts_end_where_answers_begin(pair: Pair) -> None:
     questions = asked(6)
-    (call,) = chats.calls(questions, pair, batch=6)
     (inputs,) = chats.prompts(questions, pair, batch=6)
+    assert not inputs["attention_mask"].all(), "they differ in length"
     for row, chat in enumerate(questions):
-        whole = call.kwargs["input_ids"][row][call.kwargs["labels"][row] == IGNORED]
-        alive = call.kwargs["attention_mask"][row][call.kwargs["labels"][row] == IGNORED].bool()
-        assert torch.equal(inputs["input_ids"][row][inputs["attention_mask"][row].bool()], whole[alive]), chat
+        (call,) = chats.calls([chat], pair)
+        whole = call.kwargs["input_ids"][call.kwargs["labels"] == IGNORED]
+        assert torch.equal(inputs["input_ids"][row][inputs["attention_mask"][row].bool()], whole), chat
 
 
 def test_a_loss_over_labels_is_that_of_the_answers(pair: Pair) -> None:
     network, _ = untrained()
-    (call,) = chats.calls(asked(5), pair, batch=5)
-    with torch.no_grad():
-        out = network(**call.kwargs)
-    at = call.kwargs["labels"][:, 1:] != IGNORED
-    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1][at], call.kwargs["labels"][:, 1:][at])
-    torch.testing.assert_close(out.loss, expected)
+    for call in chats.calls(asked(5), pair, batch=5):
+        with torch.no_grad():
+            out = network(**call.kwargs)
+        at = call.kwargs["labels"][:, 1:] != IGNORED
+        expected = torch.nn.functional.cross_entropy(out.logits[:, :-1][at], call.kwargs["labels"][:, 1:][at])
+        torch.testing.assert_close(out.loss, expected)
 
 
 def test_a_file_is_what_was_written(tmp_path: Path) -> None:

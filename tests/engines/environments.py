@@ -11,13 +11,18 @@ ROOT = Path(__file__).resolve().parents[2]
 TORCH = "torch==2.13.0"
 
 
-def python_of(name: str, *packages: str, without: tuple[str, ...] = ()) -> Path:
-    """Return the interpreter of an environment under .envs with these packages, and without those that they brought."""
+def python_of(name: str, *packages: str, bare: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Path:
+    """Return the interpreter of an environment under .envs with these packages, and without those that they brought.
+
+    `bare` are installed without the dependencies that they name.
+    """
     folder = ROOT / ".envs" / name
     python, ready = folder / "bin" / "python", folder / "ready"
     if not ready.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", TORCH, *packages], check=True)
+        if bare:
+            subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *bare], check=True)
         if without:
             subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *without], check=True)
         ready.touch()

@@ -51,7 +51,7 @@ def test_predictions_are_compared_and_skipping_is_counted(network: Any, tmp_path
     same = measure.measure(network, network)
     assert same["kl"] == pytest.approx(0, abs=1e-9)
     assert same["top1"] == 1
-    (call,) = chats.calls(chats.read(source), network.processor, 5)
+    (call,) = chats.calls(chats.read(source), network.processor, 5, padded=True)
     (step,) = Recipe.parse({"steps": [{"reduced_topk": {"k": 1, "protect_special": False}}]}).steps
     assert isinstance(step.method, ReducedTopk)
     with policies.on(network, [CalibratedPolicy(step, step.method.calibrate(network, [call]))]):

@@ -26,7 +26,7 @@ from aerogel.layers.linear import QuantLinear
 from aerogel.methods.base import Requirement, RuntimePolicy, WeightMethod
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from tests.methods.matrix import GIVEN, LACKING, METHODS, Case, answers, case, lacking, reachable, require_close, step
+from tests.methods.matrix import GIVEN, LACKING, METHODS, Case, answers, case, lacking, made, reachable, require_close, step
 from tests.tiny import FAMILIES, opened
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' samplers
@@ -101,6 +101,22 @@ def test_a_method_is_refused_where_the_network_lacks_what_it_requires(method: st
     assert 2 * len(refused - lack) < len(others)
     for one in others:
         assert [why for why in one.problems if not why.endswith(tuple(one.own_problems))] == []
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if "calls" in made(name).requires])
+def test_an_activation_that_is_not_finite_is_named(method: str, tmp_path: Path) -> None:
+    """One layer gives infinite numbers from finite weights: every method that reads activations names a layer and the number."""
+    tried = next(one for one in (case(method, name) for name in ("llama", "mixtral", "unet", "dit", "llava")) if not one.problems)
+    network = tried.example.copied()
+    parts = {name: part for name, part in network.module.named_modules() if isinstance(part, torch.nn.Linear)}
+    inside = tuple(f"{block}." for block in network.blocks())
+    large = next(part for name, part in reversed(parts.items()) if name.startswith(inside) and name not in network.gates)
+    with torch.no_grad():
+        large.weight.fill_(3e38)
+    with pytest.raises(AerogelError, match=r"^\S+: its \w+ (is|are) not finite \(largest magnitude (inf|nan)\); check the weights") as said:
+        aerogel.compress(network, tried.recipe, samples=tried.example.calls, output=tmp_path / "out", measures=())
+    assert str(said.value).partition(":")[0] in parts
+    assert not (tmp_path / "out").exists()
 
 
 def reopened(folder: Path, calls: Sequence[Call]) -> list[Tensor]:

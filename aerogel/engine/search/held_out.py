@@ -46,7 +46,9 @@ def halves(network: Network, wanted: Samples | Chats, seed: int) -> tuple[Sequen
     if isinstance(wanted, Chats):
         found = chats.drawn(chats.read(wanted.source, wanted.column), 2 * wanted.count, seed)
         half = _half(len(found), "chats")
-        calls, held = (chats.calls(some, network.processor, wanted.batch, network.device) for some in (found[:half], found[half:]))
+        calls, held = (
+            chats.calls(some, network.processor, wanted.batch, network.device, padded=True) for some in (found[:half], found[half:])
+        )
         facts = {"source": str(wanted.source), "count": half, "fingerprint": chats.fingerprint(found[:half])}
         return calls, HeldOut(held, found[half:]), facts
     doubled = prepare(network, replace(wanted, count=2 * wanted.count), seed, head=True)

@@ -17,7 +17,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from aerogel.errors import AerogelError
 from aerogel.kernels.malloc import release_pages
 from aerogel.layers.linear import QuantLinear, stored_grid
 from aerogel.methods.base import CalibrationSize, CostEstimate, WeightMethod
@@ -98,7 +97,7 @@ class Gptq(WeightMethod):
 
         def see(names: InputGroup, x: Tensor) -> None:
             if names not in seen:
-                seen[names] = InputStatistics(x.shape[-1], x.device, moment=True, ranges=ranges)
+                seen[names] = InputStatistics(x.shape[-1], x.device, moment=True, ranges=ranges, name=block.full_name(names[0]))
             seen[names].update(x)
 
         def change(names: InputGroup) -> None:
@@ -138,7 +137,7 @@ class Gptq(WeightMethod):
         # Without a name here, the Hessians are freed as soon as they are factorised.
         solution = None if not len(weight_BOI) else solve(
             weight_BOI,
-            _stack([problem.hessian(block) for problem in problems[mine.problems]]),
+            _stack([problem.hessian() for problem in problems[mine.problems]]),
             scheme,
             fit,
             moves,
@@ -192,14 +191,11 @@ class _Problem:
         """The rows of all layers, weight_OI in float32."""
         return torch.cat([linear.weight.detach().float() for linear in self.linears.values()])
 
-    def hessian(self, block: Block) -> Tensor:
+    def hessian(self) -> Tensor:
         """The hessian_II of the inputs; zeros when there were none."""
         if self.statistics is None:
             return next(iter(self.linears.values())).weight.new_zeros(self.columns, self.columns, dtype=torch.float32)
-        try:
-            return self.statistics.moment()
-        except AerogelError as error:
-            raise AerogelError(f"{block.full_name(next(iter(self.linears)))}: {error}") from error
+        return self.statistics.moment()
 
     def solved(self, solution: Solution, index: int) -> Iterator[tuple[str, _Layer]]:
         """Yield the layers by name, each with its rows of a solution."""

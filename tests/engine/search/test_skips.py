@@ -105,7 +105,7 @@ def row(findings: Findings, policy: str, asked: float) -> dict[str, Any]:
 def made(findings: Findings, network: Network, policy: str, asked: float, source: Path) -> CalibratedPolicy:
     """The same policy, calibrated outside of the search on the first half."""
     (step,) = Recipe.parse({"steps": [row(findings, policy, asked)["step"]]}).steps
-    return policies.calibrated(network, step, chats.calls(halves(source)[0], network.processor))
+    return policies.calibrated(network, step, chats.calls(halves(source)[0], network.processor, padded=True))
 
 
 def test_every_rule_has_rows_or_a_reason(found: Any) -> None:
@@ -130,7 +130,7 @@ def test_a_rule_that_keeps_the_best_expert_ends_where_it_can(found: Any) -> None
 
 def test_rows_are_what_the_policy_does_to_the_other_half(found: Any, source: Path) -> None:
     network, findings, _ = found
-    (call,) = chats.calls(halves(source)[1], network.processor)
+    (call,) = chats.calls(halves(source)[1], network.processor, padded=True)
     labels_BS = call.kwargs["labels"]
     whole_BSV = network.run(Call((), {**call.kwargs, "labels": None})).logits
     with policies.on(network, [made(findings, network, "modes", BUDGET, source)]):
@@ -192,7 +192,7 @@ def test_the_best_moves_predictions_least_and_its_folder_puts_it_on(found: Any, 
     assert findings.best.step.as_dict() == best["step"]
     assert {path.name for path in folder.iterdir()} >= {"aerogel.json", "search.json", "report.html"}
     assert not list(folder.glob("model*")), "no weights"
-    (call,) = chats.calls(halves(source)[1][:2], network.processor)
+    (call,) = chats.calls(halves(source)[1][:2], network.processor, padded=True)
     before = output(network.module, call)
     with aerogel.skipping(network.module, folder) as on:
         inside = output(network.module, call)

@@ -28,7 +28,7 @@ def network() -> Network:
 
 @pytest.fixture(scope="module")
 def calls(network: Network) -> list[Call]:
-    return chats.calls(asked(32, seed=7), network.processor, batch=16)
+    return chats.calls(asked(32, seed=7), network.processor, batch=16, padded=True)
 
 
 def judged(network: Network, calls: list[Call], step: dict[str, Any]) -> Any:
@@ -96,7 +96,7 @@ def test_modes_beats_its_rivals_where_much_is_skipped(network: Network, calls: l
 def test_padding_on_the_left_changes_no_prediction(network: Network) -> None:
     """Chats of different length together give what each gives alone, with experts skipped."""
     questions = asked(6, seed=3)
-    together = judged(network, chats.calls(questions, network.processor, batch=6), {"reduced_topk": {"k": 2}})
+    together = judged(network, chats.calls(questions, network.processor, batch=6, padded=True), {"reduced_topk": {"k": 2}})
     alone = judged(network, chats.calls(questions, network.processor, batch=1), {"reduced_topk": {"k": 2}})
     assert torch.tensor(together.kl) == pytest.approx(alone.kl, rel=1e-3)
     assert together.skipped == pytest.approx(alone.skipped, abs=1e-9)

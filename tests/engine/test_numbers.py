@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import aerogel
+from aerogel.engine.numbers import check_weights
 from aerogel.engine.opening import open_model
-from aerogel.engine.preflight import check_weights
 from aerogel.errors import AerogelError
 from tests.tiny import FAMILIES
 
