@@ -21,6 +21,14 @@ def require_one_scale(scheme: object, layer: object) -> None:
     scheme.process_weights_after_loading(layer)
 
 
+def require_operator(scheme: object) -> None:
+    """Raise RuntimeError where a kernel is chosen whose operator is not compiled for this processor."""
+    import torch
+
+    if type(getattr(scheme, "kernel", None)).__name__ == "CPUWNA16LinearKernel" and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        raise RuntimeError("cpu_gemm_wna16 is not compiled for this processor")
+
+
 def main() -> None:
     import torch
     from vllm.config import VllmConfig, set_current_vllm_config
@@ -42,6 +50,7 @@ def main() -> None:
                 made = {"output_partition_sizes": parts_of_set, "input_size_per_partition": inputs, "params_dtype": torch.bfloat16}
                 layer = torch.nn.Module()
                 scheme.create_weights(layer, input_size=inputs, output_size=outputs, weight_loader=lambda *_: None, **made)
+                require_operator(scheme)
                 if layer._parameters.get("weight_scale") is not None and tuple(layer.weight_scale.shape) == (2,):
                     require_one_scale(scheme, layer)
                 found[name] = None
