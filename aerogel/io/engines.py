@@ -55,14 +55,15 @@ class StoredModel(NamedTuple):
 
 
 class Instructions(IntEnum):
-    """Instruction sets of x86 processors that kernels need; each contains those before it."""
+    """Instruction sets of x86 processors that kernels need for right results; each contains those before it."""
 
     ANY = 0
     AVX512 = 1
-    AMX = 2
+    VNNI = 2
+    AMX = 3
 
     def __str__(self) -> str:
-        return {Instructions.AVX512: "AVX-512"}.get(self, self.name)
+        return {Instructions.AVX512: "AVX-512", Instructions.VNNI: "AVX-512 VNNI"}.get(self, self.name)
 
 
 def _any_model(model: StoredModel) -> Iterator[str]:
@@ -153,10 +154,17 @@ def _vllm_on_cpu(layer: StoredLayer) -> Reason:
 
 
 def _vllm_needs(layer: StoredLayer) -> Instructions:
-    """Return what kernels of vLLM's CPU build need: AMX for experts and float8 blocks, AVX-512 for 4-bit integers with float products."""
-    if layer.expert or isinstance(layer.scheme.weights.granularity, PerBlock):
+    """Return what kernels of vLLM's CPU build need.
+
+    Those of experts and of float8 blocks need AMX, and 4-bit integers AVX-512. Products of 8-bit integers are of oneDNN, which lets 16-bit
+    sums overflow without VNNI.
+    """
+    scheme = layer.scheme
+    if layer.expert or isinstance(scheme.weights.granularity, PerBlock):
         return Instructions.AMX
-    return Instructions.AVX512 if layer.scheme.bits == 4 else Instructions.ANY
+    if scheme.weights.format.kind == "float":
+        return Instructions.ANY
+    return Instructions.AVX512 if scheme.bits == 4 else Instructions.VNNI
 
 
 def _of_vllm(layer: StoredLayer) -> Reason:

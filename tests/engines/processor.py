@@ -12,6 +12,8 @@ def present() -> Instructions:
     """Return the best instruction set of this processor."""
     if torch.cpu._is_amx_tile_supported():
         return Instructions.AMX
+    if torch.cpu._is_vnni_supported():
+        return Instructions.VNNI
     return Instructions.AVX512 if torch.cpu._is_avx512_supported() else Instructions.ANY
 
 

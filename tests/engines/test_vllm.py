@@ -36,11 +36,11 @@ RECIPES = {
     "gptq-w4a16-kv8": Instructions.AVX512,
     "awq-w4a16": Instructions.AVX512,
     "rtn-w4a16": Instructions.AVX512,
-    "rtn-w8a8": Instructions.ANY,
-    "smoothquant-w8a8": Instructions.ANY,
+    "rtn-w8a8": Instructions.VNNI,
+    "smoothquant-w8a8": Instructions.VNNI,
     "fp8-dynamic": Instructions.ANY,
 }
-"""Recipes by the instruction set that vLLM's kernels need."""
+"""Recipes by the instruction set that vLLM needs for them."""
 PROMPTS, LENGTH = 32, 128
 ROWS, ROW_LENGTH = 4, 256
 FOUND = logging.getLogger(__name__)

@@ -94,7 +94,7 @@ def test_some_engines_join_experts_of_few_schemes_only(scheme: str, refused: set
     ("scheme", "expert", "needed"),
     [
         ("W4A16_G64", False, Instructions.AVX512),
-        ("W8A8", False, Instructions.ANY),
+        ("W8A8", False, Instructions.VNNI),
         ("FP8_DYNAMIC", False, Instructions.ANY),
         ("FP8_BLOCK", False, Instructions.AMX),
         ("W8A8", True, Instructions.AMX),
@@ -109,6 +109,7 @@ def test_vllm_has_some_kernels_for_some_processors_only(scheme: str, expert: boo
 def test_a_plan_says_which_instructions_an_engine_needs(folder: Path) -> None:
     on_cpus = ("vLLM 0.32 (CPU)", "vLLM 0.33 (CPU)")
     assert planned(folder, {"rtn": {"scheme": "W4A16_G32"}}).instructions == dict.fromkeys(on_cpus, "AVX-512")
+    assert planned(folder, {"rtn": {"scheme": "W8A8"}}).instructions == dict.fromkeys(on_cpus, "AVX-512 VNNI")
     assert planned(folder, {"rtn": {"scheme": "FP8_DYNAMIC"}}).instructions == {}
     assert planned(folder, {"rtn": {"scheme": "FP8_DYNAMIC"}}, {"kv_cache_fp8": {}}).instructions == dict.fromkeys(on_cpus, "AVX-512")
     assert planned(folder, {"rtn": {"scheme": "W3A16_G32"}}).instructions == {}
