@@ -71,7 +71,7 @@ def compressed(name: str, desk: Path) -> Path:
 def answered_by_transformers(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """Log-probabilities of the first token after each prompt, and the loss of the rows."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    first = model(torch.tensor(asked["prompts"])).logits[:, -1].float().log_softmax(-1)
+    first = model(torch.tensor(asked["prompts"]), logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
     rows = torch.tensor(asked["rows"])
     loss = torch.nn.functional.cross_entropy(model(rows).logits[:, :-1].float().flatten(0, 1), rows[:, 1:].flatten())
     return {"first": first, "loss": float(loss)}
