@@ -37,7 +37,7 @@ fuzz: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz --hypothesis-profile=fuzz --hypothesis-seed=0
 
 test-engines: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine --log-cli-level=INFO
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu

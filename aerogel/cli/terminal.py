@@ -121,7 +121,8 @@ def print_plan(plan: Plan) -> None:
     table.add_row("time", f"about {phrases.seconds(sum(plan.seconds.values()))} with evaluation (an estimate)")
     console.print(table)
     if opens := [engine for engine, reasons in plan.engines.items() if not reasons]:
-        console.print(f"opens in: {', '.join(opens)}", markup=False)
+        shown = [f"{engine} with {plan.instructions[engine]}" if engine in plan.instructions else engine for engine in opens]
+        console.print(f"opens in: {', '.join(shown)}", markup=False)
     for engine, reasons in plan.engines.items():
         for reason in reasons:
             console.print(f"not in {engine}: {reason}", markup=False)

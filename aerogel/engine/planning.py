@@ -35,7 +35,7 @@ from aerogel.engine.sharing import in_full, share_of
 from aerogel.engine.stages import quantizes_weights
 from aerogel.evaluate.measure import positions, vocabulary_size
 from aerogel.io.adapters import adapter_in, describe
-from aerogel.io.engines import ENGINES, Engine, StoredLayer, StoredModel, engine_of, refusals
+from aerogel.io.engines import ENGINES, Engine, StoredLayer, StoredModel, engine_of, instructions, refusals
 from aerogel.io.source import ModelSource
 from aerogel.layers import layout
 from aerogel.layers.conv import Layer, is_plain, refuse, size
@@ -107,6 +107,8 @@ class Plan:
     """Processes on one machine, which share its memory."""
     engines: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Engines by their release, and why each does not open the result; none where it does. Empty where nothing is quantized."""
+    instructions: dict[str, str] = field(default_factory=dict)
+    """The instruction set that an engine needs to open the result, for those that open it on some processors only."""
 
     @property
     def share_reached(self) -> float:
@@ -160,7 +162,8 @@ def plan_network(
     """Return the plan for a network that is open already; what the engine, if one is given, does not open is a problem."""
     touched, schemes, problems = _touched(network, recipe, read)
     mixed, unknown = tuple(mixed_sets(network, schemes)), unknown_sets(network, schemes)
-    opened = _opened_by(network, recipe, touched, schemes, mixed=bool(mixed))
+    stored = _stored(network, recipe, touched, schemes)
+    opened = _opened_by(network, recipe, stored, mixed=bool(mixed))
     if engine is not None:
         problems += [f"{engine.label} does not open the result: {reason}" for reason in opened.get(engine.label, ())]
     read = share_of(recipe, read, processes)
@@ -187,6 +190,7 @@ def plan_network(
         processes=processes.count,
         processes_on_machine=processes.on_machine,
         engines=opened,
+        instructions=_instructions(recipe, stored, opened),
     )
 
 
@@ -208,20 +212,32 @@ def _too_long(network: Network, recipe: Recipe, read: CalibrationSize) -> Iterat
         )
 
 
-def _opened_by(
-    network: Network, recipe: Recipe, touched: Sequence[Touched], schemes: Mapping[str, Scheme], *, mixed: bool
-) -> dict[str, tuple[str, ...]]:
-    """Return why each engine does not open the result."""
+def _stored(network: Network, recipe: Recipe, touched: Sequence[Touched], schemes: Mapping[str, Scheme]) -> list[StoredLayer]:
+    """Return the quantized layers as engines meet them."""
     in_order = {step.name for step in recipe.steps if isinstance(step.method, BlockMethod) and step.method.groups_in_activation_order}
     experts = tuple(f"{name}." for name, part in network.module.named_modules() if isinstance(part, ExpertList))
-    layers = [
+    return [
         StoredLayer(schemes[one.name], one.inputs, one.outputs, one.method in in_order, one.name.startswith(experts)) for one in touched
     ]
-    policies = {step.name: step.method.config_entries for step in recipe.steps if isinstance(step.method, RuntimePolicy)}
+
+
+def _policies(recipe: Recipe) -> dict[str, Mapping[str, Any]]:
+    return {step.name: step.method.config_entries for step in recipe.steps if isinstance(step.method, RuntimePolicy)}
+
+
+def _opened_by(network: Network, recipe: Recipe, layers: Sequence[StoredLayer], *, mixed: bool) -> dict[str, tuple[str, ...]]:
+    """Return why each engine does not open the result."""
+    policies = _policies(recipe)
     denoises = network.family.modality in ("image", "video")
     model = StoredModel(network.config, network.origin)
     found = {engine.label: tuple(refusals(engine, model, layers, policies, mixed, denoises)) for engine in ENGINES.values()}
     return found if layers or policies else {}
+
+
+def _instructions(recipe: Recipe, layers: Sequence[StoredLayer], opened: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return the instruction set that engines need which open the result on some processors only."""
+    needed = {engine.label: instructions(engine, layers, _policies(recipe)) for engine in ENGINES.values()}
+    return {label: str(needed[label]) for label, reasons in opened.items() if needed[label] and not reasons}
 
 
 def _remarks(network: Network, recipe: Recipe) -> Iterator[str]:

@@ -72,8 +72,9 @@ def compress(
     are names or Measure values (all that fit by default, none if empty). With `resume` an unfinished run for the same output goes on
     and ends with the same bits. `device` computes (see `load`); `batch_size` is how many sequences, chats or images one call of the
     calibration has, which a device with too little memory takes in halves. With several `processes` (`Processes.join()` under torchrun),
-    each calls this with the same arguments, and the first one writes and measures. Where an `engine` is named (vllm, vllm-cpu, sglang,
-    transformers), what it does not open is refused. Raises AerogelError before any work when the run could not end well.
+    each calls this with the same arguments, and the first one writes and measures. Where an `engine` is named (a key of
+    `aerogel.io.engines.ENGINES`, such as vllm), what it does not open is refused. Raises AerogelError before any work when the run could
+    not end well.
     """
     watch = Watch(tell)
     checked, wanted = Recipe.parse(recipe, overrides), engine_of(engine)

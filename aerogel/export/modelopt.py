@@ -1,6 +1,7 @@
 """The layout of NVIDIA Model Optimizer's checkpoints (ModelOpt): FP8 and NVFP4 weights with float32 scales, one algorithm for all layers.
 
 FP8: weight (O, I), weight_scale () and input_scale (). FP8_PER_CHANNEL_PER_TOKEN: weight (O, I) and weight_scale (O).
+FP8_PB_WO: weight (O, I) and weight_scale (O / 128, 1, I / 128, 1); readers round inputs too, in groups of 128, in spite of its name.
 W4A16_NVFP4: weight (O, I / 2), weight_scale (O, I / 16) and weight_scale_2 (), the reciprocal of the master's global scale.
 """
 
@@ -28,7 +29,7 @@ from aerogel.options import Bytes
 from aerogel.version import __version__
 
 _FLOAT8: dict[str, Any] = {"num_bits": 8, "type": "float"}
-_ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
+_ALGORITHMS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "FP8_STATIC": ("FP8", {"weights": {**_FLOAT8, "dynamic": False}, "input_activations": {**_FLOAT8, "dynamic": False}}),
     "FP8_DYNAMIC": (
         "FP8_PER_CHANNEL_PER_TOKEN",
@@ -37,16 +38,21 @@ _ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
             "input_activations": {**_FLOAT8, "dynamic": True, "strategy": "token"},
         },
     ),
+    "FP8_BLOCK": ("FP8_PB_WO", None),
     "NVFP4A16": ("W4A16_NVFP4", {"weights": {"num_bits": 4, "type": "float", "dynamic": False, "group_size": 16}}),
 }
-"""By scheme, the algorithm's name and its config group."""
+"""By scheme, the algorithm's name and its config group, if ModelOpt writes one."""
+_DENOISERS = ("FP8_STATIC", "FP8_DYNAMIC")
+"""Schemes that engines read for diffusion transformers."""
+_EXPERTS = ("FP8_STATIC", "NVFP4A16")
+"""Schemes that engines read for experts."""
 _VISION = ("vision_tower", "vision_model", "vit_large_projector")
 """Parts of names by which vLLM leaves layers in 16 bits whatever the config says."""
 
 
 @dataclass(frozen=True)
 class ModelOpt(Exporter):
-    """NVIDIA ModelOpt's layout: FP8 (static or dynamic inputs) and NVFP4 weights of language models, FP8 of diffusion transformers."""
+    """NVIDIA ModelOpt's layout: FP8 (static, dynamic or block) and NVFP4 weights of language models, FP8 of diffusion transformers."""
 
     max_shard_size: Bytes = 5_000_000_000
     """Largest size of one weight file in bytes."""
@@ -105,7 +111,7 @@ def _same(one: Scheme, other: Scheme) -> bool:
 
 def _reason(assigned: Assigned, denoiser: bool) -> str | None:
     preset = _preset(assigned.scheme)
-    known = [name for name in _ALGORITHMS if not denoiser or _ALGORITHMS[name][0].startswith("FP8")]
+    known = _DENOISERS if denoiser else tuple(_ALGORITHMS)
     if preset in known and not assigned.act_order:
         return None
     model = "diffusion transformers" if denoiser else "language models"
@@ -113,10 +119,10 @@ def _reason(assigned: Assigned, denoiser: bool) -> str | None:
 
 
 def _experts(master: Master) -> Iterator[str]:
-    """Say that experts have scales per channel, which readers take for one scale each."""
+    """Say that experts have several scales, which readers take for one scale each."""
     for name, assigned in master.linears.items():
-        if experts_of(name) and _preset(assigned.scheme) == "FP8_DYNAMIC":
-            yield f"{name}: readers of this format take experts in FP8_STATIC or NVFP4A16, not in FP8_DYNAMIC"
+        if experts_of(name) and (preset := _preset(assigned.scheme)) not in _EXPERTS:
+            yield f"{name}: readers of this format take experts in {' or '.join(_EXPERTS)}, not in {preset}"
             return
 
 
@@ -163,12 +169,14 @@ def _layer(master: Master, name: str, scheme: Scheme) -> dict[str, Tensor]:
             return {"weight": stored("weight"), **scales}
         case "FP8_DYNAMIC":
             return {"weight": stored("weight"), "weight_scale": stored("weight_scale").float().flatten()}
+        case "FP8_BLOCK":
+            return {"weight": stored("weight"), "weight_scale": stored("weight_scale").float()[:, None, :, None]}
         case _:
             outer = stored("weight_global_scale").float().reciprocal().reshape(())
             return {"weight": stored("weight_packed"), "weight_scale": stored("weight_scale"), "weight_scale_2": outer}
 
 
-def _algorithm(master: Master) -> tuple[str, dict[str, Any]]:
+def _algorithm(master: Master) -> tuple[str, dict[str, Any] | None]:
     preset = _preset(next(iter(master.linears.values())).scheme)
     assert preset is not None
     return _ALGORITHMS[preset]
@@ -186,7 +194,7 @@ def _quantization_config(master: Master, skipped: list[str]) -> dict[str, Any]:
     return {
         "quant_method": "modelopt",
         "quant_algo": algorithm,
-        "config_groups": {"group_0": {**group, "targets": ["Linear"]}},
+        **({} if group is None else {"config_groups": {"group_0": {**group, "targets": ["Linear"]}}}),
         "ignore": skipped,
         **cache,
         "producer": _producer(),
@@ -196,7 +204,7 @@ def _quantization_config(master: Master, skipped: list[str]) -> dict[str, Any]:
 def _hf_quant_config(master: Master, skipped: list[str]) -> dict[str, Any]:
     """Return the content of hf_quant_config.json, which some readers prefer."""
     algorithm, group = _algorithm(master)
-    size = group["weights"].get("group_size")
+    size = None if group is None else group["weights"].get("group_size")
     sized = {} if size is None else {"group_size": size}
     cache = "FP8" if _is_written(master.quantization) else None
     quantization = {"quant_algo": algorithm, "kv_cache_quant_algo": cache, **sized, "exclude_modules": skipped}

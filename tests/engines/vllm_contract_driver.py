@@ -21,6 +21,36 @@ def require_one_scale(scheme: object, layer: object) -> None:
     scheme.process_weights_after_loading(layer)
 
 
+def require_operator(scheme: object) -> None:
+    """Raise RuntimeError where a kernel is chosen whose operator is not compiled for this processor."""
+    import torch
+
+    if type(getattr(scheme, "kernel", None)).__name__ == "CPUWNA16LinearKernel" and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        raise RuntimeError("cpu_gemm_wna16 is not compiled for this processor")
+
+
+def product(value: int) -> float:
+    """Return what oneDNN makes of 64 products of 127 and a value."""
+    import torch
+    from vllm import _custom_ops as ops
+
+    weight_IO, scale_O = torch.full((32, 64), value, dtype=torch.int8).t(), torch.ones(32, 1)
+    kernel = ops.create_onednn_scaled_mm(weight_IO, scale_O, torch.float32, True, False, 32)
+    x_BI, x_scale, _ = ops.onednn_scaled_int8_quant(torch.full((4, 64), 127.0), None, None, True)
+    y_BO = torch.empty(4, 32)
+    ops.onednn_scaled_mm(kernel, x_BI, y_BO, x_scale, None, None, None)
+    return float(y_BO[0, 0])
+
+
+def require_exact_products(scheme: object) -> None:
+    """Raise RuntimeError where products of 8-bit integers are of oneDNN and overflow, as they do without VNNI."""
+    if type(getattr(scheme, "kernel", None)).__name__ != "CPUInt8ScaledMMLinearKernel":
+        return
+    assert product(20) == 64 * 127 * 20
+    if (found := product(127)) != 64 * 127 * 127:
+        raise RuntimeError(f"64 products of 127 and 127 are {found:.0f} on this processor")
+
+
 def main() -> None:
     import torch
     from vllm.config import VllmConfig, set_current_vllm_config
@@ -42,6 +72,8 @@ def main() -> None:
                 made = {"output_partition_sizes": parts_of_set, "input_size_per_partition": inputs, "params_dtype": torch.bfloat16}
                 layer = torch.nn.Module()
                 scheme.create_weights(layer, input_size=inputs, output_size=outputs, weight_loader=lambda *_: None, **made)
+                require_operator(scheme)
+                require_exact_products(scheme)
                 if layer._parameters.get("weight_scale") is not None and tuple(layer.weight_scale.shape) == (2,):
                     require_one_scale(scheme, layer)
                 found[name] = None

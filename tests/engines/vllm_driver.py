@@ -10,6 +10,13 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
+if torch.cpu._is_amx_tile_supported():
+    # On CPUs with AMX torch leaves products of float8 matrices to oneDNN, which did not answer 32 prompts in an hour; without it they are
+    # of float32 matrices, as on other CPUs. This line also runs in the processes that vLLM starts, because they import this file.
+    torch.backends.mkldnn.enabled = False
+
 
 def main() -> None:
     from vllm import LLM, SamplingParams

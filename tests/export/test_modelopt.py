@@ -62,6 +62,36 @@ def test_every_float8_weight_comes_back_bit_for_bit(scheme: str, dtype: torch.dt
     assert len(tensors) == len(floats) + 2 * 14 + len(inputs)
 
 
+def block_folder(tmp_path: Path, kind: str = "llama", **sizes: int) -> Path:
+    """A folder in FP8_BLOCK, of a model whose layers have whole blocks only."""
+    wide = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128, **sizes}
+    model = model_folder(tmp_path / "model", kind, num_hidden_layers=1, dtype=torch.bfloat16, **wide)
+    recipe = {"name": "modelopt", "steps": [{"rtn": {"scheme": "FP8_BLOCK"}}]}
+    aerogel.compress(model, recipe, output=tmp_path / "master", measures=())
+    return tmp_path / "master"
+
+
+def test_float8_blocks_have_scales_in_four_dimensions(tmp_path: Path) -> None:
+    folder = block_folder(tmp_path)
+    module, tensors = aerogel.load(folder).module, exported(folder)
+    for name, linear in module.named_modules():
+        if isinstance(linear, QuantLinear):
+            weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
+            rows, columns = weight.shape[0] // 128, weight.shape[1] // 128
+            assert (weight.dtype, scale.dtype, tuple(scale.shape)) == (torch.float8_e4m3fn, torch.float32, (rows, 1, columns, 1))
+            blocks = weight.float().view(rows, 128, columns, 128) * scale
+            assert blocks.view(weight.shape).equal(linear.dequantized(torch.float32)), name
+    assert sum(isinstance(part, QuantLinear) for part in module.modules()) == 7
+    inner, told = read_json(tmp_path / "modelopt/config.json"), read_json(tmp_path / "modelopt/hf_quant_config.json")
+    assert inner["quantization_config"]["quant_algo"] == told["quantization"]["quant_algo"] == "FP8_PB_WO"
+    assert "config_groups" not in inner["quantization_config"]
+
+
+def test_experts_in_float8_blocks_are_refused(tmp_path: Path) -> None:
+    (reason,) = ModelOpt().refuse(source_of(block_folder(tmp_path, "mixtral")))
+    assert reason.endswith("readers of this format take experts in FP8_STATIC or NVFP4A16, not in FP8_BLOCK")
+
+
 def test_fp4_values_and_scales_come_back(tmp_path: Path) -> None:
     given = network("NVFP4A16", dtype=torch.bfloat16)
     save(given, tmp_path / "master")
@@ -194,7 +224,7 @@ def _only(scheme: str, *parts: str) -> SchemeOf:
 
 
 REFUSED: dict[str, tuple[SchemeOf | str | None, str]] = {
-    "integers": ("W8A8", "is none of the schemes that this format has for language models: FP8_STATIC, FP8_DYNAMIC, NVFP4A16"),
+    "integers": ("W8A8", "is none of the schemes that this format has for language models: FP8_STATIC, FP8_DYNAMIC, FP8_BLOCK, NVFP4A16"),
     "4 bits": ("W4A16_G32", "is none of the schemes"),
     "mx": ("MXFP4A16", "is none of the schemes"),
     "nothing": (None, "no linear layer in it is quantized"),

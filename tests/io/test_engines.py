@@ -18,7 +18,7 @@ from aerogel.engine.exporting import source_of
 from aerogel.engine.planning import Plan, plan
 from aerogel.errors import AerogelError
 from aerogel.export import gguf
-from aerogel.io.engines import ENGINES, StoredLayer
+from aerogel.io.engines import ENGINES, Instructions, StoredLayer
 from aerogel.io.gguf_contract import MODELS, tokenizer_reason
 from aerogel.numerics.scheme import Scheme
 from tests.folders import model_folder, text_file
@@ -27,21 +27,21 @@ from tests.saved import tokenizer
 from tests.words import tokenizer as word_tokenizer
 
 OPENS = {
-    "W4A16_G64": {"transformers", "vllm", "vllm-cpu", "sglang", "llama.cpp"},
-    "W4A16_CHANNEL_ASYM": {"vllm", "vllm-cpu", "sglang", "llama.cpp"},
-    "W4A16_G16": {"transformers", "vllm", "vllm-cpu"},
+    "W4A16_G64": {"transformers", "vllm", "vllm-cpu", "vllm-cpu-0.33", "sglang", "llama.cpp"},
+    "W4A16_CHANNEL_ASYM": {"vllm", "vllm-cpu", "vllm-cpu-0.33", "sglang", "llama.cpp"},
+    "W4A16_G16": {"transformers", "vllm", "vllm-cpu", "vllm-cpu-0.33"},
     "W8A16_G32": {"transformers", "vllm", "sglang", "llama.cpp"},
     "W3A16_G64": {"transformers", "llama.cpp"},
     "W6A16_CHANNEL": {"transformers", "llama.cpp"},
-    "W8A8": {"transformers", "vllm", "vllm-cpu", "sglang"},
-    "W8A8_STATIC": {"transformers", "vllm", "vllm-cpu", "sglang"},
-    "W8A8_AFFINE": {"transformers", "vllm", "vllm-cpu", "sglang"},
-    "W4A8_G32": {"transformers", "vllm", "vllm-cpu"},
+    "W8A8": {"transformers", "vllm", "vllm-cpu", "vllm-cpu-0.33", "sglang"},
+    "W8A8_STATIC": {"transformers", "vllm", "vllm-cpu", "vllm-cpu-0.33", "sglang"},
+    "W8A8_AFFINE": {"transformers", "vllm", "vllm-cpu", "vllm-cpu-0.33", "sglang"},
+    "W4A8_G32": {"transformers", "vllm", "vllm-cpu", "vllm-cpu-0.33"},
     "W4A8_G32_STATIC": {"transformers"},
     "W3A8_G32": {"transformers"},
-    "FP8_DYNAMIC": {"transformers", "vllm", "vllm-cpu", "sglang"},
-    "FP8_STATIC": {"transformers", "vllm", "sglang"},
-    "FP8_BLOCK": {"transformers", "vllm", "vllm-cpu", "sglang"},
+    "FP8_DYNAMIC": {"transformers", "vllm", "vllm-cpu", "vllm-cpu-0.33", "sglang"},
+    "FP8_STATIC": {"transformers", "vllm", "vllm-cpu-0.33", "sglang"},
+    "FP8_BLOCK": {"transformers", "vllm", "vllm-cpu", "vllm-cpu-0.33", "sglang"},
     "NVFP4A16": {"transformers", "vllm", "sglang"},
     "MXFP4A16": {"transformers", "vllm"},
 }
@@ -74,13 +74,45 @@ def test_groups_in_activation_order_open_in_sglang_alone() -> None:
 
 @pytest.mark.parametrize(
     ("scheme", "refused"),
-    [("W4A16", set()), ("W8A8", {"transformers"}), ("W4A16_G64", {"vllm-cpu"}), ("FP8_DYNAMIC", {"transformers", "vllm-cpu"})],
+    [
+        ("W4A16", set()),
+        ("W8A8", {"transformers"}),
+        ("W4A16_G64", {"vllm-cpu", "vllm-cpu-0.33"}),
+        ("FP8_DYNAMIC", {"transformers", "vllm-cpu", "vllm-cpu-0.33"}),
+        ("FP8_STATIC", {"transformers", "vllm-cpu-0.33"}),
+        ("FP8_BLOCK", {"transformers"}),
+    ],
 )
 def test_some_engines_join_experts_of_few_schemes_only(scheme: str, refused: set[str]) -> None:
-    """Tried in transformers 5.23, which reads NVFP4 experts wrongly without a word, and in vLLM 0.32."""
+    """Tried in transformers 5.23, which reads NVFP4 experts wrongly without a word, and in vLLM 0.32; read of 0.33 and FP8_BLOCK."""
     alone, expert = (StoredLayer(Scheme.parse(scheme), 256, 384, expert=expert) for expert in (False, True))
     opened = {name for name, engine in ENGINES.items() if engine.refuses(alone) is None}
     assert {name for name in opened if ENGINES[name].refuses(expert) is not None} == refused
+
+
+@pytest.mark.parametrize(
+    ("scheme", "expert", "needed"),
+    [
+        ("W4A16_G64", False, Instructions.AVX512),
+        ("W8A8", False, Instructions.VNNI),
+        ("FP8_DYNAMIC", False, Instructions.ANY),
+        ("FP8_BLOCK", False, Instructions.AMX),
+        ("W8A8", True, Instructions.AMX),
+    ],
+)
+def test_vllm_has_some_kernels_for_some_processors_only(scheme: str, expert: bool, needed: Instructions) -> None:
+    layer = StoredLayer(Scheme.parse(scheme), 256, 384, expert=expert)
+    assert ENGINES["vllm-cpu"].needs(layer) == ENGINES["vllm-cpu-0.33"].needs(layer) == needed
+    assert ENGINES["vllm"].needs(layer) == Instructions.ANY
+
+
+def test_a_plan_says_which_instructions_an_engine_needs(folder: Path) -> None:
+    on_cpus = ("vLLM 0.32 (CPU)", "vLLM 0.33 (CPU)")
+    assert planned(folder, {"rtn": {"scheme": "W4A16_G32"}}).instructions == dict.fromkeys(on_cpus, "AVX-512")
+    assert planned(folder, {"rtn": {"scheme": "W8A8"}}).instructions == dict.fromkeys(on_cpus, "AVX-512 VNNI")
+    assert planned(folder, {"rtn": {"scheme": "FP8_DYNAMIC"}}).instructions == {}
+    assert planned(folder, {"rtn": {"scheme": "FP8_DYNAMIC"}}, {"kv_cache_fp8": {}}).instructions == dict.fromkeys(on_cpus, "AVX-512")
+    assert planned(folder, {"rtn": {"scheme": "W3A16_G32"}}).instructions == {}
 
 
 def test_a_cpu_kernel_wants_multiples_of_32() -> None:
@@ -139,7 +171,8 @@ def test_a_policy_acts_here_only(folder: Path) -> None:
 def test_engines_that_load_layers_as_one_want_one_scheme(folder: Path) -> None:
     made = planned(folder, {"rtn": {"scheme": "W4A16_G32", "overrides": {"*.q_proj": "W4A16_CHANNEL"}}})
     assert {name: reasons for name, reasons in made.engines.items() if reasons} == dict.fromkeys(
-        ("vLLM 0.32 (CUDA)", "vLLM 0.32 (CPU)", "SGLang 0.5.23 (CUDA)"), ("layers that it loads as one tensor have several schemes",)
+        ("vLLM 0.32 and 0.33 (CUDA)", "vLLM 0.32 (CPU)", "vLLM 0.33 (CPU)", "SGLang 0.5.23 (CUDA)"),
+        ("layers that it loads as one tensor have several schemes",),
     )
     (remark,) = [remark for remark in made.remarks if "q_proj" in remark]
     assert "W4A16_CHANNEL" in remark
@@ -174,6 +207,8 @@ def test_the_command_line_takes_an_engine(folder: Path, tmp_path: Path) -> None:
     shown = run("plan")
     assert "not in vLLM 0.32 (CPU): W3A16_G32 (7 layers): its kernels take weights of 4 bits on a CPU" in shown.output
     assert "opens in: transformers" in shown.output
+    four = CliRunner().invoke(app, ["plan", str(folder), "--recipe", "rtn-w4a16", "--scheme", "W4A16_G32"])
+    assert "vLLM 0.32 (CPU) with AVX-512, vLLM 0.33 (CPU) with AVX-512, SGLang" in four.output
     assert shown.exit_code == 0
     for command, more in (("plan", ()), ("compress", ("--output", str(tmp_path / "out")))):
         refused = run(command, "--for", "vllm-cpu", *more)
@@ -181,4 +216,4 @@ def test_the_command_line_takes_an_engine(folder: Path, tmp_path: Path) -> None:
         assert "vLLM 0.32 (CPU) does not open the result" in refused.output
     unknown = run("plan", "--for", "vlm")
     assert unknown.exit_code == 2
-    assert "engine 'vlm' is unknown; expected one of transformers, vllm, vllm-cpu, sglang, llama.cpp" in unknown.output
+    assert "engine 'vlm' is unknown; expected one of transformers, vllm, vllm-cpu, vllm-cpu-0.33, sglang, llama.cpp" in unknown.output
