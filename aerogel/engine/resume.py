@@ -26,6 +26,7 @@ from aerogel.io import quantization_schema, quantized, save
 from aerogel.io.checkpoint import Checkpoint
 from aerogel.io.headers import read_header
 from aerogel.io.json_files import read_object
+from aerogel.io.record.schema import JournalLine
 from aerogel.model.block import Block
 from aerogel.model.network import Network
 from aerogel.model.processes import ALONE, Processes
@@ -173,9 +174,10 @@ class Stage:
             if state.structure is not None:
                 quantized.attach(self._progress.network.module.get_submodule(name), state.structure)
             self._progress.network.pruned.update(state.pruned)
-            self._progress.homes[name] = Checkpoint.open(folder)
+            self._progress.homes[name] = home = Checkpoint.open(folder)
+            home.check(self._progress.network.module)
             parameters = load_file(folder / PARAMETERS) if (folder / PARAMETERS).exists() else {}
-            found.append(FinishedBlock(name, state.notes, parameters))
+            found.append(FinishedBlock(name, [note.as_dict() for note in state.notes], parameters))
         return found
 
     def _folder_of(self, name: str) -> Path:
@@ -187,7 +189,7 @@ class _Block(BaseModel):
 
     structure: dict[str, Any] | None
     pruned: list[str] = []
-    notes: list[dict[str, Any]]
+    notes: list[JournalLine]
 
 
 def _block_in(path: Path) -> _Block:
