@@ -84,7 +84,8 @@ def _read(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     content = read_object(path, _ANEW)
-    return content if content.get("schema") == _SCHEMA else {}
+    with _explained(folder):
+        return content if content["schema"] == _SCHEMA else {}
 
 
 @contextmanager

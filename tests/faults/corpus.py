@@ -45,13 +45,13 @@ class Shelf:
 
     def fault_of(self, case: Case) -> str | None:
         """Run a case; returns what is wrong with how it ended."""
-        ended, expected = self._run(case.kind, case.command, case.damage), self.expected(case.kind, case.command)
-        if ended.fault is not None:
+        ended = self._run(case.kind, case.command, case.damage)
+        if ended.fault is not None or case.damage.legal:
             return ended.fault
         if ended.code == 2:
-            named = case.damage.legal or case.damage.is_named_in(ended.told) or ended.told == expected.told
+            named = case.damage.is_named_in(ended.told) or ended.told == self.expected(case.kind, case.command).told
             return None if named else f"not named: {ended.told.strip()[-200:]}"
-        if not case.damage.legal and ended.meaning != expected.meaning:
+        if ended.meaning != self.expected(case.kind, case.command).meaning:
             return "silent: ended well, with something else than without the damage"
         return None
 

@@ -33,8 +33,8 @@ class Damage:
     """True where what comes out may be something else than without the damage: another value that could be meant."""
 
     def is_named_in(self, told: str) -> bool:
-        """Return True where an error names the input: the file, or a folder that it lies in."""
-        return any(part in told for part in Path(self.file).parts) or "/given" in told
+        """Return True where an error names the input: the file, a folder that it lies in, or what the file names itself, quoted."""
+        return any(part in told for part in (*Path(self.file).parts, f"'{Path(self.file).stem}'", "pattern 're:")) or "/given" in told
 
     def __str__(self) -> str:
         return f"{self.file}: {self.name}"
@@ -106,7 +106,7 @@ def _write(data: bytes, path: Path) -> None:
 
 
 def _cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 - 3])
 
 
 def _folder_instead(path: Path) -> None:

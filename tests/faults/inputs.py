@@ -78,7 +78,6 @@ _RECORDS: Mapping[str, list[Any]] = {
 def _make_data(name: str, folder: Path) -> None:
     text_file(folder / "text.txt", 200)
     model_folder(folder / "sound", num_hidden_layers=1)
-    model_folder(folder / "experts", "qwen3_moe")
     rows = _RECORDS[name.partition(".")[0]]
     content = {
         "txt": lambda: "\n".join(_TEXT).encode(),
@@ -120,6 +119,10 @@ _BYTES = {
     "spaces": b" \n" * 99,
 }
 """Contents that are no data, or too little of it."""
+_BINARY = ("Latin-1", "UTF-16 that is cut", "zeros inside", "a bomb")
+"""Those that are no text either."""
+_WORDS = ("messages that are text",)
+"""Those that can be meant as text whatever the format."""
 
 
 def _of_data(name: str, folder: Path, count: int) -> Iterator[Damage]:
@@ -129,7 +132,7 @@ def _of_data(name: str, folder: Path, count: int) -> Iterator[Damage]:
         yield Damage(damage.name, name, damage.apply, damage.legal or (plain and damage.name == "cut in half"))
     for what, data in _BYTES.items():
         packed = gzip.compress(data) if name.endswith(".gz") and what != "a bomb" else data
-        yield Damage(what, name, partial(_put, packed))
+        yield Damage(what, name, partial(_put, packed), legal=what in _WORDS or (".txt" in name and what not in _BINARY))
     raw = path.read_bytes()
     for number in range(count):
         place = (number * 7919 + 13) % len(raw)
