@@ -34,7 +34,7 @@ test-all: lint
 	$(BIN)/python benchmarks/results.py
 
 fuzz: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz --hypothesis-profile=fuzz --hypothesis-seed=0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz tests/faults --hypothesis-profile=fuzz --hypothesis-seed=0
 
 test-engines: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine --log-cli-level=INFO

@@ -222,7 +222,11 @@ def _path_of(source: str | Path) -> Path:
 
 
 def _yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader
+    """Return what YAML text holds; raises yaml.YAMLError also where the loader trips over it, as over the date 2024-13-45."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise yaml.YAMLError(f"{error}" or type(error).__name__) from error
 
 
 def _document(content: Mapping[str, Any], where: str) -> _Document:

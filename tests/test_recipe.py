@@ -241,3 +241,12 @@ def test_what_cannot_be_adjusted_is_said_in_one_line(recipe: Any, change: dict[s
     with pytest.raises(AerogelError, match=message) as raised:
         Recipe.parse(recipe).adjusted(**change)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["2024-13-45", "[" * 10_000, "steps: !!int x", "steps: !!bool x"])
+def test_values_that_the_loader_trips_over_are_no_yaml(text: str, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(AerogelError, match=r"own\.yaml is not YAML: "):
+        Recipe.parse(tmp_path / "own.yaml")
+    with pytest.raises(AerogelError, match="gptq"):
+        Recipe.parse("gptq-w4a16", [f"gptq.percdamp={text}"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Annotated, Any
 
 import typer
@@ -29,12 +30,13 @@ def command(section: str, summary: str, name: str | None = None) -> Any:
 
 
 def start(threads: int | None = None, in_several: bool = False) -> None:
-    """Prepare the libraries for a command: number of threads, no log output of transformers and the hub.
+    """Prepare the libraries for a command: number of threads, no log output of transformers, diffusers and the hub.
 
     Raises AerogelError where torchrun started several processes for a command that does not run `in_several`.
     """
     if in_processes() and not in_several:
         raise AerogelError("torchrun started several processes, but only `aerogel compress` and `plan` run in several; leave it out")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # read when it is imported, which is where a pipeline is opened
     import torch
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging

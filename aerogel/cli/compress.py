@@ -196,5 +196,6 @@ def plan(
         source, request.recipe, samples=request.samples, device=device, batch_size=request.batch_size, processes=shared_by, engine=engine
     )
     print_json(made.as_dict()) if as_json else terminal.print_plan(made)
+    terminal.print_problems(made)
     if made.problems:
         raise typer.Exit(FAILED)

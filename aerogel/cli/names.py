@@ -9,7 +9,7 @@ import typer
 
 from aerogel import catalog
 from aerogel.cli import completion
-from aerogel.cli.app import command, print_json
+from aerogel.cli.app import command, print_json, start
 from aerogel.cli.arguments import Kind
 from aerogel.cli.group import LOOK_UP
 
@@ -60,6 +60,7 @@ def show(
     from aerogel.cli import cards
 
     if "/" in name or Path(name).is_dir() or name in cards.summaries(cards.MODELS):
+        start()
         from aerogel.cli import structure
         from aerogel.engine import structure_file
         from aerogel.engine.opening import open_model

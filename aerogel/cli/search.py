@@ -10,7 +10,8 @@ import typer
 from aerogel.cli import arguments as given
 from aerogel.cli import completion
 from aerogel.cli.app import command, print_json, start
-from aerogel.cli.group import COMPRESS, DATA, FAILED, OUTPUT
+from aerogel.cli.group import COMPRESS, DATA, OUTPUT
+from aerogel.errors import AerogelError
 
 Task = Annotated[
     str,
@@ -120,4 +121,4 @@ def search(
     if output is not None and not as_json:
         typer.echo(f"folder  {output}\nreport  {output / 'report.html'}")
     if findings.best is None:
-        raise typer.Exit(FAILED)
+        raise AerogelError(f"{terminal.headline(findings.facts)}; give a smaller --budget, or other policies (--only)")

@@ -101,8 +101,13 @@ def print_search(facts: Mapping[str, Any]) -> None:
         console.print(sentence, markup=False)
 
 
+def headline(facts: Mapping[str, Any]) -> str:
+    """Return the result of a search in a sentence, without its full stop."""
+    return search.told(facts).sentences[0].removesuffix(".")
+
+
 def print_plan(plan: Plan) -> None:
-    """Print what a recipe will do, and the problems found."""
+    """Print what a recipe will do."""
     console = Console(soft_wrap=True, highlight=False)
     for (method, scheme), count in Counter((linear.method, linear.scheme) for linear in plan.touched).items():
         console.print(f"{method} stores {count} linear layers in {scheme}")
@@ -128,6 +133,10 @@ def print_plan(plan: Plan) -> None:
             console.print(f"not in {engine}: {reason}", markup=False)
     for remark in plan.remarks:
         console.print(f"note: {remark}", markup=False)
+
+
+def print_problems(plan: Plan) -> None:
+    """Print the problems that a recipe has, one a line, on standard error."""
     for problem in plan.problems:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {problem}", markup=False)
 

@@ -80,7 +80,11 @@ def lines(path: Path, newline: str | None = None) -> Iterator[str]:
 
 
 def check(text: str, path: Path, line: int) -> None:
-    """Raise AerogelError, with the line, where text that begins in that line was not UTF-8."""
+    """Raise AerogelError, with the line, where text that begins in that line was not UTF-8, or holds a zero byte as no text does."""
+    if (place := text.find("\0")) >= 0:
+        raise AerogelError(
+            f"{path} line {line + text.count(chr(10), 0, place)} holds a zero byte, so it is no text; fetch or copy the file again"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:

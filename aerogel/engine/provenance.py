@@ -31,6 +31,7 @@ def provenance_of(network: Network, seed: int, calibration: dict[str, Any]) -> P
         versions=versions(),
         machine=_machine(network),
         calibration=calibration,
+        **({} if network.dequantized is None else {"dequantized": network.dequantized}),
     )
 
 

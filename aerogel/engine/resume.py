@@ -16,14 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aerogel.errors import AerogelError, reason_of
-from aerogel.io import quantized, save
+from aerogel.io import quantization_schema, quantized, save
 from aerogel.io.checkpoint import Checkpoint
+from aerogel.io.headers import read_header
 from aerogel.io.json_files import read_object
+from aerogel.io.record.schema import JournalLine
 from aerogel.model.block import Block
 from aerogel.model.network import Network
 from aerogel.model.processes import ALONE, Processes
@@ -167,24 +170,53 @@ class Stage:
         found: list[FinishedBlock] = []
         for name in names:
             folder = self._folder_of(name)
-            state = read_object(folder / JOURNAL, _ANEW)
-            if not {"structure", "notes"} <= state.keys():
-                raise AerogelError(f"{folder / JOURNAL} is damaged; {_ANEW}")
-            if state["structure"] is not None:
-                quantized.attach(self._progress.network.module.get_submodule(name), state["structure"])
-            self._progress.network.pruned.update(state.get("pruned", ()))
-            self._progress.homes[name] = Checkpoint.open(folder)
+            state = _block_in(folder / JOURNAL)
+            if state.structure is not None:
+                quantized.attach(self._progress.network.module.get_submodule(name), state.structure)
+            self._progress.network.pruned.update(state.pruned)
+            self._progress.homes[name] = home = Checkpoint.open(folder)
+            home.check(self._progress.network.module)
             parameters = load_file(folder / PARAMETERS) if (folder / PARAMETERS).exists() else {}
-            found.append(FinishedBlock(name, state["notes"], parameters))
+            found.append(FinishedBlock(name, [note.as_dict() for note in state.notes], parameters))
         return found
 
     def _folder_of(self, name: str) -> Path:
         return self.folder / "blocks" / name
 
 
+class _Block(BaseModel):
+    """Content of block.json."""
+
+    structure: dict[str, Any] | None
+    pruned: list[str] = []
+    notes: list[JournalLine]
+
+
+def _block_in(path: Path) -> _Block:
+    try:
+        found = _Block.model_validate(read_object(path, _ANEW))
+        if found.structure is not None:
+            quantization_schema.check(found.structure)
+    except (ValidationError, AerogelError) as error:
+        raise AerogelError(f"{path} is damaged; {_ANEW}") from error
+    return found
+
+
+def _require_readable(folder: Path) -> None:
+    """Raise AerogelError for a file of a progress folder that is a pipe, a broken link or the like, or has another header than its size."""
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() and (path.suffix in (".json", ".safetensors") or not path.is_dir()):
+            raise AerogelError(f"{path} is no regular file; {_ANEW}")
+        if path.suffix == ".safetensors":
+            read_header(path)
+        elif path.suffix == ".json":
+            read_object(path, _ANEW)
+
+
 def _begin(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     path = folder / RUN
     if path.exists():
+        _require_readable(folder)
         _require_same(folder, read_object(path, _ANEW), json.loads(json.dumps(fingerprint)))
     else:
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from aerogel.engine.resume import write_durably
 from aerogel.errors import AerogelError
+from aerogel.io.json_files import read_object
 from aerogel.model.edges import Edge
 from aerogel.model.family import TimePath
 from aerogel.model.network import Network
@@ -24,6 +27,7 @@ from aerogel.model.structure.towers import Tower
 
 FILE = "aerogel.structure.json"
 _SCHEMA = 1
+_ANEW = "remove it, the structure is found again"
 
 
 def keep(network: Network, folder: Path) -> None:
@@ -52,15 +56,16 @@ def recall(network: Network, folder: Path, compressed: bool = False) -> bool:
     A `compressed` network takes over the structure that it had before, by which nothing can be folded any more.
     """
     content = _read(folder)
-    towers = tuple(_made(Tower, tower) for tower in content.get("towers", ()))
-    same = towers == network.towers if compressed else content.get("network") == key_of(network.module)
-    if not content or not same:
-        return False
-    found: dict[str, Any] = {"towers": towers}
-    if content["edges"]:
-        found["edges"] = {block: edges for kind in content["edges"] for edges in [_edges(kind["found"])] for block in kind["blocks"]}
-    if (residual := content["residual"]) is not None:
-        found["residual"] = residual if isinstance(residual, str) else _made(Residual, residual)
+    with _explained(folder):
+        towers = tuple(_made(Tower, tower) for tower in content.get("towers", ()))
+        same = towers == network.towers if compressed else content.get("network") == key_of(network.module)
+        if not content or not same:
+            return False
+        found: dict[str, Any] = {"towers": towers}
+        if content["edges"]:
+            found["edges"] = {block: edges for kind in content["edges"] for edges in [_edges(kind["found"])] for block in kind["blocks"]}
+        if (residual := content["residual"]) is not None:
+            found["residual"] = residual if isinstance(residual, str) else _made(Residual, residual)
     network.__dict__.update(found)
     recall_time(network, folder)
     return True
@@ -69,19 +74,27 @@ def recall(network: Network, folder: Path, compressed: bool = False) -> bool:
 def recall_time(network: Network, folder: Path) -> None:
     """Take over the path of the time step: a network that was opened has no calls to find it by where made-up inputs do not run."""
     if (time := _read(folder).get("time")) is not None:
-        network.__dict__["time"] = _made(TimePath, time)
+        with _explained(folder):
+            network.__dict__["time"] = _made(TimePath, time)
 
 
 def _read(folder: Path) -> dict[str, Any]:
     """The content of the file; nothing where there is none, or one of another release. Raises AerogelError for a damaged one."""
     path = folder / FILE
-    if not path.is_file():
+    if not path.exists():
         return {}
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
+    content = read_object(path, _ANEW)
+    with _explained(folder):
         return content if content["schema"] == _SCHEMA else {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise AerogelError(f"{path}: damaged ({type(error).__name__}); remove it, the structure is found again") from error
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Raise AerogelError for a file that holds something else than `keep` wrote."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise AerogelError(f"{folder / FILE} is damaged ({type(error).__name__}: {error}); {_ANEW}") from error
 
 
 def key_of(module: nn.Module) -> str:

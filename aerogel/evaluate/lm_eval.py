@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from aerogel.errors import AerogelError
-from aerogel.evaluate.measure import Measure, tokenizer_of
+from aerogel.evaluate.measure import Measure, broken_model, require_finite, tokenizer_of
+from aerogel.model.hooks import temporary_hooks
 from aerogel.model.network import Network
 from aerogel.options import Batch, Count
 
@@ -32,7 +34,7 @@ class LmEval(Measure):
     """Requests in one forward."""
 
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
-        """Return task -> {metric: value}; raises AerogelError without lm-eval or tasks, or for an unknown task."""
+        """Return task -> {metric: value}; raises AerogelError without lm-eval or tasks, for an unknown task, and where results are NaN."""
         try:
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM
@@ -48,8 +50,18 @@ class LmEval(Measure):
         if unknown:
             raise AerogelError(f"lm_eval knows no task {', '.join(unknown)}; give the folder of its YAML file (folder)")
         model = HFLM(pretrained=network.module, tokenizer=tokenizer_of(network), batch_size=self.batch)
-        answer = simple_evaluate(model=model, tasks=list(self.tasks), task_manager=manager, limit=self.limit, bootstrap_iters=0)
-        return {task: _numbers(scores) for task, scores in answer["results"].items()}
+        # A task's score can be a number although the logits are none: the largest of several NaN is the first.
+        check = network.module.register_forward_hook(lambda _, args, output: require_finite(output.logits, network, "lm_eval"))
+        with temporary_hooks([check]):
+            answer = simple_evaluate(model=model, tasks=list(self.tasks), task_manager=manager, limit=self.limit, bootstrap_iters=0)
+        return {task: _finite(network, task, _numbers(scores)) for task, scores in answer["results"].items()}
+
+
+def _finite(network: Network, task: str, numbers: dict[str, float]) -> dict[str, float]:
+    """Return the metrics of a task; raises AerogelError that names the model where one is NaN or infinite."""
+    if broken := next((name for name, value in numbers.items() if not math.isfinite(value)), None):
+        raise broken_model(network, "lm_eval", f"a {broken} of {numbers[broken]} on {task}")
+    return numbers
 
 
 def _numbers(scores: dict[str, Any]) -> dict[str, float]:

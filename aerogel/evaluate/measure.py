@@ -209,9 +209,14 @@ def require_finite(logits: Tensor, network: Network, measure: str) -> None:
     """
     if not logits.numel() or bool((logits.amax(-1).isfinite()).all()):  # the largest of a row with NaN is NaN
         return
-    raise AerogelError(
-        f"{measure}: {known_as(network)} gives logits that are NaN or infinite; its weights are damaged or its numbers overflow: try "
-        "another dtype (--dtype float32), or compress it anew"
+    raise broken_model(network, measure, "logits that are NaN or infinite")
+
+
+def broken_model(network: Network, measure: str, found: str) -> AerogelError:
+    """Return the error for a model whose results are no numbers."""
+    return AerogelError(
+        f"{measure}: {known_as(network)} gives {found}; its weights are damaged or its numbers overflow: try another dtype (--dtype "
+        "float32), or compress it anew"
     )
 
 

@@ -54,7 +54,7 @@ def violations(master: Master) -> list[str]:
     layers, skipped = quantized(master), unquantized(master)
     return [
         *(f"{name} is quantized, and readers of this format expect it in 16 bits" for name in layers if _last(name) == _HEAD),
-        *_mixed(layers, skipped),
+        *mixed(layers, skipped),
         *_fused_experts(master),
         *ambiguous(master),
     ]
@@ -70,8 +70,8 @@ def ambiguous(master: Master) -> list[str]:
     return found
 
 
-def _mixed(layers: Sequence[str], skipped: Sequence[str]) -> Iterator[str]:
-    """Yield the fused sets that are quantized in part."""
+def mixed(layers: Sequence[str], skipped: Sequence[str]) -> Iterator[str]:
+    """Yield the fused sets that are quantized in part, from the names on disk of the quantized layers and of those skipped."""
     outside = set(skipped)
     for names in FUSED_NAMES:
         for layer in layers:
@@ -82,6 +82,17 @@ def _mixed(layers: Sequence[str], skipped: Sequence[str]) -> Iterator[str]:
     for home in dict.fromkeys(filter(None, map(experts_of, layers))):
         if home in outside:
             yield f"some experts of {home} are quantized and others are not, and engines load them as one tensor"
+
+
+def unequal(master: Master) -> Iterator[str]:
+    """Yield the fused sets whose quantized layers have several schemes."""
+    by_name = dict(zip(quantized(master), master.linears.values(), strict=True))
+    for name, assigned in by_name.items():
+        home, _, last = name.rpartition(".")
+        for others in (names[names.index(last) + 1 :] for names in FUSED_NAMES if last in names):
+            for other in (f"{home}.{each}" for each in others):
+                if other in by_name and by_name[other] != assigned:
+                    yield f"{name} has {assigned.scheme} and {other} {by_name[other].scheme}, and engines load them as one tensor"
 
 
 def _fused_experts(master: Master) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aerogel.export import engine_rules
 from aerogel.export.exporter import Exporter, Master, Source, not_language, unsuitable_layers
 from aerogel.io.save import copy_companions, new_folder
 from aerogel.io.shards import write_shards
@@ -50,11 +52,24 @@ class GptqLayout(Exporter):
         self.accept(source)
         master = Master.open(source)
         settings = _settings(master)
+        _warn_of_mixed_sets(master)
         with new_folder(output) as target:
             copy_companions(source.folder, target)
             write_shards(target, _tensors(master), max_shard_size=self.max_shard_size)
             (target / "config.json").write_text(json.dumps(master.config | {"quantization_config": settings}, indent=2) + "\n")
             (target / "quantize_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _warn_of_mixed_sets(master: Master) -> None:
+    """Warn of fused sets that are quantized in part or unequally: readers of single layers open them, those of whole sets do not.
+
+    vLLM compares the layers of a set and refuses it; SGLang looks for the set's own name in `dynamic`, and takes it for quantized.
+    """
+    layers, skipped = engine_rules.quantized(master), engine_rules.unquantized(master)
+    found = [*engine_rules.mixed(layers, skipped), *engine_rules.unequal(master)]
+    if found:
+        more = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""
+        warnings.warn(f"vLLM and SGLang do not open this folder, GPTQModel and transformers do: {found[0]}{more}", stacklevel=3)
 
 
 def _reason(master: Master, name: str) -> str | None:

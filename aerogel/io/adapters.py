@@ -69,6 +69,8 @@ class Adapter:
         found: dict[str, dict[str, Tensor]] = {"": {}}
         for key, tensor in load_file(self.folder / WEIGHTS).items():
             name = key.removeprefix(_PREFIX)
+            if not tensor.is_floating_point() or tensor.element_size() < 2:
+                raise AerogelError(f"{self.folder / WEIGHTS}: {key} is {tensor.dtype}, expected floats; save the adapter again")
             part = next((part for part in _PARTS if name.endswith(f".{part}")), None)
             if part is None and "lora_" in name:
                 raise AerogelError(f"{self.folder / WEIGHTS}: {key} is no part of LoRA for linear layers or embeddings; merge it with PEFT")

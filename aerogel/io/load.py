@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from aerogel.errors import AerogelError
+from aerogel.io import pipelines
 from aerogel.io.adapters import Adapter, adapter_in, merging, require_no_adapters
 from aerogel.io.checkpoint import Checkpoint
 from aerogel.io.dequantize import dequantizer_of
@@ -33,6 +34,8 @@ from aerogel.numerics.ranges import require_range
 
 _DENOISERS = ("transformer", "transformer_2", "unet")
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers", "decoder_layers")
+_READ = (".json", ".jinja", ".model", ".safetensors", ".txt")
+"""Ends of the names of the files that models are opened from."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -64,6 +67,7 @@ def load(
     if isinstance(source, str | Path):
         source = locate(source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code, merge_adapter=merge_adapter)
     if isinstance(source, ModelSource):
+        _require_regular_files(source.folder)
         adapter = None if source.adapter is None else adapter_in(source.adapter)
         given = partial(_read_folder, families=families, device=device, dtype=source.dtype, dequantize=dequantize, adapter=adapter)
         network = _open(source.folder, given, device, lazy, source.trust_remote_code)
@@ -177,6 +181,13 @@ def _together(denoisers: dict[str, nn.Module]) -> nn.Module:
     return Denoisers(denoisers) if len(denoisers) > 1 else next(iter(denoisers.values()))
 
 
+def _require_regular_files(folder: Path) -> None:
+    """Raise AerogelError for a file of a model or a pipeline that is a pipe, a broken link or the like: libraries go on without it."""
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        if path.suffix in _READ and not path.is_file():
+            raise AerogelError(f"{path} is no regular file; fetch or copy the file again")
+
+
 def _open(folder: Path, read_folder: Callable[[Path], Folder], device: torch.device, lazy: bool, trust_remote_code: bool) -> Network:
     if (folder / "model_index.json").is_file():
         return _open_pipeline(folder, read_folder, device)
@@ -238,17 +249,7 @@ def _open_pipeline(folder: Path, read_folder: Callable[[Path], Folder], device: 
     given = [read_folder(part) for part in parts]
     opened = [_denoiser_in(each, device) for each in given]
     modules = {part.name: module for part, (module, _) in zip(parts, opened, strict=True)}
-    diffusers = _diffusers(folder)
-    try:
-        with _without_bars(diffusers.utils.logging), _without_bars(transformers.utils.logging):
-            pipeline = _pipeline_class(diffusers, folder).from_pretrained(
-                folder, dtype=given[0].dtype, use_safetensors=True, local_files_only=True, **modules
-            )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise AerogelError(
-            f"{folder}: diffusers cannot open this pipeline ({reason}); add what it lacks, or open {parts[0]} alone"
-        ) from error
+    pipeline = pipelines.open_pipeline(folder, modules, given[0].dtype)
     if device != HOST:
         pipeline.to(device)
     module, placed = _together(modules), Placement.at(device)
@@ -257,23 +258,6 @@ def _open_pipeline(folder: Path, read_folder: Callable[[Path], Folder], device: 
     network = Network(module, family, folder, pipeline, stored_dtype=given[0].stored, names=made[0].names, placed=placed)
     network.dequantized = next((each.dequantized for each in made if each.dequantized), None)
     return _discovered(network)
-
-
-def _pipeline_class(diffusers: Any, folder: Path) -> Any:
-    """The class by name: DiffusionPipeline would itself load what is given to it where the class does without, as Wan's denoisers."""
-    return getattr(diffusers, _read_json(folder / "model_index.json").get("_class_name", ""), diffusers.DiffusionPipeline)
-
-
-@contextmanager
-def _without_bars(logging: Any) -> Iterator[None]:
-    """Keep a library's progress bars out of ours."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _read_folder(
@@ -303,8 +287,10 @@ def _require_layers(path: Path, settings: dict[str, Any], tensors: int) -> None:
 
 def _denoiser_in(given: Folder, device: torch.device) -> tuple[nn.Module, Skeleton]:
     """The denoiser of a diffusers folder, all of it: glue may call into a block, as DiT's does."""
-    name = given.settings["_class_name"]
-    cls = getattr(_diffusers(given.path), name, None)
+    name = given.settings.get("_class_name")
+    if name is None:
+        raise AerogelError(f"{given.path / 'config.json'} names no class of diffusers (_class_name); fetch the file again")
+    cls = getattr(pipelines.library(given.path), name, None)
     if cls is None or not hasattr(cls, "from_config"):
         raise AerogelError(f"{given.path / 'config.json'}: diffusers has no model {name}; upgrade diffusers")
     settings = {key: value for key, value in given.settings.items() if key != "quantization_config"}
@@ -339,14 +325,6 @@ def _pair(folder: Path, tokenizer: Any, options: dict[str, Any]) -> Any:
         return tokenizer
     images = transformers.AutoImageProcessor.from_pretrained(folder, **options)
     return Pair(tokenizer, images, tokenizer.convert_ids_to_tokens(number))
-
-
-def _diffusers(folder: Path) -> Any:
-    try:
-        import diffusers
-    except ImportError as error:
-        raise AerogelError(f"{folder} holds a diffusers model: pip install 'aerogel[diffusion]'") from error
-    return diffusers
 
 
 def _read_json(path: Path) -> dict[str, Any]:

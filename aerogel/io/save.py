@@ -6,6 +6,7 @@ import fcntl
 import glob
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -38,6 +39,7 @@ _OF_QUANTIZERS = ("quantize_config.json", "quant_config.json")
 # Not properties of the model: where it was opened from, by what, and in which dtype it was computed.
 _PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "_attn_implementation")
 _SPARE = 64 << 20
+_OS_ERROR = re.compile(r"\(os error (\d+)\)$")
 _SAVING = "saving"
 
 
@@ -240,11 +242,24 @@ def _write_companions(network: Network, folder: Path, parts: Mapping[str, nn.Mod
             module.generation_config.save_pretrained(folder)
     for place, source in sources.items():
         if hasattr(source, "save_pretrained"):
-            source.save_pretrained(place)
+            with _os_errors(place):
+                source.save_pretrained(place)
     for part, each in parts.items():
         denoiser: Any = each
         if hasattr(denoiser, "save_config"):  # diffusers
             denoiser.save_config(folder / part)
+
+
+@contextmanager
+def _os_errors(place: Path) -> Iterator[None]:
+    """Raise OSError for an error of the operating system that a library written in Rust, such as tokenizers, raises as Exception."""
+    try:
+        yield
+    except Exception as error:
+        number = _OS_ERROR.search(str(error))
+        if number is None or type(error) is not Exception:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(place)) from error
 
 
 def _write_config(network: Network, module: nn.Module, folder: Path, entries: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from aerogel.errors import AerogelError
 from aerogel.model.calls import map_tensors, tensors_in
 from aerogel.model.placement import Placement
 
@@ -108,8 +109,11 @@ def _write(path: Path, output: Any) -> None:
 
 def _read(path: Path) -> Any:
     with safe_open(path, framework="pt") as file:
-        structure = json.loads(file.metadata()["structure"])
-        return _put_together(structure, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        try:
+            structure = json.loads(file.metadata()["structure"])
+            return _put_together(structure, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise AerogelError(f"{path} is damaged; remove the progress folder to start again") from error
 
 
 def _take_apart(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -329,6 +329,8 @@ def provenance(given: Provenance, timings: Mapping[str, float]) -> Iterator[tupl
         yield "Date", given.date.replace("T", " ").replace("+00:00", " UTC")
     if given.seed is not None:
         yield "Seed", str(given.seed)
+    if given.dequantized is not None:
+        yield "Source", given.dequantized
     if text := given.calibration:
         size = f", {text['count']} × {text['length']} tokens" if "count" in text and "length" in text else ""
         yield "Calibration", f"{text.get('source', 'given by the caller')}{size}"

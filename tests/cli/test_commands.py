@@ -95,6 +95,12 @@ def test_plan_changes_nothing_and_says_what_would_be(desk: Path, compressed: Any
     assert digests(desk) == before
 
 
+def test_problems_of_a_plan_are_told_on_standard_error_too_where_json_is_printed(desk: Path) -> None:
+    refused = CliRunner().invoke(cli.app, ["plan", str(desk / "model"), "-r", str(desk / "own.yaml"), "--scheme", "W4A16_G48", "--json"])
+    assert refused.exit_code == 2
+    assert refused.stderr.splitlines() == [f"error: {problem}" for problem in json.loads(refused.stdout)["problems"]]
+
+
 def test_evaluate_adds_to_the_record(desk: Path, compressed: Any) -> None:
     before = digests(desk / "model")
     metrics = as_json("evaluate", desk / "out", "--against", desk / "model", "--measure", "size")

@@ -80,6 +80,9 @@ def test_a_search_that_finds_nothing_fails_and_says_why(folder: Path) -> None:
     assert done.exit_code == 2
     assert "fora: it makes denoising" in done.stdout
     assert "No policy makes dit_pipeline 50 times faster." in done.stdout
+    assert done.stderr.splitlines()[-1] == (
+        "error: No policy makes dit_pipeline 50 times faster; give a smaller --budget, or other policies (--only)"
+    )
     assert (folder / "out" / "report.html").is_file()
     assert json.loads((folder / "out" / "aerogel.json").read_text())["policies"] == []
 

@@ -164,6 +164,8 @@ def test_documents_of_json(content: str, expected: list[object], tmp_path: Path)
     ("name", "content", "complaint"),
     [
         ("a.txt", b"the\nwar \xe9t\xe9", r"a\.txt line 2 is not UTF-8 text \(byte 0xe9\); convert it, .*iconv"),
+        ("a.txt", b"the\nwar\x00", r"a\.txt line 2 holds a zero byte, so it is no text"),
+        ("a.csv", b"text\na\x00\n", "line 2 holds a zero byte"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "\xe9"}', "line 3 is not UTF-8 text"),
         ("a.json", b'[\n"\xe9"]', "line 2 is not UTF-8 text"),
         ("a.csv", b"text\n\xe9\n", "line 2 is not UTF-8 text"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -21,6 +22,7 @@ from aerogel.engine.resume import Progress
 from aerogel.engine.run import compress
 from aerogel.errors import AerogelError
 from aerogel.model.block import Block
+from aerogel.model.walk import blocks_of
 from tests.crashing_runs import Doom, killed, options
 from tests.folders import digests, model_folder, text_file
 
@@ -219,3 +221,35 @@ def test_a_folder_that_is_no_run_is_not_touched(source: Path, tmp_path: Path) ->
         with pytest.raises(AerogelError, match="is in the way"):
             run(source, tmp_path / "out", resume=resumed)
     assert digests(partial).keys() == {"mine.txt"}
+
+
+def test_files_of_a_progress_folder_that_would_be_waited_for_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "out.partial"
+    (folder / "stage-0").mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    network, walk = open_model(model_folder(tmp_path / "model", num_hidden_layers=1)), folder / "stage-0" / "walk.json"
+    walk.write_text("[" * 100_000)
+    with pytest.raises(AerogelError, match=r"walk\.json is nested too deeply to be read; remove the progress folder"):
+        Progress.open(folder, network, network.checkpoint, {})
+    walk.unlink()
+    os.mkfifo(walk)
+    with pytest.raises(AerogelError, match=r"walk\.json is no regular file; remove the progress folder to start again"):
+        Progress.open(folder, network, network.checkpoint, {})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("notes", [{"name": "x", "method": 1e308}]), ("pruned", 3), ("structure", {"config_groups": 1})]
+)
+def test_a_finished_block_that_was_changed_is_named(key: str, value: Any, tmp_path: Path) -> None:
+    network = open_model(model_folder(tmp_path / "model", num_hidden_layers=1))
+    assert network.checkpoint is not None
+    stage = Progress.open(tmp_path / "out.partial", network, network.checkpoint, {}).stage(0)
+    network.checkpoint.materialise(network.module)
+    block = next(iter(blocks_of(network)))
+    stage.commit(block)
+    name = block.name
+    assert [finished.block for finished in stage.restore([name])] == [name]
+    path = tmp_path / "out.partial" / "stage-0" / "blocks" / name / "block.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(AerogelError, match=r"block\.json is damaged; remove the progress folder to start again"):
+        stage.restore([name])

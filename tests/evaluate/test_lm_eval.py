@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -56,3 +58,37 @@ def test_a_local_task_is_scored(tmp_path: Path) -> None:
         LmEval().measure(net)
     with pytest.raises(AerogelError, match="is no folder"):
         LmEval(tasks=("union",), folder=str(tmp_path / "absent")).measure(net)
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """A harness that scores one batch of two tokens; returns the metrics that it gives, to be changed."""
+    metrics = {"acc,none": 0.5}
+
+    def simple_evaluate(model: Network, tasks: list[str], **options: object) -> dict[str, object]:
+        model.module(torch.tensor([[3, 4]]))
+        return {"results": {task: {"alias": task, **metrics} for task in tasks}}
+
+    for name, members in {
+        "lm_eval": {"simple_evaluate": simple_evaluate},
+        "lm_eval.models": {},
+        "lm_eval.models.huggingface": {"HFLM": lambda pretrained, **options: SimpleNamespace(module=pretrained)},
+        "lm_eval.tasks": {"TaskManager": lambda include_path: SimpleNamespace(all_tasks=["union"])},
+    }.items():
+        module = ModuleType(name)
+        module.__dict__.update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    return metrics
+
+
+def test_results_that_are_no_numbers_are_one_error(harness: dict[str, float]) -> None:
+    net = tiny()
+    assert LmEval(tasks=("union",)).measure(net) == {"union": {"acc": 0.5}}
+    harness["perplexity,none"] = math.nan
+    with pytest.raises(AerogelError, match="lm_eval: LlamaForCausalLM gives a perplexity of nan on union; its weights are damaged"):
+        LmEval(tasks=("union",)).measure(net)
+    del harness["perplexity,none"]
+    net.module.model.norm.weight.data[0] = math.nan
+    with pytest.raises(AerogelError, match="lm_eval: LlamaForCausalLM gives logits that are NaN or infinite"):
+        LmEval(tasks=("union",)).measure(net)
+    assert not net.module._forward_hooks

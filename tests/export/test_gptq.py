@@ -118,6 +118,23 @@ def test_what_the_layout_cannot_say_is_refused_before_any_work(scheme: str | Non
     assert not (tmp_path / "gptq").exists()
 
 
+@pytest.mark.parametrize("odd", [None, "W8A16_G32"])
+def test_sets_that_are_quantized_in_part_are_written_with_a_warning(odd: str | None, tmp_path: Path) -> None:
+    """GPTQModel and transformers read layer by layer; vLLM and SGLang load query, key and value as one tensor."""
+    save(network(lambda name: None if name == "lm_head" else odd if name.endswith("k_proj") else "W4A16_G32"), tmp_path / "master")
+    told = "q_proj has W4A16_G32 and .*k_proj W8A16_G32" if odd else "q_proj is quantized and .*k_proj is not"
+    with pytest.warns(UserWarning, match=f"vLLM and SGLang do not open this folder, GPTQModel and transformers do: .*{told}"):
+        exported(tmp_path / "master")
+
+
+def test_a_set_that_is_left_out_whole_is_no_reason_to_warn(tmp_path: Path) -> None:
+    save(
+        network(lambda name: None if name == "lm_head" or name.endswith(("q_proj", "k_proj", "v_proj")) else "W4A16_G32"),
+        tmp_path / "master",
+    )
+    exported(tmp_path / "master")
+
+
 def test_scaled_inputs_are_refused(tmp_path: Path) -> None:
     given = network()
     inner = given.module.get_submodule(Q_PROJ)

@@ -147,3 +147,11 @@ def test_a_module_with_an_adapter_beside_its_weight_is_refused() -> None:
     module.model.layers[0].self_attn.q_proj = Wrapped(module.model.layers[0].self_attn.q_proj)
     with pytest.raises(AerogelError, match=r"layers\.0\.self_attn\.q_proj has an adapter beside its weight: merge it before"):
         aerogel.compress(module, {"steps": [{"rtn": {"scheme": "W4A16_G16"}}]}, measures=())
+
+
+def test_integers_are_no_adapter(base: Path) -> None:
+    folder = adapter(base)
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"dtype":"F32"', b'"dtype":"I32"', 1))
+    with pytest.raises(AerogelError, match=r"adapter_model\.safetensors: base_model\..* is torch\.int32, expected floats"):
+        aerogel.load(locate(folder, merge_adapter=True), lazy=False)

@@ -30,6 +30,8 @@ from aerogel.export.compressed_tensors import CompressedTensors
 from aerogel.export.gguf import Gguf
 from aerogel.io.checkpoint import Checkpoint
 from aerogel.io.dequantize import block_of, dequantize_blocks, dequantize_mxfp4, dequantizer_of
+from aerogel.io.record import files
+from aerogel.report import page
 from tests.folders import model_folder
 from tests.saved import network, save, tokenizer
 from tests.tiny import FAMILIES, output
@@ -486,3 +488,27 @@ def test_a_config_that_is_no_object_is_refused(tmp_path: Path) -> None:
     configure(folder, ["fp8"])
     with pytest.raises(AerogelError, match=r"quantization_config in config.json is \['fp8'\], expected a JSON object"):
         open_model(folder)
+
+
+def test_a_config_that_says_fp8_over_plain_floats_is_refused(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", num_hidden_layers=1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(AerogelError, match=r"config\.json says fp8, and none of the weights is float8; get the config\.json that belongs"):
+        open_model(folder)
+
+
+def test_the_record_and_the_report_say_what_was_dequantized(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", num_hidden_layers=1)
+    tensors = load_file(folder / "model.safetensors")
+    scale = torch.tensor([0.01])
+    tensors |= {UP: (tensors[UP] / scale).to(torch.float8_e4m3fn), f"{UP}_scale_inv": scale}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    aerogel.compress(folder, RTN, output=tmp_path / "out", measures=())
+    told = "the source is quantized (fp8: float8_e4m3fn with a scale per tensor); its weights are dequantized to float32"
+    assert files.read(tmp_path / "out").provenance.dequantized == told
+    assert f"<dt>Source</dt><dd>{told}</dd>" in page.page(files.read(tmp_path / "out"))
+    aerogel.compress(model_folder(tmp_path / "floats", num_hidden_layers=1), RTN, output=tmp_path / "plain", measures=())
+    assert "dequantized" not in (tmp_path / "plain" / "aerogel.json").read_text()

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
-from aerogel.io.save import new_folder, preflight, resident, write
+from aerogel.io.save import DiskError, new_folder, preflight, resident, write
 from aerogel.layers.linear import cache_dequantized
 from tests.releases import DENSE, LIBRARY
-from tests.saved import network, round_to_nearest, save
+from tests.saved import network, round_to_nearest, save, tokenizer
 from tests.tiny import FAMILIES, output
 
 SCHEMES = [
@@ -266,3 +266,25 @@ def test_preflight_finds_what_is_in_the_way_and_leaves_no_trace(tmp_path: Path, 
     with pytest.raises(AerogelError, match="cannot write here"):
         preflight(tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_disk_that_is_full_for_the_tokenizer_is_named_as_for_the_weights(tmp_path: Path) -> None:
+    """The tokenizers library raises a plain Exception with the text of the operating system's error."""
+
+    class Full:
+        def save_pretrained(self, folder: Path) -> None:
+            tokenizer().backend_tokenizer.save("/dev/full")
+
+    with pytest.raises(DiskError, match=rf"^{tmp_path}/out: could not be saved \(No space left on device\); nothing was left there"):
+        save(network(processor=Full()), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_errors_of_a_tokenizer_are_its_own(tmp_path: Path) -> None:
+    class Broken:
+        def save_pretrained(self, folder: Path) -> None:
+            raise Exception("no model (os error 28) here")
+
+    with pytest.raises(Exception, match="no model"):
+        save(network(processor=Broken()), tmp_path / "out")

@@ -13,6 +13,7 @@ import torch
 from aerogel.errors import AerogelError
 from aerogel.io.checkpoint import Dequantize, Dequantized, OnDisk
 from aerogel.io.dequantize.blocks import dequantize_blocks, shared_by
+from aerogel.io.dequantize.checks import Tensors
 from aerogel.io.headers import Entry
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -70,6 +71,7 @@ def _weights(where: Path, block: tuple[int, int], dtype: torch.dtype, on_disk: O
         around = home.rpartition(".")[0]
         unused = {f"{stem}{kind}" for kind in _OF_ACTIVATIONS for stem in (f"{home}.", f"{around}.", f"{name}_")}
         found |= dict.fromkeys(unused & entries.keys())
+    Tensors(where, "fp8", entries).require_some(found, "none of the weights is float8")
     return found
 
 

@@ -50,6 +50,8 @@ class Provenance(Part):
     machine: dict[str, str | int] = Field(default_factory=dict)
     calibration: dict[str, Any] = Field(default_factory=dict)
     """Source, size and fingerprint of the calibration data, as its kind has them."""
+    dequantized: str | None = None
+    """How the weights that the run started from were quantized, and to which floats they were dequantized, in words."""
 
 
 class PlanRecord(Part):

@@ -95,6 +95,12 @@ def _with_matrices(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
                 yield from _with_matrices(part, f"{name}.")
 
 
+def _matrices_of(part: nn.Module) -> int:
+    """Number of matrices that a module has by itself; the buffers of a quantized layer are one, as its weight was."""
+    weights = sum(tensor.ndim >= 2 for tensor in part.parameters(recurse=False))
+    return weights or int(any(tensor.ndim >= 2 for tensor in part.buffers(recurse=False)))
+
+
 def _has_matrix(part: nn.Module) -> bool:
     return any(tensor.ndim >= 2 for tensor in (*part.parameters(), *part.buffers()))
 
@@ -123,7 +129,7 @@ class _Search:
         kinds = {type(self._parts[block]) for others in found.values() for block in others}
         if all(type(self._parts[block]) in kinds for block in blocks):
             return True
-        matrices = sum(tensor.ndim >= 2 for block in blocks for tensor in self._parts[block].parameters())
+        matrices = sum(_matrices_of(part) for block in blocks for part in self._parts[block].modules())
         alone = isinstance(self._parts[name], nn.ModuleList) and any(block in self._passes for block in blocks)
         return alone and matrices >= _MATRICES and self._passes_on(blocks)
 

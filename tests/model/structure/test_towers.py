@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+import aerogel
+from aerogel.engine.opening import open_model
 from aerogel.model.calls import Call
 from aerogel.model.structure.examples import Example, examples_of
 from aerogel.model.structure.placeholders import placeholder_weights
 from aerogel.model.structure.towers import towers_of
+from tests.folders import model_folder
 from tests.tiny import FAMILIES, VARIANTS, opened
 
 TINY = FAMILIES | VARIANTS
@@ -99,3 +104,12 @@ def test_placeholders_take_no_memory_for_weights() -> None:
         assert module.weight.untyped_storage().nbytes() == 4
         assert module(torch.ones(3, 1 << 12)).shape == (3, 1 << 12)
     assert module.weight.is_meta
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_a_model_of_one_layer_keeps_its_tower_when_it_is_quantized(name: str, tmp_path: Path) -> None:
+    """The weights of quantized layers are buffers."""
+    model_folder(tmp_path / "model", name, num_hidden_layers=1)
+    recipe = {"name": "rounded", "steps": [{"rtn": {"scheme": "W4A16_G32"}}]}
+    aerogel.compress(tmp_path / "model", recipe, output=tmp_path / "out", measures=())
+    assert open_model(tmp_path / "out").towers == open_model(tmp_path / "model").towers != ()

@@ -1,0 +1,185 @@
+"""Kinds of sound input, tiny, each with the commands that take it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+import aerogel
+from aerogel.data.denoising import Denoising
+from aerogel.engine import exporting
+from aerogel.engine.calibration import Samples
+from tests import image_pipelines, saved
+from tests.faults.commands import (
+    CALIBRATING,
+    DIFFUSION,
+    LANGUAGE,
+    RESUMED,
+    SEARCHED,
+    SKIPPED,
+    WRITTEN,
+    exports,
+    merged,
+    reports_on,
+)
+from tests.faults.damages import Damage, of_folder
+from tests.faults.judged import Command
+from tests.folders import model_folder, text_file
+from tests.report import test_cache_search, test_skip_search
+from tests.tiny import IMAGE_TOKEN
+from tests.words import tokenizer
+
+
+def of_part(part: str, folder: Path, count: int) -> Iterator[Damage]:
+    """The damages of the files in a folder of the input."""
+    return (replace(damage, file=f"{part}/{damage.file}") for damage in of_folder(folder / part, count))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of input."""
+
+    name: str
+    make: Callable[[Path], object]
+    """Makes the input in an empty folder."""
+    commands: tuple[Command, ...]
+    damages: Callable[[Path, int], Iterator[Damage]] = lambda folder, count: of_part("in", folder, count)
+    """(input, seeded damages of each JSON file) -> damages."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _model(folder: Path, **config: Any) -> Path:
+    text_file(folder.parent / "text.txt", 200)
+    return model_folder(folder, num_hidden_layers=1, **config)
+
+
+def _compressed(folder: Path, *steps: dict[str, Any], measures: tuple[str, ...] = ()) -> None:
+    """Compress `sound` in the folder to `in` beside it."""
+    data = Samples(folder / "text.txt", count=2, length=8)
+    aerogel.compress(folder / "sound", {"name": "made", "steps": [*steps]}, samples=data, output=folder / "in", measures=measures)
+
+
+def _make_model(folder: Path) -> None:
+    _model(folder / "in", max_shard_size="60KB")
+    _model(folder / "sound")
+
+
+def _make_written(folder: Path) -> None:
+    _model(folder / "sound")
+    saved.tokenizer().save_pretrained(folder / "sound")
+    _compressed(folder, {"rtn": {"scheme": "W4A16_G32"}}, {"kv_cache_fp8": {}}, measures=("size",))
+
+
+def _make_fp8(folder: Path) -> None:
+    _model(folder / "sound")
+    _compressed(folder, {"rtn": {"scheme": "FP8_DYNAMIC"}})
+
+
+def _make_experts(folder: Path) -> None:
+    text_file(folder / "text.txt", 200)
+    model_folder(folder / "sound", "qwen3_moe")
+    _compressed(folder, {"rtn": {"scheme": "W4A16_G32"}}, {"odp": {}})
+
+
+def _make_experts_to_skip(folder: Path) -> None:
+    text_file(folder / "text.txt", 200)
+    model_folder(folder / "in", "qwen3_moe")
+
+
+_CHAT = (
+    "{% for m in messages %}{{ m['role'] }} {% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{{ c['text'] if c['type'] == 'text' else '<image>' }} {% endfor %}{% endif %}{% endfor %}"
+)
+
+
+def _make_image_text(folder: Path) -> None:
+    words = tokenizer()
+    words.add_tokens([f"w{number}" for number in range(IMAGE_TOKEN - len(words))])
+    words.add_tokens(["<image>"], special_tokens=True)
+    words.image_token = "<image>"
+    text_file(folder / "text.txt", 200)
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    made = transformers.LlavaProcessor(
+        image_processor=images, tokenizer=words, patch_size=8, vision_feature_select_strategy="default", chat_template=_CHAT
+    )
+    made.save_pretrained(model_folder(folder / "in", "llava"))
+
+
+def _make_pipeline(folder: Path) -> None:
+    (folder / "own.yaml").write_text("steps:\n  - fora: {}\n")
+    for name in ("in", "sound"):
+        image_pipelines.classes().save_pretrained(folder / name)
+
+
+def _make_cached(folder: Path) -> None:
+    (folder / "own.yaml").write_text("steps:\n  - rtn: {scheme: W8A16_CHANNEL}\n  - fora: {}\n")
+    image_pipelines.classes().save_pretrained(folder / "sound")
+    recipe = {"name": "made", "steps": [{"rtn": {"scheme": "W8A16_CHANNEL"}}, {"smoothcache": {"alpha": 10.0}}]}
+    aerogel.compress(folder / "sound", recipe, samples=Denoising(count=1, steps=2), output=folder / "in", measures=())
+
+
+def _make_adapter(folder: Path) -> None:
+    base = _model(folder / "sound")
+    (folder / "in").mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (folder / "in" / "adapter_config.json").write_text(json.dumps(config))
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    parts = {f"{name}.lora_A.weight": torch.ones(4, 64), f"{name}.lora_B.weight": torch.full((64, 4), 0.01)}
+    save_file(parts, folder / "in" / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _make_searches(folder: Path) -> None:
+    for name, module in (("cache", test_cache_search), ("skip", test_skip_search)):
+        (folder / name).mkdir()
+        (folder / name / "search.json").write_text(json.dumps(module.record()))
+
+
+def _make_stopped(folder: Path) -> None:
+    _model(folder / "sound")
+    recipe = aerogel.Recipe.parse("gptq-w4a16").adjusted("W4A16_G32")
+    data = Samples(folder / "text.txt", count=2, length=8)
+    with mock.patch("aerogel.io.save.write_shards", side_effect=OSError(28, os.strerror(28), "full")):
+        try:
+            aerogel.compress(folder / "sound", recipe, samples=data, output=folder / "out", measures=())
+        except aerogel.AerogelError:
+            return
+    raise AssertionError("the run was to stop")
+
+
+def _make_layout(name: str, scheme: str, folder: Path) -> None:
+    """A language model in the layout of another tool."""
+    _model(folder / "sound", dtype=torch.float16)
+    aerogel.compress(folder / "sound", {"name": "made", "steps": [{"rtn": {"scheme": scheme}}]}, output=folder / "ours", measures=())
+    exporting.export(folder / "ours", name, folder / "in")
+    shutil.rmtree(folder / "ours")
+
+
+KINDS = (
+    Kind("model", _make_model, (*LANGUAGE, *CALIBRATING)),
+    Kind("written", _make_written, (*LANGUAGE, *WRITTEN, *exports("gptq", "gguf", "compressed_tensors"))),
+    Kind("fp8", _make_fp8, (*LANGUAGE[:2], *exports("modelopt"))),
+    Kind("experts", _make_experts, (*LANGUAGE[:2], *WRITTEN, *exports("gptq"))),
+    Kind("experts to skip", _make_experts_to_skip, (SKIPPED,)),
+    Kind("image-text", _make_image_text, (*LANGUAGE[:1], *CALIBRATING)),
+    Kind("pipeline", _make_pipeline, (*DIFFUSION, SEARCHED)),
+    Kind("cached", _make_cached, (*DIFFUSION, *WRITTEN)),
+    Kind("adapter", _make_adapter, tuple(map(merged, (*LANGUAGE[1:], *CALIBRATING)))),
+    Kind("gptq", partial(_make_layout, "gptq", "W4A16_G32"), (*LANGUAGE, *CALIBRATING)),
+    Kind("awq", partial(_make_layout, "awq", "W4A16_G32_ASYM"), (*LANGUAGE, *CALIBRATING)),
+    Kind("searches", _make_searches, reports_on("cache", "skip"), of_folder),
+    Kind("stopped", _make_stopped, (RESUMED,), partial(of_part, "out.partial")),
+)
+"""Folders."""
