@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from aerogel.errors import AerogelError
 from aerogel.model.hooks import Stop, until
 from aerogel.model.network import Network
-from aerogel.runtime.attention import answered, attending
+from aerogel.runtime.attention import answered, attending, attention_received
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,18 @@ class QueryKey:
             mask = mask.gather(2, asked.expand(-1, mask.shape[1], -1, keys))
             score_BHRS = score_BHRS.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score_BHRS + mask
         return score_BHRS.softmax(-1).nan_to_num()  # a query that may see nothing, such as padding, asks for nothing
+
+
+def attention_in_image(attention: QueryKey, class_token: bool) -> Tensor:
+    """Return the attention of a vision tower to each patch of images (B, S), a mean over heads: from all patches of the image.
+
+    Where the first position is a class token, it alone asks, and is left out.
+    """
+    if not class_token:
+        given = attention.query_BHLD, attention.key_BHSD, attention.mask, attention.scale
+        return attention_received(*given) / attention.query_BHLD.shape[2]
+    first = torch.zeros(len(attention.query_BHLD), 1, dtype=torch.int64, device=attention.query_BHLD.device)
+    return attention.attention(first).mean(1)[:, 0, 1:]
 
 
 def of_block(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> QueryKey:

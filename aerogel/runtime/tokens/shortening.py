@@ -24,6 +24,7 @@ from aerogel.runtime.tokens.decoder import Decoder
 from aerogel.runtime.tokens.deepstack import DeepStack
 from aerogel.runtime.tokens.kept import Kept, cut_arguments, cut_mask
 from aerogel.runtime.tokens.scores import QueryKey, of_block, watching
+from aerogel.runtime.tokens.vision_tower import TowerPass, VisionTower
 
 
 class Selection(NamedTuple):
@@ -62,6 +63,8 @@ class Stage:
     """True where a position of the forward stands for a video by an id of its own."""
     memory: dict[str, Any]
     """Findings of rules of this forward that later rules of it read, by name."""
+    tower: TowerPass | None = None
+    """Grid and attention of the vision tower's last forward, where the policy asks for them; that of videos, where there are some."""
 
     @property
     def real_BK(self) -> Tensor:  # noqa: N802
@@ -93,8 +96,10 @@ class _Forward:
 class Shortening:
     """Rules on their way through a network's forwards: by the number of the block that they act before."""
 
-    def __init__(self, network: Network, decoder: Decoder, rules: Mapping[int, Rule], watch: Sequence[int] = ()) -> None:
-        self.decoder, self.rules, self.watch = decoder, rules, tuple(watch)
+    def __init__(
+        self, network: Network, decoder: Decoder, rules: Mapping[int, Rule], watch: Sequence[int] = (), tower: VisionTower | None = None
+    ) -> None:
+        self.decoder, self.rules, self.watch, self._tower = decoder, rules, tuple(watch), tower
         self.lengths: tuple[int, ...] = ()
         """Positions that each block computed in the last forward of more than one position."""
         self.dropped = 0
@@ -103,6 +108,7 @@ class Shortening:
         self._names = arguments_of(network.module)
         self._guard = ForwardGuard()
         self._forward: _Forward | None = None
+        self._tower_pass: TowerPass | None = None
 
     @contextmanager
     def on(self) -> Iterator[Shortening]:
@@ -120,6 +126,8 @@ class Shortening:
                 stack.callback(block.register_forward_hook(partial(self._leave, number, deepstack)).remove)
             named = {number: self.decoder.attentions[number] for number in self.watch}
             stack.enter_context(watching(self._network, named, self._see))
+            if self._tower is not None:
+                stack.enter_context(self._tower.watching(self._network, self._see_tower))
             yield self
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -129,7 +137,10 @@ class Shortening:
 
     def _end(self, *_: Any) -> None:
         if self._guard.leave():
-            self._forward = None
+            self._forward = self._tower_pass = None
+
+    def _see_tower(self, seen: TowerPass) -> None:
+        self._tower_pass = seen
 
     def _see(self, number: int, seen: QueryKey) -> None:
         self._under_way.watched[number] = seen
@@ -183,6 +194,7 @@ class Shortening:
             final_norm=self.decoder.final_norm(self._network),
             video_BN=self._vocabulary.of_video(forward.inputs["input_ids"]),
             memory=forward.memory,
+            tower=self._tower_pass,
         )
         selection = self.rules[number](stage)
         if selection is None:
