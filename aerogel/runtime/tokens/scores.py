@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,11 @@ class QueryKey:
         key_BHSD = key_BHSD.repeat_interleave(heads, dim=1) if heads > 1 else key_BHSD
         scale = query_BHLD.shape[-1] ** -0.5 if more.get("scale") is None else more["scale"]
         return cls(query_BHLD, key_BHSD, more.get("attn_mask"), scale, bool(more.get("is_causal")))
+
+    def first_keys(self, count: int) -> QueryKey:
+        """Return it with so many keys: what comes behind them is room that nothing fills yet."""
+        mask = None if self.mask is None else self.mask[..., :count]
+        return replace(self, key_BHSD=self.key_BHSD[:, :, :count], mask=mask)
 
     def attention(self, asking_BR: Tensor) -> Tensor:
         """Return the attention (B, H, R, S) of some queries, by their numbers, to all keys, float32."""

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from transformers.cache_utils import StaticLayer
 
 from aerogel.errors import AerogelError
 from aerogel.layers.forward_guard import ForwardGuard
@@ -90,6 +91,8 @@ class _Forward:
     inputs: Mapping[str, Any]
     kept: Kept | None = None
     watched: dict[int, QueryKey] = field(default_factory=dict)
+    filled: dict[int, int] = field(default_factory=dict)
+    """Places of watched blocks' caches that were filled before, where these have room for more."""
     memory: dict[str, Any] = field(default_factory=dict)
 
 
@@ -143,7 +146,8 @@ class Shortening:
         self._tower_pass = seen
 
     def _see(self, number: int, seen: QueryKey) -> None:
-        self._under_way.watched[number] = seen
+        filled = self._under_way.filled.get(number)
+        self._under_way.watched[number] = seen if filled is None else seen.first_keys(filled + seen.query_BHLD.shape[2])
 
     @property
     def _under_way(self) -> _Forward:
@@ -219,6 +223,8 @@ class Shortening:
         forward = self._under_way
         place, cache = self.decoder.places[number], cache_in(args, kwargs)
         layer = cache_layer(cache, place)
+        if isinstance(layer, StaticLayer) and number in self.watch and forward.kind_BN.shape[1] > 1:
+            forward.filled[number] = int(layer.cumulative_length)
         if cache is None or (forward.kept is None and not isinstance(layer, ShortenedLayer)):
             return
         rows, total = forward.kind_BN.shape
