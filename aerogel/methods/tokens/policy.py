@@ -1,6 +1,6 @@
-"""Base of policies that drop tokens before decoder blocks: a rule for some of the blocks, and what it costs on the calibration data.
+"""Bases of policies that drop tokens before decoder blocks: rules for some of the blocks, and what they cost on the calibration data.
 
-B rows, K positions before a block, C channels.
+B rows, K positions before a block, F frames, P places of a frame, C channels.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from aerogel.runtime.token_types import TEXT, VISION, Vocabulary
 from aerogel.runtime.tokens.decoder import decoder_of
 from aerogel.runtime.tokens.eviction import Eviction
 from aerogel.runtime.tokens.shortening import Rule, Selection, Shortening, Stage
+from aerogel.runtime.tokens.vision_tower import VisionTower
 
 Budget = Annotated[int, Field(ge=1, le=1_000_000)] | Share
 """Tokens of a row that stay: a number, or a share (with a decimal point)."""
@@ -112,7 +113,12 @@ class DroppingPolicy(RuntimePolicy[TokenState]):
         """Let the rules act for a while."""
         decoder = decoder_of(network)
         rules = {block: self._where_droppable(rule) for block, rule in self.rules(decoder.depth).items()}
-        return Shortening(network, decoder, rules, self.watched(decoder.depth), self.drops_text, self.eviction()).on()
+        tower = self.watched_tower(network, state)
+        return Shortening(network, decoder, rules, self.watched(decoder.depth), self.drops_text, self.eviction(), tower).on()
+
+    def watched_tower(self, network: Network, state: TokenState) -> VisionTower | None:
+        """Return the vision tower whose grids or attention the rules read; none unless a policy says so."""
+        return None
 
     @torch.no_grad()
     def calibrate(self, network: Network, calls: Sequence[Call]) -> TokenState:
@@ -165,6 +171,12 @@ class TokenPolicy(DroppingPolicy):
         kinds = [vocabulary.kinds(call.kwargs) for call in calls if "input_ids" in call.kwargs]
         if not any(bool(self.droppable(kind_BN).any()) for kind_BN in kinds):
             yield "the calibration data has no token of an image; give chats with images by --data"
+
+
+def first_with_images(network: Network, calls: Sequence[Call]) -> Call:
+    """Return the first call with tokens of an image or a video."""
+    vocabulary = Vocabulary.of(network)
+    return next(call for call in calls if bool((vocabulary.kinds(call.kwargs) == VISION).any()))
 
 
 def counts(budget: float, whole_B: Tensor) -> Tensor:

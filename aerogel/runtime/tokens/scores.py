@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from aerogel.errors import AerogelError
 from aerogel.model.hooks import Stop, until
 from aerogel.model.network import Network
-from aerogel.runtime.attention import answered, attending
+from aerogel.runtime.attention import answered, attending, attention_received
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class QueryKey:
             return torch.ones(rows, keys, dtype=torch.bool, device=self.key_BHSD.device)
         return allowed(self.mask[:, 0, -1]).expand(rows, -1)
 
+    def first_keys(self, count: int) -> QueryKey:
+        """Return it with so many keys: what comes behind them is room that nothing fills yet."""
+        mask = None if self.mask is None else self.mask[..., :count]
+        return replace(self, key_BHSD=self.key_BHSD[:, :, :count], mask=mask)
+
     def attention(self, asking_BR: Tensor) -> Tensor:
         """Return the attention (B, H, R, S) of some queries, by their numbers, to all keys, float32."""
         rows, heads, queries, channels = self.query_BHLD.shape
@@ -68,6 +73,18 @@ class QueryKey:
 def allowed(mask: Tensor) -> Tensor:
     """Return a mask, boolean or to be added, as booleans."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def attention_in_image(attention: QueryKey, class_token: bool) -> Tensor:
+    """Return the attention of a vision tower to each patch of images (B, S), a mean over heads: from all patches of the image.
+
+    Where the first position is a class token, it alone asks, and is left out.
+    """
+    if not class_token:
+        given = attention.query_BHLD, attention.key_BHSD, attention.mask, attention.scale
+        return attention_received(*given) / attention.query_BHLD.shape[2]
+    first = torch.zeros(len(attention.query_BHLD), 1, dtype=torch.int64, device=attention.query_BHLD.device)
+    return attention.attention(first).mean(1)[:, 0, 1:]
 
 
 def of_block(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> QueryKey:

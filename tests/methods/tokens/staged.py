@@ -26,16 +26,18 @@ def seen(network: Network, call: Call, method: TokenPolicy) -> dict[int, tuple[S
 
     decoder = decoder_of(network)
     rules = {block: asked(block, rule) for block, rule in method.rules(decoder.depth).items()}
-    with Shortening(network, decoder, rules, method.watched(decoder.depth)).on():
+    with Shortening(
+        network, decoder, rules, method.watched(decoder.depth), method.watched_tower(network, method.fitted(network, [call]))
+    ).on():
         network.run(call)
     return found
 
 
-def generated(network: Network, call: Call, count: int = 5) -> Any:
+def generated(network: Network, call: Call, count: int = 5, **more: Any) -> Any:
     """A greedy generation with scores."""
     given = {key: value for key, value in call.kwargs.items() if key != "use_cache"}
     settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
-    return network.module.generate(**given, **settings, output_logits=True)
+    return network.module.generate(**given, **settings, **more, output_logits=True)
 
 
 def first_call(name: str) -> tuple[Network, Call]:

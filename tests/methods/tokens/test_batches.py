@@ -51,3 +51,16 @@ def test_rows_without_an_image_one_and_two(name: str, rule: str) -> None:
     assert gone_BN[1].any()
     assert gone_BN[2].any()
     assert 0 < state.kept < 1
+
+
+@pytest.mark.parametrize(("name", "rule"), [pair for pair in PAIRS if pair[0] == "qwen2_5_vl"])
+def test_generation_chooses_what_a_forward_chooses(name: str, rule: str) -> None:
+    """`generate` of transformers runs the vision tower first, and does not hand on all arguments."""
+    network, call, policy = opened(name), batch(name), made(rule)
+    state = policy.calibrate(network, [call])
+    with policy.on(network, state):
+        logits = network.run(call).logits[:, -1]
+        drawn = network.module.generate(
+            **call.kwargs, max_new_tokens=2, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+        )
+    torch.testing.assert_close(drawn.logits[0], logits, rtol=0, atol=1e-5)

@@ -1,0 +1,1 @@
+"""Policies that drop and merge tokens of clips."""
