@@ -26,9 +26,8 @@ def seen(network: Network, call: Call, method: TokenPolicy) -> dict[int, tuple[S
 
     decoder = decoder_of(network)
     rules = {block: asked(block, rule) for block, rule in method.rules(decoder.depth).items()}
-    with Shortening(
-        network, decoder, rules, method.watched(decoder.depth), method.watched_tower(network, method.fitted(network, [call]))
-    ).on():
+    tower = method.watched_tower(network, method.fitted(network, [call]))
+    with Shortening(network, decoder, rules, method.watched(decoder.depth), tower=tower).on():
         network.run(call)
     return found
 
