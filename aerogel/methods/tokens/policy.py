@@ -1,6 +1,6 @@
-"""Base of policies that drop tokens before decoder blocks: a rule for some of the blocks, and what it costs on the calibration data.
+"""Bases of policies that drop tokens before decoder blocks: rules for some of the blocks, and what they cost on the calibration data.
 
-B rows, K positions before a block, C channels.
+B rows, K positions before a block, F frames, P places of a frame, C channels.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -21,16 +21,22 @@ from aerogel.methods.base import Before, CalibrationSize, CostEstimate, Requirem
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.numerics.token_selection import best
-from aerogel.options import Share
+from aerogel.numerics.video_tokens import Reduced
+from aerogel.options import CountOrZero, Share
 from aerogel.runtime.policy_state import PolicyState
 from aerogel.runtime.predictions import Predictions, predicted
 from aerogel.runtime.token_types import TEXT, VISION, Vocabulary
+from aerogel.runtime.tokens.clips import GRID, ClipAttention, attention_of, clips_of
 from aerogel.runtime.tokens.decoder import decoder_of
 from aerogel.runtime.tokens.eviction import Eviction
+from aerogel.runtime.tokens.images import image_path_of
 from aerogel.runtime.tokens.shortening import Rule, Selection, Shortening, Stage
+from aerogel.runtime.tokens.vision_tower import VisionTower
 
 Budget = Annotated[int, Field(ge=1, le=1_000_000)] | Share
 """Tokens of a row that stay: a number, or a share (with a decimal point)."""
+CLIPS = "clips"
+"""Name by which later rules of a forward find where its clips are (B, N)."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,6 +51,16 @@ class TokenState(PolicyState):
     """KL divergence from the model with all tokens, in nats an answer token."""
     answer_tokens: int = 0
     """Answer tokens that it was measured on."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ClipState(TokenState):
+    """The attention of the vision tower that is read, beside what every such policy has."""
+
+    attention: str = ""
+    """Full name of the attention; empty where none is read."""
+    class_token: bool = False
+    """True where the first position of the tower stands for the whole image."""
 
 
 class _OfText(Predictions):
@@ -112,7 +128,12 @@ class DroppingPolicy(RuntimePolicy[TokenState]):
         """Let the rules act for a while."""
         decoder = decoder_of(network)
         rules = {block: self._where_droppable(rule) for block, rule in self.rules(decoder.depth).items()}
-        return Shortening(network, decoder, rules, self.watched(decoder.depth), self.drops_text, self.eviction()).on()
+        tower = self.watched_tower(network, state)
+        return Shortening(network, decoder, rules, self.watched(decoder.depth), self.drops_text, self.eviction(), tower).on()
+
+    def watched_tower(self, network: Network, state: TokenState) -> VisionTower | None:
+        """Return the vision tower whose grids or attention the rules read; none unless a policy says so."""
+        return None
 
     @torch.no_grad()
     def calibrate(self, network: Network, calls: Sequence[Call]) -> TokenState:
@@ -165,6 +186,79 @@ class TokenPolicy(DroppingPolicy):
         kinds = [vocabulary.kinds(call.kwargs) for call in calls if "input_ids" in call.kwargs]
         if not any(bool(self.droppable(kind_BN).any()) for kind_BN in kinds):
             yield "the calibration data has no token of an image; give chats with images by --data"
+
+
+@dataclass(frozen=True)
+class ClipPolicy(TokenPolicy):
+    """Drops and merges tokens of clips before the first block; images in the same prompt stay whole."""
+
+    state: ClassVar[type[PolicyState]] = ClipState
+
+    frames: CountOrZero = field(default=0, kw_only=True)
+    """Frames of equal size that the image tokens of each prompt are, for models whose inputs hold no grid of a video; 0: there is one."""
+
+    @property
+    def reads_attention(self) -> bool:
+        """True where the rule reads attention in the vision tower."""
+        return False
+
+    def problems(self, network: Network, before: Before) -> Iterator[str]:
+        """Look for the vision tower, which is given the grids of videos."""
+        try:
+            VisionTower.of(network, decoder_of(network))
+        except AerogelError as error:
+            yield str(error)
+        yield from super().problems(network, before)
+
+    def fitted(self, network: Network, calls: Sequence[Call]) -> ClipState:
+        """Find the attention that is read; raises AerogelError where there is none that can be."""
+        blocks = decoder_of(network).depth
+        if not self.reads_attention:
+            return ClipState(blocks=blocks)
+        path = image_path_of(network, first_with_images(network, calls))
+        return ClipState(blocks=blocks, attention=path.attention, class_token=path.class_token)
+
+    def watched_tower(self, network: Network, state: TokenState) -> VisionTower | None:
+        """Return the tower."""
+        assert isinstance(state, ClipState)
+        return VisionTower.of(network, decoder_of(network), state.attention, state.class_token)
+
+    @abstractmethod
+    def reduce(self, x_FPC: Tensor, attention: ClipAttention | None) -> Reduced:
+        """Return what stays of a clip, given its embeddings and, where the policy reads it, the attention in the vision tower."""
+
+    def rules(self, depth: int) -> Mapping[int, Rule]:
+        """Return the rule."""
+        return {0: self.reduce_clips}
+
+    def reduce_clips(self, stage: Stage) -> Selection | None:
+        """Reduce clip by clip, and remember where clips are."""
+        keep_BK, hidden_BKC = torch.ones_like(stage.vision_BK), stage.hidden_BKC.clone()
+        clip_BK = torch.zeros_like(keep_BK)
+        clips = clips_of(stage, self.frames)
+        attention = attention_of(stage, clips) if clips and self.reads_attention else [None] * len(clips)
+        for clip, seen in zip(clips, attention, strict=True):
+            clip_BK[clip.row, clip.at_FP] = True
+            reduced = self.reduce(stage.hidden_BKC[clip.row, clip.at_FP], seen)
+            keep_BK[clip.row, clip.at_FP] = reduced.keep_FP
+            hidden_BKC[clip.row, clip.at_FP] = reduced.x_FPC
+        stage.memory[CLIPS] = clip_BK
+        return None if bool(keep_BK.all()) else Selection(keep_BK, hidden_BKC)
+
+    def unsuitable(self, network: Network, calls: Sequence[Call]) -> Iterator[str]:
+        """Look for clips."""
+        if not self.frames and not any(call.kwargs.get(GRID) is not None for call in calls):
+            yield (
+                f"the calibration data has no clip with a grid ({GRID}); give chats with videos by --data, or say by the option frames how "
+                "many frames the image tokens of a prompt are"
+            )
+        yield from super().unsuitable(network, calls)
+
+
+def first_with_images(network: Network, calls: Sequence[Call]) -> Call:
+    """Return the first call with tokens of an image or a video."""
+    vocabulary = Vocabulary.of(network)
+    return next(call for call in calls if bool((vocabulary.kinds(call.kwargs) == VISION).any()))
 
 
 def counts(budget: float, whole_B: Tensor) -> Tensor:

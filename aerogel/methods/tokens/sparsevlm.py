@@ -37,7 +37,7 @@ class Sparsevlm(TokenPolicy):
     """Image tokens of a row that stay as they are behind each of the blocks: numbers, or shares of all. Empty: as the rank says. With 576
     image tokens, 300, 200 and 110 are 192 on average over 32 blocks, 303, 110 and 36 are 128, and 66, 30 and 17 are 64."""
     scale: NonNegative = 13.5
-    """Tokens that stay for each unit of the rank of the raters' attention (raters x image tokens)."""
+    """Factor between the rank of the raters' attention (raters x image tokens) and the number of tokens that stay."""
     bias: float = 0.0
     """Tokens that stay besides."""
     recycled: Share = 0.3

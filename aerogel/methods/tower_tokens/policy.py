@@ -11,11 +11,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.methods.tokens.policy import TokenPolicy, TokenState
+from aerogel.methods.tokens.policy import TokenPolicy, TokenState, first_with_images
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.policy_state import PolicyState
-from aerogel.runtime.token_types import VISION, Vocabulary
 from aerogel.runtime.tokens.decoder import decoder_of
 from aerogel.runtime.tokens.images import Chosen, Image, ImagePath, choosing, dropping_marked, image_path_of
 from aerogel.runtime.tokens.shortening import Rule, Shortening
@@ -62,12 +61,6 @@ class TowerPolicy(TokenPolicy):
             raise AerogelError(f"the policy was calibrated for a model with {absent[0]}, which this one lacks: calibrate it again")
         with choosing(network, path, self.choose), super().acting(network, state) as shortening:
             yield shortening
-
-
-def first_with_images(network: Network, calls: Sequence[Call]) -> Call:
-    """Return the first call with tokens of an image."""
-    vocabulary = Vocabulary.of(network)
-    return next(call for call in calls if bool((vocabulary.kinds(call.kwargs) == VISION).any()))
 
 
 def count_of(budget: float, score_P: Tensor) -> int:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from aerogel.methods.base import Requirement
-from aerogel.methods.tokens.policy import Budget, TokenPolicy
-from aerogel.methods.tower_tokens.policy import TowerState, first_with_images
+from aerogel.methods.tokens.policy import Budget, TokenPolicy, first_with_images
+from aerogel.methods.tower_tokens.policy import TowerState
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.options import CountOrZero

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.runtime.attention import attention_received, attentions
+from aerogel.runtime.attention import attentions
 from aerogel.runtime.tokens.decoder import decoder_of
-from aerogel.runtime.tokens.scores import QueryKey, watching
+from aerogel.runtime.tokens.scores import QueryKey, attention_in_image, watching
 from aerogel.runtime.tokens.shortening import Selection, Stage
 
 
@@ -105,15 +105,8 @@ class _Chooser:
 
     def see(self, _: int, attention: QueryKey) -> None:
         """Keep scores (S) and keys (S, D) of each image that an attention of the tower computes."""
-        if self._path.class_token:
-            first = torch.zeros(len(attention.query_BHLD), 1, dtype=torch.int64, device=attention.query_BHLD.device)
-            score_IS = attention.attention(first).mean(1)[:, 0]
-        else:
-            given = attention.query_BHLD, attention.key_BHSD, attention.mask, attention.scale
-            score_IS = attention_received(*given) / attention.query_BHLD.shape[2]
-        key_ISD = attention.key_BHSD.mean(1)
-        start = int(self._path.class_token)
-        self._seen += zip(score_IS[:, start:], key_ISD[:, start:], strict=True)
+        key_ISD = attention.key_BHSD.mean(1)[:, int(self._path.class_token) :]
+        self._seen += zip(attention_in_image(attention, self._path.class_token), key_ISD, strict=True)
 
     def before(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Before a projector that works token by token: choose, and merge what it reads."""
@@ -182,7 +175,7 @@ def image_path_of(network: Network, call: Call) -> ImagePath:
     last = ran.index(watch.source(read) or ran[-1])
     before = [name for name, keys in watch.keys.items() if keys == most and ran.index(watch.block_of(name)) <= last]
     rows = given.numel() // given.shape[-1]
-    class_token = bool(watch.positions[before[-1]] % rows)
+    class_token = bool(watch.positions[before[-1]] % watch.rows[projector])
     return ImagePath(before[-1], projector, class_token, read.numel() // read.shape[-1] == rows, tuple(before))
 
 
@@ -213,6 +206,8 @@ class _Watch:
         """What the blocks of the tower gave, in the order in which they ran."""
         self.projectors: dict[str, tuple[Tensor, Tensor]] = {}
         """What modules behind the tower read and give that give rows of the decoder's width, by full name, the latest last."""
+        self.rows: dict[str, int] = {}
+        """Rows that each of these modules gave in all runs of the tower: images and videos are read apart."""
         self.keys: dict[str, int] = {}
         """Positions that each attention of the tower attends to at once."""
         self.positions: dict[str, int] = {}
@@ -276,6 +271,7 @@ class _Watch:
             given = isinstance(output, Tensor) and output.is_floating_point() and output.ndim >= 2 and output.shape[-1] == width
             if given and self.outputs and not self._over and args and isinstance(args[0], Tensor):
                 self.projectors[name] = args[0], output
+                self.rows[name] = self.rows.get(name, 0) + output.numel() // width
 
         return seen
 

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from aerogel.errors import AerogelError
 from aerogel.model.hooks import Stop, until
 from aerogel.model.network import Network
-from aerogel.runtime.attention import answered, attending
+from aerogel.runtime.attention import answered, attending, attention_received
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,18 @@ class QueryKey:
 def allowed(mask: Tensor) -> Tensor:
     """Return a mask, boolean or to be added, as booleans."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def attention_in_image(attention: QueryKey, class_token: bool) -> Tensor:
+    """Return the attention of a vision tower to each patch of images (B, S), a mean over heads: from all patches of the image.
+
+    Where the first position is a class token, it alone asks, and is left out.
+    """
+    if not class_token:
+        given = attention.query_BHLD, attention.key_BHSD, attention.mask, attention.scale
+        return attention_received(*given) / attention.query_BHLD.shape[2]
+    first = torch.zeros(len(attention.query_BHLD), 1, dtype=torch.int64, device=attention.query_BHLD.device)
+    return attention.attention(first).mean(1)[:, 0, 1:]
 
 
 def of_block(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> QueryKey:

@@ -28,6 +28,7 @@ from aerogel.runtime.tokens.deepstack import DeepStack
 from aerogel.runtime.tokens.eviction import Eviction, first_positions
 from aerogel.runtime.tokens.kept import Kept, cut_arguments, cut_mask
 from aerogel.runtime.tokens.scores import QueryKey, of_block, watching
+from aerogel.runtime.tokens.vision_tower import TowerPass, VisionTower
 
 
 class Selection(NamedTuple):
@@ -68,6 +69,8 @@ class Stage:
     """True where a position of the forward stands for a video by an id of its own."""
     memory: dict[str, Any]
     """Findings of rules of this forward that later rules of it read, by name."""
+    tower: TowerPass | None = None
+    """Grid and attention of the vision tower's last forward, where the policy asks for them; that of videos, where there are some."""
 
     @property
     def real_BK(self) -> Tensor:  # noqa: N802
@@ -111,13 +114,15 @@ class Shortening:
         watch: Sequence[int] = (),
         drops_text: bool = False,
         evict: Eviction | None = None,
+        tower: VisionTower | None = None,
     ) -> None:
         """Prepare rules; `watch` are the blocks whose queries and keys they read, `drops_text` says that they drop tokens of text.
 
-        `evict` forgets positions of the cache that were computed.
+        `evict` forgets positions of the cache that were computed; `tower` is the vision tower that rules read.
         """
         self.evict = evict
         self.decoder, self.rules, self.watch, self.drops_text = decoder, rules, tuple(watch), drops_text
+        self._tower = tower
         self.lengths: tuple[int, ...] = ()
         """Positions that each block computed in the last forward of more than one position."""
         self.left: Kept | None = None
@@ -128,6 +133,7 @@ class Shortening:
         self._names = arguments_of(network.module)
         self._guard = ForwardGuard()
         self._forward: _Forward | None = None
+        self._tower_pass: TowerPass | None = None
 
     @contextmanager
     def on(self) -> Iterator[Shortening]:
@@ -157,6 +163,8 @@ class Shortening:
             watch = range(self.decoder.depth) if self.evict is not None and self.evict.watches else self.watch
             named = {number: self.decoder.attentions[number] for number in watch}
             stack.enter_context(watching(self._network, named, self._see))
+            if self._tower is not None:
+                stack.enter_context(self._tower.watching(self._network, self._see_tower))
             yield self
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -166,7 +174,10 @@ class Shortening:
 
     def _end(self, *_: Any) -> None:
         if self._guard.leave():
-            self._forward = None
+            self._forward = self._tower_pass = None
+
+    def _see_tower(self, seen: TowerPass) -> None:
+        self._tower_pass = seen
 
     def _see(self, number: int, seen: QueryKey) -> None:
         forward = self._under_way
@@ -231,6 +242,7 @@ class Shortening:
             final_norm=self.decoder.final_norm(self._network),
             video_BN=self._vocabulary.of_video(forward.inputs["input_ids"]),
             memory=forward.memory,
+            tower=self._tower_pass,
         )
         selection = self.rules[number](stage)
         if selection is None:

@@ -26,7 +26,9 @@ def seen(network: Network, call: Call, method: TokenPolicy) -> dict[int, tuple[S
 
     decoder = decoder_of(network)
     rules = {block: asked(block, rule) for block, rule in method.rules(decoder.depth).items()}
-    with Shortening(network, decoder, rules, method.watched(decoder.depth)).on():
+    with Shortening(
+        network, decoder, rules, method.watched(decoder.depth), tower=method.watched_tower(network, method.fitted(network, [call]))
+    ).on():
         network.run(call)
     return found
 
