@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,11 @@ class QueryKey:
         if self.mask is None:
             return torch.ones(rows, keys, dtype=torch.bool, device=self.key_BHSD.device)
         return allowed(self.mask[:, 0, -1]).expand(rows, -1)
+
+    def first_keys(self, count: int) -> QueryKey:
+        """Return it with so many keys: what comes behind them is room that nothing fills yet."""
+        mask = None if self.mask is None else self.mask[..., :count]
+        return replace(self, key_BHSD=self.key_BHSD[:, :, :count], mask=mask)
 
     def attention(self, asking_BR: Tensor) -> Tensor:
         """Return the attention (B, H, R, S) of some queries, by their numbers, to all keys, float32."""

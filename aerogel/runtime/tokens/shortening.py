@@ -96,6 +96,8 @@ class _Forward:
     inputs: Mapping[str, Any]
     kept: Kept | None = None
     watched: dict[int, QueryKey] = field(default_factory=dict)
+    filled: dict[int, int] = field(default_factory=dict)
+    """Places of watched blocks' caches that were filled before, where these have room for more."""
     memory: dict[str, Any] = field(default_factory=dict)
     layers: dict[int, ShortenedLayer] = field(default_factory=dict)
     """Layers of the cache that were made to hold fewer positions than they have seen, by block."""
@@ -182,7 +184,8 @@ class Shortening:
     def _see(self, number: int, seen: QueryKey) -> None:
         forward = self._under_way
         if number in self.watch:
-            forward.watched[number] = seen
+            filled = forward.filled.get(number)
+            forward.watched[number] = seen if filled is None else seen.first_keys(filled + seen.query_BHLD.shape[2])
         if self.evict is not None and (layer := forward.layers.get(number)) is not None and layer.seen == forward.kind_BN.shape[1]:
             self.evict.read(layer, seen)
 
@@ -271,6 +274,8 @@ class Shortening:
         forward = self._under_way
         place, cache = self.decoder.places[number], cache_in(args, kwargs)
         layer = cache_layer(cache, place)
+        if isinstance(layer, StaticLayer) and number in self.watch and forward.kind_BN.shape[1] > 1:
+            forward.filled[number] = int(layer.cumulative_length)
         if cache is None or (forward.kept is None and not isinstance(layer, ShortenedLayer) and self.evict is None):
             return
         rows, total = forward.kind_BN.shape

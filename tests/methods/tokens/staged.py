@@ -33,11 +33,11 @@ def seen(network: Network, call: Call, method: TokenPolicy) -> dict[int, tuple[S
     return found
 
 
-def generated(network: Network, call: Call, count: int = 5) -> Any:
+def generated(network: Network, call: Call, count: int = 5, **more: Any) -> Any:
     """A greedy generation with scores."""
     given = {key: value for key, value in call.kwargs.items() if key != "use_cache"}
     settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
-    return network.module.generate(**given, **settings, output_logits=True)
+    return network.module.generate(**given, **settings, **more, output_logits=True)
 
 
 def first_call(name: str) -> tuple[Network, Call]:

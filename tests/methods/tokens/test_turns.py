@@ -1,4 +1,4 @@
-"""Two turns over one image: on the same cache the first choice serves the second question; a fresh prompt chooses again."""
+"""Choices and caches: a second turn on the same cache reuses the first choice, a fresh prompt chooses again, static caches hide nothing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from aerogel.methods.tokens.dart import Dart
 from aerogel.methods.tokens.divprune import Divprune
 from aerogel.methods.tokens.fastv import Fastv
 from aerogel.methods.tokens.policy import TokenPolicy
@@ -16,6 +17,7 @@ from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.tokens.decoder import decoder_of
 from aerogel.runtime.tokens.shortening import Rule, Shortening
+from tests.methods.tokens.staged import generated
 from tests.runtime.tokens.dropping import grown, hidden_by_masks
 from tests.tiny import FAMILIES, opened
 
@@ -89,3 +91,18 @@ def test_a_fresh_prompt_chooses_again(method: TokenPolicy, reuses: bool) -> None
             network.run(Call((), {**call.kwargs, "input_ids": ids_BN}))
     assert len(choices.gone) == 6
     assert all(torch.equal(choices.gone[0], other) for other in choices.gone[1:]) == reuses
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Fastv(layer=1, keep=2), Sparsevlm(layers=(0,), keep=(2,)), Dart(layer=1, keep=3, image_pivots=1)],
+    ids=lambda method: type(method).__name__,
+)
+def test_a_static_cache_gives_what_a_dynamic_one_does(method: TokenPolicy) -> None:
+    """The room behind the keys of the prompt is nothing that a rule reads."""
+    network, call = opened("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].calls(2)[1]
+    state = method.calibrate(network, [call])
+    with method.on(network, state):
+        made = [generated(network, call, **more) for more in ({}, {"cache_implementation": "static"})]
+    dynamic, static = (torch.stack(one.logits) for one in made)
+    torch.testing.assert_close(static, dynamic, rtol=0, atol=1e-5)
