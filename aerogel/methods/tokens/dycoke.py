@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -21,6 +22,11 @@ class Dycoke(ClipPolicy):
 
     keep: Share = 0.3
     """Share of a frame's tokens that stays in frames that are compared; 0.3 makes 47.5 % of all."""
+
+    @classmethod
+    def strength(cls, share: float) -> dict[str, Any]:
+        """Return the share of compared frames that makes this share of all; a quarter stays at least."""
+        return {"keep": max(0.0, round((4 * share - 1) / 3, 4))}
 
     def reduce(self, x_FPC: Tensor, attention: ClipAttention | None) -> Reduced:
         """Compare frames."""

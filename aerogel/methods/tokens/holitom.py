@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,11 @@ class Holitom(ClipPolicy):
     """Number of the block before which the second stage acts, by the attention of the block before; 0: there is none."""
     inner_keep: Share = 0.5
     """Share of a clip's tokens, of those that are left, that stays behind the second stage."""
+
+    @classmethod
+    def strength(cls, share: float) -> dict[str, Any]:
+        """Return equal shares for both stages."""
+        return {"keep": round(share**0.5, 4), "inner_keep": round(share**0.5, 4)}
 
     @property
     def reads_attention(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -29,6 +30,11 @@ class Prunevid(ClipPolicy):
     """Tokens up to which a set is left as it is."""
     neighbours: Count = 7
     """Neighbours by which density is measured."""
+
+    @classmethod
+    def strength(cls, share: float) -> dict[str, Any]:
+        """Return the share of clusters; static places leave fewer tokens."""
+        return {"merged": share}
 
     def reduce(self, x_FPC: Tensor, attention: ClipAttention | None) -> Reduced:
         """Merge."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,11 @@ class Sparsevlm(TokenPolicy):
     """Share of the dropped tokens, those with the best scores and one more, that are merged into groups; 0: none are."""
     group: Count = 10
     """Tokens to a group; there is one group more than that makes."""
+
+    @classmethod
+    def strength(cls, share: float) -> dict[str, Any]:
+        """Return budgets for the three blocks that it has by default, each the same share of the one before."""
+        return {"keep": tuple(round(share ** (number / 3), 4) for number in (1, 2, 3))}
 
     def problems(self, network: Network, before: Before) -> Iterator[str]:
         """Compare the numbers of budgets and blocks."""

@@ -49,3 +49,8 @@ def test_beams_keep_the_clips_of_their_prompt() -> None:
     for row in range(2):  # the prompt's keys are those of a forward without beams, in every beam
         for beam in range(3):
             torch.testing.assert_close(held[3 * row + beam, :, : forced.shape[2]], forced[row])
+
+
+def test_a_search_sets_budgets_of_all_tokens() -> None:
+    assert Dycoke.strength(0.475) == {"keep": 0.3}
+    assert Dycoke.strength(0.1) == {"keep": 0.0}

@@ -63,3 +63,7 @@ def test_a_second_stage_beyond_the_decoder_is_refused() -> None:
     network = opened("qwen2_5_vl")
     assert list(Holitom().problems(network, None)) == ["it acts before block 18, and the decoder has blocks 0 to 1"]  # type: ignore[arg-type]
     assert list(Holitom(layer=0).problems(network, None)) == []  # type: ignore[arg-type]
+
+
+def test_a_search_sets_both_stages() -> None:
+    assert Holitom.strength(0.25) == {"keep": 0.5, "inner_keep": 0.5}

@@ -115,3 +115,7 @@ def test_counts_follow_the_rank_of_the_attention_of_a_network() -> None:
         rank = int((torch.linalg.svdvals(rating_RV) > 1e-6 * rating_RV.norm()).sum())
         assert 0 < rank < 8
         assert int(selection.keep_BK[row, ids_N == IMAGE_TOKEN].sum()) == rank
+
+
+def test_a_search_sets_a_budget_for_each_block() -> None:
+    assert Sparsevlm.strength(0.125) == {"keep": (0.5, 0.25, 0.125)}
