@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from aerogel.methods.tokens.policy import Budget, TokenPolicy, counts
-from aerogel.runtime.tokens.grids import grids_of
+from aerogel.errors import AerogelError
+from aerogel.methods.tokens.policy import Budget, TokenPolicy, TokenState, counts
+from aerogel.model.network import Network
+from aerogel.runtime.tokens.decoder import decoder_of
+from aerogel.runtime.tokens.grids import grids_of, repeated
 from aerogel.runtime.tokens.shortening import Rule, Selection, Stage
+from aerogel.runtime.tokens.vision_tower import VisionTower
 
 
 @dataclass(frozen=True)
@@ -33,13 +38,26 @@ class Downsampling(TokenPolicy):
         if bool((count_B >= stage.vision_BK.sum(1)).all()):
             return None
         keep_BK, hidden_BKC = ~stage.vision_BK, stage.hidden_BKC.clone()
-        for grid in grids_of(stage.vision_BK, stage.inputs):
+        for grid in grids_of(stage.vision_BK, self._grid(stage)):
             share = float(count_B[grid.row]) / float(stage.vision_total_B[grid.row])
             for middle, cell_P in cells(grid.height, grid.width, share * len(grid.place_P)):
                 place = grid.place_P[middle]
                 keep_BK[grid.row, place] = True
                 hidden_BKC[grid.row, place] = stage.hidden_BKC[grid.row, grid.place_P[cell_P]].mean(0)
         return Selection(keep_BK, hidden_BKC)
+
+    def watched_tower(self, network: Network, state: TokenState) -> VisionTower | None:
+        """Return the tower, which is given grids of images also where the model is not; None where there is not one."""
+        try:
+            return VisionTower.of(network, decoder_of(network))
+        except AerogelError:
+            return None
+
+    def _grid(self, stage: Stage) -> Mapping[str, Any]:
+        """The arguments of the forward with the grid that the tower was given; `generate` of transformers gives it to that alone."""
+        if stage.tower is None or stage.tower.grid_N3 is None or bool(stage.video_BN.any()):
+            return stage.inputs
+        return {**stage.inputs, "image_grid_thw": repeated(stage.tower.grid_N3, stage.vision_BK)}
 
 
 def cells(height: int, width: int, count: float) -> Iterator[tuple[int, Tensor]]:

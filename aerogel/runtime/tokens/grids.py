@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
@@ -34,6 +35,17 @@ def grids_of(vision_BN: Tensor, inputs: Mapping[str, Any]) -> Iterator[Grid]:
         ends = ((place_V.diff() > 1).nonzero()[:, 0] + 1).tolist()
         for place_P in place_V.tensor_split(ends) if len(place_V) else ():
             yield Grid(row, place_P, *_sides(len(place_P), next(shapes, None)))
+
+
+def repeated(grid_N3: Tensor, vision_BN: Tensor) -> Tensor:
+    """Return a grid of images with those of each row as often as the row is there behind itself, as with beams."""
+    starts_BN = vision_BN & ~vision_BN.roll(1, dims=1)
+    starts_BN[:, 0] = vision_BN[:, 0]
+    images_B = starts_BN.sum(1)
+    copies, over = divmod(int(images_B.sum()), len(grid_N3))
+    if copies < 2 or over or int(images_B[::copies].sum()) != len(grid_N3):
+        return grid_N3
+    return torch.cat([part for part in grid_N3.split(images_B[::copies].tolist()) for _ in range(copies)])
 
 
 def _sides(tokens: int, shape: list[int] | None) -> tuple[int, int]:
