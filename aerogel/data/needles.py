@@ -120,7 +120,7 @@ def _hidden(sentences: list[list[int]], needles: list[list[int]], depths: list[f
 def _drawn(tokenizer: PreTrainedTokenizerBase, sentences: list[str], room: int, random: Random, source: Any) -> list[list[int]]:
     """Sentences in a row from a random one on, `room` tokens in all; the first may begin in its middle, and the text runs in a circle."""
     if room < 1:
-        raise AerogelError(f"the prompt has no room for text; ask for {1 - room} more tokens at least")
+        raise AerogelError(f"nothing of the prompt is left for text; ask for {1 - room} more tokens at least")
     start, drawn, there = random.randrange(len(sentences)), list[list[int]](), 0
     for sentence in sentences[start:] + sentences[:start]:
         drawn.append(_ids(tokenizer, f" {sentence}"))

@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     short.write_text("A short text. It ends here.")
     with pytest.raises(AerogelError, match=r"has 28 tokens, and a prompt needs \d+; give more text or ask for shorter prompts"):
         needles.prompts(bytewise(), 1000, (0.5,), source=str(short))
-    with pytest.raises(AerogelError, match=r"the prompt has no room for text; ask for \d+ more tokens at least"):
+    with pytest.raises(AerogelError, match=r"nothing of the prompt is left for text; ask for \d+ more tokens at least"):
         needles.prompts(bytewise(), 100, (0.5,))
     with pytest.raises(AerogelError, match="no chat template"):
         needles.prompts(bytewise(), 1000, (0.5,), chat=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from aerogel.errors import AerogelError
+from aerogel.evaluate.decode_perplexity import DecodePerplexity
 from aerogel.inference.generate import Generator
 from aerogel.methods.kv_cache.kv_cache_int import KVCacheInt
 from aerogel.methods.kv_eviction.snapkv import Snapkv
@@ -97,6 +98,13 @@ def test_generation_is_that_of_the_mask_and_not_of_the_fast_decoder() -> None:
     assert "hangs on its forward" in str(made.reason)
     logits_NV = literal(network, torch.cat([ids_BN, made.tokens], 1))[0]
     assert logits_NV[LENGTH - 1 : -1].argmax(-1).tolist() == made.tokens[0].tolist()
+
+
+def test_its_perplexity_by_decoding_is_taken_unasked() -> None:
+    network = deep()
+    assert not DecodePerplexity.is_usual(network)
+    with POLICY.on(network, state(network)):
+        assert DecodePerplexity.is_usual(network)
 
 
 def test_calibration_says_what_it_costs() -> None:

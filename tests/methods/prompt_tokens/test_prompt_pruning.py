@@ -21,9 +21,9 @@ from tests.methods.prompt_tokens.prompts import DEPTH, LENGTH, Recorder, deep, p
 from tests.runtime.tokens.dropping import grown, grown_places, hidden_by_masks
 from tests.tiny import FAMILIES, opened
 
-MATRIX = {"options": {"min_length": 1, "sink": 1, "local": 3, "q_window": 2, "block": 2, "unit": 1, "layers": [1], "keep": [0.8]}}
+MATRIX = {"options": {"min_length": 1, "sink": 1, "local": 3, "q_window": 2, "block": 2, "sub_block": 1, "layers": [1], "keep": [0.8]}}
 
-SMALL: dict[str, Any] = {"min_length": 64, "sink": 3, "local": 8, "q_window": 4, "block": 8, "unit": 4}
+SMALL: dict[str, Any] = {"min_length": 64, "sink": 3, "local": 8, "q_window": 4, "block": 8, "sub_block": 4}
 STAGES = (2, 3, 4)
 NEW = 6
 
@@ -202,10 +202,10 @@ def test_short_calibration_data_is_refused() -> None:
 
 
 def test_options_that_do_not_fit_are_refused() -> None:
-    policy = PromptPruning(keep=(0.5,), block=10, unit=4, local=8, q_window=9)
+    policy = PromptPruning(keep=(0.5,), block=10, sub_block=4, local=8, q_window=9)
     assert list(policy.problems(deep(), None)) == [  # type: ignore[arg-type]
         "keep has 1 budgets for 3 stages; give one for each",
-        "block is 10, expected a multiple of unit, which is 4",
+        "block is 10, expected a multiple of sub_block, which is 4",
         "q_window is 9, expected at most local, which is 8: dropped tokens ask for nothing",
     ]
 
