@@ -119,7 +119,7 @@ def test_what_holds_the_cache_otherwise_is_refused(first: Any) -> None:
     network = deep()
     call = Call((), prompt().kwargs | {"use_cache": True})
     ours = state(network)
-    message = "from a cache in 16 bits only" if isinstance(first, KVCacheInt) else "is on already; leave one of them out"
+    message = "from a dynamic cache in 16 bits only" if isinstance(first, KVCacheInt) else "is on already; leave one of them out"
     with (
         first.on(network, first.calibrate(network, [call])),
         pytest.raises(AerogelError, match=re.escape(message)),
