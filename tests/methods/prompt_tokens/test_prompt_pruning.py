@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from aerogel.errors import AerogelError
+from aerogel.evaluate.decode_perplexity import DecodePerplexity
 from aerogel.evaluate.kl_divergence import KlDivergence
 from aerogel.evaluate.perplexity import Perplexity
 from aerogel.methods.prompt_tokens.prompt_pruning import PromptPruning
@@ -20,6 +22,7 @@ from aerogel.runtime.tokens.shortening import Shortening
 from tests.methods.prompt_tokens.prompts import DEPTH, LENGTH, Recorder, deep, prompt
 from tests.runtime.tokens.dropping import grown, grown_places, hidden_by_masks
 from tests.tiny import FAMILIES, opened
+from tests.words import WORDS, tokenizer
 
 MATRIX = {"options": {"min_length": 1, "sink": 1, "local": 3, "q_window": 2, "block": 2, "sub_block": 1, "layers": [1], "keep": [0.8]}}
 
@@ -220,3 +223,24 @@ def test_measures_of_every_token_refuse_the_model_while_the_policy_is_on(measure
         with pytest.raises(AerogelError, match=rf"^{name}: a policy that drops tokens of prompts is on.*decode_perplexity$"):
             measure.measure(network, network)
     assert type(measure).is_usual(network)
+
+
+def test_perplexity_by_decoding_reads_behind_pruned_prompts(tmp_path: Path) -> None:
+    """Prompts of 80 tokens are pruned, those of fewer than min_length are not."""
+    network = deep()
+    network.processor = tokenizer()
+    book = tmp_path / "book.txt"
+    book.write_text(
+        " ".join(WORDS[int(number)] for number in torch.randint(len(WORDS), (150,), generator=torch.Generator().manual_seed(7)))
+    )
+    measure = DecodePerplexity(source=str(book), length=96, stride=16)
+    dense = measure.measure(network)
+    found = {}
+    for length in (64, 97):
+        policy = PromptPruning(keep=(0.6, 0.4, 0.3), layers=STAGES, **SMALL | {"min_length": length})
+        with policy.on(network, policy.calibrate(network, [prompt(length=length)])):
+            found[length] = measure.measure(network)
+    assert found[97] == dense
+    assert 1 < found[64]["perplexity"] < float("inf")
+    assert found[64]["perplexity"] != dense["perplexity"]
+    assert found[64]["cache_bytes_per_token"] < 0.8 * dense["cache_bytes_per_token"]
