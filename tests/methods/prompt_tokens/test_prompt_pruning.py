@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -244,3 +246,23 @@ def test_perplexity_by_decoding_reads_behind_pruned_prompts(tmp_path: Path) -> N
     assert 1 < found[64]["perplexity"] < float("inf")
     assert found[64]["perplexity"] != dense["perplexity"]
     assert found[64]["cache_bytes_per_token"] < 0.8 * dense["cache_bytes_per_token"]
+
+
+def test_products_with_weights_are_those_of_what_is_left() -> None:
+    """Counted: each block's for its own length, and queries, keys and values of each stage once more for the scores."""
+    network = deep()
+    call = prompt()
+    with (
+        Recorder(PromptPruning(keep=(0.6, 0.4, 0.3), layers=STAGES, **SMALL)).on(network) as shortening,
+        FlopCounterMode(display=False) as counter,
+    ):
+        network.run(call)
+    counted = sum(
+        flops for operation, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(operation) and "bmm" not in str(operation)
+    )
+    block = network.module.model.layers[0]  # type: ignore[union-attr,index]
+    whole = sum(part.weight.numel() for part in block.modules() if isinstance(part, nn.Linear))
+    scored = sum(part.weight.numel() for part in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj))
+    before = [shortening.lengths[stage - 1] for stage in STAGES]
+    head = LENGTH * network.module.lm_head.weight.numel()  # type: ignore[union-attr,operator]
+    assert counted == 2 * (sum(shortening.lengths) * whole + sum(before) * scored + head)
