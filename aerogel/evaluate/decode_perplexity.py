@@ -19,11 +19,12 @@ from aerogel.model.calls import Call
 from aerogel.model.kv_cache import bytes_per_token, replaces_layers
 from aerogel.model.network import Network
 from aerogel.options import Batch, Tokens
+from aerogel.runtime.tokens.shortening import evicts
 
 
 @dataclass(frozen=True)
 class DecodePerplexity(TextMeasure):
-    """Perplexity on held-out text with every scored token read from the key-value cache: what quantized caches cost shows here only.
+    """Perplexity on held-out text with every scored token read from the key-value cache: what smaller caches cost shows here only.
 
     The windows are those of `perplexity`. What comes before the scored tokens of a window is read in one forward that fills the cache; then
     one token a forward. A model whose cache is not quantized gets the perplexity of its windows but for rounding.
@@ -42,8 +43,8 @@ class DecodePerplexity(TextMeasure):
 
     @classmethod
     def is_usual(cls, network: Network) -> bool:
-        """Return True where a policy quantizes the cache."""
-        return replaces_layers(network)
+        """Return True where a policy quantizes the cache or evicts from it."""
+        return replaces_layers(network) or evicts(network)
 
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
         """Return perplexity, nats_per_token, cache_bytes_per_token (of all layers), the scored tokens and what was read."""

@@ -18,7 +18,7 @@ from aerogel.options import Batch, Count, Threads
 
 @dataclass(frozen=True)
 class Speed(Timed):
-    """Prefill and decoding speed, wall-clock, and peak memory.
+    """Prefill and decoding speed and the time to the first token, wall-clock, and peak memory.
 
     Networks take turns round after round (A B A B), so that a busy machine slows all of them alike; figures are medians, and speed-ups are
     medians of the ratios within a round. Both sides run through the same generation path (model/generate.py).
@@ -40,8 +40,9 @@ class Speed(Timed):
     def compare(self, networks: dict[str, Network]) -> Facts:
         """Return for each name tokens per second, median latencies (in the unit of their name), peak memory and the settings.
 
-        `prefill_speedup` and `decode_speedup` are over the first network. Peak memory is the network's weights and the most that other
-        tensors took while it ran. Raises AerogelError for a network that writes no text, or when prompt and new tokens do not fit it.
+        `prefill_speedup`, `first_token_speedup` and `decode_speedup` are over the first network. Peak memory is the network's weights
+        and the most that other tensors took while it ran. Raises AerogelError for a network that writes no text, or when prompt and new
+        tokens do not fit it.
         """
         if min(self.batch, self.prompt, self.rounds) < 1 or self.new_tokens < 2:
             raise AerogelError(
@@ -84,8 +85,10 @@ class _Runner:
             "prefill_tokens_per_second": options.batch * options.prompt / prefill,
             "decode_tokens_per_second": options.batch / decode,
             "prefill_seconds": prefill,
+            "first_token_seconds": statistics.median(self._first_tokens()),
             "decode_milliseconds": 1000 * decode,
             "prefill_speedup": statistics.median(a / b for a, b in zip(first._prefills(), self._prefills(), strict=True)),
+            "first_token_speedup": statistics.median(a / b for a, b in zip(first._first_tokens(), self._first_tokens(), strict=True)),
             "decode_speedup": statistics.median(a / b for a, b in zip(first._steps(), self._steps(), strict=True)),
             "peak_memory_bytes": self.peak_bytes,
             "batch": options.batch,
@@ -107,6 +110,9 @@ class _Runner:
 
     def _prefills(self) -> list[float]:
         return [turn.prefill_seconds for turn in self.turns]
+
+    def _first_tokens(self) -> list[float]:
+        return [turn.first_token_seconds for turn in self.turns]
 
     def _steps(self) -> list[float]:
         """The median step of each turn, in seconds."""

@@ -35,6 +35,8 @@ class Generation:
     """Reason why it is not the fast decoder."""
     prefill_seconds: float
     """Time until the prompt's keys and values and its last logits were there."""
+    first_token_seconds: float
+    """Time until the first token was there."""
     step_seconds: list[float] = field(default_factory=list)
     """Time of each new token after the first."""
 
@@ -74,8 +76,9 @@ class Generator:
         start = now(tokens_BT.device)
         cache = DynamicCache(config=self.module.config)
         logits_BV = self._forward(tokens_BT, cache)
-        first_B = _pick(logits_BV, temperature, random)
         prefill = now(tokens_BT.device) - start
+        first_B = _pick(logits_BV, temperature, random)
+        first = now(tokens_BT.device) - start
         decoder = self._enter(first_B, prompt, cache)
 
         def advance(tokens_B: Tensor, position: int) -> Tensor:
@@ -85,7 +88,7 @@ class Generator:
             return decoder.head.best(hidden_BC) if temperature == 0 else _pick(decoder.head.logits(hidden_BC), temperature, random)
 
         tokens_BN, seconds = _advance(advance, first_B, prompt, new_tokens, stop)
-        return Generation(tokens_BN, "transformers" if decoder is None else "fast_decoder", self.reason, prefill, seconds)
+        return Generation(tokens_BN, "transformers" if decoder is None else "fast_decoder", self.reason, prefill, first, seconds)
 
     def _forward(self, tokens_BT: Tensor, cache: DynamicCache) -> Tensor:
         """The network's own forward; returns the logits (B, V) of the last token."""

@@ -1,6 +1,6 @@
 """Scores of blocks of a prompt and the choice among them; everything is deterministic, and of equal scores the earlier one wins.
 
-B rows, K positions, G groups of positions, U units.
+B rows, K positions, G groups of positions, U sub-blocks.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ def group_sums(score_BK: Tensor, group_BK: Tensor, groups: int) -> tuple[Tensor,
     return sum_BG[:, :groups], count_BG[:, :groups]
 
 
-def block_scores(score_BK: Tensor, place_BK: Tensor, unit: int, block: int, blocks: int, reduce: Reduce = "max") -> Tensor:
-    """Return the score of each block (B, G): the largest or the mean of its units' scores, which are means over their positions.
+def block_scores(score_BK: Tensor, place_BK: Tensor, sub_block: int, block: int, blocks: int, reduce: Reduce = "max") -> Tensor:
+    """Return the score of each block (B, G): the largest or the mean of the scores of its sub-blocks, which are means over their positions.
 
     `place_BK` are places from the first block on, -1 for positions of no block. Blocks that are not there are -inf.
     """
-    sum_BU, count_BU = group_sums(score_BK, torch.where(place_BK < 0, -1, place_BK // unit), blocks * (block // unit))
-    unit_BU = (sum_BU / count_BU.clamp(min=1)).masked_fill(count_BU == 0, -torch.inf)
-    unit_BGU = unit_BU.unflatten(1, (blocks, block // unit))
-    return unit_BGU.amax(-1) if reduce == "max" else unit_BGU.mean(-1)
+    sum_BU, count_BU = group_sums(score_BK, torch.where(place_BK < 0, -1, place_BK // sub_block), blocks * (block // sub_block))
+    score_BU = (sum_BU / count_BU.clamp(min=1)).masked_fill(count_BU == 0, -torch.inf)
+    score_BGU = score_BU.unflatten(1, (blocks, block // sub_block))
+    return score_BGU.amax(-1) if reduce == "max" else score_BGU.mean(-1)
 
 
 def smallest_mass(score_BG: Tensor, there_BG: Tensor, share: float) -> Tensor:

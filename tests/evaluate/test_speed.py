@@ -34,7 +34,7 @@ class ScriptedGenerator:
         self.turns.append(self.base)
         second = self.base * 1.5**self.count
         self.count += 1
-        return Generation(tokens_BT, "fast_decoder", None, 10 * second, [second, 7 * second, second])
+        return Generation(tokens_BT, "fast_decoder", None, 10 * second, 11 * second, [second, 7 * second, second])
 
 
 def test_turns_alternate_and_speedups_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,6 +46,8 @@ def test_turns_alternate_and_speedups_are_taken_within_a_round(monkeypatch: pyte
     assert ScriptedGenerator.turns == [0.4, 0.4, 0.1, 0.1] + [0.4, 0.1] * 3, "two turns each that do not count, then A B A B A B"
     assert found["fast"]["decode_speedup"] == pytest.approx(4)
     assert found["fast"]["prefill_speedup"] == pytest.approx(4)
+    assert found["fast"]["first_token_speedup"] == pytest.approx(4)
+    assert found["fast"]["first_token_seconds"] == pytest.approx(1.1 * found["fast"]["prefill_seconds"])
     assert found["slow"]["decode_speedup"] == 1
     # The median turn is the second that counts: the step is base * 1.5**2, two rows a step, 16 tokens a prompt.
     assert found["fast"]["decode_milliseconds"] == pytest.approx(225)
@@ -61,10 +63,10 @@ def test_facts_are_complete_and_threads_come_back() -> None:
     assert {name: found[name] for name in ("batch", "prompt", "new_tokens", "rounds", "threads", "device", "path", "reason")} == {
         **OPTIONS, "threads": 1, "device": "cpu", "path": "fast_decoder", "reason": None,
     }  # fmt: skip
-    # The clock of the tests moves by a second at each reading: a prompt of 16 tokens takes one, each step of two rows too.
+    # The clock of the tests moves by a second at each reading: a prompt of 16 tokens takes one, its first token one more, each step one.
     assert {name: found[name] for name in found if "second" in name or "speedup" in name} == {
         "prefill_tokens_per_second": 16.0, "decode_tokens_per_second": 2.0, "prefill_seconds": 1.0, "decode_milliseconds": 1000.0,
-        "prefill_speedup": 1.0, "decode_speedup": 1.0,
+        "prefill_speedup": 1.0, "decode_speedup": 1.0, "first_token_seconds": 2.0, "first_token_speedup": 1.0,
     }  # fmt: skip
     assert found["peak_memory_bytes"] >= sum(tensor.nbytes for tensor in network.module.parameters())
 

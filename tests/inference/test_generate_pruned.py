@@ -18,7 +18,7 @@ from aerogel.runtime.tokens.shortening import Selection, Shortening, Stage
 from tests.methods.prompt_tokens.prompts import LENGTH, deep, prompt
 
 NEW = 8
-POLICY = PromptPruning(keep=(0.6, 0.4, 0.3), layers=(2, 3, 4), min_length=64, sink=3, local=8, q_window=4, block=8, unit=4)
+POLICY = PromptPruning(keep=(0.6, 0.4, 0.3), layers=(2, 3, 4), min_length=64, sink=3, local=8, q_window=4, block=8, sub_block=4)
 
 
 def theirs(network: Network, ids_BN: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ from aerogel.numerics.prompt_selection import block_scores, group_sums, max_pool
 
 @pytest.mark.parametrize("reduce", ["max", "mean"])
 def test_block_scores_equal_a_loop(reduce: str) -> None:
-    """Two blocks of two units of three positions; the second row lacks the first block, and outer positions belong to none."""
+    """Two blocks of two sub-blocks of three positions; the second row lacks the first block, and outer positions belong to none."""
     score_BK = torch.rand(2, 14, generator=torch.Generator().manual_seed(0))
     place_BK = torch.arange(14).expand(2, -1) - 1
     place_BK = torch.where((place_BK < 0) | (place_BK >= 12), -1, place_BK).clone()
     place_BK[1, :7] = -1
-    found_BG = block_scores(score_BK, place_BK, unit=3, block=6, blocks=2, reduce=reduce)  # type: ignore[arg-type]
+    found_BG = block_scores(score_BK, place_BK, sub_block=3, block=6, blocks=2, reduce=reduce)  # type: ignore[arg-type]
     for row, block in ((0, 0), (0, 1), (1, 1)):
         start = 1 + 6 * block
         units = [float(score_BK[row, start + 3 * unit : start + 3 * unit + 3].mean()) for unit in range(2)]

@@ -78,6 +78,7 @@ class SpeedResult(OpenPart):
     """Speed of a language model."""
 
     prefill_tokens_per_second: float | None = None
+    first_token_seconds: float | None = None
     decode_tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
     batch: int | None = None
@@ -85,6 +86,23 @@ class SpeedResult(OpenPart):
     new_tokens: int | None = None
     threads: int | None = None
     device: str | None = None
+
+
+class NeedleRecallResult(OpenPart):
+    """Numbers found again in long prompts."""
+
+    recall: float
+    depths: list[float] = Field(min_length=1)
+    recall_by_depth: list[float]
+    length: int | None = None
+    keys: int | None = None
+    count: int | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> NeedleRecallResult:
+        if len(self.recall_by_depth) != len(self.depths):
+            raise ValueError("recall_by_depth must have a number for each depth")
+        return self
 
 
 class SamplingResult(OpenPart):
@@ -226,6 +244,7 @@ class Side(OpenPart):
     temporal: TemporalResult | None = None
     inputs: InputsResult | None = None
     exact_match: ExactMatchResult | None = None
+    needle_recall: NeedleRecallResult | None = None
     lm_eval: dict[str, dict[str, float]] = Field(default_factory=dict)
 
     @property

@@ -1,6 +1,6 @@
 """Prompt pruning: blocks of a long prompt are dropped before several decoder blocks, by the attention that its end pays to them.
 
-The idea, to drop hidden states in stages while the prompt is read, by blocks that are scored in finer units, is SlimInfer's
+The idea, to drop hidden states in stages while the prompt is read, by blocks that are scored in finer ones, is SlimInfer's
 (arXiv:2508.06447). Its algorithm is not public: scores, budgets and depths here are our reading.
 """
 
@@ -34,7 +34,7 @@ class PromptPruning(PromptPolicy):
     """Numbers of the decoder blocks before which tokens are dropped, instead of depths."""
     block: Count = 64
     """Tokens that stay or go together."""
-    unit: Count = 16
+    sub_block: Count = 16
     """Tokens that have one score, the mean of the attention paid to them; it divides the block."""
     sink: CountOrZero = 4
     """First tokens of a prompt, which always stay."""
@@ -43,7 +43,7 @@ class PromptPruning(PromptPolicy):
     q_window: Count = 32
     """Last tokens whose attention counts; at most `local`."""
     reduce: Reduce = "max"
-    """Score of a block: the largest or the mean of its units'."""
+    """Score of a block: the largest or the mean of those of its sub-blocks."""
 
     @property
     def last(self) -> int:
@@ -54,8 +54,8 @@ class PromptPruning(PromptPolicy):
         """Compare the numbers of budgets and stages, and the sizes."""
         if len(self.keep) != len(self.layers or self.at):
             yield f"keep has {len(self.keep)} budgets for {len(self.layers or self.at)} stages; give one for each"
-        if self.block % self.unit:
-            yield f"block is {self.block}, expected a multiple of unit, which is {self.unit}"
+        if self.block % self.sub_block:
+            yield f"block is {self.block}, expected a multiple of sub_block, which is {self.sub_block}"
         if self.q_window > self.local:
             yield f"q_window is {self.q_window}, expected at most local, which is {self.local}: dropped tokens ask for nothing"
         yield from super().problems(network, before)
@@ -79,7 +79,7 @@ class PromptPruning(PromptPolicy):
             return None
         received_BK = stage.probe().attention(last_tokens(stage, self.q_window)).mean((1, 2))
         place_BK = place_BK.masked_fill(~in_block_BK, -1)
-        score_BG = block_scores(received_BK, place_BK, self.unit, self.block, int(blocks_B.max()), self.reduce)
+        score_BG = block_scores(received_BK, place_BK, self.sub_block, self.block, int(blocks_B.max()), self.reduce)
         chosen_BG = best(score_BG, score_BG > -torch.inf, count_B)
         keep_BK = chosen_BG.gather(1, place_BK.clamp(min=0) // self.block)
         return keeping(stage, keep_BK, in_block_BK)

@@ -211,7 +211,7 @@ class Shortening:
             self.lengths += (hidden_BKC.shape[1],)
             self.dropped += 0 if forward.kept is None else forward.kept.missing(total)
         if self.evict is not None:
-            forward.first_B = first_positions(rest.get("attention_mask"), len(hidden_BKC), hidden_BKC.device)
+            forward.first_B = first_positions(_mask(rest), len(hidden_BKC), hidden_BKC.device)
             if isinstance(layer, ShortenedLayer):
                 self.evict.before(layer, forward.first_B)
         if forward.kept is None and not isinstance(layer, ShortenedLayer) and self.evict is None:
@@ -259,9 +259,7 @@ class Shortening:
         kept = forward.kept or Kept.all(len(hidden_BKC), total, hidden_BKC.device)
         seen = 0 if layer is None else layer.get_seq_length()
         cut = rest if forward.kept is None else cut_arguments(rest, kept)
-        mask = rest.get("attention_mask")
-        if mask is not None and mask.ndim != 4:
-            raise AerogelError("tokens are dropped under attention masks of four axes; open the model with attn_implementation='sdpa'")
+        mask = _mask(rest)
         key_BS, real_BS = held_with(layer, kept)
         mask = cut_mask(mask, kept, key_BS, real_BS, before=seen)
         if self.evict is not None and total > 1 and forward.first_B is not None and key_BS.ndim == 2:
@@ -304,9 +302,22 @@ class Shortening:
         return (changed_BKC, *output[1:]) if isinstance(output, tuple) else changed_BKC
 
 
+def _mask(arguments: Mapping[str, Any]) -> Tensor | None:
+    """The attention mask of a block; raises AerogelError for one of another shape than (B, H, N, L)."""
+    mask: Tensor | None = arguments.get("attention_mask")
+    if mask is not None and mask.ndim != 4:
+        raise AerogelError("tokens are dropped under attention masks of four axes; open the model with attn_implementation='sdpa'")
+    return mask
+
+
 def drops_text(network: Network) -> bool:
     """Return True while a policy is on that drops tokens of text: the logits at these are NaN."""
     return any(one.drops_text for one in _on(network))
+
+
+def evicts(network: Network) -> bool:
+    """Return True while a policy is on that evicts positions from the cache."""
+    return any(one.evict is not None for one in _on(network))
 
 
 def _on(network: Network) -> list[Shortening]:

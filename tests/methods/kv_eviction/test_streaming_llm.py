@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from aerogel.errors import AerogelError
+from aerogel.evaluate.decode_perplexity import DecodePerplexity
 from aerogel.inference.generate import Generator
 from aerogel.methods.kv_cache.kv_cache_int import KVCacheInt
 from aerogel.methods.kv_eviction.snapkv import Snapkv
@@ -99,6 +100,13 @@ def test_generation_is_that_of_the_mask_and_not_of_the_fast_decoder() -> None:
     assert logits_NV[LENGTH - 1 : -1].argmax(-1).tolist() == made.tokens[0].tolist()
 
 
+def test_its_perplexity_by_decoding_is_taken_unasked() -> None:
+    network = deep()
+    assert not DecodePerplexity.is_usual(network)
+    with POLICY.on(network, state(network)):
+        assert DecodePerplexity.is_usual(network)
+
+
 def test_calibration_says_what_it_costs() -> None:
     network = deep()
     found = state(network)
@@ -111,7 +119,7 @@ def test_what_holds_the_cache_otherwise_is_refused(first: Any) -> None:
     network = deep()
     call = Call((), prompt().kwargs | {"use_cache": True})
     ours = state(network)
-    message = "from a cache in 16 bits only" if isinstance(first, KVCacheInt) else "is on already; leave one of them out"
+    message = "from a dynamic cache in 16 bits only" if isinstance(first, KVCacheInt) else "is on already; leave one of them out"
     with (
         first.on(network, first.calibrate(network, [call])),
         pytest.raises(AerogelError, match=re.escape(message)),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from aerogel.errors import AerogelError
+from aerogel.evaluate.decode_perplexity import DecodePerplexity
 from aerogel.evaluate.kl_divergence import KlDivergence
 from aerogel.evaluate.perplexity import Perplexity
 from aerogel.methods.prompt_tokens.prompt_pruning import PromptPruning
@@ -20,10 +24,11 @@ from aerogel.runtime.tokens.shortening import Shortening
 from tests.methods.prompt_tokens.prompts import DEPTH, LENGTH, Recorder, deep, prompt
 from tests.runtime.tokens.dropping import grown, grown_places, hidden_by_masks
 from tests.tiny import FAMILIES, opened
+from tests.words import WORDS, tokenizer
 
-MATRIX = {"options": {"min_length": 1, "sink": 1, "local": 3, "q_window": 2, "block": 2, "unit": 1, "layers": [1], "keep": [0.8]}}
+MATRIX = {"options": {"min_length": 1, "sink": 1, "local": 3, "q_window": 2, "block": 2, "sub_block": 1, "layers": [1], "keep": [0.8]}}
 
-SMALL: dict[str, Any] = {"min_length": 64, "sink": 3, "local": 8, "q_window": 4, "block": 8, "unit": 4}
+SMALL: dict[str, Any] = {"min_length": 64, "sink": 3, "local": 8, "q_window": 4, "block": 8, "sub_block": 4}
 STAGES = (2, 3, 4)
 NEW = 6
 
@@ -202,10 +207,10 @@ def test_short_calibration_data_is_refused() -> None:
 
 
 def test_options_that_do_not_fit_are_refused() -> None:
-    policy = PromptPruning(keep=(0.5,), block=10, unit=4, local=8, q_window=9)
+    policy = PromptPruning(keep=(0.5,), block=10, sub_block=4, local=8, q_window=9)
     assert list(policy.problems(deep(), None)) == [  # type: ignore[arg-type]
         "keep has 1 budgets for 3 stages; give one for each",
-        "block is 10, expected a multiple of unit, which is 4",
+        "block is 10, expected a multiple of sub_block, which is 4",
         "q_window is 9, expected at most local, which is 8: dropped tokens ask for nothing",
     ]
 
@@ -220,3 +225,44 @@ def test_measures_of_every_token_refuse_the_model_while_the_policy_is_on(measure
         with pytest.raises(AerogelError, match=rf"^{name}: a policy that drops tokens of prompts is on.*decode_perplexity$"):
             measure.measure(network, network)
     assert type(measure).is_usual(network)
+
+
+def test_perplexity_by_decoding_reads_behind_pruned_prompts(tmp_path: Path) -> None:
+    """Prompts of 80 tokens are pruned, those of fewer than min_length are not."""
+    network = deep()
+    network.processor = tokenizer()
+    book = tmp_path / "book.txt"
+    book.write_text(
+        " ".join(WORDS[int(number)] for number in torch.randint(len(WORDS), (150,), generator=torch.Generator().manual_seed(7)))
+    )
+    measure = DecodePerplexity(source=str(book), length=96, stride=16)
+    dense = measure.measure(network)
+    found = {}
+    for length in (64, 97):
+        policy = PromptPruning(keep=(0.6, 0.4, 0.3), layers=STAGES, **SMALL | {"min_length": length})
+        with policy.on(network, policy.calibrate(network, [prompt(length=length)])):
+            found[length] = measure.measure(network)
+    assert found[97] == dense
+    assert 1 < found[64]["perplexity"] < float("inf")
+    assert found[64]["perplexity"] != dense["perplexity"]
+    assert found[64]["cache_bytes_per_token"] < 0.8 * dense["cache_bytes_per_token"]
+
+
+def test_products_with_weights_are_those_of_what_is_left() -> None:
+    """Counted: each block's for its own length, and queries, keys and values of each stage once more for the scores."""
+    network = deep()
+    call = prompt()
+    with (
+        Recorder(PromptPruning(keep=(0.6, 0.4, 0.3), layers=STAGES, **SMALL)).on(network) as shortening,
+        FlopCounterMode(display=False) as counter,
+    ):
+        network.run(call)
+    counted = sum(
+        flops for operation, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(operation) and "bmm" not in str(operation)
+    )
+    block = network.module.model.layers[0]  # type: ignore[union-attr,index]
+    whole = sum(part.weight.numel() for part in block.modules() if isinstance(part, nn.Linear))
+    scored = sum(part.weight.numel() for part in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj))
+    before = [shortening.lengths[stage - 1] for stage in STAGES]
+    head = LENGTH * network.module.lm_head.weight.numel()  # type: ignore[union-attr,operator]
+    assert counted == 2 * (sum(shortening.lengths) * whole + sum(before) * scored + head)

@@ -178,6 +178,29 @@ def test_a_crop_into_the_prompt_forgets_what_was_held_of_it() -> None:
     assert [(layer.get_seq_length(), layer.keys.shape[2]) for layer in cache.layers] == [(7, 7), (7, 4)]
 
 
+def test_a_crop_leaves_a_row_with_less_than_another() -> None:
+    """What the second row held lies behind the crop but for its first position: later tokens do not see it."""
+    network = opened("llama")
+    ids_BN = torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(0))
+    keep_BN = torch.arange(12) % 2 == 0
+    keep_BN = torch.stack([keep_BN, torch.tensor([1, *[0] * 6, *[1] * 5], dtype=torch.bool)])
+    next_B1 = torch.tensor([[5], [6]])
+    with Shortening(network, decoder_of(network), {1: lambda stage: Selection(keep_BN)}).on():
+        cache = network.run(Call((), {"input_ids": ids_BN, "use_cache": True})).past_key_values
+        cache.crop(-5)
+        ours_BV = network.run(Call((), {"input_ids": next_B1, "past_key_values": cache})).logits[:, -1]
+    whole_BN = torch.cat([ids_BN[:, :7], next_B1], dim=1)
+    call = Call((), {"input_ids": whole_BN, "attention_mask": torch.ones_like(whole_BN), "use_cache": False})
+    theirs_BV = hidden_by_masks(network, call, {1: torch.nn.functional.pad(~keep_BN[:, :7], (0, 1))})[:, -1]
+    torch.testing.assert_close(ours_BV, theirs_BV, rtol=0, atol=1e-5)
+
+
+def test_two_that_drop_are_refused() -> None:
+    network = opened("llama")
+    with dropping(network, (1,), Dropped()).on(), pytest.raises(AerogelError, match="is on already; leave one of them out"):
+        dropping(network, (0,), Dropped()).on().__enter__()
+
+
 def test_a_quantized_cache_holds_what_is_left() -> None:
     network = opened("llama")
     call = FAMILIES["llama"].calls(1)[0]

@@ -1,0 +1,158 @@
+"""Prompts of a given length with a number hidden in book text and a question for it at the end: retrieval from long contexts.
+
+The sentences and the question are those of RULER's needle tasks (arXiv:2404.06654), single-key and multi-key. L tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from aerogel.data import sources, text
+from aerogel.errors import AerogelError
+
+_INTRODUCTION = "Some special magic numbers are hidden within the following text. Make sure to memorize them. I will quiz you about them.\n"
+_NEEDLE = " One of the special magic numbers for {key} is: {number}."
+_QUESTION = "\nWhat is the special magic number for {key} mentioned in the provided text?"
+_ANSWER = " The special magic number for {key} mentioned in the provided text is"
+_ADJECTIVES = (
+    "ancient",
+    "brave",
+    "calm",
+    "distant",
+    "early",
+    "frozen",
+    "gentle",
+    "hidden",
+    "iron",
+    "jolly",
+    "keen",
+    "lonely",
+    "modern",
+    "noble",
+)
+_NOUNS = (
+    "anchor",
+    "bridge",
+    "candle",
+    "desert",
+    "engine",
+    "forest",
+    "garden",
+    "harbor",
+    "island",
+    "jacket",
+    "kettle",
+    "lantern",
+    "mirror",
+    "needle",
+)
+_SENTENCE = re.compile(r"\S.*?(?:[.!?]['\"]?(?=\s)|$)", re.DOTALL)
+_CONTENT = "CONTENT-OF-THE-TURN"
+"""Text that a chat template is asked to put into a turn, to find what it puts around it."""
+
+
+@dataclass(frozen=True)
+class NeedlePrompt:
+    """A prompt whose next tokens are the answer."""
+
+    ids_L: Tensor
+    """Token ids."""
+    answer: str
+    """The number that is asked for."""
+    depth: float
+    """Place of its sentence, as a share of the book text."""
+
+
+def prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    depths: Sequence[float],
+    count: int = 1,
+    keys: int = 1,
+    seed: int = 0,
+    source: Any = "moby-dick",
+    chat: bool = False,
+) -> list[NeedlePrompt]:
+    """Return `count` prompts of exactly `length` tokens for each depth; the same for the same seed.
+
+    `keys` sentences with numbers are hidden, one of which is asked for; the others are anywhere. With `chat` the prompt is the user's turn
+    in the tokenizer's chat template, and the reply has begun. Raises AerogelError when the text or the length does not suffice.
+    """
+    sentences, random = _sentences(source), Random(seed)
+    before, after = _around(tokenizer, chat)
+    made = []
+    for depth in depths:
+        for _ in range(count):
+            names = random.sample([f"{adjective}-{noun}" for adjective in _ADJECTIVES for noun in _NOUNS], keys)
+            numbers = random.sample(range(1_000_000, 10_000_000), keys)
+            needles = [_ids(tokenizer, _NEEDLE.format(key=key, number=number)) for key, number in zip(names, numbers, strict=True)]
+            question = (
+                _ids(tokenizer, _QUESTION.format(key=names[0])) + after + _ids(tokenizer, _ANSWER.format(key=names[0]).lstrip(" " * chat))
+            )
+            room = length - len(before) - sum(map(len, needles)) - len(question)
+            drawn = _drawn(tokenizer, sentences, room, random, source)
+            body = _hidden(drawn, needles, [depth, *(random.random() for _ in names[1:])])
+            made.append(NeedlePrompt(torch.tensor(before + body + question), str(numbers[0]), depth))
+    return made
+
+
+def _hidden(sentences: list[list[int]], needles: list[list[int]], depths: list[float]) -> list[int]:
+    """Sentences with needles between them, each at the end of the sentence that is nearest to its depth."""
+    between = [0, *accumulate(map(len, sentences))]
+    places = [min(range(len(between)), key=lambda place: abs(between[place] - depth * between[-1])) for depth in depths]
+    body: list[int] = []
+    for place, sentence in enumerate([*sentences, []]):
+        for needle, at in zip(needles, places, strict=True):
+            body += needle if at == place else []
+        body += sentence
+    return body
+
+
+def _drawn(tokenizer: PreTrainedTokenizerBase, sentences: list[str], room: int, random: Random, source: Any) -> list[list[int]]:
+    """Sentences in a row from a random one on, `room` tokens in all; the first may begin in its middle, and the text runs in a circle."""
+    if room < 1:
+        raise AerogelError(f"nothing of the prompt is left for text; ask for {1 - room} more tokens at least")
+    start, drawn, there = random.randrange(len(sentences)), list[list[int]](), 0
+    for sentence in sentences[start:] + sentences[:start]:
+        drawn.append(_ids(tokenizer, f" {sentence}"))
+        there += len(drawn[-1])
+        if there >= room:
+            break
+    if there < room:
+        name = sources.name_of(source)
+        raise AerogelError(f"text source {name!r} has {there} tokens, and a prompt needs {room}; give more text or ask for shorter prompts")
+    for place, ids in enumerate(drawn):
+        cut = min(len(ids), there - room)
+        drawn[place], there = ids[cut:], there - cut
+    return drawn
+
+
+def _sentences(source: Any) -> list[str]:
+    """The sentences of a text, those of all documents in a row."""
+    found = (match.group() for document in text.read(source) for match in _SENTENCE.finditer(document))
+    return [" ".join(sentence.split()) for sentence in found]
+
+
+def _around(tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[list[int], list[int]]:
+    """The tokens before the text of a prompt, the introduction among them, and those between the question and the reply."""
+    if not chat:
+        return text.opening(tokenizer) + _ids(tokenizer, _INTRODUCTION), []
+    if not tokenizer.chat_template:
+        raise AerogelError("this tokenizer has no chat template; ask for prompts without chat")
+    turn = [{"role": "user", "content": _CONTENT}]
+    before, _, after = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).partition(_CONTENT)
+    return _ids(tokenizer, before + _INTRODUCTION), _ids(tokenizer, after)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, written: str) -> list[int]:
+    ids: list[int] = tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
