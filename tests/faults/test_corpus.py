@@ -22,7 +22,7 @@ from tests.faults.kinds import Kind
 KINDS = (*kinds.KINDS, *inputs.KINDS)
 SEEDED = 12
 """Seeded damages of each JSON file in the whole corpus."""
-FEW, FEW_OPTIONS = 3, 250
+FEW, FEW_OPTIONS = 2, 250
 """Cases of each kind, and words of options, in the usual tests."""
 USUAL = (*kinds.KINDS, *(kind for kind in inputs.KINDS if kind.name in ("recipe", "data text.jsonl", "data text.txt.gz", "data chat.json")))
 ANY_WORD = {

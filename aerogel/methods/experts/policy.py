@@ -91,7 +91,8 @@ class ExpertSkippingPolicy(RuntimePolicy[SkipState]):
         """Fit the rule where the predictions of the model with all experts are known already."""
         shape, vocabulary = shape_of(answers.network), answers.vocabulary
         made: Any = self.state
-        state: SkipState = made(**vars(shape), **vars(vocabulary), **self.fitted(answers, shape))
+        known = {"vision": vocabulary.vision, "special": vocabulary.special}
+        state: SkipState = made(**vars(shape), **known, **self.fitted(answers, shape))
         error, ratio = answers.judge(self.skip(self.rule(state), vocabulary), self.attends)
         return replace(state, kl=error, skipped=ratio, answer_tokens=answers.tokens)
 
