@@ -19,6 +19,7 @@ PAGES = {
     "Saving and exporting": "export.md",
     "Diffusion": "diffusion.md",
     "MoE models": "moe.md",
+    "Fewer tokens": "tokens.md",
     "Models": "models.md",
     "Speed": "speed.md",
     "Figures": "figures.md",

@@ -96,7 +96,7 @@ class TokenSearch:
         decoder_of(network)
         wanted = wanted_of(network, samples)
         if not isinstance(wanted, Chats):
-            raise AerogelError("rules that drop tokens are compared on chats, whose replies show what is lost: give some by --data")
+            raise AerogelError("rules that drop tokens are compared on chats, whose answers show what dropping costs: give some by --data")
         on = [measured.step for measured in policies.load(network.origin) if isinstance(measured.step.method, DroppingPolicy)]
         if on:
             raise AerogelError(f"{network.origin} has {on[0].name} on already; give the model that it was made for")

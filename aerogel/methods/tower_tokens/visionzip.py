@@ -16,7 +16,7 @@ from aerogel.runtime.tokens.images import Chosen, Image
 
 @dataclass(frozen=True)
 class Visionzip(TowerPolicy):
-    """Keeps dominant tokens by the attention of the class token; contextual ones, evenly spaced among the rest, take up the others.
+    """Keeps dominant tokens by the attention of the class token; contextual ones, evenly spaced among the others, take these up.
 
     Each other token goes to the contextual one whose key is most alike; that becomes its own row plus the mean of what went to it, as the
     published code has it. Rows are those of the tower where the projector works token by token, else those of the decoder. A contextual

@@ -15,7 +15,7 @@ from aerogel.runtime.tokens.images import Chosen, Image
 
 @dataclass(frozen=True)
 class Vispruner(TowerPolicy):
-    """Keeps a part by the attention of the class token, and drops of the rest what has the most similar other, a few at a time."""
+    """Keeps a part by the attention of the class token, and drops of the others what has the most similar one, a few at a time."""
 
     keep: Budget = 0.5
     """Tokens of an image that stay: a number, or a share."""
