@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -219,6 +219,7 @@ def test_folding_takes_means_and_no_order_matters(seed: int) -> None:
     torch.testing.assert_close(fold(x_NC[order], keep_N[order])[keep_N[order]], folded_NC[order][keep_N[order]])
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 6), st.integers(1, 9), st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9, 1.0]), st.booleans(), st.integers(0, 9))
 def test_clips_of_all_sizes_give_finite_tokens(frames: int, places: int, share: float, is_still: bool, seed: int) -> None:
     x_FPC = noise(1, places, 4, seed).expand(frames, -1, -1) if is_still else noise(frames, places, 4, seed)

@@ -34,6 +34,7 @@ def test_the_rank_of_the_attention_says_how_many_stay(rows: int, tokens: int, sc
     assert method.count(rating_RV) == count
     assert method.count(rating_RV[:1].expand(rows, -1)) == min(int(scale + bias), tokens - 1)
     assert method.count(torch.eye(4)) == 4
+    assert method.count(torch.zeros(2, 0)) == 0  # a row without an image
 
 
 @pytest.mark.parametrize(("dropped", "best", "groups"), [(276, 83, 9), (9, 3, 1), (0, 0, 0), (100, 31, 4)])

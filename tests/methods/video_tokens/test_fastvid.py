@@ -16,7 +16,7 @@ from tests.tiny import FAMILIES, opened
 MATRIX = {"options": {"frames": 2, "keep": 0.5, "contextual": 0.0}}
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl_moe"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("qwen3_vl_moe", marks=pytest.mark.slow)])
 def test_clips_are_reduced_by_the_rule(name: str) -> None:
     """Two of eight tokens stay by attention; a segment has an anchor a frame, but of five frames two times two in every fourth."""
     method, settings = Fastvid(keep=0.4, segments=2, threshold=0.0), Settings(keep=0.4, segments=2, threshold=0.0)

@@ -15,7 +15,7 @@ from tests.tiny import opened
 MATRIX = {"options": {"frames": 2, "keep": 0.5, "layer": 1}}
 
 
-@pytest.mark.parametrize("clustered", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("clustered", [0.0, pytest.param(0.5, marks=pytest.mark.slow), 1.0])
 def test_clips_are_reduced_by_the_rule(clustered: float) -> None:
     """Random frames have no static places: ceil(0.3 x 8) of the tokens of each frame stay."""
     settings = Settings(keep=0.3, clustered=clustered)
