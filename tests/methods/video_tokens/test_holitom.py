@@ -67,3 +67,11 @@ def test_a_second_stage_beyond_the_decoder_is_refused() -> None:
 
 def test_a_search_sets_both_stages() -> None:
     assert Holitom.strength(0.25) == {"keep": 0.5, "inner_keep": 0.5}
+
+
+def test_a_static_cache_gives_what_a_dynamic_one_does() -> None:
+    network, call = opened("qwen2_5_vl"), clip_call()
+    method = Holitom(keep=0.3, layer=1)
+    with method.on(network, method.calibrate(network, [call])):
+        dynamic, static = (torch.stack(generated(network, call, **more).logits) for more in ({}, {"cache_implementation": "static"}))
+    torch.testing.assert_close(static, dynamic, rtol=0, atol=1e-5)
