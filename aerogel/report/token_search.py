@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -15,7 +16,7 @@ from aerogel.report.page import NARROW, WIDE, Figure
 from aerogel.report.svg import element, image
 from aerogel.report.tradeoff import Axis, Point, tradeoff
 
-SPEED = Axis("Prefill, times faster", "speed", "prefill", 1.0, "right", start=1.0)
+SPEED = Axis("Prefill, times faster", "speed", "prefill", 1.0, "right")
 SIDE = 200.0
 """Width of an image."""
 TEMPLATE = "token_search.html"
@@ -167,7 +168,8 @@ def context(found: Search) -> dict[str, Any]:
 
 
 def _drawn(points: list[Point], width: float) -> Any:
-    return tradeoff(points, SPEED, "KL, nats per token", joined=_undominated(points), width=width, height=420)
+    start = min(1.0, math.floor(10 * min(point.x for point in points)) / 10)  # a small model is read no faster, or slower
+    return tradeoff(points, replace(SPEED, start=start), "KL, nats per token", joined=_undominated(points), width=width, height=420)
 
 
 def _patches(picture: Picture) -> Markup:

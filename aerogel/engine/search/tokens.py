@@ -163,7 +163,7 @@ class TokenSearch:
         step = Step(name, build(cls, {**options, **strength}, f"policy {name!r}"))
         unfit = [*unmet(self._network, step, [], _NO_SIZE), *step.method.unsuitable(self._network, self._calls)]
         if unfit:
-            raise AerogelError(unfit[0])
+            raise AerogelError(unfit[0].removeprefix(f"{name}: "))
         with seeded(self._seed):
             return policies.calibrated(self._network, step, self._calls)
 
