@@ -30,7 +30,7 @@ from aerogel.methods.tower_tokens.visionzip import Visionzip
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 
-IMAGE, TEXT, IMAGE_TOKEN, THREADS, ROUNDS = 576, 40, 5, 2, 7
+IMAGE, TEXT, IMAGE_TOKEN, THREADS, ROUNDS = 576, 40, 5, 2, 3
 SHAPES: dict[str, dict[str, int]] = {
     "SmolLM2 135M": {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,

@@ -118,6 +118,12 @@ def first(method: str) -> tuple[str, ...]:
     return (next(name for name in policies if not made(method).refusal(made(name))),)
 
 
+@cache
+def first_alike(method: str) -> str:
+    """The first method by name that requires the same, with as many steps before it."""
+    return next(name for name in METHODS if made(name).requires == made(method).requires and first(name) == first(method))
+
+
 def trajectory(name: str, steps: Sequence[int] = (500, 499, 498, 497)) -> list[Call]:
     """One generation: a sample that changes a little from step to step, twice in a batch with two conditions, as with guidance."""
     one, other = FAMILIES[name].calls(2)
