@@ -55,6 +55,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/kv_cache.py quality
 	$(BIN)/python benchmarks/kv_cache.py speed
+	$(BIN)/python benchmarks/image_tokens.py
+	$(BIN)/python benchmarks/long_prompts.py
 	$(BIN)/python benchmarks/diffusion_speed.py
 	$(BIN)/python benchmarks/diffusion_time.py
 	$(BIN)/python benchmarks/diffusion_quality.py unet

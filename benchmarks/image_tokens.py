@@ -49,6 +49,8 @@ RULES: dict[str, Callable[[int], TokenPolicy]] = {
     "pyramid_drop, half to it": lambda count: PyramidDrop(keep=(IMAGE // 2 + count // 2, count), at=(0.125, 0.25)),
 }
 COUNTS = (288, 144, 64)
+LARGE_RULES = ("divprune", "fastv, from block 2")
+"""Rules that are timed on the larger shape too."""
 
 
 def model(shape: dict[str, int]) -> Network:
@@ -87,29 +89,39 @@ def timed(network: Network, call: Call) -> float:
 
 
 def measured(name: str, rounds: int) -> list[list[Any]]:
-    """Rows of the table for one shape: in each round every setting once, beside all tokens."""
+    """Rows of the table for one shape: in each round every setting once, beside all tokens and beside texts of the same lengths."""
     shape, call = SHAPES[name], prompt()
     network = model(shape)
-    policies = {(rule, count): make(count) for rule, make in RULES.items() for count in COUNTS}
+    rules = {rule: make for rule, make in RULES.items() if shape["hidden_size"] < 1000 or rule in LARGE_RULES}
+    policies = {(rule, count): make(count) for rule, make in rules.items() for count in COUNTS}
     states = {key: policy.fitted(network, [call]) for key, policy in policies.items()}
-    seconds: dict[Any, list[float]] = {key: [] for key in [None, *policies]}
+    texts = {length: text_alone(length) for length in (IMAGE + TEXT, *(count + TEXT for count in COUNTS))}
+    seconds: dict[Any, list[float]] = {key: [] for key in [None, *policies, *texts]}
     lengths: dict[Any, tuple[int, ...]] = {None: (IMAGE + TEXT,) * shape["num_hidden_layers"]}
     timed(network, call)
     for _ in range(rounds):
-        for key in seconds:
+        for length, asked in texts.items():
+            seconds[length].append(timed(network, asked))
+        for key in [None, *policies]:
             with policies[key].acting(network, states[key]) if key else nullcontext() as shortening:
                 seconds[key].append(timed(network, call))
                 if shortening is not None:
                     lengths[key] = shortening.lengths
     median = {key: statistics.median(values) for key, values in seconds.items()}
     whole, rows = operations(shape, lengths[None]), []
-    for key, value in median.items():
-        expected = operations(shape, lengths[key]) / whole
+    for key in [None, *policies]:
         rule, count = key or ("all tokens", IMAGE)
         kept = sum(lengths[key]) / shape["num_hidden_layers"] - TEXT
-        rows.append([name, rule, count, round(kept), round(value, 3), round(value / median[None], 3), round(expected, 3)])
+        shares = median[key] / median[None], operations(shape, lengths[key]) / whole, median[count + TEXT] / median[IMAGE + TEXT]
+        rows.append([name, rule, count, round(kept), round(median[key], 3), *(round(share, 3) for share in shares)])
         print(*rows[-1], flush=True)
     return rows
+
+
+def text_alone(length: int) -> Call:
+    """A prompt of text."""
+    ids = torch.randint(10, 1000, (1, length), generator=torch.Generator().manual_seed(0))
+    return Call((), {"input_ids": ids, "attention_mask": torch.ones_like(ids), "logits_to_keep": 1, "use_cache": True})
 
 
 def main() -> None:
@@ -122,8 +134,19 @@ def main() -> None:
     settings = {
         "prompt": f"{IMAGE} tokens of an image and {TEXT} of text", "dtype": "float32", "threads": THREADS, "rounds": ROUNDS, "seed": 0,
     }  # fmt: skip
-    columns = ["decoder", "rule", "image tokens", "of them computed, mean over blocks", "seconds", "of all tokens", "operations say"]
+    columns = [
+        "decoder",
+        "rule",
+        "image tokens",
+        "computed, mean over blocks",
+        "seconds",
+        "of all tokens",
+        "operations say",
+        "texts as long",
+    ]
     notes = [
+        "Operations say: multiplications that are left, of those with all tokens.",
+        "Texts as long: seconds of a text as long as the prompt with so many image tokens, over one as long as all, without any policy.",
         "The whole forward up to the first token's logits, with the choice of tokens: medians; in each round every setting once.",
         "Weights are random, so which tokens stay means nothing here; of the vision tower only its seconds count.",
     ]
