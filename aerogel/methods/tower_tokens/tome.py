@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from aerogel.errors import AerogelError
 from aerogel.methods.base import Requirement
 from aerogel.methods.tokens.policy import Budget, TokenPolicy, first_with_images
 from aerogel.methods.tower_tokens.policy import TowerState
@@ -68,7 +69,10 @@ class Tome(TokenPolicy):
         if self.keep is not None:
             total = patches - min(patches, self.keep if isinstance(self.keep, int) else round(self.keep * patches))
             return tuple(total // blocks + (number < total % blocks) for number in range(blocks))
-        return self.pairs if isinstance(self.pairs, tuple) else (self.pairs,) * blocks
+        pairs = self.pairs if isinstance(self.pairs, tuple) else (self.pairs,) * blocks
+        if len(pairs) != blocks:
+            raise AerogelError(f"tome: pairs has {len(pairs)} numbers, and {blocks} blocks of the vision tower merge; give one for each")
+        return pairs
 
     @contextmanager
     def acting(self, network: Network, state: Any) -> Iterator[Shortening]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from aerogel.errors import AerogelError
 from aerogel.methods.tower_tokens.fastervlm import Fastervlm
 from aerogel.methods.tower_tokens.mustdrop import Mustdrop
 from aerogel.methods.tower_tokens.policy import TowerPolicy
@@ -150,6 +151,8 @@ def test_pairs_of_tome() -> None:
     assert sum(Tome().counts(576, 23)) == 368
     assert Tome(keep=192).counts(576, 23) == (17,) * 16 + (16,) * 7
     assert Tome(pairs=(3, 2)).counts(4, 2) == (3, 2)
+    with pytest.raises(AerogelError, match="pairs has 2 numbers, and 23 blocks"):
+        Tome(pairs=(3, 2)).counts(576, 23)
 
 
 @pytest.mark.parametrize("as_lightcompress", [False, True])
