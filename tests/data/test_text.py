@@ -96,7 +96,7 @@ def test_without_the_datasets_package(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         ("absent.txt", None, "no text source .* or one of: moby-dick, sotu, sotu-held-out"),
         ("empty.txt", b" \f\n", "is empty"),
-        ("binary.txt", b"\x00\xff\xfe", "is not UTF-8 text"),
+        ("binary.txt", b"\x00\xff\xfe", "holds a zero byte, so it is no text"),
         ("broken.jsonl", b'{"text": ', "line 1 is not JSON"),
         ("other.jsonl", b'{"prompt": "a"}', "line 1 could be read by prompt; its columns are prompt: name one"),
     ],

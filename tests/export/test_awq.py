@@ -113,7 +113,7 @@ def test_experts_that_are_not_quantized_have_the_name_of_their_list(tmp_path: Pa
 
 def test_names_are_those_of_checkpoints(tmp_path: Path) -> None:
     FAMILIES["llava"].build().to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    given = open_model(tmp_path / "model", lazy=False)
+    given = open_model(tmp_path / "model", lazy=False, dtype=torch.bfloat16)
     round_to_nearest(given.module, lambda name: "W4A16_G16" if "language_model" in name else None)
     save(given, tmp_path / "master")
     tensors = exported(tmp_path / "master")

@@ -16,6 +16,7 @@ from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.numerics.formats import format_named
 from aerogel.numerics.quantize import dequantize, fake_quantize, grid_from_range, quantize, weight_grid
 from aerogel.numerics.scheme import PerStep, Scheme, TensorScheme
+from tests.kernels.exact_sums import needs_exact_sums
 
 
 def made(name: str, bias: bool = True) -> tuple[QuantLinear, Tensor]:
@@ -36,6 +37,7 @@ def literal(twin: QuantLinear, x: Tensor) -> Tensor:
     return y if twin.bias is None else y + twin.bias.double()
 
 
+@needs_exact_sums
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", ["W8A8_STATIC", "W8A8_AFFINE", "W8A8_ASYM_AFFINE", "W4A8_CHANNEL_ASYM_AFFINE", "W3A8_CHANNEL_AFFINE"])
 def test_integers_give_the_exact_sum(name: str, bias: bool) -> None:
@@ -78,6 +80,7 @@ def test_sums_of_extremes_are_tried_before_it_is_used(monkeypatch: pytest.Monkey
     assert "affine" not in candidates(twin, x.device, x.dtype)
 
 
+@needs_exact_sums
 def test_layers_of_one_input_share_its_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     (first, x), (second, _) = made("W8A8_AFFINE"), made("W8A8_AFFINE", bias=False)
     kernels, coded = [Affine(twin, x.dtype) for twin in (first, second)], []
@@ -101,6 +104,7 @@ def test_layers_of_one_input_share_its_codes(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(kernels[1](x[:4]).double(), literal(second, x[:4]), rtol=1e-5, atol=1e-5)
 
 
+@needs_exact_sums
 def test_inputs_of_inference_mode_have_no_version_and_are_coded_each_time() -> None:
     (first, x), (second, _) = made("W8A8_AFFINE"), made("W8A8_AFFINE")
     with torch.inference_mode():
@@ -110,6 +114,7 @@ def test_inputs_of_inference_mode_have_no_version_and_are_coded_each_time() -> N
             x.mul_(0.5)
 
 
+@needs_exact_sums
 @pytest.mark.parametrize("name", ["W8A8_AFFINE", "W8A8_STATIC", "W8A8_ASYM_AFFINE"])
 @pytest.mark.parametrize("after", sorted(ACTIVATIONS))
 def test_an_activation_may_follow_every_kernel(name: str, after: str) -> None:

@@ -14,6 +14,7 @@ from aerogel.kernels import attention, synchronized_clock
 from aerogel.kernels.attention import Operands, by_integers, rounded, run, takes
 from aerogel.numerics.quantize import Grid
 from tests.clocks import Manual
+from tests.kernels.exact_sums import needs_exact_sums
 
 
 def operands(bits: int = 8, most: int = 255) -> Operands:
@@ -47,6 +48,7 @@ def literal(q: Tensor, k: Tensor, v: Tensor, given: Operands, scale: float | Non
     return codes * given.step.double() @ affine(v, "value")
 
 
+@needs_exact_sums
 @pytest.mark.parametrize(("queries", "keys"), [(16, 16), (300, 77), (5, 4000)])
 @pytest.mark.parametrize("given", [operands(), operands(4), operands(8, 15)], ids=["8 bits", "4 bits", "probabilities of 4 bits"])
 def test_integers_give_what_the_formula_says(queries: int, keys: int, given: Operands) -> None:
@@ -73,6 +75,7 @@ def test_the_result_has_the_dtype_of_the_query_and_joins_heads_without_a_copy() 
     assert result.transpose(1, 2).is_contiguous()
 
 
+@needs_exact_sums
 @pytest.mark.usefixtures("kernels_by_time")
 @pytest.mark.parametrize("integers_win", [True, False])
 def test_the_faster_of_both_is_kept(monkeypatch: pytest.MonkeyPatch, integers_win: bool) -> None:
@@ -94,6 +97,7 @@ def test_the_faster_of_both_is_kept(monkeypatch: pytest.MonkeyPatch, integers_wi
     assert float((first.double() - literal(*tensors, given)).abs().mean()) < 1e-3
 
 
+@needs_exact_sums
 def test_what_integers_cannot_do_is_left_to_floats() -> None:
     q, k, v = made(8, 8)
     able = partial(takes, q, k, v, ())

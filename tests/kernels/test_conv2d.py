@@ -13,6 +13,7 @@ from aerogel.layers.conv import QuantConv2d, matrix, quantized, size
 from aerogel.layers.linear import cache_dequantized, stored_grid
 from aerogel.numerics.quantize import dequantize, fake_quantize, grid_from_range, quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
+from tests.kernels.exact_sums import needs_exact_sums
 
 SCHEMES = ["W8A8_CHANNEL_STATIC", "W8A8_CHANNEL_AFFINE", "W8A8_CHANNEL_ASYM_AFFINE", "W4A8_CHANNEL_ASYM_AFFINE", "W3A8_CHANNEL_AFFINE"]
 GEOMETRIES: list[dict[str, Any]] = [
@@ -56,6 +57,7 @@ def literal(twin: QuantConv2d, x: Tensor) -> Tensor:
     return y if twin.bias is None else y + twin.bias.double()[:, None, None]
 
 
+@needs_exact_sums
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_integers_give_the_literal_sum(scheme: str, geometry: dict[str, Any]) -> None:
@@ -68,6 +70,7 @@ def test_integers_give_the_literal_sum(scheme: str, geometry: dict[str, Any]) ->
         torch.testing.assert_close(twin(x).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+@needs_exact_sums
 def test_extreme_codes_do_not_saturate() -> None:
     twin, _ = made("W8A8_CHANNEL_ASYM_AFFINE", kernel_size=3, padding=1)
     twin.weight[:] = 127

@@ -142,7 +142,7 @@ def test_a_thin_line_leads_to_names_of_ends_further_left() -> None:
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"task": "tokens"}, "search.json is of the search 'tokens', which this version does not know: cache, skip"),
+        ({"task": "words"}, "search.json is of the search 'words', which this version does not know: cache, skip, tokens"),
         ({"budget": "much"}, "budget"),
         ({"rows": [row("modes", 0.5, 0.1, skipped={})]}, "skipped"),
     ],

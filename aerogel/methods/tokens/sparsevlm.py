@@ -39,7 +39,7 @@ class Sparsevlm(TokenPolicy):
     for 576 image tokens: 300, 200 and 110; 303, 110 and 36; 66, 30 and 17. On average over 32 blocks these are 203, 141 and 79."""
     scale: NonNegative = 13.5
     """Factor between the rank of the raters' attention (raters x image tokens) and the number of tokens that stay."""
-    bias: float = 0.0
+    bias: NonNegative = 0.0
     """Tokens that stay besides."""
     recycled: Share = 0.3
     """Share of the dropped tokens, those with the best scores and one more, that are merged into groups; 0: none are."""

@@ -309,7 +309,7 @@ def test_strengths_are_values_of_a_knob(name: str, option: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"task": "tokens"}, "'tokens' is nothing that can be searched for; known are cache, skip"),
+        ({"task": "words"}, "'words' is nothing that can be searched for; known are cache, skip, tokens"),
         ({"budget": "fast"}, "budget 'fast' is no speed-up; give how many times faster denoising has to be, for example 1.5x"),
         ({"budget": 1.0}, r"budget 1\.0 is no speed-up"),
         ({"rounds": 0}, "rounds is 0; it is at least 1"),

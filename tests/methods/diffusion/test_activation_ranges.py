@@ -19,6 +19,7 @@ from aerogel.methods.diffusion.activation_ranges import INPUTS, power_error
 from aerogel.model.network import Network
 from aerogel.numerics.attention import OPERANDS
 from aerogel.numerics.quantize import grid_from_range
+from tests.kernels.exact_sums import needs_exact_sums
 from tests.methods.diffusion.test_fsc import calls
 from tests.tiny import FAMILIES, opened, output
 
@@ -107,6 +108,7 @@ def test_step_sizes_of_operands_are_learned_with_them() -> None:
     assert not any(after[key].requires_grad for key in moved)
 
 
+@needs_exact_sums
 def test_integers_are_really_multiplied() -> None:
     network = compressed({"steps": 0})
     twin = network.module.get_submodule("mid_block.resnets.0.conv1")
