@@ -42,7 +42,7 @@ def test_every_recipe_is_tested() -> None:
     assert set(catalog.names("recipes")) == CLOSE.keys() | set(LANGUAGE) | RECIPES.keys() | set(FEWER_TOKENS)
 
 
-SLOW = ("tfm-w4a8-select", "tfmq-w8a8", "tfmq-w4a32")
+SLOW = ("tfm-w4a8-select", "tfmq-w8a8", "tfmq-w4a8")
 """Recipes that differ from one in the default run in a number or an option only."""
 
 

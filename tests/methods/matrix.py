@@ -42,8 +42,8 @@ EIGHT_BITS = {"scheme": "W8A16_G16"}
 """Groups that divide every width of the tiny networks."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "brecq": {"targets": ["Linear"], "steps": 5, "batch": 4},
-    "awq": {"search_space": 4},
+    "brecq": {"targets": ["Linear"], "steps": 2, "batch": 4},
+    "awq": {"search_space": 2},
     "tiar": {"scheme": "W8A16_CHANNEL_ASYM", "steps": 20},
     "activation_ranges": {"start": "minmax", "steps": 0},
     "recalibrate": {"ranges": "minmax"},
