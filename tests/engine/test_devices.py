@@ -37,8 +37,8 @@ from tests.words import tokenizer
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' samplers
 
 COMMON = [
-    ("gptq", "llama"), ("rotate", "llama"), ("rtn", "qwen2_5_vl"), ("gptq", "qwen3_moe"), ("modes", "qwen3_moe"), ("attention_quant", "dit"),
-    ("teacache", "dit"), ("visionzip", "llava"),
+    ("gptq", "llama"), ("rotate", "llama"), ("rtn", "qwen2_5_vl"), ("gptq", "qwen3_moe"), ("modes", "qwen3_moe"),
+    ("attention_quant", "dit"), ("teacache", "dit"), ("visionzip", "llava"),
 ]  # fmt: skip
 """A method of each kind that takes seconds; the slow tests take all."""
 GPTQ: dict[str, Any] = {"steps": [{"gptq": {"scheme": "W4A16_G32"}}]}
