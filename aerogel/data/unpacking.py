@@ -170,4 +170,4 @@ PACKED: dict[str, Callable[[Path, BinaryIO], Any]] = {
     ".xz": lambda path, file: _Streams(file, partial(lzma.LZMADecompressor, memlimit=_DICTIONARY)),
     ".zst": _zstandard,
 }
-"""What gives the bytes of a packed file, by the end of its name."""
+"""Functions that give the bytes of a packed file, by the end of its name."""

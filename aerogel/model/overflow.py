@@ -41,7 +41,7 @@ class Overflow:
 
     @property
     def error(self) -> AerogelError:
-        """What to raise: it names the layer, the number and what to do."""
+        """Error to raise: it names the layer, the number and a remedy."""
         if self.dtype == torch.float16:
             reached = f"overflows in float16: {self.largest:.5g} in float32, and {ends_at(self.dtype)}; {ADVICE}"
         else:

@@ -10,7 +10,7 @@ from torch import Tensor
 from aerogel.errors import AerogelError
 
 ADVICE = "compute in bfloat16 (--dtype bfloat16) or float32"
-"""What to do where float16 does not hold a number: the one dtype of 16 bits with the range of float32."""
+"""Remedy where float16 does not hold a number: the one dtype of 16 bits with the range of float32."""
 
 
 def is_sound(tensor: Tensor, limit: bool = False) -> bool:

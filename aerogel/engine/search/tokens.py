@@ -168,7 +168,7 @@ class TokenSearch:
             return policies.calibrated(self._network, step, self._calls)
 
     def _met(self, measured: CalibratedPolicy) -> tuple[bool, str]:
-        """Whether a rule meets the budget, and how far it goes."""
+        """Return True where a rule meets the budget, and how far it goes in words."""
         if self.target.share is not None:
             state = measured.state
             assert isinstance(state, TokenState)
