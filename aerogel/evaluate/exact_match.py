@@ -76,7 +76,7 @@ class ExactMatch(Measure):
     def _moved(self, network: Network, against: Network, asked: Sequence[Chat]) -> dict[str, float]:
         divergence = same = tokens = 0.0
         for call in chats.calls(asked, network.processor, self.batch, network.device, padded=True):
-            at_BS = torch.nn.functional.pad(call.kwargs.pop("labels")[:, 1:] != chats.IGNORED, (0, 1))
+            at_BS = torch.nn.functional.pad(call.kwargs["labels"][:, 1:] != chats.IGNORED, (0, 1))
             theirs_NV, ours_NV = (logits_at(one, call, at_BS) for one in (against, network))
             for one, logits_NV in ((against, theirs_NV), (network, ours_NV)):
                 require_finite(logits_NV, one, "exact_match")

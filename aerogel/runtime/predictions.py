@@ -10,8 +10,9 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from aerogel.data.chats import IGNORED
 from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
@@ -42,7 +43,7 @@ class Predictions:
         """Run the model; raises AerogelError for calls without token ids, or when there is nothing to predict."""
         self.network, self.vocabulary = network, vocabulary
         self._memory: dict[Hashable, Any] = {}
-        self._calls = [_bare(call) for call in calls]
+        self._calls = [_with_all_logits(call) for call in calls]
         self._predicted = [self.judged(call) for call in calls]
         self.tokens = sum(int(at_BS.sum()) for at_BS in self._predicted)
         if not self.tokens:
@@ -78,13 +79,24 @@ class Predictions:
 
 
 def logits_at(network: Network, call: Call, at_BS: Tensor) -> Tensor:
-    """The logits of some positions (N, V), float32; no others are computed."""
+    """The logits of some positions (N, V), float32; no others are computed, and no loss.
+
+    `labels` of the call are seen by policies that are on, for which the prompt ends where they begin, and not by the model.
+    """
     head: Any = network.module.get_output_embeddings()  # type: ignore[operator]
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][at_BS][None],))
+    handles = [
+        head.register_forward_pre_hook(lambda _, args: (args[0][at_BS][None],)),
+        network.module.register_forward_pre_hook(_without_labels, with_kwargs=True),
+    ]
     try:
         return network.run(call).logits[0].float()
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _without_labels(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {key: value for key, value in kwargs.items() if key != "labels"}
 
 
 def divergence(whole_NV: Tensor, other_NV: Tensor) -> float:
@@ -96,16 +108,16 @@ def divergence(whole_NV: Tensor, other_NV: Tensor) -> float:
     return max(0.0, total)
 
 
-def _bare(call: Call) -> Call:
-    """The forward without loss, and with the logits of all positions."""
-    return Call(call.args, {key: value for key, value in call.kwargs.items() if key not in ("labels", "logits_to_keep")})
+def _with_all_logits(call: Call) -> Call:
+    """The forward with the logits of all positions."""
+    return Call(call.args, {key: value for key, value in call.kwargs.items() if key != "logits_to_keep"})
 
 
 def predicted(call: Call, vocabulary: Vocabulary) -> Tensor:
     """Return the positions at_BS whose next token is part of an answer."""
     labels_BS = call.kwargs.get("labels")
     kind_BS = vocabulary.kinds(call.kwargs)
-    answer_BS = kind_BS != PADDING if labels_BS is None else labels_BS != -100
+    answer_BS = kind_BS != PADDING if labels_BS is None else labels_BS != IGNORED
     at_BS = torch.zeros_like(answer_BS)
     at_BS[:, :-1] = answer_BS[:, 1:] & (kind_BS[:, :-1] != PADDING)
     return at_BS

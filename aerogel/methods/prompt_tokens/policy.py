@@ -77,14 +77,14 @@ class Prompt:
     index_BK: Tensor
     """Numbers of the tokens in their rows, padding not counted; -1 for what is no token."""
     length_B: Tensor
-    """Tokens of the rows."""
+    """Tokens of the prompts; an answer behind one has numbers from there on."""
 
     @classmethod
     def of(cls, stage: Stage) -> Prompt:
         """Number the positions that a rule sees."""
         real_BN = stage.kind_BN != PADDING
         index_BK = stage.kept.rows(real_BN.cumsum(1) - 1)
-        return cls(index_BK.masked_fill(~stage.real_BK, -1), real_BN.sum(1))
+        return cls(index_BK.masked_fill(~stage.real_BK, -1), stage.prompt_BN.sum(1))
 
     def within(self, first: int, last: int) -> Tensor:
         """Return where tokens are neither among the first nor among the last of their row (B, K)."""

@@ -195,6 +195,6 @@ def keeping_best(stage: Stage, score_BK: Tensor, budget: float) -> Selection | N
 
 
 def last_token(stage: Stage) -> Tensor:
-    """Return the number of the last token of each row that is no padding (B, 1)."""
+    """Return the number of the last token of each row's prompt (B, 1)."""
     number_K = torch.arange(stage.kind_BK.shape[1], device=stage.kind_BK.device)
-    return (number_K * stage.real_BK).argmax(1, keepdim=True)
+    return (number_K * stage.prompt_BK).argmax(1, keepdim=True)

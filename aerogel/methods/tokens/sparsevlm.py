@@ -126,7 +126,7 @@ class _Stage:
 def find_raters(stage: Stage) -> None:
     """Remember which text tokens behind an image rate it; where there are none, the last token does."""
     rater_BK = torch.zeros_like(stage.vision_BK)
-    behind_BK = (stage.vision_BK.cumsum(1) > 0) & (stage.kind_BK == TEXT) & stage.real_BK
+    behind_BK = (stage.vision_BK.cumsum(1) > 0) & (stage.kind_BK == TEXT) & stage.prompt_BK
     for row, embedded_KC in enumerate(stage.hidden_BKC):
         text_T = behind_BK[row].nonzero()[:, 0]
         if len(text_T):

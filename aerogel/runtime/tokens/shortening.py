@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import StaticLayer
 
+from aerogel.data.chats import IGNORED
 from aerogel.errors import AerogelError
 from aerogel.layers.forward_guard import ForwardGuard
 from aerogel.layers.signature import arguments_of
@@ -77,6 +79,21 @@ class Stage:
         """True where a position is one of the forward and no padding."""
         real_BK = self.kind_BK != PADDING
         return real_BK if self.kept.real_BK is None else real_BK & self.kept.real_BK
+
+    @property
+    def prompt_BN(self) -> Tensor:  # noqa: N802
+        """True where a position of the forward is of the prompt: no padding, and before the answer where `labels` say where one begins."""
+        real_BN = self.kind_BN != PADDING
+        labels_BN = self.inputs.get("labels")
+        if labels_BN is None:
+            return real_BN
+        before_BN = real_BN & ((labels_BN != IGNORED).cumsum(1) == 0)
+        return torch.where(before_BN.any(1, keepdim=True), before_BN, real_BN)
+
+    @property
+    def prompt_BK(self) -> Tensor:  # noqa: N802
+        """True where a position is of the prompt."""
+        return self.real_BK & self.kept.rows(self.prompt_BN)
 
     @property
     def vision_BK(self) -> Tensor:  # noqa: N802

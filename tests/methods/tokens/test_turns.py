@@ -8,13 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from aerogel.data.chats import IGNORED
 from aerogel.methods.tokens.dart import Dart
 from aerogel.methods.tokens.divprune import Divprune
 from aerogel.methods.tokens.fastv import Fastv
 from aerogel.methods.tokens.policy import TokenPolicy
+from aerogel.methods.tokens.pyramid_drop import PyramidDrop
 from aerogel.methods.tokens.sparsevlm import Sparsevlm
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.runtime.predictions import Predictions
+from aerogel.runtime.token_types import Vocabulary
 from aerogel.runtime.tokens.decoder import decoder_of
 from aerogel.runtime.tokens.shortening import Rule, Shortening
 from tests.methods.tokens.staged import generated
@@ -106,3 +110,33 @@ def test_a_static_cache_gives_what_a_dynamic_one_does(method: TokenPolicy) -> No
         made = [generated(network, call, **more) for more in ({}, {"cache_implementation": "static"})]
     dynamic, static = (torch.stack(one.logits) for one in made)
     torch.testing.assert_close(static, dynamic, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Fastv(layer=1, keep=2), PyramidDrop(layers=(1,), keep=(2,)), Sparsevlm(layers=(0,), keep=(2,), recycled=0.0)],
+    ids=lambda method: type(method).__name__,
+)
+@pytest.mark.parametrize("read_for_loss", [False, True])
+def test_an_answer_behind_the_prompt_changes_no_choice(method: TokenPolicy, read_for_loss: bool) -> None:
+    """Predictions of an answer are compared in one forward of prompt and answer: rules choose as if it were not there yet."""
+    network, prompt = opened("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].calls(1)[0]
+    asked = prompt.kwargs["input_ids"]
+    choices = Choices(method)
+    for seed in range(6):  # without the labels some of six answers choose otherwise
+        chat = grown(prompt, torch.cat([asked, question(seed)], dim=1))
+        labels_BN = chat.kwargs["input_ids"].clone()
+        labels_BN[:, : asked.shape[1]] = IGNORED
+        labelled = Call((), {**chat.kwargs, "labels": labels_BN})
+        predictions = Predictions(network, [labelled], Vocabulary.of(network))
+        with choices.on(network):
+            if read_for_loss:
+                network.run(labelled)
+            else:
+                predictions.moved()
+    with choices.on(network):
+        network.run(prompt)
+    *with_answers, alone_BN = choices.gone
+    assert len(with_answers) == 6
+    assert all(torch.equal(gone_BN[:, : asked.shape[1]], alone_BN) for gone_BN in with_answers)
+    assert not any(gone_BN[:, asked.shape[1] :].any() for gone_BN in with_answers)
