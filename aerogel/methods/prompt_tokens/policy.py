@@ -6,20 +6,23 @@ B rows, N positions of a forward, K of them that are left, R positions that ask.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from aerogel.methods.tokens.policy import DroppingPolicy, last_token
+from aerogel.methods.base import Before
+from aerogel.methods.tokens.policy import Budget, DroppingPolicy, counts, last_token
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.options import Count, Share
+from aerogel.numerics.token_selection import best
+from aerogel.options import Count, CountOrZero, Share
 from aerogel.runtime.predictions import Predictions, predicted
 from aerogel.runtime.token_types import PADDING, Vocabulary
-from aerogel.runtime.tokens.shortening import Selection, Stage
+from aerogel.runtime.tokens.shortening import Rule, Selection, Stage
 
 
 class _OfEnd(Predictions):
@@ -68,6 +71,63 @@ class PromptPolicy(DroppingPolicy):
                 f"the longest row of the calibration data has {longest} tokens, and prompts are pruned from {self.min_length} on; "
                 f"give longer ones (--length {self.min_length}), or a smaller min_length"
             )
+
+
+@dataclass(frozen=True)
+class BlockPolicy(PromptPolicy):
+    """Drops blocks of a long prompt in stages, those with the lowest scores; rules differ in how they score."""
+
+    keep: tuple[Budget, ...] = (0.5, 0.25, 0.125)
+    """Tokens of a prompt that stay after each stage, the first and the last ones among them: numbers, or shares."""
+    at: tuple[Share, ...] = (0.33, 0.5, 0.67)
+    """Depths of the stages, as shares of the decoder's blocks."""
+    layers: tuple[CountOrZero, ...] = ()
+    """Numbers of the decoder blocks before which tokens are dropped, instead of depths."""
+    block: Count = 64
+    """Tokens that stay or go together."""
+    sink: CountOrZero = 4
+    """First tokens of a prompt, which always stay."""
+    local: Count = 64
+    """Last tokens of a prompt, which always stay."""
+
+    @abstractmethod
+    def scores(self, stage: Stage, place_BK: Tensor, blocks: int) -> Tensor:
+        """Return the scores of the blocks (B, G); `place_BK` are the places of positions in them, -1 for those that stay anyway."""
+
+    @property
+    def last(self) -> int:
+        """Number of last tokens of a prompt that always stay."""
+        return self.local
+
+    def problems(self, network: Network, before: Before) -> Iterator[str]:
+        """Compare the numbers of budgets and stages."""
+        if len(self.keep) != len(self.layers or self.at):
+            yield f"keep has {len(self.keep)} budgets for {len(self.layers or self.at)} stages; give one for each"
+        yield from super().problems(network, before)
+
+    def rules(self, depth: int) -> Mapping[int, Rule]:
+        """Return a rule for each stage; where several stages fall on one block of a short decoder, the last counts."""
+        blocks = self.layers or blocks_at(self.at, depth)
+        return {block: partial(self.choose, budget) for block, budget in zip(blocks, self.keep, strict=False)}
+
+    def choose(self, budget: float, stage: Stage) -> Selection | None:
+        """Keep the blocks with the highest scores, as many as fit into the budget beside the tokens that stay anyway."""
+        prompt = Prompt.of(stage)
+        # What is left over behind the last whole block stays with the last tokens.
+        blocks_B = (prompt.length_B - self.sink - self.local).clamp(min=0) // self.block
+        blocks_B = blocks_B.masked_fill(prompt.length_B < self.min_length, 0)
+        place_BK = prompt.index_BK - self.sink
+        in_block_BK = (prompt.index_BK >= self.sink) & (place_BK < blocks_B[:, None] * self.block)
+        always_B = prompt.length_B - blocks_B * self.block
+        count_B = (counts(budget, prompt.length_B) - always_B).clamp(min=0) // self.block
+        if bool((count_B * self.block >= in_block_BK.sum(1)).all()):
+            return None
+        place_BK = place_BK.masked_fill(~in_block_BK, -1)
+        group_BK = place_BK.clamp(min=0) // self.block
+        score_BG = self.scores(stage, place_BK, int(blocks_B.max()))
+        there_BG = torch.zeros_like(score_BG, dtype=torch.int64).scatter_add(1, group_BK, in_block_BK.long()) > 0
+        chosen_BG = best(score_BG, there_BG, count_B)
+        return keeping(stage, chosen_BG.gather(1, group_BK), in_block_BK)
 
 
 @dataclass(frozen=True)

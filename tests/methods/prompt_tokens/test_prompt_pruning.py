@@ -209,9 +209,9 @@ def test_short_calibration_data_is_refused() -> None:
 def test_options_that_do_not_fit_are_refused() -> None:
     policy = PromptPruning(keep=(0.5,), block=10, sub_block=4, local=8, q_window=9)
     assert list(policy.problems(deep(), None)) == [  # type: ignore[arg-type]
-        "keep has 1 budgets for 3 stages; give one for each",
         "block is 10, expected a multiple of sub_block, which is 4",
         "q_window is 9, expected at most local, which is 8: dropped tokens ask for nothing",
+        "keep has 1 budgets for 3 stages; give one for each",
     ]
 
 
