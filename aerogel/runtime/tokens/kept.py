@@ -21,6 +21,8 @@ class Kept:
     """Positions, ascending; a row that keeps fewer than another repeats its last one."""
     real_BK: Tensor | None = None
     """False where a row repeats its last position to be as long as the others; None where all rows keep as many."""
+    angle_BK: Tensor | None = None
+    """Positions whose rotary angles they get; None for their own."""
 
     @classmethod
     def of(cls, keep_BN: Tensor) -> Kept:
@@ -48,7 +50,14 @@ class Kept:
         real_BK = self.real_BK if self.real_BK is None else self.real_BK.gather(1, later.at_BK)
         if later.real_BK is not None:
             real_BK = later.real_BK if real_BK is None else later.real_BK & real_BK
-        return Kept(self.at_BK.gather(1, later.at_BK), real_BK)
+        angle_BK = self.angle_BK if self.angle_BK is None else self.angle_BK.gather(1, later.at_BK)
+        return Kept(self.at_BK.gather(1, later.at_BK), real_BK, angle_BK)
+
+    def renumbered(self) -> Kept:
+        """Return the same positions with the angles of consecutive ones, of which the last has its own."""
+        real_BK = torch.ones_like(self.at_BK, dtype=torch.bool) if self.real_BK is None else self.real_BK
+        after_BK = real_BK.flip(1).cumsum(1).flip(1) - real_BK.long()
+        return Kept(self.at_BK, self.real_BK, (self.at_BK[:, -1:] - after_BK).clamp(min=0))
 
     def rows(self, x_BN: Tensor) -> Tensor:
         """Cut a tensor (B or 1, N, ...) to the kept positions of each row."""
@@ -99,6 +108,7 @@ def cut_mask(mask: Tensor | None, query: Kept, key_BS: Tensor, real_BS: Tensor |
 def cut_arguments(arguments: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
     """Cut what a decoder block of transformers is given for each position beside hidden states and mask."""
     cut = dict(arguments)
+    kept = kept if kept.angle_BK is None else Kept(kept.angle_BK)
     embeddings = cut.get("position_embeddings")
     if isinstance(embeddings, tuple):
         cut["position_embeddings"] = tuple(kept.rows(part) for part in embeddings)

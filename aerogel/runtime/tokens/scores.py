@@ -5,7 +5,7 @@ B rows, H heads, L queries, R of them that ask, S keys, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,13 +53,18 @@ class QueryKey:
         mask = None if self.mask is None else self.mask[..., :count]
         return replace(self, key_BHSD=self.key_BHSD[:, :, :count], mask=mask)
 
+    def products(self, asking_BR: Tensor) -> Tensor:
+        """Return the products (B, H, R, S) of some queries, by their numbers, with all keys, float32: neither scaled nor masked."""
+        _, heads, _, channels = self.query_BHLD.shape
+        query_BHRD = self.query_BHLD.gather(2, asking_BR[:, None, :, None].expand(-1, heads, -1, channels))
+        return (query_BHRD @ self.key_BHSD.transpose(-2, -1)).float()
+
     def attention(self, asking_BR: Tensor) -> Tensor:
         """Return the attention (B, H, R, S) of some queries, by their numbers, to all keys, float32."""
-        rows, heads, queries, channels = self.query_BHLD.shape
+        rows, _, queries, _ = self.query_BHLD.shape
         keys = self.key_BHSD.shape[2]
         asked = asking_BR[:, None, :, None]
-        query_BHRD = self.query_BHLD.gather(2, asked.expand(-1, heads, -1, channels))
-        score_BHRS = (query_BHRD @ self.key_BHSD.transpose(-2, -1)).float() * self.scale
+        score_BHRS = self.products(asking_BR) * self.scale
         if self.causal:
             later = torch.arange(keys, device=asking_BR.device) > asking_BR[:, None, :, None] + (keys - queries)
             score_BHRS = score_BHRS.masked_fill(later, -torch.inf)
@@ -98,15 +103,26 @@ def of_block(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         found.append(QueryKey.of(*given, **more))
         raise stop
 
-    alone = {key: value for key, value in kwargs.items() if key not in ("past_key_values", "past_key_value", "use_cache")}
     with until(stop), answered(see):
-        block.forward(*args, **alone)
+        block.forward(*args, **_without_cache(kwargs))
     if not found:
         raise AerogelError(
             f"{type(block).__name__} does not call scaled_dot_product_attention, from which scores are read; "
             "open the model with attn_implementation='sdpa', or choose a rule without attention"
         )
     return found[0]
+
+
+def behind_blocks(blocks: Iterable[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the hidden states behind some blocks in a row, for the arguments of the first; no cache is read or written."""
+    for block in blocks:
+        output = block.forward(*args, **_without_cache(kwargs))
+        args = (output[0] if isinstance(output, tuple) else output, *args[1:])
+    return args[0]
+
+
+def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if key not in ("past_key_values", "past_key_value", "use_cache")}
 
 
 @contextmanager

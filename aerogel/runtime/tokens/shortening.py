@@ -1,4 +1,6 @@
-"""Tokens are dropped before some decoder blocks; later blocks, the cache and later tokens follow, and positions are never renumbered.
+"""Tokens are dropped before some decoder blocks; later blocks, the cache and later tokens follow.
+
+Positions stay as they are, unless a rule says that what it leaves is a prompt of its own.
 
 B rows, N positions of a forward, K of them that are left, C channels.
 """
@@ -29,7 +31,7 @@ from aerogel.runtime.tokens.decoder import Decoder
 from aerogel.runtime.tokens.deepstack import DeepStack
 from aerogel.runtime.tokens.eviction import Eviction, first_positions
 from aerogel.runtime.tokens.kept import Kept, cut_arguments, cut_mask
-from aerogel.runtime.tokens.scores import QueryKey, of_block, watching
+from aerogel.runtime.tokens.scores import QueryKey, behind_blocks, of_block, watching
 from aerogel.runtime.tokens.vision_tower import TowerPass, VisionTower
 
 
@@ -40,6 +42,9 @@ class Selection(NamedTuple):
     """True where a position stays."""
     hidden_BKC: Tensor | None = None
     """Hidden states in place of the block's input, where positions are merged; rows that do not stay are not read."""
+    renumber: bool = False
+    """True where the positions that stay become consecutive and end where they ended: rotary embeddings, which know distances alone, take
+    them for a prompt of their own, and later tokens follow the last one."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,10 @@ class Stage:
     """Queries and keys of earlier blocks that the rule asked for, by the block's number."""
     probe: Callable[[], QueryKey]
     """Computes queries and keys of the block that would read the positions, for these positions alone."""
+    ahead: Callable[[int], QueryKey]
+    """Computes those of a later block, by its number, in a pass of these positions through the blocks up to it."""
+    before: int
+    """Positions that came before the forward."""
     final_norm: Callable[[Tensor], Tensor]
     """Norm behind the decoder's last block."""
     video_BN: Tensor
@@ -241,11 +250,17 @@ class Shortening:
         total = forward.kind_BN.shape[1]
         here = forward.kept or Kept.all(len(hidden_BKC), total, hidden_BKC.device)
 
-        def probe() -> QueryKey:
-            args, rest = given
+        def alone() -> dict[str, Any]:
+            rest = given[1]
             if (mask := rest.get("attention_mask")) is not None:  # of the forward's own positions alone
                 rest = rest | {"attention_mask": mask[..., seen : seen + total]}
-            return of_block(block, (hidden_BKC, *args), self._cut(forward, None, rest, hidden_BKC))
+            return self._cut(forward, None, rest, hidden_BKC)
+
+        def ahead(later: int) -> QueryKey:
+            parts, own = self.decoder.parts(self._network), alone()
+            self.dropped -= (later - number) * hidden_BKC.shape[0] * hidden_BKC.shape[1]
+            behind_BKC = behind_blocks(parts[number:later], (hidden_BKC, *given[0]), own)
+            return of_block(parts[later], (behind_BKC, *given[0]), own)
 
         stage = Stage(
             block=number,
@@ -257,7 +272,9 @@ class Shortening:
             vision_total_B=(forward.kind_BN == VISION).sum(1),
             inputs=forward.inputs,
             watched=forward.watched,
-            probe=probe,
+            probe=lambda: of_block(block, (hidden_BKC, *given[0]), alone()),
+            ahead=ahead,
+            before=seen,
             final_norm=self.decoder.final_norm(self._network),
             video_BN=self._vocabulary.of_video(forward.inputs["input_ids"]),
             memory=forward.memory,
@@ -267,7 +284,7 @@ class Shortening:
         if selection is None:
             return hidden_BKC
         left = Kept.of(selection.keep_BK if here.real_BK is None else selection.keep_BK & here.real_BK)
-        forward.kept = here.then(left)
+        forward.kept = here.then(left).renumbered() if selection.renumber else here.then(left)
         return left.rows(hidden_BKC if selection.hidden_BKC is None else selection.hidden_BKC)
 
     def _cut(self, forward: _Forward, layer: Any, rest: dict[str, Any], hidden_BKC: Tensor) -> dict[str, Any]:
