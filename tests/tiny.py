@@ -22,9 +22,12 @@ from aerogel.model.calls import Call
 from aerogel.model.experts import unfuse
 from aerogel.model.family import Family
 from aerogel.model.network import Network
-
-WIDTH, INNER, HEADS, KV_HEADS, VOCABULARY = 64, 128, 4, 2, 128
-IMAGE_TOKEN, VISION_START = 120, 121
+from tests import tiny_vision
+from tests.tiny_text import EXPERTS, HEADS, INNER, SHAPE, VOCABULARY, WIDTH, text
+from tests.tiny_text import KV_HEADS as KV_HEADS  # for other tests
+from tests.tiny_vision import IMAGE_TOKEN as IMAGE_TOKEN
+from tests.tiny_vision import TILED
+from tests.tiny_vision import VISION_START as VISION_START
 
 Inputs = Callable[[int, torch.Generator], dict[str, Any]]
 
@@ -71,38 +74,6 @@ def output(network: nn.Module, call: Call) -> Tensor:
     with torch.no_grad():
         answer = network(*call.args, **call.kwargs)
     return answer.logits if hasattr(answer, "logits") else answer.sample
-
-
-def text(number: int, generator: torch.Generator, *, length: int = 12) -> dict[str, Any]:
-    """Two sequences; in every second call the shorter one is padded on the left."""
-    ids = torch.randint(0, 112, (2, length + 2 * number), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1, : 3 * (number % 2)] = 0
-    return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-
-
-def _image_text(number: int, generator: torch.Generator, *, images: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Text around one image in each row; every third call has text only."""
-    inputs = text(number, generator)
-    if number % 3 == 2:
-        return inputs
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    image = torch.full((2, tokens + 1), IMAGE_TOKEN)
-    image[:, 0] = VISION_START
-    inputs["input_ids"] = torch.cat([ids[:, :4], image, ids[:, 4:]], dim=1)
-    inputs["attention_mask"] = torch.cat([mask, torch.ones_like(image)], dim=1)
-    for name, value in images.items():
-        inputs[name] = torch.randn(value, generator=generator) if isinstance(value, tuple) else value.clone()
-    return inputs
-
-
-def _image_grid(number: int, generator: torch.Generator) -> dict[str, Any]:
-    """Two images of 4 x 8 patches; 2 x 2 patches become one token."""
-    images = {"pixel_values": (64, 3 * 2 * 4 * 4), "image_grid_thw": torch.tensor([[1, 4, 8]] * 2)}
-    inputs = _image_text(number, generator, images=images, tokens=8)
-    if "pixel_values" in inputs:
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE_TOKEN).int()
-    return inputs
 
 
 def _latent_image(number: int, generator: torch.Generator) -> dict[str, Any]:
@@ -183,16 +154,9 @@ def _rotary_video(number: int, generator: torch.Generator) -> dict[str, Any]:
     return inputs | {"image_rotary_emb": (angles.cos(), angles.sin()), "ofs": torch.full((1,), 2.0)}
 
 
-_SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": 2,
-    "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "max_position_embeddings": 128,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-
-
 def _language(kind: str, config: str = "", **options: Any) -> nn.Module:
     """A causal language model of two layers; `kind` is the prefix of its classes in transformers."""
-    options = _SHAPE | options
+    options = SHAPE | options
     return getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{config or kind}Config")(**options))
 
 
@@ -202,50 +166,6 @@ def _opt(**options: Any) -> nn.Module:
         "num_attention_heads": HEADS, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     return transformers.OPTForCausalLM(transformers.OPTConfig(**shape | options))
-
-
-def _qwen2_5_vl() -> nn.Module:
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-    config = transformers.Qwen2_5_VLConfig(
-        text_config={**_SHAPE, "rope_parameters": rope},
-        vision_config={
-            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": WIDTH, "patch_size": 4,
-            "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 16, "fullatt_block_indexes": [1],
-        },
-        image_token_id=IMAGE_TOKEN, video_token_id=122, vision_start_token_id=VISION_START, vision_end_token_id=123,
-    )  # fmt: skip
-    return transformers.Qwen2_5_VLForConditionalGeneration(config)
-
-
-def _llava() -> nn.Module:
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8, projection_dim=32
-    )
-    config = transformers.LlavaConfig(vision_config=vision, text_config=transformers.LlamaConfig(**_SHAPE), image_token_index=IMAGE_TOKEN)
-    return transformers.LlavaForConditionalGeneration(config)
-
-
-def _qwen3_vl_moe() -> nn.Module:
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
-    config = transformers.Qwen3VLMoeConfig(
-        text_config={**_SHAPE, **_EXPERTS, "head_dim": 16, "rope_parameters": rope},
-        vision_config={
-            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": WIDTH, "patch_size": 4,
-            "temporal_patch_size": 2, "spatial_merge_size": 2, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
-        },
-        image_token_id=IMAGE_TOKEN, video_token_id=122, vision_start_token_id=VISION_START, vision_end_token_id=123,
-    )  # fmt: skip
-    return transformers.Qwen3VLMoeForConditionalGeneration(config)
-
-
-def _internvl() -> nn.Module:
-    vision = {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": [16, 16],
-        "patch_size": [4, 4],
-    }  # fmt: skip
-    language = transformers.Qwen3MoeConfig(**_SHAPE, **_EXPERTS, head_dim=16)
-    config = transformers.InternVLConfig(vision_config=vision, text_config=language, image_token_id=IMAGE_TOKEN, downsample_ratio=0.5)
-    return transformers.InternVLForConditionalGeneration(config)
 
 
 def _dit() -> nn.Module:
@@ -306,7 +226,6 @@ def _cogvideox(**options: Any) -> nn.Module:
     )  # fmt: skip
 
 
-_EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "norm_topk_prob": True}
 _LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
 _SHARED = {
     "num_key_value_heads": HEADS, "moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
@@ -325,7 +244,7 @@ FAMILIES: dict[str, Tiny] = {
     "gemma2": Tiny("gemma2", partial(_language, "Gemma2", **_SOFT_CAPS), text, 1.0),
     "gemma3": Tiny("gemma3", partial(_language, "Gemma3", "Gemma3Text", **_SOFT_CAPS), text, 1.0),
     "phi3": Tiny("phi3", partial(_language, "Phi3"), text),
-    "qwen3_moe": Tiny("qwen3_moe", partial(_language, "Qwen3Moe", head_dim=16, **_EXPERTS), text),
+    "qwen3_moe": Tiny("qwen3_moe", partial(_language, "Qwen3Moe", head_dim=16, **EXPERTS), text),
     "mixtral": Tiny("mixtral", partial(_language, "Mixtral", num_local_experts=4, num_experts_per_tok=2), text),
     "deepseek_v3": Tiny("deepseek_v3", partial(_language, "DeepseekV3", **_LATENT, **_SHARED), text),
     "gpt_oss": Tiny(
@@ -333,10 +252,10 @@ FAMILIES: dict[str, Tiny] = {
         partial(_language, "GptOss", head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8, **_PLAIN_ROPE),
         text,
     ),
-    "qwen3_vl_moe": Tiny("qwen3_vl_moe", _qwen3_vl_moe, _image_grid),
-    "internvl": Tiny("internvl", _internvl, partial(_image_text, images={"pixel_values": (2, 3, 16, 16)}, tokens=4)),
-    "qwen2_5_vl": Tiny("qwen2_5_vl", _qwen2_5_vl, _image_grid),
-    "llava": Tiny("llava", _llava, partial(_image_text, images={"pixel_values": (2, 3, 16, 16)}, tokens=4)),
+    "qwen3_vl_moe": Tiny("qwen3_vl_moe", tiny_vision.qwen3_vl_moe, tiny_vision.image_grid),
+    "internvl": Tiny("internvl", tiny_vision.internvl, partial(tiny_vision.image_text, images={"pixel_values": (2, 3, 16, 16)}, tokens=4)),
+    "qwen2_5_vl": Tiny("qwen2_5_vl", tiny_vision.qwen2_5_vl, tiny_vision.image_grid),
+    "llava": Tiny("llava", tiny_vision.llava, partial(tiny_vision.image_text, images={"pixel_values": (2, 3, 16, 16)}, tokens=4)),
     "dit": Tiny("dit", _dit, _latent_image),
     "wan": Tiny("wan", _wan, _latent_video),
     "unet": Tiny("unet", _unet, _text_to_image),
@@ -352,7 +271,7 @@ LANGUAGE = sorted(name for name, tiny in FAMILIES.items() if tiny.inputs is text
 VARIANTS: dict[str, Tiny] = {
     "opt_350m": Tiny("opt", partial(_opt, do_layer_norm_before=False, word_embed_proj_dim=32), text),
     "galactica": Tiny("opt", partial(_opt, activation_function="gelu", enable_bias=False), text),
-    "qwen3_moe_dense": Tiny("qwen3_moe", partial(_language, "Qwen3Moe", head_dim=16, mlp_only_layers=[1], **_EXPERTS), text),
+    "qwen3_moe_dense": Tiny("qwen3_moe", partial(_language, "Qwen3Moe", head_dim=16, mlp_only_layers=[1], **EXPERTS), text),
     "unet_pixels": Tiny("unet", _unet_pixels, _unconditional),
     "sd3_medium": Tiny("sd3", _sd3, _joint_inputs),
     "flux_schnell": Tiny("flux", _flux, _packed_image),
@@ -363,10 +282,20 @@ VARIANTS: dict[str, Tiny] = {
 }
 """Members of a family for which some of its data does not hold or looks otherwise; for the families' own tests."""
 
+NEAR: dict[str, Tiny] = {
+    "qwen2_vl": Tiny("qwen2_vl", tiny_vision.qwen2_vl, tiny_vision.image_grid),
+    "qwen3_vl": Tiny("qwen3_vl", tiny_vision.qwen3_vl, tiny_vision.image_grid),
+    "llava_next": Tiny("llava_next", tiny_vision.llava_next, partial(tiny_vision.tiled, tiles=TILED["llava_next"])),
+    "llava_onevision": Tiny("llava_onevision", tiny_vision.llava_onevision, partial(tiny_vision.tiled, tiles=TILED["llava_onevision"])),
+}
+"""More vision-language models, for tests of image tokens."""
+
+TINY: dict[str, Tiny] = FAMILIES | VARIANTS | NEAR
+
 
 def opened(name: str) -> Network:
     """A tiny network with its family, its experts one by one, as `aerogel.load` opens it."""
-    tiny = (FAMILIES | VARIANTS)[name]
+    tiny = TINY[name]
     module = tiny.build()
     names = Names.of(module)
     unfuse(module, names.experts)
@@ -377,4 +306,4 @@ def opened(name: str) -> Network:
 
 def family_of(name: str) -> Family:
     """The family of a tiny network, as `aerogel.load` finds it."""
-    return family_of_module(families(), (FAMILIES | VARIANTS)[name].build())
+    return family_of_module(families(), TINY[name].build())

@@ -29,7 +29,7 @@ def pictures(network: Network, policy: CalibratedPolicy, asked: Sequence[Chat]) 
     for chat in (chat for chat in asked if chat.images):
         try:
             found += _of_chat(network, policy, chat)
-        except AerogelError:  # crops with separators, which have no grid to draw
+        except AerogelError:  # tiles, whose grid is not the image's
             return []
         if len(found) >= MOST:
             break
@@ -42,11 +42,17 @@ def _of_chat(network: Network, policy: CalibratedPolicy, chat: Chat) -> list[dic
     (inputs,) = chats.prompts([chat], network.processor, 1, network.device)
     with method.acting(network, policy.state) as shortening, torch.no_grad():  # type: ignore[arg-type]
         network.module(**inputs)
-    vision_BN = Vocabulary.of(network).kinds(inputs) == VISION
+    kind_BN = shortening.kind_BN
+    assert kind_BN is not None
+    vocabulary = Vocabulary.of(network)
+    vision_BN = kind_BN == VISION
+    separator_BN = (vocabulary.kinds(inputs) == VISION) & ~vision_BN
     left_N = torch.ones_like(vision_BN[0]) if shortening.left is None else torch.zeros_like(vision_BN[0])
     if shortening.left is not None:
         left_N[shortening.left.at_BK[0]] = True
-    grids = list(grids_of(vision_BN, inputs))
+    grids = list(grids_of(vision_BN & ~vocabulary.of_video(inputs["input_ids"]), inputs, separator_BN))
+    if len(grids) != len(chat.images):
+        raise AerogelError("images of this model are read as tiles")
     return [_picture(chat, image, grid, left_N) for image, grid in zip(chat.images, grids, strict=True)]
 
 

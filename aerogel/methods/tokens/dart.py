@@ -52,7 +52,7 @@ class Dart(TokenPolicy):
         key_BHKD = stage.watched[self.layer - 1].key_BHSD[:, :, -stage.kind_BK.shape[1] :]
         size_BK = key_BHKD.float().abs().sum((1, 3))
         state_BKC = stage.final_norm(stage.hidden_BKC)
-        text_BK = stage.prompt_BK & ~stage.vision_BK & (stage.vision_BK.cumsum(1) > 0)
+        text_BK = stage.prompt_BK & ~stage.vision_BK & ~stage.kept.rows(stage.separator_BN) & (stage.vision_BK.cumsum(1) > 0)
         keep_BK = ~stage.vision_BK
         for row, count in enumerate(count_B.tolist()):
             keep_BK[row] |= self.chosen(state_BKC[row], size_BK[row], stage.vision_BK[row], text_BK[row], count)

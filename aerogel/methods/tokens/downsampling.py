@@ -33,7 +33,8 @@ class Downsampling(TokenPolicy):
         if bool((count_B >= stage.vision_BK.sum(1)).all()):
             return None
         keep_BK, hidden_BKC = ~stage.vision_BK, stage.hidden_BKC.clone()
-        for grid in grids_of(stage.vision_BK, stage.inputs):
+        separator_BK, video_BK = stage.kept.rows(stage.separator_BN), stage.kept.rows(stage.video_BN)
+        for grid in grids_of(stage.vision_BK, stage.inputs, separator_BK, video_BK):
             share = float(count_B[grid.row]) / float(stage.vision_total_B[grid.row])
             for middle, cell_P in cells(grid.height, grid.width, share * len(grid.place_P)):
                 place = grid.place_P[middle]

@@ -35,7 +35,7 @@ def clips_of(stage: Stage, frames: int) -> list[Clip]:
     Without a grid, the tokens of each row that stand for a video, or for images where the forward has none of videos, are one clip; one
     position behind its frames may be left over, a separator. Raises AerogelError where neither fits.
     """
-    video_BK = stage.kept.rows(stage.video_BN) & stage.real_BK
+    video_BK = stage.kept.rows(stage.video_BN) & stage.vision_BK
     has_video = bool(video_BK.any())
     if has_video and stage.tower is not None and stage.tower.grid_N3 is not None:
         return _by_grid(video_BK, stage.tower)
@@ -46,7 +46,7 @@ def clips_of(stage: Stage, frames: int) -> list[Clip]:
             )
         return []
     rows = [row_K.nonzero()[:, 0] for row_K in (video_BK if has_video else stage.vision_BK)]
-    copies = _copies(stage)
+    copies = _copies(stage, frames)
     return [_in_frames(row, at_V, frames, row // copies) for row, at_V in enumerate(rows) if len(at_V)]
 
 
@@ -78,14 +78,25 @@ def _in_frames(row: int, at_V: Tensor, frames: int, number: int) -> Clip:
     places, over = divmod(len(at_V), frames)
     if not places or over > 1:
         raise AerogelError(f"a prompt has {len(at_V):,} image tokens, which are not {frames} frames of equal size; set the option frames")
-    return Clip(row, at_V[: frames * places].view(frames, places), number)
+    at_FP = at_V[: frames * places].view(frames, places)
+    if bool((at_FP.diff(dim=1) > 1).any()):
+        raise AerogelError(
+            f"{frames} frames of {places:,} image tokens each would go across text or separators, so they are none; set the option frames"
+        )
+    return Clip(row, at_FP, number)
 
 
-def _copies(stage: Stage) -> int:
-    """How often each row is there, for beams: what `generate` of transformers made of the vision tower's outputs says so."""
+def _copies(stage: Stage, frames: int) -> int:
+    """How often each row is there, for beams: what `generate` of transformers made of the vision tower's outputs says so.
+
+    There it has an entry for each image, which the tower read as one, and one for each video, which it read as so many frames.
+    """
     outputs = stage.inputs.get("mm_encoder_outputs") or {}
-    features = getattr(outputs.get("video") or outputs.get("image"), "pooler_output", None)
-    return 1 if features is None or stage.tower is None or not stage.tower.images else max(1, len(features) // stage.tower.images)
+    modality, read = ("video", frames) if outputs.get("video") is not None else ("image", 1)
+    features = getattr(outputs.get(modality), "pooler_output", None)
+    if features is None or stage.tower is None or not stage.tower.images:
+        return 1
+    return max(1, len(features) * read // stage.tower.images)
 
 
 class ClipAttention(NamedTuple):

@@ -1,7 +1,8 @@
-"""Choice of image tokens before the decoder, by what the vision tower attends to: rows that are not chosen are NaN from the projector on.
+"""Choice of image tokens before the decoder, by what the vision tower attends to: rows that are not chosen are marked at the projector.
 
 Whatever a model does with features between projector and decoder, such as cropping, reordering or separators, moves these rows as it moves
-the others; before the first decoder block they are dropped.
+the others; before the first decoder block they are dropped. A mark is NaN in the first channel and zeros in the others: where a model makes
+one row of several, a row that is half marked shows, and is refused.
 
 I images (or crops, or frames), P tokens of one, S positions of its tower (patches, and a class token where there is one), H heads, D
 channels of a head, C channels.
@@ -71,8 +72,37 @@ Choose = Callable[[Image], Chosen | None]
 """Chooses among the tokens of one image; None keeps all."""
 
 
+def marked(row_RC: Tensor, keep_R: Tensor) -> Tensor:
+    """Return rows of which those that are not kept are marked."""
+    mark_C = torch.zeros_like(row_RC[..., :1, :])
+    mark_C[..., 0] = torch.nan
+    return torch.where(keep_R[..., None], row_RC, mark_C)
+
+
+@contextmanager
+def whole_marks(network: Network) -> Iterator[None]:
+    """Raise AerogelError for a while where the language model gets a row that is made of kept ones and others."""
+
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        embedded_BNC = kwargs.get("inputs_embeds")
+        if not isinstance(embedded_BNC, Tensor) or embedded_BNC.shape[1] == 1:
+            return
+        rest_BNC = embedded_BNC[..., 1:]
+        if bool((embedded_BNC[..., :1].isnan() & (rest_BNC != 0) & rest_BNC.isfinite()).any()):
+            raise AerogelError(
+                f"this {network.family.name} model makes one token of several features behind its projector, as of videos or large images, "
+                "so features cannot be chosen before; choose a rule of the decoder"
+            )
+
+    handle = network.module.get_submodule(decoder_of(network).module).register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def dropping_marked(stage: Stage) -> Selection | None:
-    """Drop the tokens of images whose rows are NaN: a rule for the first block."""
+    """Drop the tokens of images whose rows are marked: a rule for the first block."""
     marked_BK = stage.hidden_BKC[..., 0].isnan() & stage.vision_BK
     return Selection(~marked_BK) if bool(marked_BK.any()) else None
 
@@ -88,6 +118,7 @@ def choosing(network: Network, path: ImagePath, choose: Choose) -> Iterator[None
         stack.callback(projector.register_forward_pre_hook(chooser.before).remove)
         stack.callback(projector.register_forward_hook(chooser.after).remove)
         stack.enter_context(watching(network, {0: path.attention}, chooser.see))
+        stack.enter_context(whole_marks(network))
         yield
 
 
@@ -122,7 +153,7 @@ class _Chooser:
             return None
         keep_R = torch.cat(self._keep).reshape(rows.shape[:-1])
         self._keep.clear()
-        return rows.masked_fill(~keep_R[..., None], torch.nan)
+        return marked(rows, keep_R)
 
     def _chosen(self, rows: Tensor) -> Tensor:
         """Ask the rule image by image; returns the rows, merged where it merges."""

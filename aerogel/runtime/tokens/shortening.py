@@ -25,13 +25,14 @@ from aerogel.model.hooks import CacheOnlyHook, OwnedHook
 from aerogel.model.kv_cache import cache_in, cache_layer
 from aerogel.model.network import Network
 from aerogel.runtime.kv_cache.layer import QuantizedCacheLayer
-from aerogel.runtime.token_types import PADDING, VISION, Vocabulary
+from aerogel.runtime.token_types import PADDING, SPECIAL, VISION, Vocabulary
 from aerogel.runtime.tokens.cache_layer import ShortenedLayer, held_with, shortened
 from aerogel.runtime.tokens.decoder import Decoder
 from aerogel.runtime.tokens.deepstack import DeepStack
 from aerogel.runtime.tokens.eviction import Eviction, first_positions
 from aerogel.runtime.tokens.kept import Kept, cut_arguments, cut_mask
 from aerogel.runtime.tokens.scores import QueryKey, behind_blocks, of_block, watching
+from aerogel.runtime.tokens.separators import at_separators, separators
 from aerogel.runtime.tokens.vision_tower import TowerPass, VisionTower
 
 
@@ -80,6 +81,8 @@ class Stage:
     """True where a position of the forward stands for a video by an id of its own."""
     memory: dict[str, Any]
     """Findings of rules of this forward that later rules of it read, by name."""
+    separator_BN: Tensor
+    """True where an image token of the forward is no feature but a separator; its type is that of special tokens."""
     tower: TowerPass | None = None
     """Grid and attention of the vision tower's last forward, where the policy asks for them; that of videos, where there are some."""
 
@@ -120,6 +123,7 @@ class _Forward:
 
     kind_BN: Tensor
     inputs: Mapping[str, Any]
+    separator_BN: Tensor | None = None
     kept: Kept | None = None
     watched: dict[int, QueryKey] = field(default_factory=dict)
     filled: dict[int, int] = field(default_factory=dict)
@@ -154,10 +158,13 @@ class Shortening:
         """Positions that each block computed in the last forward of more than one position."""
         self.left: Kept | None = None
         """Positions that were left behind the last block in that forward; None where all were."""
+        self.kind_BN: Tensor | None = None
+        """Types of the tokens of that forward; separators between those of an image are special tokens."""
         self.dropped = 0
         """Positions that were not computed so far, over all rows and blocks."""
         self._network, self._vocabulary = network, Vocabulary.of(network)
         self._names = arguments_of(network.module)
+        self._separators = separators(network, decoder) if self._vocabulary.vision else ()
         self._guard = ForwardGuard()
         self._forward: _Forward | None = None
         self._tower_pass: TowerPass | None = None
@@ -183,6 +190,8 @@ class Shortening:
             before(module, self._begin)
             after(module, self._end, always=True)
             before(module.get_submodule(self.decoder.module), deepstack.take)
+            if self._separators:
+                before(module.get_submodule(self.decoder.module), self._separate)
             for number, block in enumerate(self.decoder.parts(self._network)):
                 before(block, partial(self._enter, number))
                 before(module.get_submodule(self.decoder.attentions[number]), partial(self._store, number))
@@ -202,6 +211,14 @@ class Shortening:
     def _end(self, *_: Any) -> None:
         if self._guard.leave():
             self._forward = self._tower_pass = None
+
+    def _separate(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the language model: rules do not choose among separators, so these are image tokens no more."""
+        forward, embedded_BNC = self._under_way, kwargs.get("inputs_embeds")
+        if isinstance(embedded_BNC, Tensor) and embedded_BNC.shape[1] > 1:
+            vectors = [self._network.module.get_parameter(name) for name in self._separators]
+            forward.separator_BN = at_separators(embedded_BNC, forward.kind_BN == VISION, vectors)
+            forward.kind_BN = forward.kind_BN.masked_fill(forward.separator_BN, SPECIAL)
 
     def _see_tower(self, seen: TowerPass) -> None:
         self._tower_pass = seen
@@ -278,6 +295,7 @@ class Shortening:
             final_norm=self.decoder.final_norm(self._network),
             video_BN=self._vocabulary.of_video(forward.inputs["input_ids"]),
             memory=forward.memory,
+            separator_BN=torch.zeros_like(forward.kind_BN, dtype=torch.bool) if forward.separator_BN is None else forward.separator_BN,
             tower=self._tower_pass,
         )
         selection = self.rules[number](stage)
@@ -326,7 +344,7 @@ class Shortening:
         if self.evict is not None and forward.first_B is not None and number in forward.layers and forward.kind_BN.shape[1] > 1:
             self.evict.after(forward.layers[number], forward.first_B)
         if number == self.decoder.depth - 1 and forward.kind_BN.shape[1] > 1:
-            self.left = forward.kept
+            self.left, self.kind_BN = forward.kept, forward.kind_BN
         hidden_BKC = output[0] if isinstance(output, tuple) else output
         changed_BKC = deepstack.add(number, hidden_BKC, forward.kept)
         if number == self.decoder.depth - 1 and forward.kept is not None:

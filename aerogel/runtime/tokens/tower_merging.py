@@ -21,6 +21,7 @@ from aerogel.model.hooks import temporary_hooks
 from aerogel.model.network import Network
 from aerogel.numerics.token_merging import bipartite, merged
 from aerogel.runtime.attention import attending
+from aerogel.runtime.tokens.images import marked, whole_marks
 from aerogel.runtime.tokens.kept import Kept
 
 
@@ -62,7 +63,7 @@ def _silent(see: Callable[..., None], name: str, *_: Any) -> None:
 
 
 class TowerMerging:
-    """Merges in each block, and puts what the projector gives back to the places of the patches; the others are NaN."""
+    """Merges in each block, and puts what the projector gives back to the places of the patches; the others are marked."""
 
     def __init__(self, counts: Sequence[int], class_token: bool, proportional: bool) -> None:
         """Merge so many pairs in each block.
@@ -86,6 +87,7 @@ class TowerMerging:
             for number, block in enumerate(blocks):
                 stack.callback(module.get_submodule(block.norm).register_forward_pre_hook(partial(self._merge, number)).remove)
             stack.callback(module.get_submodule(projector).register_forward_hook(self._spread).remove)
+            stack.enter_context(whole_marks(network))
             yield
 
     def _forget(self, *_: Any) -> None:
@@ -123,4 +125,5 @@ class TowerMerging:
         if self._place_IS is None:
             return None
         start = int(self._class_token)
-        return Kept(self._place_IS[:, start:] - start).spread(output, self._patches)
+        row_IPC = Kept(self._place_IS[:, start:] - start).spread(output, self._patches)
+        return marked(row_IPC, ~row_IPC[..., 0].isnan())

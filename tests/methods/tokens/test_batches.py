@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,31 +10,50 @@ import torch
 
 from aerogel import catalog
 from aerogel.methods.tokens.policy import TokenPolicy
+from aerogel.methods.video_tokens.policy import ClipPolicy
 from aerogel.model.calls import Call
 from tests.methods.matrix import made
-from tests.tiny import IMAGE_TOKEN, VISION_START, opened
+from tests.methods.tokens.staged import generated
+from tests.tiny import IMAGE_TOKEN, TINY, VISION_START, opened
+from tests.tiny_vision import TILED, padded
 
 RULES = [name for name in catalog.names("methods") if issubclass(catalog.find("methods", name), TokenPolicy)]
-PAIRS = [(name, rule) for name in ("llava", "qwen2_5_vl") for rule in RULES if name == "llava" or "patch_grid" not in made(rule).requires]
+SOME = ("divprune", "fastv", "visionzip")
+"""Rules before the decoder, in it, and at the projector."""
 TEXT = 9
+
+
+def applies(name: str, rule: str) -> bool:
+    """Clips are no tiles; what needs a grid of patches has one where tokens are patches, in windows of two of an even side."""
+    if "patch_grid" in made(rule).requires:
+        return name in ("llava", "llava_next") or (name, rule) == ("llava_onevision", "tome")
+    return name not in TILED or not isinstance(made(rule), ClipPolicy)
+
+
+PAIRS = [(name, rule) for name in ("llava", "qwen2_5_vl", "llava_next") for rule in RULES if applies(name, rule)] + [
+    pytest.param(name, rule, marks=[] if rule in SOME and name == "llava_onevision" else pytest.mark.slow)
+    for name in ("llava_onevision", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "internvl")
+    for rule in RULES
+    if applies(name, rule)
+]
 
 
 def batch(name: str) -> Call:
     """Three rows, padded on the left."""
     random = torch.Generator().manual_seed(0)
-    places, pixels = (4, {"pixel_values": torch.randn(3, 3, 16, 16, generator=random)})
-    if name == "qwen2_5_vl":
-        places, pixels = (8, {"pixel_values": torch.randn(96, 96, generator=random), "image_grid_thw": torch.tensor([[1, 4, 8]] * 3)})
+    places, pixels = (4, 4, 4), {"pixel_values": torch.randn(3, 3, 16, 16, generator=random)}
+    if name.startswith("qwen"):
+        places, pixels = (8, 8, 8), {"pixel_values": torch.randn(96, 96, generator=random), "image_grid_thw": torch.tensor([[1, 4, 8]] * 3)}
+    if tiles := TILED.get(name):
+        places, sizes = (*tiles.tokens, tiles.tokens[0]), torch.tensor([*tiles.sizes, tiles.sizes[0]])
+        pixels = {"pixel_values": torch.randn(3, 5, 3, tiles.side, tiles.side, generator=random), "image_sizes": sizes}
     rows = []
-    for images in (0, 1, 2):
+    for images in (places[:0], places[:1], places[1:]):
         words = torch.randint(3, 100, (TEXT,), generator=random).tolist()
-        image = [VISION_START, *[IMAGE_TOKEN] * places, 99]
-        rows.append([*words[:4], *image * images, *words[4:]])
-    length = max(map(len, rows))
-    ids_BN = torch.tensor([[0] * (length - len(row)) + row for row in rows])
-    given: dict[str, Any] = {"input_ids": ids_BN, "attention_mask": (ids_BN != 0).long(), **pixels}
-    if name == "qwen2_5_vl":
-        given["mm_token_type_ids"] = (ids_BN == IMAGE_TOKEN).long()
+        rows.append([*words[:4], *(token for place in images for token in (VISION_START, *[IMAGE_TOKEN] * place, 99)), *words[4:]])
+    given: dict[str, Any] = {**padded(rows), **pixels}
+    if name.startswith("qwen"):
+        given["mm_token_type_ids"] = (given["input_ids"] == IMAGE_TOKEN).long()
     return Call((), given)
 
 
@@ -53,7 +73,7 @@ def test_rows_without_an_image_one_and_two(name: str, rule: str) -> None:
     assert 0 < state.kept < 1
 
 
-@pytest.mark.parametrize(("name", "rule"), [pair for pair in PAIRS if pair[0] == "qwen2_5_vl"])
+@pytest.mark.parametrize(("name", "rule"), [pair for pair in PAIRS if isinstance(pair, tuple) and pair[0] == "qwen2_5_vl"])
 def test_generation_chooses_what_a_forward_chooses(name: str, rule: str) -> None:
     """`generate` of transformers runs the vision tower first, and does not hand on all arguments."""
     network, call, policy = opened(name), batch(name), made(rule)
@@ -64,3 +84,24 @@ def test_generation_chooses_what_a_forward_chooses(name: str, rule: str) -> None
             **call.kwargs, max_new_tokens=2, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
         )
     torch.testing.assert_close(drawn.logits[0], logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        pytest.param(name, rule, marks=[] if name == "llava_next" and rule in SOME else pytest.mark.slow)
+        for name in ("llava_next", "llava_onevision", "qwen2_vl", "qwen3_vl")
+        for rule in RULES
+        if applies(name, rule) and not isinstance(made(rule), ClipPolicy)
+    ],
+)
+def test_a_full_budget_changes_no_bit(name: str, rule: str) -> None:
+    """In a forward of padded rows and in generation."""
+    network, call, policy = opened(name), TINY[name].calls(2)[1], made(rule)
+    policy = replace(policy, **policy.strength(1.0))
+    state = policy.calibrate(network, [call])
+    before = network.run(call).logits, torch.stack(generated(network, call, 2, suppress_tokens=[IMAGE_TOKEN]).logits)
+    with policy.on(network, state):
+        after = network.run(call).logits, torch.stack(generated(network, call, 2, suppress_tokens=[IMAGE_TOKEN]).logits)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert state.kept == 1

@@ -19,10 +19,13 @@ from aerogel.model.network import Network
 from aerogel.runtime.tokens.decoder import decoder_of
 from aerogel.runtime.tokens.shortening import Selection, Shortening
 from tests.runtime.tokens.dropping import Dropped, grown, grown_places, hidden_by_masks
-from tests.tiny import FAMILIES, opened
+from tests.tiny import FAMILIES, IMAGE_TOKEN, NEAR, TINY, opened
 
 NAMES = ["llama", "qwen3", "opt", "deepseek_v3", "llava", "internvl", "qwen2_5_vl", "qwen3_vl_moe"]
 PLACES = [(0,), (1,), (0, 1)]
+CASES = [(name, blocks) for name in NAMES for blocks in PLACES] + [
+    pytest.param(name, blocks, marks=[] if blocks == (0, 1) else pytest.mark.slow) for name in NEAR for blocks in PLACES
+]
 NEW = 5
 
 
@@ -36,16 +39,16 @@ def hooks_on(network: Network) -> list[int]:
 
 def generated(network: Network, call: Call, **more: Any) -> Any:
     given = {key: value for key, value in call.kwargs.items() if key != "use_cache"}
-    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True} | more
+    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    settings |= {"suppress_tokens": [IMAGE_TOKEN]} | more  # an image token in the answer would ask for a feature
     return network.module.generate(**given, **settings)
 
 
-@pytest.mark.parametrize("blocks", PLACES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "blocks"), CASES)
 def test_a_forward_equals_one_of_all_tokens_under_masks(name: str, blocks: tuple[int, ...]) -> None:
     """With rows of unlike length in the batch, padding on the left and deeper features of the vision tower."""
     network = opened(name)
-    call = FAMILIES[name].calls(2)[1]
+    call = TINY[name].calls(2)[1]
     assert not call.kwargs["attention_mask"].all()
     dropped = Dropped()
     with dropping(network, blocks, dropped).on() as shortening:
@@ -60,11 +63,10 @@ def test_a_forward_equals_one_of_all_tokens_under_masks(name: str, blocks: tuple
     assert shortening.lengths == (length - gone_B[0], length - gone_B[0] - gone_B[1])
 
 
-@pytest.mark.parametrize("blocks", PLACES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "blocks"), CASES)
 def test_generation_equals_masks(name: str, blocks: tuple[int, ...]) -> None:
     network = opened(name)
-    call = FAMILIES[name].calls(2)[1]
+    call = TINY[name].calls(2)[1]
     dropped = Dropped()
     with dropping(network, blocks, dropped).on():
         made = generated(network, call, output_logits=True)
@@ -79,7 +81,7 @@ def test_generation_equals_masks(name: str, blocks: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen2_5_vl"])
 def test_beams_equal_masks(name: str) -> None:
     network = opened(name)
-    call = FAMILIES[name].calls(2)[1]
+    call = TINY[name].calls(2)[1]
     dropped = Dropped()
     with dropping(network, (1,), dropped).on():
         made = generated(network, call, num_beams=3, output_scores=True)
@@ -93,7 +95,7 @@ def test_beams_equal_masks(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen3_vl_moe"])
 def test_a_static_cache_gives_what_a_dynamic_one_gives(name: str) -> None:
     network = opened(name)
-    call = FAMILIES[name].calls(2)[1]
+    call = TINY[name].calls(2)[1]
     made = []
     for more in ({}, {"cache_implementation": "static"}):
         with dropping(network, (0, 1), Dropped()).on():

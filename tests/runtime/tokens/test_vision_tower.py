@@ -21,7 +21,8 @@ from aerogel.runtime.tokens.decoder import decoder_of
 from aerogel.runtime.tokens.images import image_path_of
 from aerogel.runtime.tokens.vision_tower import TowerPass, VisionTower, _resized, window_order
 from tests.methods.video_tokens.clip_calls import clip_call
-from tests.tiny import _SHAPE, FAMILIES, fill, opened
+from tests.tiny import FAMILIES, fill, opened
+from tests.tiny_text import SHAPE
 
 
 def watched(network: Network, call: Call) -> list[TowerPass]:
@@ -94,7 +95,7 @@ def siglip() -> Network:
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
     )
     config = transformers.LlavaConfig(
-        vision_config=vision, text_config=transformers.LlamaConfig(**_SHAPE), image_token_index=120, vision_feature_layer=-1,
+        vision_config=vision, text_config=transformers.LlamaConfig(**SHAPE), image_token_index=120, vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )  # fmt: skip
     torch.manual_seed(0)
