@@ -41,7 +41,7 @@ from aerogel.model.network import Network
 from aerogel.numerics.metrics import kl_divergence
 from aerogel.runtime.predictions import logits_at, predicted
 from aerogel.runtime.token_types import VISION, Vocabulary
-from aerogel.runtime.tokens.shortening import Rule, Selection, Stage
+from aerogel.runtime.tokens.stage import Rule, Selection, Stage
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "zoo"))
 import collages

@@ -14,7 +14,8 @@ from aerogel.methods.kv_cache.kv_cache_int import KVCacheInt
 from aerogel.methods.prompt_tokens.prompt_pruning import PromptPruning
 from aerogel.model.network import Network
 from aerogel.runtime.tokens.decoder import decoder_of
-from aerogel.runtime.tokens.shortening import Selection, Shortening, Stage
+from aerogel.runtime.tokens.shortening import Shortening
+from aerogel.runtime.tokens.stage import Selection, Stage
 from tests.methods.prompt_tokens.prompts import LENGTH, deep, prompt
 
 NEW = 8

@@ -16,7 +16,7 @@ from aerogel.model.network import Network
 from aerogel.numerics.prompt_selection import mean_pool
 from aerogel.numerics.token_selection import best
 from aerogel.options import Count, Share
-from aerogel.runtime.tokens.shortening import Rule, Selection, Stage
+from aerogel.runtime.tokens.stage import Rule, Selection, Stage
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from aerogel.numerics.token_selection import best
 from aerogel.options import Count, CountOrZero, Share
 from aerogel.runtime.predictions import Predictions, predicted
 from aerogel.runtime.token_types import PADDING, Vocabulary
-from aerogel.runtime.tokens.shortening import Rule, Selection, Stage
+from aerogel.runtime.tokens.stage import Positions, Rule, Selection, Stage
 
 
 class _OfEnd(Predictions):
@@ -151,10 +151,10 @@ class Prompt:
         return (self.index_BK >= first) & (self.index_BK < self.length_B[:, None] - last)
 
 
-def last_tokens(stage: Stage, count: int) -> Tensor:
+def last_tokens(positions: Positions, count: int) -> Tensor:
     """Return the numbers of the last tokens of each row that are no padding (B, R); the first position again where there are fewer."""
-    back_R = torch.arange(count - 1, -1, -1, device=stage.kind_BK.device)
-    return (last_token(stage) - back_R).clamp(min=0)
+    back_R = torch.arange(count - 1, -1, -1, device=positions.kind_BK.device)
+    return (last_token(positions) - back_R).clamp(min=0)
 
 
 def keeping(stage: Stage, keep_BK: Tensor, may_go_BK: Tensor) -> Selection | None:

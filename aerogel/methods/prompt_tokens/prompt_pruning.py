@@ -16,7 +16,12 @@ from aerogel.methods.prompt_tokens.policy import BlockPolicy, last_tokens
 from aerogel.model.network import Network
 from aerogel.numerics.prompt_selection import Reduce, block_scores
 from aerogel.options import Count
-from aerogel.runtime.tokens.shortening import Stage
+from aerogel.runtime.tokens.decoder import decoder_of
+from aerogel.runtime.tokens.scores import QueryKey
+from aerogel.runtime.tokens.stage import Observe, Positions, Stage
+
+_PAID = "largest attention"
+"""Name of the finding that later stages read."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,9 @@ class PromptPruning(BlockPolicy):
     """Tokens that have one score, the mean of the attention paid to them; it divides the block."""
     q_window: Count = 32
     """Last tokens whose attention counts; at most `local`."""
+    attention: Reduce = "max"
+    """Attention paid to a token: the largest that any last token paid it in any head of any block so far, or the mean over heads and last
+    tokens in the block that follows."""
     reduce: Reduce = "max"
     """Score of a block: the largest or the mean of those of its sub-blocks."""
 
@@ -36,9 +44,25 @@ class PromptPruning(BlockPolicy):
             yield f"block is {self.block}, expected a multiple of sub_block, which is {self.sub_block}"
         if self.q_window > self.local:
             yield f"q_window is {self.q_window}, expected at most local, which is {self.local}: dropped tokens ask for nothing"
+        if self.attention == "max" and 0 in self.rules(decoder_of(network).depth):
+            yield "no block has paid attention before block 0; give attention: mean, or a later stage"
         yield from super().problems(network, before)
+
+    def observer(self) -> Observe | None:
+        """Return what remembers the attention of each block where the largest counts."""
+        return self.remember if self.attention == "max" else None
+
+    def remember(self, positions: Positions, seen: QueryKey) -> None:
+        """Raise what each token was paid so far to what it is paid in this block."""
+        paid_BHRS = seen.attention(last_tokens(positions, self.q_window))
+        paid_BK = paid_BHRS[..., -positions.kind_BK.shape[1] :].amax((1, 2))
+        before_BN = positions.memory.setdefault(_PAID, paid_BK.new_zeros(positions.kind_BN.shape))
+        positions.memory[_PAID] = before_BN.scatter_reduce(1, positions.kept.at_BK, paid_BK * positions.real_BK, "amax")
 
     def scores(self, stage: Stage, place_BK: Tensor, blocks: int) -> Tensor:
         """Return the attention that each block receives."""
-        received_BK = stage.probe().attention(last_tokens(stage, self.q_window)).mean((1, 2))
+        if self.attention == "max":
+            received_BK = stage.kept.rows(stage.memory[_PAID])
+        else:
+            received_BK = stage.probe().attention(last_tokens(stage, self.q_window)).mean((1, 2))
         return block_scores(received_BK, place_BK, self.sub_block, self.block, blocks, self.reduce)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aerogel.methods.prompt_tokens.policy import BlockPolicy
 from aerogel.options import Seed
-from aerogel.runtime.tokens.shortening import Stage
+from aerogel.runtime.tokens.stage import Stage
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aerogel.methods.prompt_tokens.policy import BlockPolicy
-from aerogel.runtime.tokens.shortening import Stage
+from aerogel.runtime.tokens.stage import Stage
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from aerogel.methods.prompt_tokens.policy import Prompt, PromptPolicy, blocks_at, keeping, last_tokens
 from aerogel.numerics.prompt_selection import group_sums, smallest_mass
 from aerogel.options import Count, CountOrZero, Share
-from aerogel.runtime.tokens.shortening import Rule, Selection, Stage
+from aerogel.runtime.tokens.stage import Rule, Selection, Stage
 
 
 @dataclass(frozen=True)

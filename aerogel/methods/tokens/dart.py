@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from aerogel.methods.tokens.policy import Budget, TokenPolicy, counts
 from aerogel.options import Count, CountOrZero
-from aerogel.runtime.tokens.shortening import Rule, Selection, Stage
+from aerogel.runtime.tokens.stage import Rule, Selection, Stage
 
 
 @dataclass(frozen=True)

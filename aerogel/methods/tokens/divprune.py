@@ -9,7 +9,7 @@ import torch
 
 from aerogel.methods.tokens.policy import Budget, TokenPolicy, counts
 from aerogel.numerics.token_selection import farthest_first
-from aerogel.runtime.tokens.shortening import Rule, Selection, Stage
+from aerogel.runtime.tokens.stage import Rule, Selection, Stage
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aerogel.methods.tokens.policy import Budget, TokenPolicy, counts
 from aerogel.runtime.tokens.grids import grids_of
-from aerogel.runtime.tokens.shortening import Rule, Selection, Stage
+from aerogel.runtime.tokens.stage import Rule, Selection, Stage
 
 
 @dataclass(frozen=True)

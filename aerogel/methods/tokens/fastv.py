@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from aerogel.methods.tokens.policy import Budget, TokenPolicy, keeping_best, last_token
 from aerogel.options import Count
-from aerogel.runtime.tokens.shortening import Rule, Selection, Stage
+from aerogel.runtime.tokens.stage import Rule, Selection, Stage
 
 
 @dataclass(frozen=True)

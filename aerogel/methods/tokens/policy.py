@@ -27,7 +27,8 @@ from aerogel.runtime.predictions import Predictions, predicted
 from aerogel.runtime.token_types import TEXT, VISION, Vocabulary
 from aerogel.runtime.tokens.decoder import decoder_of
 from aerogel.runtime.tokens.eviction import Eviction
-from aerogel.runtime.tokens.shortening import Rule, Selection, Shortening, Stage
+from aerogel.runtime.tokens.shortening import Shortening
+from aerogel.runtime.tokens.stage import Observe, Positions, Rule, Selection, Stage
 from aerogel.runtime.tokens.vision_tower import VisionTower
 
 Budget = Annotated[int, Field(ge=1, le=1_000_000)] | Share
@@ -87,6 +88,10 @@ class DroppingPolicy(RuntimePolicy[TokenState]):
         """Return the blocks whose queries and keys the rules read; none unless a policy says so."""
         return ()
 
+    def observer(self) -> Observe | None:
+        """Return what sees the queries and keys of every block before the last rule; nothing unless a policy says so."""
+        return None
+
     @abstractmethod
     def predictions(self, network: Network, calls: Sequence[Call]) -> Predictions:
         """Return the predictions that are compared: none of them at a token that may be dropped."""
@@ -114,7 +119,9 @@ class DroppingPolicy(RuntimePolicy[TokenState]):
         decoder = decoder_of(network)
         rules = {block: self._where_droppable(rule) for block, rule in self.rules(decoder.depth).items()}
         tower = self.watched_tower(network, state)
-        return Shortening(network, decoder, rules, self.watched(decoder.depth), self.drops_text, self.eviction(), tower).on()
+        return Shortening(
+            network, decoder, rules, self.watched(decoder.depth), self.drops_text, self.eviction(), tower, self.observer()
+        ).on()
 
     def watched_tower(self, network: Network, state: TokenState) -> VisionTower | None:
         """Return the vision tower whose grids or attention the rules read; none unless a policy says so."""
@@ -194,7 +201,7 @@ def keeping_best(stage: Stage, score_BK: Tensor, budget: float) -> Selection | N
     return Selection(best(score_BK, stage.vision_BK, count_B) | ~stage.vision_BK)
 
 
-def last_token(stage: Stage) -> Tensor:
+def last_token(positions: Positions) -> Tensor:
     """Return the number of the last token of each row's prompt (B, 1)."""
-    number_K = torch.arange(stage.kind_BK.shape[1], device=stage.kind_BK.device)
-    return (number_K * stage.prompt_BK).argmax(1, keepdim=True)
+    number_K = torch.arange(positions.kind_BK.shape[1], device=positions.kind_BK.device)
+    return (number_K * positions.prompt_BK).argmax(1, keepdim=True)

@@ -9,7 +9,7 @@ from aerogel.methods.base import Before
 from aerogel.methods.tokens.policy import Budget, TokenPolicy, keeping_best, last_token
 from aerogel.model.network import Network
 from aerogel.options import CountOrZero, Share
-from aerogel.runtime.tokens.shortening import Rule, Selection, Stage
+from aerogel.runtime.tokens.stage import Rule, Selection, Stage
 
 
 @dataclass(frozen=True)

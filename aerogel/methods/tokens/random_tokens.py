@@ -9,7 +9,7 @@ import torch
 
 from aerogel.methods.tokens.policy import Budget, TokenPolicy, keeping_best
 from aerogel.options import CountOrZero, Seed
-from aerogel.runtime.tokens.shortening import Rule, Selection, Stage
+from aerogel.runtime.tokens.stage import Rule, Selection, Stage
 
 
 @dataclass(frozen=True)

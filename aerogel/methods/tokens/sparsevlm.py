@@ -18,7 +18,7 @@ from aerogel.model.network import Network
 from aerogel.numerics.token_selection import best, density_peaks, means
 from aerogel.options import Count, CountOrZero, NonNegative, Share
 from aerogel.runtime.token_types import TEXT
-from aerogel.runtime.tokens.shortening import Rule, Selection, Stage
+from aerogel.runtime.tokens.stage import Rule, Selection, Stage
 
 _RATERS = "sparsevlm raters"
 

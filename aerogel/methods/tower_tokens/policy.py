@@ -17,7 +17,8 @@ from aerogel.model.network import Network
 from aerogel.runtime.policy_state import PolicyState
 from aerogel.runtime.tokens.decoder import decoder_of
 from aerogel.runtime.tokens.images import Chosen, Image, ImagePath, choosing, dropping_marked, image_path_of
-from aerogel.runtime.tokens.shortening import Rule, Shortening
+from aerogel.runtime.tokens.shortening import Shortening
+from aerogel.runtime.tokens.stage import Rule
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -17,7 +17,8 @@ from aerogel.options import CountOrZero
 from aerogel.runtime.policy_state import PolicyState
 from aerogel.runtime.tokens.decoder import decoder_of
 from aerogel.runtime.tokens.images import dropping_marked, image_path_of, patch_grid
-from aerogel.runtime.tokens.shortening import Rule, Shortening
+from aerogel.runtime.tokens.shortening import Shortening
+from aerogel.runtime.tokens.stage import Rule
 from aerogel.runtime.tokens.tower_merging import MergingBlock, TowerMerging, merging_blocks
 
 

@@ -19,7 +19,7 @@ from aerogel.numerics.video_tokens import Holitom as Settings
 from aerogel.numerics.video_tokens import Reduced, fold, holitom
 from aerogel.options import Count, CountOrZero, Share
 from aerogel.runtime.tokens.clips import ClipAttention
-from aerogel.runtime.tokens.shortening import Rule, Selection, Stage
+from aerogel.runtime.tokens.stage import Rule, Selection, Stage
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from aerogel.runtime.policy_state import PolicyState
 from aerogel.runtime.tokens.clips import GRID, ClipAttention, attention_of, clips_of
 from aerogel.runtime.tokens.decoder import decoder_of
 from aerogel.runtime.tokens.images import image_path_of
-from aerogel.runtime.tokens.shortening import Rule, Selection, Stage
+from aerogel.runtime.tokens.stage import Rule, Selection, Stage
 from aerogel.runtime.tokens.vision_tower import VisionTower
 
 CLIPS = "clips"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.runtime.tokens.shortening import Stage
+from aerogel.runtime.tokens.stage import Stage
 from aerogel.runtime.tokens.vision_tower import TowerPass
 
 GRID = "video_grid_thw"

@@ -24,7 +24,7 @@ from aerogel.model.network import Network
 from aerogel.runtime.attention import attentions
 from aerogel.runtime.tokens.decoder import decoder_of
 from aerogel.runtime.tokens.scores import QueryKey, attention_in_image, watching
-from aerogel.runtime.tokens.shortening import Selection, Stage
+from aerogel.runtime.tokens.stage import Selection, Stage
 
 
 @dataclass(frozen=True)

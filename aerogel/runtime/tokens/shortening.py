@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import StaticLayer
 
-from aerogel.data.chats import IGNORED
 from aerogel.errors import AerogelError
 from aerogel.layers.forward_guard import ForwardGuard
 from aerogel.layers.signature import arguments_of
@@ -25,7 +24,7 @@ from aerogel.model.hooks import CacheOnlyHook, OwnedHook
 from aerogel.model.kv_cache import cache_in, cache_layer
 from aerogel.model.network import Network
 from aerogel.runtime.kv_cache.layer import QuantizedCacheLayer
-from aerogel.runtime.token_types import PADDING, SPECIAL, VISION, Vocabulary
+from aerogel.runtime.token_types import SPECIAL, VISION, Vocabulary
 from aerogel.runtime.tokens.cache_layer import ShortenedLayer, held_with, shortened
 from aerogel.runtime.tokens.decoder import Decoder
 from aerogel.runtime.tokens.deepstack import DeepStack
@@ -33,88 +32,8 @@ from aerogel.runtime.tokens.eviction import Eviction, first_positions
 from aerogel.runtime.tokens.kept import Kept, cut_arguments, cut_mask
 from aerogel.runtime.tokens.scores import QueryKey, behind_blocks, of_block, watching
 from aerogel.runtime.tokens.separators import at_separators, separators
+from aerogel.runtime.tokens.stage import Observe, Positions, Rule, Stage
 from aerogel.runtime.tokens.vision_tower import TowerPass, VisionTower
-
-
-class Selection(NamedTuple):
-    """Decision of a rule."""
-
-    keep_BK: Tensor
-    """True where a position stays."""
-    hidden_BKC: Tensor | None = None
-    """Hidden states in place of the block's input, where positions are merged; rows that do not stay are not read."""
-    renumber: bool = False
-    """True where the positions that stay become consecutive and end where they ended: rotary embeddings, which know distances alone, take
-    them for a prompt of their own, and later tokens follow the last one."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Positions before a block, as a rule sees them."""
-
-    block: int
-    """Number of the block that would read them."""
-    hidden_BKC: Tensor
-    kind_BK: Tensor
-    """Types of the tokens (see token_types)."""
-    kept: Kept
-    """Places of the positions in the forward."""
-    total: int
-    """Positions of the forward, N."""
-    kind_BN: Tensor
-    """Types of all tokens of the forward."""
-    vision_total_B: Tensor
-    """Positions of images of each row of the forward."""
-    inputs: Mapping[str, Any]
-    """Arguments of the model's own forward, by name."""
-    watched: Mapping[int, QueryKey]
-    """Queries and keys of earlier blocks that the rule asked for, by the block's number."""
-    probe: Callable[[], QueryKey]
-    """Computes queries and keys of the block that would read the positions, for these positions alone."""
-    ahead: Callable[[int], QueryKey]
-    """Computes those of a later block, by its number, in a pass of these positions through the blocks up to it."""
-    before: int
-    """Positions that came before the forward."""
-    final_norm: Callable[[Tensor], Tensor]
-    """Norm behind the decoder's last block."""
-    video_BN: Tensor
-    """True where a position of the forward stands for a video by an id of its own."""
-    memory: dict[str, Any]
-    """Findings of rules of this forward that later rules of it read, by name."""
-    separator_BN: Tensor
-    """True where an image token of the forward is no feature but a separator; its type is that of special tokens."""
-    tower: TowerPass | None = None
-    """Grid and attention of the vision tower's last forward, where the policy asks for them; that of videos, where there are some."""
-
-    @property
-    def real_BK(self) -> Tensor:  # noqa: N802
-        """True where a position is one of the forward and no padding."""
-        real_BK = self.kind_BK != PADDING
-        return real_BK if self.kept.real_BK is None else real_BK & self.kept.real_BK
-
-    @property
-    def prompt_BN(self) -> Tensor:  # noqa: N802
-        """True where a position of the forward is of the prompt: no padding, and before the answer where `labels` say where one begins."""
-        real_BN = self.kind_BN != PADDING
-        labels_BN = self.inputs.get("labels")
-        if labels_BN is None:
-            return real_BN
-        before_BN = real_BN & ((labels_BN != IGNORED).cumsum(1) == 0)
-        return torch.where(before_BN.any(1, keepdim=True), before_BN, real_BN)
-
-    @property
-    def prompt_BK(self) -> Tensor:  # noqa: N802
-        """True where a position is of the prompt."""
-        return self.real_BK & self.kept.rows(self.prompt_BN)
-
-    @property
-    def vision_BK(self) -> Tensor:  # noqa: N802
-        """True where a position is of an image or a video."""
-        return self.real_BK & (self.kind_BK == VISION)
-
-
-Rule = Callable[[Stage], Selection | None]
-"""Chooses what stays before a block; None where everything does."""
 
 
 @dataclass
@@ -147,11 +66,14 @@ class Shortening:
         drops_text: bool = False,
         evict: Eviction | None = None,
         tower: VisionTower | None = None,
+        observe: Observe | None = None,
     ) -> None:
         """Prepare rules; `watch` are the blocks whose queries and keys they read, `drops_text` says that they drop tokens of text.
 
-        `evict` forgets positions of the cache that were computed; `tower` is the vision tower whose grids or attention the rules read.
+        `evict` forgets positions of the cache that were computed; `tower` is the vision tower whose grids or attention the rules read;
+        `observe` is called with the queries and keys of each block before the last rule, which are not kept.
         """
+        self._observe, self._observed = observe, range(max(rules, default=0) if observe is not None else 0)
         self.evict, self._tower = evict, tower
         self.decoder, self.rules, self.watch, self.drops_text = decoder, rules, tuple(watch), drops_text
         self.lengths: tuple[int, ...] = ()
@@ -196,7 +118,7 @@ class Shortening:
                 before(block, partial(self._enter, number))
                 before(module.get_submodule(self.decoder.attentions[number]), partial(self._store, number))
                 after(block, partial(self._leave, number, deepstack))
-            watch = range(self.decoder.depth) if self.evict is not None and self.evict.watches else self.watch
+            watch = range(self.decoder.depth) if self.evict is not None and self.evict.watches else {*self.watch, *self._observed}
             named = {number: self.decoder.attentions[number] for number in watch}
             stack.enter_context(watching(self._network, named, self._see))
             if self._tower is not None:
@@ -225,9 +147,12 @@ class Shortening:
 
     def _see(self, number: int, seen: QueryKey) -> None:
         forward = self._under_way
+        filled = forward.filled.get(number)
+        here = seen if filled is None else seen.first_keys(filled + seen.query_BHLD.shape[2])
         if number in self.watch:
-            filled = forward.filled.get(number)
-            forward.watched[number] = seen if filled is None else seen.first_keys(filled + seen.query_BHLD.shape[2])
+            forward.watched[number] = here
+        if self._observe is not None and number in self._observed:
+            self._observe(Positions(**self._positions(number, len(seen.query_BHLD))), here)
         if self.evict is not None and (layer := forward.layers.get(number)) is not None and layer.seen == forward.kind_BN.shape[1]:
             self.evict.read(layer, seen)
 
@@ -280,21 +205,16 @@ class Shortening:
             return of_block(parts[later], (behind_BKC, *given[0]), own)
 
         stage = Stage(
-            block=number,
+            **self._positions(number, len(hidden_BKC)),
             hidden_BKC=hidden_BKC,
-            kind_BK=here.rows(forward.kind_BN),
-            kept=here,
             total=total,
-            kind_BN=forward.kind_BN,
             vision_total_B=(forward.kind_BN == VISION).sum(1),
-            inputs=forward.inputs,
             watched=forward.watched,
             probe=lambda: of_block(block, (hidden_BKC, *given[0]), alone()),
             ahead=ahead,
             before=seen,
             final_norm=self.decoder.final_norm(self._network),
             video_BN=self._vocabulary.of_video(forward.inputs["input_ids"]),
-            memory=forward.memory,
             separator_BN=torch.zeros_like(forward.kind_BN, dtype=torch.bool) if forward.separator_BN is None else forward.separator_BN,
             tower=self._tower_pass,
         )
@@ -304,6 +224,15 @@ class Shortening:
         left = Kept.of(selection.keep_BK if here.real_BK is None else selection.keep_BK & here.real_BK)
         forward.kept = here.then(left).renumbered() if selection.renumber else here.then(left)
         return left.rows(hidden_BKC if selection.hidden_BKC is None else selection.hidden_BKC)
+
+    def _positions(self, number: int, rows: int) -> dict[str, Any]:
+        """What is left at a block, as the arguments of Positions."""
+        forward = self._under_way
+        kept = forward.kept or Kept.all(rows, forward.kind_BN.shape[1], forward.kind_BN.device)
+        return {
+            "block": number, "kind_BK": kept.rows(forward.kind_BN), "kept": kept, "kind_BN": forward.kind_BN, "inputs": forward.inputs,
+            "memory": forward.memory,
+        }  # fmt: skip
 
     def _cut(self, forward: _Forward, layer: Any, rest: dict[str, Any], hidden_BKC: Tensor) -> dict[str, Any]:
         """The other arguments of a block, cut to what is left of a forward."""
@@ -323,7 +252,7 @@ class Shortening:
         forward = self._under_way
         place, cache = self.decoder.places[number], cache_in(args, kwargs)
         layer = cache_layer(cache, place)
-        if isinstance(layer, StaticLayer) and number in self.watch and forward.kind_BN.shape[1] > 1:
+        if isinstance(layer, StaticLayer) and (number in self.watch or number in self._observed) and forward.kind_BN.shape[1] > 1:
             forward.filled[number] = int(layer.cumulative_length)
         if cache is None or (forward.kept is None and not isinstance(layer, ShortenedLayer) and self.evict is None):
             return

@@ -15,7 +15,8 @@ from aerogel.methods.prompt_tokens.policy import PromptPolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.tokens.decoder import decoder_of
-from aerogel.runtime.tokens.shortening import Rule, Selection, Shortening, Stage
+from aerogel.runtime.tokens.shortening import Shortening
+from aerogel.runtime.tokens.stage import Rule, Selection, Stage
 from tests.tiny import HEADS, INNER, KV_HEADS, VOCABULARY, WIDTH, fill
 
 DEPTH = 6
@@ -52,7 +53,9 @@ class Recorder:
     @contextmanager
     def on(self, network: Network) -> Iterator[Shortening]:
         rules = {block: self._noting(rule) for block, rule in self.policy.rules(self.depth).items()}
-        with Shortening(network, decoder_of(network), rules, self.policy.watched(self.depth), drops_text=True).on() as shortening:
+        with Shortening(
+            network, decoder_of(network), rules, self.policy.watched(self.depth), drops_text=True, observe=self.policy.observer()
+        ).on() as shortening:
             yield shortening
 
     def _noting(self, rule: Rule) -> Rule:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -37,12 +37,9 @@ def test_stages_and_budgets_of_a_decoder_of_30_blocks() -> None:
     assert sorted(PromptPruning().rules(30)) == [10, 15, 20]
 
 
-@pytest.mark.parametrize("reduce", ["max", "mean"])
-def test_what_the_end_attends_to_most_stays(reduce: Any) -> None:
-    """The formula written out from the projections of the block that follows, unit by unit."""
-    network = deep()
-    call = prompt()
-    block = network.module.model.layers[2]  # type: ignore[union-attr,index]
+def paid(network: Network, call: Call, number: int) -> Tensor:
+    """The attention of the last four tokens in a block (H, 4, N), from its projections."""
+    block = network.module.model.layers[number]  # type: ignore[union-attr,index]
     taken: dict[str, Any] = {}
     handle = block.register_forward_pre_hook(lambda _, args, kwargs: taken.update(x=args[0], **kwargs), with_kwargs=True)
     network.run(call)
@@ -50,11 +47,23 @@ def test_what_the_end_attends_to_most_stays(reduce: Any) -> None:
     attention, x_NC = block.self_attn, block.input_layernorm(taken["x"])
     query, key = (layer(x_NC).view(1, LENGTH, -1, attention.head_dim).transpose(1, 2) for layer in (attention.q_proj, attention.k_proj))
     query, key = apply_rotary_pos_emb(query, key, *taken["position_embeddings"])
-    received = torch.zeros(LENGTH)
+    heads = []
     for head in range(query.shape[1]):
         score_NN = query[0, head] @ key[0, head // attention.num_key_value_groups].T * attention.head_dim**-0.5
-        score_NN = score_NN.masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -torch.inf)
-        received += score_NN.softmax(-1)[-4:].mean(0) / query.shape[1]
+        heads.append(score_NN.masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -torch.inf).softmax(-1)[-4:])
+    return torch.stack(heads)
+
+
+@pytest.mark.parametrize("attention", ["max", "mean"])
+@pytest.mark.parametrize("reduce", ["max", "mean"])
+def test_what_the_end_attends_to_most_stays(attention: Any, reduce: Any) -> None:
+    """The formula written out: the largest attention in the blocks before, or the mean in the one that follows, unit by unit."""
+    network = deep()
+    call = prompt()
+    if attention == "max":
+        received = torch.stack([paid(network, call, number) for number in (0, 1)]).amax((0, 1, 2))
+    else:
+        received = paid(network, call, 2).mean((0, 1))
     blocks = (LENGTH - 3 - 8) // 8
     scores = []
     for number in range(blocks):
@@ -63,7 +72,7 @@ def test_what_the_end_attends_to_most_stays(reduce: Any) -> None:
     fit = (LENGTH // 2 - (LENGTH - 8 * blocks)) // 8
     best = sorted(range(blocks), key=lambda number: -float(scores[number]))[:fit]
     expected = {3 + 8 * number + place for number in set(range(blocks)) - set(best) for place in range(8)}
-    recorder = Recorder(PromptPruning(keep=(0.5,), layers=(2,), reduce=reduce, **SMALL))
+    recorder = Recorder(PromptPruning(keep=(0.5,), layers=(2,), attention=attention, reduce=reduce, **SMALL))
     with recorder.on(network):
         network.run(call)
     assert set(recorder.gone[2][0].nonzero()[:, 0].tolist()) == expected
@@ -151,7 +160,7 @@ def test_a_short_row_beside_a_long_one_keeps_everything() -> None:
 def test_positions_are_not_renumbered() -> None:
     network = deep()
     call = prompt()
-    recorder = Recorder(PromptPruning(keep=(0.5,), layers=(0,), **SMALL))
+    recorder = Recorder(PromptPruning(keep=(0.5,), layers=(0,), attention="mean", **SMALL))
     with recorder.on(network):
         ours_V = network.run(call).logits[0, -1]
     alone = call.kwargs["input_ids"][~recorder.gone[0]][None]
@@ -215,6 +224,11 @@ def test_options_that_do_not_fit_are_refused() -> None:
     ]
 
 
+def test_a_stage_before_the_first_block_has_seen_no_attention() -> None:
+    (said,) = PromptPruning(keep=(0.5,), layers=(0,), **SMALL).problems(deep(), None)  # type: ignore[arg-type]
+    assert said == "no block has paid attention before block 0; give attention: mean, or a later stage"
+
+
 @pytest.mark.parametrize(("measure", "name"), [(Perplexity(), "perplexity"), (KlDivergence(), "kl_divergence")])
 def test_measures_of_every_token_refuse_the_model_while_the_policy_is_on(measure: Any, name: str) -> None:
     network: Network = deep()
@@ -248,12 +262,13 @@ def test_perplexity_by_decoding_reads_behind_pruned_prompts(tmp_path: Path) -> N
     assert found[64]["cache_bytes_per_token"] < 0.8 * dense["cache_bytes_per_token"]
 
 
-def test_products_with_weights_are_those_of_what_is_left() -> None:
-    """Counted: each block's for its own length, and queries, keys and values of each stage once more for the scores."""
+@pytest.mark.parametrize("attention", ["max", "mean"])
+def test_products_with_weights_are_those_of_what_is_left(attention: Any) -> None:
+    """Counted: each block's for its own length; for a mean queries, keys and values of each stage once more, as it looks ahead."""
     network = deep()
     call = prompt()
     with (
-        Recorder(PromptPruning(keep=(0.6, 0.4, 0.3), layers=STAGES, **SMALL)).on(network) as shortening,
+        Recorder(PromptPruning(keep=(0.6, 0.4, 0.3), layers=STAGES, attention=attention, **SMALL)).on(network) as shortening,
         FlopCounterMode(display=False) as counter,
     ):
         network.run(call)
@@ -263,6 +278,6 @@ def test_products_with_weights_are_those_of_what_is_left() -> None:
     block = network.module.model.layers[0]  # type: ignore[union-attr,index]
     whole = sum(part.weight.numel() for part in block.modules() if isinstance(part, nn.Linear))
     scored = sum(part.weight.numel() for part in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj))
-    before = [shortening.lengths[stage - 1] for stage in STAGES]
+    before = [shortening.lengths[stage - 1] for stage in STAGES] if attention == "mean" else []
     head = LENGTH * network.module.lm_head.weight.numel()  # type: ignore[union-attr,operator]
     assert counted == 2 * (sum(shortening.lengths) * whole + sum(before) * scored + head)

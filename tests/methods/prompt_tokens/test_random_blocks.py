@@ -13,7 +13,7 @@ from aerogel.engine.opening import open_model
 from aerogel.evaluate.measure import tokenizer_of
 from aerogel.methods.prompt_tokens.prompt_pruning import PromptPruning
 from aerogel.methods.prompt_tokens.random_blocks import RandomBlocks
-from aerogel.runtime.tokens.shortening import Stage
+from aerogel.runtime.tokens.stage import Stage
 from tests.methods.prompt_tokens.prompts import LENGTH, Recorder, deep, prompt
 from tests.runtime.tokens.dropping import hidden_by_masks
 

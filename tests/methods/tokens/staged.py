@@ -8,7 +8,8 @@ from aerogel.methods.tokens.policy import TokenPolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.tokens.decoder import decoder_of
-from aerogel.runtime.tokens.shortening import Rule, Selection, Shortening, Stage
+from aerogel.runtime.tokens.shortening import Shortening
+from aerogel.runtime.tokens.stage import Rule, Selection, Stage
 from tests.tiny import FAMILIES, opened
 
 

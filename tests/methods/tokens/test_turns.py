@@ -20,7 +20,8 @@ from aerogel.model.network import Network
 from aerogel.runtime.predictions import Predictions
 from aerogel.runtime.token_types import Vocabulary
 from aerogel.runtime.tokens.decoder import decoder_of
-from aerogel.runtime.tokens.shortening import Rule, Shortening
+from aerogel.runtime.tokens.shortening import Shortening
+from aerogel.runtime.tokens.stage import Rule
 from tests.methods.tokens.staged import generated
 from tests.runtime.tokens.dropping import grown, hidden_by_masks
 from tests.tiny import FAMILIES, opened

@@ -13,7 +13,7 @@ from aerogel.model.calls import Call
 from aerogel.model.hooks import temporary_hooks
 from aerogel.model.network import Network
 from aerogel.runtime.tokens.decoder import decoder_of
-from aerogel.runtime.tokens.shortening import Rule, Selection, Stage
+from aerogel.runtime.tokens.stage import Rule, Selection, Stage
 
 
 class Dropped:

@@ -12,7 +12,8 @@ from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.runtime.tokens.clips import Clip, clips_of
 from aerogel.runtime.tokens.decoder import decoder_of
-from aerogel.runtime.tokens.shortening import Shortening, Stage
+from aerogel.runtime.tokens.shortening import Shortening
+from aerogel.runtime.tokens.stage import Stage
 from aerogel.runtime.tokens.vision_tower import VisionTower
 from tests.methods.video_tokens.clip_calls import VIDEO_TOKEN, clip_call
 from tests.tiny import FAMILIES, opened

@@ -17,7 +17,8 @@ from aerogel.methods.kv_cache.kv_cache_int import KVCacheInt
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.tokens.decoder import decoder_of
-from aerogel.runtime.tokens.shortening import Selection, Shortening
+from aerogel.runtime.tokens.shortening import Shortening
+from aerogel.runtime.tokens.stage import Selection
 from tests.runtime.tokens.dropping import Dropped, grown, grown_places, hidden_by_masks
 from tests.tiny import FAMILIES, IMAGE_TOKEN, NEAR, TINY, opened
 

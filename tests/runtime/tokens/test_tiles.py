@@ -25,7 +25,8 @@ from aerogel.runtime.tokens.decoder import decoder_of
 from aerogel.runtime.tokens.grids import grids_of
 from aerogel.runtime.tokens.images import image_path_of
 from aerogel.runtime.tokens.separators import separators
-from aerogel.runtime.tokens.shortening import Shortening, Stage
+from aerogel.runtime.tokens.shortening import Shortening
+from aerogel.runtime.tokens.stage import Stage
 from aerogel.runtime.tokens.vision_tower import TowerPass, VisionTower
 from tests.methods.tokens.staged import generated, seen
 from tests.tiny import IMAGE_TOKEN, TINY, opened
