@@ -15,8 +15,8 @@ from pathlib import Path
 import collages
 import numpy as np
 
-SIDE, CELL, STEP = 168, 56, 7
-"""Pixels of an image, of one of its nine places, and between positions of an item."""
+SIDE, CELL, STEP = 168, 56, 14
+"""Pixels of an image, of one of its nine places, and between positions of an item, which is two tokens wide and high."""
 PLACES = tuple(f"{row} {column}" for row in ("upper", "middle", "lower") for column in ("left", "center", "right"))
 COLOURS = {"red": (255, 60, 60), "green": (60, 220, 60), "blue": (80, 110, 255), "yellow": (240, 220, 50)}
 NOISE = 24

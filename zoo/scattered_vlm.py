@@ -104,6 +104,7 @@ def main() -> None:
     """Train and save, or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=IMAGES)
+    parser.add_argument("--start", type=Path, default=fashion_vlm.OUTPUT, help="Folder of the weights to begin with.")
     parser.add_argument("--rate", type=float, default=RATE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -119,7 +120,7 @@ def main() -> None:
     shades = ((images[:, 0, 2:-2, 2:-2] + 1) * 127.5).round().to(torch.uint8)
     items = collages.Items(shades.numpy(), labels.numpy())
     torch.manual_seed(given.seed)
-    network = aerogel.load(fashion_vlm.OUTPUT, lazy=False)
+    network = aerogel.load(given.start, lazy=False)
     train(network.module.float(), network.processor, items, given)
     fashion_vlm.save(network.module, network.processor, given.output)
 

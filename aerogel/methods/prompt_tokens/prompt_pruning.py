@@ -14,7 +14,7 @@ from torch import Tensor
 from aerogel.methods.base import Before
 from aerogel.methods.prompt_tokens.policy import BlockPolicy, last_tokens
 from aerogel.model.network import Network
-from aerogel.numerics.prompt_selection import Reduce, block_scores
+from aerogel.numerics.prompt_selection import Reduce, block_scores, max_pool
 from aerogel.options import Count
 from aerogel.runtime.tokens.decoder import decoder_of
 from aerogel.runtime.tokens.scores import QueryKey
@@ -35,6 +35,8 @@ class PromptPruning(BlockPolicy):
     attention: Reduce = "max"
     """Attention paid to a token: the largest that any last token paid it in any head of any block so far, or the mean over heads and last
     tokens in the block that follows."""
+    kernel: Count = 33
+    """Neighbours of which a token takes the largest attention, so that what stands around it stays too; odd, and 1 for none."""
     reduce: Reduce = "max"
     """Score of a block: the largest or the mean of those of its sub-blocks."""
 
@@ -44,6 +46,8 @@ class PromptPruning(BlockPolicy):
             yield f"block is {self.block}, expected a multiple of sub_block, which is {self.sub_block}"
         if self.q_window > self.local:
             yield f"q_window is {self.q_window}, expected at most local, which is {self.local}: dropped tokens ask for nothing"
+        if self.kernel % 2 == 0:
+            yield f"kernel is {self.kernel}, expected an odd number"
         if self.attention == "max" and 0 in self.rules(decoder_of(network).depth):
             yield "no block has paid attention before block 0; give attention: mean, or a later stage"
         yield from super().problems(network, before)
@@ -65,4 +69,4 @@ class PromptPruning(BlockPolicy):
             received_BK = stage.kept.rows(stage.memory[_PAID])
         else:
             received_BK = stage.probe().attention(last_tokens(stage, self.q_window)).mean((1, 2))
-        return block_scores(received_BK, place_BK, self.sub_block, self.block, blocks, self.reduce)
+        return block_scores(max_pool(received_BK, self.kernel), place_BK, self.sub_block, self.block, blocks, self.reduce)

@@ -55,8 +55,8 @@ def paid(network: Network, call: Call, number: int) -> Tensor:
 
 
 @pytest.mark.parametrize("attention", ["max", "mean"])
-@pytest.mark.parametrize("reduce", ["max", "mean"])
-def test_what_the_end_attends_to_most_stays(attention: Any, reduce: Any) -> None:
+@pytest.mark.parametrize(("reduce", "kernel"), [("max", 1), ("mean", 1), ("max", 5)])
+def test_what_the_end_attends_to_most_stays(attention: Any, reduce: Any, kernel: int) -> None:
     """The formula written out: the largest attention in the blocks before, or the mean in the one that follows, unit by unit."""
     network = deep()
     call = prompt()
@@ -64,6 +64,8 @@ def test_what_the_end_attends_to_most_stays(attention: Any, reduce: Any) -> None
         received = torch.stack([paid(network, call, number) for number in (0, 1)]).amax((0, 1, 2))
     else:
         received = paid(network, call, 2).mean((0, 1))
+    reach = kernel // 2
+    received = torch.stack([received[max(0, place - reach) : place + reach + 1].max() for place in range(LENGTH)])
     blocks = (LENGTH - 3 - 8) // 8
     scores = []
     for number in range(blocks):
@@ -72,7 +74,7 @@ def test_what_the_end_attends_to_most_stays(attention: Any, reduce: Any) -> None
     fit = (LENGTH // 2 - (LENGTH - 8 * blocks)) // 8
     best = sorted(range(blocks), key=lambda number: -float(scores[number]))[:fit]
     expected = {3 + 8 * number + place for number in set(range(blocks)) - set(best) for place in range(8)}
-    recorder = Recorder(PromptPruning(keep=(0.5,), layers=(2,), attention=attention, reduce=reduce, **SMALL))
+    recorder = Recorder(PromptPruning(keep=(0.5,), layers=(2,), attention=attention, reduce=reduce, kernel=kernel, **SMALL))
     with recorder.on(network):
         network.run(call)
     assert set(recorder.gone[2][0].nonzero()[:, 0].tolist()) == expected
@@ -222,6 +224,7 @@ def test_options_that_do_not_fit_are_refused() -> None:
         "q_window is 9, expected at most local, which is 8: dropped tokens ask for nothing",
         "keep has 1 budgets for 3 stages; give one for each",
     ]
+    assert list(PromptPruning(kernel=4).problems(deep(), None)) == ["kernel is 4, expected an odd number"]  # type: ignore[arg-type]
 
 
 def test_a_stage_before_the_first_block_has_seen_no_attention() -> None:
