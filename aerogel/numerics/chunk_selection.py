@@ -28,21 +28,28 @@ def factors(x_BNE: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left[..., :rank].to(x_BNE.dtype), (size_BR[:, :rank, None] * right[:, :rank]).to(x_BNE.dtype)
 
 
-def chunk_means(x_BHND: Tensor, chunk: int) -> Tensor:
-    """Return the mean of each chunk of tokens (B, H, C, D)."""
-    return x_BHND.unflatten(2, (-1, chunk)).mean(3)
+def chunk_means(x_BHND: Tensor, real_BN: Tensor, chunk: int) -> Tensor:
+    """Return the mean of each chunk of tokens (B, H, C, D), over those that are real."""
+    real_BHCT1 = real_BN.unflatten(1, (-1, chunk))[:, None, :, :, None]
+    sum_BHCD = (x_BHND.unflatten(2, (-1, chunk)) * real_BHCT1).sum(3)
+    return sum_BHCD / real_BHCT1.sum(3).clamp(min=1)
 
 
-def least_alike(key_BHND: Tensor, mean_BHCD: Tensor) -> Tensor:
-    """Return how unlike its mean the most unlike key of a chunk is (B, H, C): 1 minus the cosine."""
-    key_BHCTD = key_BHND.unflatten(2, (mean_BHCD.shape[2], -1))
-    return 1 - cosine_similarity(key_BHCTD.float(), mean_BHCD.float()[:, :, :, None], dim=-1).amin(-1)
+def least_alike(key_BHND: Tensor, mean_BHCD: Tensor, real_BN: Tensor) -> Tensor:
+    """Return how unlike its mean the most unlike real key of a chunk is (B, H, C): 1 minus the cosine."""
+    chunks = mean_BHCD.shape[2]
+    alike_BHCT = cosine_similarity(key_BHND.unflatten(2, (chunks, -1)).float(), mean_BHCD.float()[:, :, :, None], dim=-1)
+    return 1 - alike_BHCT.masked_fill(~real_BN.unflatten(1, (chunks, -1))[:, None], 1).amin(-1)
 
 
-def chunk_scores(query_BHGTD: Tensor, mean_BHCD: Tensor, scale: float) -> Tensor:
-    """Return the attention to the means of chunks (B, H, C): a sum over the tokens that ask, the largest of a group of heads."""
+def chunk_scores(query_BHGTD: Tensor, mean_BHCD: Tensor, real_BHC: Tensor, scale: float) -> Tensor:
+    """Return the attention to the means of chunks (B, H, C): a sum over the tokens that ask, the largest of a group of heads.
+
+    Chunks that are not real get less than nothing.
+    """
     score_BHGTC = (query_BHGTD @ mean_BHCD[:, :, None].transpose(-2, -1)).float() * scale
-    return score_BHGTC.softmax(-1).sum(3).amax(2)
+    score_BHGTC = score_BHGTC.masked_fill(~real_BHC[:, :, None, None], -torch.inf)
+    return score_BHGTC.softmax(-1).nan_to_num().sum(3).amax(2).masked_fill(~real_BHC, -1)
 
 
 def tokens_of(chunk_BHC: Tensor, chunk: int) -> Tensor:

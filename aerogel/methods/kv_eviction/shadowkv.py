@@ -31,7 +31,7 @@ _ALIKE = 0.05
 class Shadowkv(SelectivePolicy):
     """Stores keys of a prompt as factors of low rank, and lets later tokens read the chunks of it with the best means.
 
-    It acts on the forward that fills an empty cache, of rows without padding.
+    It acts on the forward that fills an empty cache.
     """
 
     exact_prompt: ClassVar[bool] = True

@@ -55,6 +55,7 @@ class ShadowLayer(DynamicLayer):
         super().__init__()
         self._options = options
         self._angles: Angles | None = None
+        self._real_BN: Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -66,9 +67,9 @@ class ShadowLayer(DynamicLayer):
         self._chunked = self._seen = self._prompt = self._new = 0
         self.is_initialized = False
 
-    def expect(self, angles: Angles) -> None:
-        """Say by which angles the next keys are turned."""
-        self._angles = angles
+    def expect(self, angles: Angles, real_BN: Tensor | None = None) -> None:
+        """Say by which angles the next keys are turned, and which tokens of a prompt are no padding; None: all."""
+        self._angles, self._real_BN = angles, real_BN
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store keys and values (B, H, T, D); returns them as they came: whoever reads more attends through `attend`."""
@@ -93,24 +94,31 @@ class ShadowLayer(DynamicLayer):
         options, tokens = self._options, key_BHND.shape[2]
         self.dtype, self.device, self.is_initialized = key_BHND.dtype, key_BHND.device, True
         chunks = tokens // options.chunk - options.local_chunks
+        real_BN = torch.ones(len(key_BHND), tokens, dtype=torch.bool, device=key_BHND.device) if self._real_BN is None else self._real_BN
         if tokens <= options.budget or chunks <= options.outlier_chunks:
             self.append(key_BHND, value_BHND)
+            self._rows = {"exact_real_BHS": real_BN[:, None].expand(-1, key_BHND.shape[1], -1)}
         else:
             self._chunked = chunks * options.chunk
             self._cosine_BND, self._sine_BND = cosine_BND, sine_BND  # one for all layers of a model
             inner_BHND = key_BHND[:, :, : self._chunked]
-            mean_BHCD = chunk_means(inner_BHND, options.chunk)
-            order_BHC = least_alike(inner_BHND, mean_BHCD).argsort(dim=-1, descending=True, stable=True)
+            inner_BN = real_BN[:, : self._chunked]
+            mean_BHCD = chunk_means(inner_BHND, inner_BN, options.chunk)
+            order_BHC = least_alike(inner_BHND, mean_BHCD, inner_BN).argsort(dim=-1, descending=True, stable=True)
             outlier_BHC, other_BHC = (part.sort().values for part in order_BHC.tensor_split([options.outlier_chunks], dim=-1))
             outlier_BHN = tokens_of(outlier_BHC, options.chunk)
             plain_BHND = rotated_back(key_BHND, cosine_BND[:, None], sine_BND[:, None])
-            left_BNR, right_BRE = factors(plain_BHND.transpose(1, 2).flatten(2), options.rank)
+            left_BNR, right_BRE = factors((plain_BHND * real_BN[:, None, :, None]).transpose(1, 2).flatten(2), options.rank)
+            real_BHN = real_BN[:, None].expand(-1, key_BHND.shape[1], -1)
             self._rows = {
                 "left_BNR": left_BNR[:, : self._chunked].contiguous(),
                 "right_BHRD": right_BRE.unflatten(2, (key_BHND.shape[1], -1)).transpose(1, 2).contiguous(),
                 "value_BHND": value_BHND[:, :, : self._chunked].contiguous(),
                 "mean_BHCD": taken(mean_BHCD, other_BHC),
                 "chunk_BHC": other_BHC,
+                "real_BHN": real_BHN[:, :, : self._chunked],
+                "real_BHC": real_BHN[:, :, : self._chunked].unflatten(2, (chunks, -1)).any(3).gather(2, other_BHC),
+                "exact_real_BHS": torch.cat([real_BHN.gather(2, outlier_BHN), real_BHN[:, :, self._chunked :]], dim=2),
             }
             for exact, whole_BHND in ((self.exact_keys, key_BHND), (self.exact_values, value_BHND)):
                 exact.append(torch.cat([taken(whole_BHND, outlier_BHN), whole_BHND[:, :, self._chunked :]], dim=2))
@@ -125,21 +133,22 @@ class ShadowLayer(DynamicLayer):
     def attend(self, query_BHQD: Tensor, scale: float) -> Tensor:
         """Return the attention (B, H, Q, D) of the newest tokens' queries, those of one head of queries behind those of another."""
         keys, values = [self.exact_keys.read()], [self.exact_values.read()]
-        if self._rows:
+        exact_BHS = self._rows["exact_real_BHS"]
+        real = [nn.functional.pad(exact_BHS, (0, keys[0].shape[2] - exact_BHS.shape[2]), value=True)]
+        if self._chunked:
             token_BHN = tokens_of(self._chosen(query_BHQD, scale), self._options.chunk)
             keys.insert(0, self._rebuilt(token_BHN))
             values.insert(0, taken(self._rows["value_BHND"], token_BHN))
-        key_BHSD, value_BHSD = torch.cat(keys, dim=2), torch.cat(values, dim=2)
-        mask = None
-        if self._new > 1:
-            sees_TS = torch.ones(self._new, key_BHSD.shape[2], dtype=torch.bool, device=query_BHQD.device)
-            mask = sees_TS.tril(key_BHSD.shape[2] - self._new).repeat(query_BHQD.shape[2] // self._new, 1)
-        return scaled_dot_product_attention(query_BHQD, key_BHSD, value_BHSD, attn_mask=mask, scale=scale)
+            real.insert(0, self._rows["real_BHN"].gather(2, token_BHN))
+        key_BHSD, value_BHSD, real_BHS = (torch.cat(parts, dim=2) for parts in (keys, values, real))
+        sees_TS = torch.ones(self._new, key_BHSD.shape[2], dtype=torch.bool, device=query_BHQD.device).tril(key_BHSD.shape[2] - self._new)
+        mask_BHQS = sees_TS.repeat(query_BHQD.shape[2] // self._new, 1) & real_BHS[:, :, None]
+        return scaled_dot_product_attention(query_BHQD, key_BHSD, value_BHSD, attn_mask=mask_BHQS, scale=scale)
 
     def _chosen(self, query_BHQD: Tensor, scale: float) -> Tensor:
         """The numbers of the chunks that are read (B, H, C)."""
         query_BHGTD = query_BHQD.unflatten(2, (-1, self._new))
-        score_BHC = chunk_scores(query_BHGTD, self._rows["mean_BHCD"], scale)
+        score_BHC = chunk_scores(query_BHGTD, self._rows["mean_BHCD"], self._rows["real_BHC"], scale)
         count = min(max(1, self._options.budget // self._options.chunk), score_BHC.shape[2])
         return self._rows["chunk_BHC"].gather(2, score_BHC.topk(count, dim=-1).indices)
 
@@ -160,10 +169,10 @@ class ShadowLayer(DynamicLayer):
         return self._seen
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens, their number negative as in transformers; raises AerogelError where some are of a prompt in factors."""
+        """Forget the last tokens, their number negative as in transformers; raises AerogelError where some are of the prompt."""
         kept = self._seen - abs(tokens_to_remove)
-        if self._rows and kept < self._prompt:
-            raise AerogelError("tokens of a prompt whose keys are kept in factors cannot be forgotten; read the prompt again")
+        if kept < self._prompt:
+            raise AerogelError("tokens of the prompt of a cache that keeps keys in factors cannot be forgotten; read the prompt again")
         for exact in (self.exact_keys, self.exact_values):
             exact.change(lambda x: x[:, :, : x.shape[2] - abs(tokens_to_remove)])
         self._seen = kept
@@ -190,7 +199,7 @@ class ShadowLayer(DynamicLayer):
         self.exact_keys.change(rows)
         self.exact_values.change(rows)
         self._rows = {name: rows(x) for name, x in self._rows.items()}
-        if self._rows and len(self._cosine_BND) > 1:
+        if self._chunked and len(self._cosine_BND) > 1:
             self._cosine_BND, self._sine_BND = rows(self._cosine_BND), rows(self._sine_BND)
 
 
@@ -209,9 +218,8 @@ class _ShadowHook(CacheHook):
         super()._put(module, args, kwargs)
         layer = cache_layer(cache, self.index)
         mask = kwargs.get("attention_mask")
-        if not layer.get_seq_length() and mask is not None and not bool(allowed(mask[:, :, -1]).all()):
-            raise AerogelError("keys are kept in factors for rows of one length, without padding; generate from one prompt at a time")
-        layer.expect(angles_of(kwargs))
+        fills = mask is not None and not layer.get_seq_length()
+        layer.expect(angles_of(kwargs), allowed(mask[:, 0, -1]).expand(len(mask), -1) if fills else None)
         self._running[self.index] = layer
 
 
