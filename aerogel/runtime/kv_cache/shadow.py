@@ -218,8 +218,8 @@ class _ShadowHook(CacheHook):
         super()._put(module, args, kwargs)
         layer = cache_layer(cache, self.index)
         mask = kwargs.get("attention_mask")
-        fills = mask is not None and not layer.get_seq_length()
-        layer.expect(angles_of(kwargs), allowed(mask[:, 0, -1]).expand(len(mask), -1) if fills else None)
+        real_BN = allowed(mask[:, 0, -1]) if mask is not None and not layer.get_seq_length() else None
+        layer.expect(angles_of(kwargs), real_BN)
         self._running[self.index] = layer
 
 
