@@ -21,7 +21,6 @@ from aerogel.evaluate.generation import Generation
 from aerogel.evaluate.image_similarity import ImageSimilarity
 from aerogel.evaluate.kl_divergence import KlDivergence
 from aerogel.evaluate.perplexity import Perplexity
-from aerogel.methods.kv_cache.kv_offload import KvOffload
 from aerogel.methods.prompt_tokens.prompt_pruning import PromptPruning
 from aerogel.model.calls import Call
 from aerogel.runtime.kv_cache.offloading import Event, Offloading
@@ -172,7 +171,7 @@ def test_calls_are_halved_until_they_fit(folder: Path) -> None:
 def test_a_cache_in_host_memory_gives_the_bits_of_one_on_the_device(pruned: bool) -> None:
     """Copies run beside the computation; the cache ends in pinned memory, and the device never holds more than two layers of it."""
     network = load(deep().module, device=str(accelerator()))
-    offload, policy, events = KvOffload(), PromptPruning(keep=(0.5,), layers=(3,), min_length=64, block=8, sub_block=4), list[Event]()
+    policy, events = PromptPruning(keep=(0.5,), layers=(3,), min_length=64, block=8, sub_block=4), list[Event]()
     call = Call((), {key: value.to(accelerator()) for key, value in prompt(2).kwargs.items() if key != "use_cache"})
     options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
     with policy.on(network, policy.calibrate(network, [call])) if pruned else nullcontext():
@@ -185,6 +184,3 @@ def test_a_cache_in_host_memory_gives_the_bits_of_one_on_the_device(pruned: bool
     assert all(one.keys.is_pinned() and torch.equal(one.keys, other.keys.cpu()) for one, other in layers)
     assert all(torch.equal(one.values, other.values.cpu()) for one, other in layers)
     assert max(event.held for event in events) <= 2 * max(other.keys.nbytes + other.values.nbytes for _, other in layers)
-    with offload.on(network, offload.calibrate(network, [])):
-        again: Any = network.module.generate(**call.kwargs, **options)  # type: ignore[operator]
-    assert torch.equal(again.sequences, ours.sequences) or pruned

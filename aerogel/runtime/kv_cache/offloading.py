@@ -154,9 +154,12 @@ class Offloading:
         self._side = self._side or _Side(self._device)
         if layer.get_seq_length():
             host = self._host(cache, number, layer)
-            if (coming := self._coming.pop(number, None)) is None or coming.host is not host:
+            coming = self._coming.pop(number, None)
+            if coming is not None:
+                self._side.wait(coming.event)
+            if coming is None or coming.host is not host:
                 coming = self._fetch(number, host)
-            self._side.wait(coming.event)
+                self._side.wait(coming.event)
             self._active = coming.bytes
             layer.keys, layer.values = (x.permute(1, 2, 0, 3) for x in coming.data)
         if number + 1 < self._decoder.depth:
