@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,14 @@ from aerogel.evaluate.generation import Generation
 from aerogel.evaluate.image_similarity import ImageSimilarity
 from aerogel.evaluate.kl_divergence import KlDivergence
 from aerogel.evaluate.perplexity import Perplexity
+from aerogel.methods.prompt_tokens.prompt_pruning import PromptPruning
 from aerogel.model.calls import Call
+from aerogel.runtime.kv_cache.offloading import Event, Offloading
+from aerogel.runtime.tokens.decoder import decoder_of
 from tests.folders import model_folder, text_file
 from tests.image_pipelines import classes, classifier
 from tests.methods.matrix import METHODS, answers, case
+from tests.methods.prompt_tokens.prompts import deep, prompt
 from tests.tiny import FAMILIES, output
 
 pytestmark = [
@@ -160,3 +165,22 @@ def test_calls_are_halved_until_they_fit(folder: Path) -> None:
             aerogel.compress(network, recipe, samples=calls, measures=())
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_cache_in_host_memory_gives_the_bits_of_one_on_the_device(pruned: bool) -> None:
+    """Copies run beside the computation; the cache ends in pinned memory, and the device never holds more than two layers of it."""
+    network = load(deep().module, device=str(accelerator()))
+    policy, events = PromptPruning(keep=(0.5,), layers=(3,), min_length=64, block=8, sub_block=4), list[Event]()
+    call = Call((), {key: value.to(accelerator()) for key, value in prompt(2).kwargs.items() if key != "use_cache"})
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    with policy.on(network, policy.calibrate(network, [call])) if pruned else nullcontext():
+        resident: Any = network.module.generate(**call.kwargs, **options)  # type: ignore[operator]
+        for _ in range(5):
+            with Offloading(network, decoder_of(network), log=events.append).on():
+                ours: Any = network.module.generate(**call.kwargs, **options)  # type: ignore[operator]
+            assert torch.equal(ours.sequences, resident.sequences)
+    layers = list(zip(ours.past_key_values.layers, resident.past_key_values.layers, strict=True))
+    assert all(one.keys.is_pinned() and torch.equal(one.keys, other.keys.cpu()) for one, other in layers)
+    assert all(torch.equal(one.values, other.values.cpu()) for one, other in layers)
+    assert max(event.held for event in events) <= 2 * max(other.keys.nbytes + other.values.nbytes for _, other in layers)

@@ -29,7 +29,7 @@ Budget = Annotated[
         "--budget",
         metavar="BUDGET",
         help="cache: speed-up of denoising [1.5x]; skip: share of token-expert assignments to drop [0.67]; "
-        "tokens: speed-up of prefill, such as 2x, or share of tokens to compute, such as 25% [2x].",
+        "tokens: speed-up of reading prompts, such as 2x, or share of tokens to compute, such as 25% [2x].",
     ),
 ]
 Only = Annotated[
@@ -47,7 +47,7 @@ Prompts = Annotated[
         "--data",
         metavar="DATA",
         rich_help_panel=DATA,
-        help="As --data of compress. cache: prompts; skip: chats or text; tokens: chats.",
+        help="As --data of compress. cache: prompts; skip: chats or text; tokens: chats with images, or text for long prompts.",
     ),
 ]
 Count = Annotated[

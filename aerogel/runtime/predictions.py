@@ -48,7 +48,7 @@ class Predictions:
         self.tokens = sum(int(at_BS.sum()) for at_BS in self._predicted)
         if not self.tokens:
             raise AerogelError("these calls hold no answer to predict; give chats with answers, or longer text")
-        self._whole = [logits_at(network, call, at_BS) for call, at_BS in zip(self._calls, self._predicted, strict=True)]
+        self._whole = [self.logits(call, at_BS) for call, at_BS in zip(self._calls, self._predicted, strict=True)]
         shown = [vocabulary.kinds(call.kwargs) for call in self._calls]
         self.has_images = any(bool((kind_BS == VISION).any()) for kind_BS in shown)
         """True where a token is of an image."""
@@ -68,7 +68,11 @@ class Predictions:
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the predictions kept and those of the network as it is, call by call."""
         for call, at_BS, whole_NV in zip(self._calls, self._predicted, self._whole, strict=True):
-            yield whole_NV, logits_at(self.network, call, at_BS)
+            yield whole_NV, self.logits(call, at_BS)
+
+    def logits(self, call: Call, at_BS: Tensor) -> Tensor:
+        """Return the logits of some positions (N, V)."""
+        return logits_at(self.network, call, at_BS)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """Return what `make` gave when this key was first asked for: several rules calibrated on the same answers share it."""
@@ -76,6 +80,30 @@ class Predictions:
             self._memory[key] = make()
         found: Made = self._memory[key]
         return found
+
+
+class Continuations(Predictions):
+    """Predictions of what comes behind prompts of text: a prompt is read in a forward of its own, and the rest from the cache."""
+
+    def __init__(self, network: Network, calls: Sequence[Call], vocabulary: Vocabulary, prompt: int) -> None:
+        """Run the model; prompts are the first `prompt` tokens of each row, without padding."""
+        self._prompt = prompt
+        super().__init__(network, calls, vocabulary)
+
+    def judged(self, call: Call) -> Tensor:
+        """Return the positions whose next token is behind the prompt."""
+        at_BS = predicted(call, self.vocabulary)
+        at_BS[:, : self._prompt - 1] = False
+        return at_BS
+
+    def logits(self, call: Call, at_BS: Tensor) -> Tensor:
+        """Return the logits of some positions (N, V), the prompt's last one and those behind it."""
+        ids_BS = call.kwargs["input_ids"]
+        first = self.network.run(Call((), {"input_ids": ids_BS[:, : self._prompt], "use_cache": True, "logits_to_keep": 1}))
+        given = {"input_ids": ids_BS[:, self._prompt :], "use_cache": True, "past_key_values": first.past_key_values}
+        behind_BTV = torch.cat([first.logits[:, -1:], self.network.run(Call((), given)).logits], dim=1)
+        found_NV: Tensor = behind_BTV[at_BS[:, self._prompt - 1 :]].float()
+        return found_NV
 
 
 def logits_at(network: Network, call: Call, at_BS: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from aerogel.recipe import Recipe
 from aerogel.runtime.feature_cache.schedule import Schedule
 from tests.engine.test_expert_recipes import RECIPES
 from tests.engine.test_image_token_recipes import RECIPES as FEWER_TOKENS
+from tests.engine.test_prompt_recipes import RECIPES as LONG_PROMPTS
 from tests.engine.test_shipped_recipes import LANGUAGE
 from tests.methods.diffusion.test_fsc import calls
 from tests.runtime.feature_cache.test_replay import dit_pipeline
@@ -39,7 +40,7 @@ def quicker(name: str) -> list[str]:
 
 
 def test_every_recipe_is_tested() -> None:
-    assert set(catalog.names("recipes")) == CLOSE.keys() | set(LANGUAGE) | RECIPES.keys() | set(FEWER_TOKENS)
+    assert set(catalog.names("recipes")) == CLOSE.keys() | set(LANGUAGE) | RECIPES.keys() | set(FEWER_TOKENS) | set(LONG_PROMPTS)
 
 
 SLOW = ("tfm-w4a8-select", "tfmq-w8a8", "tfmq-w4a8")

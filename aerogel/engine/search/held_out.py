@@ -23,13 +23,15 @@ class HeldOut:
     calls: Sequence[Call]
     chats: Sequence[Chat] = ()
     """The same with what is replied, where it is chats."""
+    prompt: int | None = None
+    """Tokens of a sequence of text that are a prompt for the others; None: half of them, in one forward with the others."""
 
     def prompts(self, network: Network) -> dict[str, Any]:
-        """A batch of prompts: the first chats without their answers, or the first half of each sequence of text."""
+        """A batch of prompts: the first chats without their answers, or the beginning of each sequence of text."""
         ids_BS = self.calls[0].kwargs["input_ids"]
         if self.chats:
             return next(iter(chats.prompts(self.chats, network.processor, len(ids_BS), network.device)))
-        prompt_BS = ids_BS[:, : max(ids_BS.shape[1] // 2, 1)]
+        prompt_BS = ids_BS[:, : self.prompt or max(ids_BS.shape[1] // 2, 1)]
         return {"input_ids": prompt_BS, "attention_mask": torch.ones_like(prompt_BS)}
 
 

@@ -16,7 +16,7 @@ from aerogel.evaluate.generation import continued
 from aerogel.kernels.synchronized_clock import now
 from aerogel.model.network import Network
 from aerogel.runtime.expert_skipping.counting import counting
-from aerogel.runtime.predictions import Predictions
+from aerogel.runtime.predictions import Continuations, Predictions
 from aerogel.runtime.token_types import Vocabulary
 
 NEW_TOKENS = 16
@@ -38,7 +38,11 @@ class Judge:
 
     def __init__(self, network: Network, held_out: HeldOut, rounds: int, clock: Callable[[], float]) -> None:
         self.network, self._held_out, self._rounds, self._clock = network, held_out, rounds, clock
-        self._predictions = Predictions(network, held_out.calls, Vocabulary.of(network))
+        vocabulary = Vocabulary.of(network)
+        if held_out.prompt is None:
+            self._predictions = Predictions(network, held_out.calls, vocabulary)
+        else:
+            self._predictions = Continuations(network, held_out.calls, vocabulary, held_out.prompt)
         self._prompts = held_out.prompts(network)
         self._turn()  # kernels are chosen and memory grows in it
         self.turns = [self._turn() for _ in range(rounds)]

@@ -1,4 +1,7 @@
-"""The search for a rule that drops tokens: all rules at one speed of reading prompts, or one share of tokens, judged on chats."""
+"""The search for a rule that drops tokens: all rules at one speed of reading prompts, or one share of tokens.
+
+Rules for images are judged on chats, rules for long prompts on text: by what is predicted behind a prompt that was read with the rule.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,14 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
+import torch
+
+from aerogel.data import text
 from aerogel.data.chats import Chats
 from aerogel.engine import policies
 from aerogel.engine.calibration import CalibrationInput
@@ -35,6 +42,8 @@ SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.33, 0.25, 0.2, 0.15, 0.11, 0.08, 0.06,
 """Shares of tokens that rules are tried at, the weakest first."""
 _NEAR = 0.98
 """A speed is enough from this share of the budget on, since measured times tremble."""
+_BEHIND = 32
+"""Tokens behind each prompt of text whose predictions are compared."""
 _NO_SIZE = Before(CalibrationSize(0, 0, 0))
 
 
@@ -92,11 +101,9 @@ class TokenSearch:
         self.best: CalibratedPolicy | None = None
 
     def check(self, network: Network, samples: CalibrationInput | None) -> None:
-        """Raises AerogelError for a network without a decoder or with a rule on, and for anything but chats."""
+        """Raises AerogelError for a network without a decoder or with a rule on, and for anything but chats and text."""
         decoder_of(network)
         wanted = wanted_of(network, samples)
-        if not isinstance(wanted, Chats):
-            raise AerogelError("rules that drop tokens are compared on chats, whose answers show what dropping costs: give some by --data")
         on = [measured.step for measured in policies.load(network.origin) if isinstance(measured.step.method, DroppingPolicy)]
         if on:
             raise AerogelError(f"{network.origin} has {on[0].name} on already; give the model that it was made for")
@@ -104,8 +111,14 @@ class TokenSearch:
 
     def prepare(self, seed: int) -> dict[str, Any]:
         """Read twice as much as is asked for: one half is calibrated on, the other is for the judge."""
-        self._calls, self._held_out, facts = halves(self._network, self._wanted, seed)
-        self._seed = seed
+        self._seed, wanted = seed, self._wanted
+        if isinstance(wanted, Chats):
+            self._calls, self._held_out, facts = halves(self._network, wanted, seed)
+            return facts
+        # Prompts have the length that was asked for, since rules act from some length on; what is judged comes behind them.
+        calls, held_out, facts = halves(self._network, replace(wanted, length=wanted.length + _BEHIND), seed)
+        self._calls = text.calls(torch.cat([call.kwargs["input_ids"] for call in calls])[:, : wanted.length], wanted.batch)
+        self._held_out = replace(held_out, prompt=wanted.length)
         return facts
 
     def bring(self) -> None:
@@ -155,6 +168,8 @@ class TokenSearch:
         return best
 
     def _calibrated(self, name: str, cls: type[DroppingPolicy], options: Mapping[str, Any], share: float) -> CalibratedPolicy:
+        if cls.drops_text and self._held_out.chats:
+            raise AerogelError("it drops tokens of text, so it is compared on text that is read behind prompts: give text by --data")
         strength = cls.strength(share)
         if not strength:
             raise AerogelError("it names no budget that the search could set")

@@ -1,4 +1,4 @@
-"""Base of policies that evict tokens from the key-value cache, and what they cost.
+"""Bases of policies by which later tokens read less of what the key-value cache has seen, and what they cost.
 
 B rows, T tokens of a row, V vocabulary, H heads of keys, R tokens that ask, S positions.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -47,60 +47,70 @@ class EvictionState(PolicyState):
 
 
 @dataclass(frozen=True)
-class EvictionPolicy(RuntimePolicy[EvictionState]):
-    """Lets layers of a key-value cache hold fewer positions than they have seen."""
+class SelectivePolicy(RuntimePolicy[EvictionState]):
+    """Lets tokens behind a prompt attend to some of its positions only."""
 
     state: ClassVar[type[PolicyState]] = EvictionState
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "kv_cache", "decoder"})
 
     @abstractmethod
-    def eviction(self) -> Eviction:
-        """Return the rule."""
+    def acting(self, network: Network) -> AbstractContextManager[Any]:
+        """Let the rule act for a while."""
 
     @property
     @abstractmethod
     def held(self) -> int:
-        """Number of positions up to which nothing is evicted; 0 for a share."""
+        """Number of positions up to which all are read; 0 for a share."""
 
     def cost(self, size: CalibrationSize) -> CostEstimate:
-        """Once with the whole cache and once without what is evicted."""
+        """Once with the whole cache and once with what the rule leaves of it."""
         return CostEstimate(model_tokens=2.0 * size.tokens)
 
     def unsuitable(self, network: Network, calls: Sequence[Call]) -> Iterator[str]:
-        """Look for a row of which something is evicted before its second half is read."""
+        """Look for a row of whose first half the second does not read everything."""
         longest = max((call.kwargs["input_ids"].shape[1] for call in calls if "input_ids" in call.kwargs), default=0)
         if longest // 2 <= self.held:
             yield (
-                f"the longest row of the calibration data has {longest} tokens, and nothing of its first half is evicted; give longer ones "
+                f"the longest row of the calibration data has {longest} tokens, and all of its first half is read; give longer ones "
                 f"(--length {4 * self.held}), or keep fewer"
             )
 
     @torch.no_grad()
     def calibrate(self, network: Network, calls: Sequence[Call]) -> EvictionState:
-        """Measure what evicting costs where the second half of a row reads the first from the cache."""
+        """Measure what the rule costs where the second half of a row reads the first from the cache."""
         decoder, vocabulary = decoder_of(network), Vocabulary.of(network)
         total, tokens = 0.0, 0
         for call in filter(_is_text, calls):
             at_BT = predicted(call, vocabulary)
             at_BT[:, : (at_BT.shape[1] + 1) // 2] = False
             whole_NV = _second_half(network, call)[at_BT].float()
-            with self._evicting(network):
+            with self.acting(network):
                 total += divergence(whole_NV, _second_half(network, call)[at_BT].float())
             tokens += len(whole_NV)
         return EvictionState(blocks=decoder.depth, kl=total / tokens if tokens else None, tokens=tokens)
 
     @contextmanager
     def on(self, network: Network, state: EvictionState) -> Iterator[None]:
-        """Evict by the rule; raises AerogelError when the state is of a decoder with another number of blocks."""
+        """Let the rule act; raises AerogelError when the state is of a decoder with another number of blocks."""
         if (depth := decoder_of(network).depth) != state.blocks:
             raise AerogelError(
                 f"{name_of(self)} was calibrated for a decoder of {state.blocks} blocks, and this model's has {depth}: "
                 "calibrate the policy again"
             )
-        with self._evicting(network):
+        with self.acting(network):
             yield
 
-    def _evicting(self, network: Network) -> Any:
+
+@dataclass(frozen=True)
+class EvictionPolicy(SelectivePolicy):
+    """Lets layers of a key-value cache hold fewer positions than they have seen."""
+
+    @abstractmethod
+    def eviction(self) -> Eviction:
+        """Return the rule."""
+
+    def acting(self, network: Network) -> AbstractContextManager[Any]:
+        """Evict by the rule for a while."""
         return Shortening(network, decoder_of(network), {}, evict=self.eviction()).on()
 
 

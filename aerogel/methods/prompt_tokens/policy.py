@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,10 @@ from aerogel.numerics.token_selection import best
 from aerogel.options import Count, CountOrZero, Share
 from aerogel.runtime.predictions import Predictions, predicted
 from aerogel.runtime.token_types import PADDING, Vocabulary
+from aerogel.runtime.tokens.eviction import Eviction, FinalPositions
 from aerogel.runtime.tokens.stage import Positions, Rule, Selection, Stage
+
+KVPolicy = Literal["per_group", "final"]
 
 
 class _OfEnd(Predictions):
@@ -89,6 +92,8 @@ class BlockPolicy(PromptPolicy):
     """First tokens of a prompt, which always stay."""
     local: Count = 64
     """Last tokens of a prompt, which always stay."""
+    kv_policy: KVPolicy = "per_group"
+    """Tokens of a prompt in the cache of each decoder block: those that it computed, or (`final`) those of the last block alone."""
 
     @abstractmethod
     def scores(self, stage: Stage, place_BK: Tensor, blocks: int) -> Tensor:
@@ -109,6 +114,10 @@ class BlockPolicy(PromptPolicy):
         """Return a rule for each stage; where several stages fall on one block of a short decoder, the last counts."""
         blocks = self.layers or blocks_at(self.at, depth)
         return {block: partial(self.choose, budget) for block, budget in zip(blocks, self.keep, strict=False)}
+
+    def eviction(self) -> Eviction | None:
+        """Return what cuts the cache of earlier decoder blocks."""
+        return FinalPositions() if self.kv_policy == "final" else None
 
     def choose(self, budget: float, stage: Stage) -> Selection | None:
         """Keep the blocks with the highest scores, as many as fit into the budget beside the tokens that stay anyway."""

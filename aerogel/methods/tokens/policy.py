@@ -153,7 +153,8 @@ class DroppingPolicy(RuntimePolicy[TokenState]):
         """A rule that is asked only where it may drop something."""
 
         def asked(stage: Stage) -> Selection | None:
-            return rule(stage) if bool((self.droppable(stage.kind_BK) & stage.real_BK).any()) else None
+            may_go_BK = stage.kept.rows(self.droppable(stage.kind_BN))  # by the whole rows: what is left of one may be short
+            return rule(stage) if bool((may_go_BK & stage.real_BK).any()) else None
 
         return asked
 

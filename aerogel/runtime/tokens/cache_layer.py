@@ -83,7 +83,7 @@ class ShortenedLayer:
         self._take(change)
         for name in ("keys", "values"):
             whole_BHSD = getattr(self, name)
-            at_BHSD = at_BHS[..., None].expand(-1, whole_BHSD.shape[1], -1, whole_BHSD.shape[3])
+            at_BHSD = at_BHS.to(whole_BHSD.device)[..., None].expand(-1, whole_BHSD.shape[1], -1, whole_BHSD.shape[3])
             setattr(self, name, whole_BHSD.gather(2, at_BHSD))
 
     def reset(self) -> None:

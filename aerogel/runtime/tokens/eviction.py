@@ -37,6 +37,9 @@ class Eviction:
     def read(self, layer: Any, seen: QueryKey) -> None:
         """Act on a layer that a prompt has just filled, while the prompt attends to itself."""
 
+    def finish(self, layer: Any, left: Kept, positions: int) -> None:
+        """Act on a layer when all blocks have computed; `left` are those of the forward's positions that the last block did."""
+
 
 class SlidingWindow(Eviction):
     """Every token attends to the first tokens of its row and to the latest ones up to itself, so many in all."""
@@ -101,6 +104,24 @@ class PromptEviction(Eviction):
         flat_RS = score_BHS.flatten(0, 1)
         keep_RS = best(flat_RS, torch.ones_like(flat_RS, dtype=torch.bool), torch.full_like(flat_RS[:, 0], count, dtype=torch.int64))
         layer.hold(Kept.of(keep_RS).at_BK.unflatten(0, (-1, heads)), seen.query_BHLD.shape[1] // heads)
+
+
+class FinalPositions(Eviction):
+    """Every layer forgets the positions of a prompt that were dropped before the last block."""
+
+    def finish(self, layer: Any, left: Kept, positions: int) -> None:
+        """Forget them."""
+        count_BN = torch.zeros(len(left.at_BK), positions, dtype=torch.int64, device=left.at_BK.device)
+        real_BK = torch.ones_like(left.at_BK, dtype=torch.bool) if left.real_BK is None else left.real_BK
+        stays_BN = count_BN.scatter_add(1, left.at_BK, real_BK.long()) > 0
+        number_BS = layer.place_BS - (layer.seen - positions)
+        keep_BS = (number_BS < 0) | stays_BN.gather(1, number_BS.clamp(min=0))
+        keep_BS = keep_BS if layer.real_BS is None else keep_BS & layer.real_BS
+        if bool(keep_BS.all()):
+            return
+        kept = Kept.of(keep_BS)
+        layer.hold(kept.at_BK[:, None])
+        layer.real_BS = kept.real_BK  # what repeated a position before is not among those that stay
 
 
 def first_positions(mask: Tensor | None, rows: int, device: torch.device) -> Tensor:

@@ -274,6 +274,8 @@ class Shortening:
             self.evict.after(forward.layers[number], forward.first_B)
         if number == self.decoder.depth - 1 and forward.kind_BN.shape[1] > 1:
             self.left, self.kind_BN = forward.kept, forward.kind_BN
+            for layer in forward.layers.values() if self.evict is not None and forward.kept is not None else ():
+                self.evict.finish(layer, forward.kept, forward.kind_BN.shape[1])  # type: ignore[union-attr,arg-type]
         hidden_BKC = output[0] if isinstance(output, tuple) else output
         changed_BKC = deepstack.add(number, hidden_BKC, forward.kept)
         if number == self.decoder.depth - 1 and forward.kept is not None:
@@ -299,6 +301,11 @@ def drops_text(network: Network) -> bool:
 def evicts(network: Network) -> bool:
     """Return True while a policy is on that evicts positions from the cache."""
     return any(one.evict is not None for one in _on(network))
+
+
+def trims(network: Network) -> bool:
+    """Return True while a policy is on that evicts positions in every forward, not behind a prompt alone."""
+    return any(one.evict is not None and not one.evict.prompts_only for one in _on(network))
 
 
 def _on(network: Network) -> list[Shortening]:

@@ -18,9 +18,14 @@ from aerogel.engine.search.searching import search
 from aerogel.engine.search.tokens import Target, TokenSearch
 from aerogel.errors import AerogelError
 from aerogel.evaluate.exact_match import ExactMatch
+from aerogel.methods.prompt_tokens.prompt_pruning import PromptPruning
+from aerogel.methods.prompt_tokens.random_blocks import RandomBlocks
 from aerogel.model.network import Network
 from aerogel.runtime.tokens.decoder import decoder_of
+from tests.folders import text_file
+from tests.methods.prompt_tokens.prompts import deep
 from tests.questions import untrained, written
+from tests.words import tokenizer
 
 COUNT = 4
 RULES = ("divprune", "pyramid_drop", "visionzip")
@@ -92,10 +97,44 @@ def test_budgets_that_are_none(budget: str) -> None:
         Target.of(budget)
 
 
+def test_rules_for_long_prompts_are_judged_on_what_is_read_behind_them(tmp_path: Path) -> None:
+    """The clock of a prompt's forward is the time to its first token; tokens that come later are few."""
+    network = deep()
+    network.processor = tokenizer()
+    book, folder = text_file(tmp_path / "book.txt", 3000), tmp_path / "out"
+    small = [
+        f"{rule}.{option}" for rule in ("prompt_pruning", "random_blocks") for option in ("min_length=96", "block=4", "local=8", "at=[0.3]")
+    ]
+    rules = ("prompt_pruning", "random_blocks", "fastkv", "divprune")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging_answers, "NEW_TOKENS", 2)
+        patch.setattr(PromptPruning, "strength", classmethod(lambda cls, share: {"keep": (share,)}))
+        patch.setattr(RandomBlocks, "strength", classmethod(lambda cls, share: {"keep": (share,)}))
+        found = search(
+            network, "tokens", "1.5x", samples=Samples(book, 2, 96), only=rules, output=folder, rounds=1, clock=Positions(network),
+            overrides=[*small, "prompt_pruning.sub_block=2", "prompt_pruning.q_window=4"],
+        )  # fmt: skip
+    facts = found.facts
+    assert facts["prompt"] == 96
+    assert facts["answer_tokens"] == 2 * 32
+    assert {row["policy"] for row in facts["rows"]} == {"prompt_pruning", "random_blocks"}
+    assert all(row["kl"] > 0 and row["right"] is None and 1.47 <= row["prefill_speedup"] < 2 for row in facts["rows"])
+    reasons = {one["policy"]: one["reason"] for one in facts["left_out"]}
+    assert reasons["fastkv"].startswith("the longest row of the calibration data has 96 tokens, and prompts are pruned from 4096 on")
+    assert "divprune" in reasons
+    assert "random_blocks" in (folder / "report.html").read_text("utf-8")
+    with aerogel.cached(network, folder):
+        pass
+
+
+def test_rules_for_long_prompts_are_not_judged_on_chats(source: Path) -> None:
+    found = search(model(), "tokens", samples=Chats(source, 2), only=["recent_blocks"], rounds=1)
+    (left_out,) = found.facts["left_out"]
+    assert left_out["reason"] == "it drops tokens of text, so it is compared on text that is read behind prompts: give text by --data"
+
+
 def test_what_cannot_be_searched(source: Path) -> None:
     with pytest.raises(AerogelError, match="drops no tokens"):
         TokenSearch(None, ["gptq"], (), 1, lambda _: None, lambda: 0.0)
-    with pytest.raises(AerogelError, match="compared on chats"):
-        search(model(), "tokens", samples=Samples(source, 4, 16))
     clash = search(model(), "tokens", samples=Chats(source, 2), only=["divprune"], overrides=["divprune.keep=0.5"], rounds=1)
     assert clash.facts["left_out"] == [{"policy": "divprune", "reason": "divprune.keep is what the budget says here; leave it out"}]

@@ -16,7 +16,7 @@ from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from tests.methods.prompt_tokens.prompts import DEPTH, LENGTH, Recorder, deep, prompt
 
-MATRIX = {"options": {"min_length": 1, "keep": 0.8, "kernel": 3, "local": 2}}
+MATRIX = {"options": {"min_length": 1, "keep": 0.9, "kernel": 3, "local": 2}}
 POLICY = Gemfilter(keep=30, at=0.34, local=2, min_length=64)
 NEW = 5
 

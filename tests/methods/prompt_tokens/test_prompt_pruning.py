@@ -211,6 +211,15 @@ def test_calibration_judges_the_last_tokens() -> None:
     assert state.blocks == DEPTH
 
 
+def test_later_stages_act_on_what_is_shorter_than_the_least_length() -> None:
+    """The prompt is long enough, whatever earlier stages have left of it."""
+    network = deep()
+    policy = PromptPruning(keep=(0.6, 0.4, 0.3), layers=STAGES, **SMALL)
+    with policy.acting(network, policy.fitted(network, [])) as shortening:
+        network.run(prompt())
+    assert shortening.lengths == (96, 96, 56, 32, 24, 24)
+
+
 def test_short_calibration_data_is_refused() -> None:
     network = opened("llama")
     (why,) = PromptPruning().unsuitable(network, FAMILIES["llama"].calls(1))

@@ -52,11 +52,10 @@ class _Lowest(PromptPruning):
 @pytest.mark.quality
 @pytest.mark.slow
 def test_attention_loses_less_than_chance_and_chance_less_than_the_lowest_scores() -> None:
-    """KL divergence of the last tokens of book text, at two depths."""
+    """KL divergence of the last tokens of book text where half of it goes before the seventh of thirty blocks."""
     network = open_model("smollm2-135m", lazy=False, dtype=torch.float32)
-    calls = text.calls(text.samples(tokenizer_of(network), "moby-dick", 12, 512, seed=4), batch=1)
-    for depth in (6, 15):
-        options = {"keep": (0.5,), "layers": (depth,), "min_length": 256, "block": 16, "sink": 4, "local": 32}
-        attention, lowest = (cls(sub_block=16, **options) for cls in (PromptPruning, _Lowest))
-        kl = [policy.calibrate(network, calls).kl for policy in (attention, RandomBlocks(**options), lowest)]
-        assert kl[0] < kl[1] < kl[2], (depth, kl)
+    calls = text.calls(text.samples(tokenizer_of(network), "moby-dick", 6, 256, seed=4), batch=1)
+    options = {"keep": (0.5,), "layers": (6,), "min_length": 128, "block": 16, "sink": 4, "local": 32}
+    attention, lowest = (cls(sub_block=16, **options) for cls in (PromptPruning, _Lowest))
+    kl = [policy.calibrate(network, calls).kl for policy in (attention, RandomBlocks(**options), lowest)]
+    assert kl[0] < kl[1] < kl[2], kl
