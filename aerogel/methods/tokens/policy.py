@@ -42,7 +42,7 @@ class TokenState(PolicyState):
     blocks: int
     """Decoder blocks."""
     kept: float = math.nan
-    """Share of the tokens that may be dropped that is computed, on average over the blocks."""
+    """Share of the tokens that may be dropped, separators of an image among them, that is computed, on average over the blocks."""
     kl: float = math.nan
     """KL divergence from the model with all tokens, in nats an answer token."""
     answer_tokens: int = 0
