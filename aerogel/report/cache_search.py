@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from aerogel.io.record.measures import Png
 from aerogel.io.record.schema import ModelRecord, Provenance
 from aerogel.report import phrases
 from aerogel.report.courses import Course, courses
 from aerogel.report.page import NARROW, WIDE, Figure
+from aerogel.report.policy_search import LeftOut, Part
 from aerogel.report.reuse import work_map
 from aerogel.report.tradeoff import Axis, Point, tradeoff
 
@@ -32,18 +33,14 @@ GLOSSARY = (
 )
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class Try(_Part):
+class Try(Part):
     """A setting that was timed."""
 
     value: float
     speedup: float
 
 
-class Row(_Part):
+class Row(Part):
     """A policy that is fast enough, or the pipeline with fewer steps."""
 
     policy: str
@@ -54,11 +51,11 @@ class Row(_Part):
     error: float
     seconds: float | None = None
     """To make it."""
-    step_errors: list[float] = []
-    ran: list[list[float]] = []
+    step_errors: list[float] = Field(default_factory=list)
+    ran: list[list[float]] = Field(default_factory=list)
     """The share of each module's work that was computed at each step."""
-    images: list[Png] = []
-    tries: list[Try] = []
+    images: list[Png] = Field(default_factory=list)
+    tries: list[Try] = Field(default_factory=list)
 
     @property
     def cached(self) -> float | None:
@@ -67,14 +64,7 @@ class Row(_Part):
         return 1 - sum(cells) / len(cells) if cells else None
 
 
-class LeftOut(_Part):
-    """A policy that is not fast enough, or refuses the network."""
-
-    policy: str
-    reason: str
-
-
-class Search(_Part):
+class Search(Part):
     """One search for a cache: the content of search.json."""
 
     model: ModelRecord
@@ -93,11 +83,11 @@ class Search(_Part):
     """Best first."""
     fewer: Row | None = None
     without_fewer: str = ""
-    left_out: list[LeftOut] = []
-    images: list[Png] = []
-    subjects: list[str] = []
+    left_out: list[LeftOut] = Field(default_factory=list)
+    images: list[Png] = Field(default_factory=list)
+    subjects: list[str] = Field(default_factory=list)
     provenance: Provenance = Provenance()
-    timings: dict[str, float] = {}
+    timings: dict[str, float] = Field(default_factory=dict)
 
     @property
     def best(self) -> Row | None:

@@ -8,13 +8,12 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
-from pydantic import BaseModel, ConfigDict
 
 from aerogel.io.record.measures import SkippedExperts
-from aerogel.io.record.schema import ModelRecord, Provenance
-from aerogel.report import phrases
+from aerogel.report import phrases, policy_search
 from aerogel.report.courses import Course, courses
 from aerogel.report.page import NARROW, PANEL, WIDE, Figure
+from aerogel.report.policy_search import Judged, JudgedRow, JudgedSearch, Part, answers_match, counted, speed_conditions, speeds
 from aerogel.report.skips import skip_map
 
 TEMPLATE = "skip_search.html"
@@ -23,13 +22,7 @@ GLOSSARY = (
         "Token-expert assignment",
         "A token and one of the experts that the router sends it to. A dropped assignment is not computed; the expert's weights stay.",
     ),
-    ("KL", "Divergence of the next-token probabilities from those of the original model on the tokens of the answers, in nats per token."),
-    ("Same token", "Share of those tokens for which both have the same most likely token."),
-    ("Exact match", "Share of chats whose answer is the expected one."),
-    (
-        "Prefill, decode",
-        "Processing the prompt, all tokens at once; generating the answer, one token after another. Times faster with the policy.",
-    ),
+    *policy_search.GLOSSARY,
     (
         "Less",
         "The policy drops less than the target: it keeps the top expert of each token, or has few settings.",
@@ -37,37 +30,18 @@ GLOSSARY = (
 )
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class Row(_Part):
+class Row(JudgedRow):
     """A policy at a target ratio."""
 
-    policy: str
     asked: float
     met: bool
     """True where it drops the target ratio."""
     ratio: float
     """Share of assignments that it drops of held-out chats, answers included, in one forward."""
-    kl: float
-    top1: float
-    right: float | None = None
-    prefill_speedup: float
-    decode_speedup: float
-    seconds: float | None = None
-    """Of its calibration."""
     skipped: SkippedExperts
 
 
-class LeftOut(_Part):
-    """A policy that misses the budget, or refuses the network."""
-
-    policy: str
-    reason: str
-
-
-class MoeShape(_Part):
+class MoeShape(Part):
     """The shape of the MoE layers."""
 
     layers: int
@@ -75,28 +49,14 @@ class MoeShape(_Part):
     top_k: int
 
 
-class Search(_Part):
+class Search(JudgedSearch):
     """One search for an expert-skipping policy: the content of search.json."""
 
-    model: ModelRecord
     budget: float
     moe: MoeShape
-    count: int
     chats: bool
-    answer_tokens: int
-    right: float | None = None
-    """Of the original model."""
-    batch: int
-    prompt: int
-    new_tokens: int
-    rounds: int
-    prefill_seconds: float
-    decode_seconds: float
     rows: list[Row]
     """By policy, then by share."""
-    left_out: list[LeftOut] = []
-    provenance: Provenance = Provenance()
-    timings: dict[str, float] = {}
 
     @property
     def best(self) -> Row | None:
@@ -111,20 +71,16 @@ class Line(NamedTuple):
     policy: str
     asked: str
     skipped: str
-    kl: str
-    top1: str
-    right: str
-    prefill: str
-    decode: str
-    seconds: str
+    judged: Judged
     best: bool
     chats: bool
 
     @property
     def cells(self) -> tuple[str, ...]:
         """Under the columns of the terminal's table."""
-        kept = self.right if self.chats else self.top1
-        return self.policy, self.asked, self.skipped, self.kl, kept, self.prefill, self.decode
+        judged = self.judged
+        kept = judged.right if self.chats else judged.top1
+        return self.policy, self.asked, self.skipped, judged.kl, kept, judged.prefill, judged.decode
 
 
 def columns(found: Search) -> tuple[str, ...]:
@@ -139,12 +95,7 @@ def lines(found: Search) -> Iterator[Line]:
             row.policy,
             f"{phrases.percent(row.asked, 2)}{'' if row.met else ', less'}",
             phrases.percent(row.ratio),
-            phrases.digits(row.kl),
-            phrases.percent(row.top1),
-            phrases.percent(row.right),
-            f"{row.prefill_speedup:.2f}",
-            f"{row.decode_speedup:.2f}",
-            phrases.NONE if row.seconds is None else phrases.seconds(row.seconds),
+            Judged.of(row),
             row is found.best,
             found.chats,
         )
@@ -164,14 +115,13 @@ def lead(found: Search) -> str:
     best = found.best
     met = {row.policy for row in found.rows if row.asked == found.budget and row.met}
     policies = {row.policy for row in found.rows} | {one.policy for one in found.left_out}
-    said = f"{len(met)} of {len(policies)} {'policy' if len(policies) == 1 else 'policies'} can drop as much."
+    said = f"{counted(len(met), len(policies))} drop as much."
     if best is None:
         return said
     kept = f"The most likely token is the same for {phrases.percent(best.top1)} of the tokens"
     if best.right is not None:
-        kept += f", and {phrases.percent(best.right)} of the answers match exactly; of the original, {phrases.percent(found.right)}"
-    read, written = best.prefill_speedup, best.decode_speedup
-    return f"{said} {kept}. Prefill is {read:.2f} times faster, decoding {written:.2f} times."
+        kept += f", and {answers_match(found, best)}"
+    return f"{said} {kept}. {speeds(best)}"
 
 
 def context(found: Search) -> dict[str, Any]:
@@ -214,12 +164,7 @@ def curves_chart(found: Search, title: str, value: Callable[[Row], float | None]
 def _conditions(found: Search) -> str:
     judged = f"{found.count:,} {'chats' if found.chats else 'sequences'} held out of calibration, {found.answer_tokens:,} tokens"
     moe = found.moe
-    turns = f"{found.rounds} rounds with and without each policy, alternating"
-    whole = f"{phrases.seconds(found.prefill_seconds)} per prompt without and {phrases.digits(1000 * found.decode_seconds)} ms per token"
-    return (
-        f"{moe.layers} layers of {moe.experts} experts, {moe.top_k} per token. Measured on {judged}. "
-        f"Speed at batch {found.batch} with prompts of {found.prompt:,} tokens and {found.new_tokens} generated tokens, {turns}; {whole}."
-    )
+    return f"{moe.layers} layers of {moe.experts} experts, {moe.top_k} per token. Measured on {judged}. {speed_conditions(found)}"
 
 
 def _nats(kl: float) -> str:

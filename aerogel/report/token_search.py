@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
-from aerogel.io.record.schema import ModelRecord, Provenance
-from aerogel.report import phrases
+from aerogel.report import phrases, policy_search
 from aerogel.report.page import NARROW, WIDE, Figure
+from aerogel.report.policy_search import Judged, JudgedRow, JudgedSearch, Part, answers_match, counted, speed_conditions, speeds
 from aerogel.report.svg import element, image
 from aerogel.report.tradeoff import Axis, Point, tradeoff
 
@@ -22,42 +22,17 @@ SIDE = 200.0
 TEMPLATE = "token_search.html"
 GLOSSARY = (
     ("Computed", "Share of the tokens that a policy may drop which is computed, on average over the decoder's blocks."),
-    ("KL", "Divergence of the next-token probabilities from those of the original model on the tokens of the answers, in nats per token."),
-    ("Same token", "Share of those tokens for which both have the same most likely token."),
-    ("Exact match", "Share of chats whose answer is the expected one."),
-    (
-        "Prefill, decode",
-        "Processing the prompt, all tokens at once; generating the answer, one token after another. Times faster with the policy.",
-    ),
+    *policy_search.GLOSSARY,
 )
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class Row(_Part):
+class Row(JudgedRow):
     """A policy at the weakest strength that meets the budget."""
 
-    policy: str
     kept: float
-    kl: float
-    top1: float
-    right: float | None = None
-    prefill_speedup: float
-    decode_speedup: float
-    seconds: float | None = None
-    """Of its calibration."""
 
 
-class LeftOut(_Part):
-    """A policy that misses the budget, or refuses the network."""
-
-    policy: str
-    reason: str
-
-
-class Picture(_Part):
+class Picture(Part):
     """An image, and the tokens of it that the best policy leaves to the decoder's last block."""
 
     question: str
@@ -69,26 +44,12 @@ class Picture(_Part):
     """Numbers of its tokens, row by row."""
 
 
-class Search(_Part):
+class Search(JudgedSearch):
     """One search for a policy that drops tokens: the content of search.json."""
 
-    model: ModelRecord
     budget: str
-    count: int
-    answer_tokens: int
-    right: float | None = None
-    """Of the original model."""
-    batch: int
-    prompt: int
-    new_tokens: int
-    rounds: int
-    prefill_seconds: float
-    decode_seconds: float
     rows: list[Row]
-    left_out: list[LeftOut] = []
-    pictures: list[Picture] = []
-    provenance: Provenance = Provenance()
-    timings: dict[str, float] = {}
+    pictures: list[Picture] = Field(default_factory=list)
 
     @property
     def best(self) -> Row | None:
@@ -101,18 +62,14 @@ class Line(NamedTuple):
 
     policy: str
     computed: str
-    kl: str
-    top1: str
-    right: str
-    prefill: str
-    decode: str
-    seconds: str
+    judged: Judged
     best: bool
 
     @property
     def cells(self) -> tuple[str, ...]:
         """Under the columns of the terminal's table."""
-        return self.policy, self.computed, self.kl, self.right, self.prefill, self.decode
+        judged = self.judged
+        return self.policy, self.computed, judged.kl, judged.right, judged.prefill, judged.decode
 
 
 def columns(found: Search) -> tuple[str, ...]:
@@ -123,17 +80,7 @@ def columns(found: Search) -> tuple[str, ...]:
 def lines(found: Search) -> Iterator[Line]:
     """Every row in words, the best first."""
     for row in sorted(found.rows, key=lambda row: (not math.isfinite(row.kl), row.kl)):
-        yield Line(
-            row.policy,
-            phrases.percent(row.kept),
-            phrases.digits(row.kl),
-            phrases.percent(row.top1),
-            phrases.percent(row.right),
-            f"{row.prefill_speedup:.2f}",
-            f"{row.decode_speedup:.2f}",
-            phrases.NONE if row.seconds is None else phrases.seconds(row.seconds),
-            row is found.best,
-        )
+        yield Line(row.policy, phrases.percent(row.kept), Judged.of(row), row is found.best)
 
 
 def headline(found: Search) -> str:
@@ -146,12 +93,8 @@ def headline(found: Search) -> str:
 
 def lead(found: Search) -> str:
     """Say what stands beside the headline."""
-    best, policies = found.best, len(found.rows) + len(found.left_out)
-    said = f"{len(found.rows)} of {policies} {'policy' if policies == 1 else 'policies'} can."
-    if best is None:
-        return said
-    kept = f"{phrases.percent(best.right)} of the answers match exactly; of the original, {phrases.percent(found.right)}"
-    return f"{said} {kept}. Prefill is {best.prefill_speedup:.2f} times faster, decoding {best.decode_speedup:.2f} times."
+    best, said = found.best, f"{counted(len(found.rows), len(found.rows) + len(found.left_out))}."
+    return said if best is None else f"{said} {answers_match(found, best)}. {speeds(best)}"
 
 
 def context(found: Search) -> dict[str, Any]:
@@ -200,9 +143,6 @@ def _wanted(found: Search) -> str:
 
 
 def _conditions(found: Search) -> str:
-    turns = f"{found.rounds} rounds with and without each policy, alternating"
-    whole = f"{phrases.seconds(found.prefill_seconds)} per prompt without and {phrases.digits(1000 * found.decode_seconds)} ms per token"
     return (
-        f"Measured on {found.count:,} chats held out of calibration, {found.answer_tokens:,} tokens of answers. "
-        f"Speed at batch {found.batch} with prompts of {found.prompt:,} tokens and {found.new_tokens} generated tokens, {turns}; {whole}."
+        f"Measured on {found.count:,} chats held out of calibration, {found.answer_tokens:,} tokens of answers. {speed_conditions(found)}"
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from aerogel.methods.tokens.policy import Budget, TokenPolicy, counts
+from aerogel.methods.tokens.policy import Budget, TokenPolicy, within_budget
 from aerogel.options import Count, CountOrZero
 from aerogel.runtime.tokens.stage import Rule, Selection, Stage
 
@@ -46,8 +46,7 @@ class Dart(TokenPolicy):
 
     def choose(self, stage: Stage) -> Selection | None:
         """Choose row by row."""
-        count_B = counts(self.keep, stage.vision_total_B)
-        if bool((count_B >= stage.vision_BK.sum(1)).all()):
+        if (count_B := within_budget(stage, self.keep)) is None:
             return None
         key_BHKD = stage.watched[self.layer - 1].key_BHSD[:, :, -stage.kind_BK.shape[1] :]
         size_BK = key_BHKD.float().abs().sum((1, 3))

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
-from aerogel.methods.tokens.policy import Budget, TokenPolicy, counts
+from aerogel.methods.tokens.policy import Budget, TokenPolicy, within_budget
 from aerogel.numerics.token_selection import farthest_first
 from aerogel.runtime.tokens.stage import Rule, Selection, Stage
 
@@ -25,12 +23,11 @@ class Divprune(TokenPolicy):
 
     def choose(self, stage: Stage) -> Selection | None:
         """Choose row by row."""
-        count_B = counts(self.keep, stage.vision_total_B)
-        if bool((count_B >= stage.vision_BK.sum(1)).all()):
+        if (count_B := within_budget(stage, self.keep)) is None:
             return None
         keep_BK = ~stage.vision_BK
         for row, count in enumerate(count_B.tolist()):
             place_V = stage.vision_BK[row].nonzero()[:, 0]
             if count and len(place_V):
                 keep_BK[row, place_V[farthest_first(stage.hidden_BKC[row, place_V], count)]] = True
-        return Selection(torch.as_tensor(keep_BK))
+        return Selection(keep_BK)

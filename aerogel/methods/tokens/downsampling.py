@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aerogel.methods.tokens.policy import Budget, TokenPolicy, counts
+from aerogel.methods.tokens.policy import Budget, TokenPolicy, within_budget
 from aerogel.runtime.tokens.grids import grids_of
 from aerogel.runtime.tokens.stage import Rule, Selection, Stage
 
@@ -29,8 +29,7 @@ class Downsampling(TokenPolicy):
 
     def choose(self, stage: Stage) -> Selection | None:
         """Average image by image."""
-        count_B = counts(self.keep, stage.vision_total_B)
-        if bool((count_B >= stage.vision_BK.sum(1)).all()):
+        if (count_B := within_budget(stage, self.keep)) is None:
             return None
         keep_BK, hidden_BKC = ~stage.vision_BK, stage.hidden_BKC.clone()
         separator_BK, video_BK = stage.kept.rows(stage.separator_BN), stage.kept.rows(stage.video_BN)

@@ -42,7 +42,7 @@ class TokenState(PolicyState):
     blocks: int
     """Decoder blocks."""
     kept: float = math.nan
-    """Share of the tokens that may be dropped that is computed, on average over the blocks."""
+    """Share of the tokens that may be dropped, separators of an image among them, that is computed, on average over the blocks."""
     kl: float = math.nan
     """KL divergence from the model with all tokens, in nats an answer token."""
     answer_tokens: int = 0
@@ -194,12 +194,16 @@ def counts(budget: float, whole_B: Tensor) -> Tensor:
     return (whole_B.double() * budget).round().long()
 
 
+def within_budget(stage: Stage, budget: float) -> Tensor | None:
+    """Return how many image tokens of each row a budget keeps; None where every row keeps all that it has left."""
+    count_B = counts(budget, stage.vision_total_B)
+    return None if bool((count_B >= stage.vision_BK.sum(1)).all()) else count_B
+
+
 def keeping_best(stage: Stage, score_BK: Tensor, budget: float) -> Selection | None:
     """Keep the image tokens of each row with the highest scores, so many or such a share of all that the row has, and all other tokens."""
-    count_B = counts(budget, stage.vision_total_B)
-    if bool((count_B >= stage.vision_BK.sum(1)).all()):
-        return None
-    return Selection(best(score_BK, stage.vision_BK, count_B) | ~stage.vision_BK)
+    count_B = within_budget(stage, budget)
+    return None if count_B is None else Selection(best(score_BK, stage.vision_BK, count_B) | ~stage.vision_BK)
 
 
 def last_token(positions: Positions) -> Tensor:

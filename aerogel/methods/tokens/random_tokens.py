@@ -14,7 +14,7 @@ from aerogel.runtime.tokens.stage import Rule, Selection, Stage
 
 @dataclass(frozen=True)
 class RandomTokens(TokenPolicy):
-    """Keeps image tokens at random, the same places for prompts of the same length."""
+    """Keeps image tokens at random; where prompts have as many, the same ones, alone and in a batch."""
 
     keep: Budget = 0.5
     """Image tokens of a row that stay: a number, or a share."""
@@ -28,7 +28,7 @@ class RandomTokens(TokenPolicy):
         return {self.layer: self.choose}
 
     def choose(self, stage: Stage) -> Selection | None:
-        """Draw."""
+        """Draw once, for the image tokens of every row by their number."""
         random = torch.Generator().manual_seed(self.seed)
-        score_BK = torch.rand(stage.kind_BK.shape, generator=random).to(stage.kind_BK.device)
-        return keeping_best(stage, score_BK, self.keep)
+        score_V = torch.rand(int(stage.vision_BK.sum(1).max()), generator=random).to(stage.kind_BK.device)
+        return keeping_best(stage, score_V[(stage.vision_BK.cumsum(1) - 1).clamp(min=0)], self.keep)

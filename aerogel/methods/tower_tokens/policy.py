@@ -16,7 +16,7 @@ from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.policy_state import PolicyState
 from aerogel.runtime.tokens.decoder import decoder_of
-from aerogel.runtime.tokens.images import Chosen, Image, ImagePath, choosing, dropping_marked, image_path_of
+from aerogel.runtime.tokens.images import Chosen, Image, ImagePath, choosing, dropping_marked, image_path_of, mixed_videos
 from aerogel.runtime.tokens.shortening import Shortening
 from aerogel.runtime.tokens.stage import Rule
 
@@ -44,6 +44,11 @@ class TowerPolicy(TokenPolicy):
     @abstractmethod
     def choose(self, image: Image) -> Chosen | None:
         """Choose among the tokens of one image; None keeps all."""
+
+    def unsuitable(self, network: Network, calls: Sequence[Call]) -> Iterator[str]:
+        """Look for videos whose features are averaged behind the projector."""
+        yield from super().unsuitable(network, calls)
+        yield from mixed_videos(network, calls)
 
     def rules(self, depth: int) -> Mapping[int, Rule]:
         """Return the rule of the first block, which drops what was not chosen."""

@@ -16,7 +16,7 @@ from aerogel.model.network import Network
 from aerogel.options import CountOrZero
 from aerogel.runtime.policy_state import PolicyState
 from aerogel.runtime.tokens.decoder import decoder_of
-from aerogel.runtime.tokens.images import dropping_marked, image_path_of, patch_grid
+from aerogel.runtime.tokens.images import dropping_marked, image_path_of, mixed_videos, patch_grid
 from aerogel.runtime.tokens.shortening import Shortening
 from aerogel.runtime.tokens.stage import Rule
 from aerogel.runtime.tokens.tower_merging import MergingBlock, TowerMerging, merging_blocks
@@ -50,6 +50,11 @@ class Tome(TokenPolicy):
     """Pairs that each block merges, one number or one for each."""
     as_lightcompress: bool = False
     """Forget sizes after each block, and attend to all tokens alike, as LightCompress does."""
+
+    def unsuitable(self, network: Network, calls: Sequence[Call]) -> Iterator[str]:
+        """Look for videos whose features are averaged behind the projector."""
+        yield from super().unsuitable(network, calls)
+        yield from mixed_videos(network, calls)
 
     def rules(self, depth: int) -> Mapping[int, Rule]:
         """Return the rule of the first block, which drops what was merged into others."""

@@ -22,6 +22,7 @@ from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.attention import attentions
+from aerogel.runtime.token_types import Vocabulary
 from aerogel.runtime.tokens.decoder import decoder_of
 from aerogel.runtime.tokens.scores import QueryKey, attention_in_image, watching
 from aerogel.runtime.tokens.stage import Selection, Stage
@@ -89,16 +90,36 @@ def whole_marks(network: Network) -> Iterator[None]:
             return
         rest_BNC = embedded_BNC[..., 1:]
         if bool((embedded_BNC[..., :1].isnan() & (rest_BNC != 0) & rest_BNC.isfinite()).any()):
-            raise AerogelError(
-                f"this {network.family.name} model makes one token of several features behind its projector, as of videos or large images, "
-                "so features cannot be chosen before; choose a rule of the decoder"
-            )
+            raise AerogelError(_mixes(network))
 
     handle = network.module.get_submodule(decoder_of(network).module).register_forward_pre_hook(look, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+def mixed_videos(network: Network, calls: Sequence[Call]) -> Iterator[str]:
+    """Yield why rules cannot choose among features of videos in these calls: there are fewer tokens than patches, and no grid says why."""
+    vocabulary = Vocabulary.of(network)
+    try:
+        patches = patch_grid(network) ** 2
+    except AerogelError:  # tokens are no patches anyway; what is mixed besides shows in a forward
+        return
+    for call in calls:
+        frames = call.kwargs.get("pixel_values_videos")
+        if not isinstance(frames, Tensor) or frames.ndim != 5:
+            continue
+        if 0 < int(vocabulary.of_video(call.kwargs["input_ids"]).sum()) < frames.shape[0] * frames.shape[1] * patches:
+            yield _mixes(network)
+            return
+
+
+def _mixes(network: Network) -> str:
+    return (
+        f"this {network.family.name} model makes one token of several features behind its projector, as of videos or large images, "
+        "so features cannot be chosen before; choose a rule of the decoder"
+    )
 
 
 def dropping_marked(stage: Stage) -> Selection | None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import aerogel
+from aerogel.data import chats
 from aerogel.data.chats import Chats
 from aerogel.engine.calibration import Samples
 from aerogel.engine.opening import open_model
@@ -21,10 +22,13 @@ from aerogel.evaluate.exact_match import ExactMatch
 from aerogel.methods.prompt_tokens.prompt_pruning import PromptPruning
 from aerogel.methods.prompt_tokens.random_blocks import RandomBlocks
 from aerogel.model.network import Network
+from aerogel.runtime.predictions import Predictions
+from aerogel.runtime.token_types import Vocabulary
 from aerogel.runtime.tokens.decoder import decoder_of
 from tests.folders import text_file
+from tests.methods.matrix import made
 from tests.methods.prompt_tokens.prompts import deep
-from tests.questions import untrained, written
+from tests.questions import asked, untrained, written
 from tests.words import tokenizer
 
 COUNT = 4
@@ -89,6 +93,28 @@ def test_a_share_is_met_by_the_tokens_that_are_computed(source: Path) -> None:
         found = search(model(), "tokens", "40%", samples=Chats(source, 2), only=["divprune"], rounds=1)
     (row,) = found.facts["rows"]
     assert 0.25 < row["kept"] <= 0.4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["visionzip", "sparsevlm", "dart"])
+def test_a_search_finds_the_same_divergence_in_batches(name: str) -> None:
+    """Of questions of unlike length, about one image or several; the measure of answers does so too."""
+    network, held = model(), asked(4)
+    policy = made(name)
+    state = policy.calibrate(network, chats.calls(held, network.processor, 1))
+    kl, moved = [], []
+    for batch in (1, 3):
+        calls = chats.calls(held, network.processor, batch, padded=True)
+        predictions = Predictions(network, calls, Vocabulary.of(network))
+        measure = ExactMatch(batch=batch)
+        dense = model()
+        with policy.on(network, state):
+            kl.append(predictions.moved().kl)
+            moved.append(measure._moved(network, dense, held)["kl"])
+    assert len({len(call.kwargs["input_ids"][0]) for call in chats.calls(held, network.processor, 1)}) > 1
+    assert kl[0] > 1e-4
+    assert kl[1] == pytest.approx(kl[0], abs=1e-5)
+    assert moved == pytest.approx(kl, abs=1e-5)
 
 
 @pytest.mark.parametrize("budget", ["0.5", "1x", "0%", "100%", "fast", "nanx"])

@@ -73,6 +73,38 @@ def test_rows_without_an_image_one_and_two(name: str, rule: str) -> None:
     assert 0 < state.kept < 1
 
 
+def alone(call: Call) -> list[Call]:
+    """Each row of such a batch by itself, without padding."""
+    rows = []
+    for row, images in enumerate((slice(0, 0), slice(0, 1), slice(1, 3))):
+        real_N = call.kwargs["attention_mask"][row].bool()
+        given = {name: call.kwargs[name][row : row + 1, real_N] for name in call.kwargs if call.kwargs[name].shape[:2] == (3, len(real_N))}
+        pixels = {name: value for name, value in call.kwargs.items() if name not in given}
+        each = len(pixels["pixel_values"]) // 3
+        cut = {"pixel_values": slice(each * images.start, each * images.stop)}
+        rows.append(Call((), given | ({name: value[cut.get(name, images)] for name, value in pixels.items()} if row else {})))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        pytest.param(name, rule, marks=[] if name == "llava_next" and rule not in ("downsampling", "fastervlm") else pytest.mark.slow)
+        for name in ("llava_next", "qwen2_5_vl")
+        for rule in RULES
+        if applies(name, rule)
+    ],
+)
+def test_a_batch_costs_what_its_rows_cost_alone(name: str, rule: str) -> None:
+    """Rows that keep fewer tokens than others are filled up and masked: calibration measures the same divergence, and the same share."""
+    network, call, policy = opened(name), batch(name), made(rule)
+    together, apart = (policy.calibrate(network, calls) for calls in ([call], alone(call)))
+    assert together.answer_tokens == apart.answer_tokens
+    assert together.kl == pytest.approx(apart.kl, abs=1e-5)
+    assert together.kept == pytest.approx(apart.kept, abs=1e-9)
+    assert together.kl > 1e-4
+
+
 @pytest.mark.parametrize(("name", "rule"), [pair for pair in PAIRS if isinstance(pair, tuple) and pair[0] == "qwen2_5_vl"])
 def test_generation_chooses_what_a_forward_chooses(name: str, rule: str) -> None:
     """`generate` of transformers runs the vision tower first, and does not hand on all arguments."""

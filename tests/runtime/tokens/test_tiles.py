@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from aerogel.engine.requirements import unmet_by_calls
 from aerogel.errors import AerogelError
 from aerogel.methods.tokens.dart import Dart
 from aerogel.methods.tokens.divprune import Divprune
@@ -21,6 +22,7 @@ from aerogel.methods.video_tokens.fastvid import Fastvid
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.numerics.video_tokens import dycoke
+from aerogel.recipe import Recipe
 from aerogel.runtime.tokens.decoder import decoder_of
 from aerogel.runtime.tokens.grids import grids_of
 from aerogel.runtime.tokens.images import image_path_of
@@ -189,6 +191,15 @@ def test_features_that_are_mixed_behind_the_projector_cannot_be_chosen_there(poo
     later = Divprune(keep=2)
     with later.on(network, later.calibrate(network, [call])):
         assert network.run(call).logits.isnan().any()
+
+
+@pytest.mark.parametrize("rule", ["fastervlm", "tome"])
+def test_a_plan_refuses_them_for_videos(rule: str) -> None:
+    network = opened("llava_onevision")
+    recipe = Recipe.parse({"steps": [{rule: {"keep": 2}}]})
+    (reason,) = unmet_by_calls(network, recipe, [video()])
+    assert reason.startswith(f"{rule}: this llava_onevision model makes one token of several features behind its projector")
+    assert list(unmet_by_calls(network, recipe, TINY["llava_onevision"].calls(1))) == []
 
 
 def test_clips_of_pooled_frames() -> None:
