@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -21,6 +22,8 @@ from aerogel.engine.calibration import CalibrationRequest, prepare, reading, sho
 from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
 from aerogel.io.processors import Pair
+from tests.faults.judged import run_words
+from tests.faults.kinds import make_image_text
 from tests.questions import asked, untrained, written
 from tests.tiny import opened
 
@@ -193,6 +196,46 @@ def test_a_prompt_has_a_place_for_each_image(pair: Pair) -> None:
     image = Image.new("RGB", (28, 28))
     with pytest.raises(AerogelError, match=r"the prompt has 1 places for images .* and 2 are given"):
         pair("<|image_pad|>", [image, image])
+
+
+def test_what_a_processor_cannot_read_is_named(pair: Pair) -> None:
+    """A processor's code fails in its own ways on images without a place, and on settings that are none."""
+
+    class Failing:
+        chat_template, image_processor = "x", None
+
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        def apply_chat_template(self, *_: Any, **__: Any) -> str:
+            return "the"
+
+        def __call__(self, **_: Any) -> Any:
+            raise self.error
+
+    (chat,) = asked(1)
+    for error in (IndexError("list index out of range"), StopIteration(), MemoryError(), TypeError("'<' not supported")):
+        with pytest.raises(AerogelError, match=r"the model's processor cannot read this chat with \d images \("):
+            chats.calls([chat], Failing(error))
+        with pytest.raises(AerogelError, match="the model's processor cannot read this chat"):
+            next(chats.prompts([chat], Failing(error)))
+
+
+def test_images_of_another_processor_are_refused_in_one_line(tmp_path: Path) -> None:
+    """A processor that makes fewer tokens of an image than its model has features of it."""
+    make_image_text(tmp_path)
+    path = tmp_path / "in/processor_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "num_additional_image_tokens": 0}))
+    data = ("--data", tmp_path / "chats.json")
+    for words in (
+        ("compress", tmp_path / "in", "-r", "gptq-w4a16", "--scheme", "W4A16_G32", "-o", tmp_path / "out", *data, "--no-evaluate"),
+        ("evaluate", tmp_path / "in", "--measure", "exact_match", *data),
+        ("search", tmp_path / "in", "--task", "tokens", "--only", "divprune", "--budget", "50%", *data, "--samples", 2),
+    ):
+        ended = run_words([*map(str, words), "-q"])
+        assert (ended.code, ended.fault) == (2, None), words
+        assert f"error: {tmp_path / 'in'} refuses what its processor makes of a chat with images (" in ended.told
 
 
 def test_a_template_that_rewrites_prompts_is_refused(pair: Pair) -> None:
