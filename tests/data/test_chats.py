@@ -171,6 +171,16 @@ def test_a_template_that_refuses_names_the_chat(pair: Pair) -> None:
         (json.dumps({"messages": [{"role": "assistant", "content": "!"}], "images": [5]}), "line 2 has an image that is int"),
         (json.dumps({"messages": [{"role": "assistant", "content": "!"}], "images": ["."]}), r"line 2 shows \., which is not beside"),
         (json.dumps({"messages": [5]}), "line 2: turn 1 is a int, expected an object with role and content"),
+        (
+            json.dumps({"messages": [{"role": "assistant", "content": [{"type": "text", "text": [1, 2]}]}]}),
+            "whose text is a list, expected",
+        ),
+        (
+            json.dumps({"messages": [{"role": "assistant", "content": [{"type": 3, "text": "!"}]}]}),
+            "whose type is a int, expected a string",
+        ),
+        (json.dumps({"messages": [{"role": "assistant", "content": [{}]}]}), "part of content that is an object without a type"),
+        (json.dumps({"messages": [{"role": "assistant", "content": [5]}]}), "turn 1 has a part of content that is a int without a type"),
         ("[]", "line 2 is no chat with an answer"),
     ],
 )
