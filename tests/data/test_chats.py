@@ -241,7 +241,6 @@ def test_images_of_another_processor_are_refused_in_one_line(tmp_path: Path) -> 
     for words in (
         ("compress", tmp_path / "in", "-r", "gptq-w4a16", "--scheme", "W4A16_G32", "-o", tmp_path / "out", *data, "--no-evaluate"),
         ("evaluate", tmp_path / "in", "--measure", "exact_match", *data),
-        ("search", tmp_path / "in", "--task", "tokens", "--only", "divprune", "--budget", "50%", *data, "--samples", 2),
     ):
         ended = run_words([*map(str, words), "-q"])
         assert (ended.code, ended.fault) == (2, None), words
