@@ -19,11 +19,11 @@ def unconditional() -> diffusers.DDIMPipeline:
     return diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler())
 
 
-def classes(seed: int = 0) -> diffusers.DiTPipeline:
+def classes(seed: int = 0, layers: int = 1) -> diffusers.DiTPipeline:
     """A pipeline that takes the classes cat (0) and dog (7): 3 x 8 x 8."""
     torch.manual_seed(seed)
     transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=1, sample_size=8, patch_size=2,
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=layers, sample_size=8, patch_size=2,
         norm_num_groups=4,
     ).eval()  # fmt: skip
     torch.manual_seed(0)

@@ -128,10 +128,7 @@ def calls(chats: Sequence[Chat], processor: Any, batch: int = 8, device: torch.d
 def prompts(chats: Sequence[Chat], processor: Any, batch: int = 8, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
     """Yield what `generate` takes for chats without their last answers, so many at a time."""
     for start in range(0, len(chats), batch):
-        some = [
-            dict(processor(text=_asked(chat, processor), images=list(chat.images) or None, return_tensors="pt"))
-            for chat in chats[start : start + batch]
-        ]
+        some = [_processed(chat, processor, _asked(chat, processor)) for chat in chats[start : start + batch]]
         yield _joined(some, device)
 
 
@@ -198,12 +195,23 @@ def _read(chat: Chat, processor: Any) -> dict[str, Tensor]:
         whole = str(processor.apply_chat_template(chat.messages, tokenize=False)).rstrip()
     if not whole.startswith(asked):
         raise AerogelError("this chat template writes a prompt otherwise once it is answered, so answers cannot be told from prompts")
-    images = list(chat.images) or None
-    inputs = dict(processor(text=whole, images=images, return_tensors="pt"))
-    asking = len(processor(text=asked, images=images, return_tensors="pt")["input_ids"][0])
+    inputs = _processed(chat, processor, whole)
+    asking = len(_processed(chat, processor, asked)["input_ids"][0])
     labels = inputs["input_ids"].clone()
     labels[:, :asking] = IGNORED
     return {**inputs, "labels": labels}
+
+
+def _processed(chat: Chat, processor: Any, text: str) -> dict[str, Any]:
+    """What the processor makes of a chat; raises AerogelError for whatever its code raises, of settings or of images without a place."""
+    try:
+        return dict(processor(text=text, images=list(chat.images) or None, return_tensors="pt"))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise AerogelError(
+            f"{chat.place}: the model's processor cannot read this chat with {len(chat.images)} images ({reason}); "
+            "see that every image has one place in the text, and that the processor's files are sound"
+        ) from error
 
 
 def _shape_of(row: dict[str, Tensor]) -> tuple[Any, ...]:

@@ -100,7 +100,20 @@ def _message(turn: Any, place: str) -> Message:
         found["content"] = None
     if not isinstance(found["content"], str | list | None):
         raise AerogelError(f"{place} has content that is {_kind(found['content'])}, expected a string or a list of parts")
+    for part in found["content"] if isinstance(found["content"], list) else ():
+        _require_part(part, place)
     return {**found, "content": _without_null(found["content"])}
+
+
+def _require_part(part: Any, place: str) -> None:
+    """Raise AerogelError for a part of content that a template would write as Python shows it, or as nothing."""
+    if isinstance(part, str):
+        return
+    if not isinstance(part, Mapping) or not any(isinstance(part.get(name), str) for name in ("type", "text")):
+        raise AerogelError(f"{place} has a part of content that is {_kind(part)} without a type, expected text or an object with a type")
+    for name in ("type", "text"):
+        if not isinstance(part.get(name), str | None):
+            raise AerogelError(f"{place} has a part of content whose {name} is {_kind(part[name])}, expected a string")
 
 
 def _shared(turn: Mapping[str, Any], place: str) -> Message:

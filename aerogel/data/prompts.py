@@ -36,6 +36,7 @@ def _lines(source: Any, column: str | None) -> Iterator[str]:
     if sources.is_named(source) and not sources.is_streamed(source):
         path = Path(source)
         if not path.is_dir() and files.format_of(path) == ".txt":
+            _require_no_column(column, str(source))
             return lines(path)
     return (_prompt(record, column) for record in sources.records(source))
 
@@ -43,6 +44,7 @@ def _lines(source: Any, column: str | None) -> Iterator[str]:
 def _prompt(record: Record, column: str | None) -> str:
     value, place = record
     if isinstance(value, str):
+        _require_no_column(column, place)
         return value
     if not isinstance(value, Mapping):
         raise AerogelError(f"{place} holds {type(value).__name__}, expected an object with a prompt, or a string")
@@ -54,3 +56,8 @@ def _prompt(record: Record, column: str | None) -> str:
     if not isinstance(value[found], str | None):
         raise AerogelError(f"{place}: column {found!r} holds {type(value[found]).__name__}, expected a prompt")
     return value[found] or ""
+
+
+def _require_no_column(column: str | None, place: str) -> None:
+    if column is not None:
+        raise AerogelError(f"{place} is plain text without columns; leave out the column {column!r}")

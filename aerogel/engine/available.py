@@ -6,8 +6,9 @@ import warnings
 from dataclasses import replace
 from typing import TypeVar
 
-from aerogel.data import chats, sources, text
+from aerogel.data import chats, denoising, sources, text
 from aerogel.data.chats import Chats
+from aerogel.data.denoising import Denoising
 from aerogel.data.records import columns_of
 from aerogel.engine.calibration import Samples, Shown
 from aerogel.model.network import Network
@@ -18,8 +19,11 @@ _Counted = TypeVar("_Counted", Samples, Chats)
 def available(network: Network, asked: Shown) -> Shown:
     """Return the calibration data as it will be: with fewer sequences or chats where there are no more, and a warning.
 
-    Raises AerogelError, as the run itself would, when the source cannot be read or is too short for one sequence.
+    Raises AerogelError, as the run itself would, when the source cannot be read or is too short for one sequence, and where a pipeline
+    cannot be asked for such images.
     """
+    if isinstance(asked, Denoising) and hasattr(network.processor, "scheduler"):
+        denoising.check(network.processor, asked)
     if isinstance(asked, Chats):
         return _at_most(asked, len(chats.read(asked.source, asked.column)), "chats")
     tokenizer = getattr(network.processor, "tokenizer", network.processor)

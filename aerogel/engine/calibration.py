@@ -109,6 +109,8 @@ class CalibrationRequest:
             kind = "diffusion" if is_diffusion else "language"
             raise AerogelError(f"{wrong[0]} does not apply to a {kind} model ({network.family.name}); remove it")
         if is_diffusion:
+            if self.source is None and self.column is not None:
+                raise AerogelError(f"column is {self.column!r}, but no file with prompts is given as data that could have it; remove it")
             found = self.prompts if self.source is None else prompts.read(self.source, self.column)
             usual = _VIDEOS if network.family.modality == "video" else {}
             return Denoising(**usual | _said(count=self.count, prompts=found, **generated))

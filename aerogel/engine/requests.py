@@ -17,6 +17,7 @@ import yaml
 from aerogel.data.denoising import Denoising
 from aerogel.data.sources import GIVEN
 from aerogel.engine.calibration import GIVEN_CALLS, CalibrationRequest
+from aerogel.engine.estimates import needs_calls
 from aerogel.engine.preflight import check_finished
 from aerogel.errors import AerogelError
 from aerogel.io import save
@@ -37,6 +38,8 @@ _DATA = {
     **{name: name for name in _GENERATED},
 }
 """Keys of `data` in a recipe file, and the fields of CalibrationRequest."""
+_FLAGS = {"source": "--data"}
+"""Arguments of the command line that have another name than the key of `data`."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,8 @@ class RunRequest:
     ) -> RunRequest:
         """Put a recipe, by name or from a file, and the arguments together; None is what was not given.
 
-        Raises AerogelError for a recipe that cannot be read or adjusted, and when neither names a model.
+        Raises AerogelError for a recipe that cannot be read or adjusted, when neither names a model, and for calibration data that no step
+        of the recipe reads.
         """
         parsed, settings = Recipe.parse_run(recipe, adjustments.overrides)
         parsed = parsed.adjusted(adjustments.scheme, adjustments.targets, adjustments.ignore)
@@ -131,11 +135,13 @@ class RunRequest:
         name = model or (named.name if named else None)
         if name is None:
             raise AerogelError(f"no model is given: add MODEL, or `model` to the recipe file (recipe {parsed.name!r} has none)")
+        samples = samples or CalibrationRequest()
+        _require_read(parsed, samples, settings.data, batch_size)
         return cls(
             parsed,
             name,
             _model_options(options, named, name),
-            _samples(samples or CalibrationRequest(), settings.data),
+            _samples(samples, settings.data),
             _batch_size(batch_size, settings.data),
             seed if seed is not None else settings.data.seed or 0,
             output or (Path(settings.output).expanduser() if settings.output else None),
@@ -164,6 +170,22 @@ def _model_options(given: ModelOptions, named: ModelSettings | None, name: str) 
         return given
     revision = given.revision or (named.revision if named.name == name else None)
     return dataclasses.replace(given, dtype=given.dtype or named.dtype, revision=revision)
+
+
+def _require_read(recipe: Recipe, given: CalibrationRequest, data: DataSettings, batch_size: str | None) -> None:
+    """Raise AerogelError where calibration data is named, by arguments or in the file, and no step of the recipe reads any."""
+    if needs_calls(recipe):
+        return
+    asked = [_FLAGS.get(key, f"--{key.replace('_', '-')}") for key, ours in _DATA.items() if getattr(given, ours) is not None]
+    asked += ["--batch-size"] if batch_size not in (None, AUTO) else []
+    asked += [f"data.{key} in its file" for key in (*_DATA, "batch_size") if getattr(data, key) is not None]
+    if asked:
+        them = "it" if len(asked) == 1 else "them"
+        steps = ", ".join(step.name for step in recipe.steps)
+        raise AerogelError(
+            f"recipe {recipe.name!r} reads no calibration data (its steps: {steps}), so {' and '.join(asked)} would have no effect; "
+            f"leave {them} out, or take a recipe that calibrates, such as gptq-w4a16"
+        )
 
 
 def _samples(given: CalibrationRequest, data: DataSettings) -> CalibrationRequest:

@@ -81,7 +81,7 @@ def continued(network: Network, inputs: Mapping[str, Any], new_tokens: int, exac
     Raises AerogelError that names the measure and the model where logits are not finite.
     """
     tokenizer, module = tokenizer_of(network), network.module
-    with torch.no_grad():
+    with torch.no_grad(), network.reading(inputs):
         written_BL: Tensor = module.generate(  # type: ignore[operator]
             **inputs,
             max_new_tokens=new_tokens,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from aerogel.model.family import Family, TimePath
 from aerogel.model.match import matches
@@ -188,8 +189,21 @@ class Network:
     def run(self, call: Call) -> Any:
         """One forward of the whole network, without gradients; the call comes to the computing device, and its output stays there."""
         args, kwargs = self.placement.bring((call.args, call.kwargs))
-        with torch.no_grad():
+        with torch.no_grad(), self.reading(kwargs):
             return self.module(*args, **kwargs)
+
+    @contextmanager
+    def reading(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Turn what a model raises about the images in its inputs into AerogelError: its processor makes others than it was built for."""
+        try:
+            yield
+        except (ValueError, RuntimeError, IndexError) as error:
+            if isinstance(error, AerogelError | torch.OutOfMemoryError) or not any(name.startswith("pixel_values") for name in inputs):
+                raise
+            raise AerogelError(
+                f"{self.origin or f'this {self.family.name} model'} refuses what its processor makes of a chat with images "
+                f"({' '.join(str(error).split())[:200]}); the processor's files have to be those of this model"
+            ) from error
 
 
 def _one_part(glob: str) -> str:

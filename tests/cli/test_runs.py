@@ -126,7 +126,7 @@ def test_layers_are_chosen_without_knowing_the_method(desk: Path) -> None:
         (("-r", "gptq-w4a16", "--length", "100000", "--samples", "1"), "one sequence needs 100000"),
         (("-r", "rtn-w4a16", "--device", "warp"), "device 'warp' is unknown; give auto, cpu, cuda"),
         (("-r", "gptq-w4a16", "--batch-size", "none"), "--batch-size none is neither auto nor a whole number from 1 to 1,000,000"),
-        (("-r", "rtn-w4a16", "--guidance", "2"), "guidance does not apply to a language model"),
+        (("-r", "gptq-w4a16", "--guidance", "2"), "guidance does not apply to a language model"),
     ],
 )
 def test_what_cannot_be_is_one_line(desk: Path, options: tuple[str, ...], message: str) -> None:

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -21,6 +22,8 @@ from aerogel.engine.calibration import CalibrationRequest, prepare, reading, sho
 from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
 from aerogel.io.processors import Pair
+from tests.faults.judged import run_words
+from tests.faults.kinds import make_image_text
 from tests.questions import asked, untrained, written
 from tests.tiny import opened
 
@@ -168,6 +171,16 @@ def test_a_template_that_refuses_names_the_chat(pair: Pair) -> None:
         (json.dumps({"messages": [{"role": "assistant", "content": "!"}], "images": [5]}), "line 2 has an image that is int"),
         (json.dumps({"messages": [{"role": "assistant", "content": "!"}], "images": ["."]}), r"line 2 shows \., which is not beside"),
         (json.dumps({"messages": [5]}), "line 2: turn 1 is a int, expected an object with role and content"),
+        (
+            json.dumps({"messages": [{"role": "assistant", "content": [{"type": "text", "text": [1, 2]}]}]}),
+            "whose text is a list, expected",
+        ),
+        (
+            json.dumps({"messages": [{"role": "assistant", "content": [{"type": 3, "text": "!"}]}]}),
+            "whose type is a int, expected a string",
+        ),
+        (json.dumps({"messages": [{"role": "assistant", "content": [{}]}]}), "part of content that is an object without a type"),
+        (json.dumps({"messages": [{"role": "assistant", "content": [5]}]}), "turn 1 has a part of content that is a int without a type"),
         ("[]", "line 2 is no chat with an answer"),
     ],
 )
@@ -193,6 +206,45 @@ def test_a_prompt_has_a_place_for_each_image(pair: Pair) -> None:
     image = Image.new("RGB", (28, 28))
     with pytest.raises(AerogelError, match=r"the prompt has 1 places for images .* and 2 are given"):
         pair("<|image_pad|>", [image, image])
+
+
+def test_what_a_processor_cannot_read_is_named(pair: Pair) -> None:
+    """A processor's code fails in its own ways on images without a place, and on settings that are none."""
+
+    class Failing:
+        chat_template, image_processor = "x", None
+
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        def apply_chat_template(self, *_: Any, **__: Any) -> str:
+            return "the"
+
+        def __call__(self, **_: Any) -> Any:
+            raise self.error
+
+    (chat,) = asked(1)
+    for error in (IndexError("list index out of range"), StopIteration(), MemoryError(), TypeError("'<' not supported")):
+        with pytest.raises(AerogelError, match=r"the model's processor cannot read this chat with \d images \("):
+            chats.calls([chat], Failing(error))
+        with pytest.raises(AerogelError, match="the model's processor cannot read this chat"):
+            next(chats.prompts([chat], Failing(error)))
+
+
+def test_images_of_another_processor_are_refused_in_one_line(tmp_path: Path) -> None:
+    """A processor that makes fewer tokens of an image than its model has features of it."""
+    make_image_text(tmp_path)
+    path = tmp_path / "in/processor_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "num_additional_image_tokens": 0}))
+    data = ("--data", tmp_path / "chats.json")
+    for words in (
+        ("compress", tmp_path / "in", "-r", "gptq-w4a16", "--scheme", "W4A16_G32", "-o", tmp_path / "out", *data, "--no-evaluate"),
+        ("evaluate", tmp_path / "in", "--measure", "exact_match", *data),
+    ):
+        ended = run_words([*map(str, words), "-q"])
+        assert (ended.code, ended.fault) == (2, None), words
+        assert f"error: {tmp_path / 'in'} refuses what its processor makes of a chat with images (" in ended.told
 
 
 def test_a_template_that_rewrites_prompts_is_refused(pair: Pair) -> None:

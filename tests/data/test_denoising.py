@@ -104,6 +104,19 @@ def test_prompts_are_asked_for() -> None:
         record(Painter(), torch.nn.Identity(), Denoising())
 
 
+@pytest.mark.parametrize(("pipeline", "made"), [(classes, "of classes"), (unconditional, "without being asked for anything")])
+def test_prompts_that_a_pipeline_does_not_take_are_refused_by_the_plan_too(pipeline: Any, made: str) -> None:
+    message = f"takes no prompts, it makes images {made}; leave the prompts out"
+    with pytest.raises(AerogelError, match=message):
+        first_call(pipeline(), torch.nn.Identity(), Denoising(prompts=("a boot",)))
+    network = aerogel.load(pipeline())
+    for command in (aerogel.plan, aerogel.compress):
+        with pytest.raises(AerogelError, match=message):
+            command(network, {"steps": [{"gptq": {"scheme": "W8A16_CHANNEL"}}]}, samples=Denoising(2, 2, prompts=("a boot",)))
+    with pytest.raises(AerogelError, match="knows no num_frames; leave it out"):
+        aerogel.plan(network, {"steps": [{"gptq": {"scheme": "W8A16_CHANNEL"}}]}, samples=Denoising(2, 2, num_frames=5))
+
+
 def test_a_pipeline_is_compressed_from_its_own_pictures() -> None:
     pipeline = classes()
     wanted = Denoising(count=2, steps=2, batch=2)
@@ -132,6 +145,8 @@ def test_what_is_asked_becomes_pictures_or_text(tmp_path: Path) -> None:
         asked.shown(words)
     with pytest.raises(AerogelError, match="length does not apply to a diffusion model"):
         CalibrationRequest(length=9).shown(images)
+    with pytest.raises(AerogelError, match="column is 'body', but no file with prompts is given as data"):
+        CalibrationRequest(column="body").shown(images)
     prompts.write_text("\n")
     with pytest.raises(AerogelError, match="no prompt found"):
         asked.shown(images)

@@ -32,6 +32,14 @@ def test_every_source_of_prompts(tmp_path: Path) -> None:
     assert prompts.read([{"caption": "x", "text": "y", "other": "z"}], "other") == ("z",)
 
 
+def test_lines_and_strings_have_no_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a boot")
+    (tmp_path / "a.json").write_text(json.dumps(["a boot"]))
+    for name in ("a.txt", "a.json"):
+        with pytest.raises(AerogelError, match=rf"{name}.* is plain text without columns; leave out the column 'body'"):
+            prompts.read(str(tmp_path / name), "body")
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

@@ -85,6 +85,33 @@ def test_a_plain_recipe_asks_for_a_model_and_an_output() -> None:
 
 
 @pytest.mark.parametrize(
+    ("samples", "batch_size", "told"),
+    [
+        (CalibrationRequest("my.txt"), None, "--data would have no effect; leave it out"),
+        (CalibrationRequest(column="body"), None, "--column would have no effect; leave it out"),
+        (
+            CalibrationRequest(count=4, num_frames=5),
+            "2",
+            "--samples and --num-frames and --batch-size would have no effect; leave them out",
+        ),
+    ],
+)
+def test_data_that_no_step_reads_is_refused(samples: CalibrationRequest, batch_size: str | None, told: str, tmp_path: Path) -> None:
+    steps = {"steps": [{"rtn": {"scheme": "W4A16_G32"}}], "name": "plain"}
+    with pytest.raises(AerogelError, match=rf"^recipe 'plain' reads no calibration data \(its steps: rtn\), so {told}, or take a recipe"):
+        RunRequest.of(written(tmp_path, steps), model="m", samples=samples, batch_size=batch_size)
+    reading = {**steps, "steps": [*steps["steps"], {"kv_cache_fp8": {}}]}
+    assert RunRequest.of(written(tmp_path, reading), model="m", samples=samples, batch_size=batch_size).samples == samples
+
+
+def test_data_in_a_file_that_its_steps_do_not_read_is_refused(tmp_path: Path) -> None:
+    plain = RUN | {"steps": [{"rtn": {"scheme": "W4A16_G32"}}]}
+    with pytest.raises(AerogelError, match=r"so data\.source in its file and data\.samples in its file and data\.length in its file would"):
+        RunRequest.of(written(tmp_path, plain))
+    assert RunRequest.of(written(tmp_path, plain | {"data": {"seed": 3}}), batch_size="auto").seed == 3
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"modle": "m"}, r"run\.yaml: unknown key 'modle'; did you mean model\?"),

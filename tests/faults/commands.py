@@ -60,11 +60,17 @@ def planned(told: str, output: Path) -> object:
     return {key: value for key, value in json.loads(told).items() if key not in ("seconds", "peak_memory_bytes")}
 
 
+def dropped(told: str, output: Path) -> object:
+    """Return what a search over policies that drop tokens found, without its times."""
+    return [(row["policy"], row["kept"], row["kl"], row["right"]) for row in json.loads(told)["rows"]]
+
+
 def on(*words: object) -> Callable[[Path, Path], Words]:
-    """Return the words of a command: IN, SOUND and TEXT stand for what has these names in the input, OUT for a place for an output."""
+    """Return the words of a command: IN, SOUND, TEXT, RECIPE and CHATS stand for parts of the input, OUT for a place for an output."""
 
     def filled(given: Path, output: Path) -> Words:
-        places = {"IN": given / "in", "SOUND": given / "sound", "TEXT": given / "text.txt", "RECIPE": given / "own.yaml", "OUT": output}
+        places = {"IN": given / "in", "SOUND": given / "sound", "TEXT": given / "text.txt", "OUT": output}
+        places |= {"RECIPE": given / "own.yaml", "CHATS": given / "chats.json"}
         return tuple(places.get(word, word) if isinstance(word, str) else word for word in words)
 
     return filled
@@ -107,10 +113,23 @@ SEARCHED = Command("search", on("search", "IN", "--only", "fora", "--budget", 1.
 _SKIP: Words = ("--task", "skip", "--only", "reduced_topk", "--budget", "50%")
 SKIPPED = Command("search --task skip", on("search", "IN", *_SKIP, "--data", "TEXT", *SHORT, "-q"), nothing)
 
+_DROP: Words = ("--task", "tokens", "--only", "divprune", "--budget", "50%")
+DROPPED = Command("search --task tokens", on("search", "IN", *_DROP, "--data", "CHATS", "--samples", 2, "--json"), dropped)
+CHATTED = (
+    DROPPED,
+    Command("compress chats", on("compress", "IN", *GPTQ, "--data", "CHATS", "--samples", 2, *SAVED, "OUT"), weights),
+    Command("evaluate chats", on("evaluate", "IN", "--measure", "exact_match", "--data", "CHATS", "--json", "-q"), scores),
+)
+"""Commands that read chats about images."""
+
 
 def exports(*formats: str) -> tuple[Command, ...]:
     """Return the commands that export to these formats."""
     return tuple(Command(f"export {name}", on("export", "IN", "-f", name, "-o", "OUT"), exported) for name in formats)
+
+
+TRACED = Command("export onnx", on("export", "IN", "-f", "onnx", "-o", "OUT"), exported, seconds=60)
+"""Torch's tracer alone takes more than the usual limit."""
 
 
 def merged(command: Command) -> Command:

@@ -13,11 +13,12 @@ from datasets import Dataset
 
 import aerogel
 from tests import image_pipelines
-from tests.faults.commands import GPTQ, PERPLEXITY, SAVED, SHORT, Words, planned, scores, weights
+from tests.faults.commands import CHATTED, GPTQ, PERPLEXITY, SAVED, SHORT, Words, planned, scores, weights
 from tests.faults.damages import Damage, of_file, values_of
 from tests.faults.judged import COMMANDS, Command
-from tests.faults.kinds import Kind
+from tests.faults.kinds import Kind, make_image_text
 from tests.folders import model_folder, text_file
+from tests.io import test_two_denoisers
 
 _STEPS = [
     {"gptq": {"scheme": "W4A16_G32", "ignore": ["lm_head"], "percdamp": 0.01, "block_size": 32, "overrides": {"*.down_proj": "W8A16_G32"}}}
@@ -156,14 +157,45 @@ def _on_data(name: str) -> tuple[Command, ...]:
 
 
 def _make_prompts(folder: Path) -> None:
-    image_pipelines.classes().save_pretrained(folder / "sound")
-    (folder / "fora.yaml").write_text("steps:\n  - fora: {}\n")
+    test_two_denoisers.pipeline().save_pretrained(folder / "sound")
+    (folder / "gptq.yaml").write_text("steps:\n  - gptq: {scheme: W4A16_G32}\n")
     (folder / "prompts.jsonl").write_text('{"prompt": "cat"}\n{"prompt": "dog"}\n')
 
 
 def _prompted(given: Path, output: Path) -> Words:
-    data: Words = ("--data", given / "prompts.jsonl", "--steps", 2, "--samples", 2)
-    return "compress", given / "sound", "--recipe", given / "fora.yaml", *data, *SAVED, output
+    data: Words = ("--data", given / "prompts.jsonl", "--steps", 2, "--samples", 2, "--height", 32, "--width", 32, "--num-frames", 1)
+    return "compress", given / "sound", "--recipe", given / "gptq.yaml", *data, *SAVED, output
+
+
+_SHOWN = [{"type": "image"}, {"type": "text", "text": "the people"}]
+_ANSWER = {"role": "assistant", "content": "the world"}
+_CHATS: Mapping[str, Mapping[str, Any]] = {
+    "more places than images": {"messages": [{"role": "user", "content": [*_SHOWN, *_SHOWN]}, _ANSWER], "images": ["0.png"]},
+    "more images than places": {"messages": [{"role": "user", "content": _SHOWN}, _ANSWER], "images": ["0.png", "1.png"]},
+    "images without a place": {"messages": [{"role": "user", "content": "the people"}, _ANSWER], "images": ["0.png"]},
+    "a place without images": {"messages": [{"role": "user", "content": _SHOWN}, _ANSWER], "images": []},
+    "an image that is a folder": {"messages": [{"role": "user", "content": _SHOWN}, _ANSWER], "images": ["in"]},
+    "an image that is text": {"messages": [{"role": "user", "content": _SHOWN}, _ANSWER], "images": ["text.txt"]},
+    "an image by a number": {"messages": [{"role": "user", "content": _SHOWN}, _ANSWER], "images": [3]},
+    "an image with a zero byte in its name": {"messages": [{"role": "user", "content": _SHOWN}, _ANSWER], "images": ["a\0b"]},
+    "no answer": {"messages": [{"role": "user", "content": _SHOWN}], "images": ["0.png"]},
+    "an answer before the question": {"messages": [_ANSWER, {"role": "user", "content": _SHOWN}], "images": ["0.png"]},
+    "an unknown part": {"messages": [{"role": "user", "content": [*_SHOWN, {"type": "sound"}]}, _ANSWER], "images": ["0.png"]},
+    "a part that is text": {"messages": [{"role": "user", "content": ["image", "the"]}, _ANSWER], "images": ["0.png"]},
+    "text of 200,000 words": {
+        "messages": [{"role": "user", "content": [_SHOWN[0], {"type": "text", "text": "people " * 200_000}]}, _ANSWER],
+        "images": ["0.png"],
+    },
+}
+"""First records of chats that no model reads."""
+
+
+def _of_chats(folder: Path, count: int) -> Iterator[Damage]:
+    path = folder / "chats.json"
+    yield from of_file(path, path.name, 4 * count)
+    yield from of_file(folder / "0.png", "0.png", count)
+    others = json.loads(path.read_text())[1:]
+    yield from (Damage(what, path.name, partial(_write, json.dumps([record, *others]))) for what, record in _CHATS.items())
 
 
 _FILES = (
@@ -174,6 +206,7 @@ KINDS = (
     Kind("recipe", _make_recipe, (Command("plan", _planned_recipe, planned), Command("compress", _compressed_recipe, weights)), _of_recipe),
     *(Kind(f"data {name}", partial(_make_data, name), _on_data(name), partial(_of_data, name)) for name in _FILES),
     Kind("prompts", _make_prompts, (Command("compress --data", _prompted, weights),), partial(_of_data, "prompts.jsonl")),
+    Kind("chats about images", make_image_text, CHATTED, _of_chats),
 )
 """Files."""
 

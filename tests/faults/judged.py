@@ -21,9 +21,9 @@ from aerogel.cli.commands import app
 COMMANDS: Any = typer.main.get_command(app)
 """All commands."""
 SECONDS = 10
-"""Processor time of a command at most."""
-_PATIENCE = 60
-"""Seconds of a command at most, whatever it waits for."""
+"""Processor time of a command at most, unless it says otherwise."""
+_PATIENCE = 6
+"""Seconds of a command at most for each of these, whatever it waits for."""
 _MEMORY = 4 << 30
 """Bytes of address space that a command may take beside what the process has."""
 
@@ -50,6 +50,8 @@ class Command:
     """(input, place for an output that is not there) -> the words of the command line."""
     meaning: Callable[[str, Path], object] = field(default=lambda told, output: told)
     """(standard output, place of the output) -> what the command found or made; two that mean the same are equal."""
+    seconds: int = SECONDS
+    """Processor time at most."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +68,20 @@ class Ended:
 
 def run(command: Command, given: Path, output: Path, known_as: Path | None = None) -> Ended:
     """Run a command on an input; `known_as` is the path that stands for the input's own in what the command found."""
-    ended = run_words([str(word) for word in command.words(given, output)])
+    ended = run_words([str(word) for word in command.words(given, output)], command.seconds)
     if ended.code != 0:
         return ended
     return replace(ended, meaning=command.meaning(str(ended.meaning).replace(str(given), str(known_as or given)), output))
 
 
-def run_words(words: Sequence[str]) -> Ended:
+def run_words(words: Sequence[str], seconds: int = SECONDS) -> Ended:
     """Run a command line; its meaning is what it prints."""
     try:
-        with _limited(), _hub(), warnings.catch_warnings():
+        with _limited(seconds), _hub(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = CliRunner().invoke(COMMANDS, list(words))
     except Hung:
-        return Ended(1, "", None, f"hang: not done after {SECONDS} s")
+        return Ended(1, "", None, f"hang: not done after {seconds} s")
     return Ended(found.exit_code, found.stderr, found.stdout, _fault(found))
 
 
@@ -98,7 +100,7 @@ def _fault(found: Result) -> str | None:
 
 
 @contextmanager
-def _limited() -> Iterator[None]:
+def _limited(seconds: int) -> Iterator[None]:
     """Raise Hung in what takes too long inside, and MemoryError in what takes too much memory."""
 
     def late(number: int, frame: FrameType | None) -> None:
@@ -108,8 +110,8 @@ def _limited() -> Iterator[None]:
     limits = resource.getrlimit(resource.RLIMIT_AS)
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + _MEMORY, limits[1]))
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    signal.setitimer(signal.ITIMER_REAL, _PATIENCE)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, _PATIENCE * seconds)
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import save_file
 
 import aerogel
@@ -24,10 +25,12 @@ from tests import image_pipelines, saved
 from tests.faults.commands import (
     CALIBRATING,
     DIFFUSION,
+    DROPPED,
     LANGUAGE,
     RESUMED,
     SEARCHED,
     SKIPPED,
+    TRACED,
     WRITTEN,
     exports,
     merged,
@@ -105,7 +108,8 @@ _CHAT = (
 )
 
 
-def _make_image_text(folder: Path) -> None:
+def make_image_text(folder: Path) -> None:
+    """Make a vision-language model, text for it, and chats about images."""
     words = tokenizer()
     words.add_tokens([f"w{number}" for number in range(IMAGE_TOKEN - len(words))])
     words.add_tokens(["<image>"], special_tokens=True)
@@ -113,9 +117,21 @@ def _make_image_text(folder: Path) -> None:
     text_file(folder / "text.txt", 200)
     images = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     made = transformers.LlavaProcessor(
-        image_processor=images, tokenizer=words, patch_size=8, vision_feature_select_strategy="default", chat_template=_CHAT
+        image_processor=images,
+        tokenizer=words,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=_CHAT,
+        num_additional_image_tokens=1,
     )
     made.save_pretrained(model_folder(folder / "in", "llava"))
+    rows = []
+    for number, said in enumerate(("we the people", "of the world", "war and peace", "the congress")):
+        Image.new("RGB", (16, 16), (40 * number, 20, 200 - 30 * number)).save(folder / f"{number}.png")
+        asked = [{"type": "image"}, {"type": "text", "text": "the people"}]
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        rows.append({"messages": turns, "images": [f"{number}.png"]})
+    (folder / "chats.json").write_text(json.dumps(rows))
 
 
 def _make_pipeline(folder: Path) -> None:
@@ -129,6 +145,29 @@ def _make_cached(folder: Path) -> None:
     image_pipelines.classes().save_pretrained(folder / "sound")
     recipe = {"name": "made", "steps": [{"rtn": {"scheme": "W8A16_CHANNEL"}}, {"smoothcache": {"alpha": 10.0}}]}
     aerogel.compress(folder / "sound", recipe, samples=Denoising(count=1, steps=2), output=folder / "in", measures=())
+
+
+def _make_blocks_cached(folder: Path) -> None:
+    """A cache that whole blocks share, which other engines have too."""
+    image_pipelines.classes(layers=4).save_pretrained(folder / "sound")
+    aerogel.compress(
+        folder / "sound", {"name": "made", "steps": [{"fora": {}}]}, samples=Denoising(count=1, steps=3), output=folder / "in", measures=()
+    )
+
+
+def _make_graph(folder: Path) -> None:
+    image_pipelines.classes().save_pretrained(folder / "sound")
+    aerogel.compress(folder / "sound", {"name": "made", "steps": [{"rtn": {"scheme": "W8A8"}}]}, output=folder / "in", measures=())
+
+
+def _of_denoiser(folder: Path, count: int) -> Iterator[Damage]:
+    """The damages of the files that a graph is made of."""
+    return (damage for damage in of_part("in", folder, count) if damage.file.startswith(("in/transformer", "in/aerogel.json")))
+
+
+def _make_asymmetric(folder: Path) -> None:
+    _model(folder / "sound", dtype=torch.float16)
+    _compressed(folder, {"rtn": {"scheme": "W4A16_G32_ASYM"}})
 
 
 def _make_adapter(folder: Path) -> None:
@@ -173,9 +212,12 @@ KINDS = (
     Kind("fp8", _make_fp8, (*LANGUAGE[:2], *exports("modelopt"))),
     Kind("experts", _make_experts, (*LANGUAGE[:2], *WRITTEN, *exports("gptq"))),
     Kind("experts to skip", _make_experts_to_skip, (SKIPPED,)),
-    Kind("image-text", _make_image_text, (*LANGUAGE[:1], *CALIBRATING)),
+    Kind("image-text", make_image_text, (*LANGUAGE[:1], *CALIBRATING, DROPPED)),
     Kind("pipeline", _make_pipeline, (*DIFFUSION, SEARCHED)),
     Kind("cached", _make_cached, (*DIFFUSION, *WRITTEN)),
+    Kind("blocks cached", _make_blocks_cached, exports("cache_dit", "cache_policy")),
+    Kind("graph", _make_graph, (TRACED,), _of_denoiser),
+    Kind("asymmetric", _make_asymmetric, exports("awq")),
     Kind("adapter", _make_adapter, tuple(map(merged, (*LANGUAGE[1:], *CALIBRATING)))),
     Kind("gptq", partial(_make_layout, "gptq", "W4A16_G32"), (*LANGUAGE, *CALIBRATING)),
     Kind("awq", partial(_make_layout, "awq", "W4A16_G32_ASYM"), (*LANGUAGE, *CALIBRATING)),

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from aerogel import catalog
+from aerogel.engine.search.searching import TASKS
 from tests.faults import inputs, kinds
 from tests.faults.corpus import Case, Shelf
 from tests.faults.inputs import Option
@@ -24,13 +25,12 @@ SEEDED = 12
 """Seeded damages of each JSON file in the whole corpus."""
 FEW, FEW_OPTIONS = 2, 250
 """Cases of each kind, and words of options, in the usual tests."""
-USUAL = (*kinds.KINDS, *(kind for kind in inputs.KINDS if kind.name in ("recipe", "data text.jsonl", "data text.txt.gz", "data chat.json")))
-ANY_WORD = {
-    *((command, "--output") for command in ("compress", "export", "report", "search")),
-    *(("compress", name) for name in ("--data", "--column")),  # the recipe here reads no data
-    ("search", "--column"),  # nor does a pipeline of classes
-}
-"""Options that take any word, or are not read."""
+_TRACED = ("graph",)
+"""Kinds of which every run traces a network, which takes 10 seconds."""
+_FILES = ("recipe", "data text.jsonl", "data text.txt.gz", "data chat.json")
+USUAL = tuple(kind for kind in KINDS if kind.name in _FILES or (kind in kinds.KINDS and kind.name not in _TRACED))
+ANY_WORD = {(command, "--output") for command in ("compress", "export", "report", "search")}
+"""Options that take any word."""
 NUMBERS = {"--seed": "0", "--guidance": "0"}
 """Options for which one of the numbers is sound."""
 
@@ -68,7 +68,9 @@ def test_every_command_is_in_the_corpus() -> None:
     taken = {command.name.split()[0] for kind in KINDS for command in kind.commands}
     assert taken | {"list"} == set(COMMANDS.commands), "list takes no input but its word"
     formats = {command.name.split()[1] for kind in KINDS for command in kind.commands if command.name.startswith("export ")}
-    assert formats <= set(catalog.names("exporters"))
+    assert formats == set(catalog.names("exporters"))
+    words = {word for kind in KINDS for command in kind.commands for word in command.words(Path("in"), Path("out"))}
+    assert set(TASKS) - {"cache"} <= words, "cache is the task where none is named"
 
 
 def wrong(option: Option, given: Path) -> str | None:
