@@ -116,8 +116,12 @@ def calls(chats: Sequence[Chat], processor: Any, batch: int = 8, device: torch.d
     `labels` are the last answer's tokens, its end among them, and -100 elsewhere. Raises AerogelError for a processor without a chat
     template or image processor.
     """
-    if not getattr(processor, "chat_template", None) or not hasattr(processor, "image_processor"):
-        raise AerogelError("chats about images need a processor with an image processor and a chat template; this model has none")
+    parts = {"chat template": getattr(processor, "chat_template", None), "image processor": hasattr(processor, "image_processor")}
+    if missing := [name for name, found in parts.items() if not found]:
+        model = getattr(getattr(processor, "tokenizer", processor), "name_or_path", None) or "this model"
+        raise AerogelError(
+            f"chats about images need a processor with an image processor and a chat template; {model} has no {' and no '.join(missing)}"
+        )
     alike: dict[Any, list[dict[str, Tensor]]] = {}
     for row in (_read(chat, processor) for chat in chats):
         alike.setdefault(None if padded else _shape_of(row), []).append(row)

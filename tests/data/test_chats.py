@@ -202,6 +202,14 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         chats.calls(asked(1), opened("llama").processor)
 
 
+def test_a_model_without_a_chat_template_is_named(tmp_path: Path) -> None:
+    make_image_text(tmp_path)
+    (tmp_path / "in/chat_template.jinja").unlink()
+    processor = open_model(str(tmp_path / "in")).processor
+    with pytest.raises(AerogelError, match=f"need a processor with .*; {tmp_path / 'in'} has no chat template$"):
+        chats.calls(chats.read(tmp_path / "chats.json"), processor)
+
+
 def test_a_prompt_has_a_place_for_each_image(pair: Pair) -> None:
     image = Image.new("RGB", (28, 28))
     with pytest.raises(AerogelError, match=r"the prompt has 1 places for images .* and 2 are given"):
