@@ -30,9 +30,9 @@ def applies(name: str, rule: str) -> bool:
     return name not in TILED or not isinstance(made(rule), ClipPolicy)
 
 
-PAIRS = [(name, rule) for name in ("llava", "qwen2_5_vl", "llava_next") for rule in RULES if applies(name, rule)] + [
-    pytest.param(name, rule, marks=[] if rule in SOME and name == "llava_onevision" else pytest.mark.slow)
-    for name in ("llava_onevision", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "internvl")
+PAIRS = [(name, rule) for name in ("llava", "qwen2_5_vl") for rule in RULES if applies(name, rule)] + [
+    pytest.param(name, rule, marks=[] if rule in (*SOME, "tome", "sparsevlm") and name == "llava_next" else pytest.mark.slow)
+    for name in ("llava_next", "llava_onevision", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "internvl")
     for rule in RULES
     if applies(name, rule)
 ]
@@ -89,7 +89,7 @@ def alone(call: Call) -> list[Call]:
 @pytest.mark.parametrize(
     ("name", "rule"),
     [
-        pytest.param(name, rule, marks=[] if name == "llava_next" and rule not in ("downsampling", "fastervlm") else pytest.mark.slow)
+        pytest.param(name, rule, marks=[] if name == "llava_next" and rule in (*SOME, "random_tokens", "sparsevlm") else pytest.mark.slow)
         for name in ("llava_next", "qwen2_5_vl")
         for rule in RULES
         if applies(name, rule)
