@@ -1,6 +1,7 @@
-"""Long prompts of SmolLM2-135M under policies that drop or evict tokens: time to the first token, and numbers found again in book text.
+"""Long prompts of SmolLM2-135M under policies that drop tokens: time to the first token, and numbers found again in book text.
 
-    python benchmarks/long_prompts.py                # about a quarter of an hour on two cores -> results/long_prompts.json
+    python benchmarks/long_prompts.py            # about twenty minutes on two cores -> results/long_prompts.json
+    python benchmarks/long_prompts.py --quick    # prompts of 1,024 tokens, one round; nothing is written
 
 The prompts that are judged are drawn by a seed that no setting was chosen with.
 """
@@ -8,8 +9,10 @@ The prompts that are judged are drawn by a seed that no setting was chosen with.
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,72 +24,133 @@ from aerogel.evaluate.measure import tokenizer_of
 from aerogel.evaluate.needle_recall import NeedleRecall
 from aerogel.inference.generate import Generator
 from aerogel.methods.base import RuntimePolicy
-from aerogel.methods.kv_eviction.snapkv import Snapkv
 from aerogel.methods.prompt_tokens.fastkv import Fastkv
 from aerogel.methods.prompt_tokens.prompt_pruning import PromptPruning
-from aerogel.methods.prompt_tokens.uniprefill import Uniprefill
+from aerogel.methods.prompt_tokens.random_blocks import RandomBlocks
+from aerogel.methods.prompt_tokens.recent_blocks import RecentBlocks
+from aerogel.methods.tokens.policy import TokenState
 from aerogel.model.network import Network
+from aerogel.runtime.tokens.decoder import decoder_of
+from aerogel.runtime.tokens.stage import Selection, Stage
 
-MODEL, LENGTH, LEAST, ROUNDS, NEW_TOKENS, THREADS = "smollm2-135m", 2048, 1024, 3, 2, 2
-NEEDLES = NeedleRecall(length=LENGTH, count=2, seed=1)
-POLICIES: dict[str, RuntimePolicy[Any] | None] = {
-    "all tokens": None,
-    "prompt_pruning": PromptPruning(min_length=LEAST),
-    "prompt_pruning, 1/2 and 1/4 at depths 0.67 and 0.83": PromptPruning(keep=(0.5, 0.25), at=(0.67, 0.83), min_length=LEAST),
-    "prompt_pruning, blocks of 16": PromptPruning(block=16, sub_block=16, min_length=LEAST),
-    "fastkv, whole cache": Fastkv(cache=1.0, min_length=LEAST),
-    "uniprefill": Uniprefill(min_length=LEAST),
-    "snapkv, 512 tokens, kernel 15": Snapkv(keep=512, kernel=15),
-}
+MODEL, ROUNDS, NEW_TOKENS, THREADS = "smollm2-135m", 3, 2, 2
+PROMPTS = {4096: 2, 8192: 1}
+"""Prompts at each depth that are judged, by their length."""
+LEAST, SEED = 1024, 1
+
+
+@dataclass(frozen=True)
+class Truncated(RecentBlocks):
+    """Cuts the middle out of a prompt before it is read; what is left is a prompt of its own."""
+
+    def choose(self, budget: float, stage: Stage) -> Selection | None:
+        """Keep the first and the latest tokens, and renumber them."""
+        selection = super().choose(budget, stage)
+        return None if selection is None else selection._replace(renumber=True)
+
+
+def policies(network: Network, length: int) -> dict[str, RuntimePolicy[Any] | None]:
+    """Return what is compared at one length; all but the last two go by the stages of prompt_pruning."""
+    pruning = PromptPruning(min_length=LEAST)
+    short = truncated_length(network, pruning, length)
+    found: dict[str, RuntimePolicy[Any] | None] = {
+        "all tokens": None,
+        "prompt_pruning": pruning,
+        "random_blocks": RandomBlocks(min_length=LEAST),
+        "recent_blocks": RecentBlocks(min_length=LEAST),
+        f"truncated to {short:,} tokens": Truncated(min_length=LEAST, layers=(0,), keep=(short,), sink=64, block=16),
+    }
+    if length <= min(PROMPTS):
+        found["prompt_pruning, attention: mean"] = PromptPruning(min_length=LEAST, attention="mean")
+        found["fastkv, whole cache"] = Fastkv(cache=1.0, min_length=LEAST)
+    return found
+
+
+def truncated_length(network: Network, pruning: PromptPruning, length: int) -> int:
+    """Return the length of prompts that cost as many operations as pruned ones."""
+    pruned = operations(network, lengths(network, pruning, length))
+    depth = decoder_of(network).depth
+    return max(short for short in range(64, length, 16) if operations(network, [short] * depth) <= pruned)
+
+
+def lengths(network: Network, pruning: PromptPruning, length: int) -> list[int]:
+    """Return the positions that each block computes, by the budgets."""
+    depth, left, found = decoder_of(network).depth, length, []
+    budgets = dict(zip(sorted(pruning.rules(depth)), pruning.keep, strict=True))
+    for block in range(depth):
+        left = round(budgets[block] * length) if block in budgets else left
+        found.append(left)
+    return found
+
+
+def operations(network: Network, computed: list[int]) -> float:
+    """Multiplications of the blocks for so many positions in each of them."""
+    config = network.config
+    width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    linear = 2 * width * width + 2 * width * (width // heads * config.num_key_value_heads) + 3 * width * inner
+    return float(sum(linear * length + width * length**2 for length in computed))
 
 
 @contextmanager
-def put_on(network: Network, policy: RuntimePolicy[Any] | None, states: dict[str, Any], name: str) -> Iterator[None]:
-    """Put a policy on with a state that is calibrated once."""
+def put_on(network: Network, policy: RuntimePolicy[Any] | None) -> Iterator[None]:
+    """Put a policy on for a while; these need no calibration."""
     with ExitStack() as stack:
         if policy is not None:
-            if name not in states:
-                calls = text.calls(text.samples(tokenizer_of(network), "sotu", 1, LENGTH, seed=0), batch=1)
-                states[name] = policy.calibrate(network, calls)
-            stack.enter_context(policy.on(network, states[name]))
+            stack.enter_context(policy.on(network, TokenState(blocks=decoder_of(network).depth)))
         yield
 
 
 def first_token(network: Network, prompt_1T: torch.Tensor) -> float:
     """Seconds until the first token of a prompt is there."""
-    return Generator(network, 1, LENGTH + NEW_TOKENS).generate(prompt_1T, NEW_TOKENS).first_token_seconds
+    return Generator(network, 1, prompt_1T.shape[1] + NEW_TOKENS).generate(prompt_1T, NEW_TOKENS).first_token_seconds
 
 
-def main() -> None:
-    """Measure and write."""
-    torch.set_num_threads(THREADS)
-    network, states = open_model(MODEL, dtype=torch.float32), dict[str, Any]()
-    prompt_1T = text.samples(tokenizer_of(network), "moby-dick", 1, LENGTH, seed=2)
-    seconds: dict[str, list[float]] = {name: [] for name in POLICIES}
-    for turn in range(ROUNDS + 1):
-        for name, policy in POLICIES.items():
-            with put_on(network, policy, states, name):
+def compare(network: Network, length: int, count: int, rounds: int) -> list[list[Any]]:
+    """Rows of the table for one length."""
+    prompt_1T = text.samples(tokenizer_of(network), "moby-dick", 1, length, seed=2)
+    compared, needles = policies(network, length), NeedleRecall(length=length, count=count, seed=SEED)
+    seconds: dict[str, list[float]] = {name: [] for name in compared}
+    for turn in range(rounds + 1):
+        for name, policy in compared.items():
+            with put_on(network, policy):
                 taken = first_token(network, prompt_1T)
             if turn:  # in the first one kernels are chosen and memory grows
                 seconds[name].append(taken)
     whole, rows = seconds["all tokens"], []
-    for name, policy in POLICIES.items():
-        with put_on(network, policy, states, name):
-            found = NEEDLES.measure(network)
+    predicted = operations(network, [length] * decoder_of(network).depth)
+    for name, policy in compared.items():
+        with put_on(network, policy):
+            found = needles.measure(network)
         faster = statistics.median(one / other for one, other in zip(whole, seconds[name], strict=True))
         right = round(found["recall"] * found["count"])
-        rows.append([name, round(statistics.median(seconds[name]), 2), round(faster, 2), f"{right} of {found['count']}"])
+        is_staged = isinstance(policy, PromptPruning | RandomBlocks | RecentBlocks)
+        fewer = predicted / operations(network, lengths(network, PromptPruning(), length)) if is_staged else None
+        rows.append([length, name, round(statistics.median(seconds[name]), 2), round(faster, 2), fewer, f"{right} of {found['count']}"])
         print(*rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measure and write."""
+    quick = "--quick" in sys.argv
+    torch.set_num_threads(THREADS)
+    network = open_model(MODEL, dtype=torch.float32)
+    asked = {LEAST: 1} if quick else PROMPTS
+    rows = [row for length, count in asked.items() for row in compare(network, length, count, 1 if quick else ROUNDS)]
+    if quick:
+        return
     settings = {
-        "model": MODEL, "dtype": "float32", "prompt": LENGTH, "min_length": LEAST, "rounds": ROUNDS, "threads": THREADS,
-        "needles": f"one key, {len(NEEDLES.depths)} depths, {NEEDLES.count} prompts each, seed {NEEDLES.seed}",
+        "model": MODEL, "dtype": "float32", "rounds": ROUNDS, "threads": THREADS,
+        "stages": "tokens left 1/2, 1/4, 1/8 from depths 1/3, 1/2, 2/3 on",
+        "needles": f"one key, depths 0 to 1 in quarters, {' and '.join(map(str, PROMPTS.values()))} prompts each, seed {SEED}",
     }  # fmt: skip
-    columns = ["policy", "first token, seconds", "times faster", "numbers found"]
+    columns = ["prompt", "policy", "first token, seconds", "times faster", "times fewer operations", "numbers found"]
     notes = [
         "Settings take turns round after round; seconds are medians, and times faster are medians of the ratios within a round.",
+        "Truncated prompts have the first 64 tokens and the last ones, as many as cost the operations of a pruned prompt.",
         "With so few prompts, differences of two numbers mean little.",
     ]
-    write("long_prompts", f"Prompts of {LENGTH:,} tokens with fewer tokens", settings, columns, rows, notes)
+    write("long_prompts", "Long prompts with fewer tokens", settings, columns, rows, notes)
 
 
 if __name__ == "__main__":
