@@ -220,14 +220,24 @@ def _open(folder: Path, read_folder: Callable[[Path], Folder], device: torch.dev
     else:
         network.module = module = whole(given, cls, made.names, config=config, **options)
     if (settings := folder / "generation_config.json").is_file():
-        asked = partial(transformers.GenerationConfig.from_pretrained, folder, local_files_only=True)
-        module.generation_config = made_from(asked, f"{settings} cannot be read", "fetch it again, or remove it")
+        module.generation_config = _generation_settings(settings)
     move(module, device)
     module.eval()
     read = partial(_processor, folder, given.family, trust_remote_code)
     network.processor = made_from(read, f"{folder}: its tokenizer or processor cannot be read", "fetch its files again")
     network.checkpoint = made.checkpoint if lazy and made.fits else None
     return _discovered(network)
+
+
+def _generation_settings(path: Path) -> transformers.GenerationConfig:
+    """Read generation_config.json; raises AerogelError where that fails, and for special tokens that are no ids."""
+    asked = partial(transformers.GenerationConfig.from_pretrained, path.parent, local_files_only=True)
+    found = made_from(asked, f"{path} cannot be read", "fetch it again, or remove it")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+        ids = getattr(found, name, None)
+        if not all(type(one) is int for one in (ids if isinstance(ids, list) else [] if ids is None else [ids])):
+            raise AerogelError(f"{path}: {name} is {ids!r}, expected the id of a token or a list of ids; fetch it again, or remove it")
+    return found
 
 
 def _discovered(network: Network) -> Network:

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import diffusers
 import huggingface_hub
@@ -17,6 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import aerogel
 from aerogel import catalog
 from aerogel.engine.opening import open_model
 from aerogel.errors import AerogelError
@@ -26,6 +27,7 @@ from aerogel.layers.linear import QuantLinear, stored_grid
 from aerogel.model.network import Network
 from aerogel.numerics.quantize import quantize, weight_grid
 from aerogel.numerics.scheme import Scheme
+from tests.folders import model_folder
 from tests.saved import network, save
 from tests.tiny import FAMILIES, output
 
@@ -366,3 +368,12 @@ def test_a_module_in_a_wrapper_is_refused() -> None:
 
     with pytest.raises(AerogelError, match=r"LlamaForCausalLM is wrapped by PEFT.*merge_and_unload"):
         open_model(Wrapped())
+
+
+@pytest.mark.parametrize("wrong", [{}, "x", [None], True, 1.5])
+def test_special_tokens_of_generation_that_are_no_ids_are_named(wrong: Any, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "in", num_hidden_layers=1)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "bos_token_id": wrong}))
+    with pytest.raises(AerogelError, match=r"generation_config\.json: bos_token_id is .*, expected the id of a token or a list of ids"):
+        aerogel.load(folder)
