@@ -25,7 +25,7 @@ from aerogel.runtime.tokens.decoder import decoder_of
 from tests.methods.prompt_tokens.prompts import DEPTH, LENGTH, deep, prompt
 
 MATRIX: dict[str, Any] = {"options": {}}
-NEW = 6
+NEW = 4
 STAGES: dict[str, Any] = {
     "keep": (0.6, 0.4, 0.3),
     "layers": (2, 3, 4),
@@ -50,8 +50,7 @@ def written(network: Network, call: Call, **more: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("name", BESIDE)
-@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize(("name", "beams"), [*((name, 1) for name in BESIDE), ("per_group", 2)])
 def test_it_is_bit_for_bit_what_it_is_without(name: str, beams: int) -> None:
     network, call = deep(), prompt(2, pads=7)
     policy, offload = BESIDE[name], KvOffload()
