@@ -26,7 +26,7 @@ from aerogel.data import chats
 from aerogel.io.processors import Pair
 
 OUTPUT = Path(__file__).parent / "scattered-vlm"
-IMAGES, BATCH, RATE = 12_800, 8, 1e-3
+IMAGES, BATCH, RATE = 32_000, 8, 1e-3
 
 
 def taught(items: collages.Items, number: int, seed: int) -> list[scattered.Chat]:
