@@ -62,6 +62,9 @@ def record(pipeline: Any, denoiser: nn.Module, wanted: Denoising, seed: int = 0)
 def check(pipeline: Any, wanted: Denoising) -> None:
     """Raise AerogelError, without running anything, where the pipeline needs something that is not given, or does not take what is."""
     takes = inspect.signature(type(pipeline).__call__).parameters
+    if wanted.prompts and "prompt" not in takes:
+        made = "of classes" if "class_labels" in takes else "without being asked for anything"
+        raise AerogelError(f"{type(pipeline).__name__} takes no prompts, it makes images {made}; leave the prompts out")
     _subjects(pipeline, wanted, takes)
     _settings(pipeline, wanted, takes)
 
@@ -157,10 +160,7 @@ def _name(pipeline: Any, subject: Any) -> str:
 
 
 def _subjects(pipeline: Any, wanted: Denoising, takes: Any) -> dict[str, Sequence[Any]]:
-    """What the images are asked for by; raises AerogelError for prompts that are missing, or that the pipeline does not take."""
-    if wanted.prompts and "prompt" not in takes:
-        made = "of classes" if "class_labels" in takes else "without being asked for anything"
-        raise AerogelError(f"{type(pipeline).__name__} takes no prompts, it makes images {made}; leave the prompts out")
+    """What the images are asked for by; raises AerogelError for prompts that are missing."""
     if "class_labels" in takes:
         return {"class_labels": sorted(set(getattr(pipeline, "labels", {}).values())) or [0]}
     if "prompt" in takes:

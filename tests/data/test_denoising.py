@@ -12,7 +12,7 @@ from torch import Tensor
 
 import aerogel
 from aerogel import catalog
-from aerogel.data.denoising import Denoising, first_call, generate_images, record
+from aerogel.data.denoising import Denoising, check, first_call, generate_images, record
 from aerogel.engine.calibration import CalibrationRequest, Samples, shown
 from aerogel.errors import AerogelError
 from aerogel.model.calls import tensors_in
@@ -108,7 +108,7 @@ def test_prompts_are_asked_for() -> None:
 def test_prompts_that_a_pipeline_does_not_take_are_refused_by_the_plan_too(pipeline: Any, made: str) -> None:
     message = f"takes no prompts, it makes images {made}; leave the prompts out"
     with pytest.raises(AerogelError, match=message):
-        first_call(pipeline(), torch.nn.Identity(), Denoising(prompts=("a boot",)))
+        check(pipeline(), Denoising(prompts=("a boot",)))
     network = aerogel.load(pipeline())
     for command in (aerogel.plan, aerogel.compress):
         with pytest.raises(AerogelError, match=message):

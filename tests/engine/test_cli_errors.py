@@ -192,7 +192,7 @@ def test_a_group_that_does_not_divide(desk: Desk) -> None:
 
 
 def test_an_exporter_that_cannot_express_the_scheme(desk: Desk) -> None:
-    desk.recipe.write_text("steps:\n  - rtn: {scheme: W8A8}\n")
+    desk.recipe.write_text("steps:\n  - gptq: {scheme: W8A8}\n")
     assert desk.run(*desk.compress()).exit_code == 0
     line = desk.refused("export", str(desk.output), "--format", "gptq", "--output", str(desk.folder / "exported"))
     assert "cannot be written as GptqLayout: model.layers.0" in line

@@ -5,7 +5,7 @@ The variant for accuracy of the public code. Its scale is that of heads of 128 c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +14,7 @@ import torch
 
 from aerogel.errors import AerogelError
 from aerogel.methods.base import Before
-from aerogel.methods.kv_eviction.policy import EvictionState, SelectivePolicy
+from aerogel.methods.kv_eviction.policy import SelectivePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.numerics.chunk_selection import rotated_back
@@ -59,10 +59,15 @@ class Shadowkv(SelectivePolicy):
             yield f"budget is {self.budget}, expected at least chunk, which is {self.chunk}"
 
     @torch.no_grad()
-    def calibrate(self, network: Network, calls: list[Call]) -> EvictionState:  # type: ignore[override]
-        """See that keys can be turned back, and measure what the factors and the choice cost."""
-        _require_rotation(network, int(calls[0].kwargs["input_ids"][0, -1]))
-        return super().calibrate(network, calls)
+    def unsuitable(self, network: Network, calls: Sequence[Call]) -> Iterator[str]:
+        """See that keys can be turned back, and look for a row that is long enough."""
+        token = next((int(call.kwargs["input_ids"][0, -1]) for call in calls if "input_ids" in call.kwargs), None)
+        if token is not None:
+            try:
+                _require_rotation(network, token)
+            except AerogelError as error:
+                yield str(error)
+        yield from super().unsuitable(network, calls)
 
     @contextmanager
     def acting(self, network: Network) -> Iterator[None]:

@@ -157,4 +157,4 @@ def test_options_that_do_not_fit_are_refused() -> None:
         "kernel is 4, expected an odd number",
     ]
     (why,) = Snapkv().unsuitable(network, [prompt()])
-    assert why.startswith("the longest row of the calibration data has 96 tokens, and nothing of its first half is evicted")
+    assert why.startswith("the longest row of the calibration data has 96 tokens, and all of its first half is read")
