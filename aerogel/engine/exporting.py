@@ -11,7 +11,7 @@ from aerogel.engine import policies
 from aerogel.engine.opening import families, open_model
 from aerogel.errors import AerogelError
 from aerogel.export.exporter import Exporter, SavedPolicy, Source
-from aerogel.io import save
+from aerogel.io import engine_arguments, save
 from aerogel.io.locks import locked
 from aerogel.io.record import files
 from aerogel.recipe import build, options_of
@@ -35,7 +35,8 @@ def export(folder: Path, name: str, output: Path, overrides: Iterable[str] = ())
             open_model(folder, device="cpu")  # raises where the weights are not those that the configuration describes
         source = source_of(folder)
         exporter.write(source, output)
-    if lost := [policy.name for policy in source.policies if not exporter.carries(policy)]:
+    served = [policy for policy in source.policies if engine_arguments.are_in(output, policy.method.engine_arguments)]
+    if lost := [policy.name for policy in source.policies if not exporter.carries(policy) and policy not in served]:
         warnings.warn(f"{output} runs without {' and '.join(lost)}, which {name} has no place for", stacklevel=2)
 
 

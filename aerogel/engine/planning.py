@@ -35,7 +35,7 @@ from aerogel.engine.sharing import in_full, share_of
 from aerogel.engine.stages import quantizes_weights
 from aerogel.evaluate.measure import positions, vocabulary_size
 from aerogel.io.adapters import adapter_in, describe
-from aerogel.io.engines import ENGINES, Engine, StoredLayer, StoredModel, engine_of, instructions, refusals
+from aerogel.io.engines import ENGINES, Engine, ServedPolicy, StoredLayer, StoredModel, engine_of, instructions, refusals
 from aerogel.io.source import ModelSource
 from aerogel.layers import layout
 from aerogel.layers.conv import Layer, is_plain, refuse, size
@@ -221,8 +221,9 @@ def _stored(network: Network, recipe: Recipe, touched: Sequence[Touched], scheme
     ]
 
 
-def _policies(recipe: Recipe) -> dict[str, Mapping[str, Any]]:
-    return {step.name: step.method.config_entries for step in recipe.steps if isinstance(step.method, RuntimePolicy)}
+def _policies(recipe: Recipe) -> dict[str, ServedPolicy]:
+    policies = {step.name: step.method for step in recipe.steps if isinstance(step.method, RuntimePolicy)}
+    return {name: ServedPolicy(method.config_entries, method.engine_arguments) for name, method in policies.items()}
 
 
 def _opened_by(network: Network, recipe: Recipe, layers: Sequence[StoredLayer], *, mixed: bool) -> dict[str, tuple[str, ...]]:

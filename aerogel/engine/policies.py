@@ -132,13 +132,15 @@ def save(policies: Sequence[CalibratedPolicy], folder: Path) -> tuple[list[Polic
 
 
 def extras(policies: Sequence[CalibratedPolicy]) -> Extras:
-    """Return what policies add to the weights and to quantization_config, for engines."""
+    """Return what policies add to the weights, to quantization_config and to the command line, for engines."""
     entries: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
+    arguments: dict[str, Any] = {}
     for measured in policies:
         entries |= measured.policy.config_entries
         tensors |= measured.policy.config_tensors(measured.state)
-    return Extras(entries, tensors)
+        arguments |= measured.policy.engine_arguments
+    return Extras(entries, tensors, arguments)
 
 
 def load(folder: Path | None, rename: Callable[[str], str] = str) -> list[CalibratedPolicy]:

@@ -54,6 +54,15 @@ class StoredModel(NamedTuple):
     """The folder that its tokenizer is copied from; None where it is in memory only."""
 
 
+class ServedPolicy(NamedTuple):
+    """What a runtime policy leaves to engines that do the same themselves."""
+
+    entries: Mapping[str, Any] = {}
+    """Entries of quantization_config."""
+    arguments: Mapping[str, Any] = {}
+    """Arguments of vLLM's command line."""
+
+
 class Instructions(IntEnum):
     """Instruction sets of x86 processors that kernels need for right results; each contains those before it."""
 
@@ -74,6 +83,10 @@ def _any_processor(layer: StoredLayer) -> Instructions:
     return Instructions.ANY
 
 
+def _no_arguments(arguments: Mapping[str, Any], config: Any) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Engine:
     """A release of an engine on a kind of device."""
@@ -87,6 +100,8 @@ class Engine:
     """True where it loads some layers as one tensor, such as query, key and value."""
     refuses_model: Callable[[StoredModel], Iterator[str]] = _any_model
     """Why it does not run a model, reason by reason, whatever its layers are."""
+    takes: Callable[[Mapping[str, Any], Any], bool] = _no_arguments
+    """True where it does what these arguments of vLLM's command line say, given the model's configuration."""
     needs: Callable[[StoredLayer], Instructions] = _any_processor
     """The instruction set of an x86 processor that its kernel for a layer needs."""
     cache_needs: Instructions = Instructions.ANY
@@ -183,6 +198,15 @@ def _of_vllm(layer: StoredLayer) -> Reason:
     return None if scheme.inputs.dynamic else "static inputs are for 8-bit weights only"
 
 
+PRUNES_VIDEOS = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+"""Models, by the model_type of their configuration, whose videos vLLM prunes; of the others it ignores the rate."""
+
+
+def vllm_takes(arguments: Mapping[str, Any], config: Any) -> bool:
+    """Return True where vLLM does what arguments say on a model of this configuration."""
+    return arguments.keys() == {"video-pruning-rate"} and getattr(config, "model_type", None) in PRUNES_VIDEOS
+
+
 def _sglang(layer: StoredLayer) -> Reason:
     scheme = layer.scheme
     if found := _inexpressible(layer):
@@ -222,11 +246,15 @@ def _no_cache(scheme: Mapping[str, Any]) -> Reason:
     return "GGUF has no place for the scales of a key-value cache; the weights open without it"
 
 
+def _vllm_cpu(label: str, refuses: Callable[[StoredLayer], Reason]) -> Engine:
+    return Engine(label, refuses, _cache_by_tensor, takes=vllm_takes, needs=_vllm_needs, cache_needs=Instructions.AVX512)
+
+
 ENGINES: Mapping[str, Engine] = {
     "transformers": Engine("transformers 5.23 (compressed-tensors 0.20)", _transformers, _any_cache, fuses=False),
-    "vllm": Engine("vLLM 0.32 and 0.33 (CUDA)", _vllm, _any_cache),
-    "vllm-cpu": Engine("vLLM 0.32 (CPU)", _vllm_032_on_cpu, _cache_by_tensor, needs=_vllm_needs, cache_needs=Instructions.AVX512),
-    "vllm-cpu-0.33": Engine("vLLM 0.33 (CPU)", _vllm_on_cpu, _cache_by_tensor, needs=_vllm_needs, cache_needs=Instructions.AVX512),
+    "vllm": Engine("vLLM 0.32 and 0.33 (CUDA)", _vllm, _any_cache, takes=vllm_takes),
+    "vllm-cpu": _vllm_cpu("vLLM 0.32 (CPU)", _vllm_032_on_cpu),
+    "vllm-cpu-0.33": _vllm_cpu("vLLM 0.33 (CPU)", _vllm_on_cpu),
     "sglang": Engine("SGLang 0.5.23 (CUDA)", _sglang, _cache_by_tensor),
     "llama.cpp": Engine("llama.cpp (exported as gguf)", _llama_cpp, _no_cache, fuses=False, refuses_model=_llama_cpp_model),
 }
@@ -246,14 +274,14 @@ def refusals(
     engine: Engine,
     model: StoredModel,
     layers: Sequence[StoredLayer],
-    policies: Mapping[str, Mapping[str, Any]],
+    policies: Mapping[str, ServedPolicy],
     mixed: bool,
     denoises: bool,
 ) -> Iterator[str]:
     """Say why an engine does not open, or does not run as measured, what a recipe makes: reason by reason, with how many layers have it.
 
-    `policies` are the runtime policies with the entries of quantization_config that they make, by which an engine does the same. `mixed`
-    says that layers which engines load as one tensor have several schemes.
+    `policies` are the runtime policies with what they leave to engines that do the same. `mixed` says that layers which engines load as one
+    tensor have several schemes.
     """
     if denoises:
         yield "it runs language models, and this is a denoiser"
@@ -267,14 +295,15 @@ def refusals(
         yield f"{scheme} ({count} layer{'s' if count > 1 else ''}): {reason}"
     if mixed and engine.fuses:
         yield "layers that it loads as one tensor have several schemes"
-    for policy, entries in policies.items():
-        if "kv_cache_scheme" not in entries:
-            yield f"{policy} acts in aerogel only; the weights open without it"
-        elif reason := engine.refuses_cache(entries["kv_cache_scheme"]):
-            yield f"{policy}: {reason}"
+    for name, policy in policies.items():
+        if "kv_cache_scheme" in policy.entries:
+            if reason := engine.refuses_cache(policy.entries["kv_cache_scheme"]):
+                yield f"{name}: {reason}"
+        elif not engine.takes(policy.arguments, model.config):
+            yield f"{name} acts in aerogel only; the weights open without it"
 
 
-def instructions(engine: Engine, layers: Sequence[StoredLayer], policies: Mapping[str, Mapping[str, Any]]) -> Instructions:
+def instructions(engine: Engine, layers: Sequence[StoredLayer], policies: Mapping[str, ServedPolicy]) -> Instructions:
     """Return the instruction set that an engine needs to open layers and to do what policies do."""
-    cached = any("kv_cache_scheme" in entries for entries in policies.values())
+    cached = any("kv_cache_scheme" in policy.entries for policy in policies.values())
     return max([engine.cache_needs if cached else Instructions.ANY, *map(engine.needs, layers)])

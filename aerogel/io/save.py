@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError, reason_of
+from aerogel.io import engine_arguments
 from aerogel.io.fingerprint import fingerprint
 from aerogel.io.json_files import read_object
 from aerogel.io.layouts import as_on_disk
@@ -134,6 +135,8 @@ class Extras:
     """Entries of quantization_config."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors by full name."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of vLLM's command line."""
 
 
 def write(
@@ -147,13 +150,15 @@ def write(
 
     `tensors` are (full name, tensor) pairs in any order, by default those of the module; names become those on disk, floats take
     the dtype that the original checkpoint has for them. Files beside the weights are copied from where the network came from; the
-    other models of a pipeline too. The quantization_config is read off the module, and has the `extras` beside.
+    other models of a pipeline too. The quantization_config is read off the module, and has the `extras` beside; arguments for
+    an engine that takes them are in a file of their own.
     """
     parts = _parts(network)
     if network.origin is None:
         _write_companions(network, folder, parts)
     else:
         copy_companions(network.origin, folder, parts)
+    engine_arguments.write(folder, extras.arguments, network.config)
     stem = "diffusion_pytorch_model" if network.family.modality in ("image", "video") else "model"
     checksums: dict[str, str] = {}
     for part, module in parts.items():

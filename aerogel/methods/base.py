@@ -168,6 +168,11 @@ class RuntimePolicy(_Method, Generic[State]):
         """Return what it adds to quantization_config, by which engines do the same; nothing unless a policy says so."""
         return {}
 
+    @property
+    def engine_arguments(self) -> dict[str, Any]:
+        """Return the arguments of vLLM's command line by which it does the same, by their long names; nothing unless a policy says so."""
+        return {}
+
     def config_tensors(self, state: State) -> dict[str, Tensor]:
         """Return the tensors that go with these entries, to be stored beside the weights, by full name."""
         return {}

@@ -46,6 +46,22 @@ def dycoke(x_FPC: Tensor, keep: float) -> Reduced:
     return Reduced(keep_FP, x_FPC)
 
 
+def evs(x_FPC: Tensor, pruning_rate: float) -> Tensor:
+    """Keep the first frame, and of all other tokens those that are least like the token of the same place in the frame before (EVS).
+
+    Returns True where a token stays (F, P). The number that stays, the order of equal tokens (earlier ones first) and the precision, which
+    is that of the features, are those of vLLM, so that both keep the same.
+    """
+    frames, places, _ = x_FPC.shape
+    count = max(places, int(frames * places * (1 - pruning_rate)))
+    unlike_SP = 1 - cosine_similarity(x_FPC[1:], x_FPC[:-1], dim=-1)
+    first_P = x_FPC.new_full((places,), 255.0)  # no cosine is so far from one
+    order_N = torch.cat((first_P, unlike_SP.flatten())).argsort(descending=True, stable=True)
+    keep_N = torch.zeros(frames * places, dtype=torch.bool, device=x_FPC.device)
+    keep_N[order_N[:count]] = True
+    return keep_N.view(frames, places)
+
+
 def prunevid(x_FPC: Tensor, segments: float, threshold: float, merged: float, least: int = 14, neighbours: int = 7) -> Reduced:
     """Merge what stays the same in a segment of frames, then what is alike in a frame (PruneVid, first stage).
 

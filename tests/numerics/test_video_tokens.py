@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 
 from aerogel.numerics.token_selection import density_peaks
 from aerogel.numerics.video_segments import best_windows, clustered, likeness, static_places
-from aerogel.numerics.video_tokens import Fastvid, Holitom, Reduced, dycoke, fastvid, fold, holitom, part, prunevid
+from aerogel.numerics.video_tokens import Fastvid, Holitom, Reduced, dycoke, evs, fastvid, fold, holitom, part, prunevid
 
 
 def noise(frames: int, places: int, channels: int = 32, seed: int = 0) -> Tensor:
@@ -51,6 +51,34 @@ def test_dycoke_keeps_what_is_least_like_its_like(frames: int) -> None:
 def test_dycoke_computes_475_of_1000_tokens() -> None:
     assert int(dycoke(still(16, 10), 0.3).keep_FP.sum()) == 0.475 * 160
     assert dycoke(noise(16, 10), 1.0).keep_FP.all()
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 99), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_evs_keeps_what_vllm_keeps(frames: int, places: int, hundredths: int, is_still: bool, dtype: torch.dtype) -> None:
+    """Its rule in plain loops: the first frame is unlike everything, equal tokens go from the end, and the count is rounded as there."""
+    x_FPC = (still(frames, places) if is_still else noise(frames, places, 4, hundredths)).to(dtype)
+    pruning_rate = hundredths / 100
+    count = max(places, int(places * frames * (1 - pruning_rate)))
+    unlike: list[float] = []
+    for frame in range(frames):
+        for place in range(places):
+            alike = cosine_similarity(x_FPC[frame, place], x_FPC[max(frame - 1, 0), place], dim=0)
+            unlike.append(float(1 - alike) if frame else 255.0)
+    order = sorted(range(len(unlike)), key=lambda number: (-unlike[number], number))
+    keep_FP = evs(x_FPC, pruning_rate)
+    assert keep_FP.flatten().nonzero()[:, 0].tolist() == sorted(order[:count])
+    assert keep_FP[0].all()
+    assert int(keep_FP.sum()) == count
+
+
+def test_evs_rounds_as_vllm_does() -> None:
+    """A rate of 0.9 leaves of 50 tokens the 4 below 50 x (1 - 0.9) in floating point, but the first frame has 5."""
+    assert int(50 * (1 - 0.9)) == 4
+    assert int(evs(noise(10, 5), 0.9).sum()) == 5
+    assert int(evs(noise(25, 2), 0.9).sum()) == 4
+    assert int(evs(noise(4, 5), 0.99).sum()) == 5
+    assert evs(noise(4, 5), 0.0).all()
 
 
 @pytest.mark.parametrize("seed", range(3))

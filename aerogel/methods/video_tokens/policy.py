@@ -21,7 +21,7 @@ from aerogel.model.network import Network
 from aerogel.numerics.video_tokens import Reduced
 from aerogel.options import CountOrZero
 from aerogel.runtime.policy_state import PolicyState
-from aerogel.runtime.tokens.clips import GRID, ClipAttention, attention_of, clips_of
+from aerogel.runtime.tokens.clips import GRID, Clip, ClipAttention, attention_of, clips_of
 from aerogel.runtime.tokens.decoder import decoder_of
 from aerogel.runtime.tokens.images import image_path_of
 from aerogel.runtime.tokens.stage import Rule, Selection, Stage
@@ -80,6 +80,10 @@ class ClipPolicy(TokenPolicy):
     def reduce(self, x_FPC: Tensor, attention: ClipAttention | None) -> Reduced:
         """Return what stays of a clip, given its embeddings and, where the policy reads it, the attention in the vision tower."""
 
+    def reduced(self, stage: Stage, clip: Clip, attention: ClipAttention | None) -> Reduced:
+        """Return what stays of a clip of a forward: by its embeddings, unless a policy says otherwise."""
+        return self.reduce(stage.hidden_BKC[clip.row, clip.at_FP], attention)
+
     def rules(self, depth: int) -> Mapping[int, Rule]:
         """Return the rule."""
         return {0: self.reduce_clips}
@@ -92,7 +96,7 @@ class ClipPolicy(TokenPolicy):
         attention = attention_of(stage, clips) if clips and self.reads_attention else [None] * len(clips)
         for clip, seen in zip(clips, attention, strict=True):
             clip_BK[clip.row, clip.at_FP] = True
-            reduced = self.reduce(stage.hidden_BKC[clip.row, clip.at_FP], seen)
+            reduced = self.reduced(stage, clip, seen)
             keep_BK[clip.row, clip.at_FP] = reduced.keep_FP
             hidden_BKC[clip.row, clip.at_FP] = reduced.x_FPC
         stage.memory[CLIPS] = clip_BK

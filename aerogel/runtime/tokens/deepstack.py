@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from aerogel.runtime.tokens.kept import Kept
@@ -34,7 +35,20 @@ class DeepStack:
         """Return a block's output with the features of its number, if there are any."""
         if self._place_BN is None or block >= len(self._features):
             return hidden_BKC
-        place_BN = self._place_BN.to(hidden_BKC.device)
-        whole_BNC = hidden_BKC.new_zeros(*place_BN.shape, hidden_BKC.shape[-1])
-        whole_BNC[place_BN] = self._features[block].to(hidden_BKC)
+        whole_BNC = self._whole(self._place_BN, self._features[block], hidden_BKC)
         return hidden_BKC + (whole_BNC if kept is None else kept.rows(whole_BNC))
+
+    def side_by_side(self, hidden_BKC: Tensor, kept: Kept) -> Tensor | None:
+        """Return all features of the positions that are left, one layer behind the other (B, K, layers x C); None where there are none."""
+        if self._place_BN is None or not len(self._features):
+            return None
+        whole = [self._whole(self._place_BN, features_VC, hidden_BKC) for features_VC in self._features]
+        return kept.rows(torch.cat(whole, -1))
+
+    @staticmethod
+    def _whole(place_BN: Tensor, features_VC: Tensor, like: Tensor) -> Tensor:
+        """Features at their places among all positions of the forward, zero elsewhere."""
+        place_BN = place_BN.to(like.device)
+        whole_BNC = like.new_zeros(*place_BN.shape, features_VC.shape[-1])
+        whole_BNC[place_BN] = features_VC.to(like)
+        return whole_BNC

@@ -90,6 +90,7 @@ class Shortening:
         self._guard = ForwardGuard()
         self._forward: _Forward | None = None
         self._tower_pass: TowerPass | None = None
+        self._deepstack = DeepStack()
 
     @contextmanager
     def on(self) -> Iterator[Shortening]:
@@ -97,7 +98,7 @@ class Shortening:
 
         Raises AerogelError where others do so already.
         """
-        module, deepstack = self._network.module, DeepStack()
+        module, self._deepstack = self._network.module, DeepStack()
         hook = CacheOnlyHook if self.evict is None or self.evict.prompts_only else OwnedHook
         if _on(self._network):
             raise AerogelError("a policy that drops tokens or evicts them from the cache is on already; leave one of them out")
@@ -111,13 +112,13 @@ class Shortening:
         with ExitStack() as stack:
             before(module, self._begin)
             after(module, self._end, always=True)
-            before(module.get_submodule(self.decoder.module), deepstack.take)
+            before(module.get_submodule(self.decoder.module), self._deepstack.take)
             if self._separators:
                 before(module.get_submodule(self.decoder.module), self._separate)
             for number, block in enumerate(self.decoder.parts(self._network)):
                 before(block, partial(self._enter, number))
                 before(module.get_submodule(self.decoder.attentions[number]), partial(self._store, number))
-                after(block, partial(self._leave, number, deepstack))
+                after(block, partial(self._leave, number))
             watch = range(self.decoder.depth) if self.evict is not None and self.evict.watches else {*self.watch, *self._observed}
             named = {number: self.decoder.attentions[number] for number in watch}
             stack.enter_context(watching(self._network, named, self._see))
@@ -212,6 +213,7 @@ class Shortening:
             watched=forward.watched,
             probe=lambda: of_block(block, (hidden_BKC, *given[0]), alone()),
             ahead=ahead,
+            deeper=lambda: self._deepstack.side_by_side(hidden_BKC, here),
             before=seen,
             final_norm=self.decoder.final_norm(self._network),
             video_BN=self._vocabulary.of_video(forward.inputs["input_ids"]),
@@ -267,7 +269,7 @@ class Shortening:
         layer.expect(forward.kept or Kept.all(rows, total, device), total)
         forward.layers[number] = layer
 
-    def _leave(self, number: int, deepstack: DeepStack, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _leave(self, number: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After a block: add features of deeper layers of the vision tower; after the last one, put what is left back to its places."""
         forward = self._under_way
         if self.evict is not None and forward.first_B is not None and number in forward.layers and forward.kind_BN.shape[1] > 1:
@@ -277,7 +279,7 @@ class Shortening:
             for layer in forward.layers.values() if self.evict is not None and forward.kept is not None else ():
                 self.evict.finish(layer, forward.kept, forward.kind_BN.shape[1])  # type: ignore[union-attr,arg-type]
         hidden_BKC = output[0] if isinstance(output, tuple) else output
-        changed_BKC = deepstack.add(number, hidden_BKC, forward.kept)
+        changed_BKC = self._deepstack.add(number, hidden_BKC, forward.kept)
         if number == self.decoder.depth - 1 and forward.kept is not None:
             changed_BKC = forward.kept.spread(changed_BKC, forward.kind_BN.shape[1])
         if changed_BKC is hidden_BKC:

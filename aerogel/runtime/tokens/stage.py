@@ -90,6 +90,8 @@ class Stage(Positions):
     """Computes queries and keys of the block that would read the positions, for these positions alone."""
     ahead: Callable[[int], QueryKey]
     """Computes those of a later block, by its number, in a pass of these positions through the blocks up to it."""
+    deeper: Callable[[], Tensor | None]
+    """Puts the features of deeper layers of the vision tower side by side, for these positions; None where the model has none."""
     before: int
     """Positions that came before the forward."""
     final_norm: Callable[[Tensor], Tensor]
