@@ -288,6 +288,7 @@ def _recorded(network: Network, wanted: Denoising, seed: int) -> Calibration:
             "open the folder of the pipeline, or give recorded calls as samples"
         )
     with network.on_device():
+        denoising.check(network.processor, wanted)
         calls = denoising.record(network.processor, network.module, wanted, seed)
     facts = {"source": type(network.processor).__name__, "sampler": type(network.processor.scheduler).__name__, **asdict(wanted)}
     return Calibration(calls, facts | {"fingerprint": _fingerprint(calls)})

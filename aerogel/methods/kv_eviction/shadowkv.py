@@ -5,7 +5,7 @@ The variant for accuracy of the public code. Its scale is that of heads of 128 c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +14,7 @@ import torch
 
 from aerogel.errors import AerogelError
 from aerogel.methods.base import Before
-from aerogel.methods.kv_eviction.policy import SelectivePolicy
+from aerogel.methods.kv_eviction.policy import EvictionState, SelectivePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.numerics.chunk_selection import rotated_back
@@ -25,6 +25,11 @@ from aerogel.runtime.tokens.shortening import drops_text, evicts
 
 _ALIKE = 0.05
 """Largest relative error of keys that are turned back: roundings of 16 bits stay far below."""
+
+_OTHERWISE = (
+    "the keys of this {} model are not turned in halves of all their channels, so that factors of them cannot be taken before that: leave "
+    "this step out"
+)
 
 
 @dataclass(frozen=True)
@@ -57,17 +62,18 @@ class Shadowkv(SelectivePolicy):
         """Compare the budget and the chunks."""
         if self.budget < self.chunk:
             yield f"budget is {self.budget}, expected at least chunk, which is {self.chunk}"
+        config = network.config.get_text_config()
+        rotary = getattr(config, "rope_parameters", None) or {}
+        if "mrope_section" in rotary or not rotary.get("rope_type"):
+            yield "the attentions of this model are given no rotary angles of one axis to turn keys back by; leave this step out"
+        elif rotary.get("partial_rotary_factor", 1.0) != 1.0 or getattr(config, "qk_rope_head_dim", None):
+            yield _OTHERWISE.format(network.family.name)
 
     @torch.no_grad()
-    def unsuitable(self, network: Network, calls: Sequence[Call]) -> Iterator[str]:
-        """See that keys can be turned back, and look for a row that is long enough."""
-        token = next((int(call.kwargs["input_ids"][0, -1]) for call in calls if "input_ids" in call.kwargs), None)
-        if token is not None:
-            try:
-                _require_rotation(network, token)
-            except AerogelError as error:
-                yield str(error)
-        yield from super().unsuitable(network, calls)
+    def calibrate(self, network: Network, calls: list[Call]) -> EvictionState:  # type: ignore[override]
+        """See that keys can be turned back, and measure what the factors and the choice cost."""
+        _require_rotation(network, int(calls[0].kwargs["input_ids"][0, -1]))
+        return super().calibrate(network, calls)
 
     @contextmanager
     def acting(self, network: Network) -> Iterator[None]:
@@ -95,7 +101,4 @@ def _require_rotation(network: Network, token: int) -> None:
         plain_BHND = rotated_back(key_BHND.float(), cosine_BND[:, None].float(), sine_BND[:, None].float())
         if (plain_BHND - plain_BHND[:, :, :1]).norm() <= _ALIKE * plain_BHND.norm():
             return
-    raise AerogelError(
-        f"the keys of this {network.family.name} model are not turned in halves of all their channels, so that factors of them cannot be "
-        "taken before that: leave this step out"
-    )
+    raise AerogelError(_OTHERWISE.format(network.family.name))

@@ -164,5 +164,6 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_keys_that_are_turned_otherwise_are_refused() -> None:
     """The angles of a model that turns a part of the channels only."""
     network = deep("StableLm", partial_rotary_factor=0.5)
+    assert "not turned in halves" in " ".join(Shadowkv().problems(network, None))  # type: ignore[arg-type]
     with pytest.raises(AerogelError, match="not turned in halves of all their channels"):
         Shadowkv().calibrate(network, [prompt()])
