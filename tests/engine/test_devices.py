@@ -37,8 +37,8 @@ from tests.words import tokenizer
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' samplers
 
 COMMON = [
-    ("gptq", "llama"), ("rotate", "llama"), ("rtn", "qwen2_5_vl"), ("gptq", "qwen3_moe"), ("modes", "qwen3_moe"),
-    ("attention_quant", "dit"), ("teacache", "dit"), ("visionzip", "llava"),
+    ("gptq", "llama"), ("modes", "qwen3_moe"), ("attention_quant", "dit"), ("teacache", "dit"), ("visionzip", "llava"),
+    *(pytest.param(*one, marks=pytest.mark.slow) for one in (("rotate", "llama"), ("rtn", "qwen2_5_vl"), ("gptq", "qwen3_moe"))),
 ]  # fmt: skip
 """A method of each kind that takes seconds; the slow tests take all."""
 GPTQ: dict[str, Any] = {"steps": [{"gptq": {"scheme": "W4A16_G32"}}]}
@@ -123,6 +123,7 @@ def test_every_method_gives_the_numbers_of_the_cpu(method: str, family: str) -> 
         require_alike(method, family, there=True)
 
 
+@pytest.mark.slow
 def test_a_folder_with_its_teacher_gives_the_bits_of_the_cpu(folder: Path, tmp_path: Path, watch: Watch) -> None:
     recipe = {"steps": [{"brecq": {"scheme": "W8A16_G32", "targets": ["*_proj"], "steps": 2, "batch": 2}}]}
     made = [

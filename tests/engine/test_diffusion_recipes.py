@@ -43,8 +43,8 @@ def test_every_recipe_is_tested() -> None:
     assert set(catalog.names("recipes")) == CLOSE.keys() | set(LANGUAGE) | RECIPES.keys() | set(FEWER_TOKENS) | set(LONG_PROMPTS)
 
 
-SLOW = ("tfm-w4a8-select", "tfmq-w8a8", "tfmq-w4a8")
-"""Recipes that differ from one in the default run in a number or an option only."""
+SLOW = ("tfm-w4a8-select", "tfmq-w8a8", "tfmq-w4a8", "tfmq-w4a32", "qdiffusion-w4a8")
+"""Recipes whose methods another one in the default run, or the matrix of methods, has too."""
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ OPTIONS = ["modes.points=8", "modes.ratio=0.5", "modes.power=[0.25, 1]"]
 RECIPES = {"modes": OPTIONS, "modes-w4a16": [*OPTIONS, "rtn.scheme=W4A16_G32"]}
 
 
-@pytest.mark.parametrize("recipe", ["modes", pytest.param("modes-w4a16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe(recipe: str, tmp_path: Path) -> None:
     source = written(tmp_path, 12)
     measures = [ExactMatch(source=str(source), count=6, new_tokens=40)]

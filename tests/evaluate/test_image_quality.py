@@ -143,6 +143,7 @@ def test_real_images_lie_among_those_of_the_zoo_and_noise_does_not(name: str) ->
     assert among[2].recall == 0
 
 
+@pytest.mark.slow
 @pytest.mark.quality
 def test_the_judge_sees_what_the_zoo_was_asked_for() -> None:
     prompts = ("top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")

@@ -157,7 +157,8 @@ def errors(written: Written, kind: str, batch: int) -> Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("unet", "pixart")), "dit"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["unet", "pixart", "dit"])
 def test_samples_are_those_of_our_arithmetic_in_batches_of_any_size(kind: str, request: pytest.FixtureRequest) -> None:
     written: Written = request.getfixturevalue(kind)
     found = torch.cat([errors(written, kind, batch) for batch in (1, 3)])
@@ -165,6 +166,7 @@ def test_samples_are_those_of_our_arithmetic_in_batches_of_any_size(kind: str, r
     assert found.max() < FLIPPED
 
 
+@pytest.mark.slow
 def test_a_layer_reads_its_range_off_the_row_of_the_step(unet: Written, tmp_path: Path) -> None:
     name = "mid_block.resnets.0.time_emb_proj"
     layer = unet.layers[name]
@@ -198,7 +200,7 @@ def test_another_row_is_another_picture_and_there_are_no_more_rows_than_steps(un
         unet.theirs(call, step=np.array(len(STEPS)))
 
 
-@pytest.mark.parametrize("kind", ["unet", "pixart", "dit"])
+@pytest.mark.parametrize("kind", ["unet", pytest.param("pixart", marks=pytest.mark.slow), "dit"])
 def test_every_quantized_layer_is_codes_with_a_scale_and_so_are_its_inputs(kind: str, request: pytest.FixtureRequest) -> None:
     written: Written = request.getfixturevalue(kind)
     graph, layers = written.graph, written.layers

@@ -21,7 +21,11 @@ from aerogel.numerics.packing import unpack
 from tests.numerics.test_packing import padded as padded_words
 from tests.saved import network, save
 
-SCHEMES = ["W3A16_G32", "W3A16_G32_ASYM", "W3A16_CHANNEL_ASYM", "W4A16_G32_ASYM"]
+SCHEMES = [
+    "W3A16_G32",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("W3A16_G32_ASYM", "W3A16_CHANNEL_ASYM")),
+    "W4A16_G32_ASYM",
+]
 
 
 def as_before(folder: Path, bits: int) -> None:

@@ -34,7 +34,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 WEIGHTS = [name for name in METHODS if issubclass(catalog.find("methods", name), WeightMethod)]
 
 
-@pytest.mark.parametrize(("method", "name"), [(method, name) for method in METHODS for name in sorted(FAMILIES)])
+# Family by family: the two processes of a run each build about half of them.
+@pytest.mark.parametrize(("method", "name"), [(method, name) for name in sorted(FAMILIES) for method in METHODS])
 def test_method_on_family(method: str, name: str, tmp_path: Path) -> None:
     tried = case(method, name)
     if not tried.problems:

@@ -114,6 +114,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [one.answer for one in ended]
 
 
+@pytest.mark.slow
 def test_a_router_is_bit_for_bit_the_one_trained_with_whole_weights(pair: list[dict[str, Any]]) -> None:
     for one in pair:
         assert one["same output"]
@@ -122,6 +123,7 @@ def test_a_router_is_bit_for_bit_the_one_trained_with_whole_weights(pair: list[d
         assert one["checkpoints in parts"] == one["with checkpoints"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["memory", "folder"])
 def test_a_recipe_holds_the_model_and_its_teacher_in_parts(pair: list[dict[str, Any]], where: str) -> None:
     for one in pair:
@@ -130,6 +132,7 @@ def test_a_recipe_holds_the_model_and_its_teacher_in_parts(pair: list[dict[str, 
         assert in_parts["error"] > 0
 
 
+@pytest.mark.slow
 def test_each_process_holds_its_part_of_the_blocks(pair: list[dict[str, Any]]) -> None:
     first, second = pair
     assert first["part"] + second["part"] == pytest.approx(first["whole"], rel=0.01)
@@ -137,6 +140,7 @@ def test_each_process_holds_its_part_of_the_blocks(pair: list[dict[str, Any]]) -
     assert first["after"] < first["whole"], "blocks are in parts again after a forward"
 
 
+@pytest.mark.slow
 def test_afterwards_nothing_is_left_of_it(pair: list[dict[str, Any]]) -> None:
     for one in pair:
         assert one["left"]

@@ -108,6 +108,7 @@ def made(findings: Findings, network: Network, policy: str, asked: float, source
     return policies.calibrated(network, step, chats.calls(halves(source)[0], network.processor, padded=True))
 
 
+@pytest.mark.slow
 def test_every_rule_has_rows_or_a_reason(found: Any) -> None:
     findings = found[1]
     assert findings.facts["ratios"] == sorted({*RATIOS, BUDGET})
@@ -120,6 +121,7 @@ def test_every_rule_has_rows_or_a_reason(found: Any) -> None:
     assert not at_budget & set(reasons)
 
 
+@pytest.mark.slow
 def test_a_rule_that_keeps_the_best_expert_ends_where_it_can(found: Any) -> None:
     """Three of four experts of each token but the chat's marks: the same for all of them, and nothing behind it."""
     asked = {name: [one["asked"] for one in found[1].facts["rows"] if one["policy"] == name] for name in ("naee", "reduced_topk", "modes")}
@@ -128,6 +130,7 @@ def test_a_rule_that_keeps_the_best_expert_ends_where_it_can(found: Any) -> None
     assert not row(found[1], "reduced_topk", 0.5)["met"], "half of the words' pairs are less than half of all"
 
 
+@pytest.mark.slow
 def test_rows_are_what_the_policy_does_to_the_other_half(found: Any, source: Path) -> None:
     network, findings, _ = found
     (call,) = chats.calls(halves(source)[1], network.processor, padded=True)
@@ -149,6 +152,7 @@ def test_rows_are_what_the_policy_does_to_the_other_half(found: Any, source: Pat
     assert findings.facts["provenance"]["calibration"]["fingerprint"] == chats.fingerprint(halves(source)[0])
 
 
+@pytest.mark.slow
 def test_replies_and_shares_are_those_of_the_measure(found: Any, source: Path, tmp_path: Path) -> None:
     network, findings, _ = found
     for policy in ("modes", "reduced_topk"):
@@ -171,6 +175,7 @@ def _file(source: Path, folder: Path) -> Path:
     return folder / source.name
 
 
+@pytest.mark.slow
 def test_speeds_are_ratios_of_turns(found: Any, source: Path) -> None:
     """Each forward of 6 layers takes 1 + pairs: with reduced_topk at 0.67 a word has one expert of four, marks all."""
     at, facts = row(found[1], "reduced_topk", BUDGET), found[1].facts
@@ -184,6 +189,7 @@ def test_speeds_are_ratios_of_turns(found: Any, source: Path) -> None:
     assert 1 <= at["decode_speedup"] <= (1 + 24 * COUNT) / (1 + 6 * COUNT)
 
 
+@pytest.mark.slow
 def test_the_best_moves_predictions_least_and_its_folder_puts_it_on(found: Any, source: Path) -> None:
     network, findings, folder = found
     enough = [one for one in findings.facts["rows"] if one["asked"] == BUDGET and one["met"]]

@@ -61,6 +61,7 @@ def test_each_part_has_ranges_of_its_own() -> None:
         assert not torch.equal(first.grid().scale, second.grid().scale)
 
 
+@pytest.mark.slow
 def test_a_folder_opens_split(tmp_path: Path) -> None:
     network = compressed(output=tmp_path / "live")
     FAMILIES["unet"].build().save_pretrained(tmp_path / "source")

@@ -48,7 +48,7 @@ def test_the_error_is_the_mean_over_steps_of_squared_distances() -> None:
         assert temporal_error(features_with(path, some, {}), wanted) == 0
 
 
-@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("bits", [4, pytest.param(3, marks=pytest.mark.slow)])
 def test_features_come_closer_than_by_rounding_to_nearest(bits: int) -> None:
     path, sinusoid_TC = path_of()
     scheme = Scheme.parse(f"W{bits}A16_CHANNEL_ASYM")

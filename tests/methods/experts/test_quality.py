@@ -69,7 +69,8 @@ def test_the_first_layer_matters_most_to_text(network: Network, calls: list[Call
     assert state.importance.sum(0).tolist() == pytest.approx([1, 1])
 
 
-@pytest.mark.parametrize("ratio", [pytest.param(0.5, marks=pytest.mark.slow), 0.75])
+@pytest.mark.slow
+@pytest.mark.parametrize("ratio", [0.5, 0.75])
 def test_the_walk_finds_the_optimum_of_a_small_grid(network: Network, calls: list[Call], ratio: float) -> None:
     options = {"ratio": ratio, "points": 7, "power": 0.25}
     few = judged(network, calls[:1], {"modes": options})

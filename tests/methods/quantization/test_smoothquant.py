@@ -62,7 +62,11 @@ def test_the_scale_is_that_of_all_experts_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"alpha": 0.5, "include_linear_sources": True}, {"alpha": "search", "include_linear_sources": True, "rows": 32}]
+    "options",
+    [
+        {"alpha": 0.5, "include_linear_sources": True},
+        pytest.param({"alpha": "search", "include_linear_sources": True, "rows": 32}, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_computes_what_it_did(family: str, options: dict[str, Any]) -> None:
