@@ -23,8 +23,12 @@ def write(folder: Path, arguments: Mapping[str, Any], config: Any) -> None:
 
 
 def are_in(folder: Path, arguments: Mapping[str, Any]) -> bool:
-    """Return True where a folder has a file with all of these arguments; False where there are none."""
+    """Return True where a folder has a file with all of these arguments; False where there are none, or the file cannot be read."""
     path = folder / FILE
     if not arguments or not path.is_file():
         return False
-    return arguments.items() <= yaml.safe_load(path.read_text("utf-8")).items()
+    try:
+        found = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return False
+    return isinstance(found, dict) and all(name in found and found[name] == value for name, value in arguments.items())

@@ -88,3 +88,11 @@ def test_a_plan_says_that_vllm_does_the_same(folders: Path) -> None:
         assert (lost.format("evs") in reasons) == (label not in VLLM)
     assert all(lost.format("dycoke") in reasons for reasons in planned(folders / "model", {"dycoke": {}}).engines.values())
     assert all(lost.format("evs") in reasons for reasons in planned(folders / "model", {"evs": {"frames": 2}}).engines.values())
+
+
+@pytest.mark.parametrize("text", ["- 1", "a: [", "", "video-pruning-rate: 0.5", "[" * 2000])
+def test_a_file_that_says_something_else_has_no_arguments(tmp_path: Path, text: str) -> None:
+    (tmp_path / "vllm.yaml").write_text(text)
+    assert not engine_arguments.are_in(tmp_path, {"video-pruning-rate": 0.6})
+    (tmp_path / "vllm.yaml").write_text("video-pruning-rate: 0.6\ntensor-parallel-size: 2\n")
+    assert engine_arguments.are_in(tmp_path, {"video-pruning-rate": 0.6})
