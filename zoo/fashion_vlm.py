@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import collages
@@ -23,6 +24,7 @@ import aerogel
 from aerogel.data import chats
 from aerogel.data.chats import Chat
 from aerogel.io.processors import Pair
+from aerogel.model.network import Network
 
 OUTPUT = Path(__file__).parent / "fashion-vlm"
 TURNS, BATCH, RATE = 150_000, 32, 2e-3
@@ -33,6 +35,13 @@ TEMPLATE = (
     "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def training_items(folder: Path) -> collages.Items:
+    """The items of the training set, without their border."""
+    images, labels = fashion.load("train", folder)
+    shades = ((images[:, 0, 2:-2, 2:-2] + 1) * 127.5).round().to(torch.uint8)
+    return collages.Items(shades.numpy(), labels.numpy())
 
 
 def processor(items: collages.Items) -> Pair:
@@ -126,15 +135,20 @@ def check(folder: Path, count: int, seed: int) -> None:
         for number, other in zip(numbers, numbers[1:] + numbers[:1], strict=True):
             blind[number] = collages.Turn(turns[number].kind, turns[other].images, turns[number].question, turns[number].answer)
     for name, asked in (("seeing", turns), ("blind", blind)):
-        right: dict[str, list[bool]] = defaultdict(list)
-        said: list[str] = []
-        for inputs in chats.prompts([chat(turn) for turn in asked], network.processor, BATCH):
-            made = network.module.generate(**inputs, max_new_tokens=96, do_sample=False)
-            said += network.processor.tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for turn, reply in zip(asked, said, strict=True):
-            right[turn.kind].append(reply == turn.answer)
-        shares = ", ".join(f"{kind} {np.mean(found):.2f}" for kind, found in right.items())
-        print(f"{name}: {np.mean([one for found in right.values() for one in found]):.3f} of {count} ({shares})", flush=True)
+        print_shares(network, name, [turn.kind for turn in asked], [chat(turn) for turn in asked])
+
+
+def print_shares(network: Network, name: str, kinds: Sequence[str], asked: Sequence[Chat]) -> None:
+    """Print the share of chats answered word for word, by the kind of their questions."""
+    said: list[str] = []
+    for inputs in chats.prompts(asked, network.processor, BATCH):
+        made = network.module.generate(**inputs, max_new_tokens=96, do_sample=False)
+        said += network.processor.tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    right: dict[str, list[bool]] = defaultdict(list)
+    for kind, one, answer in zip(kinds, asked, said, strict=True):
+        right[kind].append(answer == one.answer)
+    shares = ", ".join(f"{kind} {np.mean(found):.2f}" for kind, found in right.items())
+    print(f"{name}: {np.mean([one for found in right.values() for one in found]):.3f} of {len(asked)} ({shares})", flush=True)
 
 
 def main() -> None:
@@ -151,9 +165,7 @@ def main() -> None:
     if given.check:
         check(given.output, given.check, given.seed)
         return
-    images, labels = fashion.load("train", given.data)
-    shades = ((images[:, 0, 2:-2, 2:-2] + 1) * 127.5).round().to(torch.uint8)
-    items = collages.Items(shades.numpy(), labels.numpy())
+    items = training_items(given.data)
     torch.manual_seed(given.seed)
     pair = processor(items)
     model = build(pair.tokenizer)

@@ -9,13 +9,11 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import collages
 import fashion
 import fashion_vlm
-import numpy as np
 import scattered
 import torch
 from PIL import Image
@@ -88,16 +86,7 @@ def check(folder: Path, count: int, seed: int) -> None:
     drawn = scattered.draw(collages.Items.held_out(), count, seed)
     others = [scattered.Chat(one.kind, other.images, one.turns) for one, other in zip(drawn, drawn[1:] + drawn[:1], strict=True)]
     for name, asked in (("seeing", drawn), ("blind", others)):
-        right: dict[str, list[bool]] = defaultdict(list)
-        for at in range(0, count, BATCH):
-            some = asked[at : at + BATCH]
-            (inputs,) = chats.prompts([read(chat) for chat in some], network.processor, BATCH)
-            made = network.module.generate(**inputs, max_new_tokens=32, do_sample=False)
-            said = network.processor.tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for chat, answer in zip(some, said, strict=True):
-                right[chat.kind].append(answer == chat.turns[-1][1])
-        shares = ", ".join(f"{kind} {np.mean(found):.2f}" for kind, found in right.items())
-        print(f"{name}: {np.mean([one for found in right.values() for one in found]):.3f} of {count} ({shares})", flush=True)
+        fashion_vlm.print_shares(network, name, [chat.kind for chat in asked], [read(chat) for chat in asked])
 
 
 def main() -> None:
@@ -116,9 +105,7 @@ def main() -> None:
     if given.check:
         check(given.output, given.check, given.seed)
         return
-    images, labels = fashion.load("train", given.data)
-    shades = ((images[:, 0, 2:-2, 2:-2] + 1) * 127.5).round().to(torch.uint8)
-    items = collages.Items(shades.numpy(), labels.numpy())
+    items = fashion_vlm.training_items(given.data)
     torch.manual_seed(given.seed)
     network = aerogel.load(given.start, lazy=False)
     train(network.module.float(), network.processor, items, given)

@@ -207,7 +207,7 @@ def _read(chat: Chat, processor: Any) -> dict[str, Tensor]:
 
 
 def _processed(chat: Chat, processor: Any, text: str) -> dict[str, Any]:
-    """What the processor makes of a chat; raises AerogelError for whatever its code raises, of settings or of images without a place."""
+    """Run the processor on a chat; raises AerogelError for whatever its code raises, of settings or of images without a place."""
     try:
         return dict(processor(text=text, images=list(chat.images) or None, return_tensors="pt"))
     except Exception as error:

@@ -160,7 +160,7 @@ def _name(pipeline: Any, subject: Any) -> str:
 
 
 def _subjects(pipeline: Any, wanted: Denoising, takes: Any) -> dict[str, Sequence[Any]]:
-    """What the images are asked for by; raises AerogelError for prompts that are missing."""
+    """Return the prompts or classes of the images; raises AerogelError for prompts that are missing."""
     if "class_labels" in takes:
         return {"class_labels": sorted(set(getattr(pipeline, "labels", {}).values())) or [0]}
     if "prompt" in takes:

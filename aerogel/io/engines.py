@@ -55,7 +55,7 @@ class StoredModel(NamedTuple):
 
 
 class ServedPolicy(NamedTuple):
-    """What a runtime policy leaves to engines that do the same themselves."""
+    """Settings of a runtime policy for engines that do the same themselves."""
 
     entries: Mapping[str, Any] = {}
     """Entries of quantization_config."""

@@ -43,7 +43,7 @@ class Predictions:
         """Run the model; raises AerogelError for calls without token ids, or when there is nothing to predict."""
         self.network, self.vocabulary = network, vocabulary
         self._memory: dict[Hashable, Any] = {}
-        self._calls = [_with_all_logits(call) for call in calls]
+        self._calls = [_without(call, "logits_to_keep") for call in calls]
         self._predicted = [self.judged(call) for call in calls]
         self.tokens = sum(int(at_BS.sum()) for at_BS in self._predicted)
         if not self.tokens:
@@ -52,6 +52,11 @@ class Predictions:
         shown = [vocabulary.kinds(call.kwargs) for call in self._calls]
         self.has_images = any(bool((kind_BS == VISION).any()) for kind_BS in shown)
         """True where a token is of an image."""
+
+    @property
+    def forwards(self) -> list[Call]:
+        """Return the calls without labels: running them computes no loss."""
+        return [_without(call, "labels") for call in self._calls]
 
     def judged(self, call: Call) -> Tensor:
         """Return the positions at_BS of a call whose predictions are compared."""
@@ -136,9 +141,8 @@ def divergence(whole_NV: Tensor, other_NV: Tensor) -> float:
     return max(0.0, total)
 
 
-def _with_all_logits(call: Call) -> Call:
-    """The forward with the logits of all positions."""
-    return Call(call.args, {key: value for key, value in call.kwargs.items() if key != "logits_to_keep"})
+def _without(call: Call, name: str) -> Call:
+    return Call(call.args, {key: value for key, value in call.kwargs.items() if key != name})
 
 
 def predicted(call: Call, vocabulary: Vocabulary) -> Tensor:

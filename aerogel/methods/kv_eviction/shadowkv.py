@@ -17,6 +17,7 @@ from aerogel.methods.base import Before
 from aerogel.methods.kv_eviction.policy import EvictionState, SelectivePolicy
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
+from aerogel.model.rotary import rotary_of
 from aerogel.numerics.chunk_selection import rotated_back
 from aerogel.options import Count, CountOrZero
 from aerogel.runtime.kv_cache.shadow import ShadowOptions, angles_of, shadowed
@@ -62,11 +63,10 @@ class Shadowkv(SelectivePolicy):
         """Compare the budget and the chunks."""
         if self.budget < self.chunk:
             yield f"budget is {self.budget}, expected at least chunk, which is {self.chunk}"
-        config = network.config.get_text_config()
-        rotary = getattr(config, "rope_parameters", None) or {}
-        if "mrope_section" in rotary or not rotary.get("rope_type"):
+        rotary = rotary_of(network.config)
+        if rotary.has_axes or rotary.kind is None:
             yield "the attentions of this model are given no rotary angles of one axis to turn keys back by; leave this step out"
-        elif rotary.get("partial_rotary_factor", 1.0) != 1.0 or getattr(config, "qk_rope_head_dim", None):
+        elif not rotary.turns_all:
             yield _OTHERWISE.format(network.family.name)
 
     @torch.no_grad()

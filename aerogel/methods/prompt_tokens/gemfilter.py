@@ -13,6 +13,7 @@ from aerogel.methods.base import Before
 from aerogel.methods.prompt_tokens.policy import Prompt, PromptPolicy, blocks_at, keeping
 from aerogel.methods.tokens.policy import Budget, counts, last_token
 from aerogel.model.network import Network
+from aerogel.model.rotary import rotary_of
 from aerogel.numerics.prompt_selection import mean_pool
 from aerogel.numerics.token_selection import best
 from aerogel.options import Count, Share
@@ -46,16 +47,10 @@ class Gemfilter(PromptPolicy):
             yield f"local is {self.local}, expected at least 2: the calibration compares predictions at the last tokens"
         if self.kernel % 2 == 0:
             yield f"kernel is {self.kernel}, expected an odd number"
-        rotary = getattr(network.config.get_text_config(), "rope_parameters", None) or {}
-        kind = rotary.get("rope_type")
-        if "mrope_section" in rotary or kind in (None, "dynamic", "longrope"):
-            said = (
-                "of several axes"
-                if "mrope_section" in rotary
-                else f"by rotary embeddings of type {kind}"
-                if kind
-                else "by no rotary embedding"
-            )
+        rotary = rotary_of(network.config)
+        if rotary.has_axes or rotary.kind in (None, "dynamic", "longrope"):
+            kind = f"by rotary embeddings of type {rotary.kind}" if rotary.kind else "by no rotary embedding"
+            said = "of several axes" if rotary.has_axes else kind
             yield f"positions are renumbered, and those of this model are {said}: choose prompt_pruning, which leaves them as they are"
         yield from super().problems(network, before)
 

@@ -58,6 +58,8 @@ class PromptPruning(BlockPolicy):
 
     def remember(self, positions: Positions, seen: QueryKey) -> None:
         """Raise what each token was paid so far to what it is paid in this block."""
+        if positions.kind_BN.shape[1] < self.min_length:  # nothing will be asked
+            return
         paid_BHRS = seen.attention(last_tokens(positions, self.q_window))
         paid_BK = paid_BHRS[..., -positions.kind_BK.shape[1] :].amax((1, 2))
         before_BN = positions.memory.setdefault(_PAID, paid_BK.new_zeros(positions.kind_BN.shape))

@@ -26,9 +26,9 @@ class Answers(Predictions):
     def walk(self, skip: Skipping, attention: bool = False) -> None:
         """Let a rule see every forward, when what it gives is not asked for."""
         with skipping(self.network, skip, attention):
-            for call in self._calls:
+            for call in self.forwards:
                 self.network.run(call)
 
     def inputs(self, tokens: int) -> list[Tensor]:
         """For each layer, what its experts read of up to so many tokens (T, H)."""
-        return [arrived.x_TH for arrived in arrivals(self.network, self._calls, tokens, self.vocabulary)]
+        return [arrived.x_TH for arrived in arrivals(self.network, self.forwards, tokens, self.vocabulary)]

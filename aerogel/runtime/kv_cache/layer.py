@@ -10,20 +10,21 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from aerogel.errors import AerogelError
+from aerogel.runtime.kv_cache.stored_rows import StoredRowsLayer
 from aerogel.runtime.kv_cache.stores import Store
 
 MakeStores = Callable[[], tuple[Store, Store]]
 """A function that makes empty stores of keys and of values."""
 
 
-class QuantizedCacheLayer(DynamicLayer):
+class QuantizedCacheLayer(StoredRowsLayer):
     """Keys and values of one attention: what is read back is what was stored, by the call that stores it already.
 
     With `exact_prompt` the first call reads its own keys and values as they came. A sliding window bounds what is read; what lies before
     it stays stored.
     """
 
-    is_compileable = False
+    form = "a quantized key-value cache"
 
     def __init__(self, make: MakeStores, window: int | None = None, exact_prompt: bool = False) -> None:
         super().__init__()
@@ -85,25 +86,8 @@ class QuantizedCacheLayer(DynamicLayer):
         for store in (self.stored_keys, self.stored_values):
             store.crop(store.length - abs(tokens_to_remove))
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Put the rows of other beams in place."""
-        self._select(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        self._select(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        self._select(lambda x: x[indices, ...])
-
-    def offload(self) -> None:
-        """Raise AerogelError: stores stay where they are."""
-        raise AerogelError("a quantized key-value cache is not offloaded to the host; choose the dynamic cache without offloading")
-
-    prefetch = offload
-
-    def _select(self, rows: Callable[[Tensor], Tensor]) -> None:
+    def select(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """Change the rows of both stores."""
         for store in (self.stored_keys, self.stored_values):
             store.select(rows)
 

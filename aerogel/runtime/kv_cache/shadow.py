@@ -21,6 +21,7 @@ from aerogel.model.kv_cache import CacheHook, cache_in, cache_layer, hooks_of
 from aerogel.model.network import Network
 from aerogel.numerics.chunk_selection import chunk_means, chunk_scores, factors, least_alike, rotated, rotated_back, taken, tokens_of
 from aerogel.runtime.attention import Attend, attending
+from aerogel.runtime.kv_cache.stored_rows import StoredRowsLayer
 from aerogel.runtime.kv_cache.stores import Buffer
 from aerogel.runtime.tokens.decoder import Decoder
 from aerogel.runtime.tokens.scores import allowed
@@ -45,11 +46,10 @@ class ShadowOptions:
     """Last chunks: exact, and always read."""
 
 
-class ShadowLayer(DynamicLayer):
+class ShadowLayer(StoredRowsLayer):
     """Keys and values of one attention: exact ones, which every later token reads, and those of the other chunks of the prompt."""
 
-    _layer_type = None  # transformers registers subclasses under the type of what they inherit from
-    is_compileable = False
+    form = "a key-value cache in factors"
 
     def __init__(self, options: ShadowOptions) -> None:
         super().__init__()
@@ -177,25 +177,8 @@ class ShadowLayer(DynamicLayer):
             exact.change(lambda x: x[:, :, : x.shape[2] - abs(tokens_to_remove)])
         self._seen = kept
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Put the rows of other beams in place."""
-        self._select(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        self._select(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        self._select(lambda x: x[indices, ...])
-
-    def offload(self) -> None:
-        """Raise AerogelError: layers stay where they are."""
-        raise AerogelError("a key-value cache in factors is not offloaded to the host; choose the dynamic cache without offloading")
-
-    prefetch = offload
-
-    def _select(self, rows: Callable[[Tensor], Tensor]) -> None:
+    def select(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """Change the rows of all that is stored."""
         self.exact_keys.change(rows)
         self.exact_values.change(rows)
         self._rows = {name: rows(x) for name, x in self._rows.items()}

@@ -208,8 +208,6 @@ class Shortening:
         stage = Stage(
             **self._positions(number, len(hidden_BKC)),
             hidden_BKC=hidden_BKC,
-            total=total,
-            vision_total_B=(forward.kind_BN == VISION).sum(1),
             watched=forward.watched,
             probe=lambda: of_block(block, (hidden_BKC, *given[0]), alone()),
             ahead=ahead,
@@ -228,7 +226,7 @@ class Shortening:
         return left.rows(hidden_BKC if selection.hidden_BKC is None else selection.hidden_BKC)
 
     def _positions(self, number: int, rows: int) -> dict[str, Any]:
-        """What is left at a block, as the arguments of Positions."""
+        """Return the arguments of Positions at a block."""
         forward = self._under_way
         kept = forward.kept or Kept.all(rows, forward.kind_BN.shape[1], forward.kind_BN.device)
         return {

@@ -70,6 +70,11 @@ class Positions:
         return self.real_BK & self.kept.rows(self.prompt_BN)
 
     @property
+    def vision_total_B(self) -> Tensor:  # noqa: N802
+        """Positions of images and videos of each row of the forward."""
+        return (self.kind_BN == VISION).sum(1)
+
+    @property
     def vision_BK(self) -> Tensor:  # noqa: N802
         """True where a position is of an image or a video."""
         return self.real_BK & (self.kind_BK == VISION)
@@ -80,10 +85,6 @@ class Stage(Positions):
     """Positions before a block, as a rule sees them."""
 
     hidden_BKC: Tensor
-    total: int
-    """Positions of the forward, N."""
-    vision_total_B: Tensor
-    """Positions of images of each row of the forward."""
     watched: Mapping[int, QueryKey]
     """Queries and keys of earlier blocks that the rule asked for, by the block's number."""
     probe: Callable[[], QueryKey]

@@ -34,7 +34,7 @@ class Dropped:
             inner_K[-2:] = False
             choice = (stage.vision_BK[row] if stage.vision_BK.any() else inner_K).nonzero()[:, 0]
             keep_K[choice[torch.randperm(len(choice), generator=random)[: len(choice) // 2]]] = False
-        gone_BN = torch.zeros(len(keep_BK), stage.total, dtype=torch.bool)
+        gone_BN = torch.zeros(len(keep_BK), stage.kind_BN.shape[1], dtype=torch.bool)
         self.gone[block] = gone_BN.scatter(1, stage.kept.at_BK, ~keep_BK)
         return Selection(keep_BK)
 
