@@ -79,6 +79,12 @@ def asked(laid: list[Item], dice: random.Random) -> dict[str, tuple[str, str]]:
     return turns
 
 
+def described(laid: list[Item]) -> tuple[str, str]:
+    """A question for everything, with its answer, from the upper left to the lower right."""
+    said = (f"The {PLACES[one.place]} shows a {one.colour} {collages.NAMES[one.label]}." for one in sorted(laid, key=lambda one: one.place))
+    return "Describe the image.", " ".join(said)
+
+
 def draw(items: collages.Items, number: int, seed: int, turns: int = 1) -> list[Chat]:
     """So many chats of so many turns, the same for the same seed; the kinds take turns."""
     dice = random.Random(f"{seed} {turns}")

@@ -1,8 +1,8 @@
 """Trains zoo/scattered-vlm, zoo/fashion-vlm tuned for images of 144 tokens: `torchrun --nproc-per-node 2 zoo/scattered_vlm.py`.
 
-Most of an image is empty, so that most of its tokens can go. A training chat has two questions of each kind about one image, and the loss
-is that of all answers. Each process computes the gradients of its own chats on one thread. With --check and without torchrun it prints
-how many held-out answers the saved model gets right, seeing and shown the next image.
+Most of an image is empty, so that most of its tokens can go. A training chat asks for places and kinds twice, for a number and a detail
+once, and last for a description of the image; the loss is that of all answers. Each process computes the gradients of its own chats on one
+thread. With --check and without torchrun it prints how many held-out answers the saved model gets right, seeing and shown the next image.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ IMAGES, BATCH, RATE = 28_000, 8, 1.2e-3
 
 
 def taught(items: collages.Items, number: int, seed: int) -> list[scattered.Chat]:
-    """Chats with two questions of each kind, none twice, in any order."""
+    """Chats with questions in any order, none twice, and a description behind them, which no question can be answered from."""
     dice, drawn = random.Random(seed), []
     for _ in range(number):
         laid, image = scattered.scene(items, dice)
-        turns = {turn: kind for _ in range(2) for kind, turn in scattered.asked(laid, dice).items()}
-        order = dice.sample(list(turns), len(turns))
-        drawn.append(scattered.Chat(turns[order[-1]], (image,), tuple(order)))
+        once, again = scattered.asked(laid, dice), scattered.asked(laid, dice)
+        turns = list(dict.fromkeys([*once.values(), *(again[kind] for kind in ("place", "kind") if kind in again)]))
+        dice.shuffle(turns)
+        drawn.append(scattered.Chat("description", (image,), (*turns, scattered.described(laid))))
     return drawn
 
 
