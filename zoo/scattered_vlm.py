@@ -122,7 +122,7 @@ def main() -> None:
     """Train and save, or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=IMAGES)
-    parser.add_argument("--start", type=Path, default=fashion_vlm.OUTPUT, help="Folder of the weights to begin with.")
+    parser.add_argument("--weights", type=Path, default=fashion_vlm.OUTPUT, help="Folder of the weights to begin with.")
     parser.add_argument("--rate", type=float, default=RATE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=fashion.INSTALLED, help="Folder with the files of Fashion-MNIST.")
@@ -136,7 +136,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     items = fashion_vlm.training_items(given.data)
     torch.manual_seed(given.seed)
-    network = aerogel.load(given.start, lazy=False)
+    network = aerogel.load(given.weights, lazy=False)
     train(network.module.float(), network.processor, items, given)
     if dist.get_rank() == 0:
         fashion_vlm.save(network.module, network.processor, given.output)
