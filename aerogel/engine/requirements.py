@@ -64,6 +64,13 @@ def _dense(network: Network, step: Step, earlier: Sequence[Step]) -> None:
             )
 
 
+def _allocation(network: Network, step: Step, earlier: Sequence[Step]) -> None:
+    if not any(other.method.allocates for other in earlier):
+        raise AerogelError(
+            f"{step.name} has sparsity: null and comes after no step that gives layers their shares; put one before it, or set a sparsity"
+        )
+
+
 def _edges(network: Network, step: Step, earlier: Sequence[Step]) -> None:
     if not any(block.edges() for block in blocks_of(network)):
         raise AerogelError(
@@ -113,6 +120,7 @@ def _skips_modules(step: Step) -> bool:
 LOOKS: Mapping[Requirement, Look] = {
     "uncached": _uncached,
     "dense": _dense,
+    "allocation": _allocation,
     "edges": _edges,
     "experts": lambda network, *_: shape_of(network),
     "attention": lambda network, *_: require_torch_attention(network),

@@ -8,7 +8,8 @@ from itertools import groupby
 
 import torch
 
-from aerogel.methods.base import BlockMethod, Method, WeightMethod
+from aerogel.methods.base import BlockMethod, Method, TargetedMethod, WeightMethod
+from aerogel.model.block import Block
 from aerogel.model.network import Network
 from aerogel.model.walk import blocks_of
 from aerogel.recipe import Recipe, Step
@@ -18,7 +19,13 @@ def reaches_around(network: Network, steps: Iterable[Step]) -> bool:
     """Tell whether block methods have linear layers to change outside the blocks."""
     *_, around = blocks_of(network)
     methods = [step.method for step in steps if isinstance(step.method, BlockMethod)]
-    return any(not isinstance(method, WeightMethod) or method.assign(around) for method in methods)
+    return any(_acts_on(method, around) for method in methods)
+
+
+def _acts_on(method: BlockMethod, block: Block) -> bool:
+    if isinstance(method, WeightMethod):
+        return bool(method.assign(block))
+    return not isinstance(method, TargetedMethod) or bool(method.targeted(block))
 
 
 def quantizes_weights(recipe: Recipe) -> bool:

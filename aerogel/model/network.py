@@ -63,6 +63,8 @@ class Network:
     """Where it computes and where its weights rest; None means where its weights are."""
     pruned: set[str] = field(default_factory=set)
     """Full names of the layers whose zeros every later step keeps."""
+    sparsities: dict[str, float] = field(default_factory=dict)
+    """Shares of zeros that an allocation step gave layers, by full name."""
     notes: list[dict[str, Any]] = field(default_factory=list)
     """Facts that a method of the whole model has noted for the report."""
     teacher: Network | None = None

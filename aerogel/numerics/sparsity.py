@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,3 +22,45 @@ def kept_by_pattern(score_OI: Tensor, kept: int, of: int) -> Tensor:
     order = runs.argsort(dim=-1, descending=True, stable=True)
     mask = torch.zeros_like(runs, dtype=torch.bool).scatter_(-1, order[..., :kept], True)
     return mask.flatten(-2)
+
+
+def kept_by_count(score_OI: Tensor, count: int) -> Tensor:
+    """Return where a matrix is kept when its `count` smallest scores go; of equal scores the first ones go."""
+    return next(kept_of_all([score_OI], count))
+
+
+def kept_by_row(score_OI: Tensor, count: int) -> Tensor:
+    """Return where each row is kept when its `count` smallest scores go; of equal scores the first ones go."""
+    order_OI = score_OI.argsort(dim=-1, stable=True)
+    return torch.ones_like(score_OI, dtype=torch.bool).scatter_(-1, order_OI[..., :count], False)
+
+
+def kept_of_all(scores: Sequence[Tensor], count: int) -> Iterator[Tensor]:
+    """Yield where each matrix is kept when the `count` smallest scores of all together go; of equal scores the first ones go."""
+    threshold, ties = smallest(scores, count)
+    for score_OI in scores:
+        size_OI = score_OI.float().abs()
+        equal_OI = size_OI == threshold
+        first_OI = equal_OI & (equal_OI.flatten().cumsum(0).view_as(equal_OI) <= ties)
+        ties -= int(first_OI.sum())
+        yield (size_OI >= threshold) & ~first_OI
+
+
+def smallest(weights: Sequence[Tensor], count: int) -> tuple[float, int]:
+    """Return the magnitude of the `count`-th smallest of all weights, and how many of exactly this magnitude are among these.
+
+    Two passes count the upper and then the lower 16 bits of float32, which have the order of the numbers: no list of all weights of a
+    model is sorted.
+    """
+    below, found = 0, 0
+    for upper in (True, False):
+        counts = torch.zeros(1 << 16, dtype=torch.long)
+        for weight in weights:
+            bits = weight.float().abs().flatten().view(torch.int32)
+            digits = bits >> 16 if upper else bits[bits >> 16 == found] & 0xFFFF
+            counts += torch.bincount(digits, minlength=1 << 16).cpu()
+        up_to = below + counts.cumsum(0)
+        digit = int(torch.searchsorted(up_to, count))
+        below = int(up_to[digit] - counts[digit])
+        found = (found << 16) + digit
+    return float(torch.tensor(found, dtype=torch.int32).view(torch.float32)), count - below

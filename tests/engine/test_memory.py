@@ -103,8 +103,8 @@ def test_weights_in_parts_take_their_part(watch: Watch, where: str) -> None:
     assert device_memory(1, True) == device_memory(4, False) == whole
     saved = blocks - blocks // 4
     assert whole - device_memory(4, True) == (0 if where == "there" else saved)
-    pruned: dict[str, Any] = {"magnitude": {}}  # it runs on the whole network, but its teacher is for the router alone
-    assert device_memory(4, False, pruned) - device_memory(4, True, pruned) == saved
+    whole_first: dict[str, Any] = {"rotate": {}}  # it runs on the whole network, but its teacher is for the router alone
+    assert device_memory(4, False, whole_first) - device_memory(4, True, whole_first) == saved
 
 
 def test_what_does_not_fit_on_the_device_is_refused(folders: dict[int, Path], watch: Watch) -> None:

@@ -2,9 +2,51 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
-from aerogel.numerics.sparsity import kept_by_pattern, zero_share
+from aerogel.numerics.sparsity import kept_by_count, kept_by_pattern, kept_by_row, kept_of_all, smallest, zero_share
+
+
+def by_sorting(weight: Tensor, count: int) -> Tensor:
+    """The literal method: sort all magnitudes, drop the first `count`."""
+    order = weight.abs().flatten().sort(stable=True).indices
+    kept = torch.ones(weight.numel(), dtype=torch.bool)
+    kept[order[:count]] = False
+    return kept.view_as(weight)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 100), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 3))
+def test_the_smallest_of_a_matrix_go(percent: int, dtype: torch.dtype, seed: int) -> None:
+    weight = torch.randn(7, 30, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    weight[0] = weight[1]  # equal magnitudes
+    count = round(percent / 100 * 210)
+    assert torch.equal(kept_by_count(weight.abs(), count), by_sorting(weight, count))
+
+
+def test_the_smallest_of_each_row_go() -> None:
+    score = torch.tensor([[3.0, 1.0, 1.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
+    assert kept_by_row(score, 1).tolist() == [[True, False, True, True], [False, True, True, True]]
+    assert kept_by_row(score, 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_threshold_for_all_matrices_is_that_of_their_sorted_weights(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [(torch.randn(5, 40, generator=generator) * size).to(dtype) for size in (1.0, 0.1, 3.0)]
+    kept = torch.cat(list(kept_of_all(parts, round(0.4 * 600))))
+    assert torch.equal(kept, by_sorting(torch.cat(parts), round(0.4 * 600)))
+    assert [int((~part).sum()) for part in kept.split(5)][1] > 150, "the layer of small weights loses most"
+
+
+def test_the_threshold_and_its_ties() -> None:
+    assert smallest([torch.tensor([3.0, -1.0]), torch.tensor([1.0, 0.0])], 2) == (1.0, 1)
+    assert smallest([torch.tensor([3.0, -1.0]), torch.tensor([1.0, 0.0])], 4) == (3.0, 1)
+    assert smallest([torch.tensor([1e-40, 2e-40])], 1)[1] == 1
 
 
 def test_the_share_of_zeros() -> None:

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -17,8 +15,9 @@ import aerogel
 from aerogel.errors import AerogelError
 from aerogel.layers.conv import matrix
 from aerogel.layers.linear import QuantLinear
-from aerogel.methods.sparsity.magnitude import Magnitude, kept_by_share, smallest
+from aerogel.methods.sparsity.magnitude import Magnitude
 from aerogel.model.network import Network
+from aerogel.model.walk import blocks_of
 from tests.tiny import FAMILIES, opened
 
 MATRIX = {"options": {"sparsity": 0.02}}  # which moves a network of random weights by less than eight bits do
@@ -32,44 +31,53 @@ def weights(network: Network) -> dict[str, Tensor]:
     return {name: linear.weight.detach().clone() for name, linear in targeted(network).items()}
 
 
-def by_sorting(weight: Tensor, count: int) -> Tensor:
-    """The literal method: sort all magnitudes, drop the first `count`."""
-    order = weight.abs().flatten().sort(stable=True).indices
-    kept = torch.ones(weight.numel(), dtype=torch.bool)
-    kept[order[:count]] = False
-    return kept.view_as(weight)
+def pruned_by(method: Magnitude, name: str = "llama") -> Network:
+    network = opened(name)
+    for block in blocks_of(network):
+        method.compress(block)
+    return network
 
 
-@settings(deadline=None, max_examples=25)
-@given(st.integers(1, 99), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 3))
-def test_each_layer_loses_its_smallest(percent: int, dtype: torch.dtype, seed: int) -> None:
-    weight = torch.randn(7, 30, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    weight[0] = weight[1]  # equal magnitudes
-    (kept,) = kept_by_share([weight], percent / 100, "layer")
-    assert torch.equal(kept, by_sorting(weight, round(percent / 100 * 210)))
+@pytest.mark.parametrize("compared", ["layer", "row"])
+def test_each_layer_loses_its_smallest(compared: Any) -> None:
+    before = weights(opened("llama"))
+    for name, linear in targeted(pruned_by(Magnitude(0.3, compared=compared))).items():
+        groups = zip(linear.weight, before[name], strict=True) if compared == "row" else [(linear.weight, before[name])]
+        for group, was in groups:
+            count = int(was.numel() * 0.3) if compared == "row" else round(was.numel() * 0.3)
+            wanted = was.flatten().clone()
+            wanted[was.abs().flatten().argsort(stable=True)[:count]] = 0
+            assert torch.equal(group.flatten(), wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_threshold_for_all_layers_is_that_of_their_sorted_weights(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    parts = [(torch.randn(5, 40, generator=generator) * size).to(dtype) for size in (1.0, 0.1, 3.0)]
-    kept = torch.cat(list(kept_by_share(parts, 0.4, "global")))
-    assert torch.equal(kept, by_sorting(torch.cat(parts), round(0.4 * 600)))
-    assert [int((~part).sum()) for part in kept.split(5)][1] > 150, "the layer of small weights loses most"
+def test_masks_nest() -> None:
+    less, more = targeted(pruned_by(Magnitude(0.2))), targeted(pruned_by(Magnitude(0.6)))
+    for name, linear in less.items():
+        assert not more[name].weight[linear.weight == 0].any()
 
 
-def test_the_threshold_and_its_ties() -> None:
-    assert smallest([torch.tensor([3.0, -1.0]), torch.tensor([1.0, 0.0])], 2) == (1.0, 1)
-    assert smallest([torch.tensor([3.0, -1.0]), torch.tensor([1.0, 0.0])], 4) == (3.0, 1)
-    assert smallest([torch.tensor([1e-40, 2e-40])], 1)[1] == 1
+def test_shares_of_an_allocation_are_taken_layer_by_layer() -> None:
+    network = opened("llama")
+    names = list(targeted(network))
+    network.sparsities = {name: place / len(names) for place, name in enumerate(names[1:])}
+    notes = []
+    for block in blocks_of(network):
+        Magnitude(None).compress(block)
+        notes += block.notes
+    for name, linear in targeted(network).items():
+        assert int((linear.weight == 0).sum()) == round(linear.weight.numel() * network.sparsities.get(name, 0))
+    assert [note["name"] for note in notes if "no share" in note.get("fallback", "")] == names[:1]
+
+
+def test_a_null_sparsity_needs_an_allocation_before() -> None:
+    with pytest.raises(AerogelError, match="magnitude has sparsity: null and comes after no step that gives layers their shares"):
+        aerogel.compress(FAMILIES["llama"].build(), {"name": "m", "steps": [{"magnitude": {"sparsity": None}}]}, measures=())
 
 
 @pytest.mark.parametrize(("pattern", "kept", "of"), [("2:4", 2, 4), ("4:8", 4, 8)])
 def test_a_pattern_keeps_the_largest_of_every_few(pattern: str, kept: int, of: int) -> None:
-    network = opened("llama")
-    before = weights(network)
-    Magnitude(pattern=pattern).apply(network, [])
-    for name, linear in targeted(network).items():
+    before = weights(opened("llama"))
+    for name, linear in targeted(pruned_by(Magnitude(pattern=pattern))).items():
         for run, was in zip(linear.weight.reshape(-1, of), before[name].reshape(-1, of), strict=True):
             survivors = was.abs().topk(kept).indices
             assert torch.equal(run[survivors], was[survivors])
@@ -79,7 +87,7 @@ def test_a_pattern_keeps_the_largest_of_every_few(pattern: str, kept: int, of: i
 def test_a_model_in_memory_and_the_journal_say_the_same() -> None:
     model = FAMILIES["llama"].build()
     head = model.lm_head.weight.clone()
-    recipe = {"name": "m", "steps": [{"magnitude": {"sparsity": 0.3, "scope": "global"}}]}
+    recipe = {"name": "m", "steps": [{"magnitude": {"sparsity": 0.3}}]}
     result = aerogel.compress(model, recipe, measures=())
     layers = targeted(result.network)
     assert [line["name"] for line in result.journal] == list(layers)
@@ -89,9 +97,8 @@ def test_a_model_in_memory_and_the_journal_say_the_same() -> None:
         assert line["sparsity"] == pytest.approx(zeros[line["name"]])
         assert line["name"].startswith(line["block"])
         assert 0 < line["error"] < 0.1
-    total = sum(linear.weight.numel() for linear in layers.values())
-    assert sum(int((linear.weight == 0).sum()) for linear in layers.values()) == round(0.3 * total)
-    assert len(set(zeros.values())) > 1
+    for name, linear in layers.items():
+        assert zeros[name] == pytest.approx(0.3, abs=1 / linear.weight.numel())
     assert torch.equal(model.lm_head.weight, head)
 
 
@@ -112,8 +119,7 @@ QUANTIZED: list[dict[str, dict[str, Any]]] = [
 def test_zeros_stay_when_the_others_are_quantized(step: dict[str, Any], pattern: str, tmp_path: Path) -> None:
     """From a folder: blocks are put away between the steps."""
     FAMILIES["llama"].build().save_pretrained(tmp_path / "source")
-    pruned = opened("llama")
-    Magnitude(pattern=pattern).apply(pruned, [])
+    pruned = pruned_by(Magnitude(pattern=pattern))
     recipe = {"name": "both", "steps": [{"magnitude": {"pattern": pattern}}, {"smoothquant": {}}, step]}
     result = aerogel.compress(tmp_path / "source", recipe, samples=FAMILIES["llama"].calls(3), output=tmp_path / "out", measures=())
     opened_again = aerogel.load(tmp_path / "out", lazy=False).module
@@ -131,8 +137,7 @@ def test_zeros_of_the_temporal_path_stay_when_its_rounding_is_learned() -> None:
         "name": "m",
         "steps": [{"magnitude": {"targets": ["*time_emb*"]}}, {"tiar": {"scheme": "W4A16_CHANNEL_ASYM", "steps": 20, "rate": 1.0}}],
     }
-    pruned = opened("unet")
-    Magnitude(targets=("*time_emb*",)).apply(pruned, [])
+    pruned = pruned_by(Magnitude(targets=("*time_emb*",)), "unet")
     assert len(pruned.pruned) > 2
     result = aerogel.compress(FAMILIES["unet"].build(), recipe, samples=FAMILIES["unet"].calls(3), measures=())
     for name in pruned.pruned:
@@ -163,8 +168,7 @@ def test_what_is_saved_is_a_plain_dense_model(tmp_path: Path) -> None:
 
 
 def test_convolutions_lose_their_smallest_too() -> None:
-    network = opened("unet")
-    Magnitude(sparsity=0.5, targets=("Conv2d",)).apply(network, [])
+    network = pruned_by(Magnitude(sparsity=0.5, targets=("Conv2d",)), "unet")
     convs = [part for name, part in network.module.named_modules() if isinstance(part, nn.Conv2d) and name in network.pruned]
     assert convs
     assert all(int((matrix(conv) == 0).sum()) == round(0.5 * conv.weight.numel()) for conv in convs)
@@ -186,7 +190,7 @@ def test_a_rotation_after_it_is_refused() -> None:
         ({"pattern": "4:2"}, "N:M with N below M"),
         ({"pattern": "half"}, "N:M with N below M"),
         ({"pattern": "1:4"}, "1:4 has sparsity 0.75, not 0.5; set sparsity to that"),
-        ({"pattern": "2:4", "scope": "global"}, "leave scope: global out"),
+        ({"pattern": "2:4", "sparsity": None}, "2:4 has sparsity 0.5, not null; set sparsity to that"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], words: str) -> None:

@@ -1,0 +1,116 @@
+"""Pruning of the layers of a block: how many weights become zero and in which pattern; a method says which ones.
+
+Legend: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from aerogel.errors import AerogelError
+from aerogel.layers.conv import Layer, matrix
+from aerogel.methods.base import Before, Requirement, TargetedMethod, name_of
+from aerogel.model.block import Block
+from aerogel.model.network import Network
+from aerogel.model.rounding import output_error
+from aerogel.model.walk import blocks_of
+from aerogel.numerics.sparsity import kept_by_count, kept_by_pattern, kept_by_row, zero_share
+
+Compared = Literal["layer", "row"]
+"""Weights that are compared: all of a layer, or those of one output."""
+
+
+@dataclass(frozen=True)
+class PruningMethod(TargetedMethod):
+    """A block method that sets weights of layers to zero, which every later step keeps."""
+
+    layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d)
+    prunes: ClassVar[bool] = True
+    reads_calls: ClassVar[bool] = True
+    """True where it chooses weights by what the layers read."""
+
+    sparsity: Annotated[float, Field(gt=0, lt=1)] | None = 0.5
+    """Share of zeros of each layer (with an N:M pattern 1 - N / M); null: the share that an allocation step before it gave the layer."""
+    pattern: str = "unstructured"
+    """Pattern of the zeros: anywhere (unstructured), or N:M such as 2:4, which keeps N of every M neighbouring inputs of a linear layer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.runs is None:
+            return
+        kept, of = self.runs
+        share = 1 - kept / of
+        if self.sparsity is None or abs(share - self.sparsity) > 1e-9:
+            given = "null" if self.sparsity is None else f"{self.sparsity:g}"
+            raise AerogelError(f"{name_of(self)}: {self.pattern} has sparsity {share:g}, not {given}; set sparsity to that")
+
+    @property
+    def requires(self) -> frozenset[Requirement]:  # type: ignore[override]
+        """Calls where it looks at inputs, and an allocation step where that gives the shares."""
+        needed: set[Requirement] = {"uncached"}
+        if self.reads_calls:
+            needed.add("calls")
+        if self.sparsity is None:
+            needed.add("allocation")
+        return frozenset(needed)
+
+    @property
+    def runs(self) -> tuple[int, int] | None:
+        """N and M of the pattern; None where zeros may be anywhere."""
+        if self.pattern == "unstructured":
+            return None
+        found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", self.pattern)
+        if found is None or int(found[1]) >= int(found[2]):
+            raise AerogelError(f"{name_of(self)}: pattern is {self.pattern!r}, expected unstructured, or N:M with N below M such as 2:4")
+        return int(found[1]), int(found[2])
+
+    def problems(self, network: Network, before: Before) -> Iterator[str]:
+        """Look for layers that are not quantized by then, and for one that does not fit the pattern."""
+        found = ((block, name, layer) for block in blocks_of(network) for name, layer in self.targeted(block).items())
+        layers = [(block.full_name(name), layer) for block, name, layer in found if block.full_name(name) not in before.quantized]
+        if not layers:
+            yield "reaches no layer of this model that is not quantized by then; check its targets and ignore, or put it first"
+        of = 1 if self.runs is None else self.runs[1]
+        for full, layer in layers:
+            if of > 1 and (not isinstance(layer, nn.Linear) or layer.in_features % of):
+                yield f"{full} does not fit {self.pattern}: {layer} has no inputs in runs of {of}; ignore it"
+                return
+
+    def share(self, block: Block, name: str) -> float | None:
+        """Return the share of zeros that a layer gets; None for one that the allocation step before left out."""
+        return self.sparsity if self.sparsity is not None else block.network.sparsities.get(block.full_name(name))
+
+    def kept(self, score_OI: Tensor, share: float, compared: Compared = "layer") -> Tensor:
+        """Return where a weight is kept by its scores: the least go, of equal ones the first.
+
+        Among the weights of a layer the share is exact up to half a weight; among those of a row it is rounded down to whole weights.
+        """
+        if self.runs is not None:
+            return kept_by_pattern(score_OI, *self.runs)
+        if compared == "row":
+            return kept_by_row(score_OI, int(score_OI.shape[-1] * share))
+        return kept_by_count(score_OI, round(share * score_OI.numel()))
+
+    def shares(self, block: Block) -> dict[str, float]:
+        """Return the share of zeros of each layer of a block that is pruned; notes those that no allocation step gave one."""
+        found = {name: self.share(block, name) for name in self.targeted(block)}
+        for name, share in found.items():
+            if share is None:
+                block.note(name, fallback="not pruned: the allocation step gave it no share")
+        return {name: share for name, share in found.items() if share is not None}
+
+    @torch.no_grad()
+    def prune(self, block: Block, name: str, kept_OI: Tensor, moment_II: Tensor | None = None, **facts: Any) -> None:
+        """Set a layer's weights to zero where `kept_OI` is False; notes its zeros and its error, of the output where inputs are known."""
+        layer: Layer = block.module.get_submodule(name)  # type: ignore[assignment]
+        weight_OI = matrix(layer)
+        error = output_error(weight_OI.masked_fill(kept_OI, 0), weight_OI, moment_II)
+        block.prune(name, kept_OI)
+        block.note(name, sparsity=zero_share(layer.weight), error=error, **facts)
