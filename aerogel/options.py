@@ -68,7 +68,7 @@ def _border_type(hint: Any) -> Any:
     """An option's type as recipes may write it: lists stand for tuples and sets, names and mappings for schemes."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Scheme or Scheme in args:
-        return Annotated[Any, PlainValidator(_scheme)]
+        return Annotated[Any, PlainValidator(_scheme_or_none if type(None) in args else _scheme)]
     if not args or origin in (Literal, Annotated):
         return hint
     inner = tuple(arg if arg is Ellipsis else _border_type(arg) for arg in args)
@@ -84,6 +84,10 @@ def _scheme(value: Any) -> Scheme | str:
         raise AerogelError("a scheme is a name such as W4A16_G64 or a mapping {preset, group, symmetric}")
     parsed = Scheme.parse(value)
     return value if isinstance(value, str) else parsed
+
+
+def _scheme_or_none(value: Any) -> Scheme | str | None:
+    return None if value is None else _scheme(value)
 
 
 def _reason(error: ValidationError, hint: Any) -> str:

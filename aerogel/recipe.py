@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from aerogel import catalog
 from aerogel.errors import AerogelError, nearest
-from aerogel.methods.base import BlockMethod, Method, RuntimePolicy, WeightMethod
+from aerogel.methods.base import BlockMethod, Method, RuntimePolicy
 from aerogel.numerics.scheme import Scheme
 from aerogel.options import Count, Guidance, Pixels, Seed, Tokens, checked, reason
 
@@ -86,7 +86,7 @@ class Recipe:
         """
         changed, targets, ignore = self, tuple(targets), tuple(ignore)
         if scheme is not None:
-            self._require_same("scheme", [step for step in self.steps if _quantizes(step.method)])
+            self._require_same("scheme", [step for step in self.steps if step.method.quantizes])
             changed = changed._with("scheme", lambda before: scheme)
         if targets:
             self._require_same("targets", self.steps)
@@ -300,11 +300,6 @@ def _step(recipe: str, number: int, step: Mapping[str, Mapping[str, Any] | None]
     if name not in catalog.names("methods"):
         raise AerogelError(f"recipe {recipe!r}, step {number}: unknown method {name!r}{nearest(name, catalog.names('methods'))}")
     return Step(name, build(catalog.find("methods", name), options or {}, where))
-
-
-def _quantizes(method: AnyMethod) -> bool:
-    """Tell whether a method gives layers a number format; others may have a scheme too, that of the step they prepare for."""
-    return isinstance(method, WeightMethod) or (isinstance(method, Method) and type(method).stores is not Method.stores)
 
 
 def build(cls: type[Built], options: Mapping[str, Any], where: str) -> Built:

@@ -41,7 +41,7 @@ from aerogel.layers import layout
 from aerogel.layers.conv import Layer, is_plain, refuse, size
 from aerogel.layers.experts import ExpertList
 from aerogel.layers.linear import QuantLinear
-from aerogel.methods.base import Before, BlockMethod, CalibrationSize, Method, RuntimePolicy, WeightMethod
+from aerogel.methods.base import Before, BlockMethod, CalibrationSize, Method, RuntimePolicy, TargetedMethod, WeightMethod
 from aerogel.model.match import matches
 from aerogel.model.network import Network
 from aerogel.model.placement import AUTO, Device
@@ -286,7 +286,7 @@ def _touched(network: Network, recipe: Recipe, read: CalibrationSize) -> tuple[l
 
 def _stored_by(method: Any, network: Network) -> dict[str, tuple[Layer, Scheme]]:
     """The float layers that a method puts into integer codes, with their schemes, by full name."""
-    if isinstance(method, WeightMethod):
+    if isinstance(method, BlockMethod):
         return {block.full_name(name): got for block in blocks_of(network) for name, got in method.assign(block).items()}
     return method.stores(network) if isinstance(method, Method) else {}
 
@@ -304,7 +304,7 @@ def _bytes(network: Network, name: str, linear: Layer, scheme: Scheme) -> int:
 
 
 def _kept(network: Network, recipe: Recipe, touched: set[str]) -> Iterator[Kept]:
-    methods = [step.method for step in recipe.steps if isinstance(step.method, WeightMethod)]
+    methods = [step.method for step in recipe.steps if isinstance(step.method, TargetedMethod) and step.method.quantizes]
     for name, module in network.module.named_modules():
         if name in touched:
             continue
@@ -320,7 +320,7 @@ def _kept(network: Network, recipe: Recipe, touched: set[str]) -> Iterator[Kept]
                     )
 
 
-def _reason(network: Network, name: str, module: nn.Module, methods: list[WeightMethod]) -> str:
+def _reason(network: Network, name: str, module: nn.Module, methods: Sequence[TargetedMethod]) -> str:
     if isinstance(module, nn.Embedding):
         return "an embedding, not a linear"
     if not is_plain(module):
@@ -329,7 +329,7 @@ def _reason(network: Network, name: str, module: nn.Module, methods: list[Weight
         return "kept by the family"
     if any(matches(name, network.expand_patterns(method.ignore), module) for method in methods):
         return "ignored by the recipe"
-    groups = [method.scheme_of(name).group for method in methods if isinstance(module, method.layers)]
+    groups = [method.scheme_of(name).group for method in methods if isinstance(method, WeightMethod) and isinstance(module, method.layers)]
     if any(group is not None and size(module)[0] < group for group in groups):
         return "reads fewer inputs than a group has"
     return "not among the recipe's targets"

@@ -8,7 +8,7 @@ from itertools import groupby
 
 import torch
 
-from aerogel.methods.base import BlockMethod, Method, TargetedMethod, WeightMethod
+from aerogel.methods.base import BlockMethod, TargetedMethod, WeightMethod
 from aerogel.model.block import Block
 from aerogel.model.network import Network
 from aerogel.model.walk import blocks_of
@@ -30,11 +30,7 @@ def _acts_on(method: BlockMethod, block: Block) -> bool:
 
 def quantizes_weights(recipe: Recipe) -> bool:
     """Return True where a step gives layers a number format: a model that came quantized is opened as a float model for it."""
-
-    def does(method: object) -> bool:
-        return isinstance(method, WeightMethod) or (isinstance(method, Method) and type(method).stores is not Method.stores)
-
-    return any(does(step.method) for step in recipe.steps)
+    return any(step.method.quantizes for step in recipe.steps)
 
 
 def stages_of(recipe: Recipe) -> list[list[Step]]:

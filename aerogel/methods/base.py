@@ -95,6 +95,11 @@ class _Method(Options, ABC):
     """True where several processes may each have a part of the calls, because what it takes from them is added up over processes; else
     every process has all of them and does the same."""
 
+    @property
+    def quantizes(self) -> bool:
+        """True where it gives layers a number format; others may have a scheme too, that of the step they prepare for."""
+        return False
+
     def problems(self, network: Network, before: Before) -> Iterator[str]:
         """Say why its options do not suit the model, beside what `requires` says; decided without calls and without reading a weight."""
         yield from ()
@@ -126,6 +131,10 @@ class BlockMethod(_Method):
         """True where the groups of a weight follow the order of its inputs' activations, which few engines read."""
         return False
 
+    def assign(self, block: Block) -> dict[str, tuple[Any, Scheme]]:
+        """Return the block's float layers that it quantizes: name in the block -> (layer, scheme); nothing unless a method says so."""
+        return {}
+
     @abstractmethod
     def compress(self, block: Block) -> None:
         """Change the block's weights or modules in place."""
@@ -139,6 +148,11 @@ class Method(_Method):
     def cost(self, size: CalibrationSize) -> CostEstimate:
         """Estimate what applying it takes."""
         return CostEstimate()
+
+    @property
+    def quantizes(self) -> bool:
+        """True where it stores layers in a number format."""
+        return type(self).stores is not Method.stores
 
     def stores(self, network: Network) -> dict[str, tuple[Any, Scheme]]:
         """Return the layers that it quantizes, for the plan: full name -> (layer, scheme)."""
@@ -259,6 +273,11 @@ class WeightMethod(TargetedMethod):
     overrides: Mapping[str, Scheme | str] = field(default_factory=dict, kw_only=True)
     """Other schemes for some layers, by pattern; the first match wins."""
 
+    @property
+    def quantizes(self) -> bool:
+        """True: that is what it is for."""
+        return True
+
     def scheme_of(self, name: str) -> Scheme:
         """Return the scheme of the layer with this full dotted name."""
         for pattern, scheme in self.overrides.items():
@@ -271,11 +290,15 @@ class WeightMethod(TargetedMethod):
 
         Small layers that read less than one group, such as the low rank of a Mamba time step, are left unquantized.
         """
-        found = {name: (layer, self.scheme_of(block.full_name(name))) for name, layer in self.targeted(block).items()}
-        if any(scheme.weights.scale_format == "e4m3" or isinstance(scheme.weights.granularity, PerTensor) for _, scheme in found.values()):
-            _ = block.network.fused_sets  # whose layers share scales; found now, while no call is under way
-        weights = sum(layer.weight.numel() for layer, _ in found.values())
-        return {name: pair for name, pair in found.items() if not is_narrow(*pair, weights)}
+        return wide({name: (layer, self.scheme_of(block.full_name(name))) for name, layer in self.targeted(block).items()}, block)
+
+
+def wide(found: Mapping[str, tuple[Any, Scheme]], block: Block) -> dict[str, tuple[Any, Scheme]]:
+    """Return a block's layers with their schemes, without those that are left unquantized because they are narrower than a group."""
+    if any(scheme.weights.scale_format == "e4m3" or isinstance(scheme.weights.granularity, PerTensor) for _, scheme in found.values()):
+        _ = block.network.fused_sets  # whose layers share scales; found now, while no call is under way
+    weights = sum(layer.weight.numel() for layer, _ in found.values())
+    return {name: pair for name, pair in found.items() if not is_narrow(*pair, weights)}
 
 
 def is_narrow(layer: Any, scheme: Scheme, weights: int) -> bool:

@@ -1,23 +1,78 @@
-"""Rounded weights of layers that are solved together, and how processes share the work.
+"""Weights of layers that are solved together by the Hessian of their inputs, and how processes share the work.
 
 Letters in names: B problems of one shape, O outputs, I inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aerogel.model.processes import Processes
-from aerogel.numerics.quantize import Grid
-from aerogel.numerics.scheme import PerChannel, PerGroup, TensorScheme
+from aerogel.model.statistics import InputStatistics
+from aerogel.numerics.quantize import Grid, grouped
+from aerogel.numerics.scheme import PerBlock, PerChannel, PerGroup, TensorScheme
+
+BATCH_VALUES = 1 << 26
+"""About how many numbers the problems that are solved together may hold."""
+
+
+@dataclass(eq=False)
+class Problem:
+    """Linear layers that read the same inputs and are solved as one weight."""
+
+    linears: dict[str, nn.Linear]
+    statistics: InputStatistics | None
+    """Their input; None when no token reached them."""
+
+    @property
+    def columns(self) -> int:
+        """The number of inputs they read."""
+        return next(iter(self.linears.values())).in_features
+
+    def weight(self) -> Tensor:
+        """The rows of all layers, weight_OI in float32."""
+        return torch.cat([linear.weight.detach().float() for linear in self.linears.values()])
+
+    def hessian(self) -> Tensor:
+        """The hessian_II of the inputs; zeros when there were none."""
+        if self.statistics is None:
+            return next(iter(self.linears.values())).weight.new_zeros(self.columns, self.columns, dtype=torch.float32)
+        return self.statistics.moment()
+
+    def rows(self) -> Iterator[tuple[str, nn.Linear, slice]]:
+        """Yield the layers by name, each with its rows of the weight."""
+        first = 0
+        for name, linear in self.linears.items():
+            yield name, linear, slice(first, first + linear.out_features)
+            first += linear.out_features
+
+
+_Any = TypeVar("_Any", bound=Problem)
+
+
+def batches(problems: Iterable[_Any], kind: Callable[[_Any], object]) -> Iterator[list[_Any]]:
+    """Yield problems of one shape and kind together, as many as memory allows."""
+    alike: dict[tuple[int, int, object], list[_Any]] = {}
+    for problem in problems:
+        outputs = sum(linear.out_features for linear in problem.linears.values())
+        alike.setdefault((outputs, problem.columns, kind(problem)), []).append(problem)
+    for (outputs, inputs, _), group in alike.items():
+        most = max(1, BATCH_VALUES // (inputs * (4 * inputs + 5 * outputs)))
+        yield from (group[first : first + most] for first in range(0, len(group), most))
+
+
+def stack(tensors: list[Tensor]) -> Tensor:
+    """Return torch.stack of tensors, but without a copy of a single one."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
 class Solution(NamedTuple):
-    """Integer codes and grids of problems of one shape."""
+    """Integer codes and grids of problems of one shape, or weights where nothing is quantized."""
 
     codes_BOI: Tensor
     loss_BO: Tensor
@@ -47,10 +102,10 @@ class Share(NamedTuple):
     rows: slice
 
     @classmethod
-    def of(cls, processes: Processes, weight_BOI: Tensor, scheme: TensorScheme) -> Share:
-        """Return the part of this process."""
+    def of(cls, processes: Processes, weight_BOI: Tensor, rows_apart: bool) -> Share:
+        """Return the part of this process; `rows_apart` says that rows can be solved without the others."""
         problems, rows = weight_BOI.shape[:2]
-        by_rows = problems < processes.count <= rows and has_scales_of_rows(scheme)
+        by_rows = problems < processes.count <= rows and rows_apart
         mine, whole = processes.share(rows if by_rows else problems), slice(None)
         part = slice(mine.start, mine.stop)
         return cls(processes, True, whole, part) if by_rows else cls(processes, False, part, whole)
@@ -84,3 +139,32 @@ def _rows_together(grids: Sequence[Grid]) -> Grid:
 def _cat(codes: Sequence[Tensor], dim: int) -> Tensor:
     """torch.cat for codes of one byte, among them fp8, which it does not know."""
     return torch.cat([part.view(torch.uint8) for part in codes], dim).view(codes[0].dtype)
+
+
+def group_width(scheme: TensorScheme, columns: int) -> int:
+    """Return the columns that share a scale."""
+    match scheme.granularity:
+        case PerGroup(size):
+            return size
+        case PerBlock(_, width):
+            return width
+        case _:
+            return columns
+
+
+def row_grids(grids: Sequence[Grid], scheme: TensorScheme, rows: int) -> Grid:
+    """Return the grids of B weights as one, with a row of scales for each output: scale_BOG."""
+
+    def spread(grid_tensor: Tensor) -> Tensor:
+        if isinstance(scheme.granularity, PerBlock):
+            return grid_tensor.repeat_interleave(scheme.granularity.rows, dim=0)[:rows]
+        return grid_tensor.reshape(-1, grid_tensor.shape[-1] if grid_tensor.ndim else 1).expand(rows, -1)
+
+    zeros = [spread(grid.zero) for grid in grids if grid.zero is not None]
+    return Grid(torch.stack([spread(grid.step) for grid in grids]), torch.stack(zeros) if zeros else None)
+
+
+def importance_of(importance_I: Tensor, weight_OI: Tensor, scheme: TensorScheme) -> Tensor:
+    """Return the importance of columns as `grouped` lays out the weight; where rows have scales of their own, once for all of them."""
+    rows = 1 if isinstance(scheme.granularity, PerGroup | PerChannel) else len(weight_OI)
+    return grouped(importance_I.expand(rows, -1), scheme.granularity)

@@ -1,7 +1,8 @@
-"""Statistics of the inputs of linear layers, reduced while the calls of a block pass: Hessians, ranges, rows kept as a sample.
+"""Statistics of the inputs of linear layers, reduced while the calls of a block pass: Hessians, mean squares, ranges, rows as a sample.
 
 T tokens (rows of an input, whatever its other dimensions), I input columns. Linear layers that are given the very same tensor share
-one set of statistics. Nothing is kept but the sums, so memory does not grow with the number of calls.
+one set of statistics. Nothing is kept but the sums, so memory does not grow with the number of calls. The Hessian and the mean squares of a
+convolution are those of its patches.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad, unfold
 
 from aerogel.errors import AerogelError
 from aerogel.layers.linear import cache_dequantized
@@ -31,13 +33,21 @@ class InputStatistics:
     """Sums over every input that one or more linear layers were given."""
 
     def __init__(
-        self, columns: int, device: torch.device, moment: bool = False, ranges: bool = False, rows_per_call: int = 0, name: str = "a layer"
+        self,
+        columns: int,
+        device: torch.device,
+        moment: bool = False,
+        ranges: bool = False,
+        rows_per_call: int = 0,
+        name: str = "a layer",
+        squares: bool = False,
     ) -> None:
         """`name` is that of a layer, for errors."""
         self.name = name
         self.tokens = 0
         self.columns = columns
         self._sum_II = torch.zeros(columns, columns, device=device) if moment else None
+        self._squares_I = torch.zeros(columns, device=device) if squares else None
         self._absolute_I = torch.zeros(columns, device=device) if ranges else None
         self._absmax_I = torch.zeros(columns, device=device) if ranges else None
         self.extremes: list[tuple[float, float]] = []
@@ -58,6 +68,8 @@ class InputStatistics:
             self._rows.append(x_TI[picked])
         if self._sum_II is not None:
             _add_gram(self._sum_II, x_TI)
+        if self._squares_I is not None:
+            self._squares_I += x_TI.float().square().sum(0)
         if self._absolute_I is not None and self._absmax_I is not None:
             x_TI = x_TI.to(torch.float32)
             magnitude_TI = x_TI.abs()
@@ -72,7 +84,8 @@ class InputStatistics:
         """Take in what another set has seen."""
         assert not any(part._complete for part in (self, other)), "the Hessian was made already"
         self.tokens += other.tokens
-        for mine, theirs in ((self._sum_II, other._sum_II), (self._absolute_I, other._absolute_I)):
+        pairs = ((self._sum_II, other._sum_II), (self._squares_I, other._squares_I), (self._absolute_I, other._absolute_I))
+        for mine, theirs in pairs:
             if mine is not None and theirs is not None:
                 mine += theirs
         if self._absmax_I is not None and other._absmax_I is not None:
@@ -82,7 +95,7 @@ class InputStatistics:
 
     def add_others(self, processes: Processes, device: torch.device) -> None:
         """Take in what all processes have seen of the same inputs; sampled rows are in the order of calls."""
-        for total in (self._sum_II, self._absolute_I):
+        for total in (self._sum_II, self._squares_I, self._absolute_I):
             if total is not None:
                 processes.add_up(total)
         if self._absmax_I is not None:
@@ -103,6 +116,13 @@ class InputStatistics:
             _mirror(self._sum_II)
             self._complete = True
         return self._sum_II
+
+    def mean_square(self) -> Tensor:
+        """Mean of x^2 over all tokens, for each column, in float32: the Hessian's diagonal; raises AerogelError when it is not finite."""
+        assert self._squares_I is not None, "statistics were collected without squares"
+        if not math.isfinite(total := self._squares_I.sum().item()):
+            raise self._not_finite(total)
+        return self._squares_I / max(self.tokens, 1)
 
     def _not_finite(self, largest: float) -> AerogelError:
         return AerogelError(
@@ -155,7 +175,9 @@ def bfloat16_products() -> Iterator[None]:
         backend.matmul.fp32_precision = before
 
 
-def collect(block: Block, names: Iterable[str], *, moment: bool = False, ranges: bool = False, rows: int = 0) -> dict[str, InputStatistics]:
+def collect(
+    block: Block, names: Iterable[str], *, moment: bool = False, ranges: bool = False, squares: bool = False, rows: int = 0
+) -> dict[str, InputStatistics]:
     """Run the block's calls once and return the statistics of these linear layers, in the order in which they ran.
 
     Linear layers that were always given the same tensor get the same object. A linear that no call reached is left out. Every forward
@@ -167,9 +189,11 @@ def collect(block: Block, names: Iterable[str], *, moment: bool = False, ranges:
     parts: dict[tuple[str, ...], InputStatistics] = {}
 
     def take(names: tuple[str, ...], x: Tensor) -> None:
-        if names not in parts:
-            parts[names] = InputStatistics(x.shape[-1], x.device, moment, ranges, rows_per_call, block.full_name(names[0]))
-        parts[names].update(x)
+        for alike, rows in _as_rows(linears, names, x) if moment or squares else [(names, x)]:
+            if alike not in parts:
+                name = block.full_name(alike[0])
+                parts[alike] = InputStatistics(rows.shape[-1], rows.device, moment, ranges, rows_per_call, name, squares)
+            parts[alike].update(rows)
 
     visits: Counter[str] = Counter()
     with cache_dequantized(block.module):
@@ -179,11 +203,39 @@ def collect(block: Block, names: Iterable[str], *, moment: bool = False, ranges:
                 block.run(call)
             seen.flush()
             visits |= seen.count | Counter(list(linears))
-    return _total(together(block, parts, moment=moment, ranges=ranges, rows_per_call=rows_per_call))
+    return _total(together(block, parts, moment=moment, ranges=ranges, squares=squares, rows_per_call=rows_per_call))
+
+
+def _as_rows(layers: Mapping[str, nn.Module], names: tuple[str, ...], x: Tensor) -> list[tuple[tuple[str, ...], Tensor]]:
+    """An input as the layers multiply it: convolutions of each geometry read its patches, linear layers the input itself."""
+    alike: dict[object, list[str]] = {}
+    for name in names:
+        layer = layers[name]
+        window = None
+        if isinstance(layer, nn.Conv2d):
+            window = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.padding_mode)
+        alike.setdefault(window, []).append(name)
+    return [(tuple(group), _patches(layers[group[0]], x)) for group in alike.values()]
+
+
+def _patches(layer: nn.Module, x: Tensor) -> Tensor:
+    """The patches that a convolution multiplies by its kernel, (N, T, C x height x width); the input itself for other layers."""
+    if not isinstance(layer, nn.Conv2d):
+        return x
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = pad(x if x.ndim == 4 else x[None], layer._reversed_padding_repeated_twice, mode=mode)
+    kernel, dilation, stride = ((int(pair[0]), int(pair[1])) for pair in (layer.kernel_size, layer.dilation, layer.stride))
+    return unfold(padded, kernel, dilation=dilation, stride=stride).transpose(1, 2)
 
 
 def together(
-    block: Block, parts: Mapping[tuple[str, ...], InputStatistics], *, moment: bool = False, ranges: bool = False, rows_per_call: int = 0
+    block: Block,
+    parts: Mapping[tuple[str, ...], InputStatistics],
+    *,
+    moment: bool = False,
+    ranges: bool = False,
+    squares: bool = False,
+    rows_per_call: int = 0,
 ) -> dict[tuple[str, ...], InputStatistics]:
     """Add up, over the processes that share the block's calls, what each has seen of the inputs of these linear layers."""
     if block.processes.alone:
@@ -193,7 +245,7 @@ def together(
     for names, (columns, _, _) in {names: facts for one in seen for names, facts in one.items()}.items():
         device = block.network.device
         total = totals[names] = parts.get(names) or InputStatistics(
-            columns, device, moment, ranges, rows_per_call, block.full_name(names[0])
+            columns, device, moment, ranges, rows_per_call, block.full_name(names[0]), squares
         )
         total.add_others(block.processes, device)
         total.tokens = sum(one[names][1] for one in seen if names in one)

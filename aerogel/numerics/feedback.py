@@ -1,4 +1,4 @@
-"""Rounding column by column, each error compensated in the columns that follow: the core of GPTQ (arXiv:2210.17323).
+"""Rounding or pruning column by column, each error compensated in the columns that follow: the core of GPTQ (arXiv:2210.17323).
 
 Letters in names: B independent problems of one shape, O outputs, I inputs, G groups of a row.
 
@@ -8,6 +8,9 @@ output error is the sum of squares of (W - Q) R, and each column makes its own c
 of H is enough, without an inverse (2.5 times as fast on the layers of Llama 1B), and the output error is known when the last column is
 rounded. Updates are lazy by halving: the first half of the columns is finished before the second half hears of it, in one matrix
 product, and so on down to a few columns.
+
+SparseGPT (arXiv:2301.00774) runs the same loop with weights that become zero instead of, or beside, being rounded. Which ones is decided
+when their columns are reached, by w_ij^2 R_jj^2 of the weights as they stand then.
 """
 
 from __future__ import annotations
@@ -46,6 +49,25 @@ class Rounded(NamedTuple):
     """Integer codes of a weight, and what rounding cost."""
 
     codes_BOI: Tensor
+    loss_BO: Tensor
+    """The squared error of each output, e H e^T, without what was added to the diagonal of H."""
+
+
+class Choice(NamedTuple):
+    """Choice of the weights to keep, made when the turn of their columns comes."""
+
+    choose: Callable[[Tensor, int, int], Tensor]
+    """Scores of n columns (score_BOn, first column, behind the last) -> kept_BOn; high scores are dear."""
+    every: int
+    """Columns chosen at once."""
+
+
+class Pruned(NamedTuple):
+    """A weight with zeros, and what they and rounding cost."""
+
+    weight_BOI: Tensor
+    """Integer codes where weights are rounded too."""
+    kept_BOI: Tensor
     loss_BO: Tensor
     """The squared error of each output, e H e^T, without what was added to the diagonal of H."""
 
@@ -124,34 +146,73 @@ def round_columns(
     becomes zero, and all that the columns before have added to it is compensated in the columns that follow, as in SparseGPT
     (arXiv:2301.00774).
     """
-    loop = _Loop(weight_BOI, found.weights_BII, fmt, grid, group_BI, kept_BOI)
+    loop = _RoundingLoop(weight_BOI, found, kept_BOI, fmt, grid, group_BI)
     if fit is None:
         loop.span(0, weight_BOI.shape[-1], _FEW, loop.few)
     else:
         loop.span(0, weight_BOI.shape[-1], group, lambda low, high: loop.group(low, high, group, fit))
-    return Rounded(loop.codes_IBO.permute(1, 2, 0).contiguous(), loop.loss(found))
+    return Rounded(loop.codes_IBO.permute(1, 2, 0).contiguous(), loop.loss())
+
+
+@torch.no_grad()
+def prune_columns(weight_BOI: Tensor, found: Feedback, choice: Choice, kept_BOI: Tensor | None = None) -> Pruned:
+    """Set weights to zero column by column, with error feedback to those behind; what is False in `kept_BOI` becomes zero in any case."""
+    loop = _Loop(weight_BOI, found, torch.ones_like(weight_BOI) if kept_BOI is None else kept_BOI)
+    kept_BOI = loop.prune(choice)
+    # Pruned weights have all of themselves as their error: these are exactly zero.
+    return Pruned((weight_BOI - loop.error_IBO.permute(1, 2, 0)).contiguous(), kept_BOI, loop.loss())
+
+
+@torch.no_grad()
+def prune_and_round_columns(
+    weight_BOI: Tensor, found: Feedback, choice: Choice, fmt: Format, grid: Grid, group_BI: Tensor, kept_BOI: Tensor | None = None
+) -> Pruned:
+    """Set weights to zero and round the others in one pass; `grid` and `group_BI` are those of `round_columns`."""
+    loop = _RoundingLoop(weight_BOI, found, torch.ones_like(weight_BOI) if kept_BOI is None else kept_BOI, fmt, grid, group_BI)
+    kept_BOI = loop.prune(choice)
+    return Pruned(loop.codes_IBO.permute(1, 2, 0).contiguous(), kept_BOI, loop.loss())
 
 
 class _Loop:
     """The buffers of the column loop; a column of the weights is a run of memory here, for all rows and problems at once."""
 
-    def __init__(self, weight_BOI: Tensor, weights_BII: Tensor, fmt: Format, grid: Grid, group_BI: Tensor, kept_BOI: Tensor | None) -> None:
+    def __init__(self, weight_BOI: Tensor, found: Feedback, kept_BOI: Tensor | None) -> None:
         # What stands here is weights, moved by the errors before them, and what rounding took from them once they are rounded.
         self.weight_IBO = weight_BOI.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
         # What stands here is weights as they were, and their total errors once they are rounded.
         self.error_IBO = self.weight_IBO.clone()
-        self.codes_IBO = torch.empty_like(self.weight_IBO, dtype=fmt.storage)
         self.values_NBO = torch.empty_like(self.weight_IBO[:_FEW])
-        self.format, self.grid, self.weights_BII = fmt, grid, weights_BII
-        self.scale_GBO = grid.step.to(weight_BOI.dtype).permute(2, 0, 1).contiguous()
-        self.zero_GBO = None if grid.zero is None else grid.zero.to(weight_BOI.dtype).permute(2, 0, 1).contiguous()
+        self.found, self.weights_BII = found, found.weights_BII
+        self.choice: Choice | None = None
+        """Choice that is made while a few columns are changed, where it is of so few."""
         self.kept_IBO = None if kept_BOI is None else kept_BOI.permute(2, 0, 1).to(weight_BOI.dtype, memory_format=torch.contiguous_format)
         # Views, made once: in the loop every microsecond counts.
-        self.scales = _rows(self.scale_GBO, group_BI)
-        self.zeros = None if self.zero_GBO is None else _rows(self.zero_GBO, group_BI)
         self.columns = self.weight_IBO.unbind(0)
         self.errors = self.error_IBO.unbind(0)
         self.values = self.values_NBO.unbind(0)
+
+    def prune(self, choice: Choice) -> Tensor:
+        """Go through all columns, with weights chosen on the way; returns kept_BOI."""
+        columns = len(self.weight_IBO)
+        if choice.every < _FEW:
+            self.choice = choice
+            self.span(0, columns, choice.every * (_FEW // choice.every), self.few)
+        else:
+
+            def chosen(low: int, high: int) -> None:
+                self._choose(choice, low, high)
+                self.span(low, high, _FEW, self.few)
+
+            self.span(0, columns, choice.every, chosen)
+        assert self.kept_IBO is not None, "there is a mask to choose in"
+        return self.kept_IBO.permute(1, 2, 0).to(torch.bool).contiguous()
+
+    def _choose(self, choice: Choice, low: int, high: int) -> None:
+        """Choose among columns that have heard of all errors before them; what was not kept before is worth nothing."""
+        assert self.kept_IBO is not None, "there is a mask to choose in"
+        kept_nBO = self.kept_IBO[low:high]
+        score_nBO = (self._compensated(low, high) * kept_nBO).square_().mul_(self.found.importance_BI[:, low:high].T[..., None])
+        kept_nBO *= choice.choose(score_nBO.permute(1, 2, 0), low, high).permute(2, 0, 1)
 
     def span(self, low: int, high: int, unit: int, finish: Callable[[int, int], None]) -> None:
         """Round columns that have heard of all errors before them; halves meet at multiples of `unit`."""
@@ -163,17 +224,6 @@ class _Loop:
         self._push(low, middle, high)
         self.span(middle, high, unit, finish)
 
-    def group(self, low: int, high: int, group: int, fit: Callable[[Tensor, int, int], Grid]) -> None:
-        """Make the grid of a group from its weights as they stand now, then round them."""
-        weight_nBO = self._compensated(low, high)
-        if self.kept_IBO is not None:
-            weight_nBO *= self.kept_IBO[low:high]
-        found, index = fit(weight_nBO.permute(1, 2, 0), low, high), low // group
-        self.scale_GBO[index] = self.grid.scale[..., index] = found.scale
-        if self.zero_GBO is not None and self.grid.zero is not None and found.zero is not None:
-            self.zero_GBO[index] = self.grid.zero[..., index] = found.zero
-        self.span(low, high, _FEW, self.few)
-
     def _compensated(self, low: int, high: int) -> Tensor:
         """Return the weights that make the loss least with all columns before rounded, if these and those behind could have any value."""
         unit_Bnn, error_nBO = self.weights_BII[:, low:high, low:high], self.error_IBO[low:high]
@@ -181,31 +231,31 @@ class _Loop:
         return error_nBO + torch.linalg.solve_triangular(unit_Bnn.mT, moved_BnO, upper=False, unitriangular=True).transpose(0, 1)
 
     def few(self, low: int, high: int) -> None:
-        """Round a few columns one by one."""
+        """Round or prune a few columns one by one."""
         push_NNB1 = self.weights_BII[:, low:high, low:high].permute(1, 2, 0)[..., None]
         before_NBO = self.error_IBO[low:high].clone()
         for index, column in enumerate(range(low, high)):
-            value, scale, error = self.values[index], self.scales[column], self.errors[column]
-            torch.div(self.columns[column], scale, out=value)
-            if self.zeros is None:
-                _round(value, self.format)
-                if self.kept_IBO is not None:
-                    value.mul_(self.kept_IBO[column])
-                error.addcmul_(value, scale, value=-1)
-            else:
-                _round(value.add_(self.zeros[column]), self.format)
-                if self.kept_IBO is not None:
-                    torch.lerp(self.zeros[column], value, self.kept_IBO[column], out=value)
-                error.addcmul_(value - self.zeros[column], scale, value=-1)
+            if self.choice is not None and column % self.choice.every == 0:
+                self._choose(self.choice, column, min(column + self.choice.every, len(self.columns)))
+            self._change(column, self.values[index])
             if column + 1 < high:
-                self.weight_IBO[column + 1 : high].addcmul_(push_NNB1[index, index + 1 :], error)
+                self.weight_IBO[column + 1 : high].addcmul_(push_NNB1[index, index + 1 :], self.errors[column])
         # The weights as they were, less their total errors, are what the columns were rounded to.
         self.weight_IBO[low:high] -= before_NBO.sub_(self.error_IBO[low:high])
-        values_NBO = self.values_NBO[: high - low]
-        self.codes_IBO[low:high] = values_NBO if self.format.kind == "int" else to_codes(values_NBO, self.format)
+        self._store(low, high)
 
-    def loss(self, found: Feedback) -> Tensor:
-        """Return the loss_BO of all columns, when they are rounded."""
+    def _change(self, column: int, value_BO: Tensor) -> None:
+        """Take from the weights of a column what they become, and leave their total errors."""
+        assert self.kept_IBO is not None, "without rounding, pruning is all that changes a weight"
+        torch.mul(self.columns[column], self.kept_IBO[column], out=value_BO)
+        self.errors[column].sub_(value_BO)
+
+    def _store(self, low: int, high: int) -> None:
+        """Store what a few columns became, beside their errors."""
+
+    def loss(self) -> Tensor:
+        """Return the loss_BO of all columns, when they are changed."""
+        found = self.found
         loss_BO = torch.zeros_like(self.weight_IBO[0])
         for low in range(0, len(self.weight_IBO), _MANY):
             columns = slice(low, low + _MANY)
@@ -221,6 +271,49 @@ class _Loop:
         else:
             weight_BIO, error_BIO = self.weight_IBO.transpose(0, 1), self.error_IBO.transpose(0, 1)
             weight_BIO[:, middle:high].baddbmm_(self.weights_BII[:, low:middle, middle:high].mT, error_BIO[:, low:middle])
+
+
+class _RoundingLoop(_Loop):
+    """The loop with weights that are rounded."""
+
+    def __init__(self, weight_BOI: Tensor, found: Feedback, kept_BOI: Tensor | None, fmt: Format, grid: Grid, group_BI: Tensor) -> None:
+        super().__init__(weight_BOI, found, kept_BOI)
+        self.codes_IBO = torch.empty_like(self.weight_IBO, dtype=fmt.storage)
+        self.format, self.grid = fmt, grid
+        self.scale_GBO = grid.step.to(weight_BOI.dtype).permute(2, 0, 1).contiguous()
+        self.zero_GBO = None if grid.zero is None else grid.zero.to(weight_BOI.dtype).permute(2, 0, 1).contiguous()
+        # Views too.
+        self.scales = _rows(self.scale_GBO, group_BI)
+        self.zeros = None if self.zero_GBO is None else _rows(self.zero_GBO, group_BI)
+
+    def group(self, low: int, high: int, group: int, fit: Callable[[Tensor, int, int], Grid]) -> None:
+        """Make the grid of a group from its weights as they stand now, then round them."""
+        weight_nBO = self._compensated(low, high)
+        if self.kept_IBO is not None:
+            weight_nBO *= self.kept_IBO[low:high]
+        found, index = fit(weight_nBO.permute(1, 2, 0), low, high), low // group
+        self.scale_GBO[index] = self.grid.scale[..., index] = found.scale
+        if self.zero_GBO is not None and self.grid.zero is not None and found.zero is not None:
+            self.zero_GBO[index] = self.grid.zero[..., index] = found.zero
+        self.span(low, high, _FEW, self.few)
+
+    def _change(self, column: int, value_BO: Tensor) -> None:
+        scale, error = self.scales[column], self.errors[column]
+        torch.div(self.columns[column], scale, out=value_BO)
+        if self.zeros is None:
+            _round(value_BO, self.format)
+            if self.kept_IBO is not None:
+                value_BO.mul_(self.kept_IBO[column])
+            error.addcmul_(value_BO, scale, value=-1)
+        else:
+            _round(value_BO.add_(self.zeros[column]), self.format)
+            if self.kept_IBO is not None:
+                torch.lerp(self.zeros[column], value_BO, self.kept_IBO[column], out=value_BO)
+            error.addcmul_(value_BO - self.zeros[column], scale, value=-1)
+
+    def _store(self, low: int, high: int) -> None:
+        values_NBO = self.values_NBO[: high - low]
+        self.codes_IBO[low:high] = values_NBO if self.format.kind == "int" else to_codes(values_NBO, self.format)
 
 
 def _round(scaled: Tensor, fmt: Format) -> Tensor:

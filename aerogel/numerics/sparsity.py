@@ -29,10 +29,12 @@ def kept_by_count(score_OI: Tensor, count: int) -> Tensor:
     return next(kept_of_all([score_OI], count))
 
 
-def kept_by_row(score_OI: Tensor, count: int) -> Tensor:
-    """Return where each row is kept when its `count` smallest scores go; of equal scores the first ones go."""
+def kept_by_row(score_OI: Tensor, count: int | Tensor) -> Tensor:
+    """Return where each row is kept when its `count` smallest scores go, or its own of count_O; of equal scores the first ones go."""
     order_OI = score_OI.argsort(dim=-1, stable=True)
-    return torch.ones_like(score_OI, dtype=torch.bool).scatter_(-1, order_OI[..., :count], False)
+    place_I = torch.arange(score_OI.shape[-1], device=score_OI.device)
+    stays_OI = place_I >= (count[:, None] if isinstance(count, Tensor) else count)
+    return torch.empty_like(score_OI, dtype=torch.bool).scatter_(-1, order_OI, stays_OI.expand_as(order_OI))
 
 
 def kept_of_all(scores: Sequence[Tensor], count: int) -> Iterator[Tensor]:

@@ -32,6 +32,7 @@ def test_the_smallest_of_each_row_go() -> None:
     score = torch.tensor([[3.0, 1.0, 1.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
     assert kept_by_row(score, 1).tolist() == [[True, False, True, True], [False, True, True, True]]
     assert kept_by_row(score, 0).all()
+    assert kept_by_row(score, torch.tensor([2, 0])).tolist() == [[True, False, False, True], [True] * 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

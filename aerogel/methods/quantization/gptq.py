@@ -6,11 +6,9 @@ layers that read these inputs: query, key and value are one. The Hessian is the 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
@@ -21,23 +19,20 @@ from aerogel.kernels.malloc import release_pages
 from aerogel.layers.linear import QuantLinear, stored_grid
 from aerogel.methods.base import CalibrationSize, CostEstimate, WeightMethod
 from aerogel.model.block import Block
-from aerogel.model.calls import Call, tensors_in
 from aerogel.model.rounding import InputRange, has_static_inputs, output_error, relative_error, static_inputs
-from aerogel.model.solutions import Share, Solution, has_scales_of_rows
-from aerogel.model.statistics import InputStatistics, collect, sharing, together
-from aerogel.model.synchronized_forwards import InputGroup, synchronized_forwards
+from aerogel.model.sequential import change_in_order
+from aerogel.model.solutions import Problem, Share, Solution, batches, group_width, has_scales_of_rows, importance_of, row_grids, stack
+from aerogel.model.statistics import InputStatistics
 from aerogel.model.unseen_experts import borrow_input_ranges
 from aerogel.numerics.feedback import feedback, round_columns
 from aerogel.numerics.quantize import Grid, dequantize, grouped
-from aerogel.numerics.scheme import PerBlock, PerChannel, PerGroup, Scheme, TensorScheme
+from aerogel.numerics.scheme import PerGroup, Scheme, TensorScheme
 from aerogel.numerics.search import Observer, Shared, observe
 from aerogel.options import NonNegative
 
 ActOrder = Literal["none", "static", "group"]
 _Jobs = Mapping[str, tuple[nn.Linear, Scheme]]
 
-BATCH_VALUES = 1 << 26
-"""About how many numbers the problems that are solved together may hold."""
 _ROWS = 512
 """Rows of a Hessian that are reordered at once."""
 
@@ -74,43 +69,23 @@ class Gptq(WeightMethod):
     def compress(self, block: Block) -> None:
         """Quantize the block's linear layers."""
         jobs = self.assign(block)
-        if self.true_sequential is False or not block.name or not jobs:
-            self._quantize(block, jobs)
-            return
-        visits = sharing(block, jobs)
-        input_groups = list(dict.fromkeys(visits))
-        stages = stages_of(input_groups)
-        missed = set(jobs).difference(*input_groups)
-        once = len(set().union(*input_groups)) == sum(map(len, visits))
-        if once and len(stages) == len(input_groups) and not missed and _paused_bytes(block, jobs) <= self.max_activation_gb * 1e9:
-            self._in_one_pass(block, jobs, input_groups)
-        elif self.true_sequential:
-            unseen = [self._quantize(block, {name: jobs[name] for name in jobs if name in stage}) for stage in (*stages, tuple(missed))]
-            borrow_input_ranges(block, chain(*unseen))
-        else:
-            borrow_input_ranges(block, self._quantize(block, jobs))
+        unseen: list[str] = []
 
-    def _in_one_pass(self, block: Block, jobs: _Jobs, input_groups: Sequence[InputGroup]) -> None:
-        """One forward for each call, all of them paused at every input group until its layers are quantized."""
-        ranges = any(has_static_inputs(scheme) for _, scheme in jobs.values())
-        seen: dict[InputGroup, InputStatistics] = {}
+        def quantize(names: Sequence[str], statistics: Mapping[str, InputStatistics]) -> None:
+            unseen.extend(self._quantize(block, {name: jobs[name] for name in names}, statistics))
 
-        def see(names: InputGroup, x: Tensor) -> None:
-            if names not in seen:
-                seen[names] = InputStatistics(x.shape[-1], x.device, moment=True, ranges=ranges, name=block.full_name(names[0]))
-            seen[names].update(x)
+        change_in_order(
+            block,
+            {name: linear for name, (linear, _) in jobs.items()},
+            quantize,
+            ranges=any(has_static_inputs(scheme) for _, scheme in jobs.values()),
+            true_sequential=self.true_sequential,
+            max_activation_gb=self.max_activation_gb,
+        )
+        borrow_input_ranges(block, unseen)
 
-        def change(names: InputGroup) -> None:
-            here = {names: seen.pop(names)} if names in seen else {}  # no call of this process may have come here
-            statistics = together(block, here, moment=True, ranges=ranges)[names]
-            self._quantize(block, {name: jobs[name] for name in names}, dict.fromkeys(names, statistics))
-
-        block.outputs = synchronized_forwards(block, input_groups, see, change)
-
-    def _quantize(self, block: Block, jobs: _Jobs, statistics: Mapping[str, InputStatistics] | None = None) -> list[str]:
+    def _quantize(self, block: Block, jobs: _Jobs, statistics: Mapping[str, InputStatistics]) -> list[str]:
         """Quantize layers, all with the block as it is now; returns those with static inputs that no token reached."""
-        if statistics is None:
-            statistics = collect(block, jobs, moment=True, ranges=any(has_static_inputs(scheme) for _, scheme in jobs.values()))
         problems: dict[tuple[object, ...], _Problem] = {}
         for name, (linear, scheme) in jobs.items():
             dtype = block.stored_dtype or linear.weight.dtype
@@ -119,7 +94,7 @@ class Gptq(WeightMethod):
             shared = block.shared_scale(name, scheme.weights)
             problem = problems.setdefault((seen, scheme, dtype, alone), _Problem({}, seen, scheme, dtype, shared))
             problem.linears[name] = linear
-        for batch in _batches(problems.values()):
+        for batch in batches(problems.values(), lambda problem: (problem.scheme, problem.dtype)):
             release_pages()  # freed in small pieces, memory stays with the process (measured: 290 MB more at the peak)
             self._solve(block, batch)
         return [name for name, (_, scheme) in jobs.items() if has_static_inputs(scheme) and name not in statistics]
@@ -129,15 +104,15 @@ class Gptq(WeightMethod):
         scheme, dtype = problems[0].scheme.weights, problems[0].dtype
         fit = partial(self._fit, scheme=scheme, dtype=dtype)
         moves = self.act_order != "static" and isinstance(scheme.granularity, PerGroup) and scheme.scale_format == "float"
-        weight_BOI = _stack([problem.weight() for problem in problems])
-        mine = Share.of(block.processes, weight_BOI, scheme)
+        weight_BOI = stack([problem.weight() for problem in problems])
+        mine = Share.of(block.processes, weight_BOI, has_scales_of_rows(scheme))
         weight_BOI = weight_BOI[mine.problems, mine.rows]
         pruned = {block.full_name(name) for problem in problems for name in problem.linears} & block.network.pruned
         kept_BOI = weight_BOI != 0 if pruned else None  # what is not pruned has next to no zeros
         # Without a name here, the Hessians are freed as soon as they are factorised.
         solution = None if not len(weight_BOI) else solve(
             weight_BOI,
-            _stack([problem.hessian() for problem in problems[mine.problems]]),
+            stack([problem.hessian() for problem in problems[mine.problems]]),
             scheme,
             fit,
             moves,
@@ -170,40 +145,19 @@ class Gptq(WeightMethod):
 
 
 @dataclass(eq=False)
-class _Problem:
+class _Problem(Problem):
     """Linear layers that read the same inputs and can be rounded as one weight."""
 
-    linears: dict[str, nn.Linear]
-    statistics: InputStatistics | None
-    """Their input; None when no token reached them."""
     scheme: Scheme
     dtype: torch.dtype
     """Of stored scales."""
     shared: Shared | None
     """The outer scale, or the grid, of the fused set that the layer is in; None for one of its own."""
 
-    @property
-    def columns(self) -> int:
-        """The number of inputs they read."""
-        return next(iter(self.linears.values())).in_features
-
-    def weight(self) -> Tensor:
-        """The rows of all layers, weight_OI in float32."""
-        return torch.cat([linear.weight.detach().float() for linear in self.linears.values()])
-
-    def hessian(self) -> Tensor:
-        """The hessian_II of the inputs; zeros when there were none."""
-        if self.statistics is None:
-            return next(iter(self.linears.values())).weight.new_zeros(self.columns, self.columns, dtype=torch.float32)
-        return self.statistics.moment()
-
     def solved(self, solution: Solution, index: int) -> Iterator[tuple[str, _Layer]]:
         """Yield the layers by name, each with its rows of a solution."""
         g_idx = None if solution.g_idx_BI is None else solution.g_idx_BI[index]
-        first = 0
-        for name, linear in self.linears.items():
-            rows = slice(first, first + linear.out_features)
-            first = rows.stop
+        for name, linear, rows in self.rows():
             grid = solution.grids[index]
             if len(self.linears) > 1:
                 grid = Grid(grid.scale[rows], None if grid.zero is None else grid.zero[rows])
@@ -254,7 +208,7 @@ def solve(
     """
     columns = weight_BOI.shape[-1]
     as_is_BI = torch.arange(columns, device=weight_BOI.device).expand(len(weight_BOI), -1)
-    width, size = _width(scheme, columns), -(-columns // _width(scheme, columns))
+    width, size = group_width(scheme, columns), -(-columns // group_width(scheme, columns))
     order_BI = as_is_BI
     if act_order != "none":
         order_BI = hessian_BII.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
@@ -268,10 +222,10 @@ def solve(
     else:
         importance_BI = found.importance_BI.take_along_dim(place_BI, 1)
         grids = [
-            fit(grouped(weight_OI, scheme.granularity), _laid_out(importance_I, weight_OI, scheme), shared)
+            fit(grouped(weight_OI, scheme.granularity), importance_of(importance_I, weight_OI, scheme), shared)
             for weight_OI, importance_I, shared in zip(weight_BOI, importance_BI, shared_B or [None] * len(weight_BOI), strict=True)
         ]
-        grid, group_BI = _rows_of(grids, scheme, weight_BOI.shape[1]), order_BI // width
+        grid, group_BI = row_grids(grids, scheme, weight_BOI.shape[1]), order_BI // width
 
     def fit_now(weight_BOn: Tensor, low: int, high: int) -> Grid:
         return fit(weight_BOn, found.importance_BI[:, None, low:high], None)
@@ -289,7 +243,7 @@ def solve(
 def _columns(x_BOI: Tensor, order_BI: Tensor) -> Tensor:
     """Return the columns of each problem in its order; one problem after another takes a quarter of the time of one gather."""
     bytes_BOI = x_BOI if x_BOI.element_size() > 1 else x_BOI.view(torch.uint8)  # fp8 cannot be gathered
-    return _stack([x_OI.index_select(1, order_I) for x_OI, order_I in zip(bytes_BOI, order_BI, strict=True)]).view(x_BOI.dtype)
+    return stack([x_OI.index_select(1, order_I) for x_OI, order_I in zip(bytes_BOI, order_BI, strict=True)]).view(x_BOI.dtype)
 
 
 def _reordered(hessian_BII: Tensor, order_BI: Tensor) -> Tensor:
@@ -299,66 +253,3 @@ def _reordered(hessian_BII: Tensor, order_BI: Tensor) -> Tensor:
         for made_NI, rows_N in zip(made_II.split(_ROWS), order_I.split(_ROWS), strict=True):
             torch.index_select(hessian_II.index_select(0, rows_N), 1, order_I, out=made_NI)
     return made_BII
-
-
-def _laid_out(importance_I: Tensor, weight_OI: Tensor, scheme: TensorScheme) -> Tensor:
-    """The importance of columns as `grouped` lays out the weight; where rows have scales of their own, once for all of them."""
-    rows = 1 if isinstance(scheme.granularity, PerGroup | PerChannel) else len(weight_OI)
-    return grouped(importance_I.expand(rows, -1), scheme.granularity)
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    """torch.stack, but without a copy of a single tensor."""
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
-
-
-def _width(scheme: TensorScheme, columns: int) -> int:
-    """Columns that share a scale."""
-    match scheme.granularity:
-        case PerGroup(size):
-            return size
-        case PerBlock(_, width):
-            return width
-        case _:
-            return columns
-
-
-def _rows_of(grids: Sequence[Grid], scheme: TensorScheme, rows: int) -> Grid:
-    """The grids of B weights as one, with a row of scales for each output: scale_BOG."""
-
-    def spread(grid_tensor: Tensor) -> Tensor:
-        if isinstance(scheme.granularity, PerBlock):
-            return grid_tensor.repeat_interleave(scheme.granularity.rows, dim=0)[:rows]
-        return grid_tensor.reshape(-1, grid_tensor.shape[-1] if grid_tensor.ndim else 1).expand(rows, -1)
-
-    zeros = [spread(grid.zero) for grid in grids if grid.zero is not None]
-    return Grid(torch.stack([spread(grid.step) for grid in grids]), torch.stack(zeros) if zeros else None)
-
-
-def _batches(problems: Iterable[_Problem]) -> Iterator[list[_Problem]]:
-    """Problems of one shape, scheme and dtype together, as many as memory allows."""
-    alike: dict[tuple[int, int, Scheme, torch.dtype], list[_Problem]] = {}
-    for problem in problems:
-        outputs, inputs = sum(linear.out_features for linear in problem.linears.values()), problem.columns
-        alike.setdefault((outputs, inputs, problem.scheme, problem.dtype), []).append(problem)
-    for (outputs, inputs, *_), group in alike.items():
-        most = max(1, BATCH_VALUES // (inputs * (4 * inputs + 5 * outputs)))
-        yield from (group[first : first + most] for first in range(0, len(group), most))
-
-
-def stages_of(input_groups: Iterable[InputGroup]) -> list[InputGroup]:
-    """Layers that are quantized together, in the order in which they run; the like layers of all experts are one stage."""
-    stages: dict[tuple[str, ...], list[str]] = {}
-    for names in input_groups:
-        stages.setdefault(tuple(re.sub(r"\d+", "*", name) for name in names), []).extend(names)
-    return [tuple(stage) for stage in stages.values()]
-
-
-def _paused_bytes(block: Block, jobs: _Jobs) -> int:
-    """About how much all calls of a process hold when they pause at the widest layer: its input, and the residual stream three times."""
-    call = next(iter(block.calls), Call())
-    tensors = [tensor for tensor in tensors_in((call.args, call.kwargs)) if tensor.ndim > 1 and tensor.numel()]
-    rows = max((tensor.numel() // tensor.shape[-1] for tensor in tensors), default=0)
-    widths = [linear.in_features for linear, _ in jobs.values()]
-    held = len(block.calls) * rows * (3 * min(widths) + max(widths)) * next(iter(jobs.values()))[0].weight.element_size()
-    return max(block.processes.gather(held))

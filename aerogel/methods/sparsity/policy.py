@@ -6,7 +6,7 @@ Legend: O outputs, I inputs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -20,6 +20,7 @@ from aerogel.methods.base import Before, Requirement, TargetedMethod, name_of
 from aerogel.model.block import Block
 from aerogel.model.network import Network
 from aerogel.model.rounding import output_error
+from aerogel.model.statistics import InputStatistics, collect
 from aerogel.model.walk import blocks_of
 from aerogel.numerics.sparsity import kept_by_count, kept_by_pattern, kept_by_row, zero_share
 
@@ -106,11 +107,29 @@ class PruningMethod(TargetedMethod):
                 block.note(name, fallback="not pruned: the allocation step gave it no share")
         return {name: share for name, share in found.items() if share is not None}
 
+    def input_norms(self, block: Block, names: Iterable[str]) -> dict[str, Tensor | None]:
+        """Return the norm of each input of layers over all tokens, up to a constant, as a matrix of one row or of a row for each output.
+
+        None for a layer that no token reached. Of a convolution, inputs are places of its kernel.
+        """
+        seen = collect(block, names, squares=True)
+        return {name: _norm(block.module.get_submodule(name), seen.get(name)) for name in names}
+
     @torch.no_grad()
-    def prune(self, block: Block, name: str, kept_OI: Tensor, moment_II: Tensor | None = None, **facts: Any) -> None:
-        """Set a layer's weights to zero where `kept_OI` is False; notes its zeros and its error, of the output where inputs are known."""
+    def prune(self, block: Block, name: str, kept_OI: Tensor, **facts: Any) -> None:
+        """Set a layer's weights to zero where `kept_OI` is False, and note its share of zeros and the relative error of the weight."""
         layer: Layer = block.module.get_submodule(name)  # type: ignore[assignment]
         weight_OI = matrix(layer)
-        error = output_error(weight_OI.masked_fill(kept_OI, 0), weight_OI, moment_II)
+        error = output_error(weight_OI.masked_fill(kept_OI, 0), weight_OI, None)
         block.prune(name, kept_OI)
         block.note(name, sparsity=zero_share(layer.weight), error=error, **facts)
+
+
+def _norm(layer: nn.Module, statistics: InputStatistics | None) -> Tensor | None:
+    if statistics is None:
+        return None
+    norm_1I = statistics.mean_square().sqrt()[None]
+    if not isinstance(layer, nn.Conv2d) or layer.groups == 1:
+        return norm_1I
+    # Each group of outputs reads channels of its own.
+    return norm_1I.view(layer.groups, -1).repeat_interleave(layer.out_channels // layer.groups, 0)

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
 from aerogel.layers.linear import QuantLinear, cache_dequantized
-from aerogel.methods.quantization import gptq
 from aerogel.methods.quantization.gptq import Gptq
 from aerogel.methods.quantization.rtn import Rtn
+from aerogel.model import solutions
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
 from aerogel.model.family import Family
 from aerogel.model.network import Network
+from aerogel.model.sequential import stages_of
 from aerogel.model.statistics import sharing
 from aerogel.model.walk import Walk
 from tests.tiny import FAMILIES, opened, output
@@ -131,7 +132,7 @@ def test_linears_of_one_shape_give_the_same_codes_together_and_apart(monkeypatch
         return {name: part.codes() for name, part in network.module.named_modules() if isinstance(part, QuantLinear)}
 
     together = codes()
-    monkeypatch.setattr(gptq, "BATCH_VALUES", 1)
+    monkeypatch.setattr(solutions, "BATCH_VALUES", 1)
     apart = codes()
     assert together.keys() == apart.keys()
     assert sum(int((together[name] != apart[name]).sum()) for name in together) <= 1e-3 * sum(c.numel() for c in apart.values())
@@ -210,7 +211,7 @@ def test_experts_are_not_waited_for() -> None:
 def test_true_sequential_takes_all_experts_in_one_stage() -> None:
     network = opened("mixtral")
     block = next(iter(Walk(network, FAMILIES["mixtral"].calls(3))))
-    stages = gptq.stages_of(sharing(block, Gptq("W4A16_G32").assign(block)))
+    stages = stages_of(sharing(block, Gptq("W4A16_G32").assign(block)))
     assert len(stages) == 4
     assert sorted(map(len, stages)) == [1, 3, 4, 8]
 
