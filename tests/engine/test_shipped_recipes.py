@@ -59,7 +59,8 @@ def test_recipe(recipe: str, source: Path, tmp_path: Path) -> None:
     assert not [line for line in result.journal if line.get("fallback")]
     ours = aerogel.load(tmp_path / "out", lazy=False)
     linears = [part for part in ours.module.modules() if isinstance(part, QuantLinear)]
-    assert len(linears) == 2 * 7
+    quantizes = any(step.method.quantizes for step in Recipe.parse(recipe).steps)
+    assert len(linears) == (2 * 7 if quantizes else 0)
     theirs = _opened_by_transformers(tmp_path / "out") if DENSE or recipe != "gptq-w3a16" else None
     if theirs is None:
         with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
@@ -76,4 +77,5 @@ def test_recipe(recipe: str, source: Path, tmp_path: Path) -> None:
             assert torch.cosine_similarity(answer.flatten(), before.flatten(), dim=0) > 0.3
         if theirs is not None:
             torch.testing.assert_close(output(theirs, call), answer, rtol=1e-4, atol=1e-5)
-    assert (tmp_path / "out/model.safetensors").stat().st_size < (source / "model.safetensors").stat().st_size
+    if quantizes:
+        assert (tmp_path / "out/model.safetensors").stat().st_size < (source / "model.safetensors").stat().st_size
