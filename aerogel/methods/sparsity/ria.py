@@ -1,20 +1,24 @@
 """RIA: prunes by relative importance, the part of a weight in its row and column, times a power of its input's norm (ICLR 2024).
 
-
 Legend: O outputs, I inputs, G groups of a convolution.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from aerogel.layers.conv import matrix
+from aerogel.layers.conv import Layer, matrix
+from aerogel.methods.base import Before
 from aerogel.methods.sparsity.policy import Compared, PruningMethod
 from aerogel.model.block import Block
+from aerogel.model.network import Network
+from aerogel.model.row_permutation import movable, permute, rows_moved
+from aerogel.numerics.channel_permutation import channel_order
 from aerogel.options import Share
 
 
@@ -29,17 +33,50 @@ class Ria(PruningMethod):
     compared: Compared = "layer"
     """Scores that are compared: those of a layer, or those of one output (row)."""
 
+    permute: bool = True
+    """With an N:M pattern, first put inputs into the order in which the pattern keeps most, where the layers that give them can follow."""
+
+    def problems(self, network: Network, before: Before) -> Iterator[str]:
+        """Look for what every pruning method looks for; channels are followed now, while no call is under way."""
+        yield from super().problems(network, before)
+        if self.runs is not None and self.permute:
+            _ = network.edges
+
     @torch.no_grad()
     def compress(self, block: Block) -> None:
         """Prune the block's layers, all by their inputs before any of them is pruned."""
         shares = self.shares(block)
-        for name, norm in self.input_norms(block, shares).items():
-            layer = block.module.get_submodule(name)
-            score_OI = relative_importance(matrix(layer).float().abs(), getattr(layer, "groups", 1))  # type: ignore[arg-type]
-            fallback = {"fallback": "pruned by relative importance alone: no token reached it"} if norm is None else {}
-            if norm is not None:
-                score_OI *= norm**self.exponent
-            self.prune(block, name, self.kept(score_OI, shares[name], self.compared), **fallback)
+        norms = self.input_norms(block, shares)
+        scores = {name: self._score(block.module.get_submodule(name), norm) for name, norm in norms.items()}  # type: ignore[arg-type]
+        moved = self._permute(block, scores) if self.runs is not None and self.permute else {}
+        for name, score_OI in scores.items():
+            facts = {"fallback": "pruned by relative importance alone: no token reached it"} if norms[name] is None else {}
+            if self.runs is not None and self.permute:
+                facts["permutation"] = moved.get(name, "none: its inputs are not rows of a layer that could follow")
+            self.prune(block, name, self.kept(score_OI, shares[name], self.compared), **facts)
+
+    def _score(self, layer: Layer, norm: Tensor | None) -> Tensor:
+        score_OI = relative_importance(matrix(layer).float().abs(), getattr(layer, "groups", 1))
+        return score_OI if norm is None else score_OI * norm**self.exponent
+
+    def _permute(self, block: Block, scores: dict[str, Tensor]) -> dict[str, str]:
+        """Permute what the pruned layers read, and the scores with it; returns the layers that followed, by those that read them."""
+        assert self.runs is not None, "there is a pattern"
+        kept, of = self.runs
+        moved: dict[str, str] = {}
+        for edge in block.edges():
+            readers = [name for name in edge.sinks if name in scores]
+            layers = movable(block, edge) if readers else ()
+            if not layers:
+                continue
+            score_OI = torch.cat([scores[name] for name in readers])
+            order_I = block.processes.of_first(lambda score_OI=score_OI: channel_order(score_OI, kept, of).cpu())  # type: ignore[misc]
+            permute(block.module, edge, layers, order_I)
+            for name in readers:
+                scores[name] = scores[name][:, order_I.to(score_OI.device)]
+                moved[name] = f"with the rows of {', '.join(layers)}"
+            scores.update({name: rows_moved(scores[name], edge, order_I) for name in layers if name in scores})
+        return moved
 
 
 def relative_importance(size_OI: Tensor, groups: int = 1) -> Tensor:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from aerogel.methods.sparsity.ria import Ria, relative_importance
+from aerogel.model.walk import Walk
 from tests.methods.sparsity.cells import Images, inputs, visit
+from tests.tiny import FAMILIES, opened
 
 MATRIX = {"options": {"sparsity": 0.02}}  # which moves a network of random weights by less than eight bits do
 
@@ -44,7 +46,7 @@ def test_the_lowest_scores_go(options: dict[str, Any]) -> None:
 
 
 def test_a_pattern_keeps_the_highest_scores_of_every_few() -> None:
-    seen = visit(Ria(pattern="2:4"))
+    seen = visit(Ria(pattern="2:4", permute=False))
     score = literal(seen.before["left"], seen.x).unflatten(-1, (-1, 4))
     assert torch.equal(seen.kept("left"), torch.zeros_like(score, dtype=torch.bool).scatter_(-1, score.topk(2).indices, True).flatten(-2))
 
@@ -87,3 +89,39 @@ def test_outputs_of_a_group_are_compared_with_those_that_read_the_same_channels(
     seen = visit(Ria(exponent=0.0, targets=("Conv2d",)), xs, Images())
     score = torch.cat([literal(part, None) for part in seen.before["grouped"].split(4)])
     assert torch.equal(seen.kept("grouped"), without_lowest(score, 0.5))
+
+
+def test_inputs_that_can_be_permuted_are_so_before_a_pattern() -> None:
+    """Of a llama block that is the second layer of the MLP: what its pattern keeps of the score is more, and the others are as without."""
+    calls = FAMILIES["llama"].calls(2)
+    found = {}
+    for permute in (False, True):
+        network = opened("llama")
+        block = next(iter(Walk(network, calls)))
+        before = block.module.get_parameter("mlp.down_proj.weight").clone()
+        Ria(pattern="2:4", permute=permute).compress(block)
+        after = block.module.get_parameter("mlp.down_proj.weight")
+        found[permute] = block.module.state_dict(), {note["name"]: note.get("permutation", "") for note in block.notes}
+        assert (after.unflatten(1, (-1, 4)).count_nonzero(-1) == 2).all()
+        # Columns of what is left are columns of the weight, some of whose numbers are zero.
+        owners = [[j for j in range(before.shape[1]) if ((column == before[:, j]) | (column == 0)).all()] for column in after.T]
+        assert all(len(owner) == 1 for owner in owners)
+        assert ([owner[0] for owner in owners] == list(range(len(owners)))) != permute
+    plain, permuted = (found[permute][0] for permute in (False, True))
+    for name in ("self_attn.q_proj.weight", "self_attn.o_proj.weight"):
+        assert torch.equal(plain[name], permuted[name])
+    told = found[True][1]
+    assert "mlp.up_proj" in told["model.layers.0.mlp.down_proj"]
+    assert all(text.startswith("none") for name, text in told.items() if not name.endswith("down_proj"))
+    assert not any(found[False][1].values())
+
+
+def test_a_permutation_moves_rows_with_their_masks() -> None:
+    """The rows of the MLP's first layers are pruned as they would be unpermuted, in another order."""
+    rows = {}
+    for permute in (False, True):
+        block = next(iter(Walk(opened("llama"), FAMILIES["llama"].calls(2))))
+        Ria(pattern="2:4", permute=permute).compress(block)
+        rows[permute] = block.module.get_parameter("mlp.gate_proj.weight")
+    assert not torch.equal(rows[True], rows[False])
+    assert sorted(map(tuple, rows[True].tolist())) == sorted(map(tuple, rows[False].tolist()))
