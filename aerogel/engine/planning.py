@@ -170,7 +170,9 @@ def plan_network(
     problems += too_large(network, recipe, read, processes)
     problems += _too_long(network, recipe, read)
     problems += _too_many_tokens(network)
-    sizes = Sizes.of(network, {linear.name for linear in touched})
+    gone = _removed(network, recipe) if not problems else frozenset()
+    touched = [linear for linear in touched if linear.name not in gone]
+    sizes = Sizes.of(network, {linear.name for linear in touched} | gone)
     memory = peak_memory(network, recipe, read, processes.count)
     rate = flops_a_second or partial(measured_flops_a_second, network.device)
     return Plan(
@@ -192,6 +194,13 @@ def plan_network(
         engines=opened,
         instructions=_instructions(recipe, stored, opened),
     )
+
+
+def _removed(network: Network, recipe: Recipe) -> frozenset[str]:
+    """Names of the modules of blocks that leave the model, or of as many like them."""
+    blocks = [name for step in recipe.steps if isinstance(step.method, Method) for name in step.method.removes(network)]
+    inside = tuple(f"{block}." for block in blocks)
+    return frozenset(name for name, _ in network.module.named_modules() if name in blocks or (inside and name.startswith(inside)))
 
 
 def _too_many_tokens(network: Network) -> Iterator[str]:

@@ -7,10 +7,11 @@ from functools import partial
 
 from aerogel.errors import AerogelError, reasons
 from aerogel.layers.signature import arguments_of
-from aerogel.methods.base import Before, Requirement, RuntimePolicy
+from aerogel.methods.base import Before, Method, Requirement, RuntimePolicy
 from aerogel.model import time_path
 from aerogel.model.calls import Call
 from aerogel.model.kv_cache import require_places
+from aerogel.model.layer_removal import decoder_layers
 from aerogel.model.network import Network
 from aerogel.model.walk import blocks_of
 from aerogel.recipe import Recipe, Step
@@ -64,11 +65,32 @@ def _dense(network: Network, step: Step, earlier: Sequence[Step]) -> None:
             )
 
 
+def _pruned(network: Network, step: Step, earlier: Sequence[Step]) -> None:
+    if not any(other.method.prunes for other in earlier):
+        raise AerogelError(f"{step.name} adjusts pruned layers, and no step before it prunes; put one before it, such as magnitude")
+
+
 def _allocation(network: Network, step: Step, earlier: Sequence[Step]) -> None:
     if not any(other.method.allocates for other in earlier):
         raise AerogelError(
             f"{step.name} has sparsity: null and comes after no step that gives layers their shares; put one before it, or set a sparsity"
         )
+
+
+def _teacher(network: Network, step: Step, earlier: Sequence[Step]) -> None:
+    for other in earlier:
+        if isinstance(other.method, Method) and other.method.removes(network):
+            raise AerogelError(
+                f"{step.name} compares with the original model, and {other.name} before it removes layers; "
+                f"put {step.name} before {other.name}"
+            )
+
+
+def _layers(network: Network, step: Step, earlier: Sequence[Step]) -> None:
+    for other in earlier:
+        if isinstance(other.method, RuntimePolicy):
+            raise AerogelError(f"{step.name} comes after {other.name}, which was measured on all layers; put {other.name} behind it")
+    decoder_layers(network)
 
 
 def _edges(network: Network, step: Step, earlier: Sequence[Step]) -> None:
@@ -120,12 +142,15 @@ def _skips_modules(step: Step) -> bool:
 LOOKS: Mapping[Requirement, Look] = {
     "uncached": _uncached,
     "dense": _dense,
+    "teacher": _teacher,
+    "pruned": _pruned,
     "allocation": _allocation,
     "edges": _edges,
     "experts": lambda network, *_: shape_of(network),
     "attention": lambda network, *_: require_torch_attention(network),
     "kv_cache": lambda network, *_: require_places(network),
     "decoder": _decoder,
+    "layers": _layers,
     "patch_grid": lambda network, *_: patch_grid(network),
     "images": lambda network, *_: require_vision(network),
     "time_path": lambda network, *_: time_path.find(network).require_alone(),
@@ -139,6 +164,6 @@ LOOKS: Mapping[Requirement, Look] = {
 }
 """Requirements that the model alone decides, the most particular first.
 
-Calls, a teacher and gradients the engine gives to every step; `residual` has a check of its own in the method, and guidance in one
+Calls and gradients the engine gives to every step; `residual` has a check of its own in the method, and guidance in one
 batch shows in the recorded calls.
 """

@@ -76,12 +76,12 @@ def resident(teacher: Network | None) -> Iterator[None]:
 
 
 class TeacherWalk:
-    """The blocks of a walk with what the teacher's give as their targets; the network around its blocks has none."""
+    """The blocks of a walk, each with that of the teacher and what it gives as targets; the network around its blocks has no targets."""
 
     def __init__(self, walk: Walk, teacher: Network, calls: Sequence[Call], folder: Path | None, batches: Batches | None = None) -> None:
         """Raises AerogelError when a folder's two walks do not stand at the same block."""
         self._walk, self._batches = walk, batches or Batches(teacher.placement)
-        self._beside = Walk(teacher, calls, residency=residency_of(teacher), folder=folder, batches=self._batches)
+        self._beside = Walk(teacher, calls, residency=residency_of(teacher), folder=folder, around=walk.around, batches=self._batches)
         self._own: Block | None = None
         self._halvings = 0
         if self._beside.order != walk.order or not 0 <= walk.position - self._beside.position <= 1:  # a run may be killed between the two
@@ -90,9 +90,8 @@ class TeacherWalk:
     def __iter__(self) -> Iterator[Block]:
         model = iter(self._beside)
         for block in self._walk:
-            if block.name:
-                self._own = self._advance(model, block.position)
-                block.targets = self._own.outputs
+            self._own = self._advance(model, block.position)
+            block.targets, block.original = self._own.outputs, self._own
             yield block
 
     def again(self, block: Block) -> None:
@@ -105,7 +104,8 @@ class TeacherWalk:
         if self._own is not None and self._halvings != self._batches.halvings:
             self._answer(self._own)  # calls were halved after the block that was compressed had its targets
         for own in model:
-            self._answer(own)
+            if own.name:
+                self._answer(own)
             if own.position == position:
                 return own
         raise AssertionError("both walks visit the same blocks")

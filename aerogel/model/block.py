@@ -47,6 +47,8 @@ class Block:
     """Lines that methods write for the report."""
     targets: list[Any] | None = None
     """Outputs of the original model's block for the same calls, on inputs of its own; None where no method asked for a teacher."""
+    original: Block | None = None
+    """The block of the original model, with inputs of its own; None where no method asked for a teacher."""
     parameters: dict[str, Tensor] = field(default_factory=dict)
     """Parameters that act inside this block and are not its own, those of policies that are on, by full name. A method may learn them: a
     value that it puts in the place of another acts from the next forward on, and the engine takes over what stands here in the end."""
@@ -71,9 +73,10 @@ class Block:
         with torch.no_grad():
             return self.module(*call.args, **call.kwargs)
 
-    def samples(self) -> Samples:
+    def samples(self, *, original_inputs: bool = False) -> Samples:
         """The samples of all calls with what the float network's block gives for them, to be mixed into batches.
 
+        Their inputs are those that the block gets by now, or with `original_inputs` those that it gets in the original model.
         Raises AerogelError where layers have one scale a step: a batch of mixed steps run outside of the denoiser has no time step.
         """
         clocked = [name for name, part in self.module.named_modules() if isinstance(part, QuantLinear) and part.timestep_index is not None]
@@ -81,7 +84,9 @@ class Block:
             raise AerogelError(f"{self.full_name(clocked[0])} has one scale a step already: put steps like fsc after those that fit blocks")
         assert self.targets is not None, "the engine gives them to methods that need a teacher"
         place = self.network.placement  # all calls are kept on the host, a batch of them goes to the device
-        return Samples([Call(*place.take_back((call.args, call.kwargs))) for call in self.calls], self.targets, place)
+        source = self if not original_inputs else self.original
+        assert source is not None, "the engine gives it with the targets"
+        return Samples([Call(*place.take_back((call.args, call.kwargs))) for call in source.calls], self.targets, place)
 
     def linears(self, targets: Iterable[str] = ("Linear",), ignore: Iterable[str] = ()) -> dict[str, Layer | QuantLinear]:
         """The block's linear layers and convolutions (`Conv2d`), float or quantized, that the patterns mean, by name in the block.

@@ -174,6 +174,23 @@ class Network:
         """The blocks of every tower by full dotted name, in list order."""
         return {name: self.module.get_submodule(name) for tower in self.towers for name in tower.blocks}
 
+    def rename_blocks(self, tower: Tower, names: Mapping[str, str]) -> None:
+        """Follow a change of the blocks of a tower: those in `names` have new names, the others are gone.
+
+        What else was discovered is found again when it is asked for.
+        """
+        left = tuple(names.values())
+        self.__dict__["towers"] = tuple(Tower(one.name, left) if one == tower else one for one in self.towers)
+        for found in ("edges", "fused_sets", "residual", "time", "gates"):
+            self.__dict__.pop(found, None)
+
+        def renamed(name: str) -> str | None:
+            block = next((block for block in tower.blocks if name.startswith(f"{block}.")), None)
+            return name if block is None else f"{names[block]}{name.removeprefix(block)}" if block in names else None
+
+        self.pruned = {new for name in self.pruned if (new := renamed(name)) is not None}
+        self.sparsities = {new: share for name, share in self.sparsities.items() if (new := renamed(name)) is not None}
+
     def named(self, *globs: str) -> dict[str, nn.Module]:
         """The modules that one of the globs names, by full dotted name in the module's own order; `*` stands for one part of a name."""
         patterns = [re.compile(_one_part(glob)) for glob in globs]

@@ -79,6 +79,12 @@ class Samples:
             yield Call(args, kwargs), output, len(chosen) / len(numbers)
 
 
+def reconstruction_error(output: Any, wanted: Any) -> Tensor:
+    """Return the squared distance, summed over channels and averaged over the rest, of each pair of tensors; images are (N, C, ...)."""
+    pairs = zip(tensors_in(output), tensors_in(wanted), strict=True)
+    return torch.stack([(a.float() - b.float()).square().sum(1 if a.ndim == 4 else -1).mean() for a, b in pairs]).sum()
+
+
 def _pair(call: Call, output: Any) -> _Pair:
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs, output))
     first = tensors_in(output)[0]

@@ -99,7 +99,7 @@ class Walk:
         self._batches = batches or Batches(network.placement)
         self._folder = folder
         self._finished = finished or (lambda block: None)
-        self._around = around
+        self.around = around
         self._outputs = Activations(folder / "activations" if folder else None, network.placement)
         self._modules = network.blocks()
         self._one_sample_shows_the_way = True
@@ -114,7 +114,7 @@ class Walk:
         return self.route.order
 
     def __len__(self) -> int:
-        return len(self.order) + self._around
+        return len(self.order) + self.around
 
     def __iter__(self) -> Iterator[Block]:
         with self._network.glue_on_device():
@@ -131,7 +131,7 @@ class Walk:
                     block.outputs = None
                     self._finished(block)
                 self._advance(position)
-            if self._around:
+            if self.around:
                 block = self._block(NON_BLOCK, len(self.order))
                 yield block
                 self._finished(block)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -48,11 +48,11 @@ def kept_of_all(scores: Sequence[Tensor], count: int) -> Iterator[Tensor]:
         yield (size_OI >= threshold) & ~first_OI
 
 
-def smallest(weights: Sequence[Tensor], count: int) -> tuple[float, int]:
+def smallest(weights: Iterable[Tensor], count: int) -> tuple[float, int]:
     """Return the magnitude of the `count`-th smallest of all weights, and how many of exactly this magnitude are among these.
 
     Two passes count the upper and then the lower 16 bits of float32, which have the order of the numbers: no list of all weights of a
-    model is sorted.
+    model is sorted. `weights` are gone through twice.
     """
     below, found = 0, 0
     for upper in (True, False):
@@ -66,3 +66,26 @@ def smallest(weights: Sequence[Tensor], count: int) -> tuple[float, int]:
         below = int(up_to[digit] - counts[digit])
         found = (found << 16) + digit
     return float(torch.tensor(found, dtype=torch.int32).view(torch.float32)), count - below
+
+
+_RUNS = (2, 4, 8, 16, 32, 64)
+"""Lengths of the runs of patterns that are recognised."""
+
+
+def run_of(kept_OI: Tensor) -> int:
+    """Return the length of the shortest runs of inputs that all keep the same number: M of an N:M mask, a row, or the whole matrix."""
+    columns = kept_OI.shape[-1]
+    for length in (*(length for length in _RUNS if columns % length == 0), columns):
+        counts = kept_OI.reshape(-1, length).sum(-1)
+        if bool((counts == counts[0]).all()):
+            return length
+    return kept_OI.numel()
+
+
+def kept_like(score_OI: Tensor, kept_OI: Tensor) -> Tensor:
+    """Return where the largest scores are, as many as in another mask and in its pattern; of equal scores the first ones are kept."""
+    length = run_of(kept_OI)
+    runs = score_OI.reshape(-1, length)
+    count = int(kept_OI.reshape(-1, length)[0].sum())
+    order = runs.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(runs, dtype=torch.bool).scatter_(-1, order[:, :count], True).view_as(score_OI)

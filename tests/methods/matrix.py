@@ -65,7 +65,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Options that fit networks of width 64 and take a moment; a method's own test may give others as MATRIX = {"options": ...}."""
 
-FIRST: dict[str, tuple[str, ...]] = {"fsc": ("tiar",), "activation_ranges": ("rtn",), "recalibrate": ("rtn", "activation_ranges")}
+FIRST: dict[str, tuple[str, ...]] = {
+    "fsc": ("tiar",),
+    "activation_ranges": ("rtn",),
+    "recalibrate": ("rtn", "activation_ranges"),
+    **dict.fromkeys(("reconstruct", "bias_correction", "weight_correction"), ("magnitude",)),
+}
 """Steps whose layers a method goes on from; which policy another takes the place of, it says itself."""
 
 OWN: dict[str, dict[str, Any]] = {
@@ -354,6 +359,7 @@ LACKING: dict[str, Callable[[Case], bool]] = {
     "kv_cache": lambda case: denoises(case),
     # Windows, layers without keys, and attention that is no scaled_dot_product_attention.
     "decoder": lambda case: denoises(case) or not attends(case.family) or case.family in ("mistral", "gemma3"),
+    "layers": lambda case: denoises(case),
     "images": lambda case: not named(case, "vision_tower", "visual"),
     "patch_grid": lambda case: case.family != "llava",  # the others merge patches, or have none
     "trajectories": lambda case: not denoises(case),
@@ -368,7 +374,7 @@ LACKING: dict[str, Callable[[Case], bool]] = {
     "replays": lambda case: case.source != "pipeline",
 }
 """How a network shows that it does not have what a method may require."""
-GIVEN = frozenset({"calls", "teacher", "gradients", "uncached", "dense", "allocation", "cfg", "schedule"})
+GIVEN = frozenset({"calls", "teacher", "gradients", "uncached", "dense", "pruned", "allocation", "cfg", "schedule"})
 """What every case here has: it comes with the calls, or with the steps before."""
 
 

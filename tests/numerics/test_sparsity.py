@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aerogel.numerics.sparsity import kept_by_count, kept_by_pattern, kept_by_row, kept_of_all, smallest, zero_share
+from aerogel.numerics.sparsity import kept_by_count, kept_by_pattern, kept_by_row, kept_like, kept_of_all, run_of, smallest, zero_share
 
 
 def by_sorting(weight: Tensor, count: int) -> Tensor:
@@ -59,3 +59,21 @@ def test_a_pattern_keeps_the_largest_of_each_run() -> None:
     score = torch.tensor([[1.0, 4.0, 3.0, 2.0, 5.0, 5.0, 5.0, 0.0]])
     assert kept_by_pattern(score, 2, 4).tolist() == [[False, True, True, False, True, True, False, False]]
     assert kept_by_pattern(score, 4, 8).tolist() == [[False, True, False, False, True, True, True, False]]
+
+
+@pytest.mark.parametrize(("kept", "of"), [(2, 4), (1, 4), (4, 8)])
+def test_the_pattern_of_a_mask_is_recognised_and_repeated(kept: int, of: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask_OI = kept_by_pattern(torch.rand(6, 48, generator=generator), kept, of)
+    assert run_of(mask_OI) == of
+    scores_OI = torch.rand(6, 48, generator=generator)
+    assert torch.equal(kept_like(scores_OI, mask_OI), kept_by_pattern(scores_OI, kept, of))
+
+
+def test_a_mask_of_rows_and_one_of_a_layer_are_repeated() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores_OI, others_OI = torch.rand(2, 6, 48, generator=generator)
+    rows_OI, layer_OI = kept_by_row(scores_OI, 19), kept_by_count(scores_OI, 100)
+    assert (run_of(rows_OI), run_of(layer_OI)) == (48, 6 * 48)
+    assert torch.equal(kept_like(others_OI, rows_OI), kept_by_row(others_OI, 19))
+    assert torch.equal(kept_like(others_OI, layer_OI), kept_by_count(others_OI, 100))

@@ -12,22 +12,23 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from aerogel.errors import AerogelError
 from aerogel.layers.conv import Layer, matrix, quantized
 from aerogel.layers.linear import cache_dequantized
 from aerogel.methods.base import CalibrationSize, CostEstimate, Requirement, WeightMethod
 from aerogel.model.block import Block
-from aerogel.model.calls import Call, tensors_in
+from aerogel.model.calls import Call
 from aerogel.model.hooks import capture_inputs
 from aerogel.model.rounding import rounding_grid
 from aerogel.model.samples import Samples
 from aerogel.model.trace import NON_BLOCK
+from aerogel.model.units import captured
 from aerogel.numerics.adaround import beta_at, first_alpha, hard_codes, hard_weight, soft_weight, undecided
 from aerogel.numerics.scheme import Scheme
 from aerogel.options import Count, CountOrZero, NonNegative, Positive, Share
 from aerogel.training.fit import Fit, fit
+from aerogel.training.reconstruction import error_with
 
 Jobs = Mapping[str, tuple[Layer, Scheme]]
 
@@ -85,16 +86,9 @@ class Brecq(WeightMethod):
     def _alone(self, block: Block, name: str, job: tuple[Layer, Scheme]) -> None:
         """A layer by itself, on its own inputs, against its own float outputs."""
         layer = job[0]
-        seen: list[Call] = []
-        handle = layer.register_forward_pre_hook(lambda _, args: seen.append(Call(args).map(lambda x: x.detach().clone())))
-        try:
-            for call in block.calls:
-                block.run(call)
-        finally:
-            handle.remove()
-        with torch.no_grad():
-            wanted = [layer(*call.args) for call in seen]
-        self.learn(block, layer, {name: job}, Samples(seen, wanted), alone=name)
+        seen, wanted = captured(block, layer, layer)
+        samples = Samples([Call((x,)) for x in seen], wanted, block.network.placement)
+        self.learn(block, layer, {name: job}, samples, alone=name)
 
     def learn(self, block: Block, module: nn.Module, jobs: Jobs, samples: Samples, alone: str = "") -> None:
         dtype = block.stored_dtype
@@ -109,11 +103,7 @@ class Brecq(WeightMethod):
             for name, (layer, scheme) in jobs.items():
                 weight_OI = rounded(matrix(layer), alphas[name], grids[name], scheme.weights)
                 weights["weight" if alone else f"{name}.weight"] = weight_OI.view_as(layer.weight).to(layer.weight.dtype)
-            errors = [
-                share * reconstruction_error(functional_call(module, weights, call.args, call.kwargs), wanted)
-                for call, wanted, share in samples.take(chosen)
-            ]
-            return torch.stack(errors).sum()
+            return error_with(module, weights, samples, chosen)
 
         beta: list[float | None] = [None]
 
@@ -140,9 +130,3 @@ class Brecq(WeightMethod):
             block.replace(name, quantized(layer, scheme, codes_OI, grids[name], dtype=dtype))
             unseen = {} if name in reached else {"fallback": "rounded to nearest: no token reached it"}
             block.note(name, error=error / samples.power, **unseen)
-
-
-def reconstruction_error(output: Any, wanted: Any) -> Tensor:
-    """Return the squared distance, summed over channels and averaged over the rest, of each pair of tensors; images are (N, C, ...)."""
-    pairs = zip(tensors_in(output), tensors_in(wanted), strict=True)
-    return torch.stack([(a.float() - b.float()).square().sum(1 if a.ndim == 4 else -1).mean() for a, b in pairs]).sum()

@@ -16,11 +16,11 @@ from aerogel.layers.conv import QuantConv2d, matrix
 from aerogel.layers.linear import QuantLinear
 from aerogel.layers.split import Split
 from aerogel.methods.diffusion import brecq
-from aerogel.methods.diffusion.brecq import Brecq, reconstruction_error
+from aerogel.methods.diffusion.brecq import Brecq
 from aerogel.methods.diffusion.tiar import Tiar
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
-from aerogel.model.samples import Samples
+from aerogel.model.samples import Samples, reconstruction_error
 from tests.methods.diffusion.test_fsc import calls
 from tests.tiny import FAMILIES, opened, output
 

@@ -1,0 +1,1 @@
+"""Allocating zeros to layers."""

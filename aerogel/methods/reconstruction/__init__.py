@@ -1,0 +1,1 @@
+"""Adjusting the weights that pruning has left."""
