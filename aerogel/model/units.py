@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ def rows_of(block: Block, layers: Collection[str]) -> dict[str, Unit]:
     parts = {name: part for name, part in block.module.named_modules() if name and not any(True for _ in part.children())}
     rows: dict[str, Unit] = {}
     with cache_dequantized(block.module):
-        for call in block.one_row_each or block.calls:
+        for call in chain(block.one_row_each or (), block.calls):  # one sample of a call may not reach all experts
             run = _Run()
             with temporary_hooks(list(_watching(parts, run))):
                 block.run(call)

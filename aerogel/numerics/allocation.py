@@ -177,3 +177,13 @@ def corrected(shares: Mapping[str, float], sizes: Mapping[str, int], sparsity: f
         zeros = sum(share * sizes[name] for name, share in moved(middle).items())
         low, high = (middle, high) if zeros < total else (low, middle)
     return moved((low + high) / 2)
+
+
+def soft_mask(weight: Tensor, threshold: Tensor, width: Tensor) -> Tensor:
+    """Return how far each weight is kept by a threshold on its magnitude: sigmoid((|w| - t) / h), 0 or 1 away from it."""
+    return ((weight.abs() - threshold) / width).sigmoid()
+
+
+def soft_share(weight: Tensor, threshold: Tensor, width: Tensor) -> Tensor:
+    """Return the share of zeros that the soft mask stands for, with a derivative by the threshold."""
+    return 1 - soft_mask(weight, threshold, width).mean()

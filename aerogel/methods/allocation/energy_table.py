@@ -17,7 +17,7 @@ class EnergyTable(ThresholdMethod):
     """Allocates so that every layer loses the same share of its sum of squares, read off a table of levels."""
 
     levels: Count = 1000
-    """Levels of lost energy in the table, close together near zero."""
+    """Levels of removed energy in the table, close together near zero."""
 
     def allocate(self, targets: Targets, sparsity: float, network: Network, calls: Sequence[Call]) -> Shares:
         """Return the shares at the level that meets the sparsity."""

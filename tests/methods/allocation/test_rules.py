@@ -11,6 +11,7 @@ from torch import nn
 
 import aerogel
 from aerogel import catalog
+from aerogel.engine.planning import plan
 from aerogel.errors import AerogelError
 from aerogel.methods.allocation.policy import AllocationMethod
 from aerogel.model.network import Network
@@ -76,6 +77,12 @@ def test_bytes_are_an_alternative_to_a_share() -> None:
     budget = int(total / 8 + 0.25 * 4 * total)
     catalog.find("methods", "erk")(budget_bytes=budget).apply(network, [])
     allocation.require_met(network.sparsities, {name: layer.weight.numel() for name, layer in layers(network).items()}, 0.75)
+
+
+def test_the_plan_names_layers_that_stay_dense() -> None:
+    options = {"sparsity": 0.3, "power": 2.0}
+    planned = plan(opened("llama"), {"name": "a", "steps": [{"erk": options}]}, flops_a_second=lambda: 1e9)
+    assert any(line.startswith("erk: model.layers.0.self_attn.k_proj and 3 other layers would keep") for line in planned.remarks)
 
 
 @pytest.mark.parametrize(

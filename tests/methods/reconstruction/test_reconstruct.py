@@ -183,3 +183,26 @@ def test_without_pruning_before_it_is_refused() -> None:
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(AerogelError, match=words):
         aerogel.methods.reconstruction.reconstruct.Reconstruct(**options)
+
+
+def test_a_classifier_of_images_from_its_folder(tmp_path: Path) -> None:
+    """Allocation, criterion, reconstruction and correction, one after the other, on a network without attention."""
+    both = {"targets": ["Linear", "Conv2d"]}
+    steps = [
+        {"erk": {"sparsity": 0.6, **both}},
+        {"magnitude": {"sparsity": None, **both}},
+        {"reconstruct": {"granularity": "layer", "steps": 5, "batch": 4, "rate": 1e-3}},
+        {"bias_correction": {}},
+    ]
+    calls = [Call((), {"pixel_values": torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))})]
+    source = Path(__file__).resolve().parents[3] / "zoo" / "fashion-judge"
+    result = aerogel.compress(source, {"name": "r", "steps": steps}, samples=calls, output=tmp_path / "out", measures=())
+    given = {line["name"]: line["allocated"] for line in result.journal if line["method"] == "erk"}
+    errors = [line for line in result.journal if line["method"] == "reconstruct"]
+    module = aerogel.load(tmp_path / "out", lazy=False).module
+    assert len(given) == len(errors) == 10
+    assert all(line["error"] < line["error_before"] for line in errors)
+    for name, share in given.items():
+        weight = module.get_submodule(name).weight
+        assert int((weight == 0).sum()) == round(share * weight.numel()), name
+    assert [line["name"] for line in result.journal if "bias_shift" in line] == ["classifier.1"]
