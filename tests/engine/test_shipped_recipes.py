@@ -25,8 +25,8 @@ CLOSE = {
     "rtn-w8a8": 0.05, "smoothquant-w8a8": 0.05, "fp8-dynamic": 0.15,
     "rtn-w4a16": 0.4, "awq-w4a16": 0.35, "gptq-w4a16": 0.15, "gptq-w3a16": 0.3,
 }  # fmt: skip
-ELSEWHERE = {"experts", "images", "decoder", "teacher", "time_path", "trajectories", "concatenations"}
-"""Requirements of recipes for MoE and vision-language models, long prompts and denoisers, which have tests of their own."""
+ELSEWHERE = {"experts", "images", "decoder", "layers", "teacher", "time_path", "trajectories", "concatenations"}
+"""Requirements of recipes for MoE and vision-language models, long prompts, deep models and denoisers, which have tests of their own."""
 
 
 def for_language(recipe: str) -> bool:

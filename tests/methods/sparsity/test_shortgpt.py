@@ -25,6 +25,7 @@ from tests.tiny_text import SHAPE
 
 MATRIX = {"options": {"count": 1, "protect_first": 0}, "bound": 0.95}  # one of two random layers
 DEPTH = 5
+RECIPES = ("shortgpt-20",)
 
 
 def llama(depth: int = DEPTH, idle: int | None = None) -> nn.Module:
@@ -172,8 +173,9 @@ def test_the_plan_says_what_is_left_on_disk(source: Path, tmp_path: Path) -> Non
     assert result.network.config.num_hidden_layers == 3
 
 
-def test_the_shipped_recipe() -> None:
-    result = aerogel.compress(llama(), "shortgpt-20", samples=FAMILIES["llama"].calls(2), measures=())
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_shipped_recipe(recipe: str) -> None:
+    result = aerogel.compress(llama(), recipe, samples=FAMILIES["llama"].calls(2), measures=())
     assert result.network.config.num_hidden_layers == 4
 
 
