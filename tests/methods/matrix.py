@@ -24,7 +24,7 @@ from aerogel.engine.calibration import reading
 from aerogel.engine.opening import open_model
 from aerogel.engine.planning import Plan, plan
 from aerogel.engine.requirements import unmet_by_calls
-from aerogel.methods.base import Before, RuntimePolicy
+from aerogel.methods.base import Before, Method, RuntimePolicy
 from aerogel.model import time_path
 from aerogel.model.calls import Call
 from aerogel.model.kv_cache import with_cache
@@ -205,6 +205,12 @@ class Case:
             stored = {layer.name: Scheme.parse(layer.scheme) for layer in self.plan.touched if layer.method == step.name}
             found.append(Before(size, {**found[-1].quantized, **step.method.requantized(network, found[-1]), **stored}))
         return found
+
+    @property
+    def removes_blocks(self) -> bool:
+        """Whether blocks leave: without one of two random blocks a network answers something else."""
+        network = self.example.network
+        return any(isinstance(step.method, Method) and bool(step.method.removes(network)) for step in self.steps)
 
     @property
     def answered(self) -> Sequence[Call]:

@@ -71,7 +71,7 @@ class Fcpts(AllocationMethod):
         def before(step: int) -> None:
             first, last = _WIDTHS
             thresholds.width = first * (last / first) ** (step / max(1, self.steps - 1))
-            if step % max(1, self.steps // _DOUBLINGS) == 0 and abs(float(thresholds.sparsity()) - sparsity) > _TOLERANCE:
+            if step % max(1, self.steps // _DOUBLINGS) == 0 and abs(float(thresholds.sparsity().detach()) - sparsity) > _TOLERANCE:
                 penalty[0] *= 2
 
         how = Fit(self.steps, self.batch, self.rate, clip=0, check=self.steps + 1, optimizer="adam", keep="last")

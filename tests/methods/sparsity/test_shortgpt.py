@@ -23,7 +23,7 @@ from tests.folders import model_folder, text_file
 from tests.tiny import FAMILIES, opened, output
 from tests.tiny_text import SHAPE
 
-MATRIX = {"options": {"count": 1, "protect_first": 0}, "bound": 0.95}  # one of two random layers
+MATRIX = {"options": {"count": 1, "protect_first": 0}}  # of two layers
 DEPTH = 5
 RECIPES = ("shortgpt-20",)
 
