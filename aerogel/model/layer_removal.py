@@ -65,6 +65,8 @@ def decoder_layers(network: Network) -> DecoderLayers:
     lists = tuple(key for key, value in values.items() if len(value) == depth)
     if numbered := [key for key, value in values.items() if len(value) != depth and all(isinstance(one, int) for one in value)]:
         raise AerogelError(f"{numbered[0]} in the configuration names layers by their numbers, which would change; leave this step out")
+    if getattr(config, "num_kv_shared_layers", None):
+        raise AerogelError("the last layers of this model read keys and values of others, which their numbers decide; leave this step out")
     _require_alike(tower, parts, {key: values[key] for key in lists})
     return DecoderLayers(tower, lists)
 

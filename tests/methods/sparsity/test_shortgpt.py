@@ -208,3 +208,17 @@ def test_layers_that_only_their_number_tells_apart_are_refused() -> None:
     network.module.get_submodule("model.layers.1.mlp").down_proj = nn.Linear(128, 64, bias=True)  # type: ignore[assignment]
     with pytest.raises(AerogelError, match=r"model\.layers\.1 has other weights than layers before it, and no list"):
         aerogel.compress(network, "shortgpt-20", samples=FAMILIES["llama"].calls(1), measures=())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_kv_shared_layers": 2}, "read keys and values of others"),
+        ({"dense_layers": [0, 2]}, "dense_layers in the configuration names layers by their numbers"),
+    ],
+)
+def test_settings_that_name_layers_by_number_are_refused(settings: dict[str, Any], words: str) -> None:
+    network = aerogel.load(llama())
+    network.config.update(settings)
+    with pytest.raises(AerogelError, match=words):
+        aerogel.compress(network, "shortgpt-20", samples=FAMILIES["llama"].calls(1), measures=())
