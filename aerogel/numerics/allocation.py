@@ -46,7 +46,7 @@ def by_threshold(weights: Mapping[str, Tensor], sparsity: float, score: Score = 
     """Return the shares of each layer that one threshold on the scores of all layers prunes.
 
     No layer loses more than the share `cap` of its weights, nor its last weight: where the threshold asks for more, the layer stays at the
-    cap and the threshold moves until the others have lost the rest. Raises AerogelError where the caps do not allow the sparsity.
+    cap and the threshold moves until the others have made up for it. Raises AerogelError where the caps do not allow the sparsity.
     """
     most = {name: _most(weight.numel(), cap) for name, weight in weights.items()}
     zeros = round(sparsity * sum(weight.numel() for weight in weights.values()))

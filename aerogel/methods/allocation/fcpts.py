@@ -87,7 +87,7 @@ class Thresholds:
     layers: Mapping[str, Layer]
     start: Mapping[str, float]
     width: float = _WIDTHS[0]
-    """Width of the soft masks in the same units."""
+    """Width of the soft masks, measured likewise."""
     unit: dict[str, Tensor] = field(init=False)
     logs: dict[str, nn.Parameter] = field(init=False)
 

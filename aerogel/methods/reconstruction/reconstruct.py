@@ -48,7 +48,7 @@ class Reconstruct(ReconstructionMethod):
     """Peak learning rate of Adam, which rises for a twentieth of the steps and falls by a cosine."""
 
     def cost(self, size: CalibrationSize) -> CostEstimate:
-        """Every step sees a batch; the loss over all samples is measured eleven times; the rest are the teacher and what is handed on."""
+        """Every step sees a batch; further passes measure the loss eleven times, run the teacher, and hand on what comes out."""
         return CostEstimate(block_passes=15.0, fitted_samples=self.steps * self.batch)
 
     def compress(self, block: Block) -> None:
