@@ -117,7 +117,7 @@ def lamp(weight: Tensor) -> Tensor:
 def by_energy(weights: Mapping[str, Tensor], sparsity: float, cap: float = 1.0, levels: int = 1000) -> Shares:
     """Return the shares at which every layer loses the same share of its energy, its sum of squares.
 
-    A table has for each level of lost energy the largest share that loses no more, in each layer. Between the two entries around the
+    A table has for each level of removed energy the largest share that removes no more, in each layer. Between the two entries around the
     sparsity the shares are interpolated, so that the budget is met. Raises AerogelError where the caps do not allow the sparsity.
     """
     level_E = torch.linspace(0, 1, levels + 1, dtype=torch.float64) ** 3  # half of Gaussian weights hold 7 % of their energy
