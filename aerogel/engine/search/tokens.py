@@ -1,6 +1,7 @@
 """The search for a rule that drops tokens: all rules at one speed of reading prompts, or one share of tokens.
 
 Rules for images are judged on chats, rules for long prompts on text: by what is predicted behind a prompt that was read with the rule.
+On needle prompts they are judged by the numbers that are found, and among equals by these predictions.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from aerogel.data import text
 from aerogel.data.chats import Chats
+from aerogel.data.needles import Needles
 from aerogel.engine import policies
 from aerogel.engine.calibration import CalibrationInput
 from aerogel.engine.policies import CalibratedPolicy
@@ -25,7 +27,7 @@ from aerogel.engine.progress import Event, Tell
 from aerogel.engine.requirements import unmet
 from aerogel.engine.search.candidates import chosen
 from aerogel.engine.search.held_out import halves, wanted_of
-from aerogel.engine.search.judging_answers import Judge
+from aerogel.engine.search.judging_answers import Judge, rank
 from aerogel.engine.search.pictures import pictures
 from aerogel.engine.stages import seeded
 from aerogel.errors import AerogelError
@@ -99,7 +101,7 @@ class TokenSearch:
         self.best: CalibratedPolicy | None = None
 
     def check(self, network: Network, samples: CalibrationInput | None) -> None:
-        """Raises AerogelError for a network without a decoder or with a rule on, and for anything but chats and text."""
+        """Raises AerogelError for a network without a decoder or with a rule on, and for recorded calls."""
         decoder_of(network)
         wanted = wanted_of(network, samples)
         on = [measured.step for measured in policies.load(network.origin) if isinstance(measured.step.method, DroppingPolicy)]
@@ -110,7 +112,7 @@ class TokenSearch:
     def prepare(self, seed: int) -> dict[str, Any]:
         """Read twice as much as is asked for: one half is calibrated on, the other is for the judge."""
         self._seed, wanted = seed, self._wanted
-        if isinstance(wanted, Chats):
+        if isinstance(wanted, Chats | Needles):
             self._calls, self._held_out, facts = halves(self._network, wanted, seed)
             return facts
         # Prompts have the length that was asked for, since rules act from some length on; what is judged comes behind them.
@@ -144,7 +146,7 @@ class TokenSearch:
             rows.append(about | judge.policy(partial(policies.on, self._network, [brought.measured])))
         finite = [place for place, row in enumerate(rows) if math.isfinite(row["kl"])]
         if finite:
-            self.best = self._brought[min(finite, key=lambda place: rows[place]["kl"])].measured
+            self.best = self._brought[min(finite, key=lambda place: rank(rows[place], bool(self._held_out.needles)))].measured
         shown = pictures(self._network, self.best, self._held_out.chats) if self.best is not None else []
         left_out = [{"policy": name, "reason": reason} for name, reason in self._left_out.items()]
         return judge.conditions | {"budget": str(self.target), "rows": rows, "left_out": left_out, "pictures": shown}
@@ -153,7 +155,7 @@ class TokenSearch:
         """Halve the strengths that are left, towards the weakest that is enough; raises AerogelError where none is, or it does not fit."""
         if cls.drops_text and self._held_out.chats:
             raise AerogelError(
-                "it drops tokens of text, so it is compared on text that is read behind prompts: give text by --data"
+                "it drops tokens of text, so it is compared on what is read behind prompts of text: give text or needles by --data"
             )
         strengths = _strengths(cls)
         if clash := [key for key in strengths[0] if key in options]:

@@ -56,7 +56,7 @@ class Uniprefill(PromptPolicy):
         """Keep the blocks with most of the attention, the first tokens and the last ones."""
         real_BK, prompt = stage.real_BK, Prompt.of(stage)
         number_BK = (real_BK.cumsum(1) - 1).masked_fill(~real_BK, -1)
-        left_B1 = real_BK.sum(1, keepdim=True)
+        left_B1 = stage.prompt_BK.sum(1, keepdim=True)
         long_B1 = (left_B1 > self.first + self.local) & (prompt.length_B[:, None] >= self.min_length)
         may_go_BK = (number_BK >= self.first) & (number_BK < left_B1 - self.local) & long_B1
         if not bool(may_go_BK.any()):

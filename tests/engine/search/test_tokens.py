@@ -150,7 +150,7 @@ def test_rules_for_long_prompts_are_judged_on_what_is_read_behind_them(tmp_path:
     assert {row["policy"] for row in facts["rows"]} == {"prompt_pruning", "random_blocks"}
     assert all(row["kl"] > 0 and row["right"] is None and 1.47 <= row["prefill_speedup"] < 2 for row in facts["rows"])
     reasons = {one["policy"]: one["reason"] for one in facts["left_out"]}
-    assert reasons["fastkv"].startswith("the longest row of the calibration data has 96 tokens, and prompts are pruned from 4096 on")
+    assert reasons["fastkv"].startswith("the longest prompt of the calibration data has 96 tokens, and prompts are pruned from 4096 on")
     assert "divprune" in reasons
     assert "random_blocks" in (folder / "report.html").read_text("utf-8")
     with aerogel.cached(network, folder):
@@ -212,7 +212,7 @@ def test_rules_for_long_prompts_are_not_judged_on_chats(source: Path) -> None:
     (left_out,) = found.facts["left_out"]
     assert (
         left_out["reason"]
-        == "it drops tokens of text, so it is compared on text that is read behind prompts: give text by --data"
+        == "it drops tokens of text, so it is compared on what is read behind prompts of text: give text or needles by --data"
     )
 
 
