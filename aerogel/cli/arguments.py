@@ -149,7 +149,8 @@ Data = Annotated[
         section=DATA,
         metavar="DATA",
         help="Calibration data [sotu]: shipped text by name; .txt, .jsonl, .json, .csv, .tsv, .parquet or .arrow, also packed (.gz); a "
-        "folder of them; or a dataset of the hub (OWNER/NAME:CONFIG:SPLIT). Diffusion: file with one prompt per line, or records.",
+        "folder of them; a dataset of the hub (OWNER/NAME:CONFIG:SPLIT); or needles:KEYS, long prompts with hidden numbers. Diffusion: "
+        "file with one prompt per line, or records.",
     ),
 ]
 Column = Annotated[

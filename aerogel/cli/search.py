@@ -47,7 +47,8 @@ Prompts = Annotated[
         "--data",
         metavar="DATA",
         rich_help_panel=DATA,
-        help="As --data of compress. cache: prompts; skip: chats or text; tokens: chats with images, or text for long prompts.",
+        help="As --data of compress. cache: prompts; skip: chats or text; tokens: chats with images, or text or needles:KEYS for long "
+        "prompts.",
     ),
 ]
 Count = Annotated[

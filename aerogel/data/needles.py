@@ -1,6 +1,6 @@
 """Prompts of a given length with a number hidden in book text and a question for it at the end: retrieval from long contexts.
 
-The sentences and the question are those of RULER's needle tasks (arXiv:2404.06654), single-key and multi-key. L tokens of a prompt.
+The sentences and the question are those of RULER's needle tasks (arXiv:2404.06654), single-key and multi-key. B prompts of L tokens.
 """
 
 from __future__ import annotations
@@ -17,8 +17,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from aerogel.data import sources, text
+from aerogel.data.chats import IGNORED
+from aerogel.data.tokenized import TOKENS_OF_A_CALL
 from aerogel.errors import AerogelError
+from aerogel.model.calls import Call
 
+NAME = "needles"
+"""Name that such prompts have as data; behind a colon stands how many numbers are hidden in each."""
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Depths that prompts take in turns."""
+_MARGIN = 4
+"""Tokens beyond those of the answer that a model may write."""
 _INTRODUCTION = "Some special magic numbers are hidden within the following text. Make sure to memorize them. I will quiz you about them.\n"
 _NEEDLE = " One of the special magic numbers for {key} is: {number}."
 _QUESTION = "\nWhat is the special magic number for {key} mentioned in the provided text?"
@@ -55,6 +64,7 @@ _NOUNS = (
     "mirror",
     "needle",
 )
+MOST_KEYS = len(_ADJECTIVES) * len(_NOUNS)
 _SENTENCE = re.compile(r"\S.*?(?:[.!?]['\"]?(?=\s)|$)", re.DOTALL)
 _CONTENT = "CONTENT-OF-THE-TURN"
 """Text that a chat template is asked to put into a turn, to find what it puts around it."""
@@ -72,6 +82,73 @@ class NeedlePrompt:
     """Place of its sentence, as a share of the book text."""
 
 
+@dataclass(frozen=True)
+class Needles:
+    """Prompts with hidden numbers that a language model is calibrated on and judged by; an answer follows each."""
+
+    keys: int = 1
+    """Numbers that are hidden in a prompt, one of which is asked for."""
+    count: int = 10
+    """Prompts; their depths take turns."""
+    length: int = 2048
+    """Tokens of a prompt, the question among them; those of the answer come behind."""
+    batch_size: int | None = None
+    """Prompts in one call; None: as many as have TOKENS_OF_A_CALL tokens."""
+    source: str = "moby-dick"
+    """Text that numbers are hidden in."""
+
+    @property
+    def batch(self) -> int:
+        """Prompts in one call."""
+        return min(self.count, self.batch_size or max(1, TOKENS_OF_A_CALL // self.length))
+
+    @property
+    def name(self) -> str:
+        """Name in a run's record, which is what a user gives."""
+        return f"{NAME}:{self.keys}"
+
+    def drawn(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[NeedlePrompt]:
+        """Return the prompts, in the tokenizer's chat template where it has one."""
+        depths = [DEPTHS[number % len(DEPTHS)] for number in range(self.count)]
+        return prompts(tokenizer, self.length, depths, 1, self.keys, seed, self.source, bool(tokenizer.chat_template))
+
+
+def is_named(source: Any) -> bool:
+    """Return True for the name of such prompts, with a number of keys or without."""
+    return isinstance(source, str) and source.partition(":")[0] == NAME
+
+
+def keys_of(name: str) -> int | None:
+    """Return how many numbers are to be hidden, None where the name does not say; raises AerogelError for what is no such number."""
+    _, colon, said = name.partition(":")
+    if not colon:
+        return None
+    if not said.isdecimal() or not 1 <= int(said) <= MOST_KEYS:
+        raise AerogelError(f"{name!r} does not say how many numbers are hidden: give {NAME}, or {NAME}:1 to {NAME}:{MOST_KEYS}")
+    return int(said)
+
+
+def calls(asked: Sequence[NeedlePrompt], tokenizer: PreTrainedTokenizerBase, batch: int) -> list[Call]:
+    """Return the forwards that read prompts and their answers, which `labels` mark; those of one length share a call, without padding."""
+    alike: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for one in asked:
+        answer_L = torch.tensor(_answer(tokenizer, one))
+        ids_L = torch.cat([one.ids_L, answer_L])
+        labels_L = torch.cat([torch.full_like(one.ids_L, IGNORED), answer_L])
+        alike.setdefault(len(ids_L), []).append((ids_L, labels_L))
+    found = []
+    for rows in alike.values():
+        ids_NL, labels_NL = (torch.stack(parts) for parts in zip(*rows, strict=True))
+        for ids_BL, labels_BL in zip(ids_NL.split(batch), labels_NL.split(batch), strict=True):
+            found.append(Call((), {"input_ids": ids_BL, "labels": labels_BL, "use_cache": False}))
+    return found
+
+
+def reply_tokens(tokenizer: PreTrainedTokenizerBase, asked: Sequence[NeedlePrompt]) -> int:
+    """Return how many tokens a model may write behind a prompt: those of an answer, and some more."""
+    return _MARGIN + max(len(_answer(tokenizer, one)) for one in asked)
+
+
 def prompts(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
@@ -87,6 +164,8 @@ def prompts(
     `keys` sentences with numbers are hidden, one of which is asked for; the others are anywhere. With `chat` the prompt is the user's turn
     in the tokenizer's chat template, and the reply has begun. Raises AerogelError when the text or the length does not suffice.
     """
+    if keys > MOST_KEYS:
+        raise AerogelError(f"{keys} numbers are to be hidden, and there are names for {MOST_KEYS}; ask for fewer")
     sentences, random = _sentences(source), Random(seed)
     before, after = _around(tokenizer, chat)
     made = []
@@ -151,6 +230,10 @@ def _around(tokenizer: PreTrainedTokenizerBase, chat: bool) -> tuple[list[int], 
     turn = [{"role": "user", "content": _CONTENT}]
     before, _, after = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).partition(_CONTENT)
     return _ids(tokenizer, before + _INTRODUCTION), _ids(tokenizer, after)
+
+
+def _answer(tokenizer: PreTrainedTokenizerBase, prompt: NeedlePrompt) -> list[int]:
+    return _ids(tokenizer, f" {prompt.answer}")
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, written: str) -> list[int]:

@@ -9,8 +9,9 @@ from typing import TypeVar
 from aerogel.data import chats, denoising, sources, text
 from aerogel.data.chats import Chats
 from aerogel.data.denoising import Denoising
+from aerogel.data.needles import Needles
 from aerogel.data.records import columns_of
-from aerogel.engine.calibration import Samples, Shown
+from aerogel.engine.calibration import Samples, Shown, hidden
 from aerogel.model.network import Network
 
 _Counted = TypeVar("_Counted", Samples, Chats)
@@ -26,6 +27,8 @@ def available(network: Network, asked: Shown) -> Shown:
         denoising.check(network.processor, asked)
     if isinstance(asked, Chats):
         return _at_most(asked, len(chats.read(asked.source, asked.column)), "chats")
+    if isinstance(asked, Needles):
+        hidden(network, replace(asked, count=1), 0)  # says what is wrong
     tokenizer = getattr(network.processor, "tokenizer", network.processor)
     if not isinstance(asked, Samples) or tokenizer is None:
         return asked

@@ -12,12 +12,13 @@ from typing import Any, Literal, cast
 
 import torch
 
-from aerogel.data import chats, denoising, given, prompts, sources, text
+from aerogel.data import chats, denoising, given, needles, prompts, sources, text
 from aerogel.data.chats import Chats
 from aerogel.data.denoising import Denoising, first_call
+from aerogel.data.needles import NeedlePrompt, Needles
 from aerogel.data.tokenized import TOKENS_OF_A_CALL, Tokenized
 from aerogel.errors import AerogelError
-from aerogel.evaluate.measure import positions, require_embedded, vocabulary_size
+from aerogel.evaluate.measure import positions, require_embedded, require_room, vocabulary_size
 from aerogel.methods.base import CalibrationSize
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.denoisers import Denoisers
@@ -49,12 +50,14 @@ class Samples:
         return min(self.count, self.batch_size or max(1, TOKENS_OF_A_CALL // self.length))
 
 
-Shown = Samples | Chats | Tokenized | Denoising | Sequence[Call]
-"""Kinds of calibration data: text, chats with images, tokens, generations of the model itself, or recorded calls."""
+Shown = Samples | Chats | Needles | Tokenized | Denoising | Sequence[Call]
+"""Kinds of calibration data: text, chats with images, needle prompts, tokens, generations of the model itself, or recorded calls."""
 GIVEN_CALLS = "given calls"
 """Name in a run's record of calls that were given in Python."""
 _TOKENS_OF_AN_IMAGE = 256
 _TOKENS_OF_A_CHAT = 512
+_ANSWER = 32
+"""Positions that are left for the answer where the length of needle prompts is not said."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class CalibrationRequest:
     """Calibration options given by the user, before the modality of the model is known; None is the default."""
 
     source: str | Iterable[Any] | None = None
-    """Text by name or path or given in Python, or chats with images; for diffusion models, prompts: one per line of a file, or records."""
+    """Text by name or path or given in Python, chats with images, or needle prompts by name; for diffusion models, prompts: one per line of
+    a file, or records."""
     count: Count | None = None
     """Sequences, or images."""
     length: Tokens | None = None
@@ -108,6 +112,8 @@ class CalibrationRequest:
         if wrong := [name for name, value in unfit.items() if value is not None]:
             kind = "diffusion" if is_diffusion else "language"
             raise AerogelError(f"{wrong[0]} does not apply to a {kind} model ({network.family.name}); remove it")
+        if needles.is_named(self.source):
+            return self._needles(str(self.source), network)
         if is_diffusion:
             if self.source is None and self.column is not None:
                 raise AerogelError(f"column is {self.column!r}, but no file with prompts is given as data that could have it; remove it")
@@ -123,6 +129,16 @@ class CalibrationRequest:
             return self._tokens(source, network)
         length = self.length or min(Samples.length, positions(network) or Samples.length)
         return Samples(**_said(source=source, count=self.count, length=length, column=self.column))
+
+    def _needles(self, name: str, network: Network) -> Needles:
+        """The prompts that a name asks for; raises AerogelError for what does not apply to them, and for a diffusion model."""
+        if network.family.modality in ("image", "video"):
+            raise AerogelError(f"{name} are long prompts of text, and {network.family.name} is a diffusion model; give a file with prompts")
+        if self.column is not None:
+            raise AerogelError(f"column is {self.column!r}, and {name} are prompts that are made here; remove it")
+        room = positions(network)
+        length = self.length or (Needles.length if room is None else max(1, min(Needles.length, room - _ANSWER)))
+        return Needles(**_said(keys=needles.keys_of(name), count=self.count, length=length))
 
     def _tokens(self, found: Tokenized, network: Network) -> Tokenized:
         """The first sequences of tokens; raises AerogelError for options of text, and for ids and lengths that the model has not."""
@@ -158,7 +174,7 @@ def _request_of(samples: CalibrationInput | None) -> Shown | CalibrationRequest:
     """The calibration data as one of the kinds that say how it is read."""
     if samples is None:
         return CalibrationRequest()
-    if isinstance(samples, Samples | Chats | Tokenized | Denoising | CalibrationRequest):
+    if isinstance(samples, Samples | Chats | Needles | Tokenized | Denoising | CalibrationRequest):
         return samples
     if isinstance(samples, Sequence) and not isinstance(samples, str) and all(isinstance(call, Call) for call in samples):
         return cast(Sequence[Call], samples)
@@ -179,7 +195,7 @@ def with_batch_size(samples: Shown, batch_size: int | Literal["auto"], processes
         return samples if processes == 1 else _with_calls(samples, processes)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise AerogelError(f"batch_size is {batch_size!r}; give auto, or how many sequences one call has, at least 1")
-    if isinstance(samples, Samples | Tokenized):
+    if isinstance(samples, Samples | Needles | Tokenized):
         return replace(samples, batch_size=batch_size)
     if isinstance(samples, Chats | Denoising):
         return replace(samples, batch=batch_size)
@@ -190,7 +206,7 @@ def _with_calls(samples: Shown, count: int) -> Shown:
     """Return sequences or chats with as few in a call as it takes for so many calls."""
     if isinstance(samples, Tokenized):
         return samples.in_calls(count)
-    if isinstance(samples, Samples) and samples.batch_size is None:
+    if isinstance(samples, Samples | Needles) and samples.batch_size is None:
         return replace(samples, batch_size=min(samples.batch, max(1, samples.count // count)))
     return replace(samples, batch=min(samples.batch, max(1, samples.count // count))) if isinstance(samples, Chats) else samples
 
@@ -207,7 +223,7 @@ def reading(network: Network, samples: Shown) -> CalibrationSize:
         batches, longest = samples.batches(), samples.longest
         tokens, most = sum(batch_NL.numel() for batch_NL in batches), max(batch_NL.numel() for batch_NL in batches)
         return CalibrationSize(tokens, most, longest, length=longest)
-    if isinstance(samples, Samples):
+    if isinstance(samples, Samples | Needles):
         return CalibrationSize(samples.count * samples.length, samples.batch * samples.length, samples.length, length=samples.length)
     tensors = [[tensor for tensor in tensors_in((call.args, call.kwargs)) if tensor.ndim] for call in samples]
     sizes = [max(map(_positions, given), default=0) for given in tensors]
@@ -231,6 +247,10 @@ def prepare(network: Network, samples: Shown, seed: int, head: bool) -> Calibrat
         return _recorded(network, samples, seed)
     if isinstance(samples, Chats):
         return _read(network, samples, seed)
+    if isinstance(samples, Needles):
+        asked = hidden(network, samples, seed)
+        tokenizer = getattr(network.processor, "tokenizer", network.processor)
+        return Calibration(needles.calls(asked, tokenizer, samples.batch), facts_of(samples, asked))
     if isinstance(samples, Samples | Tokenized):
         calls, facts = _of_tokens(samples) if isinstance(samples, Tokenized) else _of_text(network, samples, seed)
         # Logits of every token are the largest tensor of a forward, and nobody reads them.
@@ -250,6 +270,22 @@ def _of_text(network: Network, samples: Samples, seed: int) -> tuple[list[Call],
     require_embedded(network, tokens_NL)
     facts = {"source": sources.name_of(source), **column, "count": len(tokens_NL), "length": samples.length}
     return text.calls(tokens_NL, samples.batch), facts | {"fingerprint": text.fingerprint(tokens_NL)}
+
+
+def hidden(network: Network, wanted: Needles, seed: int) -> list[NeedlePrompt]:
+    """Return needle prompts; raises AerogelError for a model without a tokenizer, and for prompts that do not fit it."""
+    tokenizer = getattr(network.processor, "tokenizer", network.processor)
+    if tokenizer is None:
+        raise AerogelError(f"this {network.family.name} model has no tokenizer for {wanted.name}; load it from a folder with one")
+    asked = wanted.drawn(tokenizer, seed)
+    require_room(network, torch.stack([one.ids_L for one in asked]), needles.reply_tokens(tokenizer, asked), wanted.name)
+    return asked
+
+
+def facts_of(wanted: Needles, asked: Sequence[NeedlePrompt]) -> dict[str, Any]:
+    """Return what a run's record says about needle prompts."""
+    ids_NL = torch.stack([one.ids_L for one in asked])
+    return {"source": wanted.name, "count": len(asked), "length": wanted.length, "fingerprint": text.fingerprint(ids_NL)}
 
 
 def _of_tokens(samples: Tokenized) -> tuple[list[Call], dict[str, Any]]:

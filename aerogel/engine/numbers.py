@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from aerogel.data import chats, denoising, text
 from aerogel.data.chats import Chats
 from aerogel.data.denoising import Denoising
+from aerogel.data.needles import Needles
 from aerogel.data.tokenized import Tokenized
 from aerogel.engine.calibration import Samples, Shown
 from aerogel.engine.teacher import residency_of
@@ -108,6 +109,8 @@ def _short_calls(network: Network, samples: Shown) -> list[Call]:
             return _denoising_calls(network, samples)
         if isinstance(samples, Chats):
             return chats.calls(chats.read(samples.source, samples.column, most=1), network.processor)
+        if isinstance(samples, Needles):
+            samples = Samples(samples.source)  # the text that numbers are hidden in
         if isinstance(samples, Samples | Tokenized):
             ids_L = samples.rows[0][:TOKENS] if isinstance(samples, Tokenized) else _first_tokens(network, samples)
             return text.calls(ids_L[None])

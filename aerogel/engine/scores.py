@@ -15,8 +15,7 @@ from aerogel.engine.opening import open_model
 from aerogel.engine.progress import Event, Tell
 from aerogel.engine.result import add_metrics
 from aerogel.errors import AerogelError, nearest
-from aerogel.evaluate.exact_match import ExactMatch
-from aerogel.evaluate.measure import Measure, TextMeasure, positions
+from aerogel.evaluate.measure import Measure, positions
 from aerogel.evaluate.sampling import Sampling
 from aerogel.evaluate.speed import Speed
 from aerogel.evaluate.timing import Timed
@@ -85,15 +84,16 @@ def _side_of(network: Network) -> Side:
 def _reading(
     chosen: list[tuple[str, Measure]], data: Any, column: str | None, options: Mapping[str, Mapping[str, Any]]
 ) -> list[tuple[str, Measure]]:
-    """The measures with what they read, for those that read text or chats and have no source set."""
+    """The measures with what they read, for those that read such data and were not told by an option what to read."""
     if data is None and column is None:
         return chosen
-    reads = [name for name, found in chosen if isinstance(found, TextMeasure | ExactMatch) and "source" not in options.get(name, {})]
-    if not reads:
-        raise AerogelError("the data would be read by none of the measures; take perplexity, kl_divergence or exact_match, or leave it out")
-    change = {} if data is None else {"source": given.parse(data, column)}
-    change |= {} if column is None else {"column": column}
-    return [(name, replace(found, **change) if name in reads else found) for name, found in chosen]
+    data = None if data is None else given.parse(data, column)
+    changes = {name: found.reads(data, column) for name, found in chosen}
+    changes = {name: change for name, change in changes.items() if change is not None and not set(change) & set(options.get(name, {}))}
+    if not changes:
+        able = [name for name in catalog.names("measures") if catalog.find("measures", name).reads(data, column) is not None]
+        raise AerogelError(f"the data would be read by none of the measures; take {' or '.join(able)}, or leave it out")
+    return [(name, replace(found, **change) if (change := changes.get(name)) else found) for name, found in chosen]
 
 
 def _usual(network: Network) -> list[str]:

@@ -13,7 +13,7 @@ from aerogel.data import chats
 from aerogel.data.chats import Chat
 from aerogel.errors import AerogelError
 from aerogel.evaluate.generation import continued
-from aerogel.evaluate.measure import Measure, require_finite, tokenizer_of
+from aerogel.evaluate.measure import Measure, require_finite, source_options, tokenizer_of
 from aerogel.model.network import Network
 from aerogel.model.structure.moe import routed_experts
 from aerogel.numerics.metrics import kl_divergence, top1_agreement
@@ -46,6 +46,11 @@ class ExactMatch(Measure):
     """Seed that draws the chats."""
     column: str | None = None
     """Column of the source's records with the chat; found by its name where none is given."""
+
+    @classmethod
+    def reads(cls, data: Any, column: str | None) -> dict[str, Any] | None:
+        """Return source and column."""
+        return source_options(data, column)
 
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
         """Return right (share), count, what was read; against an original kl and top1; of an MoE model, `skipped` where experts were.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from aerogel.data import denoising, given, sources, text
+from aerogel.data import denoising, given, needles, sources, text
 from aerogel.data.denoising import Denoising, ImageBatch
 from aerogel.data.tokenized import Tokenized
 from aerogel.errors import AerogelError
@@ -43,6 +43,11 @@ class Measure(ABC):
     def is_usual(cls, network: Network) -> bool:
         """Return True where it is taken of a network unless others are asked for."""
         return not cls.asked
+
+    @classmethod
+    def reads(cls, data: Any, column: str | None) -> dict[str, Any] | None:
+        """Return the options by which it reads data, parsed, in place of its own; None where it reads no data of this kind."""
+        return None
 
     @abstractmethod
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
@@ -83,6 +88,11 @@ class TextMeasure(Measure):
     """Keep the dequantized weights while the text passes: much faster, for the memory of those weights."""
     column: str | None = None
     """Column of the source's records with the text or chat; found by its name where none is given."""
+
+    @classmethod
+    def reads(cls, data: Any, column: str | None) -> dict[str, Any] | None:
+        """Return source and column."""
+        return source_options(data, column)
 
     @contextmanager
     def reading(self, *networks: Network) -> Iterator[None]:
@@ -178,6 +188,14 @@ class ImageMeasure(Measure):
         return {"count": self.count, "steps": self.steps, "guidance": self.guidance, "seed": self.seed}
 
 
+def source_options(data: Any, column: str | None) -> dict[str, Any] | None:
+    """Return the options source and column of what reads text or chats; None for needle prompts, which are neither."""
+    if needles.is_named(data):
+        return None
+    found = {"source": data, "column": column}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def slide(stream_T: Tensor, length: int, stride: int, opening: list[int]) -> Iterator[tuple[Tensor, int]]:
     """Yield (ids_L, how many of its last tokens are scored); the pieces score tokens 1 to T - 1 once each, in order.
 
@@ -250,6 +268,14 @@ def require_embedded(network: Network, tokens: Tensor) -> None:
             f"the tokenizer makes the id {largest} ({token!r}) of this text, and the model has embeddings for {size} tokens; give the "
             "model's own tokenizer, or resize its embeddings"
         )
+
+
+def require_room(network: Network, prompt_NL: Tensor, new_tokens: int, what: str) -> None:
+    """Raise AerogelError that begins with `what` where prompts and so many tokens behind them do not fit a model, or ids its embeddings."""
+    room, length = positions(network), prompt_NL.shape[1]
+    if room is not None and length + new_tokens > room:
+        raise AerogelError(f"{what}: a prompt of {length} tokens and its answer do not fit the {room} positions of this model")
+    require_embedded(network, prompt_NL)
 
 
 def tokenizer_of(network: Network) -> PreTrainedTokenizerBase:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from aerogel.data import needles, sources, text
-from aerogel.errors import AerogelError
+from aerogel.data.needles import NeedlePrompt
 from aerogel.evaluate.generation import continued
-from aerogel.evaluate.measure import Measure, positions, require_embedded, tokenizer_of
+from aerogel.evaluate.measure import Measure, require_room, tokenizer_of
 from aerogel.model.network import Network
 from aerogel.options import Batch, Count, Seed, Share
-
-_MARGIN = 4
-"""Tokens beyond those of the answer that a model may write."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class NeedleRecall(Measure):
 
     length: Count = 2048
     """Tokens of a prompt, the question among them."""
-    depths: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    depths: tuple[Share, ...] = needles.DEPTHS
     """Places of the number, as shares of the text."""
     count: Count = 4
     """Prompts for each depth."""
@@ -45,6 +43,14 @@ class NeedleRecall(Measure):
     seed: Seed = 0
     """Seed that draws text, keys and numbers."""
 
+    @classmethod
+    def reads(cls, data: Any, column: str | None) -> dict[str, Any] | None:
+        """Return the number of keys that the name of needle prompts says."""
+        if not needles.is_named(data) or column is not None:
+            return None
+        keys = needles.keys_of(data)
+        return {} if keys is None else {"keys": keys}
+
     def measure(self, network: Network, against: Network | None = None) -> dict[str, Any]:
         """Return recall, recall_by_depth in the order of depths, what was read, and the first wrong replies.
 
@@ -53,19 +59,8 @@ class NeedleRecall(Measure):
         tokenizer = tokenizer_of(network)
         chat = bool(tokenizer.chat_template) if self.chat is None else self.chat
         asked = needles.prompts(tokenizer, self.length, self.depths, self.count, self.keys, self.seed, self.source, chat)
-        new_tokens = _MARGIN + max(len(tokenizer(f" {one.answer}", add_special_tokens=False)["input_ids"]) for one in asked)
-        room = positions(network)
-        if room is not None and self.length + new_tokens > room:
-            raise AerogelError(
-                f"needle_recall: a prompt of {self.length} tokens and its answer do not fit the {room} positions of this model"
-            )
-        ids_NL = torch.stack([one.ids_L for one in asked])
-        require_embedded(network, ids_NL)
-        replies: list[str] = []
-        for ids_BL in ids_NL.split(self.batch):
-            inputs = network.placement.bring({"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)})
-            made_BN = continued(network, inputs, new_tokens, measure="needle_recall")
-            replies += tokenizer.batch_decode(made_BN, skip_special_tokens=True)
+        require_room(network, torch.stack([one.ids_L for one in asked]), needles.reply_tokens(tokenizer, asked), "needle_recall")
+        replies = self.replies(network, asked)
         right = [one.answer in reply for one, reply in zip(asked, replies, strict=True)]
         rows = [right[place : place + self.count] for place in range(0, len(right), self.count)]
         wrong = [[one.answer, reply.strip()] for one, reply, found in zip(asked, replies, right, strict=True) if not found]
@@ -78,5 +73,20 @@ class NeedleRecall(Measure):
             "count": len(right),
             "wrong": wrong[:5],
             "source": sources.name_of(self.source),
-            "fingerprint": text.fingerprint(ids_NL),
+            "fingerprint": text.fingerprint(torch.stack([one.ids_L for one in asked])),
         }
+
+    def right(self, network: Network, asked: Sequence[NeedlePrompt]) -> float:
+        """Return the share of prompts whose number is in the network's reply."""
+        replies = self.replies(network, asked)
+        return sum(one.answer in reply for one, reply in zip(asked, replies, strict=True)) / len(asked)
+
+    def replies(self, network: Network, asked: Sequence[NeedlePrompt]) -> list[str]:
+        """Return what the network writes behind prompts."""
+        tokenizer, replies = tokenizer_of(network), list[str]()
+        new_tokens = needles.reply_tokens(tokenizer, asked)
+        for ids_BL in torch.stack([one.ids_L for one in asked]).split(self.batch):
+            inputs = network.placement.bring({"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)})
+            made_BN = continued(network, inputs, new_tokens, measure="needle_recall")
+            replies += tokenizer.batch_decode(made_BN, skip_special_tokens=True)
+        return replies

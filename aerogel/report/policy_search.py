@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -12,6 +13,7 @@ from aerogel.report import phrases
 KL = ("KL", "Divergence of the next-token probabilities from those of the original model on the tokens of the answers, in nats per token.")
 SAME_TOKEN = ("Same token", "Share of those tokens for which both have the same most likely token.")
 EXACT_MATCH = ("Exact match", "Share of chats whose answer is the expected one.")
+NUMBERS_FOUND = ("Numbers found", "Share of prompts with a hidden number whose reply has it in it.")
 SPEED = (
     "Prefill, decode",
     "Processing the prompt, all tokens at once; generating the answer, one token after another. Times faster with the policy.",
@@ -51,6 +53,10 @@ class JudgedSearch(Part):
     model: ModelRecord
     count: int
     answer_tokens: int
+    chats: bool = False
+    """True where the data is chats."""
+    needles: bool = False
+    """True where it is prompts with hidden numbers; otherwise it is text."""
     right: float | None = None
     """Of the original model."""
     batch: int
@@ -87,8 +93,26 @@ class Judged(NamedTuple):
         )
 
 
+def rank(found: JudgedSearch, row: JudgedRow) -> tuple[bool, float, float]:
+    """Return what puts rows in order, the best first: by the numbers that are found where some were hidden, then by KL."""
+    return not math.isfinite(row.kl), -(row.right or 0.0) if found.needles else 0.0, row.kl
+
+
+def right_answers(found: JudgedSearch) -> str:
+    """Return what the share of right answers is called."""
+    return (NUMBERS_FOUND if found.needles else EXACT_MATCH)[0]
+
+
+def judged_on(found: JudgedSearch) -> str:
+    """Say what policies were judged on."""
+    kind = "chats" if found.chats else "prompts with hidden numbers" if found.needles else "sequences of text"
+    return f"{found.count:,} {kind} held out of calibration"
+
+
 def answers_match(found: JudgedSearch, best: JudgedRow) -> str:
     """Say how many answers are right, with the best policy and without."""
+    if found.needles:
+        return f"{phrases.percent(best.right)} of the hidden numbers are found; by the original, {phrases.percent(found.right)}"
     return f"{phrases.percent(best.right)} of the answers match exactly; of the original, {phrases.percent(found.right)}"
 
 

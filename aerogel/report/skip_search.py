@@ -13,7 +13,7 @@ from aerogel.io.record.measures import SkippedExperts
 from aerogel.report import phrases, policy_search
 from aerogel.report.courses import Course, courses
 from aerogel.report.page import NARROW, PANEL, WIDE, Figure
-from aerogel.report.policy_search import Judged, JudgedRow, JudgedSearch, Part, answers_match, counted, speed_conditions, speeds
+from aerogel.report.policy_search import Judged, JudgedRow, JudgedSearch, Part, answers_match, counted, judged_on, speed_conditions, speeds
 from aerogel.report.skips import skip_map
 
 TEMPLATE = "skip_search.html"
@@ -54,7 +54,6 @@ class Search(JudgedSearch):
 
     budget: float
     moe: MoeShape
-    chats: bool
     rows: list[Row]
     """By policy, then by share."""
 
@@ -162,8 +161,7 @@ def curves_chart(found: Search, title: str, value: Callable[[Row], float | None]
 
 
 def _conditions(found: Search) -> str:
-    judged = f"{found.count:,} {'chats' if found.chats else 'sequences'} held out of calibration, {found.answer_tokens:,} tokens"
-    moe = found.moe
+    judged, moe = f"{judged_on(found)}, {found.answer_tokens:,} tokens", found.moe
     return f"{moe.layers} layers of {moe.experts} experts, {moe.top_k} per token. Measured on {judged}. {speed_conditions(found)}"
 
 

@@ -12,7 +12,19 @@ from pydantic import Field
 
 from aerogel.report import phrases, policy_search
 from aerogel.report.page import NARROW, WIDE, Figure
-from aerogel.report.policy_search import Judged, JudgedRow, JudgedSearch, Part, answers_match, counted, speed_conditions, speeds
+from aerogel.report.policy_search import (
+    Judged,
+    JudgedRow,
+    JudgedSearch,
+    Part,
+    answers_match,
+    counted,
+    judged_on,
+    rank,
+    right_answers,
+    speed_conditions,
+    speeds,
+)
 from aerogel.report.svg import element, image
 from aerogel.report.tradeoff import Axis, Point, tradeoff
 
@@ -23,6 +35,7 @@ TEMPLATE = "token_search.html"
 GLOSSARY = (
     ("Computed", "Share of the tokens that a policy may drop which is computed, on average over the decoder's blocks."),
     *policy_search.GLOSSARY,
+    policy_search.NUMBERS_FOUND,
 )
 
 
@@ -53,8 +66,8 @@ class Search(JudgedSearch):
 
     @property
     def best(self) -> Row | None:
-        """The policy of the lowest KL divergence."""
-        return min((row for row in self.rows if math.isfinite(row.kl)), key=lambda row: row.kl, default=None)
+        """The policy of the lowest KL divergence, of those that find most where numbers were hidden."""
+        return min((row for row in self.rows if math.isfinite(row.kl)), key=lambda row: rank(self, row), default=None)
 
 
 class Line(NamedTuple):
@@ -74,12 +87,12 @@ class Line(NamedTuple):
 
 def columns(found: Search) -> tuple[str, ...]:
     """Of the table that a terminal shows; the first two are words."""
-    return "policy", "computed", "KL", "exact match", "prefill", "decode"
+    return "policy", "computed", "KL", right_answers(found).lower(), "prefill", "decode"
 
 
 def lines(found: Search) -> Iterator[Line]:
     """Every row in words, the best first."""
-    for row in sorted(found.rows, key=lambda row: (not math.isfinite(row.kl), row.kl)):
+    for row in sorted(found.rows, key=lambda row: rank(found, row)):
         yield Line(row.policy, phrases.percent(row.kept), Judged.of(row), row is found.best)
 
 
@@ -94,7 +107,9 @@ def headline(found: Search) -> str:
 def lead(found: Search) -> str:
     """Say what stands beside the headline."""
     best, said = found.best, f"{counted(len(found.rows), len(found.rows) + len(found.left_out))}."
-    return said if best is None else f"{said} {answers_match(found, best)}. {speeds(best)}"
+    if best is None:
+        return said
+    return f"{said} {speeds(best)}" if best.right is None else f"{said} {answers_match(found, best)}. {speeds(best)}"
 
 
 def context(found: Search) -> dict[str, Any]:
@@ -104,6 +119,7 @@ def context(found: Search) -> dict[str, Any]:
     return {
         "title": f"{found.model.name} · tokens dropped for {found.budget}",
         "conditions": _conditions(found),
+        "right": right_answers(found),
         "lines": list(lines(found)),
         "pictures": [(picture.question, _patches(picture)) for picture in found.pictures],
         "frontier": Figure(_drawn(points, WIDE), _drawn(points, NARROW)) if points else None,
@@ -143,6 +159,4 @@ def _wanted(found: Search) -> str:
 
 
 def _conditions(found: Search) -> str:
-    return (
-        f"Measured on {found.count:,} chats held out of calibration, {found.answer_tokens:,} tokens of answers. {speed_conditions(found)}"
-    )
+    return f"Measured on {judged_on(found)}, {found.answer_tokens:,} tokens of answers. {speed_conditions(found)}"

@@ -99,6 +99,8 @@ def test_what_cannot_be_read_is_one_line_before_work(desk: Path, tmp_path: Path)
         (desk / "model",): "is the folder of a model, not of data",
         ("",): "the name of the text source is empty",
         ("sotu", "--column", "text"): "is plain text without columns",
+        ("needles:0",): "'needles:0' does not say how many numbers are hidden: give needles, or needles:1 to needles:196",
+        ("needles", "--length", 200): "needles:1: a prompt of 200 tokens and its answer do not fit the 128 positions of this model",
     }.items():
         assert complaint in refused(*plan, *options)
     compress = ("compress", desk / "model", "-r", desk / "own.yaml", "-o", tmp_path / "out", "--data", tmp_path / "latin.csv")

@@ -79,5 +79,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         needles.prompts(bytewise(), 1000, (0.5,), source=str(short))
     with pytest.raises(AerogelError, match=r"nothing of the prompt is left for text; ask for \d+ more tokens at least"):
         needles.prompts(bytewise(), 100, (0.5,))
+    with pytest.raises(AerogelError, match=r"^200 numbers are to be hidden, and there are names for 196; ask for fewer$"):
+        needles.prompts(bytewise(), 100_000, (0.5,), keys=200)
     with pytest.raises(AerogelError, match="no chat template"):
         needles.prompts(bytewise(), 1000, (0.5,), chat=True)

@@ -1,4 +1,4 @@
-"""Cost and gain of a policy: predictions, answers and seconds on held-out text or chats, beside those of the model without it.
+"""Cost and gain of a policy: predictions, answers and seconds on held-out data, beside those of the model without it.
 
 B rows, S positions.
 """
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from aerogel.engine.search.held_out import HeldOut
 from aerogel.evaluate.exact_match import ExactMatch, skipped
 from aerogel.evaluate.generation import continued
+from aerogel.evaluate.needle_recall import NeedleRecall
 from aerogel.kernels.synchronized_clock import now
 from aerogel.model.network import Network
 from aerogel.runtime.expert_skipping.counting import counting
@@ -56,6 +57,7 @@ class Judge:
         return {
             "count": len(self._held_out.chats) or sum(len(call.kwargs["input_ids"]) for call in self._held_out.calls),
             "chats": bool(self._held_out.chats),
+            "needles": bool(self._held_out.needles),
             "answer_tokens": self._predictions.tokens,
             "right": self.right,
             "batch": rows,
@@ -84,9 +86,11 @@ class Judge:
         }
 
     def _written(self) -> float | None:
-        """The share of chats that are replied to as they should be; of text, which has no right continuation, nothing."""
+        """The share of chats or needle prompts that are answered as they should be; of text, which has no right continuation, nothing."""
         if self._held_out.chats:
             return ExactMatch().right(self.network, self._held_out.chats)
+        if self._held_out.needles:
+            return NeedleRecall(batch=len(self._prompts["input_ids"])).right(self.network, self._held_out.needles)
         continued(self.network, self._prompts, NEW_TOKENS)
         return None
 
@@ -107,6 +111,11 @@ class Judge:
                     hook.remove()
         spans = [end - start for start, end in zip(times[::2], times[1::2], strict=True)]
         return Turn(spans[0], median(spans[1:]))
+
+
+def rank(row: dict[str, Any], by_answers: bool) -> tuple[float, float]:
+    """Return what puts the rows of policies in order, the best first: by the share of right answers where it decides, then by KL."""
+    return (-row["right"] if by_answers else 0.0), row["kl"]
 
 
 class SkipJudge(Judge):

@@ -119,8 +119,8 @@ def search(
 
     `cache`: policies of reuse on a pipeline; the budget says how many times faster denoising has to be, "1.5x" unless told otherwise.
     `skip`: policies that skip experts of an MoE model; the budget is the share of dropped token-expert assignments, 0.67.
-    `tokens`: policies that drop tokens, of images on chats and of long prompts on text; the budget says how many times faster prompts have
-    to be read, "2x", or which share of the tokens may be computed, such as "25%".
+    `tokens`: policies that drop tokens, of images on chats and of long prompts on text or needle prompts; the budget says how many times
+    faster prompts have to be read, "2x", or which share of the tokens may be computed, such as "25%".
     `device` computes (see `load`).
     Speeds are measured by `rounds` turns with and without a policy. Raises AerogelError for an unknown task, a model that has nothing of
     the kind and a budget that is none; a policy that refuses the network or misses the budget is among the facts with its reason.

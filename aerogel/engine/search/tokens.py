@@ -1,6 +1,7 @@
 """The search for a rule that drops tokens: all rules at one speed of reading prompts, or one share of tokens.
 
 Rules for images are judged on chats, rules for long prompts on text: by what is predicted behind a prompt that was read with the rule.
+On needle prompts they are judged by the numbers that are found, and among equals by these predictions.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from aerogel.data import text
 from aerogel.data.chats import Chats
+from aerogel.data.needles import Needles
 from aerogel.engine import policies
 from aerogel.engine.calibration import CalibrationInput
 from aerogel.engine.policies import CalibratedPolicy
@@ -25,7 +27,7 @@ from aerogel.engine.progress import Event, Tell
 from aerogel.engine.requirements import unmet
 from aerogel.engine.search.candidates import chosen
 from aerogel.engine.search.held_out import halves, wanted_of
-from aerogel.engine.search.judging_answers import Judge
+from aerogel.engine.search.judging_answers import Judge, rank
 from aerogel.engine.search.pictures import pictures
 from aerogel.engine.stages import seeded
 from aerogel.errors import AerogelError
@@ -73,8 +75,6 @@ class TunedRule(NamedTuple):
     """A rule at the weakest strength that meets the budget."""
 
     measured: CalibratedPolicy
-    strength: float
-    """Share of tokens that it was asked to keep."""
     seconds: float
     """To bring it there."""
 
@@ -101,7 +101,7 @@ class TokenSearch:
         self.best: CalibratedPolicy | None = None
 
     def check(self, network: Network, samples: CalibrationInput | None) -> None:
-        """Raises AerogelError for a network without a decoder or with a rule on, and for anything but chats and text."""
+        """Raises AerogelError for a network without a decoder or with a rule on, and for recorded calls."""
         decoder_of(network)
         wanted = wanted_of(network, samples)
         on = [measured.step for measured in policies.load(network.origin) if isinstance(measured.step.method, DroppingPolicy)]
@@ -112,7 +112,7 @@ class TokenSearch:
     def prepare(self, seed: int) -> dict[str, Any]:
         """Read twice as much as is asked for: one half is calibrated on, the other is for the judge."""
         self._seed, wanted = seed, self._wanted
-        if isinstance(wanted, Chats):
+        if isinstance(wanted, Chats | Needles):
             self._calls, self._held_out, facts = halves(self._network, wanted, seed)
             return facts
         # Prompts have the length that was asked for, since rules act from some length on; what is judged comes behind them.
@@ -131,7 +131,7 @@ class TokenSearch:
             except AerogelError as error:
                 self._left_out[name] = str(error)
                 continue
-            self._brought.append(TunedRule(*found, self._clock() - start))
+            self._brought.append(TunedRule(found, self._clock() - start))
 
     def judge(self) -> dict[str, Any]:
         """Hold all that was brought to the budget against the model with all tokens; return the facts."""
@@ -146,36 +146,37 @@ class TokenSearch:
             rows.append(about | judge.policy(partial(policies.on, self._network, [brought.measured])))
         finite = [place for place, row in enumerate(rows) if math.isfinite(row["kl"])]
         if finite:
-            self.best = self._brought[min(finite, key=lambda place: rows[place]["kl"])].measured
+            self.best = self._brought[min(finite, key=lambda place: rank(rows[place], bool(self._held_out.needles)))].measured
         shown = pictures(self._network, self.best, self._held_out.chats) if self.best is not None else []
         left_out = [{"policy": name, "reason": reason} for name, reason in self._left_out.items()]
         return judge.conditions | {"budget": str(self.target), "rows": rows, "left_out": left_out, "pictures": shown}
 
-    def _weakest(self, name: str, cls: type[DroppingPolicy], options: Mapping[str, Any]) -> tuple[CalibratedPolicy, float]:
-        """Halve the shares that are left, towards the weakest that is enough; raises AerogelError where none is, or it does not fit."""
-        low, high, best = 0, len(SHARES), None
+    def _weakest(self, name: str, cls: type[DroppingPolicy], options: Mapping[str, Any]) -> CalibratedPolicy:
+        """Halve the strengths that are left, towards the weakest that is enough; raises AerogelError where none is, or it does not fit."""
+        if cls.drops_text and self._held_out.chats:
+            raise AerogelError(
+                "it drops tokens of text, so it is compared on what is read behind prompts of text: give text or needles by --data"
+            )
+        strengths = _strengths(cls)
+        if clash := [key for key in strengths[0] if key in options]:
+            raise AerogelError(f"{name}.{clash[0]} is what the budget says here; leave it out")
+        low, high, best = 0, len(strengths), None
         said = ""
         while low < high:
             middle = (low + high) // 2
-            measured = self._calibrated(name, cls, options, SHARES[middle])
+            measured = self._calibrated(name, cls, {**options, **strengths[middle]})
             enough, said = self._met(measured)
             if enough:
-                high, best = middle, (measured, SHARES[middle])
+                high, best = middle, measured
             else:
                 low = middle + 1
         if best is None:
-            raise AerogelError(f"with {SHARES[-1]:.0%} of the tokens {said}")
+            strongest = ", ".join(f"{key}={value}" for key, value in strengths[-1].items())
+            raise AerogelError(f"at its strongest ({strongest}) {said}")
         return best
 
-    def _calibrated(self, name: str, cls: type[DroppingPolicy], options: Mapping[str, Any], share: float) -> CalibratedPolicy:
-        if cls.drops_text and self._held_out.chats:
-            raise AerogelError("it drops tokens of text, so it is compared on text that is read behind prompts: give text by --data")
-        strength = cls.strength(share)
-        if not strength:
-            raise AerogelError("it names no budget that the search could set")
-        if clash := [key for key in strength if key in options]:
-            raise AerogelError(f"{name}.{clash[0]} is what the budget says here; leave it out")
-        step = Step(name, build(cls, {**options, **strength}, f"policy {name!r}"))
+    def _calibrated(self, name: str, cls: type[DroppingPolicy], options: Mapping[str, Any]) -> CalibratedPolicy:
+        step = Step(name, build(cls, options, f"policy {name!r}"))
         unfit = [*unmet(self._network, step, [], _NO_SIZE), *step.method.unsuitable(self._network, self._calls)]
         if unfit:
             raise AerogelError(unfit[0].removeprefix(f"{name}: "))
@@ -187,7 +188,7 @@ class TokenSearch:
         if self.target.share is not None:
             state = measured.state
             assert isinstance(state, TokenState)
-            return state.kept <= self.target.share + 1e-9, f"{state.kept:.1%} of them are computed on average over the blocks"
+            return state.kept <= self.target.share + 1e-9, f"{state.kept:.1%} of the tokens are computed on average over the blocks"
         speedup = self._speedup(partial(policies.on, self._network, [measured]))
         assert self.target.speed is not None
         return speedup >= _NEAR * self.target.speed, f"prompts are read {speedup:.2f} times as fast"
@@ -209,3 +210,14 @@ class TokenSearch:
 
 def _unfit(cls: type) -> str:
     return "" if issubclass(cls, DroppingPolicy) else "drops no tokens, so there is nothing to choose"
+
+
+def _strengths(cls: type[DroppingPolicy]) -> list[dict[str, Any]]:
+    """Options at which a rule is tried, the weakest first; raises AerogelError for a rule that names none."""
+    if cls.search_space is not None:
+        option, values = cls.search_space
+        return [{option: value} for value in values]
+    found = [cls.strength(share) for share in SHARES]
+    if not all(found):
+        raise AerogelError("it names no budget that the search could set")
+    return found

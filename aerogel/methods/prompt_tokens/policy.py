@@ -23,19 +23,21 @@ from aerogel.options import Count, CountOrZero, Share
 from aerogel.runtime.predictions import Predictions, predicted
 from aerogel.runtime.token_types import PADDING, Vocabulary
 from aerogel.runtime.tokens.eviction import Eviction, FinalPositions
-from aerogel.runtime.tokens.stage import Positions, Rule, Selection, Stage
+from aerogel.runtime.tokens.stage import Positions, Rule, Selection, Stage, prompt_of
 
 KVPolicy = Literal["per_group", "final"]
 
 
 class _OfEnd(Predictions):
-    """Predictions at the last tokens of each row only: elsewhere there may be none."""
+    """Predictions at the last tokens of each row only, or at the answer behind its prompt: elsewhere there may be none."""
 
     def __init__(self, network: Network, calls: Sequence[Call], last: int) -> None:
         self._last = last
         super().__init__(network, calls, Vocabulary.of(network))
 
     def judged(self, call: Call) -> Tensor:
+        if call.kwargs.get("labels") is not None:  # what is asked for behind a prompt always stays
+            return predicted(call, self.vocabulary)
         real_BN = self.vocabulary.kinds(call.kwargs) != PADDING
         after_BN = real_BN.sum(1, keepdim=True) - real_BN.cumsum(1)
         return predicted(call, self.vocabulary) & (after_BN < self._last)
@@ -67,11 +69,11 @@ class PromptPolicy(DroppingPolicy):
     def unsuitable(self, network: Network, calls: Sequence[Call]) -> Iterator[str]:
         """Look for a row that is long enough."""
         vocabulary = Vocabulary.of(network)
-        kinds = [vocabulary.kinds(call.kwargs) for call in calls if "input_ids" in call.kwargs]
-        longest = max((int((kind_BN != PADDING).sum(1).max()) for kind_BN in kinds), default=0)
+        read = [call.kwargs for call in calls if "input_ids" in call.kwargs]
+        longest = max((int(prompt_of(vocabulary.kinds(inputs), inputs.get("labels")).sum(1).max()) for inputs in read), default=0)
         if longest < self.min_length:
             yield (
-                f"the longest row of the calibration data has {longest} tokens, and prompts are pruned from {self.min_length} on; "
+                f"the longest prompt of the calibration data has {longest} tokens, and prompts are pruned from {self.min_length} on; "
                 f"give longer ones (--length {self.min_length}), or a smaller min_length"
             )
 

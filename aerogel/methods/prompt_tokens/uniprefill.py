@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -20,6 +21,12 @@ from aerogel.runtime.tokens.stage import Rule, Selection, Stage
 @dataclass(frozen=True)
 class Uniprefill(PromptPolicy):
     """Keeps the fewest blocks of a prompt that hold a share of its last tokens' attention, at several depths."""
+
+    # Attention gathers in few blocks: most of what is saved lies between .999 and .9.
+    search_space: ClassVar[tuple[str, tuple[float, ...]] | None] = (
+        "mass",
+        (0.9999, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.87, 0.83, 0.8, 0.7, 0.6, 0.5, 0.3, 0.0),
+    )
 
     mass: Share = 0.99
     """Share of the attention that the blocks which stay hold together."""
@@ -49,7 +56,7 @@ class Uniprefill(PromptPolicy):
         """Keep the blocks with most of the attention, the first tokens and the last ones."""
         real_BK, prompt = stage.real_BK, Prompt.of(stage)
         number_BK = (real_BK.cumsum(1) - 1).masked_fill(~real_BK, -1)
-        left_B1 = real_BK.sum(1, keepdim=True)
+        left_B1 = stage.prompt_BK.sum(1, keepdim=True)
         long_B1 = (left_B1 > self.first + self.local) & (prompt.length_B[:, None] >= self.min_length)
         may_go_BK = (number_BK >= self.first) & (number_BK < left_B1 - self.local) & long_B1
         if not bool(may_go_BK.any()):

@@ -66,10 +66,12 @@ class DroppingPolicy(RuntimePolicy[TokenState]):
     drops_positions: ClassVar[bool] = True
     drops_text: ClassVar[bool] = False
     """True where tokens of text are dropped too: measures that need the logits of every token refuse the model while the policy is on."""
+    search_space: ClassVar[tuple[str, tuple[float, ...]] | None] = None
+    """Option that a search brings to a budget, and values of it in order of what they save, the least first; None: `strength` says it."""
 
     @classmethod
     def strength(cls, share: float) -> dict[str, Any]:
-        """Return the options by which about this share of the tokens is left in the end; empty where no option says so."""
+        """Return the options by which about this share of the tokens is left in the end; empty where no option is such a share."""
         keep = cls.__dataclass_fields__.get("keep")
         if keep is None or keep.default == ():
             return {}

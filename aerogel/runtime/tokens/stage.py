@@ -57,12 +57,7 @@ class Positions:
     @property
     def prompt_BN(self) -> Tensor:  # noqa: N802
         """True where a position of the forward is of the prompt: no padding, and before the answer where `labels` say where one begins."""
-        real_BN = self.kind_BN != PADDING
-        labels_BN = self.inputs.get("labels")
-        if labels_BN is None:
-            return real_BN
-        before_BN = real_BN & ((labels_BN != IGNORED).cumsum(1) == 0)
-        return torch.where(before_BN.any(1, keepdim=True), before_BN, real_BN)
+        return prompt_of(self.kind_BN, self.inputs.get("labels"))
 
     @property
     def prompt_BK(self) -> Tensor:  # noqa: N802
@@ -103,6 +98,15 @@ class Stage(Positions):
     """True where an image token of the forward is no feature but a separator; its type is that of special tokens."""
     tower: TowerPass | None = None
     """Grid and attention of the vision tower's last forward, where the policy asks for them; that of videos, where there are some."""
+
+
+def prompt_of(kind_BN: Tensor, labels_BN: Tensor | None) -> Tensor:
+    """Return where a token is of the prompt: no padding, and before the answer where labels say where one begins."""
+    real_BN = kind_BN != PADDING
+    if labels_BN is None:
+        return real_BN
+    before_BN = real_BN & ((labels_BN != IGNORED).cumsum(1) == 0)
+    return torch.where(before_BN.any(1, keepdim=True), before_BN, real_BN)
 
 
 Rule = Callable[[Stage], Selection | None]

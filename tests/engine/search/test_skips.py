@@ -282,7 +282,7 @@ def test_a_search_that_finds_nothing_keeps_nothing(texts: Any, tmp_path: Path) -
         ({"only": ["fora"]}, "fora skips no experts by a rule, so there is nothing to choose; leave it out"),
         ({"only": ["prune_experts"]}, "prune_experts skips no experts by a rule"),
         ({"overrides": ["modes.ratio=0.5"]}, "modes.ratio is what the budget says here; leave it out"),
-        ({"samples": [Call((), {})]}, "give Samples or Chats, not recorded calls"),
+        ({"samples": [Call((), {})]}, "give Samples, Chats or Needles, not recorded calls"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(texts: Any, options: dict[str, Any], message: str) -> None:

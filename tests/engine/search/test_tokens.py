@@ -10,17 +10,21 @@ import pytest
 import torch
 
 import aerogel
+from aerogel import catalog
 from aerogel.data import chats
 from aerogel.data.chats import Chats
 from aerogel.engine.calibration import Samples
 from aerogel.engine.opening import open_model
 from aerogel.engine.search import judging_answers
+from aerogel.engine.search.held_out import halves
 from aerogel.engine.search.searching import search
 from aerogel.engine.search.tokens import Target, TokenSearch
 from aerogel.errors import AerogelError
 from aerogel.evaluate.exact_match import ExactMatch
 from aerogel.methods.prompt_tokens.prompt_pruning import PromptPruning
 from aerogel.methods.prompt_tokens.random_blocks import RandomBlocks
+from aerogel.methods.prompt_tokens.uniprefill import Uniprefill
+from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.predictions import Predictions
 from aerogel.runtime.token_types import Vocabulary
@@ -146,17 +150,70 @@ def test_rules_for_long_prompts_are_judged_on_what_is_read_behind_them(tmp_path:
     assert {row["policy"] for row in facts["rows"]} == {"prompt_pruning", "random_blocks"}
     assert all(row["kl"] > 0 and row["right"] is None and 1.47 <= row["prefill_speedup"] < 2 for row in facts["rows"])
     reasons = {one["policy"]: one["reason"] for one in facts["left_out"]}
-    assert reasons["fastkv"].startswith("the longest row of the calibration data has 96 tokens, and prompts are pruned from 4096 on")
+    assert reasons["fastkv"].startswith("the longest prompt of the calibration data has 96 tokens, and prompts are pruned from 4096 on")
     assert "divprune" in reasons
     assert "random_blocks" in (folder / "report.html").read_text("utf-8")
     with aerogel.cached(network, folder):
         pass
 
 
+@pytest.mark.parametrize("budget", ["1.2x", "80%"])
+def test_every_rule_for_long_prompts_is_brought_to_the_budget(budget: str, tmp_path: Path) -> None:
+    """All of the folder: one that names no budget, or cannot reach one that blocks this small allow, is a failure here."""
+    classes = {name: catalog.find("methods", name) for name in catalog.names("methods")}
+    rules = sorted(name for name, cls in classes.items() if cls.__module__.startswith("aerogel.methods.prompt_tokens."))
+    network = deep()
+    network.processor = tokenizer()
+    small = {"min_length": 96, "block": 4, "sub_block": 2, "q_window": 4, "sink": 2, "local": 8, "first": 4, "window": 4, "kernel": 3}
+    overrides = [
+        f"{rule}.{option}={value}" for rule in rules for option, value in small.items() if option in classes[rule].__dataclass_fields__
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging_answers, "NEW_TOKENS", 2)
+        found = search(
+            network, "tokens", budget, samples=Samples(text_file(tmp_path / "book.txt", 3000), 2, 96), only=rules, overrides=overrides,
+            rounds=1, clock=Positions(network),
+        )  # fmt: skip
+    assert found.facts["left_out"] == []
+    assert sorted(row["policy"] for row in found.facts["rows"]) == rules
+    assert {"uniprefill", "fastkv"} <= set(rules)
+    for row in found.facts["rows"]:
+        assert row["kept"] <= 0.8 if budget == "80%" else row["prefill_speedup"] >= 0.98 * 1.2
+        assert row["kl"] > 0
+
+
+def test_a_rule_goes_to_a_budget_by_the_option_that_it_names(tmp_path: Path) -> None:
+    """UniPrefill by the attention that stays: the largest share of it that leaves few enough tokens; what misses says how far it went."""
+    network = deep()
+    network.processor = tokenizer()
+    small = ["uniprefill.min_length=96", "uniprefill.block=4", "uniprefill.local=8", "uniprefill.first=4"]
+    options: dict[str, Any] = {"samples": Samples(text_file(tmp_path / "book.txt", 3000), 2, 96), "only": ["uniprefill"], "rounds": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging_answers, "NEW_TOKENS", 2)
+        found, missed, clash = (
+            search(network, "tokens", budget, overrides=[*small, *more], **options).facts
+            for budget, more in (("60%", ()), ("20%", ()), ("60%", ["uniprefill.mass=0.5"]))
+        )
+    (row,) = found["rows"]
+    name, values = Uniprefill.search_space or ("", ())
+    mass = row["step"]["uniprefill"][name]
+    weaker = values[values.index(mass) - 1]
+    policy = Uniprefill(mass=weaker, min_length=96, block=4, local=8, first=4)
+    calls = halves(network, Samples(options["samples"].source, 2, 96 + 32), 0)[0]
+    state = policy.calibrate(network, [Call((), {"input_ids": call.kwargs["input_ids"][:, :96]}) for call in calls])
+    assert row["kept"] <= 0.6 < state.kept
+    assert missed["left_out"][0]["reason"].startswith("at its strongest (mass=0.0) ")
+    assert missed["left_out"][0]["reason"].endswith(" of the tokens are computed on average over the blocks")
+    assert clash["left_out"] == [{"policy": "uniprefill", "reason": "uniprefill.mass is what the budget says here; leave it out"}]
+
+
 def test_rules_for_long_prompts_are_not_judged_on_chats(source: Path) -> None:
     found = search(model(), "tokens", samples=Chats(source, 2), only=["recent_blocks"], rounds=1)
     (left_out,) = found.facts["left_out"]
-    assert left_out["reason"] == "it drops tokens of text, so it is compared on text that is read behind prompts: give text by --data"
+    assert (
+        left_out["reason"]
+        == "it drops tokens of text, so it is compared on what is read behind prompts of text: give text or needles by --data"
+    )
 
 
 def test_what_cannot_be_searched(source: Path) -> None:

@@ -223,7 +223,7 @@ def test_later_stages_act_on_what_is_shorter_than_the_least_length() -> None:
 def test_short_calibration_data_is_refused() -> None:
     network = opened("llama")
     (why,) = PromptPruning().unsuitable(network, FAMILIES["llama"].calls(1))
-    assert why.startswith("the longest row of the calibration data has 12 tokens, and prompts are pruned from 4096 on; give longer ones")
+    assert why.startswith("the longest prompt of the calibration data has 12 tokens, and prompts are pruned from 4096 on; give longer ones")
 
 
 def test_options_that_do_not_fit_are_refused() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from aerogel.methods.prompt_tokens.uniprefill import Uniprefill
+from aerogel.model.calls import Call
 from aerogel.runtime.tokens.scores import QueryKey, watching
 from tests.methods.prompt_tokens.prompts import LENGTH, Recorder, deep, prompt
 from tests.runtime.tokens.dropping import hidden_by_masks
@@ -61,3 +62,21 @@ def test_what_the_first_and_the_last_tokens_cover_is_left_alone() -> None:
     call = prompt()
     with Recorder(Uniprefill(mass=0.1, min_length=1, first=48, local=48)).on(network):
         assert not network.run(call).logits.isnan().any()
+
+
+def test_an_answer_behind_the_prompt_stays_and_asks_for_nothing() -> None:
+    """Longer than the last tokens that stay; the prompt alone says what goes of it."""
+    network, answer = deep(), 20
+    ids_BN = prompt().kwargs["input_ids"]
+    labels_BN = torch.full_like(ids_BN, -100)
+    labels_BN[:, -answer:] = ids_BN[:, -answer:]
+    gone = []
+    for inputs in ({"input_ids": ids_BN, "labels": labels_BN}, {"input_ids": ids_BN[:, :-answer]}):
+        recorder = Recorder(Uniprefill(mass=0.1, at=(0.34,), **SMALL))
+        with recorder.on(network):
+            network.run(Call((), {**inputs, "use_cache": False}))
+        gone.append(recorder.gone[2][0])
+    answered_N, alone_N = gone
+    assert not answered_N[-answer:].any()
+    assert bool(alone_N.any())
+    assert torch.equal(answered_N[:-answer], alone_N)
