@@ -25,7 +25,7 @@ SIGNED = {
     *("window", "unconditional_window", "low_window", "high_window", "pab.first", "pab.last"),  # edges of windows of time steps
 }
 """Options that may be below zero."""
-UNBOUNDED = {"max_shard_size", "seed"}
+UNBOUNDED = {"max_shard_size", "seed", "budget_bytes"}
 """Options that may be a million million."""
 
 

@@ -36,7 +36,7 @@ LEARNED = {
         {"activation_ranges": {"steps": 4, "batch": 2, "rate": 0.05, "start": "minmax"}},
     ],
 }
-PRUNED = {"name": "tested", "steps": [{"magnitude": {}}, {"gptq": {"scheme": "W4A16_G32"}}]}
+PRUNED = {"name": "tested", "steps": [{"erk": {"sparsity": 0.5}}, {"magnitude": {"sparsity": None}}, {"gptq": {"scheme": "W4A16_G32"}}]}
 TWO_STAGES = {"name": "tested", "steps": [{"rotate": {}}, {"gptq": {"scheme": "W4A16_G32"}}]}
 
 
