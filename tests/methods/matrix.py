@@ -44,6 +44,8 @@ EIGHT_BITS = {"scheme": "W8A16_G16"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "brecq": {"targets": ["Linear"], "steps": 2, "batch": 4},
     "awq": {"search_space": 2},
+    "reconstruct": {"steps": 2, "batch": 2},
+    "fcpts": {"steps": 4, "batch": 1},
     "tiar": {"scheme": "W8A16_CHANNEL_ASYM", "steps": 20},
     "activation_ranges": {"start": "minmax", "steps": 0},
     "recalibrate": {"ranges": "minmax"},

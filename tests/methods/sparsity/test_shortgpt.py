@@ -153,6 +153,7 @@ AND_GPTQ = {"name": "tested", "steps": [{"shortgpt": {"share": 0.4}}, {"gptq": {
 BEHIND_MAGNITUDE = {"name": "tested", "steps": [{"magnitude": {}}, {"shortgpt": {"count": 2}}, {"rtn": {"scheme": "W4A16_G32"}}]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [AND_GPTQ, BEHIND_MAGNITUDE])
 def test_a_killed_run_resumes_with_the_same_bits(recipe: dict[str, Any], source: Path, tmp_path: Path) -> None:
     """The layers that are left have other names than in the source; zeros go with them."""
