@@ -149,7 +149,7 @@ def main() -> None:
     samples = Samples("sotu", given.samples, 512)
     original = PERPLEXITY.measure(aerogel.load(MODEL, lazy=False, dtype=torch.float32))
     settings = {
-        "original perplexity": original["perplexity"],
+        "original perplexity": round(original["perplexity"], 2),
         "calibration": f"State of the Union 1950-1999, {given.samples} x 512 tokens",
         "held out": original["source"],
         "scored tokens": original["tokens"],

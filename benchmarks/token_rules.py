@@ -3,7 +3,7 @@
     python benchmarks/token_rules.py            # about half an hour on one core -> results/token_rules.json and two more
     python benchmarks/token_rules.py --quick    # few chats, one seed; nothing is written
 
-The model is what `python zoo/scattered_vlm.py` trains, which takes about 90 minutes; it is not part of the repository.
+The model is what `torchrun --nproc-per-node 2 zoo/scattered_vlm.py` trains, which takes about 90 minutes; it is not part of the repository.
 
 An answer counts where the model, given its beginning, ranks each of its tokens first: then greedy decoding writes it. Rules see the prompt
 alone. Chats are drawn by seeds that no setting was chosen with.
