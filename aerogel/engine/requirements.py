@@ -84,6 +84,20 @@ def _teacher(network: Network, step: Step, earlier: Sequence[Step]) -> None:
                 f"{step.name} compares with the original model, and {other.name} before it removes layers; "
                 f"put {step.name} before {other.name}"
             )
+        if other.method.reorders == "blocks":
+            raise AerogelError(
+                f"{step.name} compares with the original model, and {other.name} before it gives blocks another basis; "
+                "leave one of them out"
+            )
+
+
+def _teacher_layers(network: Network, step: Step, earlier: Sequence[Step]) -> None:
+    for other in earlier:
+        if other.method.reorders == "layers":
+            raise AerogelError(
+                f"{step.name} compares layers with those of the original model, and {other.name} before it gives channels between them "
+                "another order or scale; leave one of them out, or choose options by which they do not"
+            )
 
 
 def _layers(network: Network, step: Step, earlier: Sequence[Step]) -> None:
@@ -143,6 +157,7 @@ LOOKS: Mapping[Requirement, Look] = {
     "uncached": _uncached,
     "dense": _dense,
     "teacher": _teacher,
+    "teacher_layers": _teacher_layers,
     "pruned": _pruned,
     "allocation": _allocation,
     "edges": _edges,

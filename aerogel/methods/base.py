@@ -22,22 +22,23 @@ from aerogel.runtime.policy_state import PolicyState
 _FEW = 0.05
 """Share of a block's weights up to which a layer that no group fits is left unquantized instead of refusing the recipe."""
 Requirement = Literal[
-    "calls", "teacher", "gradients", "uncached", "dense", "pruned", "allocation", "edges", "residual", "experts", "attention", "kv_cache",
-    "decoder", "layers", "images", "patch_grid", "time_path", "trajectories", "cached_modules", "block_range", "skips", "cfg",
-    "concatenations", "schedule", "replays",
+    "calls", "teacher", "teacher_layers", "gradients", "uncached", "dense", "pruned", "allocation", "edges", "residual", "experts",
+    "attention", "kv_cache", "decoder", "layers", "images", "patch_grid", "time_path", "trajectories", "cached_modules", "block_range",
+    "skips", "cfg", "concatenations", "schedule", "replays",
 ]  # fmt: skip
 """Requirements of a method on a model:
 
-calls: calibration data;  teacher: the model before any step;  gradients: autograd is on;  uncached: every module runs, so no feature cache
-may be on;  dense: no earlier step has pruned weights;  pruned: an earlier step has;  allocation: an earlier step gives each layer its share
-of zeros;  edges: norms and linear layers whose channels others read;  residual: one stream that can be rotated;  experts: routed experts;
-attention: modules that call scaled_dot_product_attention;  kv_cache: modules with a place in a key-value cache;  decoder: one row of blocks
-that attend with such a cache, each to everything before;  layers: one row of decoder layers that the configuration counts;  images: tokens
-that stand for images;  patch_grid: tokens of an image that are the patches of a square grid;  time_path: a time embedding that is projected
-for the blocks;  trajectories: whole denoising runs; cached_modules: attentions and feed-forwards that are added to the stream;
-block_range: blocks in one row with the stream between them;  skips: a way down and up again with skip connections;  cfg: classifier-free
-guidance in one batch;  concatenations: layers that read concatenated channels;  schedule: a feature-caching policy right before it;
-replays: the pipeline, whose sampler repeats recorded generations.
+calls: calibration data;  teacher: the model before any step, whose blocks no earlier step has given another basis;  teacher_layers: nor has
+one put the channels, scales or experts inside of blocks into another order;  gradients: autograd is on;  uncached: every module runs, so no
+feature cache may be on;  dense: no earlier step has pruned weights;  pruned: an earlier step has;  allocation: an earlier step gives each
+layer its share of zeros;  edges: norms and linear layers whose channels others read;  residual: one stream that can be rotated;  experts:
+routed experts;  attention: modules that call scaled_dot_product_attention;  kv_cache: modules with a place in a key-value cache;  decoder:
+one row of blocks that attend with such a cache, each to everything before;  layers: one row of decoder layers that the configuration
+counts;  images: tokens that stand for images;  patch_grid: tokens of an image that are the patches of a square grid;  time_path: a time
+embedding that is projected for the blocks;  trajectories: whole denoising runs;  cached_modules: attentions and feed-forwards that are
+added to the stream;  block_range: blocks in one row with the stream between them;  skips: a way down and up again with skip connections;
+cfg: classifier-free guidance in one batch;  concatenations: layers that read concatenated channels;  schedule: a feature-caching policy
+right before it;  replays: the pipeline, whose sampler repeats recorded generations.
 """
 
 
@@ -95,6 +96,10 @@ class _Method(Options, ABC):
     shares_calls: ClassVar[bool] = False
     """True where several processes may each have a part of the calls, because what it takes from them is added up over processes; else
     every process has all of them and does the same."""
+
+    reorders: ClassVar[Literal["nothing", "layers", "blocks"]] = "nothing"
+    """Where channels have another order, scale or basis afterwards, though the model computes the same: between layers of a block, or
+    between blocks too. What is compared with the original model there would be wrong."""
 
     @property
     def quantizes(self) -> bool:

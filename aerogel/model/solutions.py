@@ -44,6 +44,12 @@ class Problem:
             return next(iter(self.linears.values())).weight.new_zeros(self.columns, self.columns, dtype=torch.float32)
         return self.statistics.moment()
 
+    def fallback(self, failed: bool, instead: str) -> dict[str, str]:
+        """Return the note of a solution without a Hessian, where none was seen or its factorisation `failed`."""
+        if self.statistics is None:
+            return {"fallback": f"{instead}: no token reached it"}
+        return {"fallback": f"{instead}: the Hessian is not positive definite"} if failed else {}
+
     def rows(self) -> Iterator[tuple[str, nn.Linear, slice]]:
         """Yield the layers by name, each with its rows of the weight."""
         first = 0

@@ -382,7 +382,7 @@ LACKING: dict[str, Callable[[Case], bool]] = {
     "replays": lambda case: case.source != "pipeline",
 }
 """How a network shows that it does not have what a method may require."""
-GIVEN = frozenset({"calls", "teacher", "gradients", "uncached", "dense", "pruned", "allocation", "cfg", "schedule"})
+GIVEN = frozenset({"calls", "teacher", "teacher_layers", "gradients", "uncached", "dense", "pruned", "allocation", "cfg", "schedule"})
 """What every case here has: it comes with the calls, or with the steps before."""
 
 

@@ -143,7 +143,7 @@ def block_error(network: Network, blocks: Sequence[str], weights: Mapping[str, T
 
 
 def _outputs(network: Network, blocks: Sequence[str], weights: Mapping[str, Tensor], call: Call) -> list[Tensor]:
-    """What the blocks give in a forward, in the order they run; gradients reach the given weights only."""
+    """Return what the blocks give in a forward, in the order they run; gradients reach the given weights only."""
     seen: list[Tensor] = []
 
     def see(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -33,6 +33,7 @@ class PruneExperts(Method):
     """Removes the same number of experts from every layer, and their rows from the routers."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "experts", "uncached"})
+    reorders: ClassVar[Literal["nothing", "layers", "blocks"]] = "layers"
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """Share of each layer's experts to remove; what stays is rounded up."""

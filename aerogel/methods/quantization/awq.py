@@ -99,6 +99,7 @@ class Awq(WeightMethod):
     """Activation-aware scaling and clipping, then rounding to nearest."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "edges", "uncached"})
+    reorders: ClassVar[Literal["nothing", "layers", "blocks"]] = "layers"
     shares_calls: ClassVar[bool] = True
 
     search_space: CountOrZero = 20

@@ -134,14 +134,9 @@ class Gptq(WeightMethod):
         errors = block.processes.each({name: layer.error for name, layer in layers.items()})
         for name, layer in layers.items():
             scheme, seen, dtype = layer.problem.scheme, layer.problem.statistics, layer.problem.dtype
-            fallback = {}
-            if seen is None:
-                fallback = {"fallback": "rounded to nearest: no token reached it"}
-            elif layer.failed:
-                fallback = {"fallback": "rounded to nearest: the Hessian is not positive definite"}
             inputs = static_inputs(scheme, seen, self.input_range, dtype)
             block.replace(name, QuantLinear.from_codes(layer.linear, scheme, layer.codes_OI, layer.grid, layer.g_idx, inputs, dtype))
-            block.note(name, error=errors[name], damping=layer.damping, **fallback)
+            block.note(name, error=errors[name], damping=layer.damping, **layer.problem.fallback(layer.failed, "rounded to nearest"))
 
 
 @dataclass(eq=False)

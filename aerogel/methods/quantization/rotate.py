@@ -31,6 +31,7 @@ class Rotate(Method):
     """Rotates the residual stream without changing the function, so that weights quantize better (arXiv:2404.00456)."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"residual", "uncached", "dense"})
+    reorders: ClassVar[Literal["nothing", "layers", "blocks"]] = "blocks"
 
     kind: Literal["hadamard", "random"] = "hadamard"
     """Rotation: a Hadamard matrix with random signs spreads most evenly; a random orthogonal one exists for every width."""

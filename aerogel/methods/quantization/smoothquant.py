@@ -31,6 +31,7 @@ class Smoothquant(BlockMethod):
     """Smooths the inputs of linear layers with scales that the preceding norms, or the modulation behind them, absorb."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "edges", "uncached"})
+    reorders: ClassVar[Literal["nothing", "layers", "blocks"]] = "layers"
     shares_calls: ClassVar[bool] = True
 
     alpha: Share | Literal["search"] = 0.5

@@ -20,7 +20,7 @@ class ReconstructionMethod(TargetedMethod):
     """A block method on layers that an earlier step has pruned; their zeros stay zero."""
 
     layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d)
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "teacher", "uncached", "pruned"})
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "teacher", "teacher_layers", "uncached", "pruned"})
 
     targets: tuple[str, ...] = ("Linear", "Conv2d")
     """Layers to act on, of those that were pruned: globs on full dotted names, `re:` patterns or class names (Linear, Conv2d)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,6 @@ from aerogel.training.reconstruction import error_with
 class Reconstruct(ReconstructionMethod):
     """Fits the remaining weights and the biases of pruned layers to the outputs of the original model; zeros stay zero."""
 
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "gradients", "teacher", "uncached", "pruned"})
-
     granularity: Literal["single", "layer", "block"] = "block"
     """Part whose output is matched: one layer, a layer with the norm and activation behind it, or the block (all its layers together)."""
     inputs: Literal["sparse", "dense"] = "sparse"
@@ -46,6 +44,14 @@ class Reconstruct(ReconstructionMethod):
     """Samples in a step, drawn from all calls."""
     rate: Positive = 1e-4
     """Peak learning rate of Adam, which rises for a twentieth of the steps and falls by a cosine."""
+
+    @property
+    def requires(self) -> frozenset[Requirement]:  # type: ignore[override]
+        """Return what all reconstruction requires, and gradients; whole blocks with zeros that stay do without the original layers."""
+        needed: set[Requirement] = {*super().requires, "gradients"}
+        if self.granularity == "block" and self.mask == "static":
+            needed.discard("teacher_layers")
+        return frozenset(needed)
 
     def cost(self, size: CalibrationSize) -> CostEstimate:
         """Every step sees a batch; further passes measure the loss eleven times, run the teacher, and hand on what comes out."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,10 +36,15 @@ class Ria(PruningMethod):
     permute: bool = True
     """With an N:M pattern, first put inputs into the order in which the pattern keeps most, where the layers that give them can follow."""
 
+    @property
+    def reorders(self) -> Literal["nothing", "layers"]:  # type: ignore[override]
+        """Channels between layers, where inputs are put into another order."""
+        return "layers" if self.runs is not None and self.permute else "nothing"
+
     def problems(self, network: Network, before: Before) -> Iterator[str]:
         """Look for what every pruning method looks for; channels are followed now, while no call is under way."""
         yield from super().problems(network, before)
-        if self.runs is not None and self.permute:
+        if self.reorders == "layers":
             _ = network.edges
 
     @torch.no_grad()
@@ -48,10 +53,10 @@ class Ria(PruningMethod):
         shares = self.shares(block)
         norms = self.input_norms(block, shares)
         scores = {name: self._score(block.module.get_submodule(name), norm) for name, norm in norms.items()}  # type: ignore[arg-type]
-        moved = self._permute(block, scores) if self.runs is not None and self.permute else {}
+        moved = self._permute(block, scores) if self.reorders == "layers" else {}
         for name, score_OI in scores.items():
             facts = {"fallback": "pruned by relative importance alone: no token reached it"} if norms[name] is None else {}
-            if self.runs is not None and self.permute:
+            if self.reorders == "layers":
                 facts["permutation"] = moved.get(name, "none: its inputs are not rows of a layer that could follow")
             self.prune(block, name, self.kept(score_OI, shares[name], self.compared), **facts)
 

@@ -134,18 +134,19 @@ class Sparsegpt(PruningMethod):
         errors = block.processes.each({name: layer.error for name, layer in layers.items()})
         for name, layer in layers.items():
             scheme, seen, dtype = layer.problem.scheme, layer.problem.statistics, layer.problem.dtype
-            fallback = {}
-            if seen is None:
-                fallback = {"fallback": "pruned by magnitude: no token reached it"}
-            elif layer.failed:
-                fallback = {"fallback": "pruned by magnitude: the Hessian is not positive definite"}
             matrix(layer.linear).copy_(layer.weight_OI)
             block.prune(name, layer.weight_OI != 0)
             sparsity = zero_share(layer.linear.weight)
             if scheme is not None and layer.grid is not None:
                 inputs = static_inputs(scheme, seen, "absmax", dtype)
                 block.replace(name, quantized(layer.linear, scheme, layer.values_OI, layer.grid, None, inputs, dtype))
-            block.note(name, sparsity=sparsity, error=errors[name], damping=layer.damping, **fallback)
+            block.note(
+                name,
+                sparsity=sparsity,
+                error=errors[name],
+                damping=layer.damping,
+                **layer.problem.fallback(layer.failed, "pruned by magnitude"),
+            )
 
 
 @dataclass(eq=False)
