@@ -43,6 +43,9 @@ MORE_RECIPES: dict[str, Any] = {
     "kept": [{"awq": {"scheme": "W4A16_G32", "search_space": 4, "unmapped": "keep"}}],
     "rotated": [{"rotate": {}}, {"rtn": {"scheme": "W4A16_G32"}}, {"attention_quant": {}}, {"gptq": {"scheme": "W4A16_G32"}}],
     "pruned": [{"magnitude": {}}, {"gptq": {"scheme": "W4A16_G32"}}],
+    "wanda": [{"erk": {}}, {"wanda": {"sparsity": None}}, {"reconstruct": {"steps": 2, "batch": 2}}],
+    "sparsegpt": [{"sparsegpt": {}}],
+    "joint": [{"sparsegpt": {"pattern": "2:4", "scheme": "W4A16_G32"}}],
 }
 
 
