@@ -165,12 +165,30 @@ def prune_columns(weight_BOI: Tensor, found: Feedback, choice: Choice, kept_BOI:
 
 @torch.no_grad()
 def prune_and_round_columns(
-    weight_BOI: Tensor, found: Feedback, choice: Choice, fmt: Format, grid: Grid, group_BI: Tensor, kept_BOI: Tensor | None = None
+    weight_BOI: Tensor,
+    found: Feedback,
+    choice: Choice,
+    fmt: Format,
+    grid: Grid,
+    group_BI: Tensor,
+    fit: Callable[[Tensor, int, int], Grid] | None = None,
+    group: int = 0,
+    kept_BOI: Tensor | None = None,
 ) -> Pruned:
-    """Set weights to zero and round the others in one pass; `grid` and `group_BI` are those of `round_columns`."""
+    """Set weights to zero and round the others in one pass; `grid`, `group_BI`, `fit` and `group` are those of `round_columns`.
+
+    With `fit`, columns that are chosen together are whole groups, or `_FEW` at most that divide a group. A group's grid is then made from
+    the weights that stay by the choice as it would be before any of the group is rounded.
+    """
     loop = _RoundingLoop(weight_BOI, found, torch.ones_like(weight_BOI) if kept_BOI is None else kept_BOI, fmt, grid, group_BI)
+    loop.fit, loop.width = fit, group
     kept_BOI = loop.prune(choice)
     return Pruned(loop.codes_IBO.permute(1, 2, 0).contiguous(), kept_BOI, loop.loss())
+
+
+def fits_on_the_way(choice: Choice, group: int) -> bool:
+    """Return True where the grid of a group can be made when its turn comes, though weights are chosen on the way."""
+    return choice.every % group == 0 or (choice.every < _FEW and group % choice.every == 0)
 
 
 class _Loop:
@@ -185,6 +203,8 @@ class _Loop:
         self.found, self.weights_BII = found, found.weights_BII
         self.choice: Choice | None = None
         """Choice that is made while a few columns are changed, where it is of so few."""
+        self.unit = _FEW
+        """Columns that are changed one by one before those behind hear of them."""
         self.kept_IBO = None if kept_BOI is None else kept_BOI.permute(2, 0, 1).to(weight_BOI.dtype, memory_format=torch.contiguous_format)
         # Views, made once: in the loop every microsecond counts.
         self.columns = self.weight_IBO.unbind(0)
@@ -195,24 +215,30 @@ class _Loop:
         """Go through all columns, with weights chosen on the way; returns kept_BOI."""
         columns = len(self.weight_IBO)
         if choice.every < _FEW:
-            self.choice = choice
-            self.span(0, columns, choice.every * (_FEW // choice.every), self.few)
+            self.choice, self.unit = choice, choice.every * (_FEW // choice.every)
+            self.inside(0, columns)
         else:
 
             def chosen(low: int, high: int) -> None:
-                self._choose(choice, low, high)
-                self.span(low, high, _FEW, self.few)
+                self._require_mask()[low:high] = self._kept(choice, low, high)
+                self.inside(low, high)
 
             self.span(0, columns, choice.every, chosen)
-        assert self.kept_IBO is not None, "there is a mask to choose in"
-        return self.kept_IBO.permute(1, 2, 0).to(torch.bool).contiguous()
+        return self._require_mask().permute(1, 2, 0).to(torch.bool).contiguous()
 
-    def _choose(self, choice: Choice, low: int, high: int) -> None:
-        """Choose among columns that have heard of all errors before them; what was not kept before is worth nothing."""
+    def inside(self, low: int, high: int) -> None:
+        """Go through columns whose weights are chosen, or are chosen a few at a time."""
+        self.span(low, high, self.unit, self.few)
+
+    def _require_mask(self) -> Tensor:
         assert self.kept_IBO is not None, "there is a mask to choose in"
-        kept_nBO = self.kept_IBO[low:high]
+        return self.kept_IBO
+
+    def _kept(self, choice: Choice, low: int, high: int) -> Tensor:
+        """Return the kept_nBO of columns that have heard of all errors before them; what was not kept before is worth nothing."""
+        kept_nBO = self._require_mask()[low:high]
         score_nBO = (self._compensated(low, high) * kept_nBO).square_().mul_(self.found.importance_BI[:, low:high].T[..., None])
-        kept_nBO *= choice.choose(score_nBO.permute(1, 2, 0), low, high).permute(2, 0, 1)
+        return kept_nBO * choice.choose(score_nBO.permute(1, 2, 0), low, high).permute(2, 0, 1)
 
     def span(self, low: int, high: int, unit: int, finish: Callable[[int, int], None]) -> None:
         """Round columns that have heard of all errors before them; halves meet at multiples of `unit`."""
@@ -236,7 +262,8 @@ class _Loop:
         before_NBO = self.error_IBO[low:high].clone()
         for index, column in enumerate(range(low, high)):
             if self.choice is not None and column % self.choice.every == 0:
-                self._choose(self.choice, column, min(column + self.choice.every, len(self.columns)))
+                behind = min(column + self.choice.every, len(self.columns))
+                self._require_mask()[column:behind] = self._kept(self.choice, column, behind)
             self._change(column, self.values[index])
             if column + 1 < high:
                 self.weight_IBO[column + 1 : high].addcmul_(push_NNB1[index, index + 1 :], self.errors[column])
@@ -282,20 +309,33 @@ class _RoundingLoop(_Loop):
         self.format, self.grid = fmt, grid
         self.scale_GBO = grid.step.to(weight_BOI.dtype).permute(2, 0, 1).contiguous()
         self.zero_GBO = None if grid.zero is None else grid.zero.to(weight_BOI.dtype).permute(2, 0, 1).contiguous()
+        self.fit: Callable[[Tensor, int, int], Grid] | None = None
+        self.width = 0
         # Views too.
         self.scales = _rows(self.scale_GBO, group_BI)
         self.zeros = None if self.zero_GBO is None else _rows(self.zero_GBO, group_BI)
 
+    def inside(self, low: int, high: int) -> None:
+        """Go through whole groups, where their grids are made on the way."""
+        if self.fit is None:
+            super().inside(low, high)
+        else:
+            fit = self.fit
+            self.span(low, high, self.width, lambda low, high: self.group(low, high, self.width, fit))
+
     def group(self, low: int, high: int, group: int, fit: Callable[[Tensor, int, int], Grid]) -> None:
         """Make the grid of a group from its weights as they stand now, then round them."""
         weight_nBO = self._compensated(low, high)
-        if self.kept_IBO is not None:
+        if self.choice is not None:
+            starts = range(low, high, self.choice.every)
+            weight_nBO *= torch.cat([self._kept(self.choice, start, min(start + self.choice.every, high)) for start in starts])
+        elif self.kept_IBO is not None:
             weight_nBO *= self.kept_IBO[low:high]
         found, index = fit(weight_nBO.permute(1, 2, 0), low, high), low // group
         self.scale_GBO[index] = self.grid.scale[..., index] = found.scale
         if self.zero_GBO is not None and self.grid.zero is not None and found.zero is not None:
             self.zero_GBO[index] = self.grid.zero[..., index] = found.zero
-        self.span(low, high, _FEW, self.few)
+        self.span(low, high, self.unit, self.few)
 
     def _change(self, column: int, value_BO: Tensor) -> None:
         scale, error = self.scales[column], self.errors[column]

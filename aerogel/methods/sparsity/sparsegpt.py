@@ -25,9 +25,9 @@ from aerogel.model.sequential import change_in_order
 from aerogel.model.solutions import Problem, Share, Solution, batches, group_width, has_scales_of_rows, importance_of, row_grids, stack
 from aerogel.model.statistics import InputStatistics
 from aerogel.model.unseen_experts import borrow_input_ranges
-from aerogel.numerics.feedback import Choice, feedback, prune_and_round_columns, prune_columns
-from aerogel.numerics.quantize import dequantize, grouped
-from aerogel.numerics.scheme import Scheme, TensorScheme
+from aerogel.numerics.feedback import Choice, feedback, fits_on_the_way, prune_and_round_columns, prune_columns
+from aerogel.numerics.quantize import Grid, dequantize, grouped
+from aerogel.numerics.scheme import PerGroup, Scheme, TensorScheme
 from aerogel.numerics.search import Shared, observe
 from aerogel.numerics.sparsity import kept_by_count, kept_by_pattern, zero_share
 from aerogel.options import Count, NonNegative
@@ -219,8 +219,8 @@ def solve(
 ) -> Solution:
     """Set weights to zero, and round the others where that is asked for, so that outputs for inputs with these Hessians change little.
 
-    Weights of inputs that were always zero go first. Where `kept_BOI` is False, weights are pruned already and stay zero. The grids are
-    made from the weights before any is pruned.
+    Weights of inputs that were always zero go first. Where `kept_BOI` is False, weights are pruned already and stay zero. The grid of
+    a group is made when its turn comes, from the weights that stay; other grids are made from the weights before any is pruned.
     """
     dead_BI = hessian_BII.diagonal(dim1=-2, dim2=-1) <= 0
     found = feedback(hessian_BII, damping)
@@ -234,18 +234,30 @@ def solve(
     if rounding is None:
         pruned = prune_columns(weight_BOI, found, choice_of_living, kept_BOI)
         return Solution(pruned.weight_BOI, pruned.loss_BO, [], None, found.damping_B, found.failed_B)
-    scheme = rounding.scheme
-    grids = [
-        stored_grid(
-            observe(grouped(weight_OI, scheme.granularity), scheme, "mse", importance_of(importance_I, weight_OI, scheme), shared),
-            rounding.dtype,
+    columns, scheme = weight_BOI.shape[-1], rounding.scheme
+    width = group_width(scheme, columns)
+    group_BI = (torch.arange(columns, device=weight_BOI.device) // width).expand(len(weight_BOI), -1)
+    if isinstance(scheme.granularity, PerGroup) and scheme.scale_format == "float" and fits_on_the_way(choice, width):
+        blank = weight_BOI.new_zeros(*weight_BOI.shape[:2], -(-columns // width))
+        grid = Grid(blank, None if scheme.symmetric else blank.to(scheme.format.storage))
+
+        def fit(weight_BOn: Tensor, low: int, high: int) -> Grid:
+            return stored_grid(observe(weight_BOn, scheme, "mse", found.importance_BI[:, None, low:high]), rounding.dtype)
+
+        pruned = prune_and_round_columns(
+            weight_BOI, found, choice_of_living, scheme.format, grid, group_BI, fit=fit, group=width, kept_BOI=kept_BOI
         )
-        for weight_OI, importance_I, shared in zip(weight_BOI, found.importance_BI, rounding.shared_B, strict=True)
-    ]
-    columns = weight_BOI.shape[-1]
-    group_BI = (torch.arange(columns, device=weight_BOI.device) // group_width(scheme, columns)).expand(len(weight_BOI), -1)
-    grid = row_grids(grids, scheme, weight_BOI.shape[1])
-    pruned = prune_and_round_columns(weight_BOI, found, choice_of_living, scheme.format, grid, group_BI, kept_BOI)
+        grids = [Grid(grid.scale[b], None if grid.zero is None else grid.zero[b]) for b in range(len(weight_BOI))]
+    else:
+        grids = [
+            stored_grid(
+                observe(grouped(weight_OI, scheme.granularity), scheme, "mse", importance_of(importance_I, weight_OI, scheme), shared),
+                rounding.dtype,
+            )
+            for weight_OI, importance_I, shared in zip(weight_BOI, found.importance_BI, rounding.shared_B, strict=True)
+        ]
+        grid = row_grids(grids, scheme, weight_BOI.shape[1])
+        pruned = prune_and_round_columns(weight_BOI, found, choice_of_living, scheme.format, grid, group_BI, kept_BOI=kept_BOI)
     return Solution(pruned.weight_BOI, pruned.loss_BO, grids, None, found.damping_B, found.failed_B)
 
 

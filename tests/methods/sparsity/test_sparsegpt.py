@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from aerogel.layers.linear import QuantLinear
-from aerogel.methods.sparsity.sparsegpt import Sparsegpt, smallest_of, solve
+from aerogel.methods.sparsity import sparsegpt
+from aerogel.methods.sparsity.sparsegpt import Rounding, Sparsegpt, smallest_of, solve
+from aerogel.methods.sparsity.sparsegpt import pattern as pattern_of
 from aerogel.model.processes import Processes
 from aerogel.model.solutions import Share
 from aerogel.numerics.feedback import Choice
+from aerogel.numerics.scheme import Scheme
 from tests.methods.sparsity.cells import Cell, inputs, visit
 
 MATRIX = {"options": {"sparsity": 0.02}}  # which moves a network of random weights by less than eight bits do
@@ -172,3 +175,19 @@ def test_rows_are_shared_out_only_where_they_do_not_look_at_each_other(apart: bo
     shares = [Share.of(Processes(rank=rank, count=2, on_machine=2), weight, apart) for rank in range(2)]
     assert [share.by_rows for share in shares] == [apart] * 2
     assert [weight[share.problems, share.rows].numel() for share in shares] == ([96, 96] if apart else [0, 192])
+
+
+@pytest.mark.parametrize("choice", [Choice(smallest_of([[(slice(0, 24), 0.5)]]), 32), Choice(pattern_of(2, 4), 4)], ids=["half", "2:4"])
+def test_ranges_of_what_stays_lose_less_than_those_of_all_weights(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grid of a group is made when its turn comes, for the weights that are left and have moved by then."""
+    losses: dict[bool, float] = {}
+    for late in (True, False):
+        if not late:
+            monkeypatch.setattr(sparsegpt, "fits_on_the_way", lambda *_: False)
+        for seed in range(8):
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.randn(256, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+            weight = torch.randn(1, 24, 64, generator=generator)
+            rounding = Rounding(Scheme.parse("W4A16_G16").weights, torch.float32, [None])
+            losses[late] = losses.get(late, 0.0) + float(solve(weight, (x.T @ x / 256)[None], choice, rounding=rounding).loss_BO.sum())
+    assert losses[True] < losses[False]
