@@ -114,9 +114,9 @@ class Thresholds:
 
     def sparsity(self) -> Tensor:
         """Return the share of zeros over all layers, with a derivative by every threshold."""
-        sizes = [layer.weight.numel() for layer in self.layers.values()]
-        shares = torch.stack([soft_share(*self.of(name)) for name in self.layers])
-        return (shares * shares.new_tensor(sizes)).sum() / sum(sizes)
+        sizes = {name: layer.weight.numel() for name, layer in self.layers.items()}
+        zeros = torch.stack([size * soft_share(*self.of(name)) for name, size in sizes.items()])
+        return zeros.sum() / sum(sizes.values())
 
     @torch.no_grad()
     def shares(self) -> Shares:
