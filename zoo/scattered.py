@@ -68,15 +68,20 @@ def scene(items: collages.Items, dice: random.Random) -> tuple[list[Item], np.nd
 
 def asked(laid: list[Item], dice: random.Random) -> dict[str, tuple[str, str]]:
     """A question of each kind with its answer; none for a place where no kind is there once only."""
-    labels = [item.label for item in laid]
-    single, one = [item for item in laid if labels.count(item.label) == 1], dice.choice(laid)
-    turns = {"kind": _kind(laid, dice), "count": _count(labels, dice)}
+    single, one = _single(laid), dice.choice(laid)
+    turns = {"kind": _kind(laid, dice), "count": _count([item.label for item in laid], dice)}
     turns["detail"] = dice.choice([*_details(laid, one)])
     if single:
-        found = dice.choice(single)
-        name = collages.NAMES[found.label]
-        turns["place"] = (f"Where is the {name}?", f"The {name} is in the {PLACES[found.place]}.")
+        turns["place"] = _where(dice.choice(single))
     return turns
+
+
+def one_each(laid: list[Item], dice: random.Random) -> list[tuple[str, str]]:
+    """A question for each item, mostly for the place of one whose kind is there once, and one for a place with nothing."""
+    single = _single(laid)
+    empty = dice.choice([place for place in range(9) if place not in {item.place for item in laid}])
+    turns = [_where(item) if item in single and dice.random() < 0.7 else _what(item.place, item.label) for item in laid]
+    return [*turns, _what(empty, None)]
 
 
 def described(laid: list[Item]) -> tuple[str, str]:
@@ -99,10 +104,24 @@ def draw(items: collages.Items, number: int, seed: int, turns: int = 1) -> list[
     return drawn
 
 
+def _single(laid: list[Item]) -> list[Item]:
+    labels = [item.label for item in laid]
+    return [item for item in laid if labels.count(item.label) == 1]
+
+
+def _where(item: Item) -> tuple[str, str]:
+    name = collages.NAMES[item.label]
+    return f"Where is the {name}?", f"The {name} is in the {PLACES[item.place]}."
+
+
 def _kind(laid: list[Item], dice: random.Random) -> tuple[str, str]:
     taken = {item.place: item.label for item in laid}
     place = dice.choice(list(taken)) if dice.random() < 0.85 else dice.randrange(9)
-    there = collages.an(collages.NAMES[taken[place]]) if place in taken else "nothing"
+    return _what(place, taken.get(place))
+
+
+def _what(place: int, label: int | None) -> tuple[str, str]:
+    there = "nothing" if label is None else collages.an(collages.NAMES[label])
     return f"What is in the {PLACES[place]}?", f"There is {there} in the {PLACES[place]}."
 
 

@@ -1,8 +1,9 @@
 """Trains zoo/scattered-vlm, zoo/fashion-vlm tuned for images of 144 tokens: `torchrun --nproc-per-node 2 zoo/scattered_vlm.py`.
 
-Most of an image is empty, so that most of its tokens can go. A training chat asks for places and kinds twice, for a number and a detail
-once, and last for a description of the image; the loss is that of all answers. Each process computes the gradients of its own chats on one
-thread. With --check and without torchrun it prints how many held-out answers the saved model gets right, seeing and shown the next image.
+Most of an image is empty, so that most of its tokens can go; and a random share of the empty ones is masked in training, so that a number
+is not told from the share of tokens that show items. A training chat asks once for each item, for its place or its kind, for a number and
+a detail, and last for a description of the image; the loss is that of all answers. Each process computes the gradients of its own chats on
+one thread. With --check and without torchrun it prints how many held-out answers the saved model gets right, seeing and shown the next image.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import collages
 import fashion
@@ -31,15 +33,29 @@ IMAGES, BATCH, RATE = 28_000, 8, 1.2e-3
 
 
 def taught(items: collages.Items, number: int, seed: int) -> list[scattered.Chat]:
-    """Chats with questions in any order, none twice, and a description behind them, which no question can be answered from."""
+    """Chats that ask once for each item, in any order, and for a description behind them, which no question can be answered from."""
     dice, drawn = random.Random(seed), []
     for _ in range(number):
         laid, image = scattered.scene(items, dice)
-        once, again = scattered.asked(laid, dice), scattered.asked(laid, dice)
-        turns = list(dict.fromkeys([*once.values(), *(again[kind] for kind in ("place", "kind") if kind in again)]))
+        once = scattered.asked(laid, dice)
+        turns = [once["count"], once["detail"], *scattered.one_each(laid, dice)]
         dice.shuffle(turns)
         drawn.append(scattered.Chat("description", (image,), (*turns, scattered.described(laid))))
     return drawn
+
+
+def fewer_empty_tokens(kwargs: dict[str, Any], model: torch.nn.Module, generator: torch.Generator) -> dict[str, Any]:
+    """Mask a random share of each image's empty tokens; all others keep their positions."""
+    image_BS = kwargs["input_ids"] == model.config.image_token_id
+    darkest = (scattered.NOISE / 255 - 0.5) / 0.5
+    empty_T = kwargs["pixel_values"].reshape(int(image_BS.sum()), -1).amax(1) < darkest
+    empty_BS = torch.zeros_like(image_BS)
+    empty_BS[image_BS] = empty_T
+    share_B1 = torch.rand(len(image_BS), 1, generator=generator)
+    masked_BS = empty_BS & (torch.rand(image_BS.shape, generator=generator) < share_B1)
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+    position_ids_3BS, _ = model.model.get_rope_index(**{name: kwargs[name] for name in names})
+    return {**kwargs, "position_ids": position_ids_3BS, "attention_mask": kwargs["attention_mask"] * ~masked_BS}
 
 
 def read(chat: scattered.Chat) -> chats.Chat:
@@ -86,13 +102,14 @@ def train(model: torch.nn.Module, pair: Pair, items: collages.Items, given: argp
     steps = given.images // (BATCH * processes)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, given.rate, total_steps=steps, pct_start=0.05)
+    generator = torch.Generator().manual_seed(given.seed * processes + rank)
     start, seen = time.monotonic(), []
     model.train()
     for step in range(steps):
         drawn = [read(chat) for chat in taught(items, BATCH, (given.seed * steps + step) * processes + rank)]
         (call,) = chats.calls(drawn, pair, BATCH, padded=True)
         kwargs = {**call.kwargs, "labels": all_answers(call.kwargs["input_ids"], pair)}
-        answered = model(**kwargs, output_router_logits=True)
+        answered = model(**fewer_empty_tokens(kwargs, model, generator), output_router_logits=True)
         optimizer.zero_grad(set_to_none=True)
         answered.loss.backward()
         averaged(model)
