@@ -2,8 +2,9 @@
 
 Most of an image is empty, so that most of its tokens can go; and a random share of the empty ones is masked in training, so that a number
 is not told from the share of tokens that show items. A training chat asks once for each item, for its place or its kind, for a number and
-a detail, and last for a description of the image; the loss is that of all answers. Each process computes the gradients of its own chats on
-one thread. With --check and without torchrun it prints how many held-out answers the saved model gets right, seeing and shown the next image.
+a detail, and last for a description of the image; the loss is that of all answers. Each process computes the gradients of its own chats
+on one thread. With --check and without torchrun it prints how many held-out answers the saved model gets right, seeing and shown the next
+image.
 """
 
 from __future__ import annotations
