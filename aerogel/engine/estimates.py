@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ _FACTORING = 5
 _ROUNDING = 6
 # Sides of the matrices that are multiplied to see how fast a device is: large enough to keep it busy.
 _CPU_PRODUCT, _ACCELERATOR_PRODUCT = 768, 4096
+_TIMED_SECONDS = 0.05
 # Forwards that an optimiser step is worth: one, and twice that for its gradients.
 _FITTING = 3
 # Perplexity and agreement both read both networks, in windows that overlap.
@@ -215,13 +216,18 @@ def seconds(
     }
 
 
-def measured_flops_a_second(device: torch.device = HOST, seconds: float = 0.05) -> float:
-    """Matrix-product rate of a device in float32, timed for a moment."""
+def measured_flops_a_second(device: torch.device = HOST) -> float:
+    """Matrix-product rate of a device in float32, timed for a moment, once a process and number of threads."""
+    return _timed(device, torch.get_num_threads())
+
+
+@cache
+def _timed(device: torch.device, threads: int) -> float:
     size = _CPU_PRODUCT if device.type == HOST.type else _ACCELERATOR_PRODUCT
     a, b = torch.ones(size, size, device=device), torch.ones(size, size, device=device)
     a @ b
     count, elapsed, start = 0, 0.0, synchronized_clock.now(device)
-    while elapsed < seconds:
+    while elapsed < _TIMED_SECONDS:
         a @ b
         count += 1
         elapsed = synchronized_clock.now(device) - start

@@ -283,8 +283,8 @@ def test_all_methods_on_tiny_models(tmp_path: Path) -> None:
     for pair, *answered in zip(methods, *both, strict=True):
         for wanted, *found in zip(of_tiny(*pair), *answered, strict=True):
             for answer in found:
-                # A candidate of AWQ that costs the same may be taken, as sums are in another order; a few integer codes of GPTQ and SparseGPT differ.
-                # Tokens that a policy has dropped have no logits.
+                # A candidate of AWQ that costs the same may be taken, as sums are in another order; a few integer codes of GPTQ and
+                # SparseGPT differ. Tokens that a policy has dropped have no logits.
                 near = {"awq": 5e-2, "gptq": 5e-3, "sparsegpt": 5e-3}.get(pair[0], 1e-3)
                 torch.testing.assert_close(answer, wanted, rtol=1e-3, atol=near, equal_nan=True, msg=str(pair))
 
