@@ -1,9 +1,8 @@
 """Rules that drop image tokens on zoo/scattered-vlm, at equal numbers of tokens: who beats chance, and what a second question costs.
 
-    python benchmarks/token_rules.py            # about half an hour on one core -> results/token_rules.json and two more
-    python benchmarks/token_rules.py --quick    # few chats, one seed; nothing is written
-
-The model is what `torchrun --nproc-per-node 2 zoo/scattered_vlm.py` trains, which takes about 90 minutes; it is not part of the repository.
+    python benchmarks/token_rules.py                # an hour on one core -> results/token_rules.json, token_grid.json, token_turns.json
+    python benchmarks/token_rules.py rules grid     # some of them
+    python benchmarks/token_rules.py --quick        # few chats, one seed; nothing is written
 
 An answer counts where the model, given its beginning, ranks each of its tokens first: then greedy decoding writes it. Rules see the prompt
 alone. Chats are drawn by seeds that no setting was chosen with.
@@ -14,7 +13,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,23 +248,30 @@ def percent(share: float) -> float:
 
 
 def main() -> None:
-    """Measure and write."""
-    quick = "--quick" in sys.argv
+    """Measure and write, each table when it is there."""
+    quick, wanted = "--quick" in sys.argv, [name for name in TABLES if name in sys.argv] or list(TABLES)
     torch.set_num_threads(1)
     seeds, count = (SEEDS[:1], 32) if quick else (SEEDS, CHATS)
     network = open_model(MODEL, dtype=torch.float32, lazy=False)
-    with torch.no_grad():
-        tables = compare(network, seeds, count), second_turn(network, seeds, count // 2), with_quantization(network, seeds, count)
-    if quick:
-        return
-    settings = {
-        "model": "zoo/scattered-vlm",
-        "image tokens": TOKENS,
-        "chats": f"{count} for each of seeds {seeds[0]} to {seeds[-1]}",
-        "threads": 1,
-    }
-    for (name, title, columns, notes), rows in zip(TABLES, tables, strict=True):
-        write(name, title, settings, columns, rows, notes)
+    for name in wanted:
+        table = TABLES[name]
+        with torch.no_grad():
+            rows = table.measure(network, seeds, count // table.fewer)
+        if not quick:
+            chats_each = f"{count // table.fewer} for each of seeds {seeds[0]} to {seeds[-1]}"
+            settings = {"model": "zoo/scattered-vlm", "image tokens": TOKENS, "chats": chats_each, "threads": 1}
+            write(f"token_{name}", table.title, settings, table.columns, rows, table.notes)
+
+
+class Table(NamedTuple):
+    """A table of results/token_NAME.json."""
+
+    measure: Callable[[Network, Sequence[int], int], list[list[Any]]]
+    fewer: int
+    """The share of chats that it reads is one of so many."""
+    title: str
+    columns: list[str]
+    notes: list[str]
 
 
 HELD_OUT = collages.Items.held_out()
@@ -273,37 +279,35 @@ KINDS = ("place", "kind", "count", "detail")
 SEE_THE_QUESTION = ("fastv", "pyramid_drop", "sparsevlm", "dart")
 BY_POSITION = ("input_ids", "attention_mask", "mm_token_type_ids")
 _OPTIONS = "; ".join(f"{name} {', '.join(f'{key} {value}' for key, value in options.items())}" for name, options in OPTIONS.items())
-TABLES: tuple[tuple[str, str, list[str], list[str]], ...] = (
-    (
-        "token_rules", "Answers with fewer image tokens",
+TABLES = {
+    "rules": Table(
+        compare, 1, "Answers with fewer image tokens",
         [
             "rule", "tokens asked for", "left", "computed, mean over blocks", "KL, nats", "exact match, %", "by seed",
             *(f"{kind}, %" for kind in KINDS),
         ],
         [
             "Rules that act inside the decoder leave as many tokens in the end and compute more on average over its six blocks.",
+            "sparsevlm's merged token comes on top of those asked for.",
             f"Options other than the published ones, which are for deeper decoders: {_OPTIONS}.",
             "oracle ranks tokens by how much their pixels differ from the ground; it knows how the images were made.",
             "tome and mustdrop need a vision tower whose patches are tokens one by one, which this family's is not.",
         ],
     ),
-    (
-        "token_turns", f"A second question about an image of which {TURNS_AT} tokens are left",
-        ["rule", "sees the question", "fresh choice, exact match, %", "first choice, exact match, %", "worse by, points", "by seed"],
-        [
-            f"{CHATS // 2} chats for each seed.",
-            "A fresh choice reads both questions. With the first choice, the second question goes on behind the cache of the first.",
-        ],
-    ),
-    (
-        "token_grid", "Fewer image tokens (visionzip) and weights in 4 bits (rtn, W4A16_G32)",
+    "grid": Table(
+        with_quantization, 1, "Fewer image tokens (visionzip) and weights in 4 bits (rtn, W4A16_G32)",
         [
             "tokens", "neither, exact match, %", "fewer tokens, %", "4 bits, %", "both, %", "loss of both over sum of losses",
             "fewer tokens, KL", "4 bits, KL", "both, KL", "KL of both over sum",
         ],
         ["KL in nats an answer token, from the model with all tokens and unquantized weights."],
     ),
-)  # fmt: skip
+    "turns": Table(
+        second_turn, 4, f"A second question about an image of which {TURNS_AT} tokens are left",
+        ["rule", "sees the question", "fresh choice, exact match, %", "first choice, exact match, %", "worse by, points", "by seed"],
+        ["A fresh choice reads both questions. With the first choice, the second question goes on behind the cache of the first."],
+    ),
+}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,10 +1,16 @@
-"""Scattered items: what is asked and answered is what lies in the image."""
+"""Scattered items: answers say what lies in the image, in words that zoo/scattered-vlm knows; training masks what is empty."""
 
 from __future__ import annotations
 
 import random
+import re
 
-from tests.questions import zoo
+import torch
+from transformers import AutoTokenizer
+
+import aerogel
+from aerogel.data import chats
+from tests.questions import ZOO, zoo
 
 scattered, collages = zoo("scattered"), zoo("collages")
 ITEMS = collages.Items.held_out()
@@ -47,3 +53,43 @@ def test_chats_of_two_turns_ask_two_things_about_one_image() -> None:
     again = scattered.draw(ITEMS, 16, seed=3, turns=2)
     assert [chat.turns for chat in again] == [chat.turns for chat in drawn]
     assert [len(chat.messages()) for chat in drawn] == [4] * 16
+
+
+def test_training_asks_once_for_each_item_and_for_an_empty_place() -> None:
+    for seed in range(50):
+        dice = random.Random(seed)
+        laid, _ = scattered.scene(ITEMS, dice)
+        *turns, (question, answer) = scattered.one_each(laid, dice)
+        assert len(turns) == len(laid)
+        places = [next(place for place in range(9) if f" {scattered.PLACES[place]}." in answer) for _, answer in turns]
+        assert places == [item.place for item in laid]
+        assert "There is nothing" in answer
+        assert not any(scattered.PLACES[place] in question for place in places)
+
+
+def test_every_word_of_a_question_is_one_token() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(ZOO / "scattered-vlm")
+    drawn = scattered.draw(ITEMS, 24, seed=0, turns=3)
+    words = {word for chat in drawn for turn in chat.turns for text in turn for word in re.findall(r"[A-Za-z]+", text)}
+    assert len(words) > 20
+    assert sorted(word for word in words if min(len(tokenizer.tokenize(f" {word}")), len(tokenizer.tokenize(word))) > 1) == []
+
+
+def test_only_empty_tokens_are_masked_and_positions_stay() -> None:
+    network = aerogel.load(ZOO / "scattered-vlm", lazy=False)
+    trained = zoo("scattered_vlm")
+    drawn = trained.taught(ITEMS, 2, seed=1)
+    (call,) = chats.calls([trained.read(chat) for chat in drawn], network.processor, 2, padded=True)
+    given = trained.fewer_empty_tokens(call.kwargs, network.module, torch.Generator().manual_seed(0))
+    masked_BS = (call.kwargs["attention_mask"] == 1) & (given["attention_mask"] == 0)
+    image_BS = call.kwargs["input_ids"] == network.config.image_token_id
+    assert 0 < masked_BS.sum() < image_BS.sum()
+    assert not (masked_BS & ~image_BS).any()
+    for chat, masked_S, there_S in zip(drawn, masked_BS, image_BS, strict=True):
+        image_HWC = torch.from_numpy(chat.images[0])
+        lit_T = image_HWC.unfold(0, 14, 14).unfold(1, 14, 14).amax((2, 3, 4)).flatten() >= scattered.NOISE
+        assert not (masked_S[there_S] & lit_T).any()
+    with torch.no_grad():
+        plain = network.module(**call.kwargs).logits
+        placed = network.module(**call.kwargs, position_ids=given["position_ids"]).logits
+    assert torch.equal(plain, placed)
