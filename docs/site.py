@@ -22,6 +22,7 @@ PAGES = {
     "Fewer tokens": "tokens.md",
     "Models": "models.md",
     "Speed": "speed.md",
+    "Zeros": "sparsity.md",
     "Figures": "figures.md",
     "Architecture": "architecture.md",
     "Adding a method": "adding-a-method.md",

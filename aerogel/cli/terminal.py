@@ -74,6 +74,8 @@ def print_coverage(facts: Mapping[str, Any]) -> None:
         console.print(f"{what} of {found.layers} layers: {', '.join(share.words for share in shares)}", markup=False)
         if what in left:
             console.print(f"  not quantized: {', '.join(phrases.several(*group) for group in left[what])}", markup=False)
+    if (zeros := coverage.zeros(found)) is not None:
+        console.print(zeros, markup=False)
     if found.attentions:
         console.print(f"attention operands quantized in {len(found.attentions)} attention modules")
 

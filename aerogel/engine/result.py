@@ -10,6 +10,7 @@ from typing import Any
 
 from aerogel.engine import policies, structure_file
 from aerogel.engine.opening import open_model
+from aerogel.engine.stored_zeros import counted
 from aerogel.errors import AerogelError
 from aerogel.io import save
 from aerogel.io.locks import locked
@@ -114,8 +115,12 @@ def save_locked(result: Result, output: Path) -> None:
 
 
 def write(folder: Path, network: Network, record: Record, measured: Sequence[policies.CalibratedPolicy], tensors: Any = None) -> Record:
-    """Write a network, its policies and its record into a folder; returns the record with checksums and policies added."""
-    checksums = save.write(network, folder, tensors, extras=policies.extras(measured))
+    """Write a network, its policies and its record into a folder; returns the record with checksums, policies and stored zeros added."""
+    zeros: dict[str, float] = {}
+    passing = counted(network, save.resident(network.module) if tensors is None else tensors, zeros)
+    checksums = save.write(network, folder, passing, extras=policies.extras(measured))
+    if zeros and record.coverage is not None:
+        record = record.replaced(coverage={**record.coverage.as_dict(), "zeros": zeros})
     if measured:
         records, of_states = policies.save(measured, folder)
         record = record.replaced(policies=records)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from aerogel.export.exporter import Exporter, Master, SavedPolicy, Source, inexpressible
+from aerogel.io import quantization_schema
 from aerogel.io.packed_words import FIRST, padded
-from aerogel.io.quantized import OWN
+from aerogel.io.quantized import OWN, configs_in
 from aerogel.io.save import copy_companions, new_folder
 from aerogel.io.shards import write_shards
 from aerogel.options import Bytes
@@ -42,4 +45,17 @@ class CompressedTensors(Exporter):
             if padded(master.quantization):
                 config = master.config | {"quantization_config": master.quantization | {"version": FIRST}}
                 (target / "config.json").write_text(json.dumps(config, indent=2))
+            if quantization_schema.masked_tensors(master.quantization):
+                (target / "config.json").write_text(json.dumps(_with_dense_weights(master), indent=2) + "\n")
             write_shards(target, tensors, max_shard_size=self.max_shard_size)
+
+
+def _with_dense_weights(master: Master) -> dict[str, Any]:
+    """Return the config without bit masks, and without a quantization_config where nothing is quantized."""
+    config = copy.deepcopy(master.config)
+    for each in configs_in(config):
+        if isinstance(found := each.get("quantization_config"), dict):
+            del found["sparsity_config"]
+            if not found["config_groups"] and not found.get("kv_cache_scheme"):
+                del each["quantization_config"]
+    return config

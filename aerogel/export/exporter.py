@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
+from aerogel.io import bitmask
 from aerogel.io.checkpoint import Checkpoint, Piece
 from aerogel.io.dequantize import dequantizer_of
 from aerogel.io.json_files import read_object
@@ -104,12 +105,13 @@ class Master:
         family = family_of(source.families, config.get("model_type"), config.get("_class_name"), config)
         names = names_of(folder, config)
         dequantize = dequantizer_of(config, folder)
-        checkpoint = Checkpoint.open(folder, names.in_memory, dequantize=dequantize)
+        stored = dequantize or bitmask.reader(quantization_of(config), folder / "config.json")
+        checkpoint = Checkpoint.open(folder, names.in_memory, dequantize=stored)
         checkpoint.verify()
         found = cls(folder, config, family, names, checkpoint)
         if dequantize is not None or not padded(found.quantization):
             return found
-        return replace(found, checkpoint=Checkpoint.open(folder, names.in_memory, found._repacked))
+        return replace(found, checkpoint=Checkpoint.open(folder, names.in_memory, found._repacked, stored))
 
     def _repacked(self, name: str, _: Callable[[], tuple[int, ...]]) -> dict[str, Piece]:
         layer = name.rpartition(".")[0]

@@ -20,6 +20,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from aerogel.inference.lm_head import Head
 from aerogel.kernels import linear as kernels
+from aerogel.kernels import sparse_linear
 from aerogel.kernels.kernel import Weight
 from aerogel.layers.linear import QuantLinear
 from aerogel.model.hooks import changes_more_than_the_cache
@@ -232,6 +233,8 @@ def _product(linears: list[Any], like: Tensor) -> Product:
         name = kernels.choose(x_BI, weight, cache)
         if name not in ("reference", "sliced"):
             return kernels.packed(name, weight, x_BI, cache).forward
+    elif (sparse := sparse_linear.product(linears, like)) is not None:
+        return sparse
     return linears[0] if len(linears) == 1 else lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
 
 

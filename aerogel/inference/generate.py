@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from aerogel.errors import AerogelError
 from aerogel.inference.decoder import FastDecoder, refuse
+from aerogel.inference.sparse_layers import SparseLayers
 from aerogel.kernels.synchronized_clock import now
 from aerogel.model.network import Network
 
@@ -57,6 +58,7 @@ class Generator:
         self.batch, self.length = batch, length
         self.reason = refuse(self.module, length) if fast_decoder else "not asked for"
         self._decoder: FastDecoder | None = None
+        self._sparse = SparseLayers(self.module)
 
     @torch.no_grad()
     def generate(
@@ -92,7 +94,8 @@ class Generator:
 
     def _forward(self, tokens_BT: Tensor, cache: DynamicCache) -> Tensor:
         """The network's own forward; returns the logits (B, V) of the last token."""
-        return self.module(input_ids=tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        with self._sparse.on():
+            return self.module(input_ids=tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def _enter(self, tokens_B: Tensor, position: int, cache: DynamicCache) -> FastDecoder | None:
         """Hand the prompt over to the fast decoder, if there is one; the first time, see whether it computes what the network does next."""

@@ -136,7 +136,7 @@ def _merged(adapter: Adapter, base: Dequantize | None, disk: OnDisk) -> dict[str
         found = floats.get(name)
         if found is None and (name not in disk.entries or name in floats):
             raise AerogelError(f"{adapter.folder} changes {name}, which {adapter.base} does not have; give the adapter of this model")
-        plain = Dequantized(name, (), disk.entries[name], _as_it_is, parts_by_entry=False, format="") if found is None else found
+        plain = Dequantized(name, (), disk.entries[name], _as_it_is, entry_parts=(), format="") if found is None else found
         entry = plain.entry
         if len(entry.shape) > 2:
             raise AerogelError(f"{adapter.folder} changes {name}, the weights of several experts in one; merge it with PEFT first")

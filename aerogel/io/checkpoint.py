@@ -45,20 +45,20 @@ class Piece:
 
 @dataclass(frozen=True)
 class Dequantized:
-    """A float tensor that lies on disk as quantized values and their scale, which the checkpoint does not answer to by themselves."""
+    """A tensor that lies on disk as others, such as quantized values and their scale; the checkpoint answers to it only."""
 
     values: str
     """Name on disk of the quantized values."""
     parts: tuple[str, ...]
     """Names on disk of their scales and of whatever else they need, which may be in other files."""
     entry: Entry
-    """Description of the float tensor."""
+    """Description of the tensor."""
     make: Callable[..., Tensor]
     """(values, *parts) -> the float tensor; one entry of the values, with its parts, gives the same entry of it."""
-    parts_by_entry: bool
-    """True where each entry of the values has parts of its own, False where they are for all."""
+    entry_parts: tuple[str, ...]
+    """Those of the parts of which each entry of the values has its own; the others are for all."""
     format: str
-    """Format of the quantized values in words."""
+    """Format of the quantized values in words; empty where nothing is quantized."""
     descriptions: tuple[str, ...] = ()
     """Names on disk of tensors that only say how the values are stored, and are not needed any more."""
     of_linear: bool = False
@@ -76,6 +76,12 @@ class OnDisk:
 
 Dequantize = Callable[[OnDisk], Mapping[str, Dequantized | None]]
 """Tensors on disk -> float tensors by the names that float checkpoints have for them; None for a tensor that nobody reads."""
+
+
+def together(*found: Dequantize | None) -> Dequantize | None:
+    """Return what does all of these, each for other tensors; None where there is nothing to do."""
+    each = [one for one in found if one is not None]
+    return (lambda on_disk: {name: made for one in each for name, made in one(on_disk).items()}) if each else None
 
 
 class Checkpoint:
@@ -118,7 +124,7 @@ class Checkpoint:
             found = dequantize(OnDisk(entries, lambda name: shards.read(name, slice(None)).clone()))
         self._dequantized = {name: made for name, made in found.items() if made is not None}
         for name, made in self._dequantized.items():
-            if name != made.values and name in entries:
+            if name in entries and name not in (made.values, *made.parts):
                 raise AerogelError(f"{self.folder}: it has both {name} and {made.values}, which are one weight; get the files of one model")
         named = {made.values: name for name, made in self._dequantized.items()}
         self._unread = tuple(name for name, made in found.items() if made is None)
@@ -321,8 +327,8 @@ class Checkpoint:
         made = self._dequantized.get(on_disk)
         if made is None:
             return shards.read(on_disk, number)
-        of_parts = number if made.parts_by_entry else slice(None)
-        return made.make(shards.read(made.values, number), *(shards.read(part, of_parts) for part in made.parts))
+        parts = (shards.read(part, number if part in made.entry_parts else slice(None)) for part in made.parts)
+        return made.make(shards.read(made.values, number), *parts)
 
     def _batches(self, names: list[str]) -> Iterator[list[str]]:
         batch: list[str] = []

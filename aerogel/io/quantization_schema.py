@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from aerogel.errors import AerogelError
 
@@ -52,8 +53,24 @@ class _Transforms(BaseModel):
     config_groups: dict[str, _Transform] = {}
 
 
+class MaskedTensor(BaseModel):
+    """A tensor that is stored as a bit mask and values (io/bitmask.py)."""
+
+    shape: Annotated[list[_Size], Field(min_length=2)]
+    """Shape of the dense tensor, of packed codes in codes."""
+    bits: Annotated[int, Field(ge=2, le=8)] | None = None
+    """Bits of a packed code; None for a tensor whose numbers are its elements."""
+
+    @model_validator(mode="after")
+    def _packed_are_matrices(self) -> Self:
+        if self.bits is not None and len(self.shape) != 2:
+            raise ValueError("packed codes have a shape of two dimensions")
+        return self
+
+
 class _Sparsity(BaseModel):
     format: str = "dense"
+    tensors: dict[str, MaskedTensor] = {}
 
 
 class _Config(BaseModel):
@@ -86,8 +103,14 @@ def check(config: dict[str, Any]) -> None:
             f"quantization_config in config.json: transform_config rotates activations ({min(places)}) while the model runs, which is not "
             "done here; give the original model in 16 bits"
         )
-    if found.sparsity_config and found.sparsity_config.format != "dense":
+    if found.sparsity_config and found.sparsity_config.format not in ("dense", "bitmask"):
         raise AerogelError(
-            f"quantization_config in config.json: sparsity_config has the format {found.sparsity_config.format!r}, expected 'dense'; give "
-            "the original model in 16 bits"
+            f"quantization_config in config.json: sparsity_config has the format {found.sparsity_config.format!r}, expected 'dense' or "
+            "'bitmask'; give the original model in 16 bits"
         )
+
+
+def masked_tensors(config: Mapping[str, Any]) -> dict[str, MaskedTensor]:
+    """Return the tensors that a config, which `check` has seen, says are stored as bit masks, by their names on disk."""
+    sparsity = _Sparsity.model_validate(config.get("sparsity_config") or {})
+    return sparsity.tensors if sparsity.format == "bitmask" else {}

@@ -117,6 +117,11 @@ def attach(module: nn.Module, config: Mapping[str, Any]) -> None:
 def attach_for_readers(module: nn.Module, config: Mapping[str, Any]) -> None:
     """Do the same for a reader that fills the layers with the tensors as they are; raises AerogelError also where these are of before."""
     quantization_schema.check(dict(config))
+    if quantization_schema.masked_tensors(config):
+        raise AerogelError(
+            "its weights are stored as bit masks, which aerogel.load reads; write the folder anew with "
+            "`aerogel export FOLDER --format compressed_tensors`"
+        )
     require_unpadded(config, {name: assigned.scheme for name, assigned in assignments(config, linears(module)).items()})
     attach(module, config)
 

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from transformers.models.auto import modeling_auto
 
 from aerogel.errors import AerogelError
-from aerogel.io.checkpoint import Checkpoint, Dequantize, is_float8
+from aerogel.io import bitmask
+from aerogel.io.checkpoint import Checkpoint, Dequantize, is_float8, together
 from aerogel.io.dequantize import told
 from aerogel.io.kv_scales import leave_unread
 from aerogel.io.layouts import pieces
@@ -96,7 +97,8 @@ def skeleton_of(folder: Folder, build: Callable[[], nn.Module]) -> Skeleton:
     quantization = quantization_of(folder.settings)
     if quantization and folder.dequantize is None:
         attach(module, quantization)
-    apart, dequantize = partial(pieces, module, padded(quantization)), folder.dequantize or leave_unread(quantization)
+    apart = partial(pieces, module, padded(quantization))
+    dequantize = folder.dequantize or together(bitmask.reader(quantization, folder.path / "config.json"), leave_unread(quantization))
     checkpoint = Checkpoint.open(folder.path, names.in_memory, apart, dequantize)
     _leave_out_zero_biases(module, checkpoint)
     _require_untied(module, checkpoint)

@@ -24,6 +24,30 @@ def kept_by_pattern(score_OI: Tensor, kept: int, of: int) -> Tensor:
     return mask.flatten(-2)
 
 
+def block_sums(score_OI: Tensor, outputs: int, inputs: int) -> Tensor:
+    """Return the sums of the scores of all blocks, (O / outputs, I / inputs); O and I must be multiples of these."""
+    return score_OI.float().unflatten(0, (-1, outputs)).unflatten(-1, (-1, inputs)).sum((1, 3))
+
+
+def zero_blocks(weight_OI: Tensor, outputs: int, inputs: int) -> Tensor:
+    """Return which blocks of a weight are all zero, (O / outputs, I / inputs); O and I must be multiples of these."""
+    return ~(weight_OI != 0).unflatten(0, (-1, outputs)).unflatten(-1, (-1, inputs)).any(-1).any(1)
+
+
+_BLOCKS = (128, 64, 32, 16, 8)
+"""Sides of the square blocks that are recognised."""
+
+
+def block_of(weight_OI: Tensor) -> int | None:
+    """Return the side of the largest square blocks in which the zeros of a weight come, all but one in a hundred; None where in none.
+
+    Zeros in blocks that are kept are few: those of small numbers.
+    """
+    zeros = int((weight_OI == 0).sum())
+    fitting = (side for side in _BLOCKS if zeros and all(length % side == 0 for length in weight_OI.shape))
+    return next((side for side in fitting if int(zero_blocks(weight_OI, side, side).sum()) * side**2 >= 0.99 * zeros), None)
+
+
 def kept_by_count(score_OI: Tensor, count: int) -> Tensor:
     """Return where a matrix is kept when its `count` smallest scores go; of equal scores the first ones go."""
     return next(kept_of_all([score_OI], count))
@@ -84,6 +108,9 @@ def run_of(kept_OI: Tensor) -> int:
 
 def kept_like(score_OI: Tensor, kept_OI: Tensor) -> Tensor:
     """Return where the largest scores are, as many as in another mask and in its pattern; of equal scores the first ones are kept."""
+    if (side := block_of(kept_OI)) is not None:
+        blocks_RC = kept_by_count(block_sums(score_OI, side, side), int(zero_blocks(kept_OI, side, side).sum()))
+        return blocks_RC.repeat_interleave(side, 0).repeat_interleave(side, 1)
     length = run_of(kept_OI)
     runs = score_OI.reshape(-1, length)
     count = int(kept_OI.reshape(-1, length)[0].sum())

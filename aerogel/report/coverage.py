@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from aerogel.io.record.schema import Coverage, pattern
+from aerogel.report.phrases import percent
 
 UNQUANTIZED = "not quantized"
 
@@ -53,6 +54,14 @@ def unquantized(coverage: Coverage) -> Iterator[Left]:
         names = left if what == "weights" else [name for name in left if name not in weights]
         if forms and names:
             yield Left(what, grouped(names))
+
+
+def zeros(coverage: Coverage) -> str | None:
+    """Return a sentence on the zeros of pruned layers as they are stored; None where there are none."""
+    if not (found := coverage.zeros.values()):
+        return None
+    low, high = (percent(share) for share in (min(found), max(found)))
+    return f"{len(found)} layers are pruned: {low if low == high else f'{low} to {high}'} of their weights are zero as they are stored"
 
 
 def _sides(coverage: Coverage) -> Iterator[tuple[str, dict[str, int], list[str]]]:

@@ -154,6 +154,7 @@ def _context(run: Record, others: Sequence[Record]) -> dict[str, Any]:
         "time": _time(after),
         "inputs": {"sentence": inputs.sentence(after.inputs), "rows": list(inputs.rows(after.inputs))} if after.inputs else None,
         "coverage": _coverage(run),
+        "zeros": coverage.zeros(run.coverage) if run.coverage else None,
         "caches": list(_caches(run)),
         "skipped": _skipped(after),
         "fallback_note": _fallback_note(run, len({entry.name for entry in fallen})),

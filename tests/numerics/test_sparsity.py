@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aerogel.numerics.sparsity import kept_by_count, kept_by_pattern, kept_by_row, kept_like, kept_of_all, run_of, smallest, zero_share
+from aerogel.numerics.sparsity import (
+    block_of,
+    kept_by_count,
+    kept_by_pattern,
+    kept_by_row,
+    kept_like,
+    kept_of_all,
+    run_of,
+    smallest,
+    zero_share,
+)
 
 
 def by_sorting(weight: Tensor, count: int) -> Tensor:
@@ -77,3 +87,32 @@ def test_a_mask_of_rows_and_one_of_a_layer_are_repeated() -> None:
     assert (run_of(rows_OI), run_of(layer_OI)) == (48, 6 * 48)
     assert torch.equal(kept_like(others_OI, rows_OI), kept_by_row(others_OI, 19))
     assert torch.equal(kept_like(others_OI, layer_OI), kept_by_count(others_OI, 100))
+
+
+@settings(deadline=None, max_examples=25)
+@given(side=st.sampled_from((8, 16, 32)), rows=st.integers(1, 4), columns=st.integers(1, 4), seed=st.integers(0, 99))
+def test_blocks_are_recognised_and_repeated(side: int, rows: int, columns: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    gone_RC = torch.rand(rows, columns, generator=generator) < 0.5
+    kept_OI = ~gone_RC.repeat_interleave(side, 0).repeat_interleave(side, 1)
+    weight_OI = torch.rand(kept_OI.shape, generator=generator) + 1
+    found = block_of(weight_OI * kept_OI)
+    assert found is None if kept_OI.all() else found is not None and found % side == 0
+    if found == side:
+        again_OI = kept_like(weight_OI, kept_OI)
+        sums = weight_OI.unflatten(0, (-1, side)).unflatten(-1, (-1, side)).sum((1, 3)).flatten()
+        lost = sums.argsort()[: int(gone_RC.sum())].tolist()
+        for place in range(rows * columns):
+            r, c = divmod(place, columns)
+            assert bool((again_OI[side * r : side * r + side, side * c : side * c + side] == (place not in lost)).all())
+
+
+def test_small_numbers_that_became_zero_hide_no_blocks_and_scattered_zeros_are_none() -> None:
+    weight_OI = torch.ones(64, 64)
+    weight_OI[:32, :32] = 0
+    weight_OI[40, 40] = 0
+    assert block_of(weight_OI) == 32
+    weight_OI[40:48, 40] = weight_OI[48, 32:40] = 0
+    assert block_of(weight_OI) is None
+    assert block_of(torch.eye(64)) is None
+    assert block_of(torch.ones(64, 60)) is None

@@ -70,7 +70,7 @@ def _weights(where: Path, dtype: torch.dtype, size: int, version: Any, on_disk: 
         told = f"awq: int{_BITS} with a scale per {shared_by((1, group), shape)}"
         parts = (f"{name}.qzeros", f"{name}.scales")
         found[f"{name}.weight"] = Dequantized(
-            values, parts, Entry.of(dtype, shape), partial(make, group=group, dtype=dtype), False, told, of_linear=True
+            values, parts, Entry.of(dtype, shape), partial(make, group=group, dtype=dtype), (), told, of_linear=True
         )
     tensors.require_some(found, "no tensor is called NAME.qweight")
     return found

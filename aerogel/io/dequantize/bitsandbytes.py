@@ -144,7 +144,7 @@ def _of_4bit(tensors: Tensors, name: str, kind: str, state: State, dtype: torch.
         parts += [f"{name}.nested_absmax", f"{name}.nested_quant_map"]
     told = f"bitsandbytes: {kind} with a scale per block of {state.block}{', scales in int8' if nested else ''}"
     make = partial(dequantize_4bit, state=state, dtype=dtype)
-    return Dequantized(name, tuple(parts), Entry.of(dtype, state.shape), make, False, told, (f"{name}{_STATE}{kind}",), of_linear=True)
+    return Dequantized(name, tuple(parts), Entry.of(dtype, state.shape), make, (), told, (f"{name}{_STATE}{kind}",), of_linear=True)
 
 
 def _of_8bit(tensors: Tensors, on_disk: OnDisk, name: str, dtype: torch.dtype) -> Dequantized:
@@ -160,4 +160,4 @@ def _of_8bit(tensors: Tensors, on_disk: OnDisk, name: str, dtype: torch.dtype) -
     make = partial(dequantize_int8, dtype=dtype)
     descriptions = tuple({layout} & on_disk.entries.keys())
     told = "bitsandbytes: int8 with a scale per channel"
-    return Dequantized(name, (f"{home}.SCB",), Entry.of(dtype, shape), make, False, told, descriptions, of_linear=True)
+    return Dequantized(name, (f"{home}.SCB",), Entry.of(dtype, shape), make, (), told, descriptions, of_linear=True)

@@ -108,7 +108,7 @@ def _weights(where: Path, dtype: torch.dtype, config: Mapping[str, Any], on_disk
             tuple(f"{home}.{part}" for part in layout.parts),
             Entry.of(dtype, layout.shape),
             partial(dequantize_layer, layout=layout, dtype=dtype),
-            False,
+            (),
             f"{_METHOD}: {shared}",
             tuple({f"{home}.weight_shape"} & on_disk.entries.keys()),
             of_linear=True,

@@ -65,9 +65,9 @@ def _weights(where: Path, block: tuple[int, int], dtype: torch.dtype, on_disk: O
                 f"{block[0]} x {block[1]} (weight_block_size), per channel or per tensor; get the files of one model"
             )
         make = partial(dequantize_blocks, block=shared, dtype=dtype)
-        leading = len(entry.shape) > 2 and math.prod(shape) > 1
+        by_entry = (scale,) if len(entry.shape) > 2 and math.prod(shape) > 1 else ()
         told = f"fp8: {str(entry.dtype).removeprefix('torch.')} with a scale per {shared_by(shared, entry.shape)}"
-        found[name] = Dequantized(name, (scale,), Entry.of(dtype, entry.shape), make, leading, told)
+        found[name] = Dequantized(name, (scale,), Entry.of(dtype, entry.shape), make, by_entry, told)
         around = home.rpartition(".")[0]
         unused = {f"{stem}{kind}" for kind in _OF_ACTIVATIONS for stem in (f"{home}.", f"{around}.", f"{name}_")}
         found |= dict.fromkeys(unused & entries.keys())

@@ -108,7 +108,7 @@ def _weights(where: Path, dtype: torch.dtype, settings: _Settings, on_disk: OnDi
         shape = (outputs, layout.inputs)
         told = f"gptq: int{layout.bits} with a scale per {shared_by((1, layout.group), shape)}"
         make = partial(dequantize_gptq, layout=layout, dtype=dtype)
-        found[f"{name}.weight"] = Dequantized(values, tuple(parts), Entry.of(dtype, shape), make, False, told, of_linear=True)
+        found[f"{name}.weight"] = Dequantized(values, tuple(parts), Entry.of(dtype, shape), make, (), told, of_linear=True)
     tensors.require_some(found, "no tensor is called NAME.qweight")
     return found
 

@@ -51,5 +51,5 @@ def _weights(where: Path, dtype: torch.dtype, on_disk: OnDisk) -> dict[str, Dequ
         *leading, outputs, groups, packed = entry.shape
         made = Entry.of(dtype, (*leading, groups * packed * 2, outputs))
         make, size = partial(dequantize_mxfp4, dtype=dtype), 2 * packed
-        found[name] = Dequantized(values, (scale,), made, make, True, f"mxfp4: fp4_e2m1 with a scale per group of {size}")
+        found[name] = Dequantized(values, (scale,), made, make, (scale,), f"mxfp4: fp4_e2m1 with a scale per group of {size}")
     return found

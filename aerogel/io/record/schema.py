@@ -86,6 +86,8 @@ class Coverage(Part):
     unquantized_weights: list[str] = Field(default_factory=list)
     unquantized_inputs: list[str] = Field(default_factory=list)
     attentions: list[str] = Field(default_factory=list)
+    zeros: dict[str, float] = Field(default_factory=dict)
+    """Share of zeros of each pruned layer, as it is stored."""
 
     @property
     def any(self) -> bool:

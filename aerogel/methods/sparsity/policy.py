@@ -1,6 +1,6 @@
 """Pruning of the layers of a block: how many weights become zero and in which pattern; a method says which ones.
 
-Legend: O outputs, I inputs.
+Legend: O outputs, I inputs, R x C blocks of a weight.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from aerogel.model.network import Network
 from aerogel.model.rounding import output_error
 from aerogel.model.statistics import InputStatistics, collect
 from aerogel.model.walk import blocks_of
-from aerogel.numerics.sparsity import kept_by_count, kept_by_pattern, kept_by_row, zero_share
+from aerogel.numerics.sparsity import block_sums, kept_by_count, kept_by_pattern, kept_by_row, zero_share
 
 Compared = Literal["layer", "row"]
 """Weights that are compared: all of a layer, or those of one output."""
@@ -34,16 +34,20 @@ class PruningMethod(TargetedMethod):
 
     layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d)
     prunes: ClassVar[bool] = True
+    prunes_blocks: ClassVar[bool] = True
+    """True where whole blocks can go by the sum of their scores."""
     reads_calls: ClassVar[bool] = True
     """True where it chooses weights by what the layers read."""
 
     sparsity: Annotated[float, Field(gt=0, lt=1)] | None = 0.5
     """Share of zeros of each layer (with an N:M pattern 1 - N / M); null: the share that an allocation step before it gave the layer."""
     pattern: str = "unstructured"
-    """Pattern of the zeros: anywhere (unstructured), or N:M such as 2:4, which keeps N of every M neighbouring inputs of a linear layer."""
+    """Pattern of the zeros: unstructured (anywhere), N:M such as 2:4 (keeps N of every M neighbouring inputs), or blocks such as 32x32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.blocks is not None and not self.prunes_blocks:
+            raise AerogelError(f"{name_of(self)}: blocks such as {self.pattern} are not pruned by it; give magnitude, wanda or ria, or N:M")
         if self.runs is None:
             return
         kept, of = self.runs
@@ -64,13 +68,21 @@ class PruningMethod(TargetedMethod):
 
     @property
     def runs(self) -> tuple[int, int] | None:
-        """N and M of the pattern; None where zeros may be anywhere."""
-        if self.pattern == "unstructured":
+        """N and M of the pattern; None where it has none."""
+        if self.pattern == "unstructured" or self.blocks is not None:
             return None
         found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", self.pattern)
         if found is None or int(found[1]) >= int(found[2]):
-            raise AerogelError(f"{name_of(self)}: pattern is {self.pattern!r}, expected unstructured, or N:M with N below M such as 2:4")
+            raise AerogelError(
+                f"{name_of(self)}: pattern is {self.pattern!r}, expected unstructured, N:M with N below M (2:4), or blocks (32x32)"
+            )
         return int(found[1]), int(found[2])
+
+    @property
+    def blocks(self) -> tuple[int, int] | None:
+        """Outputs and inputs of the blocks of the pattern; None where it has none."""
+        found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", self.pattern)
+        return None if found is None else (int(found[1]), int(found[2]))
 
     def problems(self, network: Network, before: Before) -> Iterator[str]:
         """Look for layers that are not quantized by then, and for one that does not fit the pattern."""
@@ -78,10 +90,13 @@ class PruningMethod(TargetedMethod):
         layers = [(block.full_name(name), layer) for block, name, layer in found if block.full_name(name) not in before.quantized]
         if not layers:
             yield "reaches no layer of this model that is not quantized by then; check its targets and ignore, or put it first"
-        of = 1 if self.runs is None else self.runs[1]
+        outputs, inputs = self.blocks or (1, 1 if self.runs is None else self.runs[1])
         for full, layer in layers:
-            if of > 1 and (not isinstance(layer, nn.Linear) or layer.in_features % of):
-                yield f"{full} does not fit {self.pattern}: {layer} has no inputs in runs of {of}; ignore it"
+            if (outputs, inputs) == (1, 1):
+                return
+            if not isinstance(layer, nn.Linear) or layer.in_features % inputs or layer.out_features % outputs:
+                lacking = f"inputs in runs of {inputs}" if self.blocks is None else f"whole blocks of {outputs} outputs and {inputs} inputs"
+                yield f"{full} does not fit {self.pattern}: {layer} has no {lacking}; ignore it"
                 return
 
     def share(self, block: Block, name: str) -> float | None:
@@ -91,10 +106,18 @@ class PruningMethod(TargetedMethod):
     def kept(self, score_OI: Tensor, share: float, compared: Compared = "layer") -> Tensor:
         """Return where a weight is kept by its scores: the least go, of equal ones the first.
 
-        Among the weights of a layer the share is exact up to half a weight; among those of a row it is rounded down to whole weights.
+        Among the weights of a layer the share is exact up to half a weight; among those of a row it is rounded down to whole weights. The
+        same holds for blocks, which have the sum of their scores; a row of them is what some outputs read.
         """
         if self.runs is not None:
             return kept_by_pattern(score_OI, *self.runs)
+        if self.blocks is not None:
+            score_RC = block_sums(score_OI, *self.blocks)
+            kept_RC = self._most(score_RC, share, compared)
+            return kept_RC.repeat_interleave(self.blocks[0], 0).repeat_interleave(self.blocks[1], 1)
+        return self._most(score_OI, share, compared)
+
+    def _most(self, score_OI: Tensor, share: float, compared: Compared) -> Tensor:
         if compared == "row":
             return kept_by_row(score_OI, int(score_OI.shape[-1] * share))
         return kept_by_count(score_OI, round(share * score_OI.numel()))

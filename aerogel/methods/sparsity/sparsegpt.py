@@ -39,6 +39,7 @@ class Sparsegpt(PruningMethod):
 
     layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
     shares_calls: ClassVar[bool] = True
+    prunes_blocks: ClassVar[bool] = False  # a column is pruned when its turn comes, by scores that no later column of a block has yet
 
     block_size: Count = 128
     """Columns whose zeros are chosen together when their turn comes; with an N:M pattern these are M columns."""

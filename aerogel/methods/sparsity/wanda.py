@@ -32,7 +32,7 @@ class Wanda(PruningMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variant and self.runs is not None:
+        if self.variant and self.pattern != "unstructured":
             raise AerogelError(f"wanda: {self.pattern} has the same share in every output; leave variant or pattern out")
 
     @torch.no_grad()

@@ -84,6 +84,26 @@ def test_a_pattern_keeps_the_largest_of_every_few(pattern: str, kept: int, of: i
             assert int(run.count_nonzero()) == kept
 
 
+@pytest.mark.parametrize("compared", ["layer", "row"])
+def test_whole_blocks_go_by_the_sum_of_their_magnitudes(compared: Any) -> None:
+    before = weights(opened("llama"))
+    for name, linear in targeted(pruned_by(Magnitude(0.75, "16x32", compared=compared))).items():
+        rows, columns = linear.out_features // 16, linear.in_features // 32
+        sums = torch.tensor(
+            [[float(before[name][16 * r : 16 * r + 16, 32 * c : 32 * c + 32].abs().sum()) for c in range(columns)] for r in range(rows)]
+        )
+        gone = set[tuple[int, int]]()
+        if compared == "layer":
+            gone |= {divmod(int(place), columns) for place in sums.flatten().argsort()[: round(0.75 * sums.numel())]}
+        else:
+            gone |= {(r, int(c)) for r in range(rows) for c in sums[r].argsort()[: int(0.75 * columns)]}
+        for r in range(rows):
+            for c in range(columns):
+                part = (slice(16 * r, 16 * r + 16), slice(32 * c, 32 * c + 32))
+                wanted = torch.zeros(16, 32) if (r, c) in gone else before[name][part]
+                assert torch.equal(linear.weight[part], wanted), (name, r, c)
+
+
 def test_a_model_in_memory_and_the_journal_say_the_same() -> None:
     model = FAMILIES["llama"].build()
     head = model.lm_head.weight.clone()
@@ -189,6 +209,8 @@ def test_a_rotation_after_it_is_refused() -> None:
         ({"sparsity": float("nan")}, "option 'sparsity'"),
         ({"pattern": "4:2"}, "N:M with N below M"),
         ({"pattern": "half"}, "N:M with N below M"),
+        ({"pattern": "0x32"}, "or blocks"),
+        ({"pattern": "32x"}, "or blocks"),
         ({"pattern": "1:4"}, "1:4 has sparsity 0.75, not 0.5; set sparsity to that"),
         ({"pattern": "2:4", "sparsity": None}, "2:4 has sparsity 0.5, not null; set sparsity to that"),
     ],
@@ -202,7 +224,8 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], words: 
     ("options", "words"),
     [
         ({"targets": ["*.nothing"]}, "reaches no layer"),
-        ({"pattern": "7:14"}, r"does not fit 7:14: Linear\(in_features=64.*ignore it"),
+        ({"pattern": "7:14"}, r"does not fit 7:14: Linear\(in_features=64.*has no inputs in runs of 14; ignore it"),
+        ({"pattern": "48x32"}, r"does not fit 48x32: Linear\(in_features=64.*whole blocks of 48 outputs and 32 inputs; ignore it"),
     ],
 )
 def test_models_that_do_not_fit_are_refused_before_anything_changes(options: dict[str, Any], words: str) -> None:

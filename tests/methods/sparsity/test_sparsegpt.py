@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from aerogel.errors import AerogelError
 from aerogel.layers.linear import QuantLinear
 from aerogel.methods.sparsity import sparsegpt
 from aerogel.methods.sparsity.sparsegpt import Rounding, Sparsegpt, smallest_of, solve
@@ -91,6 +92,11 @@ def test_the_first_column_removed_is_the_surgeons_update() -> None:
     inverse = torch.linalg.inv(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(32, dtype=torch.float64))
     found = solve(weight, hessian[None], Choice(first, 1)).codes_BOI[0]
     torch.testing.assert_close(found, weight[0] - weight[0, :, :1] * inverse[:1] / inverse[0, 0], rtol=1e-10, atol=1e-12)
+
+
+def test_blocks_are_refused() -> None:
+    with pytest.raises(AerogelError, match="sparsegpt: blocks such as 32x32 are not pruned by it; give magnitude, wanda or ria, or N:M"):
+        Sparsegpt(pattern="32x32")
 
 
 @pytest.mark.parametrize("options", [{}, {"sparsity": 0.7}, {"pattern": "2:4"}, {"block_size": 8}])

@@ -138,6 +138,16 @@ def test_experts_are_scored_by_their_own_tokens() -> None:
     assert all(entry["sparsity"] == 0.5 for entry in experts)
 
 
+def test_whole_blocks_go_by_the_sum_of_their_scores_among_those_of_the_same_outputs() -> None:
+    seen = visit(Wanda(0.5, "4x4"))
+    score = seen.before["left"].abs() * seen.x.norm(dim=0)
+    for row, kept in zip(score.split(4), seen.kept("left").split(4), strict=True):
+        sums = [float(part.sum()) for part in row.split(4, dim=1)]
+        stays = [place for place, part in enumerate(kept.split(4, dim=1)) if bool(part.all())]
+        assert sum(bool(part.any()) for part in kept.split(4, dim=1)) == len(stays) == len(sums) // 2
+        assert sorted(sums)[len(sums) // 2 :] == sorted(sums[place] for place in stays)
+
+
 def test_a_variant_has_no_pattern() -> None:
     with pytest.raises(AerogelError, match="wanda: 2:4 has the same share in every output; leave variant or pattern out"):
         Wanda(0.5, "2:4", variant=True)
