@@ -84,7 +84,7 @@ def test_experts_share_a_cell() -> None:
     ]
     ((place, cell),) = towers(lines)["model.layers"].items()
     assert place == ("mlp.experts.*.up_proj", "0")
-    assert cell.error == pytest.approx(0.2)
+    assert cell.value == pytest.approx(0.2)
     assert cell.fell
     assert "mean of 2" in cell.words
 

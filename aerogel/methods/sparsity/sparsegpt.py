@@ -144,6 +144,7 @@ class Sparsegpt(PruningMethod):
                 name,
                 sparsity=sparsity,
                 error=errors[name],
+                error_of="weights" if seen is None else "outputs",
                 damping=layer.damping,
                 **layer.problem.fallback(layer.failed, "pruned by magnitude"),
             )
