@@ -97,8 +97,8 @@ def layer_map(table: Table, title: str, width: float = 960, tall: bool = False, 
     rows, columns = (blocks, kinds) if tall else (kinds, blocks)
     cells = {((block, kind) if tall else (kind, block)): found for (kind, block), found in table.items()}
     top = top or max(found.value for found in cells.values()) or 1.0
-    left = 14 + (22 if tall else 6.6 * max(map(len, rows)))
-    head = 12 + (6.2 * max(map(len, columns)) * 0.72 if tall else 14)
+    left = 14 + (22 if tall else 6.9 * max(map(len, rows)))
+    head = 12 + (6.2 * max(map(len, columns)) * 0.8 if tall else 14)
     step = min((width - left - BAR - 70) / len(columns), 44.0)
     pitch = 20.0 if tall else 26.0
     end, foot = left + step * len(columns), head + pitch * len(rows)

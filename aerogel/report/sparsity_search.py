@@ -27,7 +27,7 @@ GLOSSARY = (
     ("Criterion", "Says which weights of a layer become zero."),
     ("Allocation", "Says which share of each layer becomes zero, so that the share of all layers is the budget."),
 )
-_PITCH = 22.0
+_PITCH, _ROOM = 22.0, 500.0
 
 
 class Row(Part):
@@ -193,23 +193,23 @@ _TITLE = "Share of zeros of every layer"
 
 
 def ranking(found: Search, rows: list[Row], width: float) -> Markup:
-    """Draw a bar for each recipe, as long as it moves the model."""
-    longest = max(found.moved(row) for row in rows) or 1.0
-    left = min(12 + 6.8 * max(len(row.name) for row in rows), 0.6 * width)
+    """Draw a bar for each recipe, as long as it moves the model; where there is little room, names stand above their bars."""
+    longest, above = max(found.moved(row) for row in rows) or 1.0, width < _ROOM
+    left = 0.0 if above else 12 + 6.9 * max(len(row.name) for row in rows)
+    pitch, down = (2 * _PITCH - 6, _PITCH - 5) if above else (_PITCH, 0.0)
     scale = (width - left - 70) / longest
     drawn = []
     for number, row in enumerate(rows):
-        y, moved, best = number * _PITCH, found.moved(row), row is found.best
+        y, moved, best = number * pitch, found.moved(row), row is found.best
+        style = "strong" if best else "small"
         words = phrases.digits(moved) if found.figure == "kl" else phrases.percent(moved)
-        long = max(1.0, moved * scale)
+        long, told = max(1.0, moved * scale), element("title", f"{row.name}: {words}")
         drawn += [
-            label(left - 10, y + 15, row.name, "strong" if best else "small", "end"),
-            element(
-                "rect", element("title", f"{row.name}: {words}"), x=left, y=y + 5, width=long, height=12, rx=2, class_=_shade(row, best)
-            ),
-            label(left + long + 7, y + 15, words, "strong" if best else "small"),
+            label(max(left - 10, 0), y + 15, row.name, style, "start" if above else "end"),
+            element("rect", told, x=left, y=y + down + 5, width=long, height=12, rx=2, class_=_shade(row, best)),
+            label(left + long + 7, y + down + 15, words, style),
         ]
-    return image(width, len(rows) * _PITCH + 4, "Cost of every recipe", *drawn)
+    return image(width, len(rows) * pitch + 4, "Cost of every recipe", *drawn)
 
 
 def _shade(row: Row, best: bool) -> str:

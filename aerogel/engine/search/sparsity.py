@@ -146,7 +146,7 @@ class SparsitySearch:
         start = self._clock()
         try:
             recipe = self._methods.recipe(candidate, self.budget, self._share, self._prunable)
-            pruned = self._copy()
+            pruned = copy_of(self._network)
             compress(pruned, recipe, samples=self._calibration.calls, measures=(), seed=self._seed, tell=partial(self._inside, at))
             seconds = self._clock() - start
             figures = self._judge.measure(pruned)
@@ -166,14 +166,6 @@ class SparsitySearch:
             "layers": layers,
         }
 
-    def _copy(self) -> Network:
-        """A copy of the model to compress; the blocks are where they were found in the model."""
-        made = replace(
-            self._network, module=copy.deepcopy(self._network.module), processor=None, pruned=set(), sparsities={}, notes=[], teacher=None
-        )
-        made.__dict__["towers"] = self._network.towers
-        return made
-
     def _ranked(self) -> list[dict[str, Any]]:
         """The rows that meet the budget, best first."""
         figure = self._judge.figure
@@ -183,6 +175,13 @@ class SparsitySearch:
         """Tell how far a candidate has come."""
         if event.stage == "compress":
             self._tell(replace(at, inside=min(event.share, 1.0)))
+
+
+def copy_of(network: Network) -> Network:
+    """Return a copy of a model that can be compressed; its blocks are where they were found in the model."""
+    made = replace(network, module=copy.deepcopy(network.module), processor=None, pruned=set(), sparsities={}, notes=[], teacher=None)
+    made.__dict__["towers"] = network.towers
+    return made
 
 
 def _place(row: Mapping[str, Any], figure: str) -> tuple[float, int]:
