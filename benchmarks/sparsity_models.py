@@ -204,5 +204,3 @@ class Table:
             notes.append("No pattern such as 2:4: it is of linear layers, and this model has convolutions.")
         title, columns = f"Zeros in zoo/{self._model}: {self._figure}", ["allocation", "criterion", "adjustment", *self._budgets, "seconds"]
         write(self.path.stem, title, self._settings, columns, self._rows, notes)
-            self.path.stem, title, self._settings, ["allocation", "criterion", "adjustment", *self._budgets, "seconds"], self._rows, notes
-        )
