@@ -90,6 +90,11 @@ def error_map(table: Table, width: float = 960, tall: bool = False) -> Markup:
     return layer_map(table, "Relative squared error of every linear layer", width, tall)
 
 
+def zeros_map(table: Table, width: float = 960, tall: bool = False) -> Markup:
+    """Draw the share of zeros of layers."""
+    return layer_map(table, "Share of zeros of every layer", width, tall, top=1.0)
+
+
 def layer_map(table: Table, title: str, width: float = 960, tall: bool = False, top: float | None = None) -> Markup:
     """Draw a table of cells: layers down and blocks across, or the other way round when `tall`; shades are full at `top` or the most."""
     kinds = list(dict.fromkeys(kind for kind, _ in table))

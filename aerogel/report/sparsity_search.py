@@ -11,7 +11,7 @@ from pydantic import Field
 
 from aerogel.io.record.schema import ModelRecord, Provenance
 from aerogel.report import phrases
-from aerogel.report.layers import layer_map, zeros
+from aerogel.report.layers import zeros, zeros_map
 from aerogel.report.page import NARROW, WIDE, Figure
 from aerogel.report.policy_search import KL, SAME_TOKEN, LeftOut, Part
 from aerogel.report.svg import element, image, label
@@ -182,14 +182,8 @@ def context(found: Search) -> dict[str, Any]:
         "best": best,
         "figure": found.figure,
         "ranking": Figure(ranking(found, drawn, WIDE), ranking(found, drawn, NARROW)) if drawn else None,
-        "maps": {
-            tower: Figure(layer_map(table, _TITLE, WIDE, top=1.0), layer_map(table, _TITLE, NARROW, tall=True, top=1.0))
-            for tower, table in tables.items()
-        },
+        "maps": {tower: Figure(zeros_map(table, WIDE), zeros_map(table, NARROW, tall=True)) for tower, table in tables.items()},
     }
-
-
-_TITLE = "Share of zeros of every layer"
 
 
 def ranking(found: Search, rows: list[Row], width: float) -> Markup:

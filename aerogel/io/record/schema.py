@@ -104,6 +104,10 @@ class JournalLine(OpenPart):
     """Relative squared error of the layer's output, or of its weight."""
     error_of: Literal["outputs", "weights"] | None = None
     """Part of the layer whose error that is; None in records of releases that did not say it."""
+    sparsity: float | None = None
+    """Share of the layer's weights that is zero."""
+    allocated: float | None = None
+    """Share of zeros that an allocation step gave the layer."""
     fallback: str | None = None
     """Reason why the layer was not compressed as the recipe says."""
     step_size: float | None = None
