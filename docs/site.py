@@ -20,6 +20,7 @@ PAGES = {
     "Diffusion": "diffusion.md",
     "MoE models": "moe.md",
     "Fewer tokens": "tokens.md",
+    "Weight sparsity": "sparsity.md",
     "Models": "models.md",
     "Speed": "speed.md",
     "Figures": "figures.md",
