@@ -215,7 +215,7 @@ class Recipes:
         own = {"sparsity": None if candidate.allocation else share, "pattern": budget.pattern}
         steps.append(self._step(candidate.criterion, {**prunable.options, **own}))
         if candidate.reconstruction:
-            steps.append(self._step(candidate.reconstruction, {}))
+            steps.append(self._step(candidate.reconstruction, prunable.options))
         return Recipe(f"{candidate.name} at {budget.said}", tuple(steps))
 
     def _step(self, name: str, ours: Mapping[str, Any]) -> Step:
