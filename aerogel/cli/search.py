@@ -12,6 +12,7 @@ from aerogel.cli import arguments as given
 from aerogel.cli import completion
 from aerogel.cli.app import command, print_json, start
 from aerogel.cli.group import COMPRESS, DATA, OUTPUT
+from aerogel.cli.interrupts import interruptible
 from aerogel.errors import AerogelError
 
 Task = Annotated[
@@ -104,12 +105,19 @@ def search(
     start(threads)
     from aerogel.cli import terminal
     from aerogel.engine.calibration import CalibrationRequest
+    from aerogel.engine.preflight import partial_of
     from aerogel.engine.requests import ModelOptions
     from aerogel.engine.search import searching
 
     with terminal.downloads(quiet or as_json):
         source = ModelOptions(dtype, revision, trust_remote_code, device, merge_adapter).locate(model)
-    with terminal.progress(quiet or as_json) as tell:
+
+    def left() -> str:
+        partial = None if output is None else partial_of(output)
+        kept = partial is not None and partial.exists()
+        return f"{partial} keeps the recipes that were judged: add --resume to continue" if kept else "nothing was changed"
+
+    with interruptible(left), terminal.progress(quiet or as_json) as tell:
         findings = searching.search(
             source,
             task,

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from aerogel.cli import commands as cli
 from aerogel.data.denoising import Denoising, denoised
-from aerogel.engine.search import pacing
+from aerogel.engine.search import pacing, sparsity
 from tests.engine.search.test_caches import dit_pipeline
 from tests.folders import model_folder, text_file
 
@@ -158,3 +158,25 @@ def test_only_a_search_for_zeros_is_resumed(folder: Path) -> None:
     done = run(folder, "--resume", "-o", folder / "out")
     assert done.exit_code == 2
     assert "a search for sparsity that is saved to an output can be resumed, and no other; leave resume out" in done.stderr
+
+
+def test_an_interrupted_search_for_zeros_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, made = sparsity.compress, list[str]()
+
+    def compress(network: Any, recipe: Any, **options: Any) -> Any:
+        made.append(recipe.name)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return own(network, recipe, **options)
+
+    monkeypatch.setattr(sparsity, "compress", compress)
+    model, words, out = model_folder(tmp_path / "model"), text_file(tmp_path / "words.txt", 400), tmp_path / "out"
+    given = ["search", str(model), "--task", "sparsity", "--data", str(words), "--samples", "2", "--length", "24", "-o", str(out)]
+    given += ["--only", "magnitude", "--only", "erk"]
+    done = CliRunner().invoke(cli.app, given)
+    assert done.exit_code == 2
+    told = f"interrupted; {tmp_path / 'out.partial'} keeps the recipes that were judged: add --resume to continue"
+    assert done.stderr.splitlines()[-1] == f"error: {told}"
+    done = CliRunner().invoke(cli.app, [*given, "--resume"])
+    assert done.exit_code == 0, done.output
+    assert [name.partition(" at ")[0] for name in made] == ["magnitude", "erk + magnitude", "erk + magnitude"]
