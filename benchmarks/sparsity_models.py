@@ -137,8 +137,8 @@ def run(model: str, budgets: Sequence[str], full: bool, minutes: float, threads:
     prunable = {budget: _prunable(subject.network, Budget.of(budget)) for budget in budgets}
     used = [budget for budget in budgets if prunable[budget] is not None]
     table = Table(model, subject, used, threads)
-    for budget in used:
-        for row in rows(full):
+    for row in rows(full):
+        for budget in used:
             layers, asked = prunable[budget], Budget.of(budget)
             assert layers is not None, "others are not used"
             steps = row.steps(asked, layers)
