@@ -55,7 +55,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/kv_cache.py quality
 	$(BIN)/python benchmarks/kv_cache.py speed
-	$(BIN)/python benchmarks/sparsity.py criteria --shares 0.5 2:4 --seeds 0
+	$(BIN)/python benchmarks/sparsity.py --table criteria --shares 0.5 2:4 --seeds 0
 	$(BIN)/python benchmarks/image_tokens.py
 	$(BIN)/python benchmarks/long_prompts.py
 	$(BIN)/python benchmarks/diffusion_speed.py

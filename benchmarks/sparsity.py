@@ -1,10 +1,11 @@
-"""What zeros cost SmolLM2-135M: how they are chosen, how they are shared out, what is adjusted afterwards, and 4 bits beside them.
+"""What zeros cost: how they are chosen, how they are shared out, what is adjusted afterwards, and 4 bits beside them.
 
-    python benchmarks/sparsity.py criteria [--shares 0.5 2:4] [--seeds 0 1 2]
-    python benchmarks/sparsity.py allocation | reconstruction | joint
+    python benchmarks/sparsity.py --table criteria [--shares 0.5 2:4] [--seeds 0 1 2]     # SmolLM2-135M
+    python benchmarks/sparsity.py --table allocation | reconstruction | joint
+    python benchmarks/sparsity.py --model fashion-judge | fashion-unet | fashion-dit [--full] [--minutes 15]
 
-Each table is a file of its own in results/. Rows stand beside those that are there already under the same settings, so that parts can
-run at different times.
+Each table is a file of its own in results/. What is there already under the same settings is not measured again, so that a run that was
+stopped goes on and parts can run at different times.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import sparsity_models
 import torch
 from results import FOLDER, write
 
@@ -123,6 +125,13 @@ def overall(network: Any) -> float:
     return sum(zero_share(weight) * weight.numel() for weight in weights) / sum(weight.numel() for weight in weights)
 
 
+def is_there(table: str, case: Case, settings: dict[str, Any]) -> bool:
+    """Return True for a row that was measured under the same settings."""
+    path = FOLDER / f"sparsity_{table}.json"
+    before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return before.get("settings") == settings and [case.share, case.name] in [row[:2] for row in before["rows"]]
+
+
 def keep(table: str, row: list[Any], settings: dict[str, Any]) -> None:
     """Write a row into its table, beside those measured under the same settings."""
     print(*row, flush=True)
@@ -139,13 +148,20 @@ def keep(table: str, row: list[Any], settings: dict[str, Any]) -> None:
 def main() -> None:
     """Run the cases of a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--model", choices=["smollm2", *sparsity_models.SUBJECTS], default="smollm2")
+    parser.add_argument("--table", choices=TABLES, default="criteria", help="Of smollm2; other models have one table.")
     parser.add_argument("--shares", nargs="+", help="Shares of zeros or patterns, such as 0.5 2:4.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--full", action="store_true", help="Of other models: every criterion with every allocation and adjustment.")
+    parser.add_argument("--minutes", type=float, default=15.0, help="Of other models: stop after so long.")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    if given.model != "smollm2":
+        budgets = given.shares or sparsity_models.BUDGETS
+        print(sparsity_models.run(given.model, budgets, given.full, given.minutes, given.threads))
+        return
     samples = Samples("sotu", given.samples, 512)
     original = PERPLEXITY.measure(aerogel.load(MODEL, lazy=False, dtype=torch.float32))
     settings = {
@@ -159,7 +175,8 @@ def main() -> None:
     }
     _, shares, cases = TABLES[given.table]
     for case in cases(given.shares or shares):
-        keep(given.table, measured(case, given.seeds, samples, original["nats_per_token"]), settings)
+        if not is_there(given.table, case, settings):
+            keep(given.table, measured(case, given.seeds, samples, original["nats_per_token"]), settings)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The command that searches for the best policy."""
+"""The command that searches for the best policy or recipe."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from aerogel.cli import arguments as given
 from aerogel.cli import completion
 from aerogel.cli.app import command, print_json, start
 from aerogel.cli.group import COMPRESS, DATA, OUTPUT
+from aerogel.cli.interrupts import interruptible
 from aerogel.errors import AerogelError
 
 Task = Annotated[
@@ -18,9 +20,10 @@ Task = Annotated[
     typer.Option(
         "--task",
         metavar="TASK",
-        autocompletion=completion.words("cache", "skip", "tokens"),
+        autocompletion=completion.words("cache", "skip", "tokens", "sparsity"),
         help="cache: feature-caching policies of a diffusion pipeline; skip: expert-skipping policies of an MoE model; "
-        "tokens: policies that drop tokens of images or long prompts.",
+        "tokens: policies that drop tokens of images or long prompts; sparsity: recipes that prune any model, in three stages: every "
+        "criterion with one share for all layers, every allocation with the best two criteria, every adjustment behind the best two.",
     ),
 ]
 Budget = Annotated[
@@ -29,7 +32,8 @@ Budget = Annotated[
         "--budget",
         metavar="BUDGET",
         help="cache: speed-up of denoising [1.5x]; skip: share of token-expert assignments to drop [0.67]; "
-        "tokens: speed-up of reading prompts, such as 2x, or share of tokens to compute, such as 25% [2x].",
+        "tokens: speed-up of reading prompts, such as 2x, or share of tokens to compute, such as 25% [2x]; "
+        "sparsity: share of zeros in the layers of the blocks, a pattern such as 2:4, or the bytes they may take, such as 40MB [0.5].",
     ),
 ]
 Only = Annotated[
@@ -38,7 +42,7 @@ Only = Annotated[
         "--only",
         metavar="METHOD",
         autocompletion=completion.names("methods"),
-        help="Policy to try; may be repeated [all].",
+        help="Method to try; may be repeated [all]. Of sparsity, methods that train are tried only where they are named.",
     ),
 ]
 Prompts = Annotated[
@@ -48,7 +52,7 @@ Prompts = Annotated[
         metavar="DATA",
         rich_help_panel=DATA,
         help="As --data of compress. cache: prompts; skip: chats or text; tokens: chats with images, or text or needles:KEYS for long "
-        "prompts.",
+        "prompts; sparsity: what the model reads.",
     ),
 ]
 Count = Annotated[
@@ -58,16 +62,18 @@ Count = Annotated[
         metavar="N",
         min=1,
         rich_help_panel=DATA,
-        help="Calibration samples (images, chats or sequences); as many again are held out to compare policies.",
+        help="Calibration samples (images, chats or sequences); as many again are held out to compare them.",
     ),
 ]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="FOLDER", rich_help_panel=OUTPUT, help="Output folder for the best policy and the report."),
+    typer.Option(
+        "--output", "-o", metavar="FOLDER", rich_help_panel=OUTPUT, help="Output folder for the best policy or recipe and the report."
+    ),
 ]
 
 
-@command(COMPRESS, "Compare all policies that cache features, skip experts or drop tokens at one budget.")
+@command(COMPRESS, "Compare all methods that cache features, skip experts, drop tokens or prune weights at one budget.")
 def search(
     model: given.Model,
     task: Task = "cache",
@@ -90,20 +96,28 @@ def search(
     num_frames: given.NumFrames = None,
     seed: given.Seed = None,
     output: Output = None,
+    resume: given.Resume = False,
     threads: given.Threads = None,
     quiet: given.Quiet = False,
     as_json: given.AsJson = False,
 ) -> None:
-    """Compare all policies that cache features, skip experts or drop tokens at one budget, and keep the best."""
+    """Compare all methods that cache features, skip experts, drop tokens or prune weights at one budget, and keep the best."""
     start(threads)
     from aerogel.cli import terminal
     from aerogel.engine.calibration import CalibrationRequest
+    from aerogel.engine.preflight import partial_of
     from aerogel.engine.requests import ModelOptions
     from aerogel.engine.search import searching
 
     with terminal.downloads(quiet or as_json):
         source = ModelOptions(dtype, revision, trust_remote_code, device, merge_adapter).locate(model)
-    with terminal.progress(quiet or as_json) as tell:
+
+    def left() -> str:
+        partial = None if output is None else partial_of(output)
+        kept = partial is not None and partial.exists()
+        return f"{partial} keeps the recipes that were judged: add --resume to continue" if kept else "nothing was changed"
+
+    with interruptible(left), terminal.progress(quiet or as_json) as tell:
         findings = searching.search(
             source,
             task,
@@ -116,10 +130,13 @@ def search(
             output=output,
             device=device,
             seed=seed or 0,
+            resume=resume,
             tell=tell,
         )
     print_json(findings.facts) if as_json else terminal.print_search(findings.facts)
     if output is not None and not as_json:
         typer.echo(f"folder  {output}\nreport  {output / 'report.html'}")
+        if (recipe := output / searching.RECIPE).is_file():
+            typer.echo(f"next    aerogel compress {shlex.quote(model)} --recipe {shlex.quote(str(recipe))} --output OUT")
     if findings.best is None:
-        raise AerogelError(f"{terminal.headline(findings.facts)}; give a smaller --budget, or other policies (--only)")
+        raise AerogelError(f"{terminal.headline(findings.facts)}; give a smaller --budget, or other methods (--only)")

@@ -92,7 +92,7 @@ def print_search(facts: Mapping[str, Any]) -> None:
     found, console = search.told(facts), Console(soft_wrap=True, highlight=False)
     table = Table(*found.columns, box=None, pad_edge=False)
     for number, column in enumerate(table.columns):
-        column.justify, column.no_wrap = "left" if number < 2 else "right", True
+        column.justify, column.no_wrap = "left" if number < 2 else "right", number > 0  # a long name is broken before figures are cut
     for row in found.rows:
         table.add_row(*map(escape, row.cells), style="bold" if row.best else None)
     if table.row_count:

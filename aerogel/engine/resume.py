@@ -81,7 +81,7 @@ class Progress:
         `source` has the network's weights; `fingerprint` is JSON that says part by part what the run is made of. Of several processes the
         first one writes what all have in common, and each the activations of its own calls.
         """
-        processes.of_first(lambda: _begin(folder, fingerprint))
+        processes.of_first(lambda: begin(folder, fingerprint))
         return cls(folder, network, source, processes)
 
     def stage(self, number: int) -> Stage:
@@ -213,7 +213,8 @@ def _require_readable(folder: Path) -> None:
             read_object(path, _ANEW)
 
 
-def _begin(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+def begin(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Make a progress folder, or check one that is there; raises AerogelError for one that was started with something else."""
     path = folder / RUN
     if path.exists():
         _require_readable(folder)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from aerogel.layers.conv import Layer
 from aerogel.model.block import Block
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.statistics import InputStatistics, collect, sharing, together
@@ -21,7 +22,7 @@ Change = Callable[[Sequence[str], Mapping[str, InputStatistics]], None]
 
 def change_in_order(
     block: Block,
-    linears: Mapping[str, nn.Linear],
+    linears: Mapping[str, Layer],
     change: Change,
     *,
     ranges: bool = False,
@@ -31,7 +32,8 @@ def change_in_order(
     """Collect the Hessians of layers and change them, in the order in which they run where that is wanted.
 
     With `true_sequential` None they are in order where one pass of all calls is enough, which then holds at most `max_activation_gb`
-    gigabytes of activations; True takes a pass for every group of layers above that. `ranges` collects the ranges of inputs too.
+    gigabytes of activations; True takes a pass for every group of layers above that, and where there are convolutions, whose patches of all
+    calls would be too much to hold. `ranges` collects the ranges of inputs too.
     """
 
     def now(names: Sequence[str]) -> None:
@@ -46,7 +48,9 @@ def change_in_order(
     stages = stages_of(input_groups)
     missed = set(linears).difference(*input_groups)
     once = len(set().union(*input_groups)) == sum(map(len, visits))
-    if once and len(stages) == len(input_groups) and not missed and _paused_bytes(block, linears) <= max_activation_gb * 1e9:
+    dense = {name: layer for name, layer in linears.items() if isinstance(layer, nn.Linear)}
+    in_step = once and len(stages) == len(input_groups) and not missed and len(dense) == len(linears)
+    if in_step and _paused_bytes(block, dense) <= max_activation_gb * 1e9:
         _in_one_pass(block, input_groups, change, ranges)
     elif true_sequential:
         for stage in (*stages, tuple(missed)):

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from aerogel.layers.conv import Layer, matrix
 from aerogel.model.processes import Processes
 from aerogel.model.statistics import InputStatistics
 from aerogel.numerics.quantize import Grid, grouped
@@ -23,20 +24,20 @@ BATCH_VALUES = 1 << 26
 
 @dataclass(eq=False)
 class Problem:
-    """Linear layers that read the same inputs and are solved as one weight."""
+    """Linear layers, or convolutions, that read the same inputs and are solved as one weight."""
 
-    linears: dict[str, nn.Linear]
+    linears: dict[str, Layer]
     statistics: InputStatistics | None
     """Their input; None when no token reached them."""
 
     @property
     def columns(self) -> int:
-        """The number of inputs they read."""
-        return next(iter(self.linears.values())).in_features
+        """The number of inputs they read; of a convolution, the places of its kernel."""
+        return matrix(next(iter(self.linears.values()))).shape[1]
 
     def weight(self) -> Tensor:
         """The rows of all layers, weight_OI in float32."""
-        return torch.cat([linear.weight.detach().float() for linear in self.linears.values()])
+        return torch.cat([matrix(linear).detach().float() for linear in self.linears.values()])
 
     def hessian(self) -> Tensor:
         """The hessian_II of the inputs; zeros when there were none."""
@@ -50,12 +51,13 @@ class Problem:
             return {"fallback": f"{instead}: no token reached it"}
         return {"fallback": f"{instead}: the Hessian is not positive definite"} if failed else {}
 
-    def rows(self) -> Iterator[tuple[str, nn.Linear, slice]]:
+    def rows(self) -> Iterator[tuple[str, Layer, slice]]:
         """Yield the layers by name, each with its rows of the weight."""
         first = 0
         for name, linear in self.linears.items():
-            yield name, linear, slice(first, first + linear.out_features)
-            first += linear.out_features
+            outputs = len(linear.weight)
+            yield name, linear, slice(first, first + outputs)
+            first += outputs
 
 
 _Any = TypeVar("_Any", bound=Problem)
@@ -65,7 +67,7 @@ def batches(problems: Iterable[_Any], kind: Callable[[_Any], object]) -> Iterato
     """Yield problems of one shape and kind together, as many as memory allows."""
     alike: dict[tuple[int, int, object], list[_Any]] = {}
     for problem in problems:
-        outputs = sum(linear.out_features for linear in problem.linears.values())
+        outputs = sum(len(linear.weight) for linear in problem.linears.values())
         alike.setdefault((outputs, problem.columns, kind(problem)), []).append(problem)
     for (outputs, inputs, _), group in alike.items():
         most = max(1, BATCH_VALUES // (inputs * (4 * inputs + 5 * outputs)))

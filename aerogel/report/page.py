@@ -19,7 +19,7 @@ from aerogel.io.record.measures import ImageQualityResult, ImageSimilarityResult
 from aerogel.io.record.schema import Provenance, Record, pattern
 from aerogel.io.text_files import replace_text
 from aerogel.report import compare, coverage, inputs, phrases, reuse, skips, temporal
-from aerogel.report.layers import error_map, towers
+from aerogel.report.layers import error_map, towers, zeros, zeros_map
 from aerogel.report.neighbours import beside
 from aerogel.report.parts import parts_bars
 from aerogel.report.svg import PALETTE, document
@@ -39,7 +39,10 @@ GLOSSARY = (
     ),
     ("Same next token", "Share of tokens for which both models have the same most likely next token (top-1 agreement)."),
     ("Bits per weight", "Bits stored for all weights, scales and embeddings included, divided by the number of weights."),
-    ("Relative error", "Squared norm of the error in a linear layer's output divided by the squared norm of the output."),
+    (
+        "Relative error",
+        "Squared norm of the error in a layer's output, or in its weight, divided by the squared norm of the output or the weight.",
+    ),
     ("Prefill, decode", "Processing the prompt, all tokens at once; generating the answer, one token after another."),
     ("Fallback", "A layer that could not be compressed as the recipe says and was compressed by a simpler method."),
 )
@@ -151,6 +154,7 @@ def _context(run: Record, others: Sequence[Record]) -> dict[str, Any]:
         "maps": {
             tower: Figure(error_map(table, WIDE), error_map(table, NARROW, tall=True)) for tower, table in towers(run.journal).items()
         },
+        "zeros": _zeros(run),
         "time": _time(after),
         "inputs": {"sentence": inputs.sentence(after.inputs), "rows": list(inputs.rows(after.inputs))} if after.inputs else None,
         "coverage": _coverage(run),
@@ -267,6 +271,15 @@ def _skipped(after: Side) -> dict[str, Any] | None:
     if found is None:
         return None
     return {"figure": Figure(skips.skip_map(found, WIDE), skips.skip_map(found, NARROW)), "sentence": skips.sentence(found)}
+
+
+def _zeros(run: Record) -> dict[str, Figure]:
+    """Zeros of each pruned layer, as the last step that noted them left it."""
+    shares = {entry.name: entry.sparsity for entry in run.journal if entry.sparsity is not None}
+    blocks = {entry.name: entry.block for entry in run.journal if entry.sparsity is not None}
+    asked = {entry.name: entry.allocated for entry in run.journal if entry.allocated is not None}
+    tables = zeros(shares, blocks, asked)
+    return {tower: Figure(zeros_map(table, WIDE), zeros_map(table, NARROW, tall=True)) for tower, table in tables.items()}
 
 
 def _coverage(run: Record) -> dict[str, Any] | None:

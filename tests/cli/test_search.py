@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from aerogel.cli import commands as cli
 from aerogel.data.denoising import Denoising, denoised
-from aerogel.engine.search import pacing
+from aerogel.engine.search import pacing, sparsity
 from tests.engine.search.test_caches import dit_pipeline
 from tests.folders import model_folder, text_file
 
@@ -81,7 +82,7 @@ def test_a_search_that_finds_nothing_fails_and_says_why(folder: Path) -> None:
     assert "fora: it makes denoising" in done.stdout
     assert "No policy makes dit_pipeline 50 times faster." in done.stdout
     assert done.stderr.splitlines()[-1] == (
-        "error: No policy makes dit_pipeline 50 times faster; give a smaller --budget, or other policies (--only)"
+        "error: No policy makes dit_pipeline 50 times faster; give a smaller --budget, or other methods (--only)"
     )
     assert (folder / "out" / "report.html").is_file()
     assert json.loads((folder / "out" / "aerogel.json").read_text())["policies"] == []
@@ -114,3 +115,68 @@ def test_experts_to_skip_are_searched_the_same_way(tmp_path: Path) -> None:
     assert sum(line.startswith(("reduced_topk ", "single_threshold ")) for line in lines) == len(facts["rows"])
     assert "moe skips 50 % of its token-expert assignments with" in done.stdout.replace("\u202f", " ")
     assert CliRunner().invoke(cli.app, ["report", str(tmp_path / "out")]).exit_code == 0
+
+
+def test_a_recipe_with_zeros_is_found_and_compress_runs_it(tmp_path: Path) -> None:
+    model, words = model_folder(tmp_path / "model"), text_file(tmp_path / "words.txt", 400)
+    given = ["search", str(model), "--task", "sparsity", "--data", str(words), "--samples", "4", "--length", "24"]
+    done = CliRunner().invoke(cli.app, [*given, "--only", "magnitude", "--only", "erk", "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert re.split(" {2,}", lines[0].strip()) == ["recipe", "zeros", "KL", "same token", "perplexity"]
+    facts = json.loads((tmp_path / "out" / "search.json").read_text())
+    assert [re.split(" {2,}", line)[0] for line in lines[1:3]] == [row["name"] for row in facts["rows"]]
+    assert f"model loses 50.0 % of its prunable weights with {facts['rows'][0]['name']}" in done.stdout.replace("\u202f", " ")
+    assert lines[-1] == f"next    aerogel compress {model} --recipe {tmp_path / 'out' / 'recipe.yaml'} --output OUT"
+    _, *command = lines[-1].removesuffix("OUT").removeprefix("next    ").split()
+    done = CliRunner().invoke(cli.app, [*command, str(tmp_path / "pruned"), "--no-evaluate"])
+    assert done.exit_code == 0, done.output
+    tensors = load_file(tmp_path / "pruned" / "model.safetensors")
+    assert {name: 1 - int(tensors[f"{name}.weight"].count_nonzero()) / tensors[f"{name}.weight"].numel() for name in facts["layers"]} == (
+        facts["rows"][0]["layers"]
+    )
+
+
+@pytest.mark.parametrize("budget", ["0", "1", "nan", "abc", "3:2"])
+def test_zeros_that_cannot_be_are_refused_in_a_line(tmp_path: Path, budget: str) -> None:
+    done = CliRunner().invoke(cli.app, ["search", str(tmp_path), "--task", "sparsity", "--budget", budget])
+    assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1)
+    assert f"error: budget '{budget}' says nothing about zeros; give their share between 0 and 1" in done.stderr
+
+
+def test_zeros_of_a_denoiser_are_searched_by_its_own_images(folder: Path) -> None:
+    options = ("--task", "sparsity", "--budget", "0.3", "--only", "magnitude", "--only", "wanda", "-o", folder / "out")
+    done = CliRunner().invoke(cli.app, ["search", str(folder / "dit_pipeline"), "--steps", "2", "--samples", "2", *map(str, options)])
+    assert done.exit_code == 0, done.output
+    facts = json.loads((folder / "out" / "search.json").read_text())
+    assert (facts["judged"], facts["figure"]) == ("outputs", "error")
+    assert len(facts["rows"]) == 2
+    assert (folder / "out" / "recipe.yaml").is_file()
+
+
+def test_only_a_search_for_zeros_is_resumed(folder: Path) -> None:
+    done = run(folder, "--resume", "-o", folder / "out")
+    assert done.exit_code == 2
+    assert "a search for sparsity that is saved to an output can be resumed, and no other; leave resume out" in done.stderr
+
+
+def test_an_interrupted_search_for_zeros_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, made = sparsity.compress, list[str]()
+
+    def compress(network: Any, recipe: Any, **options: Any) -> Any:
+        made.append(recipe.name)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return own(network, recipe, **options)
+
+    monkeypatch.setattr(sparsity, "compress", compress)
+    model, words, out = model_folder(tmp_path / "model"), text_file(tmp_path / "words.txt", 400), tmp_path / "out"
+    given = ["search", str(model), "--task", "sparsity", "--data", str(words), "--samples", "2", "--length", "24", "-o", str(out)]
+    given += ["--only", "magnitude", "--only", "erk"]
+    done = CliRunner().invoke(cli.app, given)
+    assert done.exit_code == 2
+    told = f"interrupted; {tmp_path / 'out.partial'} keeps the recipes that were judged: add --resume to continue"
+    assert done.stderr.splitlines()[-1] == f"error: {told}"
+    done = CliRunner().invoke(cli.app, [*given, "--resume"])
+    assert done.exit_code == 0, done.output
+    assert [name.partition(" at ")[0] for name in made] == ["magnitude", "erk + magnitude", "erk + magnitude"]

@@ -13,7 +13,7 @@ from aerogel.io.record import files
 from aerogel.io.record.measures import TemporalResult
 from aerogel.io.record.schema import JournalLine
 from aerogel.report import page, phrases
-from aerogel.report.layers import error_map, towers
+from aerogel.report.layers import error_map, towers, zeros, zeros_map
 from aerogel.report.parts import parts_bars
 from aerogel.report.svg import Scale, element
 from aerogel.report.temporal import short, time_maps
@@ -84,7 +84,7 @@ def test_experts_share_a_cell() -> None:
     ]
     ((place, cell),) = towers(lines)["model.layers"].items()
     assert place == ("mlp.experts.*.up_proj", "0")
-    assert cell.error == pytest.approx(0.2)
+    assert cell.value == pytest.approx(0.2)
     assert cell.fell
     assert "mean of 2" in cell.words
 
@@ -205,3 +205,26 @@ def test_numbers_in_words(found: str, said: str) -> None:
 def test_headline_is_honest(size: int, speed: float, perplexity: float, said: str) -> None:
     sentence = phrases.headline(files.parse(full(size=size, speed=speed, perplexity=perplexity)))
     assert sentence.replace("\u202f", " ") == f"smollm2-135m is {said}"
+
+
+def test_errors_of_two_kinds_have_their_own_maps() -> None:
+    """What a criterion loses of its weight is not averaged with what a later step loses of the output."""
+    name, block = "model.layers.0.fc", "model.layers.0"
+    pruned = JournalLine(name=name, block=block, method="wanda", error=0.3, error_of="weights")
+    rounded = JournalLine(name=name, block=block, method="gptq", error=0.01, error_of="outputs")
+    tables = towers([pruned, rounded])
+    assert {title: table["fc", "0"].value for title, table in tables.items()} == {
+        "model.layers, wanda, error of the weights": 0.3,
+        "model.layers, gptq, error of the outputs": 0.01,
+    }
+    assert list(towers([pruned])) == ["model.layers, error of the weights"]
+
+
+def test_zeros_are_those_of_the_layers_and_what_was_allocated_is_told() -> None:
+    names = [f"model.layers.{number}.{kind}" for number in range(2) for kind in ("q", "up")]
+    shares = dict(zip(names, (0.25, 0.75, 0.5, 0.5), strict=True))
+    table = zeros(shares, {name: name.rpartition(".")[0] for name in names}, {names[0]: 0.26})["model.layers"]
+    assert {place: cell.value for place, cell in table.items()} == {("q", "0"): 0.25, ("up", "0"): 0.75, ("q", "1"): 0.5, ("up", "1"): 0.5}
+    assert table["q", "0"].words.replace("\u202f", " ") == "model.layers.0.q: 25.0 % zeros, 26.0 % allocated"
+    shades = [rect.get("fill-opacity") for rect in Xml.fromstring(zeros_map(table)).iter("rect") if rect.get("class") == "heat"]
+    assert shades[:4] == ["0.295", "0.530", "0.765", "0.530"], "a share of one has the full colour"

@@ -6,15 +6,20 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from aerogel.data.sources import GIVEN
 from aerogel.engine import policies, provenance
-from aerogel.engine.calibration import CalibrationInput
+from aerogel.engine.calibration import GIVEN_CALLS, CalibrationInput
+from aerogel.engine.estimates import needs_calls
 from aerogel.engine.opening import load
 from aerogel.engine.policies import CalibratedPolicy
+from aerogel.engine.preflight import partial_of
 from aerogel.engine.progress import Tell, Watch
+from aerogel.engine.requests import recipe_file_of
 from aerogel.engine.search.caches import CacheSearch
 from aerogel.engine.search.skips import SkipSearch
+from aerogel.engine.search.sparsity import SparsitySearch
 from aerogel.engine.search.tokens import TokenSearch
 from aerogel.errors import AerogelError
 from aerogel.io import save
@@ -22,20 +27,27 @@ from aerogel.io.locks import locked
 from aerogel.io.older import SCHEMA
 from aerogel.io.record import files
 from aerogel.io.record.measures import Metrics
-from aerogel.io.record.schema import RecipeRecord, Record
+from aerogel.io.record.schema import Provenance, RecipeRecord, Record
 from aerogel.io.source import ModelSource
 from aerogel.io.text_files import replace_text
 from aerogel.model.experts import fuse
 from aerogel.model.network import Network
 from aerogel.model.placement import AUTO, Device
+from aerogel.recipe import Recipe
 from aerogel.report import search as page
+
+RECIPE = "recipe.yaml"
+"""File of a search's folder with the best recipe, where it looks for one."""
+Best = CalibratedPolicy | Recipe
+"""What a search keeps: a policy with its state, or a recipe that `compress` runs."""
 
 
 class Search(Protocol):
     """A search of one kind on its way; what it is asked for was looked at before."""
 
-    best: CalibratedPolicy | None
-    """The policy that is kept, with its state; None where none is good enough."""
+    @property
+    def best(self) -> Best | None:
+        """Return what is kept; None where nothing is good enough."""
 
     def check(self, network: Network, samples: CalibrationInput | None) -> None:
         """See whether the network can be searched."""
@@ -50,23 +62,34 @@ class Search(Protocol):
         """Hold them against the network without any; the facts, best first."""
 
 
-TASKS: dict[str, Callable[..., Search]] = {"cache": CacheSearch, "skip": SkipSearch, "tokens": TokenSearch}
+@runtime_checkable
+class WeightSearch(Search, Protocol):
+    """A search that changes the weights of copies: experts are linear layers for it, and what is judged outlives a kill."""
+
+    def keep(self, folder: Path | None, resume: bool, fingerprint: str) -> None:
+        """Keep what is judged in a folder, of a model with this fingerprint, or go on from what is there."""
+
+    def finish(self) -> None:
+        """Remove what was kept."""
+
+
+TASKS: dict[str, Callable[..., Search]] = {"cache": CacheSearch, "skip": SkipSearch, "tokens": TokenSearch, "sparsity": SparsitySearch}
 """Tasks of a search."""
 
 
 class Findings:
-    """Result of a search: every policy with its gain and cost, and the best one calibrated."""
+    """Result of a search: every policy or recipe with its gain and cost, and the best one."""
 
-    def __init__(self, facts: dict[str, Any], best: CalibratedPolicy | None) -> None:
+    def __init__(self, facts: dict[str, Any], best: Best | None) -> None:
         self.facts = facts
         """Everything that search.json holds."""
         self.best = best
-        """The policy that moves the network least, with its state; None where none meets the budget."""
+        """The policy with its state, or the recipe, that moves the model least; None where none meets the budget."""
         self.folder: Path | None = None
         """Folder in which it is saved."""
 
     def save(self, output: str | Path) -> Path:
-        """Save as a folder with the report, which `aerogel.cached` puts on a model; weights are not in it.
+        """Save as a folder with the report, without weights: `aerogel.cached` puts its policy on, `compress` runs its recipe.yaml.
 
         Raises AerogelError when it cannot be written or is not empty.
         """
@@ -78,12 +101,14 @@ class Findings:
     def save_locked(self, output: Path) -> None:
         """Save as a folder that is locked already."""
         save.preflight(output)
-        made = [self.best] if self.best is not None else []
-        recipe = RecipeRecord(name=made[0].step.name, steps=[made[0].step.as_dict()]) if made else RecipeRecord()
+        made = [self.best] if isinstance(self.best, CalibratedPolicy) else []
         with save.new_folder(output) as folder:
             told = {"schema": self.facts["schema"], "model": self.facts["model"], "provenance": self.facts["provenance"]}
             records, checksums = policies.save(made, folder)
-            files.write(folder, Record(**told, recipe=recipe, metrics=Metrics(), policies=records, checksums=checksums))
+            record = Record(**told, recipe=_recipe_of(self.best), metrics=Metrics(), policies=records, checksums=checksums)
+            files.write(folder, record)
+            if isinstance(self.best, Recipe):
+                (folder / RECIPE).write_text(recipe_file_of(_repeatable(record, self.best)), "utf-8")
             (folder / page.FILE).write_text(json.dumps(self.facts, indent=2, default=str) + "\n")
             page.write(folder)
         self.folder = output
@@ -100,6 +125,20 @@ class Findings:
         return replace_text(path, page.page(self.facts))
 
 
+def _recipe_of(best: Best | None) -> RecipeRecord:
+    """The record's part on what is kept."""
+    if isinstance(best, Recipe):
+        return RecipeRecord(**best.as_dict())
+    return RecipeRecord() if best is None else RecipeRecord(name=best.step.name, steps=[best.step.as_dict()])
+
+
+def _repeatable(record: Record, best: Recipe) -> Record:
+    """The record without data that the recipe does not read, or that no file can name: `compress` is given that again, in Python."""
+    if needs_calls(best) and record.provenance.calibration.get("source") not in (GIVEN_CALLS, GIVEN):
+        return record
+    return record.replaced(provenance=Provenance.model_validate({**record.provenance.as_dict(), "calibration": {}}))
+
+
 def search(
     model: Any,
     task: str = "cache",
@@ -112,15 +151,18 @@ def search(
     seed: int = 0,
     device: Device = AUTO,
     rounds: int = 3,
+    resume: bool = False,
     tell: Tell = lambda event: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Findings:
-    """Compare all policies of a kind (or `only` some) on a model at one budget, and keep the best; with `output` it is saved.
+    """Compare all methods of a kind (or `only` some) on a model at one budget, and keep the best; with `output` it is saved.
 
     `cache`: policies of reuse on a pipeline; the budget says how many times faster denoising has to be, "1.5x" unless told otherwise.
     `skip`: policies that skip experts of an MoE model; the budget is the share of dropped token-expert assignments, 0.67.
     `tokens`: policies that drop tokens, of images on chats and of long prompts on text or needle prompts; the budget says how many times
     faster prompts have to be read, "2x", or which share of the tokens may be computed, such as "25%".
+    `sparsity`: recipes that prune a model; the budget is the share of zeros in the layers of its blocks, 0.5, a pattern such as "2:4", or
+    the bytes that these layers may take, such as "40MB". With `resume` a search that was killed goes on where it stopped.
     `device` computes (see `load`).
     Speeds are measured by `rounds` turns with and without a policy. Raises AerogelError for an unknown task, a model that has nothing of
     the kind and a budget that is none; a policy that refuses the network or misses the budget is among the facts with its reason.
@@ -130,11 +172,15 @@ def search(
     if rounds < 1:
         raise AerogelError(f"rounds is {rounds}; it is at least 1")
     made = TASKS[task](budget, only, overrides, rounds, tell, clock)
+    if resume and (output is None or not isinstance(made, WeightSearch)):
+        raise AerogelError("a search for sparsity that is saved to an output can be resumed, and no other; leave resume out")
     if output is None:
-        return _findings(made, task, model, samples, None, seed, device, tell)
+        return _findings(made, task, model, samples, None, seed, device, resume, tell)
     with locked(Path(output)):
-        findings = _findings(made, task, model, samples, Path(output), seed, device, tell)
+        findings = _findings(made, task, model, samples, Path(output), seed, device, resume, tell)
         findings.save_locked(Path(output))
+        if isinstance(made, WeightSearch):
+            made.finish()
     return findings
 
 
@@ -146,18 +192,23 @@ def _findings(
     output: Path | None,
     seed: int,
     device: Device,
+    resume: bool,
     tell: Tell,
 ) -> Findings:
     watch = Watch(tell)
     with watch.stage("load", str(model) if isinstance(model, str | Path | ModelSource) else ""):
-        network = load(model, lazy=False, unfuse_experts=False, device=device)
-        if network is not model:
+        changes_weights = isinstance(made, WeightSearch)
+        network = load(model, lazy=False, unfuse_experts=changes_weights, device=device)
+        if network is not model and not changes_weights:
             fuse(network.module)  # experts run as transformers runs them
     made.check(network, samples)
     if output is not None:
         save.preflight(output, origin=network.origin)
     with watch.stage("check", "what to calibrate on"):
         shown = made.prepare(seed)
+        fingerprint = save.fingerprint_of(network)
+        if isinstance(made, WeightSearch):
+            made.keep(None if output is None else partial_of(output), resume, fingerprint)
     with watch.stage("compress"):
         made.bring()
     with watch.stage("evaluate"):
@@ -165,7 +216,7 @@ def _findings(
     facts |= {
         "schema": SCHEMA,
         "task": task,
-        "model": provenance.model_of(network).as_dict() | {"fingerprint": save.fingerprint_of(network)},
+        "model": provenance.model_of(network).as_dict() | {"fingerprint": fingerprint},
         "provenance": provenance.provenance_of(network, seed, shown).as_dict(),
         "timings": watch.seconds,
     }

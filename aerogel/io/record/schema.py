@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
@@ -103,7 +103,13 @@ class JournalLine(OpenPart):
     method: str | None = None
     scheme: str | None = None
     error: float | None = None
-    """Relative squared error of the layer's output."""
+    """Relative squared error of the layer's output, or of its weight."""
+    error_of: Literal["outputs", "weights"] | None = None
+    """Part of the layer whose error that is; None in records of releases that did not say it."""
+    sparsity: float | None = None
+    """Share of the layer's weights that is zero."""
+    allocated: float | None = None
+    """Share of zeros that an allocation step gave the layer."""
     fallback: str | None = None
     """Reason why the layer was not compressed as the recipe says."""
     step_size: float | None = None
@@ -112,8 +118,7 @@ class JournalLine(OpenPart):
     @property
     def kind(self) -> str:
         """The layer's place in its block, the same in every block and for every expert."""
-        inside = self.name.removeprefix(f"{self.block}.") if self.block else self.name
-        return pattern(inside)
+        return kind_of(self.name, self.block)
 
 
 class PolicyRecord(Part):
@@ -158,6 +163,11 @@ class Record(Part):
         """Return a record with these {"original" or "compressed": {measure: figures}} added to its metrics."""
         found = self.metrics.as_dict()
         return self.replaced(metrics={**found, **{side: {**found.get(side, {}), **measured} for side, measured in metrics.items()}})
+
+
+def kind_of(name: str, block: str) -> str:
+    """Return a layer's place in its block, the same in every block and for every expert."""
+    return pattern(name.removeprefix(f"{block}.") if block else name)
 
 
 def pattern(name: str) -> str:

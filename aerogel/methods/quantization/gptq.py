@@ -153,6 +153,7 @@ class _Problem(Problem):
         """Yield the layers by name, each with its rows of a solution."""
         g_idx = None if solution.g_idx_BI is None else solution.g_idx_BI[index]
         for name, linear, rows in self.rows():
+            assert isinstance(linear, nn.Linear), "GPTQ is given no others"
             grid = solution.grids[index]
             if len(self.linears) > 1:
                 grid = Grid(grid.scale[rows], None if grid.zero is None else grid.zero[rows])

@@ -52,5 +52,10 @@ class Rtn(WeightMethod):
             quantized = round_to_nearest(linear, scheme, grid, dtype, static_inputs(scheme, seen, self.input_range, dtype))
             error = output_error(matrix(linear).float() - quantized.dequantized(torch.float32), matrix(linear), None)
             block.replace(name, quantized)
-            block.note(name, error=error, **({"fallback": "input range unknown: no token reached it"} if name in unseen else {}))
+            block.note(
+                name,
+                error=error,
+                error_of="weights",
+                **({"fallback": "input range unknown: no token reached it"} if name in unseen else {}),
+            )
         borrow_input_ranges(block, unseen)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from aerogel.methods.base import Before
 from aerogel.methods.reconstruction.policy import ReconstructionMethod, original_of
 from aerogel.model.block import Block
+from aerogel.model.network import Network
 from aerogel.model.units import captured, rows_of
+from aerogel.model.walk import blocks_of
 
 
 @dataclass(frozen=True)
 class BiasCorrection(ReconstructionMethod):
     """Moves the biases of pruned layers so that the mean of each output channel is that of the original model."""
+
+    def problems(self, network: Network, before: Before) -> Iterator[str]:
+        """Look for a bias."""
+        yield from super().problems(network, before)
+        found = [layer for block in blocks_of(network) for layer in self.targeted(block).values()]
+        if found and all(layer.bias is None for layer in found):
+            yield "finds no bias to move: no layer that it acts on has one; leave it out"
 
     @torch.no_grad()
     def compress(self, block: Block) -> None:

@@ -145,7 +145,7 @@ class PruningMethod(TargetedMethod):
         weight_OI = matrix(layer)
         error = output_error(weight_OI.masked_fill(kept_OI, 0), weight_OI, None)
         block.prune(name, kept_OI)
-        block.note(name, sparsity=zero_share(layer.weight), error=error, **facts)
+        block.note(name, sparsity=zero_share(layer.weight), error=error, error_of="weights", **facts)
 
 
 def _norm(layer: nn.Module, statistics: InputStatistics | None) -> Tensor | None:

@@ -12,10 +12,10 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from aerogel.kernels.malloc import release_pages
-from aerogel.layers.conv import matrix, quantized
+from aerogel.layers.conv import Layer, matrix, quantized
 from aerogel.layers.linear import stored_grid
 from aerogel.methods.base import CalibrationSize, CostEstimate, wide
 from aerogel.methods.sparsity.policy import PruningMethod
@@ -37,7 +37,6 @@ from aerogel.options import Count, NonNegative
 class Sparsegpt(PruningMethod):
     """Sets weights to zero that cost the output least, and compensates each in the columns that follow (arXiv:2301.00774)."""
 
-    layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
     shares_calls: ClassVar[bool] = True
     prunes_blocks: ClassVar[bool] = False  # a column is pruned when its turn comes, by scores that no later column of a block has yet
 
@@ -57,6 +56,10 @@ class Sparsegpt(PruningMethod):
         """True where the weights that stay get a number format."""
         return self.scheme is not None
 
+    def targeted(self, block: Block) -> dict[str, Any]:
+        """Return the block's float layers that it acts on: groups of a convolution would each have a Hessian of their own."""
+        return {name: layer for name, layer in super().targeted(block).items() if getattr(layer, "groups", 1) == 1}
+
     def assign(self, block: Block) -> dict[str, tuple[Any, Scheme]]:
         """Return the block's float layers that are quantized too: name relative to the block -> (layer, scheme)."""
         if self.scheme is None:
@@ -70,7 +73,7 @@ class Sparsegpt(PruningMethod):
 
     @torch.no_grad()
     def compress(self, block: Block) -> None:
-        """Prune the block's linear layers."""
+        """Prune the block's layers."""
         shares, schemes = self.shares(block), {name: scheme for name, (_, scheme) in self.assign(block).items()}
         linears = {name: layer for name, layer in self.targeted(block).items() if name in shares or name in schemes}
         unseen: list[str] = []
@@ -94,7 +97,7 @@ class Sparsegpt(PruningMethod):
     def _batches(
         self,
         block: Block,
-        linears: Mapping[str, nn.Linear],
+        linears: Mapping[str, Layer],
         shares: Mapping[str, float],
         schemes: Mapping[str, Scheme],
         statistics: Mapping[str, InputStatistics],
@@ -145,6 +148,7 @@ class Sparsegpt(PruningMethod):
                 name,
                 sparsity=sparsity,
                 error=errors[name],
+                error_of="weights" if seen is None else "outputs",
                 damping=layer.damping,
                 **layer.problem.fallback(layer.failed, "pruned by magnitude"),
             )
@@ -181,7 +185,7 @@ class _Problem(Problem):
 class _Layer(NamedTuple):
     """A linear layer with its new weights."""
 
-    linear: nn.Linear
+    linear: Layer
     problem: _Problem
     values_OI: Tensor
     """Weights, or their codes on the grid where they are quantized."""

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from aerogel.engine.opening import open_model
+from aerogel.engine.run import compress
 from aerogel.errors import AerogelError
 from aerogel.layers.linear import QuantLinear
 from aerogel.methods.sparsity import sparsegpt
 from aerogel.methods.sparsity.sparsegpt import Rounding, Sparsegpt, smallest_of, solve
 from aerogel.methods.sparsity.sparsegpt import pattern as pattern_of
+from aerogel.model.calls import Call
+from aerogel.model.network import Network
 from aerogel.model.processes import Processes
 from aerogel.model.solutions import Share
 from aerogel.numerics.feedback import Choice
@@ -197,3 +203,33 @@ def test_ranges_of_what_stays_lose_less_than_those_of_all_weights(choice: Choice
             rounding = Rounding(Scheme.parse("W4A16_G16").weights, torch.float32, [None])
             losses[late] = losses.get(late, 0.0) + float(solve(weight, (x.T @ x / 256)[None], choice, rounding=rounding).loss_BO.sum())
     assert losses[True] < losses[False]
+
+
+def convolved(layer: nn.Conv2d, name: str, **options: object) -> tuple[Network, Tensor]:
+    """A block of one convolution pruned by a criterion, and what it reads."""
+    torch.manual_seed(0)
+    x = torch.randn(4, layer.in_channels, 7, 7, generator=torch.Generator().manual_seed(1)) @ torch.randn(7, 7)
+    network = open_model(nn.Sequential(layer))
+    step = {name: {"sparsity": 0.6, "targets": ["Conv2d"], **options}}
+    return compress(network, {"steps": [step]}, samples=[Call((x,))], measures=()).network, x
+
+
+def test_a_convolution_is_a_matrix_of_its_patches() -> None:
+    """The kernel of one place is a linear layer over pixels; a larger one costs its output less than zeros of the same magnitude do."""
+    torch.manual_seed(0)
+    point, kernel = nn.Conv2d(6, 10, 1), nn.Conv2d(6, 10, 3, stride=2, padding=1)
+    weight = point.weight.detach()[..., 0, 0].clone()
+    network, x = convolved(point, "sparsegpt")
+    expected = literal(weight, moment(x.movedim(1, -1).reshape(-1, 6)), 0.6)
+    torch.testing.assert_close(network.module[0].weight[..., 0, 0].double(), expected, rtol=1e-3, atol=1e-4)  # type: ignore[index,union-attr]
+    wanted, lost = kernel(x).detach(), {}
+    for name in ("magnitude", "sparsegpt"):
+        pruned = convolved(copy.deepcopy(kernel), name)[0].module
+        assert int((pruned[0].weight == 0).sum()) == round(0.6 * 10 * 54)  # type: ignore[index,union-attr]
+        lost[name] = float((pruned(x).detach() - wanted).square().sum())
+    assert lost["sparsegpt"] < 0.9 * lost["magnitude"]
+
+
+def test_groups_of_a_convolution_have_no_common_hessian() -> None:
+    with pytest.raises(AerogelError, match="sparsegpt: reaches no layer of this model"):
+        convolved(nn.Conv2d(6, 6, 3, groups=2), "sparsegpt")
