@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import glob
 import json
@@ -272,6 +273,7 @@ def _write_config(network: Network, module: nn.Module, folder: Path, entries: Ma
     path = folder / "config.json"
     config = read_object(path) if path.is_file() else {}
     config |= _changes(network)
+    config |= _other_when_opened(module, config)
     untied = _has_untied(module)
     for each in configs_in(config):
         each.pop("quantization_config", None)
@@ -303,6 +305,18 @@ def _changes(network: Network) -> dict[str, Any]:
         return {}
     before = type(config).from_pretrained(network.origin).to_dict()
     return {key: value for key, value in config.to_dict().items() if key not in _PASSING and before.get(key) != value}
+
+
+def _other_when_opened(module: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers that a configuration with these settings would not have as they are: derived from others, or of a diffusers model."""
+    config: Any = getattr(module, "config", None)
+    if isinstance(config, Mapping):
+        now, then = dict(config), settings
+    elif hasattr(type(config), "from_dict"):
+        now, then = config.to_dict(), type(config).from_dict(copy.deepcopy(dict(settings))).to_dict()
+    else:
+        return {}
+    return {key: value for key, value in now.items() if type(value) is int and key in then and then[key] != value}
 
 
 def _beside(output: Path, what: str) -> Path:
