@@ -80,10 +80,13 @@ class _Search:
         }
         self._shapes = _shapes(network.module)
         self._taken: dict[str, int] = {}
+        self._why = ""
 
     def found(self) -> Narrowing:
         """Try settings until all coupled channels are covered."""
         words = WORDS[self._kind]
+        if not self._coupled:
+            raise AerogelError(f"this {self._network.family.name} model has no {words} that can leave a block; leave this step out")
         kept = {units: self._keep(units) for units in {one.units for _, one in self._coupled.values()}}
         if all(units == stays for units, stays in kept.items()):
             return Narrowing()
@@ -93,7 +96,7 @@ class _Search:
             (block, one), *_ = self._coupled.values()
             raise AerogelError(
                 f"{block}.{one.reader} reads {one.units} {words}, and no setting of this {self._network.family.name} model's configuration "
-                "says how many: nobody could open what is left; leave this step out"
+                f"says how many{self._why}: nobody could open what is left; leave this step out"
             )
         narrow = self._rebuilt(changes)
         assert base is not None, "there are changes"
@@ -186,10 +189,13 @@ class _Search:
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 config = changed(module.config, changes)
+                if hasattr(config, "validate"):
+                    config.validate()
                 made: nn.Module = type(module).from_config(config) if isinstance(config, Mapping) else type(module)(config)
             unfuse(made, *([] if self._network.names is None else [self._network.names.experts]))
             as_linears(made)
-        except Exception:  # noqa: BLE001  whatever the code of a model raises for settings that do not go together
+        except Exception as error:  # noqa: BLE001  whatever the code of a model raises for settings that do not go together
+            self._why = f" ({' '.join(str(error).split())})"
             return None
         return made
 

@@ -110,6 +110,7 @@ def _feed_forwards(block: nn.Module, probe: Probe) -> Iterator[CoupledChannels]:
             yield CoupledChannels("feed_forwards", reader, columns, units_I, _with_biases(block, units))
 
 
+@torch.enable_grad()
 def _makers(probe: Probe) -> dict[str, tuple[str, ...]]:
     """The layers on whose outputs what a layer reads depends with no other layer between, by that layer."""
     made: list[tuple[str, Tensor]] = []
@@ -121,8 +122,7 @@ def _makers(probe: Probe) -> dict[str, tuple[str, ...]]:
         made.append((one.name, y))
         return y * 1  # the model's code may add to it in place
 
-    with torch.enable_grad():
-        probe.run(answer=answer)
+    probe.run(answer=answer)
     found: dict[str, tuple[str, ...]] = {}
     for name, x in read:
         if not x.requires_grad:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import aerogel
 from aerogel.engine.planning import plan
-from aerogel.errors import AerogelError
 from aerogel.model.calls import Call
 from tests.crashing_runs import Doom, killed, options
 from tests.engine.test_resume import outcome
