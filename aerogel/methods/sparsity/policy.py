@@ -159,15 +159,15 @@ class StructuredPruning(Method):
     reorders: ClassVar[Literal["nothing", "layers", "blocks"]] = "layers"
 
     share: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    """Share to remove in every layer, rounded to what the layer can lose."""
+    """Share of the channels or heads of each layer to remove, rounded."""
     criterion: Literal["obs", "wanda", "magnitude"] = "obs"
-    """`obs`: output error of the reader after it was adjusted; `wanda`: |weight| x norm of the input; `magnitude`: by weights alone."""
+    """`obs`: output error once the remaining weights are adjusted; `wanda`: |weight| x norm of the input; `magnitude`: weights alone."""
     repair: bool = True
-    """Adjust the layer that reads the channels by least squares on the calibration data, so that it makes up for those that left."""
+    """Adjust the layer that reads what is left by least squares on the calibration data, to make up for what was removed."""
     percdamp: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Ridge towards the weight as it was, in mean diagonals of the inputs' second moment."""
+    """Ridge towards the original weight, as a share of the mean diagonal of the Hessian of the inputs."""
     ignore: tuple[str, ...] = field(default=(), kw_only=True)
-    """Layers that read channels which stay: globs on full dotted names or `re:` patterns, for all layers with a setting in common."""
+    """Layers whose inputs stay (down or output projections): globs on full dotted names or `re:` patterns; all layers of one setting."""
 
     @abstractmethod
     def staying(self, units: int) -> int:
@@ -257,7 +257,7 @@ class StructuredPruning(Method):
         if self.repair and moment_II is not None:
             found = repaired(weight_OI, moment_II, kept_K, self.percdamp)
             weight_OK = found.weight_OK.to(weight_OI)
-            fallback = fallback or ("not adjusted: the second moment of its inputs is not positive definite" if found.failed else "")
+            fallback = fallback or ("not adjusted: the Hessian is not positive definite" if found.failed else "")
         block.note(
             one.reader, **facts, error=_error(weight_OI, kept_K, weight_OK, moment_II), **({"fallback": fallback} if fallback else {})
         )
@@ -276,7 +276,7 @@ class StructuredPruning(Method):
                 stays_U[gone.cpu()] = False
                 return stays_U.nonzero()[:, 0], ""
         scores_U = wanda_scores(weight_OI, moment_II.diagonal(), one.columns_I, one.units)
-        fallback = "pruned as by wanda: the second moment of its inputs is not positive definite" if self.criterion == "obs" else ""
+        fallback = "pruned as by wanda: the Hessian is not positive definite" if self.criterion == "obs" else ""
         return largest(scores_U, stays).cpu(), fallback
 
 
