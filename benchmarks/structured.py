@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", help="Measure only rows with this text in them.")
+    parser.add_argument("--only", nargs="+", help="Measure only rows with one of these texts in them, in this order.")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     dense = aerogel.load(MODEL, lazy=False, dtype=torch.float32)
@@ -192,12 +192,14 @@ def main() -> None:
         "rounds": given.rounds,
     }
     every = cases(dense.config.num_hidden_layers)
-    for case in every:
-        if given.only is None or given.only in f"{case.removed}: {case.name}":
-            row = measured(case, dense, original["nats_per_token"], Samples("sotu", given.samples, 512), given.rounds)
-            keep(row, [[one.removed, one.name] for one in every], settings)
-    if given.only is None or given.only in LARGER:
-        keep(larger(given.rounds), [[one.removed, one.name] for one in every], settings)
+    order = [[one.removed, one.name] for one in every]
+    for only in given.only or [""]:
+        for case in every:
+            if only in f"{case.removed}: {case.name}":
+                row = measured(case, dense, original["nats_per_token"], Samples("sotu", given.samples, 512), given.rounds)
+                keep(row, order, settings)
+        if only in LARGER:
+            keep(larger(given.rounds), order, settings)
 
 
 if __name__ == "__main__":
