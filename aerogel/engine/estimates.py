@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -67,10 +68,14 @@ class Sizes:
     """Parameters that a token passes: of an MoE model's experts those that it goes to."""
 
     @classmethod
-    def of(cls, network: Network, touched: set[str]) -> Sizes:
-        """Count a model's weights, with the names of the layers that a recipe quantizes."""
+    def of(cls, network: Network, touched: set[str], shapes: Mapping[str, tuple[int, ...]]) -> Sizes:
+        """Count a model's weights, with the names of the layers that a recipe quantizes and the shapes that parameters have afterwards."""
         stored = [(slot, slot.tensor.numel() * stored_dtype(network, slot.name, slot.tensor).itemsize) for slot in _unique_slots(network)]
-        left = sum(size for slot, size in stored if slot.name.rpartition(".")[0] not in touched)
+        left = sum(
+            size // max(slot.tensor.numel(), 1) * math.prod(shapes.get(slot.name, slot.tensor.shape))
+            for slot, size in stored
+            if slot.name.rpartition(".")[0] not in touched
+        )
         source = network.checkpoint.bytes() if network.checkpoint is not None else sum(size for _, size in stored)
         parameters = sum(slot.tensor.numel() for slot, _ in stored if isinstance(slot.tensor, nn.Parameter))
         parameters += _coded_weights(network)

@@ -48,7 +48,7 @@ from aerogel.model.placement import AUTO, Device
 from aerogel.model.processes import ALONE, Processes
 from aerogel.model.walk import blocks_of
 from aerogel.numerics.scheme import Scheme
-from aerogel.recipe import Recipe
+from aerogel.recipe import Recipe, Step
 
 _GROUPS = (32, 48, 64, 96, 128, 192, 256)
 
@@ -161,6 +161,7 @@ def plan_network(
 ) -> Plan:
     """Return the plan for a network that is open already; what the engine, if one is given, does not open is a problem."""
     touched, schemes, problems = _touched(network, recipe, read)
+    shapes = {} if problems else _reshaped(network, recipe.steps)
     mixed, unknown = tuple(mixed_sets(network, schemes)), unknown_sets(network, schemes)
     stored = _stored(network, recipe, touched, schemes)
     opened = _opened_by(network, recipe, stored, mixed=bool(mixed))
@@ -172,7 +173,7 @@ def plan_network(
     problems += _too_many_tokens(network)
     gone = _removed(network, recipe) if not problems else frozenset()
     touched = [linear for linear in touched if linear.name not in gone]
-    sizes = Sizes.of(network, {linear.name for linear in touched} | gone)
+    sizes = Sizes.of(network, {linear.name for linear in touched} | gone, shapes)
     memory = peak_memory(network, recipe, read, processes.count)
     rate = flops_a_second or partial(measured_flops_a_second, network.device)
     return Plan(
@@ -194,6 +195,11 @@ def plan_network(
         engines=opened,
         instructions=_instructions(recipe, stored, opened),
     )
+
+
+def _reshaped(network: Network, steps: Sequence[Step]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters that have another after these steps, by full name."""
+    return {name: shape for step in steps if isinstance(step.method, Method) for name, shape in step.method.reshapes(network).items()}
 
 
 def _removed(network: Network, recipe: Recipe) -> frozenset[str]:
@@ -268,18 +274,21 @@ def _touched(network: Network, recipe: Recipe, read: CalibrationSize) -> tuple[l
     problems: list[str] = []
     refused: dict[str, list[str]] = {}
     quantized = {name: part.scheme for name, part in network.module.named_modules() if isinstance(part, QuantLinear)}
+    shapes: dict[str, tuple[int, ...]] = {}
     for number, step in enumerate(recipe.steps):
-        before = Before(read, dict(quantized))
+        before = Before(read, dict(quantized), dict(shapes))
         if why := unmet(network, step, recipe.steps[:number], before):
             problems += why
             continue
         problems += unmatched(network, step)
         quantized |= step.method.requantized(network, before)
+        shapes |= _reshaped(network, [step])
         found = _stored_by(step.method, network)
         if not found and isinstance(step.method, WeightMethod):
             left, advice = (" that is not quantized yet", ", or give the original model") if quantized else ("", "")
             problems.append(f"{step.name} reaches no linear layer of this model{left}; check its targets and ignore{advice}")
-        for name, (linear, scheme) in found.items():
+        for name, (layer, scheme) in found.items():
+            linear = _as_shaped(layer, shapes.get(f"{name}.weight"))
             inputs, outputs = size(linear)
             if reason := refuse(linear, scheme):
                 refused.setdefault(f"cannot take {scheme}: {reason}{_fitting(scheme, inputs)}", []).append(name)
@@ -298,6 +307,14 @@ def _stored_by(method: Any, network: Network) -> dict[str, tuple[Layer, Scheme]]
     if isinstance(method, BlockMethod):
         return {block.full_name(name): got for block in blocks_of(network) for name, got in method.assign(block).items()}
     return method.stores(network) if isinstance(method, Method) else {}
+
+
+def _as_shaped(layer: Layer, shape: tuple[int, ...] | None) -> Layer:
+    """Return a layer with nothing in it that has this shape; the layer itself where that is None."""
+    if shape is None:
+        return layer
+    made: Layer = nn.Linear(shape[1], shape[0], bias=layer.bias is not None, device="meta", dtype=layer.weight.dtype)
+    return made
 
 
 def _fitting(scheme: Scheme, columns: int) -> str:

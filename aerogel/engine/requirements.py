@@ -12,7 +12,9 @@ from aerogel.model import time_path
 from aerogel.model.calls import Call
 from aerogel.model.kv_cache import require_places
 from aerogel.model.layer_removal import decoder_layers
+from aerogel.model.narrowing import WORDS
 from aerogel.model.network import Network
+from aerogel.model.structure.coupled import Kind
 from aerogel.model.walk import blocks_of
 from aerogel.recipe import Recipe, Step
 from aerogel.runtime.attention import require_torch_attention
@@ -107,6 +109,17 @@ def _layers(network: Network, step: Step, earlier: Sequence[Step]) -> None:
     decoder_layers(network)
 
 
+def _coupled(kind: Kind, network: Network, step: Step, earlier: Sequence[Step]) -> None:
+    """Look for coupled channels that no earlier step has removed, and on which no policy was measured."""
+    for other in earlier:
+        if isinstance(other.method, RuntimePolicy):
+            raise AerogelError(f"{step.name} comes after {other.name}, which was measured on all channels; put {other.name} behind it")
+        if kind in other.method.requires:
+            raise AerogelError(f"{step.name} comes after {other.name}, which removes the same kind of channels; leave one of them out")
+    if not any(one.kind == kind for found in network.coupled.values() for one in found):
+        raise AerogelError(f"this {network.family.name} model has no {WORDS[kind]} that can leave a block; leave {step.name} out")
+
+
 def _edges(network: Network, step: Step, earlier: Sequence[Step]) -> None:
     if not any(block.edges() for block in blocks_of(network)):
         raise AerogelError(
@@ -166,6 +179,8 @@ LOOKS: Mapping[Requirement, Look] = {
     "kv_cache": lambda network, *_: require_places(network),
     "decoder": _decoder,
     "layers": _layers,
+    "feed_forwards": partial(_coupled, "feed_forwards"),
+    "heads": partial(_coupled, "heads"),
     "patch_grid": lambda network, *_: patch_grid(network),
     "images": lambda network, *_: require_vision(network),
     "time_path": lambda network, *_: time_path.find(network).require_alone(),

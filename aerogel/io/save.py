@@ -272,6 +272,9 @@ def _write_config(network: Network, module: nn.Module, folder: Path, entries: Ma
     path = folder / "config.json"
     config = read_object(path) if path.is_file() else {}
     config |= _changes(network)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    config |= _other_when_opened(module, folder, config)
     untied = _has_untied(module)
     for each in configs_in(config):
         each.pop("quantization_config", None)
@@ -285,7 +288,6 @@ def _write_config(network: Network, module: nn.Module, folder: Path, entries: Ma
         config["architectures"] = [type(network.module).__name__]
     if network.stored_dtype is not None and "_class_name" not in config:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(network.stored_dtype).removeprefix("torch.")
-    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -303,6 +305,27 @@ def _changes(network: Network) -> dict[str, Any]:
         return {}
     before = type(config).from_pretrained(network.origin).to_dict()
     return {key: value for key, value in config.to_dict().items() if key not in _PASSING and before.get(key) != value}
+
+
+def _other_when_opened(module: nn.Module, folder: Path, written: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers that a configuration read from this folder has otherwise: derived from others, or of a diffusers model."""
+    config: Any = getattr(module, "config", None)
+    if isinstance(config, Mapping):
+        return _numbers_apart(config, written)
+    if not hasattr(type(config), "from_pretrained"):
+        return {}
+    return _numbers_apart(config.to_dict(), type(config).from_pretrained(folder).to_dict())
+
+
+def _numbers_apart(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries with another whole number, those of nested settings as a whole."""
+    return {key: value for key, value in now.items() if key in then and key not in _PASSING and _has_other_number(value, then[key])}
+
+
+def _has_other_number(now: Any, then: Any) -> bool:
+    if isinstance(now, dict) and isinstance(then, dict):
+        return bool(_numbers_apart(now, then))
+    return type(now) is int and now != then
 
 
 def _beside(output: Path, what: str) -> Path:

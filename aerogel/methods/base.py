@@ -23,8 +23,8 @@ _FEW = 0.05
 """Share of a block's weights up to which a layer that no group fits is left unquantized instead of refusing the recipe."""
 Requirement = Literal[
     "calls", "teacher", "teacher_layers", "gradients", "uncached", "dense", "pruned", "allocation", "edges", "residual", "experts",
-    "attention", "kv_cache", "decoder", "layers", "images", "patch_grid", "time_path", "trajectories", "cached_modules", "block_range",
-    "skips", "cfg", "concatenations", "schedule", "replays",
+    "feed_forwards", "heads", "attention", "kv_cache", "decoder", "layers", "images", "patch_grid", "time_path", "trajectories",
+    "cached_modules", "block_range", "skips", "cfg", "concatenations", "schedule", "replays",
 ]  # fmt: skip
 """Requirements of a method on a model:
 
@@ -32,8 +32,9 @@ calls: calibration data;  teacher: the model before any step, whose blocks no ea
 one put the channels, scales or experts inside of blocks into another order;  gradients: autograd is on;  uncached: every module runs, so no
 feature cache may be on;  dense: no earlier step has pruned weights;  pruned: an earlier step has;  allocation: an earlier step gives each
 layer its share of zeros;  edges: norms and linear layers whose channels others read;  residual: one stream that can be rotated;  experts:
-routed experts;  attention: modules that call scaled_dot_product_attention;  kv_cache: modules with a place in a key-value cache;  decoder:
-one row of blocks that attend with such a cache, each to everything before;  layers: one row of decoder layers that the configuration
+routed experts;  feed_forwards: FFNs with channels that can leave, and no policy measured on all of them;  heads: attention heads, in the
+same way;  attention: modules that call scaled_dot_product_attention;  kv_cache: modules with a place in a key-value cache;  decoder: one
+row of blocks that attend with such a cache, each to everything before;  layers: one row of decoder layers that the configuration
 counts;  images: tokens that stand for images;  patch_grid: tokens of an image that are the patches of a square grid;  time_path: a time
 embedding that is projected for the blocks;  trajectories: whole denoising runs;  cached_modules: attentions and feed-forwards that are
 added to the stream;  block_range: blocks in one row with the stream between them;  skips: a way down and up again with skip connections;
@@ -79,6 +80,8 @@ class Before:
     """Size of the calibration."""
     quantized: Mapping[str, Scheme] = field(default_factory=dict)
     """The layers that are quantized by then, by full name."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of the parameters that have another by then, by full name."""
 
 
 def name_of(method: object) -> str:
@@ -162,6 +165,10 @@ class Method(_Method):
 
     def stores(self, network: Network) -> dict[str, tuple[Any, Scheme]]:
         """Return the layers that it quantizes, for the plan: full name -> (layer, scheme)."""
+        return {}
+
+    def reshapes(self, network: Network) -> Mapping[str, tuple[int, ...]]:
+        """Return the parameters that have another shape afterwards, for the plan: full name -> shape; none unless a method says so."""
         return {}
 
     def removes(self, network: Network) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from aerogel.model.calls import Call
 from aerogel.model.family import Family, TimePath
 from aerogel.model.match import matches
 from aerogel.model.placement import Placement
+from aerogel.model.structure.coupled import CoupledChannels, coupled_by_block
 from aerogel.model.structure.edges import BlockEdges, edges_by_block
 from aerogel.model.structure.examples import Example, examples_of, usable
 from aerogel.model.structure.fused_sets import FusedSet, fused_sets_of
@@ -65,6 +66,8 @@ class Network:
     """Full names of the layers whose zeros every later step keeps."""
     sparsities: dict[str, float] = field(default_factory=dict)
     """Shares of zeros that an allocation step gave layers, by full name."""
+    narrowings: dict[Any, Any] = field(default_factory=dict)
+    """Ways to remove coupled channels that were looked for, by what was asked."""
     notes: list[dict[str, Any]] = field(default_factory=list)
     """Facts that a method of the whole model has noted for the report."""
     teacher: Network | None = None
@@ -106,7 +109,8 @@ class Network:
         """Find the blocks now, while nothing changes what runs; with calls where inputs made up from the configuration did not run."""
         if calls and self.needs_example:
             self.examples = calls
-            for name in ("_examples", "towers", "edges", "fused_sets", "residual", "time"):
+            self.forget_structure()
+            for name in ("_examples", "towers"):
                 self.__dict__.pop(name, None)
         _ = self.towers
 
@@ -124,6 +128,11 @@ class Network:
     def edges(self) -> dict[str, BlockEdges]:
         """The edges of each block and why other layers are no sources, found with random weights on one block of each kind."""
         return edges_by_block(self.module, tuple(self.blocks()), self._examples)
+
+    @cached_property
+    def coupled(self) -> dict[str, tuple[CoupledChannels, ...]]:
+        """The FFN channels and attention heads of each block that can leave it, found with random weights on one block of each kind."""
+        return coupled_by_block(self.module, tuple(self.blocks()), self._examples)
 
     @cached_property
     def fused_sets(self) -> dict[str, tuple[FusedSet, ...]]:
@@ -174,6 +183,12 @@ class Network:
         """The blocks of every tower by full dotted name, in list order."""
         return {name: self.module.get_submodule(name) for tower in self.towers for name in tower.blocks}
 
+    def forget_structure(self) -> None:
+        """Find anew, when it is asked for, what was discovered inside of blocks and between them."""
+        for found in ("edges", "coupled", "fused_sets", "residual", "time", "gates"):
+            self.__dict__.pop(found, None)
+        self.narrowings.clear()
+
     def rename_blocks(self, tower: Tower, names: Mapping[str, str]) -> None:
         """Follow a change of the blocks of a tower: those in `names` have new names, the others are gone.
 
@@ -181,8 +196,7 @@ class Network:
         """
         left = tuple(names.values())
         self.__dict__["towers"] = tuple(Tower(one.name, left) if one == tower else one for one in self.towers)
-        for found in ("edges", "fused_sets", "residual", "time", "gates"):
-            self.__dict__.pop(found, None)
+        self.forget_structure()
 
         def renamed(name: str) -> str | None:
             block = next((block for block in tower.blocks if name.startswith(f"{block}.")), None)

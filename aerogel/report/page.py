@@ -158,7 +158,7 @@ def _context(run: Record, others: Sequence[Record]) -> dict[str, Any]:
         "time": _time(after),
         "inputs": {"sentence": inputs.sentence(after.inputs), "rows": list(inputs.rows(after.inputs))} if after.inputs else None,
         "coverage": _coverage(run),
-        "zeros": coverage.zeros(run.coverage) if run.coverage else None,
+        "zeros_note": coverage.zeros(run.coverage) if run.coverage else None,
         "caches": list(_caches(run)),
         "skipped": _skipped(after),
         "fallback_note": _fallback_note(run, len({entry.name for entry in fallen})),
@@ -274,11 +274,12 @@ def _skipped(after: Side) -> dict[str, Any] | None:
 
 
 def _zeros(run: Record) -> dict[str, Figure]:
-    """Zeros of each pruned layer, as the last step that noted them left it."""
-    shares = {entry.name: entry.sparsity for entry in run.journal if entry.sparsity is not None}
-    blocks = {entry.name: entry.block for entry in run.journal if entry.sparsity is not None}
+    """Zeros of each pruned layer: as it is stored where that was counted, else as the last step that noted them left it."""
+    noted = {entry.name: entry for entry in run.journal if entry.sparsity is not None}
+    stored = run.coverage.zeros if run.coverage else {}
+    shares = {name: stored.get(name, entry.sparsity or 0.0) for name, entry in noted.items()}
     asked = {entry.name: entry.allocated for entry in run.journal if entry.allocated is not None}
-    tables = zeros(shares, blocks, asked)
+    tables = zeros(shares, {name: entry.block for name, entry in noted.items()}, asked)
     return {tower: Figure(zeros_map(table, WIDE), zeros_map(table, NARROW, tall=True)) for tower, table in tables.items()}
 
 

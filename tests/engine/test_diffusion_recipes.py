@@ -22,6 +22,7 @@ from tests.engine.test_image_token_recipes import RECIPES as FEWER_TOKENS
 from tests.engine.test_prompt_recipes import RECIPES as LONG_PROMPTS
 from tests.engine.test_shipped_recipes import LANGUAGE
 from tests.methods.diffusion.test_fsc import calls
+from tests.methods.sparsity.test_prune_ffn_channels import RECIPES as FEWER_CHANNELS
 from tests.methods.sparsity.test_shortgpt import RECIPES as FEWER_LAYERS
 from tests.runtime.feature_cache.test_replay import dit_pipeline
 from tests.tiny import FAMILIES, output
@@ -41,7 +42,7 @@ def quicker(name: str) -> list[str]:
 
 
 def test_every_recipe_is_tested() -> None:
-    elsewhere = {*LANGUAGE, *RECIPES, *FEWER_TOKENS, *LONG_PROMPTS, *FEWER_LAYERS}
+    elsewhere = {*LANGUAGE, *RECIPES, *FEWER_TOKENS, *LONG_PROMPTS, *FEWER_LAYERS, *FEWER_CHANNELS}
     assert set(catalog.names("recipes")) == CLOSE.keys() | elsewhere
 
 

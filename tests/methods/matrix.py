@@ -376,6 +376,8 @@ LACKING: dict[str, Callable[[Case], bool]] = {
     "skips": lambda case: not named(case, "up_blocks"),
     "concatenations": lambda case: not named(case, "up_blocks", "single_transformer_blocks"),
     "edges": lambda case: False,  # each of these families has some
+    "feed_forwards": lambda case: False,  # the same; where no setting counts its channels, the method says so
+    "heads": lambda case: case.family == "flux",  # what it attends to is read together with an FFN, or by two layers
     "residual": lambda case: denoises(case) or named(case, "pre_feedforward_layernorm"),
     # Elsewhere class labels, pooled text or the guidance scale enter beside the step.
     "time_path": lambda case: case.family not in ("unet", "pixart", "cogvideox", "wan"),

@@ -48,13 +48,26 @@ def edges_by_block(module: nn.Module, blocks: Sequence[str], examples: Sequence[
 
     A block in which a layer was replaced already has none: quantized weights cannot be scaled.
     """
-    kinds: dict[Any, list[str]] = {}
     replaced, unseen = BlockEdges(no_stream="layers in it were replaced already"), BlockEdges()
-    found: dict[str, BlockEdges] = dict.fromkeys(blocks, unseen)
+    found = {name: replaced if has_replaced_layers(module.get_submodule(name)) else unseen for name in blocks}
+    for names, block, call in first_of_each_kind(module, blocks, examples):
+        found |= dict.fromkeys(names, _edges_or_reason(block, call))
+    shared = shared_layers(module, blocks)
+    return {name: _without(edges, shared[name]) if shared[name] else edges for name, edges in found.items()}
+
+
+def has_replaced_layers(block: nn.Module) -> bool:
+    """Return True for a block in which a layer was replaced, by a quantized one for example."""
+    return any(isinstance(part, Replacement) for part in block.modules())
+
+
+def first_of_each_kind(
+    module: nn.Module, blocks: Sequence[str], examples: Sequence[Example]
+) -> Iterator[tuple[list[str], nn.Module, Call]]:
+    """Yield the names of all blocks of a kind, the first that an example reaches, and a call of it; none where a layer was replaced."""
+    kinds: dict[Any, list[str]] = {}
     for name in blocks:
-        if any(isinstance(part, Replacement) for part in module.get_submodule(name).modules()):
-            found[name] = replaced
-        else:
+        if not has_replaced_layers(module.get_submodule(name)):
             kinds.setdefault(_kind(module.get_submodule(name)), []).append(name)
     calls: dict[str, Call] = {}
     for example in examples:
@@ -64,12 +77,10 @@ def edges_by_block(module: nn.Module, blocks: Sequence[str], examples: Sequence[
     for names in kinds.values():
         first = next((name for name in names if name in calls), None)
         if first is not None:
-            found |= dict.fromkeys(names, _edges_or_reason(module.get_submodule(first), calls[first]))
-    shared = _shared_layers(module, blocks)
-    return {name: _without(edges, shared[name]) if shared[name] else edges for name, edges in found.items()}
+            yield names, module.get_submodule(first), calls[first]
 
 
-def _shared_layers(module: nn.Module, blocks: Sequence[str]) -> dict[str, set[str]]:
+def shared_layers(module: nn.Module, blocks: Sequence[str]) -> dict[str, set[str]]:
     """Layers of each block whose weights something outside of it has too: what is folded into them would act there as well."""
     owners: dict[int, set[str]] = {}
     own = {name: block for block in blocks for name, _ in module.get_submodule(block).named_parameters(block, remove_duplicate=False)}
@@ -111,13 +122,13 @@ def _kind(block: nn.Module) -> Any:
 def edges_of(block: nn.Module, call: Call, seed: int = 0) -> BlockEdges:
     """Find and verify the edges of a block with inputs like those it gets; its weights are not read, random ones stand for them."""
     found = BlockEdges()
-    with _random_weights(block, seed):
-        parameters = _parameters(block)
+    with random_weights(block, seed):
+        parameters = parameters_of(block)
         inputs: dict[str, Call] = {}
         handles = [part.register_forward_pre_hook(keeping(inputs, name), with_kwargs=True) for name, part in block.named_modules() if name]
         call = call.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
         with temporary_hooks(handles):
-            probe = Probe(lambda: _run(block, call), parameters)
+            probe = Probe(lambda: run_copied(block, call), parameters)
         gains = list(gains_in(block, inputs))
         search = _Search(block, probe, found)
         search.norms(gains)
@@ -134,7 +145,7 @@ def edges_of(block: nn.Module, call: Call, seed: int = 0) -> BlockEdges:
     return found
 
 
-def _run(block: nn.Module, call: Call) -> Any:
+def run_copied(block: nn.Module, call: Call) -> Any:
     """One forward on copies of the inputs, which code may change in place: what it writes for others is given like an output."""
     copied = call.map(torch.clone)
     args = tuple(own_copy(value) for value in copied.args)
@@ -151,7 +162,7 @@ class _Search:
         self._linears: list[str] = []
         read = {name.rpartition(".")[0] for (name, *_), recorded in probe.reads.items() if recorded.x.numel()}
         unread = [name for name, part in block.named_modules() if isinstance(part, nn.Linear | nn.Conv2d) and name not in read]
-        self.unread = [name for name in unread if _first_expert(block, name) == name]
+        self.unread = [name for name in unread if first_expert(block, name) == name]
         """Layers that did not run; of the experts of a list the first one stands for all."""
 
     def norms(self, gains: Sequence[Gain]) -> None:
@@ -277,12 +288,12 @@ def keeping(inputs: dict[str, Call], name: str) -> Any:
     return hook
 
 
-def _random_weights(block: nn.Module, seed: int) -> Any:
+def random_weights(block: nn.Module, seed: int) -> Any:
     """Random float64 weights, one set for all experts of a list, whose forward is then that of one expert's memory."""
     generator, shared = torch.Generator().manual_seed(seed), dict[str, Tensor]()
 
     def fill(name: str, tensor: Tensor) -> Tensor:
-        first = _first_expert(block, name)
+        first = first_expert(block, name)
         if first not in shared:
             shared[first] = _random(name, tensor, generator)
         return shared[first]
@@ -301,12 +312,12 @@ def _random(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     return noise.mul_(0.1) if name.endswith("bias") else noise.mul_(0.2).add_(1.0)
 
 
-def _parameters(block: nn.Module) -> dict[str, nn.Parameter]:
+def parameters_of(block: nn.Module) -> dict[str, nn.Parameter]:
     """The block's parameters, of experts of a list those of the first."""
-    return {name: parameter for name, parameter in block.named_parameters(remove_duplicate=False) if _first_expert(block, name) == name}
+    return {name: parameter for name, parameter in block.named_parameters(remove_duplicate=False) if first_expert(block, name) == name}
 
 
-def _first_expert(block: nn.Module, name: str) -> str:
+def first_expert(block: nn.Module, name: str) -> str:
     """The name of the same part of the first expert; the name itself outside of expert lists."""
     for match in re.finditer(r"\.(\d+)(?=\.|$)", name):
         if isinstance(_part(block, name[: match.start()]), ExpertList):
