@@ -71,7 +71,7 @@ def keep(row: list[Any]) -> None:
         "Pruned weights: the tensors that are stored as bit masks, of linear layers in blocks. Embeddings, scales and norms stay.",
         "Both folders open as the same model, bit for bit. Seconds on a busy machine.",
     ]
-    write(path.stem, "SmolLM2-135M as bit masks", {"dtype": "bfloat16, or 4-bit codes"}, COLUMNS, rows, notes)
+    write(path.stem, "SmolLM2-135M as bit masks", {"dtype": "bfloat16, or 4-bit integer codes"}, COLUMNS, rows, notes)
 
 
 def main() -> None:

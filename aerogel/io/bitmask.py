@@ -91,7 +91,7 @@ def _dense(mask: Tensor, values: Tensor, offsets: Tensor | None = None, *, shape
             return decompress(Masked(mask, values), inputs).reshape(shape[1:] if one else shape)
         wanted = count(mask, inputs)
         if len(values) != (width := _width(wanted, bits, values.dtype)):
-            raise AerogelError(f"its mask has {wanted} bits, whose codes take {width} elements, and there are {len(values)}")
+            raise AerogelError(f"its mask has {wanted} bits, whose integer codes take {width} elements, and there are {len(values)}")
         codes = decompress(Masked(mask, _unpacked(values[None], bits, wanted)[0]), inputs)
         return pack(codes, bits) if values.dtype == _WORDS else pack_fp4(codes)
     except AerogelError as error:

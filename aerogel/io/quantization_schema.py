@@ -64,7 +64,7 @@ class MaskedTensor(BaseModel):
     @model_validator(mode="after")
     def _packed_are_matrices(self) -> Self:
         if self.bits is not None and len(self.shape) != 2:
-            raise ValueError("packed codes have a shape of two dimensions")
+            raise ValueError("packed integer codes have a shape of two dimensions")
         return self
 
 
