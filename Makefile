@@ -56,7 +56,15 @@ bench: $(READY)
 	$(BIN)/python benchmarks/kv_cache.py quality
 	$(BIN)/python benchmarks/kv_cache.py speed
 	$(BIN)/python benchmarks/sparsity.py --table criteria --shares 0.5 2:4 --seeds 0
+	$(BIN)/python benchmarks/sparsity.py --model fashion-judge
+	$(BIN)/python benchmarks/sparsity.py --model fashion-unet
+	$(BIN)/python benchmarks/sparsity.py --model fashion-dit
+	$(BIN)/python benchmarks/structured.py
+	$(BIN)/python benchmarks/bitmask.py
+	$(BIN)/python benchmarks/block_sparse.py layers
+	$(BIN)/python benchmarks/block_sparse.py decode
 	$(BIN)/python benchmarks/image_tokens.py
+	$(BIN)/python benchmarks/token_rules.py
 	$(BIN)/python benchmarks/long_prompts.py
 	$(BIN)/python benchmarks/diffusion_speed.py
 	$(BIN)/python benchmarks/diffusion_time.py
