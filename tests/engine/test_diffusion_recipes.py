@@ -22,8 +22,8 @@ from tests.engine.test_image_token_recipes import RECIPES as FEWER_TOKENS
 from tests.engine.test_prompt_recipes import RECIPES as LONG_PROMPTS
 from tests.engine.test_shipped_recipes import LANGUAGE
 from tests.methods.diffusion.test_fsc import calls
-from tests.methods.sparsity.test_prune_ffn_channels import RECIPES as FEWER_CHANNELS
-from tests.methods.sparsity.test_shortgpt import RECIPES as FEWER_LAYERS
+from tests.methods.structured.test_prune_ffn_channels import RECIPES as FEWER_CHANNELS
+from tests.methods.structured.test_shortgpt import RECIPES as FEWER_LAYERS
 from tests.runtime.feature_cache.test_replay import dit_pipeline
 from tests.tiny import FAMILIES, output
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from aerogel.methods.sparsity.policy import StructuredPruning
+from aerogel.methods.structured.policy import StructuredPruning
 from aerogel.model.structure.coupled import Kind
 
 

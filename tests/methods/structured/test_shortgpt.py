@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import aerogel
 from aerogel.engine.planning import plan
 from aerogel.errors import AerogelError
-from aerogel.methods.sparsity.shortgpt import block_influence, cosines
+from aerogel.methods.structured.shortgpt import block_influence, cosines
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from tests.crashing_runs import Doom, killed, options
