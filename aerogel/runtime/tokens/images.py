@@ -23,7 +23,7 @@ from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from aerogel.runtime.attention import attentions
 from aerogel.runtime.token_types import Vocabulary
-from aerogel.runtime.tokens.decoder import decoder_of
+from aerogel.runtime.tokens.decoder import Decoder, decoder_of
 from aerogel.runtime.tokens.scores import QueryKey, attention_in_image, watching
 from aerogel.runtime.tokens.stage import Selection, Stage
 
@@ -212,7 +212,7 @@ def image_path_of(network: Network, call: Call) -> ImagePath:
     """Find the path by watching a forward with images; raises AerogelError where there is none that can be read."""
     decoder = decoder_of(network)
     tower_blocks = [block for tower in network.towers if not set(tower.blocks) & set(decoder.blocks) for block in tower.blocks]
-    watch = _Watch(network, tower_blocks, decoder.blocks[0])
+    watch = _Watch(network, tower_blocks, decoder)
     watch.run(call)
     names = [name for name in watch.projectors if not any(name.startswith(f"{other}.") for other in watch.projectors)]
     if not names or not watch.keys:
@@ -251,7 +251,7 @@ def patch_grid(network: Network) -> int:
 class _Watch:
     """Sees what runs between the vision tower and the decoder."""
 
-    def __init__(self, network: Network, blocks: Sequence[str], decoder: str) -> None:
+    def __init__(self, network: Network, blocks: Sequence[str], decoder: Decoder) -> None:
         self._network, self._blocks, self._decoder = network, blocks, decoder
         self._over = False
         self.outputs: dict[str, Tensor] = {}
@@ -269,7 +269,7 @@ class _Watch:
         """Watch a forward."""
         names = self._attentions(call)
         with ExitStack() as stack:
-            decoder = self._network.module.get_submodule(self._decoder)
+            decoder = self._network.module.get_submodule(self._decoder.blocks[0])
             stack.callback(decoder.register_forward_pre_hook(self._reached).remove)
             for name, part in self._network.module.named_modules():
                 if name in self._blocks:
@@ -281,7 +281,7 @@ class _Watch:
 
     def _may_project(self, name: str) -> bool:
         """True for a module that is neither in a block of the tower nor around one, and not of the language model."""
-        inside = (*(f"{block}." for block in self._blocks), f"{decoder_of(self._network).module}.")
+        inside = (*(f"{block}." for block in self._blocks), f"{self._decoder.module}.")
         around = any(block.startswith(f"{name}.") for block in self._blocks)
         return bool(name) and not around and not f"{name}.".startswith(inside)
 
