@@ -113,6 +113,9 @@ SEARCHED = Command("search", on("search", "IN", "--only", "fora", "--budget", 1.
 _SKIP: Words = ("--task", "skip", "--only", "reduced_topk", "--budget", "50%")
 SKIPPED = Command("search --task skip", on("search", "IN", *_SKIP, "--data", "TEXT", *SHORT, "-q"), nothing)
 
+_PRUNE: Words = ("--task", "sparsity", "--only", "magnitude", "--budget", "50%")
+PRUNED = Command("search --task sparsity", on("search", "IN", *_PRUNE, "--data", "TEXT", *SHORT, "-q"), nothing)
+
 _DROP: Words = ("--task", "tokens", "--only", "divprune", "--budget", "50%")
 DROPPED = Command("search --task tokens", on("search", "IN", *_DROP, "--data", "CHATS", "--samples", 2, "--json"), dropped)
 CHATTED = (

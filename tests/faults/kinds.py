@@ -27,6 +27,7 @@ from tests.faults.commands import (
     DIFFUSION,
     DROPPED,
     LANGUAGE,
+    PRUNED,
     RESUMED,
     SEARCHED,
     SKIPPED,
@@ -170,6 +171,20 @@ def _make_asymmetric(folder: Path) -> None:
     _compressed(folder, {"rtn": {"scheme": "W4A16_G32_ASYM"}})
 
 
+def _make_pruned(folder: Path) -> None:
+    _model(folder / "sound")
+    _compressed(folder, {"magnitude": {"sparsity": 0.5}})
+
+
+def _make_bit_masks(folder: Path) -> None:
+    pruned = folder / "pruned"
+    pruned.mkdir()
+    _make_pruned(pruned)
+    (pruned / "sound").rename(folder / "sound")
+    exporting.export(pruned / "in", "bitmask", folder / "in")
+    shutil.rmtree(pruned)
+
+
 def _make_adapter(folder: Path) -> None:
     base = _model(folder / "sound")
     (folder / "in").mkdir()
@@ -218,6 +233,8 @@ KINDS = (
     Kind("blocks cached", _make_blocks_cached, exports("cache_dit", "cache_policy")),
     Kind("graph", _make_graph, (TRACED,), _of_denoiser),
     Kind("asymmetric", _make_asymmetric, exports("awq")),
+    Kind("pruned", _make_pruned, (PRUNED, *exports("bitmask"))),
+    Kind("bit masks", _make_bit_masks, (*LANGUAGE, *exports("compressed_tensors"))),
     Kind("adapter", _make_adapter, tuple(map(merged, (*LANGUAGE[1:], *CALIBRATING)))),
     Kind("gptq", partial(_make_layout, "gptq", "W4A16_G32"), (*LANGUAGE, *CALIBRATING)),
     Kind("awq", partial(_make_layout, "awq", "W4A16_G32_ASYM"), (*LANGUAGE, *CALIBRATING)),

@@ -189,7 +189,7 @@ def test_a_folder_gives_the_bits_of_a_live_network(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["dit", "wan", "unet"])
 def test_formats_of_language_engines_refuse_denoisers(name: str, tmp_path: Path) -> None:
     aerogel.compress(FAMILIES[name].build(), alone("rtn"), samples=FAMILIES[name].calls(1), output=tmp_path / "out", measures=())
-    for_denoisers = {"compressed_tensors", "modelopt", "onnx", "cache_policy", "cache_dit"}
+    for_denoisers = {"compressed_tensors", "bitmask", "modelopt", "onnx", "cache_policy", "cache_dit"}
     formats = set(catalog.names("exporters")) - for_denoisers
     assert formats
     for exporter in formats:
