@@ -155,7 +155,11 @@ def _chat(record: Record, folder: Path, column: str | None) -> Chat:
         raise AerogelError(f"{place} is no chat with an answer; expected {name}, the last with the role assistant")
     shown: Any = next((value[key] for key in _IMAGES if value.get(key) is not None), [])
     images = tuple(_image(image, folder, place) for image in (shown if isinstance(shown, list) else [shown]))
-    return Chat(_with_places(found) if name != "messages" else found, images, place)
+    chat = Chat(_with_places(found) if name != "messages" else found, images, place)
+    if not chat.answer:
+        raise AerogelError(f"{place}: its answer, the last turn, has no text")
+    files.require_unicode(json.dumps(chat.messages, ensure_ascii=False, default=str), place)
+    return chat
 
 
 def _with_places(turns: list[messages.Message]) -> list[messages.Message]:

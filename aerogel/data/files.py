@@ -44,6 +44,15 @@ class Record(NamedTuple):
     """The source and the line, row or item, for errors."""
 
 
+def require_unicode(text: str, place: str) -> str:
+    """Return a text; raises AerogelError, with the place, for half of a surrogate pair, which JSON can hold and tokenizers refuse."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise AerogelError(f"{place} has half of a surrogate pair ({text[error.start]!r}), which is no text; remove it") from error
+    return text
+
+
 def format_of(path: Path) -> str:
     """Return the format that a file's name says: a key of FORMATS; text where it says none."""
     suffix = Path(path.stem).suffix if is_packed(path) else path.suffix

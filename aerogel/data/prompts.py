@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aerogel.data import files, sources
-from aerogel.data.files import Record
+from aerogel.data.files import Record, require_unicode
 from aerogel.data.unpacking import lines
 from aerogel.errors import AerogelError
 
@@ -38,7 +38,7 @@ def _lines(source: Any, column: str | None) -> Iterator[str]:
         if not path.is_dir() and files.format_of(path) == ".txt":
             _require_no_column(column, str(source))
             return lines(path)
-    return (_prompt(record, column) for record in sources.records(source))
+    return (require_unicode(_prompt(record, column), record.place) for record in sources.records(source))
 
 
 def _prompt(record: Record, column: str | None) -> str:

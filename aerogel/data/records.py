@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from aerogel.data.files import Record
+from aerogel.data.files import Record, require_unicode
 from aerogel.data.messages import Message, messages_of, rendered, tools_of
 from aerogel.errors import AerogelError
 
@@ -31,12 +31,7 @@ def text_of(record: Record, tokenizer: PreTrainedTokenizerBase | None = None, co
     other; an instruction or question with its answer, as a chat where there is a template and else with an empty line between; one
     column of TEXTS. Raises AerogelError, with the place and the columns that are there, where none fits or several do.
     """
-    found = _found(record, tokenizer, column)
-    try:
-        found.encode()
-    except UnicodeEncodeError as error:
-        raise AerogelError(f"{record.place} has half of a surrogate pair ({found[error.start]!r}), which is no text; remove it") from error
-    return found
+    return require_unicode(_found(record, tokenizer, column), record.place)
 
 
 def _found(record: Record, tokenizer: PreTrainedTokenizerBase | None, column: str | None) -> str:

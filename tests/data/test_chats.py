@@ -170,6 +170,8 @@ def test_a_template_that_refuses_names_the_chat(pair: Pair) -> None:
         ),
         (json.dumps({"messages": [{"role": "assistant", "content": "!"}], "images": [5]}), "line 2 has an image that is int"),
         (json.dumps({"messages": [{"role": "assistant", "content": "!"}], "images": ["."]}), r"line 2 shows \., which is not beside"),
+        (json.dumps({"messages": [{"role": "assistant", "content": []}]}), "line 2: its answer, the last turn, has no text"),
+        (json.dumps({"messages": [{"role": "assistant", "content": "\ud800"}]}), "line 2 has half of a surrogate pair"),
         (json.dumps({"messages": [5]}), "line 2: turn 1 is a int, expected an object with role and content"),
         (
             json.dumps({"messages": [{"role": "assistant", "content": [{"type": "text", "text": [1, 2]}]}]}),

@@ -48,6 +48,7 @@ def test_lines_and_strings_have_no_columns(tmp_path: Path) -> None:
         (b'{"prompt": 5}', "line 1: column 'prompt' holds int, expected a prompt"),
         (b"5", "line 1 holds int, expected an object with a prompt, or a string"),
         (b'{"prompt": "\xe9"}', "line 1 is not UTF-8"),
+        (b'{"prompt": "\\ud800"}', "line 1 has half of a surrogate pair"),
     ],
 )
 def test_what_is_no_prompt_is_one_line(content: bytes, complaint: str, tmp_path: Path) -> None:
