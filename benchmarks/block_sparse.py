@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ SHAPES = ((2048, 2048), (1536, 576))
 """Outputs and inputs: a common layer, and one of the MLP of SmolLM2-135M."""
 ZEROS = (0.5, 0.75, 0.9)
 ROWS = (1, 16)
+ROUNDS = {"layers": 200, "decode": 15}
 WAYS = ("dense float32", "blocks float32", "torch BSR float32", "dense bfloat16", "blocks bfloat16")
 PERPLEXITY = Perplexity(tokens=2048, stride=511, length=512)
 
@@ -43,7 +45,7 @@ def weight(outputs: int, inputs: int, share: float) -> Tensor:
 
 
 def interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The shortest milliseconds of each, in turns (A B C A B C): other load on the machine only adds."""
+    """The median milliseconds of each, in turns (A B C A B C)."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 2):
         for name, run in ways.items():
@@ -51,7 +53,7 @@ def interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str,
             run()
             if number > 1:  # two rounds warm up
                 taken[name].append(1000 * (time.perf_counter() - start))
-    return {name: min(one) for name, one in taken.items()}
+    return {name: median(one) for name, one in taken.items()}
 
 
 def layers(rounds: int) -> None:
@@ -80,7 +82,7 @@ def layers(rounds: int) -> None:
                 print(*rows_of_table[-1], flush=True)
     columns = ["layer", "zero blocks", "rows", *(f"{name}, ms" for name in WAYS), "speed-up in float32", "speed-up in bfloat16"]
     notes = [
-        "Each the shortest of calls that take turns in one process. Speed-up: dense over blocks, both with inputs of that dtype.",
+        "Each the median of calls that take turns in one process. Speed-up: dense over blocks, both with inputs of that dtype.",
         "blocks: the kernel of this package, which multiplies float32 for either dtype. torch BSR: torch's block-sparse tensor (MKL).",
         "Zeros of this share in each row of blocks. At run time the faster of blocks and dense is used, for each shape and number of rows.",
     ]
@@ -124,14 +126,15 @@ def decode(rounds: int, dtypes: list[str]) -> None:
 def main() -> None:
     """Run one of the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("layers", "decode"))
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("table", choices=tuple(ROUNDS))
+    parser.add_argument("--rounds", type=int, help="Turns that are measured [200 of layers, 15 of decode].")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     warnings.simplefilter("ignore", UserWarning)  # that BSR tensors are in beta
-    {"layers": layers, "decode": partial(decode, dtypes=given.dtypes)}[given.table](given.rounds)
+    rounds = given.rounds or ROUNDS[given.table]
+    {"layers": layers, "decode": partial(decode, dtypes=given.dtypes)}[given.table](rounds)
 
 
 if __name__ == "__main__":

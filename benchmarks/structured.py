@@ -43,7 +43,6 @@ NOTES = [
     ),
     "Expected of layers: L / (L - n), by which the time of all but embedding and head falls.",
     f"The last row has random weights in {LAYERS} layers of the shape of Llama 3.2 1B: it is timed only.",
-    "Timed beside other work on the same machine, so that milliseconds mean little: neighbouring turns are compared.",
     "Target: 1.2 times in prefill with 25 % of the FFN channels removed.",
 ]
 

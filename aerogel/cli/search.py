@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +15,9 @@ from aerogel.cli.app import command, print_json, start
 from aerogel.cli.group import COMPRESS, DATA, OUTPUT
 from aerogel.cli.interrupts import interruptible
 from aerogel.errors import AerogelError
+
+if TYPE_CHECKING:
+    from aerogel.engine.search.searching import Findings
 
 Task = Annotated[
     str,
@@ -105,19 +109,13 @@ def search(
     start(threads)
     from aerogel.cli import terminal
     from aerogel.engine.calibration import CalibrationRequest
-    from aerogel.engine.preflight import partial_of
     from aerogel.engine.requests import ModelOptions
     from aerogel.engine.search import searching
 
     with terminal.downloads(quiet or as_json):
         source = ModelOptions(dtype, revision, trust_remote_code, device, merge_adapter).locate(model)
 
-    def left() -> str:
-        partial = None if output is None else partial_of(output)
-        kept = partial is not None and partial.exists()
-        return f"{partial} keeps the recipes that were judged: add --resume to continue" if kept else "nothing was changed"
-
-    with interruptible(left), terminal.progress(quiet or as_json) as tell:
+    with interruptible(partial(_kept, output)), terminal.progress(quiet or as_json) as tell:
         findings = searching.search(
             source,
             task,
@@ -133,10 +131,27 @@ def search(
             resume=resume,
             tell=tell,
         )
+    _show(findings, model, output, as_json)
+
+
+def _kept(output: Path | None) -> str:
+    """Say what an interrupted search leaves."""
+    from aerogel.engine.preflight import partial_of
+
+    folder = None if output is None else partial_of(output)
+    there = folder is not None and folder.exists()
+    return f"{folder} keeps the recipes that were judged: add --resume to continue" if there else "nothing was changed"
+
+
+def _show(findings: Findings, model: str, output: Path | None, as_json: bool) -> None:
+    """Print what was found, and the next command where a recipe was; raises AerogelError where nothing met the budget."""
+    from aerogel.cli import terminal
+    from aerogel.engine.search.searching import RECIPE
+
     print_json(findings.facts) if as_json else terminal.print_search(findings.facts)
     if output is not None and not as_json:
         typer.echo(f"folder  {output}\nreport  {output / 'report.html'}")
-        if (recipe := output / searching.RECIPE).is_file():
+        if (recipe := output / RECIPE).is_file():
             typer.echo(f"next    aerogel compress {shlex.quote(model)} --recipe {shlex.quote(str(recipe))} --output OUT")
     if findings.best is None:
         raise AerogelError(f"{terminal.headline(findings.facts)}; give a smaller --budget, or other methods (--only)")

@@ -10,6 +10,7 @@ from huggingface_hub import constants, errors
 from aerogel.errors import AerogelError
 from aerogel.io import hub
 from aerogel.io.json_files import read_object
+from aerogel.io.quantized import quantization_of
 from aerogel.io.record import files
 from aerogel.io.text_files import replace_text
 from aerogel.report.card import card
@@ -87,6 +88,7 @@ def _opened_by(folder: Path) -> tuple[str, str]:
     settings = read_object(config) if config.is_file() else {}
     if (folder / hub.INDEX).is_file() or "_class_name" in settings:
         return "diffusers", "image"
-    own = settings.get("quantization_config", {}).get("quant_method") == "aerogel"
-    classes = settings.get("architectures") or [""]
-    return "transformers" if settings and not own else "aerogel", "text" if classes[0].endswith("ForCausalLM") else "image-text"
+    own = quantization_of(settings).get("quant_method") == "aerogel"
+    classes = settings.get("architectures")
+    first = str(classes[0]) if isinstance(classes, list) and classes else ""
+    return "transformers" if settings and not own else "aerogel", "text" if first.endswith("ForCausalLM") else "image-text"

@@ -316,7 +316,13 @@ def _denoiser_in(given: Folder, device: torch.device) -> tuple[nn.Module, Skelet
 
 
 def _processor(folder: Path, family: Family, trust_remote_code: bool) -> Any:
-    """The tokenizer or processor of the folder, or None when it has none."""
+    """The tokenizer or processor of the folder, or None when it has none; special tokens that have no ids show here, and not later."""
+    found = _read_processor(folder, family, trust_remote_code)
+    getattr(getattr(found, "tokenizer", found), "all_special_ids", ())
+    return found
+
+
+def _read_processor(folder: Path, family: Family, trust_remote_code: bool) -> Any:
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         return None
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}

@@ -26,9 +26,14 @@ def file_in(folder: Path) -> str | None:
 
 
 def stored(folder: Path) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
-    """Yield ({name: options}, state) of each policy in the order in which they are put on; nothing when the folder has none."""
-    policies = files.read(folder).policies if (folder / files.FILE).exists() else []
-    name = file_in(folder)
+    """Yield ({name: options}, state) of each policy in the order in which they are put on; nothing when the folder has none.
+
+    Raises AerogelError for a folder with tensors of policies and no record that says which these are.
+    """
+    name, recorded = file_in(folder), (folder / files.FILE).exists()
+    if name is not None and not recorded:
+        raise AerogelError(f"{folder} has runtime policies ({name}) and no {files.FILE} that says which; copy the folder again")
+    policies = files.read(folder).policies if recorded else []
     tensors = _read(folder / name) if name is not None else {}
     for number, policy in enumerate(policies):
         own = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.partition(".")[0] == str(number)}

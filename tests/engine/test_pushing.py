@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,6 +174,11 @@ def test_a_push_that_breaks_off_can_be_repeated(api: type[FakeApi], out: Path) -
 def test_a_folder_that_is_no_result_or_was_changed_is_refused(api: type[FakeApi], out: Path, tmp_path: Path) -> None:
     with pytest.raises(AerogelError, match=r"has no aerogel\.json; give a folder that `aerogel compress` wrote"):
         push(model_folder(tmp_path / "plain"), "me/model")
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text(json.dumps(json.loads(config) | {"quantization_config": 3}))
+    with pytest.raises(AerogelError, match=r"quantization_config in config\.json is 3, expected a JSON object"):
+        push(out, "me/model")
+    (out / "config.json").write_text(config)
     weights = out / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(AerogelError, match=r"is not what aerogel\.json has the checksum of"):

@@ -98,6 +98,11 @@ def _make_experts(folder: Path) -> None:
     _compressed(folder, {"rtn": {"scheme": "W4A16_G32"}}, {"odp": {}})
 
 
+def _with_record(folder: Path, count: int) -> Iterator[Damage]:
+    """All damages but the loss of aerogel.json: a policy without tensors is nowhere else."""
+    return (damage for damage in of_part("in", folder, count) if (damage.file, damage.name) != ("in/aerogel.json", "missing"))
+
+
 def _make_experts_to_skip(folder: Path) -> None:
     text_file(folder / "text.txt", 200)
     model_folder(folder / "in", "qwen3_moe")
@@ -225,7 +230,7 @@ KINDS = (
     Kind("model", _make_model, (*LANGUAGE, *CALIBRATING)),
     Kind("written", _make_written, (*LANGUAGE, *WRITTEN, *exports("gptq", "gguf", "compressed_tensors"))),
     Kind("fp8", _make_fp8, (*LANGUAGE[:2], *exports("modelopt"))),
-    Kind("experts", _make_experts, (*LANGUAGE[:2], *WRITTEN, *exports("gptq"))),
+    Kind("experts", _make_experts, (*LANGUAGE[:2], *WRITTEN, *exports("gptq")), _with_record),
     Kind("experts to skip", _make_experts_to_skip, (SKIPPED,)),
     Kind("image-text", make_image_text, (*LANGUAGE[:1], *CALIBRATING, DROPPED)),
     Kind("pipeline", _make_pipeline, (*DIFFUSION, SEARCHED)),

@@ -111,6 +111,10 @@ def test_a_tokenizer_comes_along(tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
     assert open_model(tmp_path).processor("b")["input_ids"] == [1]
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"unk_token": ""}))
+    with pytest.raises(AerogelError, match=r"its tokenizer or processor cannot be read \(RecursionError"):
+        open_model(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ _ROWS = "rows.json"
 
 
 class JudgedRows:
-    """What was found about each candidate, by its name."""
+    """Findings about candidates, by their names."""
 
     def __init__(self, folder: Path | None, resume: bool, made_of: Mapping[str, Any]) -> None:
         """Open the folder, or keep all in memory where there is none.

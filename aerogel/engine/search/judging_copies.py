@@ -34,7 +34,7 @@ class CopyJudge(Protocol):
     figure: str
     """Key of that figure."""
     conditions: dict[str, Any]
-    """What is read, and what the model itself makes of it."""
+    """Held-out data that is read, and the figures of the model itself on it."""
 
     def measure(self, copy: Network) -> dict[str, Any]:
         """Return the figures of a copy; raises AerogelError where it gives what is no number."""

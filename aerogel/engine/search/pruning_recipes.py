@@ -31,7 +31,7 @@ _OURS = ("sparsity", "pattern", "budget_bytes", "targets", "ignore")
 
 @dataclass(frozen=True)
 class Budget:
-    """What is to become zero: a share of the prunable weights, a pattern, or as much as leaves so many bytes."""
+    """Zeros that are asked for: a share of the prunable weights, a pattern, or as many as leave so many bytes."""
 
     said: str
     share: float = 0.0

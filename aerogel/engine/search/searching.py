@@ -39,7 +39,7 @@ from aerogel.report import search as page
 RECIPE = "recipe.yaml"
 """File of a search's folder with the best recipe, where it looks for one."""
 Best = CalibratedPolicy | Recipe
-"""What a search keeps: a policy with its state, or a recipe that `compress` runs."""
+"""Result that a search keeps: a policy with its state, or a recipe that `compress` runs."""
 
 
 class Search(Protocol):

@@ -185,5 +185,5 @@ def copy_of(network: Network) -> Network:
 
 
 def _place(row: Mapping[str, Any], figure: str) -> tuple[float, int]:
-    """What puts rows in order: the figure, and of equal ones the shorter recipe."""
+    """Key that puts rows in order: the figure, and of equal ones the shorter recipe."""
     return float(row[figure]), len(row["steps"])
