@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aerogel.errors import AerogelError
-from aerogel.io import bitmask
+from aerogel.io import own_tensors
 from aerogel.io.checkpoint import Checkpoint, Piece
 from aerogel.io.dequantize import dequantizer_of
 from aerogel.io.json_files import read_object
@@ -105,7 +105,7 @@ class Master:
         family = family_of(source.families, config.get("model_type"), config.get("_class_name"), config)
         names = names_of(folder, config)
         dequantize = dequantizer_of(config, folder)
-        stored = dequantize or bitmask.reader(quantization_of(config), folder / "config.json")
+        stored = dequantize or own_tensors.reader(config, folder)
         checkpoint = Checkpoint.open(folder, names.in_memory, dequantize=stored)
         checkpoint.verify()
         found = cls(folder, config, family, names, checkpoint)

@@ -15,14 +15,13 @@ import transformers
 from torch import nn
 
 from aerogel.errors import AerogelError
-from aerogel.io import bitmask, pipelines
+from aerogel.io import own_tensors, pipelines
 from aerogel.io.adapters import Adapter, adapter_in, merging, require_no_adapters
 from aerogel.io.checkpoint import Checkpoint
 from aerogel.io.dequantize import dequantizer_of
 from aerogel.io.json_files import read_object
 from aerogel.io.names import Names
 from aerogel.io.processors import Pair
-from aerogel.io.quantized import quantization_of
 from aerogel.io.skeleton import Folder, Skeleton, build, made_from, modality_of, model_class, read_config, skeleton_of, whole
 from aerogel.io.source import ModelSource, locate
 from aerogel.layers.transposed import as_linears
@@ -278,7 +277,7 @@ def _read_folder(
     family = family_of(families, settings.get("model_type"), settings.get("_class_name"), settings)
     floats = dequantizer_of(settings, path, compressed=dequantize or adapter is not None)
     if adapter is not None:
-        floats = merging(adapter, floats or bitmask.reader(quantization_of(settings), path / "config.json"))
+        floats = merging(adapter, floats or own_tensors.reader(settings, path))
     checkpoint = Checkpoint.open(path, dequantize=floats)
     checkpoint.verify()
     _require_layers(path, settings, len(checkpoint.names()))

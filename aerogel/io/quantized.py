@@ -34,7 +34,8 @@ def describe(module: nn.Module, entries: Mapping[str, Any] | None = None) -> dic
 
     `ignore` names every linear layer that is not quantized. Several schemes become several groups that name their layers one by one.
     Layers that compressed-tensors cannot express are listed in `replacements`, and the method name is "aerogel" then, which
-    readers that look it up refuse; transformers only warns. Raises AerogelError when a layer does not fit its scheme.
+    readers that look it up refuse; transformers, which does not, refuses the placeholder (io/placeholder.py). Raises AerogelError when
+    a layer does not fit its scheme.
     """
     replaced = {name: part for name, part in module.named_modules() if isinstance(part, Replacement)}
     if not replaced and not entries:

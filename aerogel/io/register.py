@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from aerogel.errors import AerogelError
+from aerogel.io import placeholder
 from aerogel.io.names import Names
 from aerogel.io.quantized import attach_for_readers
 from aerogel.io.record import files
@@ -87,13 +89,15 @@ class _TransformersQuantizer:
     requires_calibration = True
     is_trainable = False
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **given: Any) -> nn.Module:
+    def _process_model_before_weight_loading(self, model: Any, **given: Any) -> nn.Module:
         for folder in {Path(file).parent for file in given.get("checkpoint_files") or ()}:
             files.verify(folder)
         unfuse(model, Names.of(model).experts)
         as_linears(model)
         attach_for_readers(model, self.quantization_config.settings)
         as_conv1d(model)
+        if name := self.quantization_config.settings.get(placeholder.KEY):
+            model._keys_to_ignore_on_load_unexpected.add(f"^{re.escape(name)}$")
         apart = _single_on_disk(model)
         # One rule of transformers puts the experts of all layers together: either all can take it or none.
         fuse(model, keep=() if all(map(all_float, apart)) else apart)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError, reason_of
-from aerogel.io import engine_arguments
+from aerogel.io import engine_arguments, placeholder
 from aerogel.io.fingerprint import fingerprint
 from aerogel.io.json_files import read_object
 from aerogel.io.layouts import as_on_disk
@@ -162,9 +162,10 @@ def write(
     stem = "diffusion_pytorch_model" if network.family.modality in ("image", "video") else "model"
     checksums: dict[str, str] = {}
     for part, module in parts.items():
-        _write_config(network, module, folder / part, extras.entries)
+        told, guards = _placeholder(network, module, stem)
+        _write_config(network, module, folder / part, {**extras.entries, **told})
         given = resident(module) if tensors is None or len(parts) > 1 else tensors
-        stream = _as_on_disk(network, module, chain(given, extras.tensors.items()))
+        stream = chain(_as_on_disk(network, module, chain(given, extras.tensors.items())), guards.items())
         checksums |= {str(Path(part, file)): sum_ for file, sum_ in write_shards(folder / part, stream, stem, max_shard_size).items()}
     return checksums
 
@@ -191,6 +192,15 @@ def _as_on_disk(network: Network, module: nn.Module, tensors: Iterable[tuple[str
         yield name, tensor.to(_stored_dtype(network, given, name, tensor))
     if network.unbuilt is not None:
         yield from network.unbuilt.tensors()
+
+
+def _placeholder(network: Network, module: nn.Module, stem: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the entry of quantization_config that names a placeholder, and the tensor; nothing where no reader would need it."""
+    # diffusers refuses a method that it does not know.
+    if stem != "model" or (weight := placeholder.missing_weight(module)) is None:
+        return {}, {}
+    name = _name_on_disk(network, weight)
+    return {placeholder.KEY: name}, {name: placeholder.tensor()}
 
 
 def _name_on_disk(network: Network, given: str) -> str:

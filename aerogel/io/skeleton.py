@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.models.auto import modeling_auto
 
 from aerogel.errors import AerogelError
-from aerogel.io import bitmask
+from aerogel.io import own_tensors
 from aerogel.io.checkpoint import Checkpoint, Dequantize, is_float8, together
 from aerogel.io.dequantize import told
 from aerogel.io.kv_scales import leave_unread
@@ -98,7 +98,7 @@ def skeleton_of(folder: Folder, build: Callable[[], nn.Module]) -> Skeleton:
     if quantization and folder.dequantize is None:
         attach(module, quantization)
     apart = partial(pieces, module, padded(quantization))
-    dequantize = folder.dequantize or together(bitmask.reader(quantization, folder.path / "config.json"), leave_unread(quantization))
+    dequantize = folder.dequantize or together(own_tensors.reader(folder.settings, folder.path), leave_unread(quantization))
     checkpoint = Checkpoint.open(folder.path, names.in_memory, apart, dequantize)
     _leave_out_zero_biases(module, checkpoint)
     _require_untied(module, checkpoint)
