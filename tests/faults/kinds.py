@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -140,6 +141,13 @@ def make_image_text(folder: Path) -> None:
     (folder / "chats.json").write_text(json.dumps(rows))
 
 
+def _with_sizes_as_lists(folder: Path, count: int) -> Iterator[Damage]:
+    """All damages; transformers takes a size of images also as a list, of height and width."""
+    for damage in of_part("in", folder, count):
+        listed = re.search(r"(^|[._])size = \[1, 2\]$", damage.name)
+        yield replace(damage, legal=True) if listed else damage
+
+
 def _make_pipeline(folder: Path) -> None:
     (folder / "own.yaml").write_text("steps:\n  - fora: {}\n")
     for name in ("in", "sound"):
@@ -232,7 +240,7 @@ KINDS = (
     Kind("fp8", _make_fp8, (*LANGUAGE[:2], *exports("modelopt"))),
     Kind("experts", _make_experts, (*LANGUAGE[:2], *WRITTEN, *exports("gptq")), _with_record),
     Kind("experts to skip", _make_experts_to_skip, (SKIPPED,)),
-    Kind("image-text", make_image_text, (*LANGUAGE[:1], *CALIBRATING, DROPPED)),
+    Kind("image-text", make_image_text, (*LANGUAGE[:1], *CALIBRATING, DROPPED), _with_sizes_as_lists),
     Kind("pipeline", _make_pipeline, (*DIFFUSION, SEARCHED)),
     Kind("cached", _make_cached, (*DIFFUSION, *WRITTEN)),
     Kind("blocks cached", _make_blocks_cached, exports("cache_dit", "cache_policy")),
