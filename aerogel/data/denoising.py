@@ -149,7 +149,22 @@ def _runs(pipeline: Any, wanted: Denoising, seed: int, output: str) -> Iterator[
         generator = [torch.Generator().manual_seed(seed * 1_000_003 + number) for number in numbers]
         asked: dict[str, Any] = {name: [values[number % len(values)] for number in numbers] for name, values in subjects.items()}
         names = tuple(_name(pipeline, value) for values in asked.values() for value in values)
-        yield _Run(partial(pipeline, **asked, **({} if asked else {"batch_size": len(numbers)}), generator=generator, **fixed), names)
+        asked = asked or {"batch_size": len(numbers)}
+        yield _Run(partial(_call, pipeline, **asked, generator=generator, **fixed), names)
+
+
+def _call(pipeline: Any, **given: Any) -> Any:
+    """Call the pipeline; raises AerogelError for values of its configuration that it only minds then, as schedulers do."""
+    try:
+        return pipeline(**given)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, NotImplementedError) as error:
+        if isinstance(error, AerogelError):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise AerogelError(
+            f"{type(pipeline).__name__} fails ({type(error).__name__}: {reason}); where its configuration is damaged, for example that of "
+            "its scheduler, fetch it again"
+        ) from error
 
 
 def _name(pipeline: Any, subject: Any) -> str:

@@ -110,7 +110,10 @@ def part_of(folder: Path) -> Path:
 
 def _parts_of(folder: Path) -> list[Path]:
     """The sub-folders of a pipeline that hold denoisers."""
-    index = _read_json(folder / "model_index.json")
+    index, path = _read_json(folder / "model_index.json"), folder / "model_index.json"
+    for name in _DENOISERS:
+        if not isinstance(entry := index.get(name) or [None], list):
+            raise AerogelError(f"{path}: {name} is {entry!r}, expected a library and a class; fetch it again")
     parts = [folder / name for name in _DENOISERS if (index.get(name) or [None])[0] is not None]
     if not parts:
         raise AerogelError(f"{folder} has no denoiser ({', '.join(_DENOISERS)}); give the folder of a model of it")

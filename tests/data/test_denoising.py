@@ -96,6 +96,13 @@ def test_guidance_of_a_pipeline_that_has_none_is_refused() -> None:
         record(pipeline, pipeline.unet, Denoising(guidance=2.0))
 
 
+def test_a_value_that_only_the_sampling_minds_is_one_line() -> None:
+    pipeline = classes()
+    pipeline.scheduler.register_to_config(prediction_type={"x": 1})
+    with pytest.raises(AerogelError, match=r"DiTPipeline fails \(ValueError: prediction_type given as .*scheduler, fetch it again"):
+        record(pipeline, pipeline.transformer, Denoising(count=1, steps=2))
+
+
 def test_prompts_are_asked_for() -> None:
     class Painter:
         def __call__(self, prompt: str) -> None: ...

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import torch
 
-if torch.cpu._is_amx_tile_supported():
+QUANTIZATION = json.loads((Path(sys.argv[1]) / "config.json").read_text()).get("quantization_config", {})
+FLOAT8 = QUANTIZATION.get("format") == "float-quantized" or QUANTIZATION.get("quant_method") == "modelopt"
+if FLOAT8 and torch.cpu._is_amx_tile_supported():
     # On CPUs with AMX torch leaves products of float8 matrices to oneDNN, which did not answer 32 prompts in an hour; without it they are
     # of float32 matrices, as on other CPUs. This line also runs in the processes that vLLM starts, because they import this file.
+    # Products of integers need oneDNN there.
     torch.backends.mkldnn.enabled = False
 
 

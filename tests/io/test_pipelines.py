@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -61,6 +63,13 @@ def test_an_index_without_a_part_is_named(folder: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"vae": None}))
     assert f"{folder}: diffusers cannot open this pipeline" in refused(folder)
+
+
+@pytest.mark.parametrize("entry", [math.nan, 3, "x", {"x": 1}])
+def test_an_index_with_something_else_for_a_denoiser_is_named(entry: Any, folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"transformer": entry}))
+    assert refused(folder).startswith(f"{folder}/model_index.json: transformer is {entry!r}, expected a library and a class")
 
 
 def test_a_denoiser_that_names_no_class_is_named(folder: Path) -> None:

@@ -70,6 +70,7 @@ def test_methods_may_note_more_than_the_schema_declares() -> None:
         ({"plan": {"share_reached": "all"}}, r"plan\.share_reached: input should be a valid number"),
         ({"journal": [{"name": "a"}, {"error": 0.1}]}, r"journal\.1\.name: field required"),
         ({"metrics": {"compressed": {"of_a_plugin": 3}}}, r"metrics\.compressed\.of_a_plugin: input should be a valid dictionary"),
+        ({"provenance": {"calibration": {"width": [1, 2]}}}, r"provenance\.calibration: value error, width is \[1, 2\]"),
         ({"recipe": {"steps": "gptq"}}, r"recipe\.steps: input should be a valid list"),
         ({"schema": older.SCHEMA + 1}, rf"has schema {older.SCHEMA + 1} and this release reads up to {older.SCHEMA}; upgrade aerogel"),
         ({"schema": "two"}, "schema: 'two' is not a schema number"),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from aerogel.io.older import SCHEMA
 from aerogel.io.record.measures import Metrics
@@ -41,6 +41,14 @@ class RecipeRecord(Part):
     """{method: options} in their order."""
 
 
+def _with_sizes(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return facts about calibration data; raises ValueError for a size that is no whole number."""
+    for name in ("count", "length", "batch", "steps", "height", "width", "num_frames"):
+        if (size := facts.get(name)) is not None and not isinstance(size, int):
+            raise ValueError(f"{name} is {size!r}, expected a whole number")
+    return facts
+
+
 class Provenance(Part):
     """When, with what and on what a run was made."""
 
@@ -48,7 +56,7 @@ class Provenance(Part):
     seed: int | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     machine: dict[str, str | int] = Field(default_factory=dict)
-    calibration: dict[str, Any] = Field(default_factory=dict)
+    calibration: Annotated[dict[str, Any], AfterValidator(_with_sizes)] = Field(default_factory=dict)
     """Source, size and fingerprint of the calibration data, as its kind has them."""
     dequantized: str | None = None
     """How the weights that the run started from were quantized, and to which floats they were dequantized, in words."""
