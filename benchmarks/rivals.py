@@ -1,4 +1,4 @@
-"""Rivals: other libraries' GPTQ, each in an environment of its own under .envs/, on the same folder and the same tokens.
+"""Rivals: GPTQ and SparseGPT of other libraries, each in an environment of its own under .envs/, on the same folder and the same tokens.
 
     python benchmarks/rivals.py build [NAME ...]                                 # make the environments (about 1 GB each)
     python benchmarks/rivals.py run NAME MODEL_FOLDER TOKENS.npy OUTPUT_FOLDER   # quantize; OUTPUT_FOLDER/seconds.json has the time
@@ -36,18 +36,16 @@ class Rival:
     """A library and what its environment holds."""
 
     packages: tuple[str, ...]
-    driver: str
     bare: tuple[str, ...] = ()
     """Packages that are installed without the dependencies they name."""
 
 
 RIVALS = {
-    "aerogel": Rival((), "aerogel_gptq.py"),
-    "llmcompressor": Rival(("llmcompressor==0.14.*",), "llmcompressor_gptq.py"),
+    "aerogel": Rival(()),
+    "llmcompressor": Rival(("llmcompressor==0.14.*",)),
     "gptqmodel": Rival(
         ("transformers==5.23.0", "accelerate", "safetensors", "datasets", "numpy", "defuser", "device-smi", "logbar", "pypcre", "tokenicer",
          "threadpoolctl", "pillow", "requests"),
-        "gptqmodel_gptq.py",
         bare=("gptqmodel==7.7.*",),
     ),
 }  # fmt: skip
@@ -71,9 +69,9 @@ def build(name: str) -> Path:
     return python
 
 
-def run(name: str, model: Path, tokens: Path, output: Path, *options: str, threads: int = 2) -> dict[str, Any]:
-    """Quantize a folder with a rival in a process of its own and return its times and settings; `options` go to the driver."""
-    driver = ROOT / "benchmarks" / "rivals" / RIVALS[name].driver
+def run(name: str, model: Path, tokens: Path, output: Path, *options: str, threads: int = 2, method: str = "gptq") -> dict[str, Any]:
+    """Compress a folder with a rival in a process of its own and return its times and settings; `options` go to the driver."""
+    driver = ROOT / "benchmarks" / "rivals" / f"{name}_{method}.py"
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),

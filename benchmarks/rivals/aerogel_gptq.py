@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import argparse
 import time
+from typing import Any
 
 import torch
 from driver import DTYPES, arguments, report, tokens_of
@@ -16,15 +18,15 @@ import aerogel
 from aerogel.data import text
 
 
-def main() -> None:
-    given = arguments(__doc__)
+def compress(given: argparse.Namespace, step: dict[str, Any]) -> None:
+    """Compress with a recipe of one step, and write the time."""
     samples = text.calls(torch.from_numpy(tokens_of(given)), given.batch)
-    recipe = {"name": "gptq", "steps": [{"gptq": {"scheme": f"W{given.bits}A16_G{given.group}"}}]}
     start = time.perf_counter()
     network = aerogel.load(given.model, dtype=DTYPES[given.dtype])
-    aerogel.compress(network, recipe, output=given.output, samples=samples, measures=[])
+    aerogel.compress(network, {"steps": [step]}, output=given.output, samples=samples, measures=[])
     report(given, "aerogel", aerogel.__version__, seconds=time.perf_counter() - start)
 
 
 if __name__ == "__main__":
-    main()
+    asked = arguments(__doc__)
+    compress(asked, {"gptq": {"scheme": f"W{asked.bits}A16_G{asked.group}"}})

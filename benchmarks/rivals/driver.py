@@ -1,4 +1,4 @@
-"""What the drivers of GPTQ have in common: their arguments, the tokens, and the file that says how long it took.
+"""What the drivers have in common: their arguments, the tokens, and the file that says how long it took.
 
 Each driver runs in the environment of its library, so only what all of these have is imported here.
 """
@@ -23,6 +23,7 @@ def arguments(about: str | None) -> argparse.Namespace:
         parser.add_argument(name, type=Path)
     for name, default in {"bits": 4, "group": 64, "batch": 8}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--sparsity", type=float, default=0.5, help="Of SparseGPT: the share of zeros.")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="What is computed in.")
     return parser.parse_args()
 

@@ -8,9 +8,11 @@ compressed-tensors folder and seconds.json; `seconds` is the quantization withou
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import time
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -21,18 +23,16 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from transformers import AutoModelForCausalLM
 
 
-def main() -> None:
-    given = arguments(__doc__)
+def compress(given: argparse.Namespace, modifier: Any) -> None:
+    """Compress with one modifier of the library, and write the time."""
     tokens = tokens_of(given)
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=DTYPES[given.dtype])
     loaded = time.perf_counter()
-    weights = QuantizationArgs(num_bits=given.bits, symmetric=True, strategy="group", group_size=given.group)
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     oneshot(
         model=model,
         dataset=Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": np.ones_like(tokens).tolist()}),
-        recipe=GPTQModifier(config_groups={"all": scheme}, ignore=["lm_head"]),
+        recipe=modifier,
         num_calibration_samples=len(tokens),
         max_seq_length=tokens.shape[1],
         shuffle_calibration_samples=False,
@@ -47,4 +47,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    asked = arguments(__doc__)
+    weights = QuantizationArgs(num_bits=asked.bits, symmetric=True, strategy="group", group_size=asked.group)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    compress(asked, GPTQModifier(config_groups={"all": scheme}, ignore=["lm_head"]))
