@@ -186,6 +186,12 @@ def prune_and_round_columns(
     return Pruned(loop.codes_IBO.permute(1, 2, 0).contiguous(), kept_BOI, loop.loss())
 
 
+def loss_of(error_BOI: Tensor, found: Feedback) -> Tensor:
+    """Return the squared error of each output, e H e^T, without what was added to the diagonal of H: loss_BO."""
+    own_BOI = (error_BOI @ found.weights_BII).square_().mul_(found.importance_BI[:, None])
+    return (own_BOI.sum(-1) - error_BOI.square().mul_(found.added_BI[:, None]).sum(-1)).clamp_(min=0)
+
+
 def fits_on_the_way(choice: Choice, group: int) -> bool:
     """Return True where the grid of a group can be made when its turn comes, though weights are chosen on the way."""
     return choice.every % group == 0 or (choice.every < _FEW and group % choice.every == 0)

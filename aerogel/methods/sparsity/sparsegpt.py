@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -20,12 +20,13 @@ from aerogel.layers.linear import stored_grid
 from aerogel.methods.base import CalibrationSize, CostEstimate, wide
 from aerogel.methods.sparsity.policy import PruningMethod
 from aerogel.model.block import Block
+from aerogel.model.rounded_columns import round_problems
 from aerogel.model.rounding import has_static_inputs, output_error, relative_error, static_inputs
 from aerogel.model.sequential import change_in_order
 from aerogel.model.solutions import Problem, Share, Solution, batches, group_width, has_scales_of_rows, importance_of, row_grids, stack
 from aerogel.model.statistics import InputStatistics
 from aerogel.model.unseen_experts import borrow_input_ranges
-from aerogel.numerics.feedback import Choice, feedback, fits_on_the_way, prune_and_round_columns, prune_columns
+from aerogel.numerics.feedback import Choice, Feedback, feedback, fits_on_the_way, loss_of, prune_and_round_columns, prune_columns
 from aerogel.numerics.quantize import Grid, dequantize, grouped
 from aerogel.numerics.scheme import PerGroup, Scheme, TensorScheme
 from aerogel.numerics.search import Shared, observe
@@ -46,6 +47,8 @@ class Sparsegpt(PruningMethod):
     """This times the mean of the Hessian's diagonal is added to the diagonal; increased tenfold if that is too little."""
     scheme: Scheme | str | None = None
     """Number format of the weights that stay, to which they are rounded in the same pass, for example W4A16_G64; null: they stay floats."""
+    act_order: Literal["none", "static"] = "static"
+    """Order in which weights get their number format: as they are pruned, in one loop (none), or largest inputs first (static)."""
     true_sequential: bool | None = None
     """Prune linear layers in the order in which they run, with those before pruned; null: where one pass is enough."""
     max_activation_gb: NonNegative = 1.0
@@ -128,7 +131,7 @@ class Sparsegpt(PruningMethod):
             Choice(choose, self.block_size if self.runs is None else self.runs[1]),
             self.percdamp,
             kept_BOI,
-            None if scheme is None else Rounding(scheme.weights, problems[0].dtype, [problem.shared for problem in here]),
+            None if scheme is None else Rounding(scheme.weights, problems[0].dtype, [problem.shared for problem in here], self.act_order),
         )  # fmt: skip
         self._store(block, problems, mine.together(solution, block.network.device))
 
@@ -212,6 +215,7 @@ class Rounding(NamedTuple):
     """Of stored scales."""
     shared_B: Sequence[Shared | None]
     """The outer scale, or the grid, that each problem shares with others."""
+    act_order: Literal["none", "static"] = "static"
 
 
 def solve(
@@ -224,21 +228,37 @@ def solve(
 ) -> Solution:
     """Set weights to zero, and round the others where that is asked for, so that outputs for inputs with these Hessians change little.
 
-    Weights of inputs that were always zero go first. Where `kept_BOI` is False, weights are pruned already and stay zero. The grid of
-    a group is made when its turn comes, from the weights that stay; other grids are made from the weights before any is pruned.
+    Weights of inputs that were always zero go first. Where `kept_BOI` is False, weights are pruned already and stay zero.
     """
     dead_BI = hessian_BII.diagonal(dim1=-2, dim2=-1) <= 0
     found = feedback(hessian_BII, damping)
-    del hessian_BII
     dead_BI &= ~found.failed_B[:, None]  # without a Hessian, magnitudes decide
 
     def choose(score_BOn: Tensor, low: int, high: int) -> Tensor:
         return choice.choose(score_BOn.masked_fill(dead_BI[:, None, low:high], 0), low, high)
 
     choice_of_living = Choice(choose, choice.every)
+    if rounding is not None and rounding.act_order == "none":
+        return _in_one_loop(weight_BOI, found, choice_of_living, kept_BOI, rounding)
+    pruned = prune_columns(weight_BOI, found, choice_of_living, kept_BOI)
     if rounding is None:
-        pruned = prune_columns(weight_BOI, found, choice_of_living, kept_BOI)
         return Solution(pruned.weight_BOI, pruned.loss_BO, [], None, found.damping_B, found.failed_B)
+
+    def fit(weight: Tensor, importance: Tensor, shared: Shared | None) -> Grid:
+        return stored_grid(observe(weight, rounding.scheme, "mse", importance, shared), rounding.dtype)
+
+    rounded = round_problems(
+        pruned.weight_BOI, hessian_BII, rounding.scheme, fit, damping=damping, kept_BOI=pruned.kept_BOI, shared_B=rounding.shared_B
+    )
+    values_BOI = stack([dequantize(codes, grid, rounding.scheme) for codes, grid in zip(rounded.codes_BOI, rounded.grids, strict=True)])
+    return rounded._replace(loss_BO=loss_of(weight_BOI - values_BOI, found))
+
+
+def _in_one_loop(weight_BOI: Tensor, found: Feedback, choice: Choice, kept_BOI: Tensor | None, rounding: Rounding) -> Solution:
+    """Round each weight that stays when its column is pruned, as the code of the paper does.
+
+    The grid of a group is made when its turn comes, from the weights that stay; other grids are made from the weights before any is pruned.
+    """
     columns, scheme = weight_BOI.shape[-1], rounding.scheme
     width = group_width(scheme, columns)
     group_BI = (torch.arange(columns, device=weight_BOI.device) // width).expand(len(weight_BOI), -1)
@@ -249,9 +269,7 @@ def solve(
         def fit(weight_BOn: Tensor, low: int, high: int) -> Grid:
             return stored_grid(observe(weight_BOn, scheme, "mse", found.importance_BI[:, None, low:high]), rounding.dtype)
 
-        pruned = prune_and_round_columns(
-            weight_BOI, found, choice_of_living, scheme.format, grid, group_BI, fit=fit, group=width, kept_BOI=kept_BOI
-        )
+        pruned = prune_and_round_columns(weight_BOI, found, choice, scheme.format, grid, group_BI, fit=fit, group=width, kept_BOI=kept_BOI)
         grids = [Grid(grid.scale[b], None if grid.zero is None else grid.zero[b]) for b in range(len(weight_BOI))]
     else:
         grids = [
@@ -262,7 +280,7 @@ def solve(
             for weight_OI, importance_I, shared in zip(weight_BOI, found.importance_BI, rounding.shared_B, strict=True)
         ]
         grid = row_grids(grids, scheme, weight_BOI.shape[1])
-        pruned = prune_and_round_columns(weight_BOI, found, choice_of_living, scheme.format, grid, group_BI, kept_BOI=kept_BOI)
+        pruned = prune_and_round_columns(weight_BOI, found, choice, scheme.format, grid, group_BI, kept_BOI=kept_BOI)
     return Solution(pruned.weight_BOI, pruned.loss_BO, grids, None, found.damping_B, found.failed_B)
 
 

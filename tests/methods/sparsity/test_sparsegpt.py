@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -167,8 +168,9 @@ def test_what_no_token_reached_is_pruned_by_magnitude() -> None:
 
 @pytest.mark.parametrize("scheme", ["W4A16_G16", "W4A16_G16_ASYM", "W3A16_CHANNEL", "NVFP4A16"])
 @pytest.mark.parametrize("options", [{}, {"sparsity": 0.5, "pattern": "2:4"}])
-def test_what_stays_is_rounded_in_the_same_pass(scheme: str, options: dict[str, object]) -> None:
-    seen = visit(Sparsegpt(scheme=scheme, ignore=("behind",), **options))  # type: ignore[arg-type]
+@pytest.mark.parametrize("act_order", ["none", "static"])
+def test_what_stays_is_rounded_in_the_same_pass(scheme: str, options: dict[str, object], act_order: Any) -> None:
+    seen = visit(Sparsegpt(scheme=scheme, act_order=act_order, ignore=("behind",), **options))  # type: ignore[arg-type]
     layer = seen.block.module.get_submodule("left")
     assert isinstance(layer, QuantLinear)
     rounded = layer.dequantized(torch.float32)
@@ -200,7 +202,7 @@ def test_ranges_of_what_stays_lose_less_than_those_of_all_weights(choice: Choice
             generator = torch.Generator().manual_seed(seed)
             x = torch.randn(256, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
             weight = torch.randn(1, 24, 64, generator=generator)
-            rounding = Rounding(Scheme.parse("W4A16_G16").weights, torch.float32, [None])
+            rounding = Rounding(Scheme.parse("W4A16_G16").weights, torch.float32, [None], "none")
             losses[late] = losses.get(late, 0.0) + float(solve(weight, (x.T @ x / 256)[None], choice, rounding=rounding).loss_BO.sum())
     assert losses[True] < losses[False]
 
