@@ -83,11 +83,12 @@ def reconstruction(shares: list[str]) -> list[Case]:
 
 
 def joint(shares: list[str]) -> list[Case]:
-    """SparseGPT that rounds to 4 bits in its pass, and GPTQ behind it."""
+    """SparseGPT that rounds to 4 bits in its pass, in two ways, and GPTQ behind it."""
     found = []
     for share in shares:
         found.append(Case(share, [{"sparsegpt": zeros(share)}]))
         found.append(Case(share, [{"sparsegpt": {**zeros(share), "scheme": "W4A16_G64"}}]))
+        found.append(Case(share, [{"sparsegpt": {**zeros(share), "scheme": "W4A16_G64", "act_order": "none"}}]))
         found.append(Case(share, [{"sparsegpt": zeros(share)}, {"gptq": {"scheme": "W4A16_G64"}}]))
     return found
 
