@@ -97,7 +97,7 @@ class _TransformersQuantizer:
         attach_for_readers(model, self.quantization_config.settings)
         as_conv1d(model)
         if name := self.quantization_config.settings.get(placeholder.KEY):
-            model._keys_to_ignore_on_load_unexpected.add(f"^{re.escape(name)}$")
+            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), f"^{re.escape(name)}$"}
         apart = _single_on_disk(model)
         # One rule of transformers puts the experts of all layers together: either all can take it or none.
         fuse(model, keep=() if all(map(all_float, apart)) else apart)

@@ -63,6 +63,15 @@ def test_plain_transformers_refuses_the_folder(kind: str, tmp_path: Path) -> Non
     assert not any(found.values())
 
 
+def test_it_is_written_again_with_what_was_opened(tmp_path: Path) -> None:
+    folder = compressed(tmp_path, "transposed")
+    samples = [torch.arange(48)[None]]
+    aerogel.compress(folder, {"steps": [{"kv_cache_int": {}}]}, output=tmp_path / "again", samples=samples, measures=())
+    first, second = (load_file(each / "model.safetensors") for each in (folder, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
 def test_a_folder_of_linear_layers_has_none(tmp_path: Path) -> None:
     model_folder(tmp_path / "in")
     aerogel.compress(tmp_path / "in", {"steps": [{"rtn": {"scheme": "W4A16_G32"}}]}, output=tmp_path / "out")
