@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +217,18 @@ def test_the_judge_of_the_zoo_sees_the_same_with_fewer_filters(tmp_path: Path) -
     ours = aerogel.load(tmp_path / "True", lazy=False).module
     some = images[:8].to(theirs.dtype)
     torch.testing.assert_close(judged(theirs, some), judged(ours, some), rtol=0, atol=2e-4)
+
+
+def test_registered_diffusers_opens_what_was_saved(tmp_path: Path) -> None:
+    """In a process of its own, so that diffusers stays as it is here."""
+    tiny = FAMILIES["unet"]
+    pruned(tiny.build(), tiny.calls(1), tmp_path / "out", {"rtn": {"scheme": "W8A16_CHANNEL", "targets": ["Conv2d"]}}, share=0.5)
+    code = (
+        "import aerogel, diffusers, sys, torch; from tests.tiny import FAMILIES, output; aerogel.register_diffusers();"
+        "theirs = diffusers.UNet2DConditionModel.from_pretrained(sys.argv[1]).eval(); call = FAMILIES['unet'].calls(1)[0];"
+        "ours = aerogel.load(sys.argv[1], lazy=False).module;"
+        "torch.testing.assert_close(output(theirs, call), output(ours, call), rtol=0, atol=1e-6)"
+    )
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
