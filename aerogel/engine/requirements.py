@@ -181,6 +181,7 @@ LOOKS: Mapping[Requirement, Look] = {
     "layers": _layers,
     "feed_forwards": partial(_coupled, "feed_forwards"),
     "heads": partial(_coupled, "heads"),
+    "filters": partial(_coupled, "filters"),
     "patch_grid": lambda network, *_: patch_grid(network),
     "images": lambda network, *_: require_vision(network),
     "time_path": lambda network, *_: time_path.find(network).require_alone(),

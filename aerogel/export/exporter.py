@@ -24,6 +24,7 @@ from aerogel.io.packed_words import padded, repacked
 from aerogel.io.quantized import assignments, quantization_of, replacements
 from aerogel.io.skeleton import names_of
 from aerogel.layers.layout import Stored, decode
+from aerogel.layers.narrowed import KEY
 from aerogel.layers.replacement import Assigned, class_of
 from aerogel.model.family import Family
 from aerogel.numerics.quantize import dequantize
@@ -156,8 +157,9 @@ class Master:
 
 
 def inexpressible(master: Master) -> list[str]:
-    """Return the reasons why formats of plain quantized linear layers refuse a folder: its replacement layers, one by one."""
-    return [f"{name} {class_of(told['kind']).effect}" for name, told in replacements(master.quantization).items()]
+    """Return the reasons why formats of plain quantized linear layers refuse a folder: its replacement layers and narrower layers."""
+    layers = [f"{name} {class_of(told['kind']).effect}" for name, told in replacements(master.quantization).items()]
+    return layers + [f"{name} is narrower than the model's configuration says" for name in master.quantization.get(KEY, {})]
 
 
 def unsuitable_layers(master: Master, reason: Callable[[str], str | None]) -> list[str]:

@@ -80,6 +80,7 @@ class _Config(BaseModel):
     ignore: list[str] | None = None
     kv_cache_scheme: _Tensor | None = None
     replacements: dict[str, _Replacement] = {}
+    narrowed: dict[str, Annotated[dict[str, _Size], Field(min_length=1)]] = {}
     timestep_index: _Steps | None = None
     transform_config: _Transforms | None = None
     sparsity_config: _Sparsity | None = None

@@ -13,6 +13,7 @@ from aerogel.io import quantization_schema
 from aerogel.io.packed_words import FIRST, require_unpadded
 from aerogel.layers.layout import format_of
 from aerogel.layers.linear import set_timestep_index, timestep_index_of
+from aerogel.layers.narrowed import KEY, narrow_as_told, widths_of
 from aerogel.layers.replacement import Assigned, Replacement, class_of, kind_of
 from aerogel.layers.timestep_index import TimestepIndex
 from aerogel.model.match import found_at_start
@@ -33,12 +34,14 @@ def describe(module: nn.Module, entries: Mapping[str, Any] | None = None) -> dic
     """Return the quantization_config of a module (a network or a block), or None when no layer in it was replaced and nothing else is said.
 
     `ignore` names every linear layer that is not quantized. Several schemes become several groups that name their layers one by one.
+    Widths of layers that the configuration of the model does not hold are in `narrowed`.
     Layers that compressed-tensors cannot express are listed in `replacements`, and the method name is "aerogel" then, which
     readers that look it up refuse; transformers, which does not, refuses the placeholder (io/placeholder.py). Raises AerogelError when
     a layer does not fit its scheme.
     """
     replaced = {name: part for name, part in module.named_modules() if isinstance(part, Replacement)}
-    if not replaced and not entries:
+    narrowed = widths_of(module)
+    if not replaced and not entries and not narrowed:
         return None
     told = {name: options for name, part in replaced.items() if (options := part.describe()) is not None}
     groups: dict[tuple[TensorScheme, TensorScheme | None, bool], list[str]] = {}
@@ -59,7 +62,7 @@ def describe(module: nn.Module, entries: Mapping[str, Any] | None = None) -> dic
         }
     formats = {group["format"] for group in config_groups.values()} or {"dense"}
     config = {
-        "quant_method": "aerogel" if told else "compressed-tensors",
+        "quant_method": "aerogel" if told or narrowed else "compressed-tensors",
         "version": FIRST,
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
@@ -70,6 +73,8 @@ def describe(module: nn.Module, entries: Mapping[str, Any] | None = None) -> dic
     }
     if (index := timestep_index_of(module)) is not None:
         config["timestep_index"] = {"steps": list(index.steps), "sampler": index.sampler, "once_per_step": list(index.once_per_step)}
+    if narrowed:
+        config[KEY] = narrowed
     if told:
         config["replacements"] = {name: {"kind": kind_of(replaced[name]), **options} for name, options in told.items()}
     return config | dict(entries or {})
@@ -101,6 +106,7 @@ def attach(module: nn.Module, config: Mapping[str, Any]) -> None:
 
     Raises AerogelError on a config that is not compressed-tensors or that says something this package cannot run.
     """
+    narrow_as_told(module, config.get(KEY, {}))
     told = replacements(config)
     classes = {name: class_of(options["kind"]) for name, options in told.items()}
     for name, cls in classes.items():

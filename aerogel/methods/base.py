@@ -23,7 +23,7 @@ _FEW = 0.05
 """Share of a block's weights up to which a layer that no group fits is left unquantized instead of refusing the recipe."""
 Requirement = Literal[
     "calls", "teacher", "teacher_layers", "gradients", "uncached", "dense", "pruned", "allocation", "edges", "residual", "experts",
-    "feed_forwards", "heads", "attention", "kv_cache", "decoder", "layers", "images", "patch_grid", "time_path", "trajectories",
+    "feed_forwards", "heads", "filters", "attention", "kv_cache", "decoder", "layers", "images", "patch_grid", "time_path", "trajectories",
     "cached_modules", "block_range", "skips", "cfg", "concatenations", "schedule", "replays",
 ]  # fmt: skip
 """Requirements of a method on a model:
@@ -33,13 +33,14 @@ one put the channels, scales or experts inside of blocks into another order;  gr
 feature cache may be on;  dense: no earlier step has pruned weights;  pruned: an earlier step has;  allocation: an earlier step gives each
 layer its share of zeros;  edges: norms and linear layers whose channels others read;  residual: one stream that can be rotated;  experts:
 routed experts;  feed_forwards: FFNs with channels that can leave, and no policy measured on all of them;  heads: attention heads, in the
-same way;  attention: modules that call scaled_dot_product_attention;  kv_cache: modules with a place in a key-value cache;  decoder: one
-row of blocks that attend with such a cache, each to everything before;  layers: one row of decoder layers that the configuration
-counts;  images: tokens that stand for images;  patch_grid: tokens of an image that are the patches of a square grid;  time_path: a time
-embedding that is projected for the blocks;  trajectories: whole denoising runs;  cached_modules: attentions and feed-forwards that are
-added to the stream;  block_range: blocks in one row with the stream between them;  skips: a way down and up again with skip connections;
-cfg: classifier-free guidance in one batch;  concatenations: layers that read concatenated channels;  schedule: a feature-caching policy
-right before it;  replays: the pipeline, whose sampler repeats recorded generations.
+same way;  filters: output channels of convolutions that one other reads, in the same way;  attention: modules that call
+scaled_dot_product_attention;  kv_cache: modules with a place in a key-value cache;  decoder: one row of blocks that attend with such a
+cache, each to everything before;  layers: one row of decoder layers that the configuration counts;  images: tokens that stand for
+images;  patch_grid: tokens of an image that are the patches of a square grid;  time_path: a time embedding that is projected for the
+blocks;  trajectories: whole denoising runs;  cached_modules: attentions and feed-forwards that are added to the stream;  block_range:
+blocks in one row with the stream between them;  skips: a way down and up again with skip connections;  cfg: classifier-free guidance in one
+batch;  concatenations: layers that read concatenated channels;  schedule: a feature-caching policy right before it;  replays: the pipeline,
+whose sampler repeats recorded generations.
 """
 
 

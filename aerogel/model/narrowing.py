@@ -17,18 +17,20 @@ from torch import Tensor, nn
 
 from aerogel.errors import AerogelError
 from aerogel.layers.experts import ExpertList
+from aerogel.layers.narrowed import Widths, narrowed_shapes, remember
 from aerogel.layers.slots import slots
 from aerogel.layers.transposed import as_linears
 from aerogel.model.experts import unfuse
 from aerogel.model.match import matches
 from aerogel.model.network import Network
-from aerogel.model.structure.coupled import CoupledChannels, Kind
+from aerogel.model.structure.coupled import CoupledChannels, Kind, narrow
+from aerogel.model.structure.filters import widths_after
 
 Keep = Callable[[int], int]
 """A number of units -> how many of them stay."""
 Settings = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
-WORDS = {"feed_forwards": "channels of an FFN", "heads": "attention heads"}
+WORDS = {"feed_forwards": "channels of an FFN", "heads": "attention heads", "filters": "filters of convolutions"}
 _FUSED = "_fused"
 _INNER = ("inner", "intermediate", "ffn")
 
@@ -53,6 +55,8 @@ class Narrowing:
     """Shapes afterwards of the parameters that have another, by full name."""
     attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Numbers that modules keep of their widths, as they are afterwards, by full name."""
+    widths: Widths = field(default_factory=dict)
+    """Widths of layers that no setting says, which the model is to remember."""
     left: tuple[str, ...] = ()
     """Layers that read coupled channels and stay as they are, because no setting says their width."""
 
@@ -68,6 +72,32 @@ def narrowing_of(network: Network, kind: Kind, keep: Keep, ignore: Sequence[str]
         network.narrowings[question] = _Search(network, kind, keep, ignore).found()
     found: Narrowing = network.narrowings[question]
     return found
+
+
+def narrowing_of_filters(network: Network, keep: Keep, ignore: Sequence[str] = ()) -> Narrowing:
+    """Return what it takes to keep so many units of the filters of every block, whose widths the model is to remember.
+
+    Raises AerogelError where there are no filters that can leave.
+    """
+    filters = {name: [one for one in each if one.kind == "filters"] for name, each in network.coupled.items()}
+    if not any(filters.values()):
+        raise AerogelError(f"this {network.family.name} model has no {WORDS['filters']} that can leave a block; leave this step out")
+    blocks: dict[str, tuple[tuple[CoupledChannels, int], ...]] = {}
+    shapes: Shapes = {}
+    widths: dict[str, dict[str, int]] = {}
+    for name, each in filters.items():
+        block = network.module.get_submodule(name)
+        taken = [(one, keep(one.units)) for one in each if not matches(f"{name}.{one.reader}", ignore)]
+        taken = [(one, stays) for one, stays in taken if stays < one.units]
+        if taken:
+            blocks[name] = tuple(taken)
+        for one, stays in taken:
+            for part, own in widths_after(block, one, stays).items():
+                full = f"{name}.{part}"
+                widths[full] = {**widths.get(full, {}), **own}
+    for full, own in widths.items():
+        shapes |= {f"{full}.{key}": shape for key, shape in narrowed_shapes(network.module.get_submodule(full), own).items()}
+    return Narrowing((), blocks, shapes, widths, widths)
 
 
 class _Search:
@@ -107,7 +137,7 @@ class _Search:
             self._of_blocks(),
             {name: shape for name, shape in _shapes(narrow).items() if shape != self._shapes[name]},
             _numbers_apart(base, narrow),
-            tuple(name for name in self._coupled if name not in self._taken and not matches(name, self._ignore)),
+            left=tuple(name for name in self._coupled if name not in self._taken and not matches(name, self._ignore)),
         )
 
     def _candidates(self) -> Iterator[Change]:
@@ -265,15 +295,7 @@ class Narrower:
     @torch.no_grad()
     def keep(self, block: str, one: CoupledChannels, unit_K: Tensor, weight_OK: Tensor | None = None) -> None:
         """Keep these units of coupled channels of a block, in order; the reader keeps their columns, or has the weight that is given."""
-        module = self._network.module.get_submodule(block)
-        for parameter in one.rows:
-            home, _, key = parameter.rpartition(".")
-            before = module.get_parameter(parameter)
-            _put(module.get_submodule(home), key, before, before[one.rows_of(parameter, unit_K).to(before.device)])
-        reader = module.get_submodule(one.reader)
-        before = reader.get_parameter("weight")
-        kept = before[:, one.columns_of(unit_K).to(before.device)] if weight_OK is None else weight_OK.to(before)
-        _put(reader, "weight", before, kept)
+        narrow(self._network.module.get_submodule(block), one, unit_K, weight_OK)
 
     def finish_block(self, block: str) -> None:
         """Let the modules of a block know their new widths, and the settings that say so."""
@@ -282,7 +304,9 @@ class Narrower:
     def finish(self) -> None:
         """Let all modules know; what was found of the network's structure is found anew."""
         self._tell(_parts(self._network.module))
-        if isinstance(self._config, Mapping):
+        if self._narrowing.widths:
+            remember(self._network.module, self._narrowing.widths)
+        if isinstance(self._config, Mapping) and self._narrowing.changes:
             values = {key: value for change in self._narrowing.changes for key, value in change.values.items()}
             self._network.module.register_to_config(**values)  # type: ignore[operator]
         self._network.forget_structure()
@@ -305,7 +329,3 @@ class Narrower:
                 for key, value in change.values.items():
                     setattr(made, key, value)
         return made
-
-
-def _put(part: nn.Module, key: str, before: nn.Parameter, value: Tensor) -> None:
-    setattr(part, key, nn.Parameter(value.contiguous(), requires_grad=before.requires_grad))

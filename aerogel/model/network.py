@@ -21,6 +21,7 @@ from aerogel.model.placement import Placement
 from aerogel.model.structure.coupled import CoupledChannels, coupled_by_block
 from aerogel.model.structure.edges import BlockEdges, edges_by_block
 from aerogel.model.structure.examples import Example, examples_of, usable
+from aerogel.model.structure.filters import filters_by_block
 from aerogel.model.structure.fused_sets import FusedSet, fused_sets_of
 from aerogel.model.structure.moe import gates_of
 from aerogel.model.structure.probe import Refused
@@ -131,8 +132,10 @@ class Network:
 
     @cached_property
     def coupled(self) -> dict[str, tuple[CoupledChannels, ...]]:
-        """The FFN channels and attention heads of each block that can leave it, found with random weights on one block of each kind."""
-        return coupled_by_block(self.module, tuple(self.blocks()), self._examples)
+        """The FFN channels, attention heads and filters that can leave each block, found on one block of each kind."""
+        inner = coupled_by_block(self.module, tuple(self.blocks()), self._examples)
+        filters = filters_by_block(self.module, tuple(self.blocks()), self._examples)
+        return {name: (*found, *filters[name]) for name, found in inner.items()}
 
     @cached_property
     def fused_sets(self) -> dict[str, tuple[FusedSet, ...]]:

@@ -378,6 +378,7 @@ LACKING: dict[str, Callable[[Case], bool]] = {
     "edges": lambda case: False,  # each of these families has some
     "feed_forwards": lambda case: False,  # the same; where no setting counts its channels, the method says so
     "heads": lambda case: case.family == "flux",  # what it attends to is read together with an FFN, or by two layers
+    "filters": lambda case: not named(case, "up_blocks"),
     "residual": lambda case: denoises(case) or named(case, "pre_feedforward_layernorm"),
     # Elsewhere class labels, pooled text or the guidance scale enter beside the step.
     "time_path": lambda case: case.family not in ("unet", "pixart", "cogvideox", "wan"),

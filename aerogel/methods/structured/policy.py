@@ -29,6 +29,8 @@ from aerogel.model.structure.coupled import CoupledChannels, Kind
 from aerogel.model.walk import Walk, blocks_of
 from aerogel.numerics.structured_pruning import by_unit, largest, obs_order, repaired, wanda_scores
 
+_MEASURED = ("obs", "wanda")
+"""Criteria that look at inputs."""
 _MOMENTS = 1 << 28
 """Numbers that the second moments of layers may hold which are collected in one pass over the calls of a block."""
 
@@ -46,8 +48,9 @@ class StructuredPruning(Method):
 
     share: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """Share of the channels or heads of each layer to remove, rounded."""
-    criterion: Literal["obs", "wanda", "magnitude"] = "obs"
-    """`obs`: output error once the remaining weights are adjusted; `wanda`: |weight| x norm of the input; `magnitude`: weights alone."""
+    criterion: Literal["obs", "wanda", "magnitude", "l1", "l2"] = "obs"
+    """`obs`: output error once the remaining weights are adjusted; `wanda`: |weight| x norm of the input; `magnitude`: weights alone;
+    `l1`, `l2`: norm of the weights that make a channel (arXiv:1608.08710)."""
     repair: bool = True
     """Adjust the layer that reads what is left by least squares on the calibration data, to make up for what was removed."""
     percdamp: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -63,7 +66,7 @@ class StructuredPruning(Method):
     def requires(self) -> frozenset[Requirement]:  # type: ignore[override]
         """Calls where it looks at inputs, and no zeros that an adjustment would fill."""
         needed: set[Requirement] = {"uncached", self.kind}
-        if self.repair or self.criterion != "magnitude":
+        if self.repair or self.criterion in _MEASURED:
             needed.add("calls")
         if self.repair:
             needed.add("dense")
@@ -151,7 +154,9 @@ class StructuredPruning(Method):
 
     def _chosen(self, block: Block, one: CoupledChannels, stays: int, moment_II: Tensor | None) -> tuple[Tensor, str]:
         """Return the units that stay, and a note where they were not chosen by the criterion."""
-        weight_OI: Tensor = block.module.get_submodule(one.reader).get_parameter("weight").detach().float()
+        weight_OI: Tensor = block.module.get_submodule(one.reader).get_parameter("weight").detach().float().flatten(1)
+        if self.criterion in ("l1", "l2"):
+            return largest(_norms(block, one, 1 if self.criterion == "l1" else 2), stays), ""
         if self.criterion == "magnitude" or moment_II is None:
             fallback = "" if "calls" not in self.requires else "pruned by magnitude, not adjusted: no token reached it"
             return largest(_magnitudes(block, one, weight_OI), stays), fallback if moment_II is None else ""
@@ -179,17 +184,29 @@ def _in_passes(coupled: Sequence[tuple[CoupledChannels, int]]) -> Iterator[list[
 
 def _magnitudes(block: Block, one: CoupledChannels, weight_OI: Tensor) -> Tensor:
     """Return the norm of the columns that read a unit times that of its rows in each layer that makes them: score_U."""
+    learned = dict(block.module.named_parameters(remove_duplicate=False))
     square_U = by_unit(weight_OI.square().sum(0), one.columns_I, one.units).cpu()
     for layer in dict.fromkeys(name.rpartition(".")[0] for name in one.rows if name.endswith(".weight")):
         of_layer_U = torch.zeros(one.units)
         for name, unit_R in one.rows.items():
-            if name.rpartition(".")[0] == layer:
-                square_R = block.module.get_parameter(name).detach().float().square()
+            if name.rpartition(".")[0] == layer and name in learned:
+                square_R = learned[name].detach().float().square()
                 of_layer_U += by_unit(
-                    (square_R if square_R.ndim == 1 else square_R.sum(1)).cpu()[unit_R >= 0], unit_R[unit_R >= 0], one.units
+                    (square_R if square_R.ndim == 1 else square_R.flatten(1).sum(1)).cpu()[unit_R >= 0], unit_R[unit_R >= 0], one.units
                 )
         square_U = square_U * of_layer_U
     return square_U.sqrt()
+
+
+def _norms(block: Block, one: CoupledChannels, order: int) -> Tensor:
+    """Return the norm of the rows of a unit in the weights of all layers that make it, as one vector: score_U."""
+    total_U = torch.zeros(one.units)
+    for name, unit_R in one.rows.items():
+        values = block.module.get_submodule(name.rpartition(".")[0])._parameters.get(name.rpartition(".")[2])
+        if values is not None and values.ndim > 1:
+            powers_R = values.detach().float().flatten(1).abs().pow(order).sum(1).cpu()
+            total_U += by_unit(powers_R[unit_R >= 0], unit_R[unit_R >= 0], one.units)
+    return total_U.pow(1 / order)
 
 
 def _error(weight_OI: Tensor, kept_K: Tensor, weight_OK: Tensor, moment_II: Tensor | None) -> float:

@@ -25,7 +25,7 @@ from aerogel.model.structure.examples import Example
 from aerogel.model.structure.observer import Read
 from aerogel.model.structure.probe import Probe, Refused
 
-Kind = Literal["feed_forwards", "heads"]
+Kind = Literal["feed_forwards", "heads", "filters"]
 _SAME = 1e-12
 """Relative difference up to which a float64 number has not changed."""
 _STAYS = -1
@@ -72,10 +72,11 @@ def coupled_by_block(module: nn.Module, blocks: Sequence[str], examples: Sequenc
         except Exception:  # noqa: BLE001, S112  whatever the code of a block raises when it runs by itself
             continue
     shared = shared_layers(module, blocks)
-    return {name: tuple(one for one in each if not shared[name] & _layers(one)) for name, each in found.items()}
+    return {name: tuple(one for one in each if not shared[name] & layers_of(one)) for name, each in found.items()}
 
 
-def _layers(one: CoupledChannels) -> set[str]:
+def layers_of(one: CoupledChannels) -> set[str]:
+    """Return the names of the layers that make or read coupled channels."""
     return {one.reader, *(name.rpartition(".")[0] for name in one.rows)}
 
 
@@ -96,7 +97,7 @@ def coupled_of(block: nn.Module, call: Call, seed: int = 0) -> tuple[CoupledChan
 
 def _feed_forwards(block: nn.Module, probe: Probe) -> Iterator[CoupledChannels]:
     """Yield guesses at channels that layers make and another layer reads one by one: alone, with a gate, or with a gate in one layer."""
-    for reader, sources in _makers(probe).items():
+    for reader, sources in makers(probe).items():
         if not _is_linear(block, probe, reader) or not all(_is_linear(block, probe, source) for source in sources):
             continue
         columns = block.get_submodule(reader).get_parameter("weight").shape[1]
@@ -107,12 +108,12 @@ def _feed_forwards(block: nn.Module, probe: Probe) -> Iterator[CoupledChannels]:
         layouts = [[units_I] if count == columns else [units_I.repeat(2), units_I.repeat_interleave(2)] for count in rows.values()]
         for chosen in product(*layouts):
             units = dict(zip(sources, chosen, strict=True))
-            yield CoupledChannels("feed_forwards", reader, columns, units_I, _with_biases(block, units))
+            yield CoupledChannels("feed_forwards", reader, columns, units_I, with_vectors(block, units))
 
 
 @torch.enable_grad()
-def _makers(probe: Probe) -> dict[str, tuple[str, ...]]:
-    """The layers on whose outputs what a layer reads depends with no other layer between, by that layer."""
+def makers(probe: Probe) -> dict[str, tuple[str, ...]]:
+    """Return the layers on whose outputs what a layer reads depends with no other layer between, by that layer."""
     made: list[tuple[str, Tensor]] = []
     read: list[tuple[str, Tensor]] = []
 
@@ -145,7 +146,7 @@ def _heads(block: nn.Module, attention: Attention) -> Iterator[CoupledChannels]:
     if columns % units:
         return
     for chosen in product(*(list(_layouts(block, source, attention)) for source in sources)):
-        rows = _with_biases(block, dict(zip(sources, chosen, strict=True)))
+        rows = with_vectors(block, dict(zip(sources, chosen, strict=True)))
         rows |= _vectors(block, attention, rows)
         yield CoupledChannels("heads", reader, units, _in_a_row(columns, units), rows)
 
@@ -168,7 +169,7 @@ def _in_a_row(count: int, units: int) -> Tensor:
     return torch.arange(count) // (count // units)
 
 
-def _with_biases(block: nn.Module, units: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_vectors(block: nn.Module, units: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters of layers with the units of their rows; a layer all of whose rows stay is left out."""
     taken = {name: unit_R for name, unit_R in units.items() if bool((unit_R != _STAYS).any())}
     return {
@@ -212,13 +213,39 @@ def _is_verified(probe: Probe, one: CoupledChannels) -> bool:
     return True
 
 
+def differs(probe: Probe, one: CoupledChannels, changed_U: Tensor) -> Tensor:
+    """Return the columns of the reader that change with these units; raises Refused where something else changes."""
+    return _Change(probe, one, changed_U).columns()
+
+
+@torch.no_grad()
+def narrow(block: nn.Module, one: CoupledChannels, unit_K: Tensor, weight_OK: Tensor | None = None) -> None:
+    """Keep these units of a block, in order: the rows that make them, and the columns of the reader or the weight that is given."""
+    for name in one.rows:
+        home, _, key = name.rpartition(".")
+        part = block.get_submodule(home)
+        before: Tensor = getattr(part, key)
+        _put(part, key, before, before[one.rows_of(name, unit_K).to(before.device)])
+    reader = block.get_submodule(one.reader)
+    weight = reader.get_parameter("weight")
+    kept = weight.flatten(1)[:, one.columns_of(unit_K).to(weight.device)] if weight_OK is None else weight_OK.to(weight)
+    _put(reader, "weight", weight, kept.unflatten(1, (-1, *weight.shape[2:])) if weight.ndim > 2 else kept)
+
+
+def _put(part: nn.Module, key: str, before: Tensor, value: Tensor) -> None:
+    if isinstance(before, nn.Parameter):
+        setattr(part, key, nn.Parameter(value.contiguous(), requires_grad=before.requires_grad))
+    else:
+        part._buffers[key] = value.contiguous()
+
+
 class _Change:
     """One run in which the outputs of layers are other numbers in the rows of some units."""
 
     def __init__(self, probe: Probe, one: CoupledChannels, changed_U: Tensor) -> None:
         self._probe, self._reader = probe, f"{one.reader}.weight"
         self._rows = {name: changed_U[unit_R.clamp(min=0)] & (unit_R != _STAYS) for name, unit_R in one.rows.items()}
-        self._columns_I = torch.zeros(len(one.columns_I), dtype=torch.bool)
+        self._columns_I = torch.zeros(probe.parameters[self._reader].shape[1], dtype=torch.bool)
         self._generator = torch.Generator().manual_seed(11)
 
     def columns(self) -> Tensor:

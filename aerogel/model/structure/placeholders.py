@@ -66,14 +66,16 @@ def _numbers() -> Tensor:
 def placeholder_weights(module: nn.Module, seen: Seen = lambda name, x, y: y) -> Iterator[None]:
     """Let a network run on the CPU without its weights: products with them give random numbers of the right shape.
 
-    A weight takes no memory: all of it is one number. Vectors have random values near one, buffers keep the values that they have.
+    A weight takes no memory: all of it is one number. Vectors have random values near one, buffers keep the values that they have,
+    in float32 where they have 16 bits.
     `seen` may give something else for a product.
     """
     generator = torch.Generator().manual_seed(0)
 
     def fill(name: str, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter):
-            return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach().cpu()
+            values = torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach().cpu()
+            return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
         if not tensor.is_floating_point():
             return torch.zeros(tensor.shape, dtype=tensor.dtype)
         if tensor.ndim > 1:
