@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import unfold
 
 import aerogel
+from aerogel.engine.exporting import export
 from aerogel.model.calls import Call
 from aerogel.model.structure.filters import filters_of
 from tests.registration import registered_in_transformers
@@ -151,6 +152,17 @@ def test_a_folder_opens_as_it_was_saved(name: str, then: Any, tmp_path: Path) ->
         later = aerogel.compress(str(tmp_path / "out"), {"name": "q", "steps": steps}, samples=calls, output=tmp_path / "q", measures=())
         given = aerogel.load(tmp_path / "q").module
         torch.testing.assert_close(output(given, calls[0]), output(later.network.module, calls[0]), rtol=0, atol=1e-6)
+
+
+def test_bit_masks_carry_the_widths_and_compressed_tensors_refuses_them(tmp_path: Path) -> None:
+    tiny = FAMILIES["unet"]
+    zeros = {"magnitude": {"sparsity": 0.6, "targets": ["Linear", "Conv2d"]}}
+    pruned(tiny.build(), calls := tiny.calls(1), tmp_path / "out", zeros, share=0.5)
+    export(tmp_path / "out", "bitmask", tmp_path / "masked")
+    opened = [aerogel.load(tmp_path / name, lazy=False).module for name in ("out", "masked")]
+    assert torch.equal(*(output(module, calls[0]) for module in opened))
+    with pytest.raises(aerogel.AerogelError, match="is narrower than the model's configuration says"):
+        export(tmp_path / "out", "compressed_tensors", tmp_path / "plain")
 
 
 @pytest.mark.parametrize(
