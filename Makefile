@@ -49,6 +49,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/decode.py text
 	$(BIN)/python benchmarks/rivals.py build
 	$(BIN)/python benchmarks/gptq_rivals.py
+	$(BIN)/python benchmarks/sparsegpt_rivals.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/llama_1b.py
 	$(BIN)/python benchmarks/processes.py
@@ -56,10 +57,13 @@ bench: $(READY)
 	$(BIN)/python benchmarks/kv_cache.py quality
 	$(BIN)/python benchmarks/kv_cache.py speed
 	$(BIN)/python benchmarks/sparsity.py --table criteria --shares 0.5 2:4 --seeds 0
+	$(BIN)/python benchmarks/sparsity.py --table allocation --shares 0.7 --samples 8
+	$(BIN)/python benchmarks/sparsity.py --table joint --samples 8
 	$(BIN)/python benchmarks/sparsity.py --model fashion-judge
 	$(BIN)/python benchmarks/sparsity.py --model fashion-unet
 	$(BIN)/python benchmarks/sparsity.py --model fashion-dit
 	$(BIN)/python benchmarks/structured.py
+	$(BIN)/python benchmarks/structured_filters.py
 	$(BIN)/python benchmarks/bitmask.py
 	$(BIN)/python benchmarks/block_sparse.py layers
 	$(BIN)/python benchmarks/block_sparse.py decode
