@@ -28,6 +28,7 @@ NOTES = [
     "Whole groups of the group norms leave in every ResNet block of the UNet; other layers stay as they are.",
     "Relative error: squared difference to the prediction of the original over its square, on noise at random steps, not on images.",
     f"One forward of {BATCH} images; speed-up: median of the ratios of neighbouring turns with the original in one process.",
+    "Rows of one share have layers of the same sizes: what they differ by in time is noise.",
 ]
 
 
