@@ -14,6 +14,7 @@ from aerogel import catalog
 from aerogel.kernels import selection, synchronized_clock
 from tests import discovery, simulated_device
 from tests.clocks import Counter
+from tests.registration import registrations_undone
 
 simulated_device.device()  # autograd counts devices at the first backward of a process, whichever test that is in
 _MEASURED = selection.fastest
@@ -45,6 +46,13 @@ def discovery_once() -> Iterator[None]:
     """The structure of an architecture is discovered once; tests of discovery itself do without this."""
     with pytest.MonkeyPatch.context() as patch:
         discovery.remember(patch)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def libraries_as_they_are() -> Iterator[None]:
+    """What a test registers with transformers and diffusers is taken out after it: no test depends on those before it."""
+    with registrations_undone():
         yield
 
 

@@ -1,4 +1,4 @@
-"""The reader of this package among those of transformers for a while: tests that come later find transformers as it is."""
+"""The readers of this package among those of transformers and diffusers for a while: what comes later finds both libraries as they are."""
 
 from __future__ import annotations
 
@@ -6,20 +6,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers.quantizers import auto
+from diffusers.quantizers import auto as diffusers_auto
+from transformers.quantizers import auto as transformers_auto
 
 import aerogel
 
+_MAPPINGS: tuple[dict[str, Any], ...] = (
+    transformers_auto.AUTO_QUANTIZER_MAPPING,
+    transformers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING,
+    diffusers_auto.AUTO_QUANTIZER_MAPPING,
+    diffusers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING,
+)
+
 
 @contextmanager
-def registered_in_transformers() -> Iterator[None]:
-    """Register it, and take it out again."""
-    mappings: tuple[dict[str, Any], ...] = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
-    before = [dict(mapping) for mapping in mappings]
-    aerogel.register_transformers()
+def registrations_undone() -> Iterator[None]:
+    """Take out again what is registered meanwhile."""
+    before = [dict(mapping) for mapping in _MAPPINGS]
     try:
         yield
     finally:
-        for mapping, entries in zip(mappings, before, strict=True):
+        for mapping, entries in zip(_MAPPINGS, before, strict=True):
             mapping.clear()
             mapping.update(entries)
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """Register the readers with both libraries, and take them out again."""
+    with registrations_undone():
+        aerogel.register_transformers()
+        aerogel.register_diffusers()
+        yield

@@ -14,7 +14,7 @@ from torch import Tensor
 from aerogel.errors import AerogelError
 from aerogel.export.engine_rules import denoises
 from aerogel.export.exporter import Exporter, Master, SavedPolicy, Source
-from aerogel.io import placeholder
+from aerogel.io import empty_weight
 from aerogel.io.bitmask import FORMAT, masked
 from aerogel.io.packed_words import FIRST
 from aerogel.io.quantized import OWN, configs_in
@@ -85,6 +85,6 @@ def _config(master: Master, told: dict[str, Any]) -> dict[str, Any]:
     config = copy.deepcopy(master.config)
     home = next((each for each in configs_in(config) if each.get("quantization_config")), config)
     sparsity = {"format": FORMAT, "tensors": told}
-    quantization = {key: entry for key, entry in (master.quantization or _FLOAT).items() if key != placeholder.KEY}
+    quantization = {key: entry for key, entry in (master.quantization or _FLOAT).items() if key != empty_weight.KEY}
     home["quantization_config"] = quantization | {"version": FIRST, "sparsity_config": sparsity}
     return config

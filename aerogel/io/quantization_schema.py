@@ -84,7 +84,7 @@ class _Config(BaseModel):
     timestep_index: _Steps | None = None
     transform_config: _Transforms | None = None
     sparsity_config: _Sparsity | None = None
-    placeholder: str | None = None
+    empty_weight: str | None = None
 
 
 _OF_WEIGHTS = ("weight_input", "weight_output")

@@ -36,7 +36,7 @@ def describe(module: nn.Module, entries: Mapping[str, Any] | None = None) -> dic
     `ignore` names every linear layer that is not quantized. Several schemes become several groups that name their layers one by one.
     Widths of layers that the configuration of the model does not hold are in `narrowed`.
     Layers that compressed-tensors cannot express are listed in `replacements`, and the method name is "aerogel" then, which
-    readers that look it up refuse; transformers, which does not, refuses the placeholder (io/placeholder.py). Raises AerogelError when
+    readers that look it up refuse; transformers, which does not, refuses the empty weight (io/empty_weight.py). Raises AerogelError when
     a layer does not fit its scheme.
     """
     replaced = {name: part for name, part in module.named_modules() if isinstance(part, Replacement)}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from aerogel.errors import AerogelError
-from aerogel.io import placeholder
+from aerogel.io import empty_weight
 from aerogel.io.names import Names
 from aerogel.io.quantized import attach_for_readers
 from aerogel.io.record import files
@@ -96,7 +96,7 @@ class _TransformersQuantizer:
         as_linears(model)
         attach_for_readers(model, self.quantization_config.settings)
         as_conv1d(model)
-        if name := self.quantization_config.settings.get(placeholder.KEY):
+        if name := self.quantization_config.settings.get(empty_weight.KEY):
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), f"^{re.escape(name)}$"}
         apart = _single_on_disk(model)
         # One rule of transformers puts the experts of all layers together: either all can take it or none.

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError, reason_of
-from aerogel.io import engine_arguments, placeholder
+from aerogel.io import empty_weight, engine_arguments
 from aerogel.io.fingerprint import fingerprint
 from aerogel.io.json_files import read_object
 from aerogel.io.layouts import as_on_disk
@@ -162,7 +162,7 @@ def write(
     stem = "diffusion_pytorch_model" if network.family.modality in ("image", "video") else "model"
     checksums: dict[str, str] = {}
     for part, module in parts.items():
-        told, guards = _placeholder(network, module, stem)
+        told, guards = _empty_weight(network, module, stem)
         _write_config(network, module, folder / part, {**extras.entries, **told})
         given = resident(module) if tensors is None or len(parts) > 1 else tensors
         stream = chain(_as_on_disk(network, module, chain(given, extras.tensors.items())), guards.items())
@@ -194,13 +194,13 @@ def _as_on_disk(network: Network, module: nn.Module, tensors: Iterable[tuple[str
         yield from network.unbuilt.tensors()
 
 
-def _placeholder(network: Network, module: nn.Module, stem: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return the entry of quantization_config that names a placeholder, and the tensor; nothing where no reader would need it."""
+def _empty_weight(network: Network, module: nn.Module, stem: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the entry of quantization_config that names an empty weight, and the tensor; nothing where no reader would need it."""
     # diffusers refuses a method that it does not know.
-    if stem != "model" or (weight := placeholder.missing_weight(module)) is None:
+    if stem != "model" or (weight := empty_weight.missing_weight(module)) is None:
         return {}, {}
     name = _name_on_disk(network, weight)
-    return {placeholder.KEY: name}, {name: placeholder.tensor()}
+    return {empty_weight.KEY: name}, {name: empty_weight.tensor()}
 
 
 def _name_on_disk(network: Network, given: str) -> str:

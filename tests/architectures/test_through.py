@@ -31,7 +31,7 @@ def test_the_library_opens_what_it_saves(name: str, tmp_path: Path) -> None:
 
 
 REGISTERED_ONLY = {
-    "causal-gpt2": "ignore_mismatched_sizes",  # it knows no quantized Conv1D, and refuses the placeholder
+    "causal-gpt2": "ignore_mismatched_sizes",  # it knows no quantized Conv1D, and refuses the empty weight
     "causal-gpt_oss": "missing_keys",  # their checkpoints hold fused experts, and transformers has no converter from single ones
     **dict.fromkeys(("causal-mamba", "causal-mamba2", "causal-rwkv"), "no attribute 'weight'"),  # their _init_weights reads packed layers
 }

@@ -26,6 +26,7 @@ from aerogel.layers.replacement import Replacement
 from aerogel.model.calls import Call
 from aerogel.model.network import Network
 from tests.architectures.cases import Case, cases, output, reason
+from tests.registration import registered
 
 STAGES = ("build", "compress", "load", "register", "open", "same")
 """What is done with a case, in order: it is built, compressed, loaded by aerogel, opened by its library with our layers and then without
@@ -112,22 +113,6 @@ def _stages(case: Case, recipe: str | Mapping[str, Any], folder: Path) -> Iterat
     if row.library > TOLERANCE:
         raise ValueError("the answers differ")
     yield replace(row, stage="same")
-
-
-@contextmanager
-def registered() -> Iterator[None]:
-    """Let the libraries open folders with our layers for a while."""
-    from transformers.quantizers import auto
-
-    aerogel.register_diffusers()
-    before = dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
-    aerogel.register_transformers()
-    try:
-        yield
-    finally:
-        for mapping, entries in zip((auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING), before, strict=True):
-            mapping.clear()
-            mapping.update(entries)
 
 
 def open_with_library(case: Case, folder: Path) -> nn.Module:

@@ -16,7 +16,7 @@ from aerogel.engine import exporting, scores
 from aerogel.errors import AerogelError
 from aerogel.io.record import files
 from tests.folders import model_folder
-from tests.registration import registered_in_transformers
+from tests.registration import registered
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def _cached(folder: Path) -> None:
 
 
 def _registered(folder: Path) -> None:
-    with registered_in_transformers():
+    with registered():
         transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 

@@ -18,7 +18,7 @@ from aerogel.layers.linear import QuantLinear
 from tests.architectures.cases import cases
 from tests.io.test_packed_words import as_before
 from tests.methods.diffusion.test_fsc import RECIPE, calls
-from tests.registration import registered_in_transformers
+from tests.registration import registered
 from tests.saved import network, save
 from tests.tiny import FAMILIES, output
 
@@ -27,8 +27,7 @@ ROUND = {"steps": [{"rtn": {"scheme": "W4A16_CHANNEL_ASYM", "targets": ["Linear"
 
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:
-    aerogel.register_diffusers()
-    with registered_in_transformers():
+    with registered():
         yield
 
 

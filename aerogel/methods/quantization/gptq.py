@@ -16,7 +16,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from aerogel.kernels.malloc import release_pages
-from aerogel.layers.linear import QuantLinear, stored_grid
+from aerogel.layers.conv import quantized
+from aerogel.layers.linear import stored_grid
 from aerogel.methods.base import CalibrationSize, CostEstimate, WeightMethod
 from aerogel.model.block import Block
 from aerogel.model.rounded_columns import ActOrder, round_problems
@@ -131,7 +132,7 @@ class Gptq(WeightMethod):
         for name, layer in layers.items():
             scheme, seen, dtype = layer.problem.scheme, layer.problem.statistics, layer.problem.dtype
             inputs = static_inputs(scheme, seen, self.input_range, dtype)
-            block.replace(name, QuantLinear.from_codes(layer.linear, scheme, layer.codes_OI, layer.grid, layer.g_idx, inputs, dtype))
+            block.replace(name, quantized(layer.linear, scheme, layer.codes_OI, layer.grid, layer.g_idx, inputs, dtype))
             block.note(name, error=errors[name], damping=layer.damping, **layer.problem.fallback(layer.failed, "rounded to nearest"))
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import aerogel
 from aerogel.engine.exporting import export
 from aerogel.model.calls import Call
 from aerogel.model.structure.filters import filters_of
-from tests.registration import registered_in_transformers
+from tests.registration import registered
 from tests.tiny import FAMILIES, VARIANTS, output
 
 ZOO = Path(__file__).parents[3] / "zoo"
@@ -224,7 +222,7 @@ def test_the_judge_of_the_zoo_sees_the_same_with_fewer_filters(tmp_path: Path) -
     assert same[0] >= 0.9, same
     with pytest.raises(RuntimeError, match="mismatch"):
         transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "True")
-    with registered_in_transformers():
+    with registered():
         theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "True").eval()
     ours = aerogel.load(tmp_path / "True", lazy=False).module
     some = images[:8].to(theirs.dtype)
@@ -232,15 +230,10 @@ def test_the_judge_of_the_zoo_sees_the_same_with_fewer_filters(tmp_path: Path) -
 
 
 def test_registered_diffusers_opens_what_was_saved(tmp_path: Path) -> None:
-    """In a process of its own, so that diffusers stays as it is here."""
     tiny = FAMILIES["unet"]
-    pruned(tiny.build(), tiny.calls(1), tmp_path / "out", {"rtn": {"scheme": "W8A16_CHANNEL", "targets": ["Conv2d"]}}, share=0.5)
-    code = (
-        "import aerogel, diffusers, sys, torch; from tests.tiny import FAMILIES, output; aerogel.register_diffusers();"
-        "theirs = diffusers.UNet2DConditionModel.from_pretrained(sys.argv[1]).eval(); call = FAMILIES['unet'].calls(1)[0];"
-        "ours = aerogel.load(sys.argv[1], lazy=False).module;"
-        "torch.testing.assert_close(output(theirs, call), output(ours, call), rtol=0, atol=1e-6)"
-    )
-    root = Path(__file__).parents[3]
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    call = tiny.calls(1)[0]
+    pruned(tiny.build(), [call], tmp_path, {"rtn": {"scheme": "W8A16_CHANNEL", "targets": ["Conv2d"]}}, share=0.5)
+    with registered():
+        theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path).eval()
+    ours = aerogel.load(tmp_path, lazy=False).module
+    torch.testing.assert_close(output(theirs, call), output(ours, call), rtol=0, atol=1e-6)

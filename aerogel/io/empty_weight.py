@@ -19,7 +19,7 @@ from aerogel.io.checkpoint import Dequantize, Dequantized, OnDisk
 from aerogel.layers.replacement import Replacement
 from aerogel.layers.slots import slots
 
-KEY = "placeholder"
+KEY = "empty_weight"
 """The entry of quantization_config that names it."""
 
 
