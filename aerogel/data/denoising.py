@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -158,13 +159,20 @@ def _call(pipeline: Any, **given: Any) -> Any:
     try:
         return pipeline(**given)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, NotImplementedError) as error:
-        if isinstance(error, AerogelError):
+        if isinstance(error, AerogelError) or _is_ours(error):
             raise
         reason = str(error).strip().partition("\n")[0]
         raise AerogelError(
             f"{type(pipeline).__name__} fails ({type(error).__name__}: {reason}); where its configuration is damaged, for example that of "
             "its scheduler, fetch it again"
         ) from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Return True where code of this package raised it, which watches the denoiser meanwhile."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    module: str = frame.f_globals.get("__name__", "")
+    return module != __name__ and module.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _name(pipeline: Any, subject: Any) -> str:

@@ -163,6 +163,7 @@ def shown(network: Network, samples: CalibrationInput | None) -> Shown:
     if isinstance(found, CalibrationRequest):
         found = found.shown(network)
     if isinstance(found, Sequence):
+        found = _in_its_dtype(network, found)
         network.discover(found)  # a module of the user's own is known by the user's calls only
     elif isinstance(found, Denoising) and _is_single_pipeline(network) and network.needs_example:
         with suppress(Exception):  # what the pipeline lacks is said when its calls are recorded
@@ -179,6 +180,17 @@ def _request_of(samples: CalibrationInput | None) -> Shown | CalibrationRequest:
     if isinstance(samples, Sequence) and not isinstance(samples, str) and all(isinstance(call, Call) for call in samples):
         return cast(Sequence[Call], samples)
     return CalibrationRequest(source=str(samples) if isinstance(samples, Path) else samples)
+
+
+def _in_its_dtype(network: Network, calls: Sequence[Call]) -> Sequence[Call]:
+    """Return calls with floats in the dtype of a transformers model that was opened here, as `BatchFeature.to(dtype)` makes them.
+
+    Image and audio processors make float32, and whether the model computes in that depends on its folder and on the processor.
+    """
+    dtype = getattr(network.module, "dtype", None)
+    if network.source is None or network.family.modality in ("image", "video") or not isinstance(dtype, torch.dtype):
+        return calls
+    return [call.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor) for call in calls]
 
 
 def _is_single_pipeline(network: Network) -> bool:

@@ -237,8 +237,9 @@ class Network:
             if isinstance(error, AerogelError | torch.OutOfMemoryError) or not any(name.startswith("pixel_values") for name in inputs):
                 raise
             raise AerogelError(
-                f"{self.origin or f'this {self.family.name} model'} refuses what its processor makes of a chat with images "
-                f"({' '.join(str(error).split())[:200]}); the processor's files have to be those of this model"
+                f"{self.origin or f'this {self.family.name} model'} refuses the images in its inputs "
+                f"({' '.join(str(error).split())[:200]}); the processor's files have to be those of this model, and images of your own "
+                "in its dtype"
             ) from error
 
 

@@ -254,7 +254,7 @@ def test_images_of_another_processor_are_refused_in_one_line(tmp_path: Path) -> 
     ):
         ended = run_words([*map(str, words), "-q"])
         assert (ended.code, ended.fault) == (2, None), words
-        assert f"error: {tmp_path / 'in'} refuses what its processor makes of a chat with images (" in ended.told
+        assert f"error: {tmp_path / 'in'} refuses the images in its inputs (" in ended.told
 
 
 def test_a_template_that_rewrites_prompts_is_refused(pair: Pair) -> None:

@@ -17,6 +17,7 @@ from aerogel.engine.calibration import CalibrationRequest, Samples, shown
 from aerogel.errors import AerogelError
 from aerogel.model.calls import tensors_in
 from aerogel.model.family import Family
+from aerogel.model.hooks import temporary_hooks
 from aerogel.model.network import Network
 from aerogel.model.trajectories import Trajectories
 from tests.image_pipelines import classes, unconditional
@@ -180,3 +181,11 @@ def test_the_first_call_is_that_of_a_generation_and_nothing_is_computed() -> Non
     assert found.kwargs.keys() == first.kwargs.keys()
     pairs = zip(tensors_in((found.args, found.kwargs)), tensors_in((first.args, first.kwargs)), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize(("module", "raised"), [("aerogel.model.walk", ZeroDivisionError), ("diffusers.schedulers", AerogelError)])
+def test_only_what_the_pipeline_raises_is_blamed_on_it(module: str, raised: type[Exception]) -> None:
+    pipeline, code = classes(), {"__name__": module}
+    exec("def fail(*_):\n    1 / 0", code)
+    with temporary_hooks([pipeline.transformer.register_forward_pre_hook(code["fail"])]), pytest.raises(raised, match="division by zero"):
+        record(pipeline, pipeline.transformer, Denoising(count=1, steps=1, batch=1))

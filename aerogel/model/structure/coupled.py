@@ -9,7 +9,7 @@ Legend: U units, I columns of the reader, R rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
@@ -60,15 +60,22 @@ class CoupledChannels:
         return (torch.isin(unit_R, unit_K) | (unit_R == _STAYS)).nonzero()[:, 0]
 
 
-def coupled_by_block(module: nn.Module, blocks: Sequence[str], examples: Sequence[Example]) -> dict[str, tuple[CoupledChannels, ...]]:
+Find = Callable[[nn.Module, Call], tuple[CoupledChannels, ...]]
+"""What finds the coupled channels of a block with inputs like those it gets."""
+
+
+def coupled_by_block(
+    module: nn.Module, blocks: Sequence[str], examples: Sequence[Example], find: Find | None = None
+) -> dict[str, tuple[CoupledChannels, ...]]:
     """Find the coupled channels of all blocks: of one block of each kind that an example reaches, and the same for all others of the kind.
 
-    There are none where a layer was replaced, or shares its weight with another part of the model.
+    There are none where a layer was replaced, or shares its weight with another part of the model. `find` finds those of one block, by
+    default those of FFNs.
     """
     found: dict[str, tuple[CoupledChannels, ...]] = dict.fromkeys(blocks, ())
     for names, block, call in first_of_each_kind(module, blocks, examples):
         try:
-            found |= dict.fromkeys(names, coupled_of(block, call))
+            found |= dict.fromkeys(names, (find or coupled_of)(block, call))
         except Exception:  # noqa: BLE001, S112  whatever the code of a block raises when it runs by itself
             continue
     shared = shared_layers(module, blocks)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from aerogel.layers.narrowed import Widths
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.hooks import temporary_hooks
-from aerogel.model.structure.coupled import CoupledChannels, differs, layers_of, makers, narrow, with_vectors
-from aerogel.model.structure.edges import first_of_each_kind, parameters_of, random_weights, run_copied, shared_layers
+from aerogel.model.structure.coupled import CoupledChannels, coupled_by_block, differs, makers, narrow, with_vectors
+from aerogel.model.structure.edges import parameters_of, random_weights, run_copied
 from aerogel.model.structure.examples import Example
 from aerogel.model.structure.observer import double_by_default
 from aerogel.model.structure.probe import Probe, Refused
@@ -38,17 +38,8 @@ _CLOSE = 1e-9
 
 def filters_by_block(module: nn.Module, blocks: Sequence[str], examples: Sequence[Example]) -> dict[str, tuple[CoupledChannels, ...]]:
     """Find the filters of all blocks, of one block of each kind that an example reaches; none where a layer was replaced or is shared."""
-    found: dict[str, tuple[CoupledChannels, ...]] = dict.fromkeys(blocks, ())
     having = [name for name in blocks if any(isinstance(part, nn.Conv2d) for part in module.get_submodule(name).modules())]
-    if not having:
-        return found
-    for names, block, call in first_of_each_kind(module, having, examples):
-        try:
-            found |= dict.fromkeys(names, filters_of(block, call))
-        except Exception:  # noqa: BLE001, S112  whatever the code of a block raises when it runs by itself
-            continue
-    shared = shared_layers(module, blocks)
-    return {name: tuple(one for one in each if not shared[name] & layers_of(one)) for name, each in found.items()}
+    return dict.fromkeys(blocks, ()) | (coupled_by_block(module, having, examples, filters_of) if having else {})
 
 
 def filters_of(block: nn.Module, call: Call, seed: int = 0) -> tuple[CoupledChannels, ...]:
