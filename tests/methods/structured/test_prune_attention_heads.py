@@ -75,6 +75,17 @@ def test_what_is_left_is_cut_by_hand(criterion: str, tmp_path: Path) -> None:
     assert theirs(prompt, use_cache=True).past_key_values.layers[0].keys.shape[1] == GROUPS - 1
 
 
+@pytest.mark.parametrize(("criterion", "order"), [("l1", 1), ("l2", 2)])
+def test_groups_of_least_norm_leave(criterion: str, order: int) -> None:
+    """The norm of all weights that make a group: its queries, keys and values."""
+    before = llama()
+    after = pruned(llama(), [], criterion=criterion, repair=False).network.module
+    for layer in range(2):
+        weights = [before.get_parameter(ATTENTION.format(layer, part)).unflatten(0, (GROUPS, -1)) for part in ("q", "k", "v")]
+        norms = [sum(float(weight[group].abs().pow(order).sum()) for weight in weights) ** (1 / order) for group in range(GROUPS)]
+        assert stays(before, after, layer) == sorted(sorted(range(GROUPS), key=norms.__getitem__)[1:])
+
+
 @pytest.mark.parametrize("criterion", ["obs", "wanda", "magnitude"])
 @pytest.mark.parametrize("idle", [0, 2])
 def test_a_group_that_nobody_reads_leaves_first_at_no_loss(idle: int, criterion: str) -> None:

@@ -106,6 +106,18 @@ def test_channels_that_do_nothing_leave_first_at_no_loss(criterion: str) -> None
         torch.testing.assert_close(output(network.module, call), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize(("criterion", "order"), [("l1", 1), ("l2", 2)])
+def test_channels_of_least_norm_leave(criterion: str, order: int) -> None:
+    """The norm of all weights that make a channel, each row of the gate and of the upper layer (arXiv:1608.08710)."""
+    before = FAMILIES["llama"].build().state_dict()
+    network = pruned(FAMILIES["llama"].build(), [], criterion=criterion, repair=False).network
+    for layer in range(2):
+        gate, up = (before[MLP.format(layer, part)] for part in ("gate", "up"))
+        norms = [float((gate[row].abs().pow(order).sum() + up[row].abs().pow(order).sum()) ** (1 / order)) for row in range(128)]
+        left = kept_rows(gate, network.module.get_parameter(MLP.format(layer, "gate")))
+        assert left == sorted(sorted(range(128), key=norms.__getitem__)[32:])
+
+
 def test_twins_are_merged() -> None:
     """Of 32 channels there are two each; the reader takes over what one of them gave."""
     model, calls = FAMILIES["llama"].build(), FAMILIES["llama"].calls(8)
