@@ -14,12 +14,14 @@ from aerogel.io.json_files import read_object
 from aerogel.io.older import upgraded_search
 from aerogel.io.record.files import checked, require_known
 from aerogel.io.text_files import replace_text
-from aerogel.report import cache_search, skip_search, sparsity_search, token_search
+from aerogel.report import cache_search, skip_search, sparsity_search, structured_search, token_search
 from aerogel.report.page import HERE, provenance
 from aerogel.report.svg import PALETTE
 
 FILE = "search.json"
-_KINDS: Mapping[str, Any] = {"cache": cache_search, "skip": skip_search, "tokens": token_search, "sparsity": sparsity_search}
+_KINDS: Mapping[str, Any] = {
+    "cache": cache_search, "skip": skip_search, "tokens": token_search, "sparsity": sparsity_search, "structured": structured_search
+}  # fmt: skip
 
 
 class Row(NamedTuple):

@@ -157,7 +157,7 @@ def test_zeros_of_a_denoiser_are_searched_by_its_own_images(folder: Path) -> Non
 def test_only_a_search_for_zeros_is_resumed(folder: Path) -> None:
     done = run(folder, "--resume", "-o", folder / "out")
     assert done.exit_code == 2
-    assert "a search for sparsity that is saved to an output can be resumed, and no other; leave resume out" in done.stderr
+    assert "a search of weights that is saved to an output can be resumed (sparsity, structured); leave resume out" in done.stderr
 
 
 def test_an_interrupted_search_for_zeros_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,8 @@ SKIPPED = Command("search --task skip", on("search", "IN", *_SKIP, "--data", "TE
 
 _PRUNE: Words = ("--task", "sparsity", "--only", "magnitude", "--budget", "50%")
 PRUNED = Command("search --task sparsity", on("search", "IN", *_PRUNE, "--data", "TEXT", *SHORT, "-q"), nothing)
+_REMOVE: Words = ("--task", "structured", "--only", "shortgpt", "--set", "shortgpt.protect_last=0", "--budget", "1.01x")
+REMOVED = Command("search --task structured", on("search", "IN", *_REMOVE, "--data", "TEXT", *SHORT, "-q"), nothing)
 
 _DROP: Words = ("--task", "tokens", "--only", "divprune", "--budget", "50%")
 DROPPED = Command("search --task tokens", on("search", "IN", *_DROP, "--data", "CHATS", "--samples", 2, "--json"), dropped)

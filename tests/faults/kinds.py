@@ -29,6 +29,7 @@ from tests.faults.commands import (
     DROPPED,
     LANGUAGE,
     PRUNED,
+    REMOVED,
     RESUMED,
     SEARCHED,
     SKIPPED,
@@ -41,7 +42,7 @@ from tests.faults.commands import (
 from tests.faults.damages import Damage, of_folder
 from tests.faults.judged import Command
 from tests.folders import model_folder, text_file
-from tests.report import test_cache_search, test_skip_search
+from tests.report import test_cache_search, test_skip_search, test_sparsity_search, test_structured_search, test_token_search
 from tests.tiny import IMAGE_TOKEN
 from tests.words import tokenizer
 
@@ -208,8 +209,18 @@ def _make_adapter(folder: Path) -> None:
     save_file(parts, folder / "in" / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+SEARCHES = {
+    "cache": test_cache_search,
+    "skip": test_skip_search,
+    "tokens": test_token_search,
+    "sparsity": test_sparsity_search,
+    "structured": test_structured_search,
+}
+"""Tests of the report on each search, which have a record of it."""
+
+
 def _make_searches(folder: Path) -> None:
-    for name, module in (("cache", test_cache_search), ("skip", test_skip_search)):
+    for name, module in SEARCHES.items():
         (folder / name).mkdir()
         (folder / name / "search.json").write_text(json.dumps(module.record()))
 
@@ -246,12 +257,12 @@ KINDS = (
     Kind("blocks cached", _make_blocks_cached, exports("cache_dit", "cache_policy")),
     Kind("graph", _make_graph, (TRACED,), _of_denoiser),
     Kind("asymmetric", _make_asymmetric, exports("awq")),
-    Kind("pruned", _make_pruned, (PRUNED, *exports("bitmask"))),
+    Kind("pruned", _make_pruned, (PRUNED, REMOVED, *exports("bitmask"))),
     Kind("bit masks", _make_bit_masks, (*LANGUAGE, *exports("compressed_tensors"))),
     Kind("adapter", _make_adapter, tuple(map(merged, (*LANGUAGE[1:], *CALIBRATING)))),
     Kind("gptq", partial(_make_layout, "gptq", "W4A16_G32"), (*LANGUAGE, *CALIBRATING)),
     Kind("awq", partial(_make_layout, "awq", "W4A16_G32_ASYM"), (*LANGUAGE, *CALIBRATING)),
-    Kind("searches", _make_searches, reports_on("cache", "skip"), of_folder),
+    Kind("searches", _make_searches, reports_on(*SEARCHES), of_folder),
     Kind("stopped", _make_stopped, (RESUMED,), partial(of_part, "out.partial")),
 )
 """Folders."""

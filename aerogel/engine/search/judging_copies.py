@@ -5,6 +5,7 @@ N positions or samples, V vocabulary, C classes.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -26,6 +27,13 @@ from aerogel.model.network import Network
 from aerogel.numerics.metrics import top1_agreement
 from aerogel.runtime.predictions import divergence, logits_at, predicted
 from aerogel.runtime.token_types import Vocabulary
+
+
+def copy_of(network: Network) -> Network:
+    """Return a copy of a model that can be compressed; its blocks are where they were found in the model."""
+    made = replace(network, module=copy.deepcopy(network.module), processor=None, pruned=set(), sparsities={}, notes=[], teacher=None)
+    made.__dict__["towers"] = network.towers
+    return made
 
 
 class CopyJudge(Protocol):

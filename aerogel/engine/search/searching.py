@@ -20,6 +20,7 @@ from aerogel.engine.requests import recipe_file_of
 from aerogel.engine.search.caches import CacheSearch
 from aerogel.engine.search.skips import SkipSearch
 from aerogel.engine.search.sparsity import SparsitySearch
+from aerogel.engine.search.structured import StructuredSearch
 from aerogel.engine.search.tokens import TokenSearch
 from aerogel.errors import AerogelError
 from aerogel.io import save
@@ -73,7 +74,9 @@ class WeightSearch(Search, Protocol):
         """Remove what was kept."""
 
 
-TASKS: dict[str, Callable[..., Search]] = {"cache": CacheSearch, "skip": SkipSearch, "tokens": TokenSearch, "sparsity": SparsitySearch}
+TASKS: dict[str, Callable[..., Search]] = {
+    "cache": CacheSearch, "skip": SkipSearch, "tokens": TokenSearch, "sparsity": SparsitySearch, "structured": StructuredSearch
+}  # fmt: skip
 """Tasks of a search."""
 
 
@@ -162,7 +165,9 @@ def search(
     `tokens`: policies that drop tokens, of images on chats and of long prompts on text or needle prompts; the budget says how many times
     faster prompts have to be read, "2x", or which share of the tokens may be computed, such as "25%".
     `sparsity`: recipes that prune a model; the budget is the share of zeros in the layers of its blocks, 0.5, a pattern such as "2:4", or
-    the bytes that these layers may take, such as "40MB". With `resume` a search that was killed goes on where it stopped.
+    the bytes that these layers may take, such as "40MB".
+    `structured`: methods by which layers, channels, heads or filters leave a model; the budget says how many times as fast a forward has to
+    be, "1.2x". A search for sparsity or structured methods that was killed goes on with `resume` where it stopped.
     `device` computes (see `load`).
     Speeds are measured by `rounds` turns with and without a policy. Raises AerogelError for an unknown task, a model that has nothing of
     the kind and a budget that is none; a policy that refuses the network or misses the budget is among the facts with its reason.
@@ -173,7 +178,7 @@ def search(
         raise AerogelError(f"rounds is {rounds}; it is at least 1")
     made = TASKS[task](budget, only, overrides, rounds, tell, clock)
     if resume and (output is None or not isinstance(made, WeightSearch)):
-        raise AerogelError("a search for sparsity that is saved to an output can be resumed, and no other; leave resume out")
+        raise AerogelError("a search of weights that is saved to an output can be resumed (sparsity, structured); leave resume out")
     if output is None:
         return _findings(made, task, model, samples, None, seed, device, resume, tell)
     with locked(Path(output)):

@@ -6,7 +6,6 @@ criteria, and every adjustment behind the best two recipes so far.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from aerogel.engine.calibration import CalibrationInput, shown
 from aerogel.engine.progress import Event, Tell
 from aerogel.engine.run import compress
 from aerogel.engine.search.judged_rows import JudgedRows
-from aerogel.engine.search.judging_copies import judge_of, split
+from aerogel.engine.search.judging_copies import copy_of, judge_of, split
 from aerogel.engine.search.pruning_recipes import Budget, Candidate, Prunable, Recipes
 from aerogel.errors import AerogelError
 from aerogel.model.network import Network
@@ -175,13 +174,6 @@ class SparsitySearch:
         """Tell how far a candidate has come."""
         if event.stage == "compress":
             self._tell(replace(at, inside=min(event.share, 1.0)))
-
-
-def copy_of(network: Network) -> Network:
-    """Return a copy of a model that can be compressed; its blocks are where they were found in the model."""
-    made = replace(network, module=copy.deepcopy(network.module), processor=None, pruned=set(), sparsities={}, notes=[], teacher=None)
-    made.__dict__["towers"] = network.towers
-    return made
 
 
 def _place(row: Mapping[str, Any], figure: str) -> tuple[float, int]:

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from aerogel.errors import reasons
+from aerogel.errors import AerogelError, reasons
 from aerogel.layers.conv import matrix
 from aerogel.methods.base import Before, CalibrationSize, CostEstimate, Method, Requirement, name_of
 from aerogel.model.batches import Batches
 from aerogel.model.block import Block
 from aerogel.model.calls import Call
-from aerogel.model.narrowing import Narrower, Narrowing, narrowing_of
+from aerogel.model.narrowing import WORDS, Narrower, Narrowing, narrowing_of
 from aerogel.model.network import Network
 from aerogel.model.rounding import output_error
 from aerogel.model.statistics import InputStatistics, collect
@@ -35,8 +35,23 @@ _MOMENTS = 1 << 28
 """Numbers that the second moments of layers may hold which are collected in one pass over the calls of a block."""
 
 
+class StructuredMethod(Method):
+    """A method by which parts of a model leave for good, so that what is left is faster by itself."""
+
+    @abstractmethod
+    def strengths(self, network: Network) -> list[Self]:
+        """Return this method at every share that leaves less of the model than the one before it, the weakest first.
+
+        Raises AerogelError where nothing of its kind can leave the model.
+        """
+
+    def without_calibration(self) -> Self:
+        """Return a method that leaves as much of the model, and reads no calibration data where it can do without."""
+        return self
+
+
 @dataclass(frozen=True)
-class StructuredPruning(Method):
+class StructuredPruning(StructuredMethod):
     """A method that removes channels from every block alike, and adjusts the layers that read them.
 
     Blocks are done one after another: each reads what the blocks before it give by then.
@@ -61,6 +76,23 @@ class StructuredPruning(Method):
     @abstractmethod
     def staying(self, units: int) -> int:
         """Return how many of so many units stay."""
+
+    def strengths(self, network: Network) -> list[Self]:
+        """Return the method at the least whole percent for every number of units that can stay."""
+        if not any(one.kind == self.kind for each in network.coupled.values() for one in each):
+            raise AerogelError(f"this {network.family.name} model has no {WORDS[self.kind]} that can leave a block")
+        units = sorted({one.units for each in network.coupled.values() for one in each if one.kind == self.kind})
+        found, before = list[Self](), units
+        for percent in range(1, 100):
+            made = replace(self, share=percent / 100)
+            if (left := [made.staying(count) for count in units]) != before:
+                found.append(made)
+                before = left
+        return found
+
+    def without_calibration(self) -> Self:
+        """Return the method by weights alone: which channels leave does not change how fast the others are."""
+        return replace(self, criterion="magnitude", repair=False)
 
     @property
     def requires(self) -> frozenset[Requirement]:  # type: ignore[override]

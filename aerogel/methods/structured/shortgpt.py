@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from aerogel.errors import AerogelError, reasons
-from aerogel.methods.base import Before, CalibrationSize, CostEstimate, Method, Requirement
+from aerogel.methods.base import Before, CalibrationSize, CostEstimate, Requirement
+from aerogel.methods.structured.policy import StructuredMethod
 from aerogel.model.calls import Call, tensors_in
 from aerogel.model.hooks import temporary_hooks
 from aerogel.model.layer_removal import decoder_layers
@@ -27,7 +28,7 @@ _UNKNOWN = 0.5
 
 
 @dataclass(frozen=True)
-class Shortgpt(Method):
+class Shortgpt(StructuredMethod):
     """Removes the layers of least block influence: one minus the mean cosine between what goes into a layer and what comes out."""
 
     requires: ClassVar[frozenset[Requirement]] = frozenset({"calls", "layers", "uncached"})
@@ -45,6 +46,12 @@ class Shortgpt(Method):
         super().__post_init__()
         if self.share is not None and self.count is not None:
             raise AerogelError("shortgpt: share and count both say how many layers leave; give one of them")
+
+    def strengths(self, network: Network) -> list[Self]:
+        """Return the method at every number of layers that may leave."""
+        blocks = decoder_layers(network).tower.blocks
+        most = min(len(self._open(blocks)), len(blocks) - 1)
+        return [replace(self, share=None, count=number) for number in range(1, most + 1)]
 
     def cost(self, size: CalibrationSize) -> CostEstimate:
         """Every token passes the whole model once."""
