@@ -240,7 +240,7 @@ def test_a_budget_that_says_nothing_about_zeros_is_refused(budget: Any) -> None:
         ({"overrides": ["erk.targets=[Linear]"]}, "erk.targets is decided by the budget"),
         ({"samples": [Call((), {"input_ids": torch.zeros(1, 4, dtype=torch.long)})]}, "1 call: one half is calibrated on"),
         ({"budget": "7:13"}, "no linear layer whose inputs are in runs of 13 in its blocks, so there is nothing to prune"),
-        ({"resume": True}, "a search of weights that is saved to an output can be resumed \(sparsity, structured\); leave resume out"),
+        ({"resume": True}, r"a search of weights that is saved to an output can be resumed \(sparsity, structured\); leave resume out"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(texts: tuple[Path, Path], options: dict[str, Any], message: str) -> None:
