@@ -64,7 +64,7 @@ class Job:
         """Look for everything that would make the run fail; the quick looks come first. What is in files is looked at by one process."""
         network, of_first = self.network, self.processes.of_first
         if resume and (network.checkpoint is None or self.output is None):
-            raise AerogelError("only a model opened from a folder and saved to an output can be resumed")
+            raise AerogelError(_not_resumable(network))
         self.plan = plan_network(network, self.recipe, reading(network, read), processes=self.processes, engine=self.engine)
         check_plan(self.plan)
         output, needed = self.output, 2 * self.plan.predicted_bytes + self.plan.activation_bytes
@@ -180,6 +180,16 @@ class Job:
                 self.processes.of_first(lambda: save_locked(result, output))
             result.folder = output
         return result
+
+
+def _not_resumable(network: Network) -> str:
+    """Say why a run cannot go on where another stopped."""
+    if network.source is None or network.checkpoint is not None:
+        return "only a model opened from a folder and saved to an output can be resumed"
+    return (
+        f"{network.origin or network.source.folder} is held in memory whole while it is compressed, as denoisers are, so nothing of an "
+        "unfinished run is kept; leave resume out to start again"
+    )
 
 
 def _adapter_of(network: Network) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from aerogel.model.block import Block
 from aerogel.model.walk import blocks_of
 from tests.crashing_runs import Doom, killed, options
 from tests.folders import digests, model_folder, text_file
+from tests.tiny import FAMILIES
 
 BLOCKS = 4
 RECIPE = {"name": "tested", "steps": [{"gptq": {"scheme": "W4A16_G32", "overrides": {"*.down_proj": "W3A16_G32_ASYM"}}}]}
@@ -253,3 +254,15 @@ def test_a_finished_block_that_was_changed_is_named(key: str, value: Any, tmp_pa
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(AerogelError, match=r"block\.json is damaged; remove the progress folder to start again"):
         stage.restore([name])
+
+
+def test_what_is_held_in_memory_whole_is_not_resumed(tmp_path: Path) -> None:
+    """A denoiser, also from a folder, and a live module: nothing is kept that a run could go on from."""
+    unet = FAMILIES["unet"]
+    unet.build().save_pretrained(tmp_path / "in")  # type: ignore[operator]
+    given: dict[str, Any] = {"samples": unet.calls(1), "measures": (), "output": tmp_path / "out", "resume": True}
+    recipe = {"steps": [{"rtn": {"scheme": "W8A16_CHANNEL"}}]}
+    with pytest.raises(AerogelError, match=r"in is held in memory whole .*, so nothing of an unfinished run is kept; leave resume out"):
+        compress(tmp_path / "in", recipe, **given)
+    with pytest.raises(AerogelError, match="only a model opened from a folder and saved to an output can be resumed"):
+        compress(unet.build(), recipe, **given)

@@ -200,7 +200,7 @@ def test_another_row_is_another_picture_and_there_are_no_more_rows_than_steps(un
         unet.theirs(call, step=np.array(len(STEPS)))
 
 
-@pytest.mark.parametrize("kind", ["unet", pytest.param("pixart", marks=pytest.mark.slow), "dit"])
+@pytest.mark.parametrize("kind", ["unet", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("pixart", "dit"))])
 def test_every_quantized_layer_is_codes_with_a_scale_and_so_are_its_inputs(kind: str, request: pytest.FixtureRequest) -> None:
     written: Written = request.getfixturevalue(kind)
     graph, layers = written.graph, written.layers

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
 import pytest
@@ -237,3 +239,29 @@ def test_registered_diffusers_opens_what_was_saved(tmp_path: Path) -> None:
         theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path).eval()
     ours = aerogel.load(tmp_path, lazy=False).module
     torch.testing.assert_close(output(theirs, call), output(ours, call), rtol=0, atol=1e-6)
+
+
+def test_rounding_behind_it_is_learned(tmp_path: Path) -> None:
+    """BRECQ on what is left is closer to the whole model than rounding to nearest, and the folder opens as it was saved."""
+    tiny = FAMILIES["unet"]
+    calls, whole = tiny.calls(8), tiny.build()
+    scheme = {"scheme": "W4A16_CHANNEL", "targets": ["Linear", "Conv2d"]}
+    nearest = pruned(tiny.build(), calls, then={"rtn": scheme}, share=0.25).network.module
+    learned = pruned(tiny.build(), calls, tmp_path, {"brecq": {**scheme, "steps": 40}}, share=0.25).network.module
+    errors = [sum(float((output(module, call) - output(whole, call)).square().sum()) for call in calls) for module in (nearest, learned)]
+    assert errors[1] < 0.85 * errors[0], errors
+    assert torch.equal(output(aerogel.load(tmp_path, lazy=False).module, calls[0]), output(learned, calls[0]))
+
+
+def test_a_stopped_run_resumes_with_the_same_bits(tmp_path: Path) -> None:
+    calls = [Call((), {"pixel_values": torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))})]
+    steps = {"name": "p", "steps": [{"prune_conv_filters": {"share": 0.5}}, {"gptq": {"scheme": "W8A16_CHANNEL"}}]}
+    given: dict[str, Any] = {"samples": calls, "measures": ()}
+    aerogel.compress(ZOO / "fashion-judge", steps, output=tmp_path / "whole", **given)
+    full = mock.patch("aerogel.io.save.write_shards", side_effect=OSError(28, os.strerror(28), "full"))
+    with full, pytest.raises(aerogel.AerogelError, match="add --resume to continue"):
+        aerogel.compress(ZOO / "fashion-judge", steps, output=tmp_path / "out", **given)
+    aerogel.compress(ZOO / "fashion-judge", steps, output=tmp_path / "out", resume=True, **given)
+    left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
