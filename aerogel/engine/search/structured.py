@@ -131,7 +131,8 @@ class StructuredSearch:
             seconds = self._clock() - start
             figures = self._judge.measure(pruned)
         except AerogelError as error:
-            return {"reason": str(error).removeprefix(f"recipe {name!r}: ").removeprefix(f"{name}: ")}
+            said = str(error).removeprefix(f"recipe {name!r}: ").removeprefix(f"{name}: ")
+            return {"reason": said.removesuffix("; leave this step out")}
         left = _parameters(pruned) / _parameters(self._network)
         fast = next(one["speedup"] for one in reversed(tried) if one["parameters"] == left)
         about = {"name": name, "steps": [step.as_dict()], "speedup": fast, "parameters": left, "tried": tried}
