@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from aerogel.engine import provenance
-from aerogel.engine.calibration import CalibrationInput, shown
+from aerogel.engine.calibration import CalibrationInput
 from aerogel.engine.progress import Event, Tell
 from aerogel.engine.run import compress
-from aerogel.engine.search.judged_rows import JudgedRows
-from aerogel.engine.search.judging_copies import copy_of, judge_of, split
+from aerogel.engine.search.copy_search import CopySearch
+from aerogel.engine.search.judging_copies import copy_of
 from aerogel.engine.search.pruning_recipes import Budget, Candidate, Prunable, Recipes
 from aerogel.errors import AerogelError
 from aerogel.model.network import Network
@@ -31,52 +28,32 @@ _BEST = 2
 """Recipes that a stage goes on from."""
 
 
-class SparsitySearch:
+class SparsitySearch(CopySearch):
     """A search on its way."""
+
+    task: ClassVar[str] = "sparsity"
 
     def __init__(
         self, budget: float | str | None, only: Sequence[str], overrides: Iterable[str], rounds: int, tell: Tell, clock: Callable[[], float]
     ) -> None:
         """Raises AerogelError for a budget that says nothing about zeros, and for methods of another kind."""
+        super().__init__(tell, clock)
         self.budget = Budget.of(BUDGET if budget is None else budget)
         self._methods = Recipes(only, overrides)
-        self._tell, self._clock = tell, clock
-        self._left_out = dict(self._methods.left_out)
-        self._rows: list[dict[str, Any]] = []
+        self._left_out |= self._methods.left_out
         self._stages: list[dict[str, Any]] = []
-        self._kept = JudgedRows(None, False, {})
         self.best: Recipe | None = None
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Return the budget, and the methods with their options."""
+        return {"budget": self.budget.said, "methods": self._methods.options}
 
     def check(self, network: Network, samples: CalibrationInput | None) -> None:
         """Raises AerogelError for a network in which there is nothing to prune, and for a budget that it cannot meet."""
-        self._network, self._wanted = network, shown(network, samples)
+        super().check(network, samples)
         self._prunable = Prunable.of(network, self.budget.run)
         self._share = self.budget.share_of(self._prunable, network.stored_dtype)
-
-    def prepare(self, seed: int) -> dict[str, Any]:
-        """Get what to calibrate on, and as much that is held out to judge by."""
-        self._seed = seed
-        self._calibration, held_out = split(self._network, self._wanted, seed)
-        self._judge = judge_of(self._network, held_out)
-        return self._calibration.facts
-
-    def keep(self, folder: Path | None, resume: bool, fingerprint: str) -> None:
-        """Keep what is judged in a folder; raises AerogelError for one of another search, and for an unfinished one that is not resumed."""
-        made_of = {
-            "task": "sparsity",
-            "model": fingerprint,
-            "budget": self.budget.said,
-            "methods": self._methods.options,
-            "seed": self._seed,
-            "data": self._calibration.facts.get("fingerprint"),
-            "versions": provenance.versions(),
-            "device": self._network.device.type,
-        }
-        self._kept = JudgedRows(folder, resume, made_of)
-
-    def finish(self) -> None:
-        """Remove what was kept."""
-        self._kept.remove()
 
     def bring(self) -> None:
         """Compress and judge the candidates, stage after stage."""
@@ -169,11 +146,6 @@ class SparsitySearch:
         """The rows that meet the budget, best first."""
         figure = self._judge.figure
         return sorted((row for row in self._rows if row["met"] and math.isfinite(row[figure])), key=lambda row: _place(row, figure))
-
-    def _inside(self, at: Event, event: Event) -> None:
-        """Tell how far a candidate has come."""
-        if event.stage == "compress":
-            self._tell(replace(at, inside=min(event.share, 1.0)))
 
 
 def _place(row: Mapping[str, Any], figure: str) -> tuple[float, int]:

@@ -9,19 +9,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
-from aerogel.engine import provenance
-from aerogel.engine.calibration import CalibrationInput, shown
 from aerogel.engine.progress import Event, Tell
 from aerogel.engine.run import compress
 from aerogel.engine.search.candidates import chosen
-from aerogel.engine.search.judged_rows import JudgedRows
-from aerogel.engine.search.judging_copies import copy_of, judge_of, split
+from aerogel.engine.search.copy_search import CopySearch
+from aerogel.engine.search.judging_copies import copy_of
 from aerogel.errors import AerogelError
 from aerogel.kernels.synchronized_clock import now
 from aerogel.layers.slots import slots
@@ -44,53 +40,29 @@ def speed_of(budget: float | str) -> float:
     return float(found[1])
 
 
-class StructuredSearch:
+class StructuredSearch(CopySearch):
     """A search on its way."""
+
+    task: ClassVar[str] = "structured"
 
     def __init__(
         self, budget: float | str | None, only: Sequence[str], overrides: Iterable[str], rounds: int, tell: Tell, clock: Callable[[], float]
     ) -> None:
         """Raises AerogelError for a budget that is no speed-up, and for methods of another kind."""
+        super().__init__(tell, clock)
         self._budget = speed_of(BUDGET if budget is None else budget)
         self._tried = chosen(_unfit, only, overrides)
         for name, (_, options) in self._tried.items():
             if ours := [option for option in _OURS if option in options]:
                 raise AerogelError(f"{name}.{ours[0]} is what the budget says here; leave it out")
-        self._rounds, self._tell, self._clock = rounds, tell, clock
-        self._left_out: dict[str, str] = {}
-        self._rows: list[dict[str, Any]] = []
-        self._kept = JudgedRows(None, False, {})
+        self._rounds = rounds
         self._seconds: list[float] = []
         self.best: Recipe | None = None
 
-    def check(self, network: Network, samples: CalibrationInput | None) -> None:
-        """Raises AerogelError for data that the model cannot read."""
-        self._network, self._wanted = network, shown(network, samples)
-
-    def prepare(self, seed: int) -> dict[str, Any]:
-        """Get what to calibrate on and to time, and as much that is held out to judge by."""
-        self._seed = seed
-        self._calibration, held_out = split(self._network, self._wanted, seed)
-        self._judge = judge_of(self._network, held_out)
-        return self._calibration.facts
-
-    def keep(self, folder: Path | None, resume: bool, fingerprint: str) -> None:
-        """Keep what is judged in a folder; raises AerogelError for one of another search, and for an unfinished one that is not resumed."""
-        made_of = {
-            "task": "structured",
-            "model": fingerprint,
-            "budget": self._budget,
-            "methods": {name: options for name, (_, options) in self._tried.items()},
-            "seed": self._seed,
-            "data": self._calibration.facts.get("fingerprint"),
-            "versions": provenance.versions(),
-            "device": self._network.device.type,
-        }
-        self._kept = JudgedRows(folder, resume, made_of)
-
-    def finish(self) -> None:
-        """Remove what was kept."""
-        self._kept.remove()
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Return the budget, and the methods with their options."""
+        return {"budget": self._budget, "methods": {name: options for name, (_, options) in self._tried.items()}}
 
     def bring(self) -> None:
         """Bring every method to the speed, and judge what is left."""
@@ -178,11 +150,6 @@ class StructuredSearch:
         start = now(network.device, self._clock)
         network.run(call)
         return now(network.device, self._clock) - start
-
-    def _inside(self, at: Event, event: Event) -> None:
-        """Tell how far a method has come."""
-        if event.stage == "compress":
-            self._tell(replace(at, inside=min(event.share, 1.0)))
 
 
 def _unfit(cls: type) -> str:
