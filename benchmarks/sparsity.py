@@ -68,7 +68,6 @@ def allocation(shares: list[str]) -> list[Case]:
     """SparseGPT with shares that differ from layer to layer."""
     rules: list[tuple[str, dict[str, Any]]] = [("erk", {"power": 1.0}), ("erk", {"power": 0.5})]
     rules += [(name, {}) for name in ("global_magnitude", "layer_norm_magnitude", "lamp")]
-    rules.append(("fcpts", {"power": 0.0, "steps": 30, "rate": 0.1, "batch": 1}))  # from equal shares on
     found = []
     for share in shares:
         found.append(Case(share, [{"sparsegpt": zeros(share)}]))
