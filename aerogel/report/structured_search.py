@@ -56,8 +56,8 @@ class Search(CopySearch):
 
     @property
     def best(self) -> Row | None:
-        """The method that moves the model least."""
-        return next((row for row in self.rows if math.isfinite(moved(self, row))), None)
+        """The method that moves the model least of those that are fast enough."""
+        return next((row for row in self.rows if row.met and math.isfinite(moved(self, row))), None)
 
 
 class Line(NamedTuple):
@@ -86,7 +86,7 @@ def lines(found: Search) -> Iterator[Line]:
     """Every row in words, in the order of the record."""
     for row in found.rows:
         took = phrases.NONE if row.seconds is None else phrases.seconds(row.seconds)
-        fast, left = f"{row.speedup:.2f}x", phrases.percent(row.parameters)
+        fast, left = f"{row.speedup:.2f}x{'' if row.met else ', less'}", phrases.percent(row.parameters)
         yield Line(row.name, _removed(row), fast, left, figures(found, row), took, row is found.best)
 
 
@@ -101,15 +101,15 @@ def headline(found: Search) -> str:
     """Say what was found, in one sentence."""
     best = found.best
     if best is None:
-        return f"No structured method makes a forward of {found.model.name} {_times(found)} as fast."
+        return f"No structured method makes a forward of {found.model.name} about {_times(found)} as fast."
     return f"A forward of {found.model.name} is {best.speedup:.2f} times as fast with {best.name}; {cost(found, best)}."
 
 
 def lead(found: Search) -> str:
     """Say what stands beside the headline."""
     methods = len(found.rows) + len(found.left_out)
-    said = f"{len(found.rows)} of {methods} {'method' if methods == 1 else 'methods'} can"
-    said += f" make it {_times(found)} as fast."
+    said = f"{sum(row.met for row in found.rows)} of {methods} {'method' if methods == 1 else 'methods'} can"
+    said += f" make it {_times(found)} as fast, or miss that by at most 2 %."
     best = found.best
     return said if best is None else f"{said} {phrases.percent(best.parameters)} of the parameters stay.{beside(found, best)}"
 

@@ -18,7 +18,7 @@ from aerogel.layers.linear import QuantLinear
 from tests.architectures.cases import cases
 from tests.io.test_packed_words import as_before
 from tests.methods.diffusion.test_fsc import RECIPE, calls
-from tests.registration import registered
+from tests.registration import registered, registrations_undone
 from tests.saved import network, save
 from tests.tiny import FAMILIES, output
 
@@ -142,3 +142,20 @@ def test_integer_codes_packed_as_before_are_refused(tmp_path: Path) -> None:
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "now")
     with pytest.raises(AerogelError, match=r"3-bit integer codes, packed as before compressed-tensors 0\.18\.0; write the folder anew"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "before")
+
+
+def test_what_a_test_registers_is_gone_after_it() -> None:
+    """Else the tests that expect a library by itself depend on those before them in the same process."""
+    from diffusers.quantizers import auto as of_diffusers
+    from transformers.quantizers import auto as of_transformers
+
+    mappings = [
+        each for auto in (of_diffusers, of_transformers) for each in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+    ]
+    for mapping in mappings:
+        del mapping["aerogel"]  # of this module's own fixture
+    with registrations_undone():
+        aerogel.register_transformers()
+        aerogel.register_diffusers()
+        assert all("aerogel" in mapping for mapping in mappings)
+    assert not any("aerogel" in mapping for mapping in mappings)

@@ -1,4 +1,4 @@
-"""What searches share that compress copies of a model: data in two halves, findings that outlive a kill, and progress."""
+"""The base of searches that compress copies of a model: data in two halves, findings that outlive a kill, and progress."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class CopySearch(ABC):
     """A search on its way whose candidates are compressed copies of the model, judged on data that none of them has seen."""
 
     task: ClassVar[str]
-    """What the search is called."""
+    """Name of the search."""
 
     def __init__(self, tell: Tell, clock: Callable[[], float]) -> None:
         self._tell, self._clock = tell, clock

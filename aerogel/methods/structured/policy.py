@@ -46,7 +46,7 @@ class StructuredMethod(Method):
         """
 
     def without_calibration(self) -> Self:
-        """Return a method that leaves as much of the model, and reads no calibration data where it can do without."""
+        """Return a method that removes as much, and reads no calibration data where it can do without."""
         return self
 
 

@@ -61,7 +61,7 @@ class CoupledChannels:
 
 
 Find = Callable[[nn.Module, Call], tuple[CoupledChannels, ...]]
-"""What finds the coupled channels of a block with inputs like those it gets."""
+"""A search for the coupled channels of a block, which is run with inputs like those it gets."""
 
 
 def coupled_by_block(
